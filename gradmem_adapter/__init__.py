@@ -1,0 +1,31 @@
+"""GradMem for Hugging Face: write a context into a few vectors by gradient descent, then answer from them.
+
+Importing this package makes "GRADMEM" a PEFT method (arXiv 2603.13875).
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .config import GradMemConfig
+from .model import Fidelity, GradMemModel, GradMemOutput
+from .peft_plugin import register
+from .state import MemoryState, MemoryStateError
+from .write import WriteProgress
+
+register()
+
+try:
+    __version__ = version("gradmem-adapter")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Fidelity",
+    "GradMemConfig",
+    "GradMemModel",
+    "GradMemOutput",
+    "MemoryState",
+    "MemoryStateError",
+    "WriteProgress",
+    "__version__",
+    "register",
+]

@@ -1,0 +1,124 @@
+"""Attention that can be differentiated twice, for the exact meta-gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+class TwiceDifferentiableAttention(TorchFunctionMode):
+    """Inside this context, `scaled_dot_product_attention` is computed from plain matrix products and a softmax.
+
+    The fused kernels have no double backward. A function mode belongs to the thread that enters it, so other threads
+    keep their fast attention, which a change of the model's configuration or of PyTorch's backend flags would not
+    allow.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return plain_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` by its definition: softmax(q k^T * scale + mask) v.
+
+    Args:
+        query: [..., heads, n, e]; key: [..., kv_heads, s, e]; value: [..., kv_heads, s, e'].
+        attn_mask: boolean (True: attend) or additive, broadcastable to [..., heads, n, s].
+
+    Returns:
+        [..., heads, n, e'].
+    """
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, dim=-3), value.repeat_interleave(groups, dim=-3)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = F.dropout(
+        torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)), dropout_p
+    )
+    return weights.to(value.dtype) @ value
+
+
+def require_double_backward(backbone: PreTrainedModel) -> None:
+    """Raise unless the backbone's attention can be differentiated twice.
+
+    "eager" is plain PyTorch and "sdpa" is exchanged by `TwiceDifferentiableAttention`; any other implementation is
+    tried out, because a kernel whose backward is not itself differentiable may return wrong second derivatives
+    without an error.
+
+    Raises:
+        NotImplementedError: it cannot; the message says what to do.
+    """
+    name = backbone.config._attn_implementation
+    if name in (None, "eager", "sdpa"):
+        return
+    problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, backbone.device.type)
+    if problem:
+        raise NotImplementedError(
+            f"meta_gradient='exact' differentiates the attention twice, and {name!r} cannot be: {problem}. Load the "
+            "backbone with attn_implementation='sdpa', or choose meta_gradient='first_order'."
+        )
+
+
+class _AttentionModule(nn.Module):
+    """What attention functions of Transformers read from the module that calls them."""
+
+    is_causal = True
+    num_key_value_groups = 1
+    layer_idx = 0
+
+
+@lru_cache(maxsize=32)
+def double_backward_problem(attention: Callable[..., Any], dtype: torch.dtype, device: str) -> str | None:
+    """What is wrong with an attention function's second derivatives, or None.
+
+    Compares the Hessian-vector product of a double backward with a central difference of first gradients on random
+    queries, keys and values.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 1, 2, 16, 64)  # (q k v), batch, heads, positions, head size
+    inputs, direction = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    weights = torch.randn((1, 16, 2, 64), generator=generator).to(device, dtype)
+
+    def gradient(point: Tensor, create_graph: bool) -> Tensor:
+        query, key, value = point.unbind()
+        # The square makes the gradient that reaches the attention depend on its output, as it does in a model.
+        output = attention(_AttentionModule(), query, key, value, None, scaling=0.125, dropout=0.0)[0]
+        return torch.autograd.grad((output.square() * weights).sum(), point, create_graph=create_graph)[0]
+
+    def leaf(point: Tensor) -> Tensor:
+        return point.detach().requires_grad_()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            point, e = leaf(inputs), 0.1
+            twice = torch.autograd.grad((gradient(point, True) * direction).sum(), point)[0]
+            above, below = (gradient(leaf(inputs + s * e * direction), False) for s in (1, -1))
+        except Exception as error:  # whatever a third-party kernel raises is the answer
+            return f"its double backward failed ({type(error).__name__}: {error})"
+    cosine = F.cosine_similarity(twice.float().flatten(), (above - below).float().flatten(), dim=0).item()
+    return None if cosine > 0.9 else f"its second derivatives are wrong (cosine {cosine:.2f} with differences)"

@@ -1,0 +1,101 @@
+"""A directory that holds everything an adapter needs to answer: adapter, tokenizer, backbone or a reference to it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .backbones import load_backbone
+from .config import GradMemConfig
+
+BACKBONE = "backbone"
+"""The folder of a trained backbone inside a checkpoint."""
+
+
+def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Save adapter and tokenizer, and the backbone where it was trained, for `load_checkpoint`.
+
+    The directory appears whole or not at all; one that is there already is replaced.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        model.save_pretrained(str(new))
+        tokenizer.save_pretrained(str(new))
+        if model.active_peft_config.train_backbone:
+            backbone: PreTrainedModel = model.get_base_model()
+            backbone.save_pretrained(str(new / BACKBONE), state_dict=backbone_state_dict(model))
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+
+
+def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
+    """The backbone's own tensors, buffers too, under the names they have without an adapter."""
+    backbone = model.get_base_model()
+    adapters = {id(parameter) for _, parameter in model.base_model.adapter_parameters()}
+    return {
+        name.replace(".base_layer.", "."): tensor.detach()
+        for name, tensor in backbone.state_dict(keep_vars=True).items()
+        if id(tensor) not in adapters
+    }
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    backbone: str | PreTrainedModel | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    is_trainable: bool = False,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Open a checkpoint: a model that writes and reads, and its tokenizer.
+
+    Args:
+        path: a directory made by `save_checkpoint` (or by PEFT's `save_pretrained`), or the name of one on the hub.
+        backbone: the backbone, or where to find it (see `load_backbone`). Default: the one inside the checkpoint if
+            it was trained, otherwise the one the adapter was made for.
+        dtype: of the backbone; the adapter stays in float32.
+        device: where to put it.
+        is_trainable: leave the adapter trainable.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the adapter is not a GradMem adapter, or does not say what its backbone is.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(str(path)))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"There is no checkpoint {str(path)!r}: neither a directory here nor a repository on the hub ({error})."
+            ) from error
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, GradMemConfig):
+        raise ValueError(f"{directory} holds a {config.peft_type} adapter, not a GradMem adapter.")
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if (directory / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    if backbone is None:
+        trained = directory / BACKBONE
+        backbone = str(trained) if trained.is_dir() else config.base_model_name_or_path
+    if backbone is None:
+        raise ValueError(
+            f"The adapter in {directory} does not say what its backbone is (it was made from a configuration); pass "
+            "backbone=, a model or where to find one."
+        )
+    if isinstance(backbone, str):
+        backbone, tokenizer = load_backbone(backbone, dtype=dtype, device=device, tokenizer=tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
+    model = PeftModel.from_pretrained(backbone, str(directory), is_trainable=is_trainable)
+    return model.eval(), tokenizer

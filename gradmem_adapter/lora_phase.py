@@ -1,0 +1,59 @@
+"""Lets a LoRA act in WRITE alone or in READ alone, without any state that two threads could share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+# READ is the default, so that everything that runs outside WRITE (generate, its worker threads, the recomputation of
+# gradient checkpointing in a backward pass) is READ without having to say so.
+_phase: ContextVar[str] = ContextVar("gradmem_phase", default="read")
+
+
+@contextmanager
+def write_phase() -> Iterator[None]:
+    """Everything this thread runs inside is WRITE."""
+    token = _phase.set("write")
+    try:
+        yield
+    finally:
+        _phase.reset(token)
+
+
+@contextmanager
+def backward_in_write() -> Iterator[None]:
+    """A backward pass run inside stays in this thread, so that whatever it computes again (gradient checkpointing) is
+    WRITE, too; on a GPU autograd would otherwise use threads of its own."""
+    with write_phase(), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+class PhaseGated:
+    """Mixed in before a LoRA layer's class: outside its adapter's phase the layer is its base layer."""
+
+    gradmem_phases: dict[str, str]  # adapter name -> "write" or "read"; adapters that are absent act in both
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        phases = {self.gradmem_phases.get(name, "both") for name in self.active_adapters}  # type: ignore[attr-defined]
+        if phases & {"both", _phase.get()}:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return self.base_layer(x, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+_gated_classes: dict[type, type] = {}
+
+
+def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
+    """Make `layer` act for `adapter` in `phase` alone; other adapters on the layer keep theirs."""
+    cls = type(layer)
+    if not isinstance(layer, PhaseGated):
+        if cls not in _gated_classes:
+            _gated_classes[cls] = type(cls.__name__, (PhaseGated, cls), {})
+        layer.__class__ = _gated_classes[cls]
+        layer.gradmem_phases = {}
+    layer.gradmem_phases[adapter] = phase

@@ -1,0 +1,564 @@
+"""The PEFT tuner: a backbone with memory slots. Thin: WRITE, READ and the meta-gradient are in their own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .checks import check_backbone, check_context, check_tokens
+from .config import WRITE_OPTIMIZERS, GradMemConfig
+from .fingerprint import fingerprint, versions
+from .lora_phase import gate, write_phase
+from .meta_gradient import differentiable_write
+from .output_head import output_head
+from .read import (
+    effective_generation_config,
+    length_arguments,
+    position_ids,
+    query_mask,
+    read_inputs,
+)
+from .slots import MemorySlots
+from .state import MemoryState
+from .write import Context, WriteProgress, Writer, right_padded, write_memory
+
+SLOTS = "memory_slots"
+"""The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
+
+
+@dataclass
+class GradMemOutput(CausalLMOutputWithPast):
+    """What `forward` returns: the backbone's output for the query positions, and what WRITE did.
+
+    Attributes:
+        loss: the outer loss: target loss + reconstruction_weight x mean last write loss.
+        target_loss: the loss on `labels` alone.
+        write_losses: [contexts, K], the write losses before each step, where a context was written.
+        memory: [contexts, m, d], the memory after WRITE, where a context was written.
+    """
+
+    target_loss: Tensor | None = None
+    write_losses: Tensor | None = None
+    memory: Tensor | None = None
+
+
+class Fidelity(NamedTuple):
+    """How much of each context its state gives back, [B] each, between 0 and 1.
+
+    `teacher_forced` says how good the write loss got and can be near 1 where `greedy` is near 0.
+    """
+
+    greedy: Tensor
+    """Share of context tokens that greedy decoding from memory gets back, place by place."""
+    teacher_forced: Tensor
+    """Share of context tokens that are the model's first choice when shown the true tokens before them."""
+
+
+class GradMemModel(BaseTuner):
+    """A causal language model that writes contexts into memory and answers from it (GradMem, arXiv 2603.13875).
+
+    Made by `get_peft_model(backbone, GradMemConfig(...))`; its methods are reached through the `PeftModel`.
+    """
+
+    peft_config: dict[str, GradMemConfig]
+    prefix = "gradmem_"
+    uses_shared_state = True
+    # LoRA layers belong to the adapter as the slots do: PEFT switches, deletes and freezes both by this class.
+    tuner_layer_cls = BaseTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # ---------------------------------------------------------------- PEFT
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("GradMem replaces no modules; it adds one.")
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter's slots (and its LoRA) to the backbone. Called by PEFT."""
+        check_backbone(model)
+        config = self.peft_config[adapter_name]
+        # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if config.lora_config is not None:
+            self._inject_lora(model, adapter_name, config, low_cpu_mem_usage)
+        if not hasattr(model, SLOTS):
+            model.add_module(SLOTS, MemorySlots())
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            getattr(model, SLOTS).add(adapter_name, config, model)
+        self.set_adapter(self.active_adapters, inference_mode=self._active_inference_mode())
+
+    def _inject_lora(self, model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_mem_usage: bool) -> None:
+        """Put the nested LoRA's layers into the backbone with PEFT's own LoRA tuner."""
+        lora_config = cast(LoraConfig, config.lora_config)
+        lora_config.inference_mode = config.inference_mode
+        outer = model.__dict__.pop("peft_config", None)  # or the LoRA tuner would take our configs for its own
+        try:
+            LoraModel(model, {adapter: lora_config}, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+        finally:
+            model.__dict__.pop("peft_config", None)
+            if outer is not None:
+                model.__dict__["peft_config"] = outer
+        if config.lora_phase != "both":
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer) and adapter in layer._get_available_adapters():
+                    gate(layer, adapter, config.lora_phase)
+
+    def _active_inference_mode(self) -> bool:
+        return all(self.peft_config[name].inference_mode for name in self.active_adapters)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one; the backbone is trainable where its config says `train_backbone`."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if any(config.train_backbone for config in self.peft_config.values()):
+            train = any(self.peft_config[name].train_backbone for name in self.active_adapters)
+            for _, parameter in self.backbone_parameters():
+                parameter.requires_grad_(train and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's slots and LoRA."""
+        super().delete_adapter(adapter_name)
+        # PEFT takes the new active adapter from the first layer it meets, which may be a LoRA the others do not have.
+        self.set_adapter(self.slots.active_adapters, inference_mode=False)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Not possible; raises `NotImplementedError`."""
+        raise NotImplementedError(
+            "A GradMem adapter cannot be merged into the backbone: memory is written per context, by gradients through "
+            "the adapter's tensors. Use unload() for the backbone alone, or keep the adapter."
+        )
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters and return the backbone."""
+        super().unload()
+        delattr(self.model, SLOTS)
+        return self.model
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters of all adapters: slots and LoRA layers, without what these wrap."""
+        for layer_name, layer in self.model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                for name, child in layer.named_children():
+                    if name != "base_layer":
+                        yield from child.named_parameters(prefix=f"{layer_name}.{name}")
+
+    def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters of the backbone itself, under the names they have without an adapter."""
+        adapters = {id(parameter) for _, parameter in self.adapter_parameters()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in adapters:
+                yield name.replace(".base_layer.", "."), parameter
+
+    # ---------------------------------------------------------------- parts
+
+    @property
+    def slots(self) -> MemorySlots:
+        """The layer that holds every trained tensor of the method."""
+        return getattr(self.model, SLOTS)
+
+    @property
+    def _adapter(self) -> str:
+        """The one active adapter."""
+        if self.slots.disable_adapters:
+            raise ValueError("The adapter is disabled: memory cannot be written or read inside disable_adapter().")
+        active = self.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"Memory needs exactly one active adapter, and there are {len(active)}: {active}. Use set_adapter(name)."
+            )
+        return active[0]
+
+    def _writer(self) -> Writer:
+        return Writer(self.model, self.slots, self._adapter, self.peft_config[self._adapter])
+
+    @property
+    def _prefix_length(self) -> int:
+        config = self.peft_config[self._adapter]
+        return config.num_memory_tokens + 2 * config.num_control_tokens
+
+    def _positions(self) -> int | None:
+        """How many positions the backbone has, None where it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _context(self, name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
+        vocabulary, device = self.model.get_input_embeddings().weight.shape[0], self.model.device
+        check_tokens(name, input_ids, attention_mask, vocabulary)
+        check_context(input_ids, attention_mask, self._prefix_length, self._positions())
+        return right_padded(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
+
+    def fingerprint(self) -> str:
+        """The identity of the backbone and the active adapter; states carry it, and READ compares it."""
+        adapter = self._adapter
+        key = (adapter, versions(self.model))
+        cached = self.__dict__.get("_fingerprint")
+        if cached is None or cached[0] != key:
+            own = [
+                (f"{name}.".replace(f".{adapter}.", "."), parameter)
+                for name, parameter in self.adapter_parameters()
+                if f".{adapter}." in f"{name}."
+            ]
+            value = fingerprint(self.backbone_parameters(), own, self.peft_config[adapter])
+            cached = self.__dict__["_fingerprint"] = (key, value)
+        return cached[1]
+
+    # ---------------------------------------------------------------- WRITE
+
+    def write(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        steps: int | None = None,
+        lr: float | None = None,
+        optimizer: str | None = None,
+        initial: MemoryState | None = None,
+        tolerance: float | None = None,
+        stop_when_recovered: bool = False,
+        callback: Callable[[WriteProgress], None] | None = None,
+        strict: bool = True,
+        **ignored_tokenizer_outputs: Tensor,
+    ) -> MemoryState:
+        """WRITE a batch of contexts, each by itself, into one memory state each.
+
+        Works under `torch.no_grad()` and `torch.inference_mode()`, changes nothing in the model, and may run in
+        several threads at once.
+
+        Args:
+            input_ids: [B, N] token ids, as the tokenizer returns them.
+            attention_mask: [B, N], 1 where a token counts; padding on either side. None: every token counts.
+            steps: write steps, any number from 0 (the default is the config's `write_steps`).
+            lr: write learning rate (default: the learned one, or the config's).
+            optimizer: "sgd" or "adam" (default: the config's).
+            initial: states to go on from, one per context, in place of the memory slots. Adam starts anew.
+            tolerance: a sample stops when a step lowers its loss by less than this share of it.
+            stop_when_recovered: a sample stops when each of its tokens is the model's first choice.
+            callback: called with a `WriteProgress` before each step and after the last.
+            strict: refuse an `initial` state that another model wrote.
+            ignored_tokenizer_outputs: `token_type_ids` and the like, so that `**tokenizer(...)` can be passed.
+
+        Returns:
+            A `MemoryState` with B states, detached, in float32 (or float64) on the model's device.
+
+        Raises:
+            TypeError, ValueError: input that cannot be written; the message says why and what to do.
+        """
+        writer = self._writer()
+        config = writer.config
+        unknown = set(ignored_tokenizer_outputs) - {"token_type_ids", "special_tokens_mask", "length"}
+        if unknown:
+            raise TypeError(f"write() got unexpected arguments: {', '.join(sorted(unknown))}.")
+        steps = config.write_steps if steps is None else steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps must be an integer from 0, got {steps!r}.")
+        if lr is not None and not 0 < lr < float("inf"):
+            raise ValueError(f"lr must be a finite positive number, got {lr!r}.")
+        if optimizer is not None and optimizer not in WRITE_OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {WRITE_OPTIMIZERS}, got {optimizer!r}.")
+        if tolerance is not None and not 0 <= tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and less than 1, got {tolerance!r}.")
+        context = self._context("input_ids", input_ids, attention_mask)
+        batch = len(context.input_ids)
+        if initial is not None:
+            memory = self._checked_vectors(initial, strict)
+            if len(memory) != batch:
+                raise ValueError(f"initial has {len(memory)} states for {batch} contexts; pass one per context.")
+        else:
+            memory = writer.slots.gradmem_memory[writer.adapter].detach().expand(batch, -1, -1)
+        learned_lr = writer.slots.write_lr(writer.adapter)
+        memory, losses = write_memory(
+            writer,
+            memory.to(torch.promote_types(memory.dtype, torch.float32)),
+            context,
+            steps=steps,
+            lr=lr if lr is not None else config.write_lr if learned_lr is None else float(learned_lr),
+            optimizer=optimizer or config.write_optimizer,
+            tolerance=tolerance,
+            stop_when_recovered=stop_when_recovered,
+            callback=callback,
+        )
+        return MemoryState(
+            vectors=memory, context_tokens=context.lengths, write_losses=losses, fingerprint=self.fingerprint()
+        )
+
+    # ---------------------------------------------------------------- READ
+
+    def prefix_embeddings(self, memory: MemoryState, *, strict: bool = True) -> Tensor:
+        """What READ puts before the query: [B, m + 2c, d] input embeddings in the backbone's dtype.
+
+        Any engine that takes input embeddings can be given them. `strict=False` reads states of another model, at
+        the caller's own risk.
+        """
+        return self._prefix(self._checked_vectors(memory, strict))
+
+    def _prefix(self, vectors: Tensor) -> Tensor:
+        return self.slots.prefix(vectors, "read", self._adapter).to(self.model.get_input_embeddings().weight.dtype)
+
+    def _checked_vectors(self, memory: MemoryState, strict: bool) -> Tensor:
+        """The vectors [B, m, d] on the model's device, if the state is one this model can read."""
+        if not isinstance(memory, MemoryState):
+            raise TypeError(
+                f"memory must be a MemoryState, as write() and MemoryState.load() return, got {type(memory).__name__}."
+            )
+        width = self.slots.gradmem_memory[self._adapter].shape[1]
+        if memory.vectors.shape[2] != width:
+            raise ValueError(
+                f"The memory state has vectors of width {memory.vectors.shape[2]}, the model's are {width} wide: it "
+                "was written by another model. Write the context again with this one."
+            )
+        if strict and memory.fingerprint != self.fingerprint():
+            raise ValueError(
+                f"The memory state was written by model {memory.fingerprint}, and this is model {self.fingerprint()} "
+                "(backbone and adapter). Another model reads it as noise: write the context again with this one. "
+                "strict=False reads it all the same, at your own risk."
+            )
+        return memory.vectors.to(self.model.device, self.slots.gradmem_memory[self._adapter].dtype)
+
+    def _rows(self, vectors: Tensor, queries: int, context_index: Tensor | None) -> Tensor:
+        """One memory per query: [queries, m, d]."""
+        if context_index is not None:
+            index = torch.as_tensor(context_index, device=vectors.device)
+            if index.shape != (queries,) or index.is_floating_point():
+                raise ValueError(
+                    f"context_index must hold one integer per query ({queries}), got shape {tuple(index.shape)}."
+                )
+            if queries and (index.min() < 0 or index.max() >= len(vectors)):
+                raise ValueError(f"context_index must lie in 0 to {len(vectors) - 1}, got {index.tolist()}.")
+            return vectors[index]
+        if len(vectors) == queries:
+            return vectors
+        if len(vectors) == 1:
+            return vectors.expand(queries, -1, -1)
+        raise ValueError(
+            f"There are {queries} queries for {len(vectors)} memory states: pass one state for all, one per query, or "
+            "context_index with the state of each query."
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        memory: MemoryState | None = None,
+        context_input_ids: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        context_index: Tensor | None = None,
+        write_steps: int | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """READ, or WRITE and READ in one differentiable pass.
+
+        Without `memory` and without a context this is the backbone (with its LoRA) on the query alone.
+
+        Args:
+            input_ids: [B, T] queries (with their targets, in training).
+            attention_mask: [B, T], padding on either side.
+            labels: [B, T], -100 where no loss counts. The first query token is predicted from the memory.
+            memory: states to read, one for all queries or one per query.
+            context_input_ids: [C, N] contexts that are written in this pass. With gradients enabled the outer loss
+                flows back through the write steps as `meta_gradient` says.
+            context_attention_mask: [C, N].
+            context_index: [B], the context (or state) of each query; default: the same order.
+            write_steps: K in this pass (default: the config's).
+            strict: refuse a state that another model wrote.
+            kwargs: what else the backbone's forward takes.
+
+        Returns:
+            `GradMemOutput` (the backbone's own output without memory): loss, and logits [B, T, V] of the query
+            positions alone.
+        """
+        if memory is None and context_input_ids is None:
+            if context_index is not None or context_attention_mask is not None:
+                raise ValueError("context_index and context_attention_mask need a memory or context_input_ids.")
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels, **kwargs
+            )
+        if memory is not None and context_input_ids is not None:
+            raise ValueError("Pass a memory to read or a context to write, not both.")
+        for name in ("past_key_values", "position_ids"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} cannot be combined with memory in forward(): positions follow from the prefix and the "
+                    "mask. Use generate(), which takes caches, or give prefix_embeddings(state) to the backbone."
+                )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass the query as input_ids or as inputs_embeds, one of the two.")
+        if input_ids is not None:
+            embedding = self.model.get_input_embeddings()
+            check_tokens("input_ids", input_ids, attention_mask, embedding.weight.shape[0])
+            inputs_embeds = embedding(input_ids)
+        assert inputs_embeds is not None  # for the type checker: one of the two was given
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+
+        losses = None
+        if context_input_ids is not None:
+            vectors, losses = self._write_on_tape(context_input_ids, context_attention_mask, write_steps)
+        else:
+            vectors = self._checked_vectors(memory, strict)  # type: ignore[arg-type]
+        prefix = self._prefix(self._rows(vectors, len(inputs_embeds), context_index))
+        read = read_inputs(prefix, inputs_embeds, attention_mask)
+        if labels is not None:
+            labels = read.layout.join(labels.new_full(prefix.shape[:2], -100), labels)
+        return_dict = kwargs.pop("return_dict", None)
+        output = self.model(
+            inputs_embeds=read.inputs_embeds,
+            attention_mask=read.attention_mask,
+            position_ids=position_ids(read.attention_mask),
+            labels=labels,
+            return_dict=True,
+            **kwargs,
+        )
+        loss = output.loss
+        weight = self.peft_config[self._adapter].reconstruction_weight
+        if loss is not None and losses is not None and losses.shape[1] and weight:
+            loss = loss + weight * losses[:, -1].mean()
+        result = GradMemOutput(
+            loss=loss,
+            logits=output.logits if kwargs.get("logits_to_keep") else read.layout.split(output.logits),
+            past_key_values=output.get("past_key_values"),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            target_loss=output.loss,
+            write_losses=losses,
+            memory=vectors if losses is not None else None,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _write_on_tape(
+        self, input_ids: Tensor, attention_mask: Tensor | None, steps: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """The memory [C, m, d] of contexts written in this pass, and the losses [C, K] before each step."""
+        writer = self._writer()
+        context = self._context("context_input_ids", input_ids, attention_mask)
+        steps = writer.config.write_steps if steps is None else steps
+        slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
+        learned_lr = writer.slots.write_lr(writer.adapter)
+        lr = writer.config.write_lr if learned_lr is None else learned_lr
+        if not torch.is_grad_enabled():
+            optimizer = writer.config.write_optimizer
+            memory, losses = write_memory(writer, slots, context, steps=steps, lr=float(lr), optimizer=optimizer)
+            return memory, losses[:, :-1]
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return differentiable_write(writer, slots, context, steps=steps, lr=lr, weights=weights)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        memory: MemoryState | None = None,
+        context_index: Tensor | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Transformers' `generate`, reading from memory.
+
+        Args:
+            inputs: [B, T] prompts (or `input_ids=`).
+            memory: one state for all prompts or one per prompt; None: plain `generate` of the backbone.
+            context_index: [B], the state of each prompt.
+            strict: refuse a state that another model wrote.
+            kwargs: everything that Transformers' `generate` takes: `attention_mask`, sampling and beam options,
+                `streamer`, `past_key_values` of an earlier turn (with the full sequence as prompt), ...
+
+        Returns:
+            What Transformers returns: prompts and new tokens [B, T + new]. `max_length` and `min_length` count
+            both, as without memory.
+        """
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        if memory is None:
+            if context_index is not None:
+                raise ValueError("context_index needs a memory.")
+            return self.model.generate(inputs, **kwargs)
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("Pass the prompt as input_ids: inputs_embeds cannot be combined with memory.")
+        if inputs is None:
+            raise ValueError("generate(memory=...) needs a prompt: pass input_ids [batch, length].")
+        embedding = self.model.get_input_embeddings()
+        attention_mask = kwargs.pop("attention_mask", None)
+        check_tokens("input_ids", inputs, attention_mask, embedding.weight.shape[0])
+        inputs = inputs.to(self.model.device)
+        config = effective_generation_config(self.model, kwargs)
+        if attention_mask is None:
+            attention_mask = query_mask(self.model, inputs, config)
+        with torch.no_grad():
+            prefix = self._prefix(self._rows(self._checked_vectors(memory, strict), len(inputs), context_index))
+            read = read_inputs(prefix, embedding(inputs), attention_mask.to(inputs.device))
+        kwargs |= length_arguments(
+            kwargs, kwargs.get("generation_config"), self.model.generation_config, read.inputs_embeds.shape[1]
+        )
+        return self.model.generate(
+            inputs, inputs_embeds=read.inputs_embeds, attention_mask=read.attention_mask, **kwargs
+        )
+
+    # ---------------------------------------------------------------- what was kept
+
+    @torch.no_grad()
+    def reconstruct(self, memory: MemoryState, max_new_tokens: int | None = None, *, strict: bool = True) -> Tensor:
+        """Decode contexts greedily from memory alone, as WRITE sees it (its head, control vectors and LoRA).
+
+        Args:
+            max_new_tokens: how many tokens (default: those of the longest context).
+
+        Returns:
+            [B, max_new_tokens] token ids; those of sample i count up to `memory.context_tokens[i]`.
+        """
+        vectors, writer = self._checked_vectors(memory, strict), self._writer()
+        length = int(memory.context_tokens.max()) if max_new_tokens is None else max_new_tokens
+        embedding = self.model.get_input_embeddings()
+        head = output_head(self.model, writer.slots.write_head(writer.adapter))
+        tokens: list[Tensor] = []
+        cache = None
+        with write_phase():
+            step = writer.slots.prefix(vectors, "write", writer.adapter).to(embedding.weight.dtype)
+            for _ in range(length):
+                output = self.model.base_model(
+                    inputs_embeds=step, past_key_values=cache, use_cache=True, return_dict=True
+                )
+                cache = output.past_key_values
+                tokens.append(head(output.last_hidden_state[:, -1:])[:, -1].argmax(-1))
+                step = embedding(tokens[-1][:, None])
+        return torch.stack(tokens, dim=1) if tokens else memory.context_tokens.new_zeros(len(memory), 0)
+
+    @torch.no_grad()
+    def fidelity(
+        self,
+        memory: MemoryState,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        strict: bool = True,
+        **ignored_tokenizer_outputs: Tensor,
+    ) -> Fidelity:
+        """How much of each context its state gives back; see `Fidelity`.
+
+        Args:
+            memory: B states.
+            input_ids: [B, N], the contexts; attention_mask: [B, N].
+        """
+        context = self._context("input_ids", input_ids, attention_mask)
+        vectors = self._checked_vectors(memory, strict)
+        if len(vectors) != len(context.input_ids):
+            raise ValueError(f"There are {len(context.input_ids)} contexts for {len(vectors)} states; pass one each.")
+        greedy = self.reconstruct(memory, context.input_ids.shape[1], strict=strict)
+        same = ((greedy == context.input_ids) & context.mask).sum(1) / context.lengths
+        _, recovered = self._writer().losses(vectors, context)
+        return Fidelity(greedy=same, teacher_forced=recovered)

@@ -1,0 +1,39 @@
+"""Makes "GRADMEM" a PEFT method from outside PEFT. The only file that touches PEFT's registries."""
+
+from __future__ import annotations
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from .config import GradMemConfig
+from .model import GradMemModel
+
+NAME = "GRADMEM"
+
+
+def _extend_peft_type() -> None:
+    """Add the member GRADMEM to PEFT's closed `PeftType` enum; does nothing when it is there.
+
+    PEFT has no hook for methods from other packages, and a plain string instead of a member leaves
+    `get_model_status` blank. The member behaves like PEFT's own in JSON, pickle and `list(PeftType)`.
+    """
+    if NAME in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, NAME)
+    member._name_ = NAME
+    member._value_ = NAME
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+    # EnumType.__setattr__ refuses members it did not make; a class attribute is what `PeftType.GRADMEM` reads.
+    type.__setattr__(PeftType, NAME, member)
+
+
+def register() -> None:
+    """Register GradMem with PEFT; may be called any number of times."""
+    _extend_peft_type()
+    if PeftType(NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name=NAME.lower(), config_cls=GradMemConfig, model_cls=GradMemModel, prefix=GradMemModel.prefix
+        )

@@ -1,0 +1,197 @@
+"""Texts in, texts out: a model with memory and its tokenizer in one object."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from .config import GradMemConfig
+from .model import Fidelity
+from .state import MemoryState
+
+Chat: TypeAlias = Sequence[Mapping[str, Any]]
+"""Messages as chat templates take them: `[{"role": "user", "content": "..."}]`."""
+Prompt: TypeAlias = str | Chat
+
+
+class GradMemPipeline:
+    """Write texts into memory states and ask about them in texts.
+
+    ```python
+    pipeline = GradMemPipeline(*load_checkpoint(path))
+    state = pipeline.write(["A long context.", "Another."])
+    answers = pipeline.generate(["A question on the first?", "One on the second?"], memory=state)
+    ```
+
+    May be used by several threads at once.
+
+    Args:
+        model: a `PeftModel` with an active GradMem adapter.
+        tokenizer: the backbone's tokenizer.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, GradMemConfig):
+            raise TypeError(
+                f"GradMemPipeline needs a model with a GradMem adapter, got {type(model).__name__}. Make one with "
+                "get_peft_model(backbone, GradMemConfig(...)) or load_checkpoint(path)."
+            )
+        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def write(self, texts: str | Sequence[str], **options: Any) -> MemoryState:
+        """WRITE texts into one memory state each, in one batch.
+
+        Args:
+            texts: one text or several.
+            options: what `model.write` takes: `steps`, `lr`, `initial`, `callback`, ...
+
+        Raises:
+            ValueError: no text, or one without tokens or too long for the model.
+        """
+        return self.model.write(*self._encode_contexts(texts), **options)
+
+    def fidelity(self, texts: str | Sequence[str], memory: MemoryState) -> Fidelity:
+        """How much of each text its state gives back."""
+        return self.model.fidelity(memory, *self._encode_contexts(texts))
+
+    def reconstruct(self, memory: MemoryState) -> list[str]:
+        """The text that greedy decoding gets from each state alone."""
+        rows = zip(self.model.reconstruct(memory), memory.context_tokens.tolist(), strict=True)
+        return [str(self.tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in rows]
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState | None = None, **options: Any
+    ) -> list[str]:
+        """Answer prompts from memory, in one batch.
+
+        Args:
+            prompts: one prompt or several; a prompt is a text, put into the adapter's `query_format`, or a list of
+                chat messages, put into the tokenizer's chat template.
+            memory: one state for all prompts, or one per prompt; None: the backbone alone.
+            options: what `model.generate` takes: `max_new_tokens`, `do_sample`, `stop_strings`, `context_index`, ...
+
+        Returns:
+            The new text of each prompt, without the prompt.
+        """
+        batch = _as_batch(prompts)
+        if not batch:
+            return []
+        input_ids, mask = self._encode_prompts(batch)
+        output = self.model.generate(
+            input_ids=input_ids, attention_mask=mask, memory=memory, **self._generation_options(options)
+        )
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        return self.tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+    def stream(self, prompt: Prompt, *, memory: MemoryState | None = None, **options: Any) -> Iterator[str]:
+        """Answer one prompt from memory, piece by piece.
+
+        An error in `generate` is raised here; closing the iterator stops the generation.
+
+        Args: as for `generate`.
+        """
+        input_ids, mask = self._encode_prompts([prompt])
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        cancelled = threading.Event()
+        options = self._generation_options(options)
+        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), _Cancelled(cancelled)])
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    memory=memory,
+                    streamer=streamer,
+                    stopping_criteria=criteria,
+                    **options,
+                )
+            except BaseException as error:
+                errors.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=run, name="gradmem-stream", daemon=True)
+        thread.start()
+        try:
+            for piece in streamer:
+                if piece:
+                    yield piece
+        finally:
+            cancelled.set()
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def format_query(self, prompt: Prompt) -> tuple[str, bool]:
+        """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens."""
+        query_format = self.model.active_peft_config.query_format
+        if isinstance(prompt, str) and query_format == "text":
+            return prompt, True
+        if isinstance(prompt, str) and query_format != "chat":
+            return query_format.replace("{query}", prompt), True
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "The tokenizer has no chat template, which chat messages and query_format='chat' need. Pass the "
+                "prompt as text, or set tokenizer.chat_template."
+            )
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), False
+
+    def _encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("There is no text to write.")
+        return self._pad([self.tokenizer(text)["input_ids"] for text in texts], "right")
+
+    def _encode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        formatted = [self.format_query(prompt) for prompt in prompts]
+        return self._pad(
+            [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted], "left"
+        )
+
+    def _pad(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        """Pad here and not in the tokenizer, which keeps its padding as state that threads would share."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+        masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
+        device = self.model.device
+        return (
+            pad_sequence(ids, batch_first=True, padding_value=float(pad), padding_side=side).to(device),
+            pad_sequence(masks, batch_first=True, padding_side=side).to(device),
+        )
+
+    def _generation_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        options = dict(options)
+        if options.get("stop_strings") is not None:
+            options.setdefault("tokenizer", self.tokenizer)
+        if self.model.generation_config.pad_token_id is None:
+            options.setdefault("pad_token_id", self.tokenizer.pad_token_id or self.tokenizer.eos_token_id)
+        return options
+
+
+class _Cancelled(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt as a list of one; several as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], Mapping):
+        return [cast(Chat, prompts)]
+    return cast(list[Prompt], list(prompts))

@@ -1,0 +1,112 @@
+"""READ: the prefix before a query. Embeddings, masks, labels, and the arguments of `generate`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+
+class Layout(NamedTuple):
+    """Where prefix and query tokens go: `[padding; prefix; query]`, the prefix right before the first query token.
+
+    Padding in between would push the memory out of sliding attention windows and, in models without position ids,
+    away from the query.
+    """
+
+    source: Tensor
+    """[B, P+T], for each place the index into `[prefix; query]` that it is filled from."""
+    query: Tensor
+    """[B, T], for each query token its place."""
+    padded_left: bool
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, prefix_length: int) -> Layout:
+        """Args: attention_mask [B, T], 1 where a query token counts."""
+        length = attention_mask.shape[1]
+        places = torch.arange(prefix_length + length, device=attention_mask.device).expand(len(attention_mask), -1)
+        left = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+        source = torch.where(
+            places < left, places + prefix_length, torch.where(places < left + prefix_length, places - left, places)
+        )
+        tokens = places[:, :length]
+        return cls(source, torch.where(tokens < left, tokens, tokens + prefix_length), bool((left > 0).any()))
+
+    def join(self, prefix: Tensor, query: Tensor) -> Tensor:
+        """[B, P, ...] and [B, T, ...] to [B, P+T, ...]."""
+        joined = torch.cat([prefix.to(query), query], dim=1)
+        if not self.padded_left:
+            return joined
+        return joined.gather(1, self.source.view(*self.source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
+
+    def split(self, joined: Tensor) -> Tensor:
+        """The query's part of [B, P+T, V]: [B, T, V]."""
+        if not self.padded_left:
+            return joined[:, joined.shape[1] - self.query.shape[1] :]
+        return joined.gather(1, self.query[..., None].expand(-1, -1, joined.shape[-1]))
+
+
+class ReadInputs(NamedTuple):
+    """What the backbone gets for `[prefix; query]`."""
+
+    layout: Layout
+    inputs_embeds: Tensor
+    """[B, P+T, d]."""
+    attention_mask: Tensor
+    """[B, P+T]."""
+
+
+def read_inputs(prefix: Tensor, query_embeddings: Tensor, attention_mask: Tensor) -> ReadInputs:
+    """Put a prefix [B, P, d] before query embeddings [B, T, d] with their mask [B, T]."""
+    layout = Layout.of(attention_mask, prefix.shape[1])
+    ones = attention_mask.new_ones(prefix.shape[:2])
+    return ReadInputs(layout, layout.join(prefix, query_embeddings), layout.join(ones, attention_mask))
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """[B, L]: positions count from 0 at the first token that is not padding."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def query_mask(backbone: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig) -> Tensor:
+    """The mask [B, T] that Transformers' `generate` would infer where none is given."""
+    pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    if pad is None or pad in eos_ids or not (input_ids == pad).any():
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).to(input_ids.dtype)
+
+
+def length_arguments(
+    kwargs: dict[str, Any], given: GenerationConfig | None, default: GenerationConfig, embeddings_length: int
+) -> dict[str, int]:
+    """`max_length` and `min_length` as they must be passed so that they count prompt and new tokens, as without memory.
+
+    Transformers subtracts the length of `inputs_embeds` from both, and compares the result with the length of
+    `input_ids` all the same.
+    """
+
+    def value(name: str) -> Any:
+        for source in (kwargs, given and given.to_dict(), default.to_dict()):
+            if source and source.get(name) is not None:
+                return source[name]
+        return None
+
+    pairs = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
+    return {
+        length: value(length) + embeddings_length
+        for length, new_tokens in pairs.items()
+        if value(length) and value(new_tokens) is None
+    }
+
+
+def effective_generation_config(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The model's generation configuration with the caller's on top; the model's own is left as it is."""
+    config = copy.deepcopy(kwargs.get("generation_config") or backbone.generation_config)
+    for name in ("pad_token_id", "eos_token_id"):
+        if kwargs.get(name) is not None:
+            setattr(config, name, kwargs[name])
+    return config

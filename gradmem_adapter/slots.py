@@ -1,0 +1,119 @@
+"""Every trained tensor of the method, in one PEFT tuner layer that is a child of the backbone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .config import GradMemConfig
+
+Phase = Literal["write", "read"]
+
+
+class MemorySlots(nn.Module, BaseTunerLayer):
+    """The memory slots M_0 and the method's optional parts, per adapter name.
+
+    Shapes (m memory tokens, c control tokens, d embedding size, V vocabulary):
+        gradmem_memory: [m, d], the initial memory M_0.
+        gradmem_log_write_lr: [], natural logarithm of the learned write learning rate.
+        gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end: [c, d], control vectors.
+        gradmem_projection: Linear(d, d), on the memory before it enters the model.
+        gradmem_write_head: Linear(hidden, V), the output head of WRITE.
+    """
+
+    adapter_layer_names = (
+        "gradmem_memory",
+        "gradmem_log_write_lr",
+        "gradmem_write_start",
+        "gradmem_write_end",
+        "gradmem_read_start",
+        "gradmem_read_end",
+        "gradmem_projection",
+        "gradmem_write_head",
+    )
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradmem_memory = nn.ParameterDict()
+        self.gradmem_log_write_lr = nn.ParameterDict()
+        self.gradmem_write_start = nn.ParameterDict()
+        self.gradmem_write_end = nn.ParameterDict()
+        self.gradmem_read_start = nn.ParameterDict()
+        self.gradmem_read_end = nn.ParameterDict()
+        self.gradmem_projection = nn.ModuleDict()
+        self.gradmem_write_head = nn.ModuleDict()
+
+    def add(self, adapter: str, config: GradMemConfig, backbone: PreTrainedModel) -> None:
+        """Create the tensors of one adapter, on the device of the backbone's embeddings, float32 or wider."""
+        embedding = backbone.get_input_embeddings()
+        table = embedding.weight
+        factory: dict[str, Any] = {"device": table.device, "dtype": torch.promote_types(table.dtype, torch.float32)}
+        m, c, d = config.num_memory_tokens, config.num_control_tokens, table.shape[1]
+
+        def normal(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, **factory) * config.memory_init_std)
+
+        if config.memory_init == "vocab":
+            tokens = torch.randint(table.shape[0], (m,), device=table.device)
+            with torch.no_grad():  # through the module, which may scale what it looks up (Gemma)
+                self.gradmem_memory[adapter] = nn.Parameter(embedding(tokens).to(**factory, copy=True))
+        else:
+            self.gradmem_memory[adapter] = normal(m, d)
+        if config.learn_write_lr:
+            self.gradmem_log_write_lr[adapter] = nn.Parameter(torch.tensor(math.log(config.write_lr), **factory))
+        if c:
+            for name in ("write_start", "write_end", "read_start", "read_end"):
+                getattr(self, f"gradmem_{name}")[adapter] = normal(c, d)
+        if config.memory_projection == "shared":
+            projection = nn.Linear(d, d, **factory)
+            if config.init_weights:
+                nn.init.eye_(projection.weight)
+                nn.init.zeros_(projection.bias)
+            self.gradmem_projection[adapter] = projection
+        if config.write_head:
+            head = backbone.get_output_embeddings()
+            width, bias = head.weight.shape, getattr(head, "bias", None)
+            write_head = nn.Linear(width[1], width[0], bias=bias is not None, **factory)
+            if config.init_weights and not write_head.weight.is_meta:
+                with torch.no_grad():
+                    write_head.weight.copy_(head.weight)
+                    if bias is not None:
+                        write_head.bias.copy_(bias)
+            self.gradmem_write_head[adapter] = write_head
+
+    def prefix(self, memory: Tensor, phase: Phase, adapter: str) -> Tensor:
+        """What stands before the tokens: `[start; projection(M); end]`.
+
+        Args:
+            memory: [B, m, d].
+            phase: whose control vectors.
+            adapter: the adapter's name.
+
+        Returns:
+            [B, m + 2c, d].
+        """
+        if adapter in self.gradmem_projection:
+            memory = self.gradmem_projection[adapter](memory)
+        starts: nn.ParameterDict = getattr(self, f"gradmem_{phase}_start")
+        if adapter not in starts:
+            return memory
+        ends: nn.ParameterDict = getattr(self, f"gradmem_{phase}_end")
+        start = starts[adapter].expand(len(memory), -1, -1)
+        end = ends[adapter].expand(len(memory), -1, -1)
+        return torch.cat([start, memory, end], dim=1)
+
+    def write_lr(self, adapter: str) -> Tensor | None:
+        """The learned write learning rate, a positive scalar on the tape; None where it is not learned."""
+        if adapter not in self.gradmem_log_write_lr:
+            return None
+        return self.gradmem_log_write_lr[adapter].exp()
+
+    def write_head(self, adapter: str) -> nn.Module | None:
+        """The output head of WRITE; None where WRITE uses the backbone's."""
+        return self.gradmem_write_head[adapter] if adapter in self.gradmem_write_head else None

@@ -1,0 +1,292 @@
+"""The memory state: what WRITE makes and READ takes, and its file format."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import Tensor
+
+FORMAT = "gradmem-memory-state"
+VERSION = 1
+_KEY = "gradmem"
+"""The one metadata key: with several, safetensors writes them in no fixed order and equal states differ in bytes."""
+_TENSORS = ("vectors", "context_tokens", "write_losses")
+
+
+class MemoryStateError(ValueError):
+    """A file or bytes that cannot be read as a memory state."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MemoryState:
+    """A batch of written contexts.
+
+    Attributes:
+        vectors: [B, m, d], the memory itself, before projection and control vectors, so that WRITE can go on from it.
+        context_tokens: [B], how many tokens each context had.
+        write_losses: [B, steps + 1], the write loss in nats per token before each step and after the last; a sample
+            that stopped early repeats its last.
+        fingerprint: the identity of the backbone and adapter that wrote it.
+
+    Raises:
+        TypeError, ValueError: tensors of a wrong kind or shape.
+    """
+
+    vectors: Tensor
+    context_tokens: Tensor
+    write_losses: Tensor
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        for name in _TENSORS:
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(getattr(self, name)).__name__}.")
+        if not self.vectors.is_floating_point():
+            raise TypeError(f"vectors must be floating point, got {self.vectors.dtype}.")
+        if self.vectors.dim() != 3 or 0 in self.vectors.shape:
+            raise ValueError(
+                f"vectors must have shape [batch, memory tokens, width], none of them 0, got {tuple(self.vectors.shape)}."
+            )
+        if self.context_tokens.is_floating_point() or self.context_tokens.shape != self.vectors.shape[:1]:
+            raise ValueError(
+                f"context_tokens must hold {len(self.vectors)} integers, one per state, got shape "
+                f"{tuple(self.context_tokens.shape)} of {self.context_tokens.dtype}."
+            )
+        losses = self.write_losses
+        if losses.dim() != 2 or len(losses) != len(self.vectors) or losses.shape[1] == 0:
+            raise ValueError(
+                f"write_losses must have shape [{len(self.vectors)}, steps + 1], got {tuple(losses.shape)}."
+            )
+        if not isinstance(self.fingerprint, str):
+            raise TypeError(f"fingerprint must be a string, got {type(self.fingerprint).__name__}.")
+
+    # ---------------------------------------------------------------- shape
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """m, the vectors per state."""
+        return self.vectors.shape[1]
+
+    @property
+    def width(self) -> int:
+        """d, the size of a vector."""
+        return self.vectors.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory itself, all states together."""
+        return self.vectors.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vectors.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vectors.device
+
+    def __len__(self) -> int:
+        """B, the number of states."""
+        return len(self.vectors)
+
+    def __iter__(self) -> Iterator[MemoryState]:
+        """The states one by one, each a batch of one."""
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> MemoryState:
+        """A state (an integer gives a batch of one) or several (slice, list, integer or boolean tensor)."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"There are {len(self)} memory states, and index {index} is none of them.")
+            index = slice(index % len(self), index % len(self) + 1)
+        if isinstance(index, slice):  # as a list: tensors know no negative steps
+            index = list(range(len(self)))[index]
+        rows = torch.as_tensor(index, device=self.device)
+        if not (rows.any() if rows.dtype == torch.bool else rows.numel()):
+            raise IndexError("The selection is empty; a MemoryState holds at least one state.")
+        return self._map(lambda tensor: tensor[rows])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
+        vectors, context_tokens, write_losses = (function(getattr(self, name)) for name in _TENSORS)
+        return MemoryState(vectors, context_tokens, write_losses, self.fingerprint)
+
+    @staticmethod
+    def stack(states: Sequence[MemoryState]) -> MemoryState:
+        """States as one batch, in order.
+
+        Raises:
+            ValueError: no states, or states of different models, shapes or dtypes.
+        """
+        states = _compatible(states, "stack", ("num_memory_tokens", "width", "dtype", "device", "fingerprint"))
+        return MemoryState(
+            vectors=torch.cat([state.vectors for state in states]),
+            context_tokens=torch.cat([state.context_tokens for state in states]),
+            write_losses=torch.cat(_same_steps(states)),
+            fingerprint=states[0].fingerprint,
+        )
+
+    @staticmethod
+    def concat(states: Sequence[MemoryState]) -> MemoryState:
+        """States side by side, to be read as one longer prefix: state i of each makes up state i of the result.
+
+        `context_tokens` add up; `write_losses` are the mean over all their tokens.
+
+        Raises:
+            ValueError: no states, or states of different models, widths, dtypes or batch sizes.
+        """
+        states = _compatible(states, "concat", ("batch size", "width", "dtype", "device", "fingerprint"))
+        tokens = torch.stack([state.context_tokens for state in states])
+        losses = torch.stack(_same_steps(states))
+        return MemoryState(
+            vectors=torch.cat([state.vectors for state in states], dim=1),
+            context_tokens=tokens.sum(0),
+            write_losses=(losses * tokens[..., None]).sum(0) / tokens.sum(0)[:, None],
+            fingerprint=states[0].fingerprint,
+        )
+
+    # ---------------------------------------------------------------- place
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
+        """On another device, or with the vectors in another floating dtype (bfloat16 halves their bytes)."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"vectors must be floating point, got {dtype}.")
+        moved = self._map(lambda tensor: tensor.to(device))
+        return MemoryState(moved.vectors.to(dtype), moved.context_tokens, moved.write_losses, self.fingerprint)
+
+    def cpu(self) -> MemoryState:
+        return self.to("cpu")
+
+    def detach(self) -> MemoryState:
+        return self._map(Tensor.detach)
+
+    def equal(self, other: MemoryState) -> bool:
+        """The same values bit for bit, dtypes and fingerprint, whatever the device."""
+        return self.to_bytes() == other.to_bytes()
+
+    def __repr__(self) -> str:
+        batch, m, d = self.vectors.shape
+        return (
+            f"MemoryState({batch} x {m} vectors of {d} {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"{self.context_tokens.tolist() if batch <= 8 else int(self.context_tokens.sum())} context tokens, "
+            f"model {self.fingerprint[:8]})"
+        )
+
+    # ---------------------------------------------------------------- files
+
+    def to_bytes(self) -> bytes:
+        """One safetensors file; equal states give equal bytes."""
+        metadata = json.dumps({"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}, sort_keys=True)
+        tensors = {name: getattr(self, name).detach().cpu().contiguous().clone() for name in _TENSORS}
+        return safetensors_save(tensors, metadata={_KEY: metadata})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, device: torch.device | str = "cpu") -> MemoryState:
+        """Read what `to_bytes` made. Never unpickles.
+
+        Raises:
+            MemoryStateError: the data is truncated, foreign, damaged or of a newer version.
+        """
+        if data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
+            raise MemoryStateError(
+                "This looks like a pickle (torch.save), which can run code when it is read and is never opened. Save "
+                "memory states with MemoryState.save."
+            )
+        # A safetensors file starts with the length of its JSON header in 8 bytes.
+        header_end = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < 10 or data[8:9] != b"{":
+            raise MemoryStateError("This is not a memory state: it is no safetensors file.")
+        if len(data) < header_end:
+            raise MemoryStateError(f"The data ends after {len(data)} bytes, inside its header: it is truncated.")
+        try:
+            metadata = json.loads(data[8:header_end]).get("__metadata__", {})
+            description = json.loads(metadata[_KEY])
+            found = (description["format"], int(description["version"]), str(description["fingerprint"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MemoryStateError(
+                "This is not a memory state: it is a safetensors file without the description that MemoryState.save "
+                "puts in."
+            ) from error
+        if found[0] != FORMAT:
+            raise MemoryStateError(f"This is not a memory state but {found[0]!r}.")
+        if found[1] > VERSION:
+            raise MemoryStateError(
+                f"This memory state has format version {found[1]}, and this gradmem_adapter knows versions up to "
+                f"{VERSION}: upgrade gradmem-adapter to read it."
+            )
+        try:
+            tensors = safetensors_load(data)
+        except SafetensorError as error:
+            raise MemoryStateError(f"The data is truncated or damaged: {error}.") from error
+        try:
+            state = cls(tensors[_TENSORS[0]], tensors[_TENSORS[1]], tensors[_TENSORS[2]], found[2])
+        except (KeyError, TypeError, ValueError) as error:
+            raise MemoryStateError(f"The memory state lacks a tensor or has a wrong one: {error}") from error
+        return state.to(device)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one file, whole or not at all: a file that is there already stays until the new one is complete.
+
+        Raises:
+            FileNotFoundError: the directory does not exist.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"There is no directory {str(path.parent)!r} to save {path.name!r} in; make it first."
+            )
+        data = self.to_bytes()
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MemoryState:
+        """Read a file that `save` made. Never unpickles.
+
+        Raises:
+            MemoryStateError: the file is truncated, foreign, damaged or of a newer version.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            return cls.from_bytes(Path(path).read_bytes(), device)
+        except MemoryStateError as error:
+            raise MemoryStateError(f"{os.fspath(path)}: {error}") from error.__cause__
+
+
+def _compatible(states: Sequence[MemoryState], what: str, names: Sequence[str]) -> list[MemoryState]:
+    """The states as a list, if they agree in the named properties."""
+    states = list(states)
+    if not states:
+        raise ValueError(f"There are no memory states to {what}.")
+    for name in names:
+        values = [len(state) if name == "batch size" else getattr(state, name) for state in states]
+        if len(set(values)) > 1:
+            raise ValueError(f"Memory states to {what} must have one {name.replace('_', ' ')}, got {values}.")
+    return states
+
+
+def _same_steps(states: Sequence[MemoryState]) -> list[Tensor]:
+    """The write losses of each state, those with fewer steps repeating their last."""
+    steps = max(state.write_losses.shape[1] for state in states)
+    return [
+        torch.cat([losses := state.write_losses, losses[:, -1:].expand(-1, steps - losses.shape[1])], dim=1)
+        for state in states
+    ]

@@ -1,0 +1,249 @@
+"""WRITE: the write loss, one write step, and the loop over steps. No autograd tricks: those are in meta_gradient.py."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .config import GradMemConfig
+from .lora_phase import backward_in_write, write_phase
+from .output_head import output_head
+from .slots import MemorySlots
+
+MAX_LOGITS = 2**24
+"""How many logits the write loss holds at once (64 MiB in float32); longer contexts are done in chunks."""
+
+
+class Context(NamedTuple):
+    """A batch of contexts, right padded: `input_ids` [B, N], `lengths` [B] (tokens that count)."""
+
+    input_ids: Tensor
+    lengths: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, N], True where a token counts."""
+        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+
+class WriteProgress(NamedTuple):
+    """What a callback of `write` is given before each step and after the last."""
+
+    step: int
+    steps: int
+    losses: Tensor
+    """[B], the write loss of each sample."""
+    recovered: Tensor
+    """[B], the share of context tokens that are the model's first choice given the true tokens before them."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What a write step needs beside the memory and the context."""
+
+    backbone: PreTrainedModel
+    slots: MemorySlots
+    adapter: str
+    config: GradMemConfig
+
+    def losses(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The write loss of each sample (GradMem, section 1 of the design):
+
+            L_w(M; C) = -(1/N) sum_i log p(t_i | [M; t_<i])
+
+        Args:
+            memory: [B, m, d].
+            context: B contexts.
+
+        Returns:
+            losses [B] and recovered [B], the share of tokens that are the model's first choice.
+        """
+        with write_phase():
+            embeddings = self.backbone.get_input_embeddings()(context.input_ids)
+            prefix = self.slots.prefix(memory, "write", self.adapter).to(embeddings.dtype)
+            # No attention mask: padding is on the right, where a causal model does not look, and without a mask the
+            # fastest attention kernels apply.
+            hidden = self.backbone.base_model(
+                inputs_embeds=torch.cat([prefix, embeddings], dim=1), use_cache=False, return_dict=True
+            ).last_hidden_state
+            # Position P-1, the last of the prefix, predicts t_1; the last token predicts nothing.
+            nll, hits = self._token_losses(hidden[:, prefix.shape[1] - 1 : -1], context)
+        return nll / context.lengths, hits / context.lengths
+
+    def _token_losses(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Summed cross entropy and count of correct first choices, [B] each, `MAX_LOGITS` logits at a time."""
+        head = output_head(self.backbone, self.slots.write_head(self.adapter))
+
+        def chunk_losses(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            logits = head(hidden).float() if hidden.dtype.itemsize < 4 else head(hidden)
+            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            hits = (logits.detach().argmax(-1) == targets) & mask
+            return (nll * mask).sum(-1), hits.sum(-1)
+
+        batch, length = context.input_ids.shape
+        vocabulary = self.backbone.get_output_embeddings().weight.shape[0]
+        chunk = max(1, MAX_LOGITS // (batch * vocabulary))
+        pieces = zip(
+            hidden.split(chunk, 1), context.input_ids.split(chunk, 1), context.mask.split(chunk, 1), strict=True
+        )
+        if chunk >= length or not torch.is_grad_enabled():
+            sums = [chunk_losses(*piece) for piece in pieces]
+        else:  # the logits of a chunk are computed again in the backward pass instead of kept
+            sums = [checkpoint(chunk_losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        nll, hits = zip(*sums, strict=True)
+        return torch.stack(nll).sum(0), torch.stack(hits).sum(0)
+
+    def clip(self, gradient: Tensor) -> Tensor:
+        """Each sample's write gradient [B, m, d], clipped by element value, then by norm, as configured."""
+        if (limit := self.config.write_clip_value) is not None:
+            gradient = gradient.clamp(-limit, limit)
+        if (limit := self.config.write_clip_norm) is not None:
+            norm = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True)
+            gradient = gradient * (limit / (norm + 1e-6)).clamp(max=1.0)
+        return gradient
+
+
+class WriteState(NamedTuple):
+    """The memory [B, m, d] and what the write optimizer carries from step to step (zeros for sgd)."""
+
+    memory: Tensor
+    mean: Tensor
+    square: Tensor
+    step: int
+
+    @classmethod
+    def start(cls, memory: Tensor) -> WriteState:
+        return cls(memory, torch.zeros_like(memory), torch.zeros_like(memory), 0)
+
+
+def sgd(state: WriteState, gradient: Tensor, lr: Tensor | float) -> WriteState:
+    """One write step: M_{k+1} = M_k - a * grad_M L_w(M_k; C)."""
+    return state._replace(memory=state.memory - lr * gradient, step=state.step + 1)
+
+
+def adam(state: WriteState, gradient: Tensor, lr: Tensor | float) -> WriteState:
+    """One write step by Adam (Kingma and Ba, 2015, algorithm 1), betas 0.9 and 0.999, per element of the memory."""
+    step = state.step + 1
+    mean = 0.9 * state.mean + 0.1 * gradient
+    square = 0.999 * state.square + 0.001 * gradient**2
+    # The epsilon is inside the root so that the root has a derivative where a gradient is zero.
+    scale = (square / (1 - 0.999**step) + 1e-16).sqrt()
+    return WriteState(state.memory - lr * mean / (1 - 0.9**step) / scale, mean, square, step)
+
+
+UPDATES: dict[str, Callable[[WriteState, Tensor, Tensor | float], WriteState]] = {"sgd": sgd, "adam": adam}
+
+
+def write_gradient(
+    writer: Writer, memory: Tensor, context: Context, create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped gradient of each sample's write loss, with the losses and the share recovered it came with.
+
+    Samples do not interact, so the gradient of the summed losses is every sample's own.
+
+    Args:
+        memory: [B, m, d], requires grad.
+        create_graph: make the gradient differentiable.
+
+    Returns:
+        gradient [B, m, d], losses [B], recovered [B].
+    """
+    losses, recovered = writer.losses(memory, context)
+    with backward_in_write():
+        (gradient,) = torch.autograd.grad(losses.sum(), memory, create_graph=create_graph)
+    return writer.clip(gradient), losses, recovered
+
+
+def write_memory(
+    writer: Writer,
+    memory: Tensor,
+    context: Context,
+    *,
+    steps: int,
+    lr: float,
+    optimizer: str,
+    tolerance: float | None = None,
+    stop_when_recovered: bool = False,
+    callback: Callable[[WriteProgress], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """WRITE: `steps` write steps from `memory`, with no graph kept.
+
+    A sample stops early, at the best of its last two memories, when a step lowered its loss by less than `tolerance`
+    times the loss, when every token is recovered (if asked for), or when its loss is no longer finite (with a
+    warning that names sample and step). The others go on.
+
+    Args:
+        memory: [B, m, d], where to start.
+        context: B contexts.
+
+    Returns:
+        memory [B, m, d] and losses [B, steps + 1]: before each step and after the last that was run for any sample.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # Clones: tensors made under inference_mode cannot take part in autograd, clones made outside it can.
+        context = Context(context.input_ids.clone(), context.lengths.clone())
+        state = WriteState.start(memory.detach().clone())
+        active = torch.ones(len(memory), dtype=torch.bool, device=memory.device)
+        # What a sample keeps: its memory at the last loss that counted.
+        kept, kept_loss = state.memory, torch.full((len(memory),), math.inf, device=memory.device)
+        history: list[Tensor] = []
+        for step in range(steps + 1):
+            last = step == steps
+            leaf = state.memory.detach().requires_grad_()
+            if last:
+                with torch.no_grad():
+                    losses, recovered = writer.losses(leaf, context)
+            else:
+                gradient, losses, recovered = write_gradient(writer, leaf, context)
+            losses = losses.detach().float()
+
+            finite = losses.isfinite()
+            if (active & ~finite).any():
+                _warn_diverged(active & ~finite, step)
+            better = finite if tolerance is None else finite & (losses <= kept_loss)
+            stalled = torch.zeros_like(active) if tolerance is None else losses > kept_loss * (1 - tolerance)
+            kept = torch.where((active & better)[:, None, None], leaf.detach(), kept)
+            kept_loss = torch.where(active & better, losses, kept_loss)
+            active = active & finite & ~stalled
+            history.append(kept_loss)
+            if callback is not None:
+                callback(WriteProgress(step, steps, kept_loss, recovered.float()))
+            if stop_when_recovered:
+                active = active & (recovered < 1)
+            if last or not active.any():
+                break
+            state = UPDATES[optimizer](state, gradient, lr)
+        return kept, torch.stack(history, dim=1)
+
+
+def _warn_diverged(diverged: Tensor, step: int) -> None:
+    samples = ", ".join(str(i) for i in diverged.nonzero().flatten().tolist())
+    warnings.warn(
+        f"WRITE: the write loss of sample {samples} is not finite after {step} steps; its memory is the one before, "
+        "the last with a finite loss. Use a lower write learning rate, or write_clip_norm.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> Context:
+    """Contexts with padding wherever it was, moved to the right.
+
+    Args:
+        input_ids: [B, N]; attention_mask: [B, N], 1 where a token counts, or None where all do.
+    """
+    if attention_mask is None:
+        return Context(input_ids, torch.full_like(input_ids[:, 0], input_ids.shape[1]))
+    mask = attention_mask.bool()
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    lengths = mask.sum(1)
+    return Context(input_ids.gather(1, order)[:, : int(lengths.max())], lengths)
