@@ -5,9 +5,12 @@ Importing this package makes "GRADMEM" a PEFT method (arXiv 2603.13875).
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .backbones import SMOLLM2, load_backbone
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import GradMemConfig
 from .model import Fidelity, GradMemModel, GradMemOutput
 from .peft_plugin import register
+from .pipeline import GradMemPipeline
 from .state import MemoryState, MemoryStateError
 from .write import WriteProgress
 
@@ -19,13 +22,18 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "SMOLLM2",
     "Fidelity",
     "GradMemConfig",
     "GradMemModel",
     "GradMemOutput",
+    "GradMemPipeline",
     "MemoryState",
     "MemoryStateError",
     "WriteProgress",
     "__version__",
+    "load_backbone",
+    "load_checkpoint",
     "register",
+    "save_checkpoint",
 ]

@@ -74,6 +74,14 @@ def require_double_backward(backbone: PreTrainedModel) -> None:
         NotImplementedError: it cannot; the message says what to do.
     """
     name = backbone.config._attn_implementation
+    checkpointing = backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
+    if checkpointing and name not in (None, "eager"):
+        # PyTorch leaves function modes while it runs a backward pass, so layers computed again there would be fused.
+        raise NotImplementedError(
+            f"meta_gradient='exact' works with gradient checkpointing only where the attention is 'eager', not "
+            f"{name!r}. Load the backbone with attn_implementation='eager', or do without checkpointing: 'exact' "
+            "already needs the memory of one write step alone, whatever their number."
+        )
     if name in (None, "eager", "sdpa"):
         return
     problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, backbone.device.type)

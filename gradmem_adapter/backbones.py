@@ -28,7 +28,11 @@ _FORMS = (
 
 
 def load_backbone(
-    reference: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    reference: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open the backbone that `reference` names, in eval mode, with its tokenizer (which has a pad token).
 
@@ -36,11 +40,13 @@ def load_backbone(
     Python package, dequantised into an ordinary model. `model.name_or_path` is `reference`, so that an adapter trained
     on the model remembers it. Dequantising takes many seconds, so its result is kept (float32, 4 bytes a weight) under
     `$GRADMEM_CACHE`, by default `gradmem` in the user's cache folder; that folder may be deleted at any time.
+    A `tokenizer` that is passed takes the place of the backbone's own.
     """
     if reference.startswith(_PACKAGE):
-        model, tokenizer = _open_gguf(_locate_gguf(reference), dtype)
+        model, own = _open_gguf(_locate_gguf(reference), dtype)
+        tokenizer = tokenizer or own
     else:
-        model, tokenizer = _open_directory_or_hub(reference, dtype)
+        model, tokenizer = _open_directory_or_hub(reference, dtype, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -51,14 +57,16 @@ def load_backbone(
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
-def _open_directory_or_hub(reference: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _open_directory_or_hub(
+    reference: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(reference).expanduser()
     local = path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1
     if not reference or (local and not path.is_dir()):
         raise FileNotFoundError(f"backbone {reference!r}: there is no such directory. {_FORMS}.")
     source = str(path) if path.is_dir() else reference
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:  # not there, not reachable, or not a causal LM
         where = "directory" if path.is_dir() else "hub id (there is no directory of that name)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbones import load_backbone
 from .config import GradMemConfig
+from .model import GradMemModel
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -31,7 +33,7 @@ def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: 
         model.save_pretrained(str(new))
         tokenizer.save_pretrained(str(new))
         if model.active_peft_config.train_backbone:
-            backbone: PreTrainedModel = model.get_base_model()
+            backbone = cast(PreTrainedModel, model.get_base_model())
             backbone.save_pretrained(str(new / BACKBONE), state_dict=backbone_state_dict(model))
         if path.exists():
             path.rename(old)
@@ -41,7 +43,7 @@ def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: 
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """The backbone's own tensors, buffers too, under the names they have without an adapter."""
     backbone = model.get_base_model()
-    adapters = {id(parameter) for _, parameter in model.base_model.adapter_parameters()}
+    adapters = {id(parameter) for _, parameter in cast(GradMemModel, model.base_model).adapter_parameters()}
     return {
         name.replace(".base_layer.", "."): tensor.detach()
         for name, tensor in backbone.state_dict(keep_vars=True).items()

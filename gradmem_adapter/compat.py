@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .config import GradMemConfig
+from .model import GradMemModel
 
 _BACKBONE = "model."
 # The authors' name of each tensor of the method, and ours.
@@ -105,7 +106,8 @@ def load_authors_checkpoint(
     missing, extra = set(ours) - set(state_dict), set(state_dict) - set(ours) - tied
     if missing or extra:
         raise ValueError(
-            f"The checkpoint does not fit options and base_config: missing {sorted(missing)}, left over {sorted(extra)}."
+            f"The checkpoint does not fit options and base_config: missing {sorted(missing)}, "
+            f"left over {sorted(extra)}."
         )
     with torch.no_grad():
         for name, parameter in ours.items():
@@ -127,8 +129,9 @@ def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: the adapter has a part without a name in the authors' code.
     """
-    slots, adapter = model.base_model.slots, model.active_adapter
-    config = model.peft_config[adapter]
+    tuner = cast(GradMemModel, model.base_model)
+    slots, adapter = tuner.slots, model.active_adapter
+    config = cast(GradMemConfig, model.peft_config[adapter])
     if config.lora_config is not None or config.learn_write_lr:
         raise ValueError("lora_config and learn_write_lr have no counterpart in the authors' code.")
     result: dict[str, nn.Parameter] = {}
@@ -140,7 +143,7 @@ def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
             result[theirs] = container[adapter]
         else:
             result |= {f"{theirs}.{part}": parameter for part, parameter in container[adapter].named_parameters()}
-    return result | {_BACKBONE + name: parameter for name, parameter in model.base_model.backbone_parameters()}
+    return result | {_BACKBONE + name: parameter for name, parameter in tuner.backbone_parameters()}
 
 
 def _backbone_names(model: PeftModel) -> dict[str, Tensor]:

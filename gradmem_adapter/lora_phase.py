@@ -55,5 +55,5 @@ def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
         if cls not in _gated_classes:
             _gated_classes[cls] = type(cls.__name__, (PhaseGated, cls), {})
         layer.__class__ = _gated_classes[cls]
-        layer.gradmem_phases = {}
-    layer.gradmem_phases[adapter] = phase
+    phases: dict[str, str] = layer.__dict__.setdefault("gradmem_phases", {})
+    phases[adapter] = phase

@@ -70,7 +70,7 @@ class GradMemModel(BaseTuner):
     Made by `get_peft_model(backbone, GradMemConfig(...))`; its methods are reached through the `PeftModel`.
     """
 
-    peft_config: dict[str, GradMemConfig]
+    peft_config: dict[str, GradMemConfig]  # type: ignore[assignment] # PEFT's own type, narrowed
     prefix = "gradmem_"
     uses_shared_state = True
     # LoRA layers belong to the adapter as the slots do: PEFT switches, deletes and freezes both by this class.
@@ -152,8 +152,8 @@ class GradMemModel(BaseTuner):
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The named parameters of all adapters: slots and LoRA layers, without what these wrap."""
         for layer_name, layer in self.model.named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                for name, child in layer.named_children():
+            if isinstance(layer, BaseTunerLayer):  # a mixin of modules
+                for name, child in cast(nn.Module, layer).named_children():
                     if name != "base_layer":
                         yield from child.named_parameters(prefix=f"{layer_name}.{name}")
 
@@ -179,7 +179,8 @@ class GradMemModel(BaseTuner):
         active = self.active_adapters
         if len(active) != 1:
             raise ValueError(
-                f"Memory needs exactly one active adapter, and there are {len(active)}: {active}. Use set_adapter(name)."
+                f"Memory needs exactly one active adapter, and there are {len(active)}: {active}. Use "
+                "set_adapter(name)."
             )
         return active[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -52,7 +52,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
     def add(self, adapter: str, config: GradMemConfig, backbone: PreTrainedModel) -> None:
         """Create the tensors of one adapter, on the device of the backbone's embeddings, float32 or wider."""
         embedding = backbone.get_input_embeddings()
-        table = embedding.weight
+        table = cast(Tensor, embedding.weight)
         factory: dict[str, Any] = {"device": table.device, "dtype": torch.promote_types(table.dtype, torch.float32)}
         m, c, d = config.num_memory_tokens, config.num_control_tokens, table.shape[1]
 
@@ -78,11 +78,11 @@ class MemorySlots(nn.Module, BaseTunerLayer):
             self.gradmem_projection[adapter] = projection
         if config.write_head:
             head = backbone.get_output_embeddings()
-            width, bias = head.weight.shape, getattr(head, "bias", None)
-            write_head = nn.Linear(width[1], width[0], bias=bias is not None, **factory)
+            weight, bias = cast(Tensor, head.weight), getattr(head, "bias", None)
+            write_head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, **factory)
             if config.init_weights and not write_head.weight.is_meta:
                 with torch.no_grad():
-                    write_head.weight.copy_(head.weight)
+                    write_head.weight.copy_(weight)
                     if bias is not None:
                         write_head.bias.copy_(bias)
             self.gradmem_write_head[adapter] = write_head
@@ -116,4 +116,4 @@ class MemorySlots(nn.Module, BaseTunerLayer):
 
     def write_head(self, adapter: str) -> nn.Module | None:
         """The output head of WRITE; None where WRITE uses the backbone's."""
-        return self.gradmem_write_head[adapter] if adapter in self.gradmem_write_head else None
+        return self.gradmem_write_head[adapter] if adapter in self.gradmem_write_head else None  # noqa: SIM401 - no get

@@ -54,7 +54,8 @@ class MemoryState:
             raise TypeError(f"vectors must be floating point, got {self.vectors.dtype}.")
         if self.vectors.dim() != 3 or 0 in self.vectors.shape:
             raise ValueError(
-                f"vectors must have shape [batch, memory tokens, width], none of them 0, got {tuple(self.vectors.shape)}."
+                "vectors must have shape [batch, memory tokens, width], none of them 0, got "
+                f"{tuple(self.vectors.shape)}."
             )
         if self.context_tokens.is_floating_point() or self.context_tokens.shape != self.vectors.shape[:1]:
             raise ValueError(
@@ -197,12 +198,12 @@ class MemoryState:
         Raises:
             MemoryStateError: the data is truncated, foreign, damaged or of a newer version.
         """
-        if data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
+        # A safetensors file starts with the length of its JSON header in 8 bytes, which may begin like a pickle (0x80).
+        if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
             raise MemoryStateError(
                 "This looks like a pickle (torch.save), which can run code when it is read and is never opened. Save "
                 "memory states with MemoryState.save."
             )
-        # A safetensors file starts with the length of its JSON header in 8 bytes.
         header_end = 8 + int.from_bytes(data[:8], "little")
         if len(data) < 10 or data[8:9] != b"{":
             raise MemoryStateError("This is not a memory state: it is no safetensors file.")

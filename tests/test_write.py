@@ -279,13 +279,20 @@ def test_bfloat16_backbone_keeps_the_memory_in_float32():
         model.fidelity(state, tokens(2, 8))
 
 
-def test_works_with_gradient_checkpointing_in_either_lora_phase():
+@pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+@pytest.mark.parametrize("phase", ["write", "read", "both"])
+def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
     """What a backward pass computes again belongs to the phase that its forward pass was in."""
     results = {}
     for checkpointing in (False, True):
-        model = make(
-            lora_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), lora_phase="write"
+        config = GradMemConfig(
+            num_memory_tokens=3,
+            meta_gradient=meta_gradient,
+            reconstruction_weight=0.5,
+            lora_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+            lora_phase=phase,
         )
+        model = get_peft_model(tiny(attn_implementation="eager"), config)
         model.train()
         if checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -295,3 +302,13 @@ def test_works_with_gradient_checkpointing_in_either_lora_phase():
     assert results[True].keys() == results[False].keys()
     for name, value in results[True].items():
         torch.testing.assert_close(value, results[False][name], rtol=1e-4, atol=1e-7)
+
+
+def test_exact_with_fused_attention_and_gradient_checkpointing_is_refused():
+    model = make()
+    model.train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 9)
+    model.write(ids)
+    with pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
+        model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids)

@@ -1,0 +1,145 @@
+"""The demonstration: a language model takes in a paragraph, forgets it, and recites it from a few vectors."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from .backbones import SMOLLM2, load_backbone
+from .config import GradMemConfig
+from .pipeline import GradMemPipeline
+from .state import MemoryState
+from .write import WriteProgress
+
+MIN_TOKENS = 40
+"""A text of fewer tokens would show little."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The figures of the last line."""
+
+    reconstructed: bool
+    context_tokens: int
+    memory_tokens: int
+    state_bytes: int
+    kv_cache_bytes: int
+    write_seconds: float
+
+
+def demo_text(path: Path | None = None) -> str:
+    """The paragraph to write: the one that ships with the package, or the content of a file."""
+    source = files("gradmem_adapter").joinpath("data/demo.txt") if path is None else path
+    return source.read_text(encoding="utf-8").strip()
+
+
+def kv_cache_bytes(model: PeftModel, input_ids: torch.Tensor) -> int:
+    """The bytes of the keys and values that the backbone keeps for a text [1, N], measured by running it."""
+    with torch.no_grad(), model.disable_adapter():
+        cache = model(input_ids=input_ids, use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def run_demo(
+    text: str,
+    *,
+    backbone: str = SMOLLM2,
+    memory_tokens: int | None = None,
+    steps: int = 300,
+    lr: float = 0.03,
+    seed: int = 0,
+    console: Console | None = None,
+) -> DemoResult:
+    """Write `text` into a memory state, save it, load it, and decode it greedily with the text gone.
+
+    Args:
+        backbone: see `load_backbone`.
+        memory_tokens: m, at most a quarter of the text's tokens; default: a fifth.
+        steps: write steps at most; WRITE stops when every token is recovered.
+        lr: of Adam. The slots are not trained, so this takes the steps that meta-training saves.
+        console: where to print.
+
+    Raises:
+        ValueError: a text that is too short or too long, or more vectors than a quarter of its tokens.
+    """
+    console = console or Console()
+    with console.status(f"Loading {backbone}"):
+        causal_lm, tokenizer = load_backbone(backbone)
+        set_seed(seed)
+    count = len(tokenizer(text)["input_ids"])
+    if count < MIN_TOKENS:
+        raise ValueError(f"The text has {count} tokens; the demo needs at least {MIN_TOKENS} to show something.")
+    memory_tokens = count // 5 if memory_tokens is None else memory_tokens
+    if not 1 <= memory_tokens <= count // 4:
+        raise ValueError(
+            f"{memory_tokens} memory tokens for {count} text tokens: the demo takes 1 to {count // 4}, a quarter."
+        )
+    # Without meta-training, slots that start as token embeddings are written to in far fewer steps than noise.
+    config = GradMemConfig(num_memory_tokens=memory_tokens, memory_init="vocab", write_optimizer="adam")
+    model = get_peft_model(causal_lm, config)
+    pipeline = GradMemPipeline(model.eval(), tokenizer)
+    console.print(Panel(text, title=f"The text: {count} tokens"))
+
+    started = time.perf_counter()
+    state = _write_with_progress(pipeline, text, steps, lr, console)
+    write_seconds = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.safetensors"
+        state.save(path)
+        state_bytes = path.stat().st_size
+        state = MemoryState.load(path)
+    recited = pipeline.reconstruct(state)[0]
+    original = _as_tokens(tokenizer, text)
+    console.print(Panel(recited, title=f"Recited from {memory_tokens} vectors, the text gone"))
+
+    cache_bytes = kv_cache_bytes(model, torch.tensor([tokenizer(text)["input_ids"]]))
+    console.print(
+        f"The state on disk takes {state_bytes:,} bytes; the KV cache of the same text takes {cache_bytes:,} bytes "
+        f"({cache_bytes / state_bytes:.1f} times as many)."
+    )
+    result = DemoResult(
+        reconstructed=recited == original,
+        context_tokens=count,
+        memory_tokens=memory_tokens,
+        state_bytes=state_bytes,
+        kv_cache_bytes=cache_bytes,
+        write_seconds=round(write_seconds, 1),
+    )
+    console.print(f"demo: {json.dumps(asdict(result))}", soft_wrap=True, highlight=False, markup=False)
+    return result
+
+
+def _as_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text as it comes back from its own tokens."""
+    return str(tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True))
+
+
+def _write_with_progress(pipeline: GradMemPipeline, text: str, steps: int, lr: float, console: Console) -> MemoryState:
+    """WRITE with a bar that shows the write loss and the share of tokens recovered."""
+    columns = (
+        TextColumn("Writing"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("step {task.fields[step]}, write loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("write", total=1.0, step=0, loss=float("nan"))
+
+        def show(now: WriteProgress) -> None:
+            progress.update(
+                task, completed=now.recovered.item(), step=now.step, loss=now.losses.item(), refresh=now.step % 10 == 0
+            )
+
+        return pipeline.write(text, steps=steps, lr=lr, stop_when_recovered=True, callback=show)
