@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 from safetensors import SafetensorError
@@ -105,13 +106,16 @@ class MemoryState:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> MemoryState:
         """A state (an integer gives a batch of one) or several (slice, list, integer or boolean tensor)."""
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"There are {len(self)} memory states, and index {index} is none of them.")
-            index = slice(index % len(self), index % len(self) + 1)
+        if isinstance(index, SupportsIndex) and not (isinstance(index, Tensor) and index.dim()):
+            number = index.__index__()
+            if not -len(self) <= number < len(self):
+                raise IndexError(f"There are {len(self)} memory states, and index {number} is none of them.")
+            index = [number]
         if isinstance(index, slice):  # as a list: tensors know no negative steps
             index = list(range(len(self)))[index]
         rows = torch.as_tensor(index, device=self.device)
+        if rows.dim() != 1:
+            raise IndexError(f"Select states by an integer or a list of them, not by shape {tuple(rows.shape)}.")
         if not (rows.any() if rows.dtype == torch.bool else rows.numel()):
             raise IndexError("The selection is empty; a MemoryState holds at least one state.")
         return self._map(lambda tensor: tensor[rows])
@@ -247,15 +251,15 @@ class MemoryState:
                 f"There is no directory {str(path.parent)!r} to save {path.name!r} in; make it first."
             )
         data = self.to_bytes()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
