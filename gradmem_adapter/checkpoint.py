@@ -37,7 +37,12 @@ def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: 
             backbone.save_pretrained(str(new / BACKBONE), state_dict=backbone_state_dict(model))
         if path.exists():
             path.rename(old)
-        new.rename(path)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
 
 
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
@@ -54,7 +59,7 @@ def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
 def load_checkpoint(
     path: str | Path,
     *,
-    backbone: str | PreTrainedModel | None = None,
+    backbone: str | Path | PreTrainedModel | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     is_trainable: bool = False,
@@ -83,7 +88,8 @@ def load_checkpoint(
             ) from error
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, GradMemConfig):
-        raise ValueError(f"{directory} holds a {config.peft_type} adapter, not a GradMem adapter.")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{directory} holds a {kind} adapter, not a GradMem adapter.")
     tokenizer: PreTrainedTokenizerBase | None = None
     if (directory / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -95,8 +101,8 @@ def load_checkpoint(
             f"The adapter in {directory} does not say what its backbone is (it was made from a configuration); pass "
             "backbone=, a model or where to find one."
         )
-    if isinstance(backbone, str):
-        backbone, tokenizer = load_backbone(backbone, dtype=dtype, device=device, tokenizer=tokenizer)
+    if isinstance(backbone, str | Path):
+        backbone, tokenizer = load_backbone(str(backbone), dtype=dtype, device=device, tokenizer=tokenizer)
     if tokenizer is None:
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
     model = PeftModel.from_pretrained(backbone, str(directory), is_trainable=is_trainable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -39,6 +40,7 @@ _OPTIONS = {
     "add_inner_loss_to_outer",
     "inner_loss_weight",
 }
+_REQUIRED = {"n_mem_tokens", "K", "lr"}
 _DESCRIPTIONS = {"architecture", "base_config", "tied_embeddings"}  # what a config file may say beside the options
 
 
@@ -46,11 +48,13 @@ def config_from_authors_options(options: Mapping[str, Any]) -> GradMemConfig:
     """The `GradMemConfig` that says what the authors' options say, all weights trained.
 
     Raises:
-        ValueError: an option that is not known, or a value of one.
+        ValueError: an option that is not known, a missing one, or a wrong value of one.
     """
     unknown = set(options) - _OPTIONS - _DESCRIPTIONS
     if unknown:
         raise ValueError(f"Unknown options {sorted(unknown)}; known are {sorted(_OPTIONS)}.")
+    if missing := _REQUIRED - set(options):
+        raise ValueError(f"Missing options {sorted(missing)}.")
     grad_mode = options.get("grad_mode", "second")
     if grad_mode not in _META_GRADIENTS:
         raise ValueError(f"grad_mode must be one of {sorted(_META_GRADIENTS)}, got {grad_mode!r}.")
@@ -98,7 +102,9 @@ def load_authors_checkpoint(
     if not isinstance(base_config, PretrainedConfig):
         fields = dict(base_config)
         base_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    backbone = AutoModelForCausalLM.from_config(base_config, dtype=state_dict["mem"].dtype)
+    base_config = copy.deepcopy(base_config)  # Transformers sets the dtype in it
+    dtype = state_dict["mem"].dtype if "mem" in state_dict else torch.float32
+    backbone = AutoModelForCausalLM.from_config(base_config, dtype=dtype)
     model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
 
     ours: dict[str, nn.Parameter] = authors_names(model)

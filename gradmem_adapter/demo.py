@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from .backbones import SMOLLM2, load_backbone
@@ -74,7 +75,7 @@ def run_demo(
         ValueError: a text that is too short or too long, or more vectors than a quarter of its tokens.
     """
     console = console or Console()
-    with console.status(f"Loading {backbone}"):
+    with console.status(Text(f"Loading {backbone}")):
         causal_lm, tokenizer = load_backbone(backbone)
         set_seed(seed)
     count = len(tokenizer(text)["input_ids"])
@@ -89,7 +90,7 @@ def run_demo(
     config = GradMemConfig(num_memory_tokens=memory_tokens, memory_init="vocab", write_optimizer="adam")
     model = get_peft_model(causal_lm, config)
     pipeline = GradMemPipeline(model.eval(), tokenizer)
-    console.print(Panel(text, title=f"The text: {count} tokens"))
+    console.print(Panel(Text(text), title=f"The text: {count} tokens"))
 
     started = time.perf_counter()
     state = _write_with_progress(pipeline, text, steps, lr, console)
@@ -101,7 +102,7 @@ def run_demo(
         state = MemoryState.load(path)
     recited = pipeline.reconstruct(state)[0]
     original = _as_tokens(tokenizer, text)
-    console.print(Panel(recited, title=f"Recited from {memory_tokens} vectors, the text gone"))
+    console.print(Panel(Text(recited), title=f"Recited from {memory_tokens} vectors, the text gone"))
 
     cache_bytes = kv_cache_bytes(model, torch.tensor([tokenizer(text)["input_ids"]]))
     console.print(

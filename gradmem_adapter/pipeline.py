@@ -119,7 +119,7 @@ class GradMemPipeline:
                 )
             except BaseException as error:
                 errors.append(error)
-                streamer.end()
+                streamer.on_finalized_text("", stream_end=True)  # end() would decode, which may be what failed
 
         thread = threading.Thread(target=run, name="gradmem-stream", daemon=True)
         thread.start()
@@ -162,21 +162,26 @@ class GradMemPipeline:
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
         """Pad here and not in the tokenizer, which keeps its padding as state that threads would share."""
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         ids = [torch.tensor(row, dtype=torch.long) for row in rows]
         masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
         device = self.model.device
         return (
-            pad_sequence(ids, batch_first=True, padding_value=float(pad), padding_side=side).to(device),
+            pad_sequence(ids, batch_first=True, padding_value=float(self._pad_token_id), padding_side=side).to(device),
             pad_sequence(masks, batch_first=True, padding_side=side).to(device),
         )
+
+    @property
+    def _pad_token_id(self) -> int:
+        """The pad token, or the end token where there is none."""
+        pad = self.tokenizer.pad_token_id
+        return cast(int, self.tokenizer.eos_token_id if pad is None else pad)
 
     def _generation_options(self, options: dict[str, Any]) -> dict[str, Any]:
         options = dict(options)
         if options.get("stop_strings") is not None:
             options.setdefault("tokenizer", self.tokenizer)
         if self.model.generation_config.pad_token_id is None:
-            options.setdefault("pad_token_id", self.tokenizer.pad_token_id or self.tokenizer.eos_token_id)
+            options.setdefault("pad_token_id", self._pad_token_id)
         return options
 
 

@@ -1,0 +1,262 @@
+"""Checkpoints: what goes in comes out bit for bit, whole or not at all, and errors say what to do."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import tiny, tiny_text, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from gradmem_adapter import GradMemConfig, checkpoint
+from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
+from gradmem_adapter.pipeline import GradMemPipeline
+
+LORA = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    return save_backbone(tmp_path / "base")
+
+
+def save_backbone(path, architecture="llama", tokenizer=True):
+    tiny(architecture).save_pretrained(path)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def make(reference, **config):
+    """An adapter with every tensor the method has, on the backbone in a directory."""
+    backbone = AutoModelForCausalLM.from_pretrained(reference)
+    defaults = {
+        "num_memory_tokens": 3, "write_lr": 0.3, "memory_init_std": 0.5, "num_control_tokens": 1,
+        "memory_projection": "shared", "write_head": True, "learn_write_lr": True, "init_weights": False,
+    }  # fmt: skip
+    return get_peft_model(backbone, GradMemConfig(**defaults | config)).eval()
+
+
+def train(model):
+    """Change every trainable tensor, as training does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model
+
+
+def outcome(model, tokenizer):
+    pipeline = GradMemPipeline(model, tokenizer)
+    state = pipeline.write([tiny_text(9), tiny_text(5, 1)])
+    texts = pipeline.generate([tiny_text(3, 2), tiny_text(5, 3)], memory=state, max_new_tokens=8, do_sample=False)
+    return state.to_bytes(), texts
+
+
+def same(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def files(path):
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("lora", [None, LORA], ids=["alone", "lora"])
+    def test_frozen_backbone(self, backbone, tmp_path, lora):
+        model, tokenizer = train(make(backbone, lora_config=lora)), tiny_tokenizer()
+        save_checkpoint(model, tokenizer, tmp_path / "saved")
+        assert not (tmp_path / "saved" / "backbone").exists()
+        assert "adapter_model.safetensors" in files(tmp_path / "saved")
+        assert not any("model-0" in name or name == "model.safetensors" for name in files(tmp_path / "saved"))
+        loaded, words = load_checkpoint(tmp_path / "saved")
+        assert same(loaded, model)
+        assert outcome(loaded, words) == outcome(model, tokenizer)
+        assert loaded.fingerprint() == model.fingerprint()
+        assert not loaded.training
+        assert loaded.get_base_model().name_or_path == backbone
+
+    @pytest.mark.parametrize("lora", [None, LORA], ids=["alone", "lora"])
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama"])  # tied and untied
+    def test_trained_backbone(self, tmp_path, architecture, lora):
+        reference = save_backbone(tmp_path / "base", architecture)
+        model, tokenizer = train(make(reference, train_backbone=True, lora_config=lora)), tiny_tokenizer()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save_checkpoint(model, tokenizer, tmp_path / "saved")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        shutil.rmtree(reference)  # not needed any more
+        loaded, words = load_checkpoint(str(tmp_path / "saved"))
+        assert same(loaded, model)
+        assert outcome(loaded, words) == outcome(model, tokenizer)
+
+        plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "backbone", output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        trained = dict(model.base_model.backbone_parameters())
+        assert trained.keys() == dict(plain.named_parameters()).keys()
+        assert all(torch.equal(parameter, trained[name]) for name, parameter in plain.named_parameters())
+        assert not same(plain, tiny(architecture))
+        ids = torch.tensor([[5, 6, 7]])
+        if lora is None:
+            assert torch.equal(plain(ids).logits, model(input_ids=ids).logits)
+
+        save_checkpoint(loaded, words, tmp_path / "again")  # and once more
+        assert outcome(*load_checkpoint(tmp_path / "again")) == outcome(model, tokenizer)
+
+    def test_query_format(self, backbone, tmp_path):
+        model = make(backbone, query_format="Question : {query} :")
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
+        assert GradMemPipeline(*load_checkpoint(tmp_path / "saved")).format_query("w1")[0] == "Question : w1 :"
+
+    def test_tokenizer(self, backbone, tmp_path):
+        save_checkpoint(make(backbone), tiny_tokenizer(bos=True, chat_template="{{ messages }}"), tmp_path / "saved")
+        _, words = load_checkpoint(tmp_path / "saved")
+        assert words.chat_template == "{{ messages }}"
+        assert words("w1")["input_ids"] == tiny_tokenizer(bos=True)("w1")["input_ids"]
+
+    def test_dtype(self, backbone, tmp_path):
+        save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "saved")
+        loaded, _ = load_checkpoint(tmp_path / "saved", dtype=torch.bfloat16)
+        assert loaded.get_base_model().lm_head.weight.dtype == torch.bfloat16
+        assert loaded.base_model.slots.gradmem_memory["default"].dtype == torch.float32
+
+    @pytest.mark.parametrize("train_backbone", [False, True])
+    def test_is_trainable(self, backbone, tmp_path, train_backbone):
+        model = make(backbone, train_backbone=train_backbone)
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for is_trainable in (False, True):
+            loaded, _ = load_checkpoint(tmp_path / "saved", is_trainable=is_trainable)
+            trainable = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+            assert trainable == (wanted if is_trainable else set())
+
+
+class TestBackbone:
+    def test_passed(self, backbone, tmp_path):
+        model, tokenizer = make(backbone), tiny_tokenizer()
+        save_checkpoint(model, tokenizer, tmp_path / "saved")
+        moved = (tmp_path / "base").rename(tmp_path / "moved")
+        with pytest.raises(FileNotFoundError, match="there is no such directory"):
+            load_checkpoint(tmp_path / "saved")
+        for override in (AutoModelForCausalLM.from_pretrained(moved), str(moved), moved):
+            loaded, words = load_checkpoint(tmp_path / "saved", backbone=override)
+            assert outcome(loaded, words) == outcome(model, tokenizer)
+
+    def test_passed_beside_a_trained_one(self, backbone, tmp_path):
+        model = train(make(backbone, train_backbone=True))
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
+        loaded, _ = load_checkpoint(tmp_path / "saved", backbone=backbone)
+        assert torch.equal(loaded.get_base_model().lm_head.weight, tiny().lm_head.weight)
+        assert not torch.equal(loaded.get_base_model().lm_head.weight, model.get_base_model().lm_head.weight)
+
+    def test_no_reference(self, tmp_path):
+        model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2)).eval()
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
+        with pytest.raises(ValueError, match="does not say what its backbone is"):
+            load_checkpoint(tmp_path / "saved")
+        loaded, words = load_checkpoint(tmp_path / "saved", backbone=tiny())
+        assert outcome(loaded, words) == outcome(model, tiny_tokenizer())
+
+    def test_tokenizer_in_the_checkpoint_alone(self, tmp_path):
+        model = make(save_backbone(tmp_path / "base", tokenizer=False))
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
+        loaded, words = load_checkpoint(tmp_path / "saved")
+        assert outcome(loaded, words) == outcome(model, tiny_tokenizer())
+
+    def test_tokenizer_in_the_backbone_alone(self, backbone, tmp_path):
+        model = make(backbone)
+        model.save_pretrained(tmp_path / "saved")  # PEFT's own, without a tokenizer
+        loaded, words = load_checkpoint(tmp_path / "saved")
+        assert outcome(loaded, words) == outcome(model, tiny_tokenizer())
+        with pytest.raises(ValueError, match="There is no tokenizer in"):
+            load_checkpoint(tmp_path / "saved", backbone=tiny())
+
+    def test_peft_opens_it(self, backbone, tmp_path):
+        model = make(backbone)
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), tmp_path / "saved").eval()
+        assert outcome(loaded, tiny_tokenizer()) == outcome(model, tiny_tokenizer())
+
+
+class TestWhole:
+    def test_replaces(self, backbone, tmp_path):
+        path = tmp_path / "new folder" / "saved"
+        save_checkpoint(make(backbone, train_backbone=True), tiny_tokenizer(), path)
+        model = make(backbone)
+        save_checkpoint(model, tiny_tokenizer(), path)
+        assert not (path / "backbone").exists()
+        assert outcome(*load_checkpoint(path)) == outcome(model, tiny_tokenizer())
+        assert [entry.name for entry in path.parent.iterdir()] == ["saved"]
+
+    @pytest.mark.parametrize("where", ["tokenizer", "backbone", "rename"])
+    def test_failure_leaves_the_earlier_one(self, backbone, tmp_path, monkeypatch, where):
+        path = tmp_path / "checkpoints" / "saved"
+        model, tokenizer = make(backbone), tiny_tokenizer()
+        save_checkpoint(model, tokenizer, path)
+        content = {name: (path / name).read_bytes() for name in files(path)}
+
+        def fail(*_, **__):
+            raise OSError("no space left on device")
+
+        other = train(make(backbone, train_backbone=True))
+        if where == "tokenizer":
+            monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+        elif where == "backbone":
+            monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+        else:
+            rename = checkpoint.Path.rename
+            monkeypatch.setattr(
+                checkpoint.Path, "rename", lambda self, to: fail() if self.name == "new" else rename(self, to)
+            )
+        with pytest.raises(OSError, match="no space left"):
+            save_checkpoint(other, tokenizer, path)
+        monkeypatch.undo()
+        assert {name: (path / name).read_bytes() for name in files(path)} == content
+        assert [entry.name for entry in path.parent.iterdir()] == ["saved"]
+        assert outcome(*load_checkpoint(path)) == outcome(model, tiny_tokenizer())
+
+    def test_failure_of_a_first_one(self, backbone, tmp_path, monkeypatch):
+        def fail(*_, **__):
+            raise OSError("no space left on device")
+
+        tokenizer = tiny_tokenizer()
+        monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+        with pytest.raises(OSError, match="no space left"):
+            save_checkpoint(make(backbone), tokenizer, tmp_path / "checkpoints" / "saved")
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+class TestErrors:
+    def test_no_such_path(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"There is no checkpoint .*none"):
+            load_checkpoint(tmp_path / "none")
+
+    def test_hub_out_of_reach(self, monkeypatch):
+        def unreachable(*_, **__):
+            raise OSError("cannot connect")
+
+        monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
+        with pytest.raises(FileNotFoundError, match=r"There is no checkpoint 'someone/adapter'.*cannot connect"):
+            load_checkpoint("someone/adapter")
+
+    def test_hub(self, backbone, tmp_path, monkeypatch):
+        model = make(backbone)
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
+        monkeypatch.setattr(checkpoint, "snapshot_download", {"someone/adapter": str(tmp_path / "saved")}.__getitem__)
+        assert outcome(*load_checkpoint("someone/adapter")) == outcome(model, tiny_tokenizer())
+
+    def test_another_kind_of_adapter(self, tmp_path):
+        get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+        with pytest.raises(ValueError, match="holds a LORA adapter, not a GradMem adapter"):
+            load_checkpoint(tmp_path / "lora")
+
+    def test_directory_without_an_adapter(self, backbone):
+        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+            load_checkpoint(backbone)
+
+    def test_config_is_json(self, backbone, tmp_path):
+        save_checkpoint(make(backbone, lora_config=LORA), tiny_tokenizer(), tmp_path / "saved")
+        config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+        assert config["peft_type"] == "GRADMEM"
+        assert config["base_model_name_or_path"] == backbone

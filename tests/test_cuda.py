@@ -1,0 +1,114 @@
+"""What only a GPU shows; skipped on machines without one."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny, tokens
+
+from gradmem_adapter import GradMemConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def step(model, device, context=12, **kwargs):
+    ids = tokens(2, context).to(device)
+    output = model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids, **kwargs)
+    output.loss.backward()
+    return output
+
+
+def gradients(model):
+    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+@pytest.mark.parametrize("phase", ["both", "write", "read"])
+def test_meta_gradient_equals_the_cpu(meta_gradient, phase):
+    """Autograd runs backward passes on a GPU in threads of its own, where a phase kept per thread must not be lost."""
+    results = []
+    for device, checkpointing in (("cpu", False), ("cuda", False), ("cuda", True)):
+        config = GradMemConfig(
+            num_memory_tokens=3,
+            meta_gradient=meta_gradient,
+            write_head=True,
+            reconstruction_weight=0.3,
+            lora_config=LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+            lora_phase=phase,
+        )
+        model = get_peft_model(tiny(attn_implementation="eager" if checkpointing else "sdpa"), config).to(device)
+        model.train()
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        step(model, device)
+        results.append(gradients(model))
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for name, value in results[0].items():
+            assert (other[name] - value).norm() < 1e-3 * value.norm() + 1e-6, name
+
+
+def test_dropout_masks_are_replayed():
+    model = get_peft_model(
+        tiny("gpt2", embd_pdrop=0.3, resid_pdrop=0.3, attn_pdrop=0.0).double(), GradMemConfig(num_memory_tokens=2)
+    ).cuda()
+    model.train()
+    slots = model.base_model.slots.gradmem_memory["default"]
+
+    def loss():
+        torch.manual_seed(3)
+        ids = tokens(2, 9).cuda()
+        output = model(input_ids=ids[:, :4], context_input_ids=ids)
+        return output.logits.square().mean()
+
+    loss().backward()
+    direction, e = slots.grad / slots.grad.norm(), 1e-5
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            slots.add_(sign * e * direction)
+        values.append(loss().item())
+        with torch.no_grad():
+            slots.sub_(sign * e * direction)
+    assert (values[0] - values[1]) / (2 * e) == pytest.approx(slots.grad.norm().item(), rel=1e-4)
+
+
+def test_states_move_and_are_read_by_either_device():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3)).eval()
+    here = model.write(tokens(2, 9))
+    fingerprint = model.fingerprint()
+    model.cuda()
+    assert model.fingerprint() == fingerprint
+    there = model.write(tokens(2, 9))
+    assert there.device.type == "cuda"
+    torch.testing.assert_close(there.vectors.cpu(), here.vectors, rtol=1e-3, atol=1e-4)
+    prompt = tokens(2, 4)
+    torch.testing.assert_close(
+        model.generate(prompt, memory=here, max_new_tokens=4),
+        model.generate(prompt.cuda(), memory=there, max_new_tokens=4),
+    )
+
+
+@pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+def test_memory_of_a_training_step_is_flat_in_the_write_steps(meta_gradient):
+    """SmolLM2-135M's shape, random weights, bfloat16, 2 x 512 tokens."""
+    peaks = {}
+    for steps in (1, 6):
+        backbone = tiny(
+            scale=1.0, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
+        ).bfloat16()  # fmt: skip
+        config = GradMemConfig(
+            num_memory_tokens=8, write_steps=steps, write_lr=0.1, meta_gradient=meta_gradient, train_backbone=True
+        )
+        model = get_peft_model(backbone, config).cuda()
+        step(model, "cuda", context=512)
+        model.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step(model, "cuda", context=512)
+        peaks[steps] = torch.cuda.max_memory_allocated() / 2**30
+        del model, backbone
+        torch.cuda.empty_cache()
+    print(f"peak GiB, {meta_gradient}: {peaks}")
+    assert peaks[6] < 1.25 * peaks[1]

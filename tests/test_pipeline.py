@@ -1,0 +1,364 @@
+"""Texts in, texts out: the pipeline equals tokenizer and model by hand, alone, in batches, in streams and threads."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny, tiny_text, tiny_tokenizer
+from transformers import StoppingCriteria
+
+from gradmem_adapter import GradMemConfig
+from gradmem_adapter.pipeline import GradMemPipeline
+
+CONTEXTS = [tiny_text(9, 1), tiny_text(5, 2), tiny_text(12, 3)]
+PROMPTS = [tiny_text(6, 4), tiny_text(2, 5), tiny_text(4, 6)]
+CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}, {"role": "user", "content": "w4"}]
+
+
+def make(*, bos=False, tokenizer=None, **config):
+    backbone = tiny()
+    scale = float(backbone.get_input_embeddings()(torch.arange(3, 20)).detach().std())
+    defaults = {"num_memory_tokens": 3, "write_lr": 0.3, "num_control_tokens": 1, "memory_init_std": scale}
+    model = get_peft_model(backbone, GradMemConfig(**defaults | config)).eval()
+    return GradMemPipeline(model, tokenizer or tiny_tokenizer(bos=bos))
+
+
+@pytest.fixture
+def pipeline():
+    return make()
+
+
+def by_hand(pipeline, prompt, state, special=True, count=8):
+    """One prompt through tokenizer and model.generate."""
+    ids = pipeline.tokenizer(prompt, return_tensors="pt", add_special_tokens=special)["input_ids"]
+    output = pipeline.model.generate(
+        input_ids=ids, memory=state, max_new_tokens=count, min_new_tokens=count, do_sample=False
+    )
+    return pipeline.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def answer(pipeline, prompts, memory=None, **options):
+    defaults = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    return pipeline.generate(prompts, memory=memory, **defaults | options)
+
+
+class TestWrite:
+    @pytest.mark.parametrize("bos", [False, True])
+    def test_equals_the_model(self, bos):
+        pipeline = make(bos=bos)
+        state = pipeline.write(CONTEXTS, steps=3, lr=0.1)
+        encoded = pipeline.tokenizer(CONTEXTS, return_tensors="pt", padding=True, padding_side="right")
+        assert state.equal(pipeline.model.write(**encoded, steps=3, lr=0.1))
+        assert state.context_tokens.tolist() == [9 + bos, 5 + bos, 12 + bos]
+        assert state.write_losses.shape == (3, 4)
+
+    def test_one_text_is_a_batch_of_one(self, pipeline):
+        state = pipeline.write(CONTEXTS[0])
+        ids = pipeline.tokenizer(CONTEXTS[0], return_tensors="pt")["input_ids"]
+        assert len(state) == 1
+        assert state.equal(pipeline.model.write(ids))
+        assert state.equal(pipeline.write((CONTEXTS[0],)))
+
+    def test_goes_on_from_a_state(self, pipeline):
+        first = pipeline.write(CONTEXTS, steps=2)
+        second = pipeline.write(CONTEXTS, steps=1, initial=first)
+        torch.testing.assert_close(second.vectors, pipeline.write(CONTEXTS, steps=3).vectors)
+
+    def test_nothing_to_write(self, pipeline):
+        with pytest.raises(ValueError, match="no text to write"):
+            pipeline.write([])
+        with pytest.raises(ValueError, match="Context 0 is empty"):
+            pipeline.write("")
+        with pytest.raises(ValueError, match="Context 1 is empty"):
+            pipeline.write([CONTEXTS[0], " "])
+
+    def test_too_long(self, pipeline):
+        with pytest.raises(ValueError, match="Context 0 has 120 tokens, and at most 91 are allowed"):
+            pipeline.write(tiny_text(120))
+
+    def test_fidelity_and_reconstruct(self):
+        pipeline = make(memory_init="vocab", write_optimizer="adam", num_memory_tokens=6)
+        contexts = ["w1 w1 w1 w1 w1 w1", "w2 w2 w2", CONTEXTS[0]]
+        state = pipeline.write(contexts, steps=100, lr=0.1, stop_when_recovered=True)
+        fidelity = pipeline.fidelity(contexts, state)
+        encoded = pipeline.tokenizer(contexts, return_tensors="pt", padding=True, padding_side="right")
+        expected = pipeline.model.fidelity(state, **encoded)
+        assert torch.equal(fidelity.greedy, expected.greedy)
+        assert torch.equal(fidelity.teacher_forced, expected.teacher_forced)
+        texts = pipeline.reconstruct(state)
+        assert len(texts) == 3
+        for share, text, context in zip(fidelity.greedy, texts, contexts, strict=True):
+            assert (text == context) == (share == 1)
+        assert fidelity.greedy.max() == 1  # or the comparison above says nothing
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("bos", [False, True])
+    def test_equals_the_model(self, bos):
+        pipeline = make(bos=bos)
+        states = pipeline.write(CONTEXTS)
+        expected = [by_hand(pipeline, prompt, state) for prompt, state in zip(PROMPTS, states, strict=True)]
+        assert answer(pipeline, PROMPTS, states) == expected
+        assert [answer(pipeline, prompt, state)[0] for prompt, state in zip(PROMPTS, states, strict=True)] == expected
+        assert all(expected)
+        assert not any(text.startswith(prompt) for text, prompt in zip(expected, PROMPTS, strict=True))
+        assert expected != answer(pipeline, PROMPTS)
+
+    def test_one_prompt_and_none(self, pipeline):
+        state = pipeline.write(CONTEXTS[0])
+        single = answer(pipeline, PROMPTS[0], state)
+        assert single == answer(pipeline, [PROMPTS[0]], state) == answer(pipeline, (PROMPTS[0],), state)
+        assert isinstance(single, list)
+        assert len(single) == 1
+        assert answer(pipeline, [], state) == []
+
+    def test_without_memory_is_the_backbone(self, pipeline):
+        backbone = tiny()
+        for prompt in PROMPTS:
+            ids = pipeline.tokenizer(prompt, return_tensors="pt")["input_ids"]
+            output = backbone.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            expected = pipeline.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            assert answer(pipeline, prompt) == [expected]
+
+    def test_one_state_for_all_prompts(self, pipeline):
+        state = pipeline.write(CONTEXTS[0])
+        assert answer(pipeline, PROMPTS, state) == [by_hand(pipeline, prompt, state) for prompt in PROMPTS]
+
+    def test_context_index(self, pipeline):
+        states = pipeline.write(CONTEXTS)
+        index = [2, 0, 2]
+        expected = [by_hand(pipeline, prompt, states[i]) for prompt, i in zip(PROMPTS, index, strict=True)]
+        assert answer(pipeline, PROMPTS, states, context_index=torch.tensor(index)) == expected
+        assert answer(pipeline, PROMPTS, states, context_index=index) == expected
+
+    def test_states_that_do_not_fit(self, pipeline):
+        with pytest.raises(ValueError, match="3 queries for 2 memory states"):
+            answer(pipeline, PROMPTS, pipeline.write(CONTEXTS[:2]))
+        state = make(num_memory_tokens=4).write(CONTEXTS[0])
+        with pytest.raises(ValueError, match="was written by model"):
+            answer(pipeline, PROMPTS[0], state)
+
+    def test_stop_strings(self, pipeline):
+        state = pipeline.write(CONTEXTS[0])
+        (whole,) = answer(pipeline, PROMPTS[0], state)
+        stop = whole.split()[2]
+        (text,) = answer(pipeline, PROMPTS[0], state, min_new_tokens=1, stop_strings=[stop])
+        assert text == " ".join(whole.split()[: whole.split().index(stop) + 1])
+
+    def test_structured_output_and_several_sequences(self, pipeline):
+        state = pipeline.write(CONTEXTS[0])
+        assert answer(pipeline, PROMPTS, state, return_dict_in_generate=True) == answer(pipeline, PROMPTS, state)
+        texts = answer(pipeline, PROMPTS[:2], state, num_beams=2, num_return_sequences=2)
+        assert len(texts) == 4
+
+    def test_pad_token_zero_counts(self, pipeline):
+        """Token 0 is the pad token of many tokenizers; it is not "none"."""
+        pipeline.model.generation_config.pad_token_id = None
+        assert pipeline._generation_options({})["pad_token_id"] == 0
+        pipeline.tokenizer.eos_token = None
+        assert pipeline._generation_options({})["pad_token_id"] == 0
+        assert pipeline._generation_options({"pad_token_id": 5})["pad_token_id"] == 5
+
+    def test_lora(self):
+        pipeline = make(lora_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        states = pipeline.write(CONTEXTS)
+        expected = [by_hand(pipeline, prompt, state) for prompt, state in zip(PROMPTS, states, strict=True)]
+        assert answer(pipeline, PROMPTS, states) == expected
+
+
+class TestFormat:
+    @pytest.mark.parametrize(
+        ("query_format", "formatted", "special"),
+        [
+            ("text", "w1 w2", True),
+            ("chat", "<s> user : w1 w2 assistant :", False),
+            ("Question : {query} :", "Question : w1 w2 :", True),
+        ],
+    )
+    def test_query_format(self, query_format, formatted, special):
+        pipeline = make(bos=True, query_format=query_format)
+        state = pipeline.write(CONTEXTS[0])
+        assert pipeline.format_query("w1 w2") == (formatted, special)
+        assert answer(pipeline, "w1 w2", state) == [by_hand(pipeline, formatted, state, special)]
+
+    def test_braces_in_a_query(self):
+        assert make(query_format="{query} {x}").format_query("{query} {y}") == ("{query} {y} {x}", True)
+
+    @pytest.mark.parametrize("query_format", ["text", "chat", "Question : {query}"])
+    def test_messages(self, query_format):
+        pipeline = make(bos=True, query_format=query_format)
+        state = pipeline.write(CONTEXTS[0])
+        formatted = "<s> user : w1 w2 assistant : w3 user : w4 assistant :"
+        assert pipeline.format_query(CHAT) == (formatted, False)
+        expected = [by_hand(pipeline, formatted, state, special=False)]
+        assert answer(pipeline, CHAT, state) == answer(pipeline, [CHAT], state) == expected
+        assert answer(pipeline, [CHAT, "w5"], state) == expected + answer(pipeline, "w5", state)
+
+    def test_without_a_chat_template(self):
+        tokenizer = tiny_tokenizer(chat_template=None)
+        with pytest.raises(ValueError, match="no chat template"):
+            answer(make(tokenizer=tokenizer), CHAT)
+        with pytest.raises(ValueError, match="no chat template"):
+            answer(make(tokenizer=tokenizer, query_format="chat"), "w1")
+
+
+def in_time(function, seconds=20):
+    """The result of a call that must not hang."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=seconds)
+
+
+def stream_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "gradmem-stream"]
+
+
+class TestStream:
+    @pytest.mark.parametrize("prompt", [PROMPTS[0], CHAT], ids=["text", "chat"])
+    @pytest.mark.parametrize("memory", [True, False])
+    def test_pieces_make_up_the_text(self, pipeline, prompt, memory):
+        state = pipeline.write(CONTEXTS[0]) if memory else None
+        options = {"memory": state, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+        pieces = list(pipeline.stream(prompt, **options))
+        assert len(pieces) > 3
+        assert all(pieces)
+        assert "".join(pieces) == pipeline.generate(prompt, **options)[0]
+        assert not stream_threads()
+
+    def test_stop_strings_and_criteria(self, pipeline):
+        state = pipeline.write(CONTEXTS[0])
+        options = {"memory": state, "max_new_tokens": 12, "do_sample": False}
+        stop = pipeline.generate(PROMPTS[0], min_new_tokens=12, **options)[0].split()[1]
+        options["min_new_tokens"] = 2
+        expected = pipeline.generate(PROMPTS[0], stop_strings=[stop], **options)[0]
+        assert "".join(pipeline.stream(PROMPTS[0], stop_strings=[stop], **options)) == expected
+
+        class AtOnce(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                return torch.ones(len(input_ids), dtype=torch.bool)
+
+        first = pipeline.generate(PROMPTS[0], stopping_criteria=[AtOnce()], **options)[0]
+        assert "".join(pipeline.stream(PROMPTS[0], stopping_criteria=[AtOnce()], **options)) == first
+        assert len(first.split()) == 1
+
+    def test_error_in_generate(self, pipeline):
+        state = pipeline.write(CONTEXTS)
+        with pytest.raises(ValueError, match="1 queries for 3 memory states"):
+            in_time(lambda: list(pipeline.stream(PROMPTS[0], memory=state)))
+        with pytest.raises(ValueError, match="no_such_option"):
+            in_time(lambda: list(pipeline.stream(PROMPTS[0], no_such_option=1)))
+        assert not stream_threads()
+
+    def test_error_half_way(self, pipeline, monkeypatch):
+        calls = []
+
+        def fail(*args):
+            calls.append(args)
+            if len(calls) == 4:
+                raise RuntimeError("out of memory")
+
+        hook = pipeline.model.get_base_model().register_forward_pre_hook(fail)
+        pieces = []
+
+        def consume():
+            pieces.extend(pipeline.stream(PROMPTS[0], max_new_tokens=12, min_new_tokens=12, do_sample=False))
+
+        with pytest.raises(RuntimeError, match="out of memory"):
+            in_time(consume)
+        whole = pipeline.generate(PROMPTS[0], max_new_tokens=3, min_new_tokens=3, do_sample=False)[0]
+        assert pieces
+        assert whole.startswith("".join(pieces))
+        hook.remove()
+        assert answer(pipeline, PROMPTS[0])
+
+    def test_error_in_decoding(self, pipeline, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("cannot decode")
+
+        monkeypatch.setattr(pipeline.tokenizer, "decode", fail)
+        result = []
+
+        def consume():
+            try:
+                list(pipeline.stream(PROMPTS[0], max_new_tokens=4, min_new_tokens=4, do_sample=False))
+            except RuntimeError as error:
+                result.append(str(error))
+
+        thread = threading.Thread(target=consume, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert result == ["cannot decode"]
+
+    def test_closing_stops_the_generation(self, pipeline):
+        calls = []
+
+        def slow(*args):
+            calls.append(args)
+            time.sleep(0.02)
+
+        pipeline.model.get_base_model().register_forward_pre_hook(slow)
+        stream = pipeline.stream(PROMPTS[0], max_new_tokens=60, min_new_tokens=60, do_sample=False)
+        assert next(stream)
+        assert stream_threads()
+        stream.close()
+        assert not stream_threads()
+        assert len(calls) < 30
+
+
+class TestThreads:
+    def test_two_at_once(self, pipeline):
+        def work(i):
+            state = pipeline.write(CONTEXTS[i % 3], steps=3)
+            text = answer(pipeline, PROMPTS[i % 3], state)
+            streamed = "".join(pipeline.stream(PROMPTS[i % 3], memory=state, max_new_tokens=8, do_sample=False))
+            return (
+                state.to_bytes(),
+                text,
+                streamed,
+                answer(pipeline, PROMPTS),
+                pipeline.fidelity(CONTEXTS[i % 3], state),
+            )
+
+        expected = [work(i) for i in range(6)]
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(work, range(6))) == expected
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_tokenizer_is_left_as_it_is(self, side):
+        tokenizer = tiny_tokenizer()
+        tokenizer.padding_side = side
+        before = tokenizer.backend_tokenizer.to_str(), dict(vars(tokenizer))
+        pipeline = make(tokenizer=tokenizer)
+        states = pipeline.write(CONTEXTS)
+        texts = answer(pipeline, [*PROMPTS[:2], CHAT], states)
+        list(pipeline.stream(PROMPTS[0], memory=states[0], max_new_tokens=3))
+        assert tokenizer.padding_side == side
+        assert (tokenizer.backend_tokenizer.to_str(), dict(vars(tokenizer))) == before
+        other = make()
+        assert answer(other, [*PROMPTS[:2], CHAT], other.write(CONTEXTS)) == texts
+
+
+class TestRefused:
+    def test_tokenizer_without_pad_and_end(self):
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token = None
+        with pytest.raises(ValueError, match="neither a pad nor an eos token"):
+            make(tokenizer=tokenizer)
+
+    def test_end_stands_in_for_a_missing_pad(self):
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token = None
+        pipeline, usual = make(tokenizer=tokenizer), make()
+        states = pipeline.write(CONTEXTS)
+        assert states.equal(usual.write(CONTEXTS))
+        assert answer(pipeline, PROMPTS, states) == answer(usual, PROMPTS, states)
+        assert tokenizer.pad_token is None
+
+    def test_wrong_model(self):
+        with pytest.raises(TypeError, match=r"needs a model with a GradMem adapter, got LlamaForCausalLM"):
+            GradMemPipeline(tiny(), tiny_tokenizer())
+        lora = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"]))
+        with pytest.raises(TypeError, match="needs a model with a GradMem adapter"):
+            GradMemPipeline(lora, tiny_tokenizer())
