@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,15 +23,25 @@ BACKBONE = "backbone"
 
 
 def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Save adapter and tokenizer, and the backbone where it was trained, for `load_checkpoint`.
+    """Save the active adapter and the tokenizer, and the backbone where it was trained, for `load_checkpoint`.
 
-    The directory appears whole or not at all; one that is there already is replaced.
+    The directory appears whole or not at all; a checkpoint that is there already is replaced.
+
+    Raises:
+        FileExistsError: there is something else at `path`, which is left alone.
     """
     path = Path(path)
+    if path.exists() and not (path.is_dir() and ((path / CONFIG_NAME).exists() or not any(path.iterdir()))):
+        raise FileExistsError(
+            f"{str(path)!r} exists and is no adapter checkpoint. Saving would replace it whole; choose another place."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
-        model.save_pretrained(str(new))
+        adapter = model.active_adapter
+        model.save_pretrained(str(new), selected_adapters=[adapter])
+        if adapter != "default":  # which PEFT puts into a folder of its own
+            new = new / adapter
         tokenizer.save_pretrained(str(new))
         if model.active_peft_config.train_backbone:
             backbone = cast(PreTrainedModel, model.get_base_model())

@@ -108,8 +108,8 @@ def load_authors_checkpoint(
     model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
 
     ours: dict[str, nn.Parameter] = authors_names(model)
-    tied = {name for name, parameter in _backbone_names(model).items() if name not in ours}
-    missing, extra = set(ours) - set(state_dict), set(state_dict) - set(ours) - tied
+    tied = {name: tensor for name, tensor in _backbone_names(model).items() if name not in ours}
+    missing, extra = set(ours) - set(state_dict), set(state_dict) - set(ours) - set(tied)
     if missing or extra:
         raise ValueError(
             f"The checkpoint does not fit options and base_config: missing {sorted(missing)}, "
@@ -123,6 +123,11 @@ def load_authors_checkpoint(
                     f"for {tuple(parameter.shape)}."
                 )
             parameter.copy_(state_dict[name])
+        for name in set(tied) & set(state_dict):
+            if not torch.equal(tied[name], state_dict[name].to(tied[name])):
+                raise ValueError(
+                    f"{name} differs from the weights that base_config ties it to; set tie_word_embeddings=False."
+                )
     return model.eval()
 
 

@@ -159,7 +159,7 @@ def differentiable_write(
     """
     config = writer.config
     if config.meta_gradient == "none":
-        fixed_lr = float(lr.detach()) if isinstance(lr, Tensor) else lr
+        fixed_lr = lr.item() if isinstance(lr, Tensor) else lr
         optimizer = config.write_optimizer
         constant, history = write_memory(writer, memory, context, steps=steps, lr=fixed_lr, optimizer=optimizer)
         return constant, history[:, :-1]

@@ -286,7 +286,7 @@ class GradMemModel(BaseTuner):
             memory.to(torch.promote_types(memory.dtype, torch.float32)),
             context,
             steps=steps,
-            lr=lr if lr is not None else config.write_lr if learned_lr is None else float(learned_lr),
+            lr=lr if lr is not None else config.write_lr if learned_lr is None else learned_lr.item(),
             optimizer=optimizer or config.write_optimizer,
             tolerance=tolerance,
             stop_when_recovered=stop_when_recovered,
@@ -454,8 +454,8 @@ class GradMemModel(BaseTuner):
         learned_lr = writer.slots.write_lr(writer.adapter)
         lr = writer.config.write_lr if learned_lr is None else learned_lr
         if not torch.is_grad_enabled():
-            optimizer = writer.config.write_optimizer
-            memory, losses = write_memory(writer, slots, context, steps=steps, lr=float(lr), optimizer=optimizer)
+            optimizer, fixed_lr = writer.config.write_optimizer, lr.item() if isinstance(lr, Tensor) else lr
+            memory, losses = write_memory(writer, slots, context, steps=steps, lr=fixed_lr, optimizer=optimizer)
             return memory, losses[:, :-1]
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return differentiable_write(writer, slots, context, steps=steps, lr=lr, weights=weights)

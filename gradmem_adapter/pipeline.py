@@ -152,6 +152,8 @@ class GradMemPipeline:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("There is no text to write.")
+        if empty := [i for i, text in enumerate(texts) if not text]:
+            raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
         return self._pad([self.tokenizer(text)["input_ids"] for text in texts], "right")
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:

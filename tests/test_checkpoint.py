@@ -260,3 +260,20 @@ class TestErrors:
         config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
         assert config["peft_type"] == "GRADMEM"
         assert config["base_model_name_or_path"] == backbone
+
+
+def test_the_active_adapter_is_saved_whatever_its_name(backbone, tmp_path):
+    model = make(backbone)
+    model.add_adapter("other", GradMemConfig(num_memory_tokens=2, write_lr=0.3))
+    model.set_adapter("other")
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
+    assert outcome(*load_checkpoint(tmp_path / "saved")) == outcome(model, tiny_tokenizer())
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_what_is_no_checkpoint_is_not_replaced(backbone, tmp_path):
+    folder = tmp_path / "trainer output"
+    (folder / "checkpoint-10").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="is no adapter checkpoint"):
+        save_checkpoint(make(backbone), tiny_tokenizer(), folder)
+    assert [entry.name for entry in folder.iterdir()] == ["checkpoint-10"]
