@@ -169,7 +169,7 @@ def test_parts_without_a_name(part):
 
 
 def test_a_tied_weight_that_differs_is_named():
-    model, state_dict, config = export("gpt2", options=OPTIONS)
+    _, state_dict, config = export("gpt2", options=OPTIONS)
     state_dict["model.lm_head.weight"] = state_dict["model.transformer.wte.weight"] + 1
     with pytest.raises(ValueError, match=r"model\.lm_head\.weight differs from the weights that base_config ties"):
         load_authors_checkpoint(state_dict, config, OPTIONS)
