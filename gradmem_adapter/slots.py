@@ -48,12 +48,14 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         self.gradmem_read_end = nn.ParameterDict()
         self.gradmem_projection = nn.ModuleDict()
         self.gradmem_write_head = nn.ModuleDict()
+        self._devices: dict[str, torch.device] = {}
 
     def add(self, adapter: str, config: GradMemConfig, backbone: PreTrainedModel) -> None:
         """Create the tensors of one adapter, on the device of the backbone's embeddings, float32 or wider."""
         embedding = backbone.get_input_embeddings()
         table = cast(Tensor, embedding.weight)
         factory: dict[str, Any] = {"device": table.device, "dtype": torch.promote_types(table.dtype, torch.float32)}
+        self._devices[adapter] = table.device
         m, c, d = config.num_memory_tokens, config.num_control_tokens, table.shape[1]
 
         def normal(*shape: int) -> nn.Parameter:
@@ -86,6 +88,15 @@ class MemorySlots(nn.Module, BaseTunerLayer):
                     if bias is not None:
                         write_head.bias.copy_(bias)
             self.gradmem_write_head[adapter] = write_head
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after loading on the meta device. There is no base layer; the embeddings take its place."""
+        for name in self.adapter_layer_names:
+            container = getattr(self, name)
+            if adapter_name in container:
+                entry = container[adapter_name]
+                for parameter in entry.parameters() if isinstance(entry, nn.Module) else [entry]:
+                    parameter.data = parameter.data.to(device or self._devices[adapter_name])
 
     def prefix(self, memory: Tensor, phase: Phase, adapter: str) -> Tensor:
         """What stands before the tokens: `[start; projection(M); end]`.
