@@ -87,7 +87,7 @@ class Writer:
             logits = head(hidden).float() if hidden.dtype.itemsize < 4 else head(hidden)
             nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
             hits = (logits.detach().argmax(-1) == targets) & mask
-            return (nll * mask).sum(-1), hits.sum(-1)
+            return nll.masked_fill(~mask, 0).sum(-1), hits.sum(-1)
 
         batch, length = context.input_ids.shape
         vocabulary = self.backbone.get_output_embeddings().weight.shape[0]
