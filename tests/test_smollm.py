@@ -4,8 +4,10 @@ import pytest
 import textbook
 import torch
 from peft import get_peft_model
+from rich.console import Console
 
 from gradmem_adapter import SMOLLM2, GradMemConfig, GradMemPipeline, MemoryState, load_backbone
+from gradmem_adapter.demo import demo_text, run_demo
 
 pytestmark = pytest.mark.smollm
 TEXTS = ["The lighthouse keeper of Orm counts 14 ships each night.", "Two foxes sleep."]
@@ -47,3 +49,11 @@ def test_answers_a_chat_question_with_and_without_memory(pipeline):
     assert answer
     assert question not in answer
     assert "".join(pipeline.stream(question, memory=state, **options)) == answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_demo_recites_whatever_the_seed(seed):
+    result = run_demo(demo_text(), seed=seed, console=Console(quiet=True))
+    assert result.reconstructed
+    assert result.memory_tokens * 4 <= result.context_tokens
