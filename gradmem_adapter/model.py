@@ -22,6 +22,7 @@ from .lora_phase import gate, write_phase
 from .meta_gradient import differentiable_write
 from .output_head import output_head
 from .read import (
+    check_generation_options,
     effective_generation_config,
     length_arguments,
     position_ids,
@@ -476,8 +477,9 @@ class GradMemModel(BaseTuner):
             memory: one state for all prompts or one per prompt; None: plain `generate` of the backbone.
             context_index: [B], the state of each prompt.
             strict: refuse a state that another model wrote.
-            kwargs: everything that Transformers' `generate` takes: `attention_mask`, sampling and beam options,
-                `streamer`, `past_key_values` of an earlier turn (with the full sequence as prompt), ...
+            kwargs: what Transformers' `generate` takes: `attention_mask`, sampling and beam options, `streamer`,
+                `past_key_values` of an earlier turn (with the full sequence as prompt), ... Assisted decoding and
+                chunked prefill are refused, because Transformers does them with prompts of tokens alone.
 
         Returns:
             What Transformers returns: prompts and new tokens [B, T + new]. `max_length` and `min_length` count
@@ -498,6 +500,7 @@ class GradMemModel(BaseTuner):
         check_tokens("input_ids", inputs, attention_mask, embedding.weight.shape[0])
         inputs = inputs.to(self.model.device)
         config = effective_generation_config(self.model, kwargs)
+        check_generation_options(kwargs, config)
         if attention_mask is None:
             attention_mask = query_mask(self.model, inputs, config)
         with torch.no_grad():

@@ -103,6 +103,26 @@ def length_arguments(
     }
 
 
+_NEED_TOKENS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+
+
+def check_generation_options(kwargs: dict[str, Any], config: GenerationConfig) -> None:
+    """Raise for ways of decoding with which Transformers loses `inputs_embeds`, and with them the memory.
+
+    Assisted decoding and chunked prefill count the cache in `input_ids`, which are shorter than what is in it by the
+    prefix; the text they give is not the model's.
+
+    Raises:
+        NotImplementedError: one of them is asked for.
+    """
+    for name in _NEED_TOKENS_ALONE:
+        if kwargs.get(name, getattr(config, name, None)) is not None:
+            raise NotImplementedError(
+                f"generate(memory=...) cannot be combined with {name}: Transformers supports it for prompts of tokens "
+                "alone, and memory is input embeddings. Leave it out."
+            )
+
+
 def effective_generation_config(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
     """The model's generation configuration with the caller's on top; the model's own is left as it is."""
     config = copy.deepcopy(kwargs.get("generation_config") or backbone.generation_config)

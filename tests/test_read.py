@@ -189,13 +189,30 @@ def test_padding_is_inferred_without_a_mask_as_transformers_does():
     assert torch.equal(model.generate(ids, **options), model.generate(ids, attention_mask=mask, **options))
 
 
-def test_static_cache_and_prompt_lookup_give_the_same_text():
+def test_static_cache_and_no_cache_give_the_same_text():
     model = make()
     state, prompt = model.write(tokens(1, 9)), tokens(1, 6, seed=1)
     options = {"memory": state, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     expected = model.generate(prompt, **options)
     assert torch.equal(model.generate(prompt, cache_implementation="static", disable_compile=True, **options), expected)
     assert torch.equal(model.generate(prompt, use_cache=False, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny()}, {"prefill_chunk_size": 2}],
+    ids=lambda o: next(iter(o)),
+)
+@pytest.mark.parametrize("how", ["keyword", "config"])
+def test_decoding_that_would_lose_the_memory_is_refused(options, how):
+    """Transformers gives other text than the model's with these and input embeddings, without an error."""
+    model = make()
+    state, name = model.write(tokens(1, 9)), next(iter(options))
+    if how == "config" and name != "assistant_model":  # which is no field of a GenerationConfig
+        options = {"generation_config": GenerationConfig(**options)}
+    with pytest.raises(NotImplementedError, match=f"cannot be combined with {name}"):
+        model.generate(tokens(1, 6), memory=state, max_new_tokens=4, **options)
+    assert model.generate(tokens(1, 6), memory=state, max_new_tokens=4, eos_token_id=None).shape == (1, 10)
 
 
 def test_one_state_for_all_queries_and_context_index():
