@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from .backbones import SMOLLM2, load_backbone
 from .config import GradMemConfig
@@ -78,7 +78,8 @@ def run_demo(
     with console.status(Text(f"Loading {backbone}")):
         causal_lm, tokenizer = load_backbone(backbone)
         set_seed(seed)
-    count = len(tokenizer(text)["input_ids"])
+    ids = tokenizer(text)["input_ids"]
+    count = len(ids)
     if count < MIN_TOKENS:
         raise ValueError(f"The text has {count} tokens; the demo needs at least {MIN_TOKENS} to show something.")
     memory_tokens = count // 5 if memory_tokens is None else memory_tokens
@@ -101,10 +102,10 @@ def run_demo(
         state_bytes = path.stat().st_size
         state = MemoryState.load(path)
     recited = pipeline.reconstruct(state)[0]
-    original = _as_tokens(tokenizer, text)
+    original = tokenizer.decode(ids, skip_special_tokens=True)  # the text as its tokens have it
     console.print(Panel(Text(recited), title=f"Recited from {memory_tokens} vectors, the text gone"))
 
-    cache_bytes = kv_cache_bytes(model, torch.tensor([tokenizer(text)["input_ids"]]))
+    cache_bytes = kv_cache_bytes(model, torch.tensor([ids]))
     console.print(
         f"The state on disk takes {state_bytes:,} bytes; the KV cache of the same text takes {cache_bytes:,} bytes "
         f"({cache_bytes / state_bytes:.1f} times as many)."
@@ -119,11 +120,6 @@ def run_demo(
     )
     console.print(f"demo: {json.dumps(asdict(result))}", soft_wrap=True, highlight=False, markup=False)
     return result
-
-
-def _as_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text as it comes back from its own tokens."""
-    return str(tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True))
 
 
 def _write_with_progress(pipeline: GradMemPipeline, text: str, steps: int, lr: float, console: Console) -> MemoryState:

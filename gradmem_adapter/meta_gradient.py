@@ -158,7 +158,7 @@ def differentiable_write(
         memory [B, m, d] and losses [B, K], before each step.
     """
     config = writer.config
-    if config.meta_gradient == "none":
+    if config.meta_gradient == "none" or not torch.is_grad_enabled():
         fixed_lr = lr.item() if isinstance(lr, Tensor) else lr
         optimizer = config.write_optimizer
         constant, history = write_memory(writer, memory, context, steps=steps, lr=fixed_lr, optimizer=optimizer)

@@ -23,7 +23,6 @@ from .meta_gradient import differentiable_write
 from .output_head import output_head
 from .read import (
     check_generation_options,
-    effective_generation_config,
     length_arguments,
     position_ids,
     query_mask,
@@ -454,10 +453,6 @@ class GradMemModel(BaseTuner):
         slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
         learned_lr = writer.slots.write_lr(writer.adapter)
         lr = writer.config.write_lr if learned_lr is None else learned_lr
-        if not torch.is_grad_enabled():
-            optimizer, fixed_lr = writer.config.write_optimizer, lr.item() if isinstance(lr, Tensor) else lr
-            memory, losses = write_memory(writer, slots, context, steps=steps, lr=fixed_lr, optimizer=optimizer)
-            return memory, losses[:, :-1]
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return differentiable_write(writer, slots, context, steps=steps, lr=lr, weights=weights)
 
@@ -499,16 +494,14 @@ class GradMemModel(BaseTuner):
         attention_mask = kwargs.pop("attention_mask", None)
         check_tokens("input_ids", inputs, attention_mask, embedding.weight.shape[0])
         inputs = inputs.to(self.model.device)
-        config = effective_generation_config(self.model, kwargs)
-        check_generation_options(kwargs, config)
+        default = self.model.generation_config
+        check_generation_options(kwargs, default)
         if attention_mask is None:
-            attention_mask = query_mask(self.model, inputs, config)
+            attention_mask = query_mask(inputs, kwargs, default)
         with torch.no_grad():
             prefix = self._prefix(self._rows(self._checked_vectors(memory, strict), len(inputs), context_index))
             read = read_inputs(prefix, embedding(inputs), attention_mask.to(inputs.device))
-        kwargs |= length_arguments(
-            kwargs, kwargs.get("generation_config"), self.model.generation_config, read.inputs_embeds.shape[1]
-        )
+        kwargs |= length_arguments(kwargs, default, read.inputs_embeds.shape[1])
         return self.model.generate(
             inputs, inputs_embeds=read.inputs_embeds, attention_mask=read.attention_mask, **kwargs
         )

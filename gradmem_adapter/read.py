@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 
 class Layout(NamedTuple):
@@ -71,42 +70,41 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def query_mask(backbone: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig) -> Tensor:
+def generation_option(name: str, kwargs: dict[str, Any], default: GenerationConfig) -> Any:
+    """What `generate` uses for an option: the keyword, the configuration passed, the model's own, in this order."""
+    for value in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None), getattr(default, name, None)):
+        if value is not None:
+            return value
+    return None
+
+
+def query_mask(input_ids: Tensor, kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
     """The mask [B, T] that Transformers' `generate` would infer where none is given."""
-    pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+    pad, eos = (generation_option(name, kwargs, default) for name in ("pad_token_id", "eos_token_id"))
     eos_ids = eos if isinstance(eos, list) else [eos]
     if pad is None or pad in eos_ids or not (input_ids == pad).any():
         return torch.ones_like(input_ids)
     return (input_ids != pad).to(input_ids.dtype)
 
 
-def length_arguments(
-    kwargs: dict[str, Any], given: GenerationConfig | None, default: GenerationConfig, embeddings_length: int
-) -> dict[str, int]:
+def length_arguments(kwargs: dict[str, Any], default: GenerationConfig, embeddings_length: int) -> dict[str, int]:
     """`max_length` and `min_length` as they must be passed so that they count prompt and new tokens, as without memory.
 
     Transformers subtracts the length of `inputs_embeds` from both, and compares the result with the length of
     `input_ids` all the same.
     """
-
-    def value(name: str) -> Any:
-        for source in (kwargs, given and given.to_dict(), default.to_dict()):
-            if source and source.get(name) is not None:
-                return source[name]
-        return None
-
     pairs = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
     return {
-        length: value(length) + embeddings_length
+        length: generation_option(length, kwargs, default) + embeddings_length
         for length, new_tokens in pairs.items()
-        if value(length) and value(new_tokens) is None
+        if generation_option(length, kwargs, default) and generation_option(new_tokens, kwargs, default) is None
     }
 
 
 _NEED_TOKENS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 
 
-def check_generation_options(kwargs: dict[str, Any], config: GenerationConfig) -> None:
+def check_generation_options(kwargs: dict[str, Any], default: GenerationConfig) -> None:
     """Raise for ways of decoding with which Transformers loses `inputs_embeds`, and with them the memory.
 
     Assisted decoding and chunked prefill count the cache in `input_ids`, which are shorter than what is in it by the
@@ -116,17 +114,8 @@ def check_generation_options(kwargs: dict[str, Any], config: GenerationConfig) -
         NotImplementedError: one of them is asked for.
     """
     for name in _NEED_TOKENS_ALONE:
-        if kwargs.get(name, getattr(config, name, None)) is not None:
+        if generation_option(name, kwargs, default) is not None:
             raise NotImplementedError(
                 f"generate(memory=...) cannot be combined with {name}: Transformers supports it for prompts of tokens "
                 "alone, and memory is input embeddings. Leave it out."
             )
-
-
-def effective_generation_config(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
-    """The model's generation configuration with the caller's on top; the model's own is left as it is."""
-    config = copy.deepcopy(kwargs.get("generation_config") or backbone.generation_config)
-    for name in ("pad_token_id", "eos_token_id"):
-        if kwargs.get(name) is not None:
-            setattr(config, name, kwargs[name])
-    return config
