@@ -369,3 +369,16 @@ def test_fidelity_counts_real_tokens_of_padded_contexts():
     torch.testing.assert_close(together.teacher_forced[1], alone.teacher_forced[0])
     with pytest.raises(ValueError, match="2 contexts for 1 states"):
         model.fidelity(state[0], ids, mask)
+
+
+def test_what_a_passed_configuration_leaves_open_comes_from_the_models():
+    """As in Transformers: the pad token for the inferred mask, and options that are refused."""
+    model = make()
+    states = model.write(tokens(3, 9))
+    ids, mask = pad_left(ROWS)
+    config = GenerationConfig(max_new_tokens=4, eos_token_id=2)
+    with_mask = model.generate(ids, memory=states, attention_mask=mask, generation_config=config)
+    assert torch.equal(model.generate(ids, memory=states, generation_config=config), with_mask)
+    model.get_base_model().generation_config.prompt_lookup_num_tokens = 3
+    with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens"):
+        model.generate(ids[:1], memory=states[0], generation_config=config)
