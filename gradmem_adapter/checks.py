@@ -32,6 +32,11 @@ def check_backbone(model: object) -> None:
         )
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, inside which no value can be read back from the GPU."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
     """Raise unless `input_ids` [B, N] are token ids of the model and the mask fits."""
     if not isinstance(input_ids, Tensor):
@@ -45,7 +50,7 @@ def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, vo
             f"{name} {tuple(input_ids.shape)} and its attention mask {tuple(attention_mask.shape)} have different "
             "shapes; pass both as the tokenizer returned them."
         )
-    if input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= vocabulary):
+    if not capturing() and input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= vocabulary):
         raise ValueError(
             f"{name} holds token ids from {int(input_ids.min())} to {int(input_ids.max())}; the model knows 0 to "
             f"{vocabulary - 1}. Is the tokenizer the model's own?"
@@ -56,6 +61,8 @@ def check_context(input_ids: Tensor, attention_mask: Tensor | None, prefix_lengt
     """Raise `ValueError` unless every context has a token and fits behind the prefix in the model's positions."""
     if len(input_ids) == 0:
         raise ValueError("There is no context to write: input_ids has batch size 0.")
+    if capturing():
+        return
     lengths = (
         attention_mask.bool().sum(1)
         if attention_mask is not None

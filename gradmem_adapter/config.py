@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 WRITE_OPTIMIZERS = ("sgd", "adam")
-META_GRADIENTS = ("exact", "first_order", "none")
+META_GRADIENTS = ("exact", "finite_difference", "first_order", "none")
 MEMORY_PROJECTIONS = ("none", "shared")
 LORA_PHASES = ("both", "write", "read")
 MEMORY_INITS = ("normal", "vocab")
@@ -55,13 +55,14 @@ class GradMemConfig(PeftConfig):
     meta_gradient: str = field(
         default="exact",
         metadata={
-            "help": "How outer gradients cross a write step: 'exact' (second order), 'first_order' (the write "
-            "gradient counts as a constant) or 'none' (WRITE as a whole counts as a constant)."
+            "help": "How outer gradients cross a write step: 'exact' (second order), 'finite_difference' (second order "
+            "at the cost and in the memory of first-order passes), 'first_order' (the write gradient counts as a "
+            "constant) or 'none' (WRITE as a whole counts as a constant)."
         },
     )
     second_order_steps: int | None = field(
         default=None,
-        metadata={"help": "With 'exact': only the last n write steps are exact, earlier ones first order. None: all."},
+        metadata={"help": "Only the last n write steps are second order, earlier ones first order. None: all."},
     )
     write_clip_norm: float | None = field(
         default=None, metadata={"help": "Clip the norm of each sample's write gradient to this. None: do not."}
@@ -149,7 +150,7 @@ class GradMemConfig(PeftConfig):
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(
                 "reconstruction_weight has no effect with meta_gradient='none', where WRITE is a constant: set it to "
-                "0 or choose 'first_order' or 'exact'."
+                "0 or choose another meta_gradient."
             )
         self.lora_config = self._as_lora_config(self.lora_config)
 

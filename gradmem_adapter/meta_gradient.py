@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .attention import TwiceDifferentiableAttention, require_double_backward
 from .lora_phase import backward_in_write
-from .write import UPDATES, Context, Writer, WriteState, write_gradient, write_memory
+from .write import Context, Writer, WriteState, write_gradient, write_memory, write_step
+
+RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""The finite difference's step e / |M| by the type that the backbone computes in; measured in docs/meta_gradient.md."""
 
 
 @dataclass
@@ -30,26 +33,33 @@ class Step:
     """The state before the step, leaves of this step's own graph."""
     lr: Tensor
     gradient: Tensor
-    """The write gradient [B, m, d] of the forward pass."""
+    """The write gradient [B, m, d] of the forward pass, before clipping."""
     weights: Sequence[Tensor]
+    replay: Replay
 
-    def update(self, gradient: Tensor) -> WriteState:
-        return UPDATES[self.writer.config.write_optimizer](self.state, gradient, self.lr)
+    def update(self, gradient: Tensor) -> list[Tensor]:
+        """The memory after the step, and Adam's two averages."""
+        return list(write_step(self.writer, self.state, gradient, self.lr)[:3])
 
     @property
-    def inputs(self) -> list[Tensor]:
-        return [self.state.memory, self.state.mean, self.state.square, self.lr, *self.weights]
+    def numbers(self) -> list[Tensor]:
+        """What the update reads beside the gradient: memory, Adam's two averages, the learning rate."""
+        return [*self.state[:3], self.lr]
+
+
+Gradients: TypeAlias = Sequence[Tensor | None]
+"""Outer gradients, None for zero."""
 
 
 class MetaGradient(Protocol):
     """How outer gradients cross a write step."""
 
-    def pullback(self, step: Step, after: Sequence[Tensor | None], losses: Tensor | None) -> Sequence[Tensor | None]:
-        """Gradients for `step.inputs`.
+    def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
+        """The outer gradients for `[*step.numbers, *step.weights]`.
 
         Args:
-            step: the step, taken again under the same random state, inside WRITE.
-            after: the outer gradient v for the memory after the step, and for Adam's two averages; None is zero.
+            step: the step, inside WRITE and under the random state that it was taken with.
+            after: the outer gradient v for the memory after the step, and for Adam's two averages.
             losses: [B], the outer gradient for the write losses before the step; None is zero.
         """
 
@@ -57,37 +67,109 @@ class MetaGradient(Protocol):
 class Exact:
     """Second order, reverse over reverse: the gradient of the gradient."""
 
-    def pullback(self, step: Step, after: Sequence[Tensor | None], losses: Tensor | None) -> Sequence[Tensor | None]:
+    def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
         with TwiceDifferentiableAttention():
             gradient, values, _ = write_gradient(step.writer, step.state.memory, step.context, create_graph=True)
-            return _gradients(step, [*step.update(gradient)[:3], values], [*after, losses])
+            return _vjp([*step.update(gradient), values], [*step.numbers, *step.weights], [*after, losses])
 
 
 class FirstOrder:
     """The write gradient is a constant: dM'/dM = 1, dM'/da = -g, and weights get nothing from the step itself."""
 
-    def pullback(self, step: Step, after: Sequence[Tensor | None], losses: Tensor | None) -> Sequence[Tensor | None]:
+    def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
         values = None if losses is None else step.writer.losses(step.state.memory, step.context)[0]
-        return _gradients(step, [*step.update(step.gradient)[:3], values], [*after, losses])
+        return _vjp([*step.update(step.gradient), values], [*step.numbers, *step.weights], [*after, losses])
 
 
-def _gradients(
-    step: Step, outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
-) -> Sequence[Tensor | None]:
-    """The gradients of the outputs that have one for the inputs of the step."""
+class FiniteDifference:
+    """Second order from first-order passes alone: works with fused attention, compiled models, checkpointing.
+
+    With u = (dM'/dg)^T v, and because a Hessian is symmetric, (dg/d(M, w))^T u is the derivative of the ordinary
+    gradient of L_w along u. For each sample by itself, with e = RELATIVE_STEP |M|, that is
+
+        |u| [grad_{M,w} L_w(M + e u/|u|, w) - grad_{M,w} L_w(M - e u/|u|, w)] / 2e
+
+    The outer gradient c of the write losses takes no pass of its own: each side carries half of it, and the mean of the
+    two gradients is the gradient at M up to e^2.
+    """
+
+    def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
+        memory, gradient = step.state.memory.detach(), step.gradient.requires_grad_()
+        *numbers, u = _vjp(step.update(gradient), [*step.numbers, gradient], after)
+        u = torch.zeros_like(memory) if u is None else u
+        half = memory.new_zeros(len(memory)) if losses is None else losses / 2
+
+        length = torch.linalg.vector_norm(u, dim=(1, 2))
+        floor = step.writer.config.memory_init_std  # a memory of zeros has no scale of its own
+        e = self._relative_step(step) * torch.linalg.vector_norm(memory, dim=(1, 2)).clamp(min=floor)
+        # No outer gradient, no direction: both sides are M then.
+        offset = torch.where(length > 0, e / length, 0)[:, None, None] * u
+        slope = length / (2 * e)
+
+        found = torch.zeros_like(memory)
+        weights: Gradients = [None] * len(step.weights)
+        for rows, signs in self._passes(step):
+            side, *more = self._loss_gradients(
+                step,
+                torch.cat([memory[rows] + sign * offset[rows] for sign in signs]),
+                Context(*(torch.cat([part[rows]] * len(signs)) for part in step.context)),
+                torch.cat([half[rows] + sign * slope[rows] for sign in signs]),
+            )
+            if side is not None:
+                found[rows] += side.unflatten(0, (len(signs), -1)).sum(0)
+            weights = _add(weights, more)
+        return [*_add(numbers, [found, None, None, None]), *weights]
+
+    @staticmethod
+    def _relative_step(step: Step) -> float:
+        enabled, autocast_dtype = step.replay.autocast
+        return RELATIVE_STEP[autocast_dtype if enabled else step.writer.backbone.dtype]
+
+    @staticmethod
+    def _passes(step: Step) -> list[tuple[slice, tuple[int, ...]]]:
+        """Which samples and which sides go through the model together: about B at a time, as in the step itself.
+
+        Both sides of a sample in one pass are subtracted in the matrix products' accumulators, before anything is
+        rounded to bf16. Where random numbers are drawn each side is a pass of its own, so that both draw the same.
+        """
+        batch = step.state.memory.shape[0]
+        if step.replay.drew:
+            return [(slice(0, batch), (1,)), (slice(0, batch), (-1,))]
+        middle = (batch + 1) // 2
+        return [(slice(start, stop), (1, -1)) for start, stop in ((0, middle), (middle, batch)) if start < stop]
+
+    @staticmethod
+    def _loss_gradients(step: Step, memory: Tensor, context: Context, cotangent: Tensor) -> Gradients:
+        """Ordinary gradients of sum_b cotangent_b L_w(M_b), for the memory and for the weights."""
+        memory = memory.requires_grad_()
+        with step.replay():
+            losses, _ = step.writer.losses(memory, context)
+            return _vjp([losses], [memory, *step.weights], [cotangent])
+
+
+def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Gradients) -> Gradients:
+    """The gradients of those outputs that have one, for the inputs."""
     pairs = [
         (output, cotangent)
         for output, cotangent in zip(outputs, cotangents, strict=True)
         if output is not None and cotangent is not None and output.requires_grad
     ]
     if not pairs:
-        return [None] * len(step.inputs)
+        return [None] * len(inputs)
     return torch.autograd.grad(
-        [output for output, _ in pairs], step.inputs, [cotangent for _, cotangent in pairs], allow_unused=True
+        [output for output, _ in pairs], inputs, [cotangent for _, cotangent in pairs], allow_unused=True
     )
 
 
-STRATEGIES: dict[str, MetaGradient] = {"exact": Exact(), "first_order": FirstOrder()}
+def _add(first: Gradients, second: Gradients) -> Gradients:
+    return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]
+
+
+STRATEGIES: dict[str, MetaGradient] = {
+    "exact": Exact(),
+    "finite_difference": FiniteDifference(),
+    "first_order": FirstOrder(),
+}
 
 
 class _WriteStep(torch.autograd.Function):
@@ -101,10 +183,11 @@ class _WriteStep(torch.autograd.Function):
         memory, mean, square, lr, *weights = inputs
         ctx.set_materialize_grads(False)
         ctx.strategy, ctx.writer, ctx.context, ctx.step = strategy, writer, context, step
-        ctx.replay = _Replay(memory.device)
+        ctx.replay = Replay(memory.device)
         with torch.enable_grad():
             gradient, losses, _ = write_gradient(writer, memory.detach().requires_grad_(), context)
-        state = UPDATES[writer.config.write_optimizer](WriteState(memory, mean, square, step), gradient, lr)
+        ctx.replay.end()
+        state = write_step(writer, WriteState(memory, mean, square, step), gradient, lr)
         ctx.save_for_backward(memory, mean, square, lr, gradient, *weights)
         return state.memory, state.mean, state.square, losses.detach()
 
@@ -113,33 +196,46 @@ class _WriteStep(torch.autograd.Function):
         *tensors, gradient = ctx.saved_tensors[:5]
         memory, mean, square, lr = (tensor.detach().requires_grad_() for tensor in tensors)
         state = WriteState(memory, mean, square, ctx.step)
-        step = Step(ctx.writer, ctx.context, state, lr, gradient, ctx.saved_tensors[5:])
+        step = Step(ctx.writer, ctx.context, state, lr, gradient.detach(), ctx.saved_tensors[5:], ctx.replay)
         # In this thread and inside WRITE throughout, also where a backward pass computes layers again.
         with ctx.replay(), torch.enable_grad(), backward_in_write():
             return None, None, None, None, *ctx.strategy.pullback(step, cotangents[:3], cotangents[3])
 
 
-class _Replay:
+class Replay:
     """Runs a computation again under the autocast and random state of the first time (dropout draws the same mask)."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device_type = device.type
+        self.device = device
         self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        self.random = torch.get_rng_state()
-        self.devices, self.device_random = get_device_states(torch.empty(0, device=device))
+        # A CUDA graph has no random state that could be read while it is captured.
+        self.fixed = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.state = None if self.fixed else self._random_state()
+        self.drew = False
+        """Whether the first time drew random numbers."""
+
+    def _random_state(self) -> tuple[Tensor, list[int], list[Tensor]]:
+        return torch.get_rng_state(), *get_device_states(torch.empty(0, device=self.device))
+
+    def end(self) -> None:
+        """The first time is over."""
+        if self.state is not None:
+            now = self._random_state()
+            pairs = [(self.state[0], now[0]), *zip(self.state[2], now[2], strict=True)]
+            self.drew = not all(torch.equal(before, after) for before, after in pairs)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        fork = (
-            torch.random.fork_rng(self.devices, device_type=self.device_type)
-            if self.devices
-            else torch.random.fork_rng([])
-        )
         enabled, dtype = self.autocast
-        with fork, torch.autocast(self.device_type, dtype=dtype, enabled=enabled):
-            torch.set_rng_state(self.random)
-            set_device_states(self.devices, self.device_random, device_type=self.device_type)
-            yield
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+            if self.state is None:
+                yield
+                return
+            cpu, devices, states = self.state
+            with torch.random.fork_rng(devices, device_type=self.device.type) if devices else torch.random.fork_rng([]):
+                torch.set_rng_state(cpu)
+                set_device_states(devices, states, device_type=self.device.type)
+                yield
 
 
 def differentiable_write(
@@ -163,14 +259,13 @@ def differentiable_write(
         optimizer = config.write_optimizer
         constant, history = write_memory(writer, memory, context, steps=steps, lr=fixed_lr, optimizer=optimizer)
         return constant, history[:, :-1]
-    exact_steps = 0
     if config.meta_gradient == "exact":
         require_double_backward(writer.backbone)
-        exact_steps = steps if config.second_order_steps is None else config.second_order_steps
-    lr = torch.as_tensor(lr, dtype=memory.dtype, device=memory.device)
+    first_order_steps = 0 if config.second_order_steps is None else steps - config.second_order_steps
+    lr = lr if isinstance(lr, Tensor) else memory.new_full((), lr)
     state, losses = WriteState.start(memory), []
     for k in range(steps):
-        strategy = STRATEGIES["exact" if k >= steps - exact_steps else "first_order"]
+        strategy = STRATEGIES["first_order" if k < first_order_steps else config.meta_gradient]
         *tensors, before = _WriteStep.apply(strategy, writer, context, k, *state[:3], lr, *weights)
         state = WriteState(tensors[0], tensors[1], tensors[2], k + 1)
         losses.append(before)

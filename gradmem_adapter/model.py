@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .checks import check_backbone, check_context, check_tokens
+from .checks import capturing, check_backbone, check_context, check_tokens
 from .config import WRITE_OPTIMIZERS, GradMemConfig
 from .fingerprint import fingerprint, versions
 from .lora_phase import gate, write_phase
@@ -24,7 +24,6 @@ from .output_head import output_head
 from .read import (
     check_generation_options,
     length_arguments,
-    position_ids,
     query_mask,
     read_inputs,
 )
@@ -337,7 +336,7 @@ class GradMemModel(BaseTuner):
                 raise ValueError(
                     f"context_index must hold one integer per query ({queries}), got shape {tuple(index.shape)}."
                 )
-            if queries and (index.min() < 0 or index.max() >= len(vectors)):
+            if queries and not capturing() and (index.min() < 0 or index.max() >= len(vectors)):
                 raise ValueError(f"context_index must lie in 0 to {len(vectors) - 1}, got {index.tolist()}.")
             return vectors[index]
         if len(vectors) == queries:
@@ -406,8 +405,6 @@ class GradMemModel(BaseTuner):
             check_tokens("input_ids", input_ids, attention_mask, embedding.weight.shape[0])
             inputs_embeds = embedding(input_ids)
         assert inputs_embeds is not None  # for the type checker: one of the two was given
-        if attention_mask is None:
-            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
 
         losses = None
         if context_input_ids is not None:
@@ -422,7 +419,7 @@ class GradMemModel(BaseTuner):
         output = self.model(
             inputs_embeds=read.inputs_embeds,
             attention_mask=read.attention_mask,
-            position_ids=position_ids(read.attention_mask),
+            position_ids=read.position_ids,
             labels=labels,
             return_dict=True,
             **kwargs,

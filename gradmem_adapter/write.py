@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .checks import capturing
 from .config import GradMemConfig
 from .lora_phase import backward_in_write, write_phase
 from .output_head import output_head
@@ -140,13 +141,13 @@ def adam(state: WriteState, gradient: Tensor, lr: Tensor | float) -> WriteState:
     return WriteState(state.memory - lr * mean / (1 - 0.9**step) / scale, mean, square, step)
 
 
-UPDATES: dict[str, Callable[[WriteState, Tensor, Tensor | float], WriteState]] = {"sgd": sgd, "adam": adam}
+_UPDATES: dict[str, Callable[[WriteState, Tensor, Tensor | float], WriteState]] = {"sgd": sgd, "adam": adam}
 
 
 def write_gradient(
     writer: Writer, memory: Tensor, context: Context, create_graph: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The clipped gradient of each sample's write loss, with the losses and the share recovered it came with.
+    """The gradient of each sample's write loss, with the losses and the share recovered it came with.
 
     Samples do not interact, so the gradient of the summed losses is every sample's own.
 
@@ -160,7 +161,14 @@ def write_gradient(
     losses, recovered = writer.losses(memory, context)
     with backward_in_write():
         (gradient,) = torch.autograd.grad(losses.sum(), memory, create_graph=create_graph)
-    return writer.clip(gradient), losses, recovered
+    return gradient, losses, recovered
+
+
+def write_step(
+    writer: Writer, state: WriteState, gradient: Tensor, lr: Tensor | float, optimizer: str | None = None
+) -> WriteState:
+    """One write step with a gradient [B, m, d] as it came: clipped, then handed to the write optimizer."""
+    return _UPDATES[optimizer or writer.config.write_optimizer](state, writer.clip(gradient), lr)
 
 
 def write_memory(
@@ -221,7 +229,7 @@ def write_memory(
                 active = active & (recovered < 1)
             if last or not active.any():
                 break
-            state = UPDATES[optimizer](state, gradient, lr)
+            state = write_step(writer, state, gradient, lr, optimizer)
         return kept, torch.stack(history, dim=1)
 
 
@@ -246,4 +254,5 @@ def right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> Context:
     mask = attention_mask.bool()
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
     lengths = mask.sum(1)
-    return Context(input_ids.gather(1, order)[:, : int(lengths.max())], lengths)
+    longest = input_ids.shape[1] if capturing() else int(lengths.max())
+    return Context(input_ids.gather(1, order)[:, :longest], lengths)

@@ -21,7 +21,7 @@ def gradients(model):
     return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 @pytest.mark.parametrize("phase", ["both", "write", "read"])
 def test_meta_gradient_equals_the_cpu(meta_gradient, phase):
     """Autograd runs backward passes on a GPU in threads of its own, where a phase kept per thread must not be lost."""
@@ -89,7 +89,7 @@ def test_states_move_and_are_read_by_either_device():
     )
 
 
-@pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 def test_memory_of_a_training_step_is_flat_in_the_write_steps(meta_gradient):
     """SmolLM2-135M's shape, random weights, bfloat16, 2 x 512 tokens."""
     peaks = {}

@@ -23,7 +23,7 @@ def gradients(model):
 
 def relative(actual, expected):
     """In float64, but normalisation layers and losses of Transformers compute in float32."""
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-3)).item()
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-2)).item()
 
 
 def loss64(model, seed=None):
@@ -60,13 +60,15 @@ def train_step(model, **kwargs):
     return output
 
 
+@pytest.mark.parametrize(("meta_gradient", "tolerance"), [("exact", 1e-5), ("finite_difference", 2e-3)])
 @pytest.mark.parametrize("second_order_steps", [None, 0, 1, 2])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_exact_equals_autograd_through_all_steps(architecture, second_order_steps):
+def test_equals_autograd_through_all_steps(architecture, second_order_steps, meta_gradient, tolerance):
     backbone = tiny(architecture, attn_implementation="eager").double()
     config = GradMemConfig(
-        num_memory_tokens=3, write_steps=3, write_lr=0.3, train_backbone=True, second_order_steps=second_order_steps
-    )
+        num_memory_tokens=3, write_steps=3, write_lr=0.3, train_backbone=True, meta_gradient=meta_gradient,
+        second_order_steps=second_order_steps,
+    )  # fmt: skip
     reference = copy.deepcopy(backbone)
     model = get_peft_model(backbone, config)
     slots = model.base_model.slots.gradmem_memory["default"]
@@ -80,22 +82,24 @@ def test_exact_equals_autograd_through_all_steps(architecture, second_order_step
         losses.append(textbook.read_loss(reference, memory, q, q))
     torch.stack(losses).mean().backward()
 
-    assert relative(slots.grad, initial.grad) < 1e-5
+    assert relative(slots.grad, initial.grad) < tolerance
     ours = dict(model.base_model.backbone_parameters())
     for name, parameter in reference.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         actual = torch.zeros_like(parameter) if ours[name].grad is None else ours[name].grad
-        assert relative(actual, expected) < 1e-5, name
+        assert relative(actual, expected) < tolerance, name
 
 
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("clip", [{}, {"write_clip_norm": 0.05}, {"write_clip_value": 0.01}])
-def test_gradients_of_every_part_equal_differences(optimizer, clip):
+def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradient):
     """Slots, LoRA, write head, control vectors, projection and learned rate, each against a central difference."""
     config = GradMemConfig(
         num_memory_tokens=2, write_steps=2, write_lr=0.1, write_optimizer=optimizer, learn_write_lr=True,
         memory_projection="shared", write_head=True, num_control_tokens=1, reconstruction_weight=0.3,
-        lora_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False), **clip,
+        lora_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False),
+        meta_gradient=meta_gradient, **clip,
     )  # fmt: skip
     model = get_peft_model(tiny("gpt2", scale=2.0).double(), config)
     loss64(model).backward()
@@ -124,6 +128,65 @@ def test_fused_and_plain_attention_give_the_same_meta_gradient():
         torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-6)
 
 
+def flat_gradients(backbone, meta_gradient, batch=3, autocast=False, **kwargs):
+    """All gradients of one training step as one vector."""
+    torch.manual_seed(1)
+    config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, train_backbone=True, reconstruction_weight=0.3, **kwargs)
+    config.meta_gradient = meta_gradient
+    model = get_peft_model(backbone, config)
+    model.zero_grad()
+    ids = tokens(batch, 5, seed=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=ids, labels=ids, context_input_ids=tokens(batch, 9, seed=2)).loss
+    loss.backward()
+    return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_finite_difference_is_close_to_exact_for_any_batch(batch):
+    exact, difference = (flat_gradients(tiny(), name, batch) for name in ("exact", "finite_difference"))
+    assert (difference - exact).norm() < 5e-3 * exact.norm()
+
+
+def test_finite_difference_in_bf16():
+    exact = flat_gradients(tiny(scale=1.5), "exact")
+    difference = flat_gradients(tiny(scale=1.5), "finite_difference", autocast=True)
+    first_order = flat_gradients(tiny(scale=1.5), "first_order")
+    assert F.cosine_similarity(difference, exact, dim=0) > 0.99
+    assert F.cosine_similarity(first_order, exact, dim=0) < 0.9  # there is a second order to get right
+
+
+def test_finite_difference_without_an_outer_gradient_is_zero_and_finite():
+    """Where no label counts v is zero, and a direction cannot be made of it."""
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, meta_gradient="finite_difference"))
+    output = model(input_ids=tokens(2, 5), context_input_ids=tokens(2, 9))
+    (output.logits * 0).sum().backward()
+    gradient = model.base_model.slots.gradmem_memory["default"].grad
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_finite_difference_of_a_memory_of_zeros():
+    backbone = tiny("gpt2").double()
+    config = GradMemConfig(num_memory_tokens=3, meta_gradient="finite_difference", write_lr=0.3, write_steps=1)
+    results = []
+    for name in ("exact", "finite_difference"):
+        config.meta_gradient = name
+        model = get_peft_model(copy.deepcopy(backbone), config)
+        slots = model.base_model.slots.gradmem_memory["default"]
+        with torch.no_grad():
+            slots.zero_()
+        train_step(model)
+        results.append(slots.grad)
+    assert relative(results[1], results[0]) < 1e-3
+
+
+def test_finite_difference_of_a_compiled_backbone():
+    plain = flat_gradients(tiny(), "finite_difference")
+    backbone = tiny()
+    backbone.base_model.compile(backend="aot_eager")
+    torch.testing.assert_close(flat_gradients(backbone, "finite_difference"), plain, rtol=1e-3, atol=1e-4)
+
+
 def test_first_order_passes_gradients_to_the_slots_unchanged():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, meta_gradient="first_order", write_lr=0.3))
     output = train_step(model)
@@ -148,11 +211,12 @@ def test_none_trains_no_slots_but_the_reader():
     assert any("lora" in name and value.abs().sum() > 0 for name, value in gradients(model).items())
 
 
-def test_dropout_masks_are_the_same_in_forward_and_backward():
-    """With dropout on, the exact gradient still is the gradient of the loss that was computed."""
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
+def test_dropout_masks_are_the_same_in_forward_and_backward(meta_gradient):
+    """With dropout on, the gradient still is the gradient of the loss that was computed."""
     model = get_peft_model(
         tiny("gpt2", embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3).double(),
-        GradMemConfig(num_memory_tokens=2, write_lr=0.3),
+        GradMemConfig(num_memory_tokens=2, write_lr=0.3, meta_gradient=meta_gradient),
     )
     model.train()
     slots = model.base_model.slots.gradmem_memory["default"]
@@ -260,7 +324,9 @@ def peak():
 
 model = get_peft_model(
     tiny(num_hidden_layers=6, hidden_size=128, intermediate_size=256, max_position_embeddings=512, scale=1.0),
-    GradMemConfig(num_memory_tokens=8, write_steps=int(sys.argv[1]), write_lr=0.1, train_backbone=True),
+    GradMemConfig(
+        num_memory_tokens=8, write_steps=int(sys.argv[1]), write_lr=0.1, train_backbone=True, meta_gradient=sys.argv[2]
+    ),
 )
 base = peak()
 ids = tokens(4, 400)
@@ -269,15 +335,16 @@ print(peak() - base)
 """
 
 
-def peak_kib(steps):
-    command, root = [sys.executable, "-c", _PEAK, str(steps)], Path(__file__).parent.parent
+def peak_kib(steps, meta_gradient):
+    command, root = [sys.executable, "-c", _PEAK, str(steps), meta_gradient], Path(__file__).parent.parent
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return int(result.stdout.split()[-1])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-def test_memory_of_a_training_step_does_not_grow_with_the_write_steps():
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
+def test_memory_of_a_training_step_does_not_grow_with_the_write_steps(meta_gradient):
     """What the process takes beyond the loaded model: stricter than the whole process's peak."""
-    one, six = peak_kib(1), peak_kib(6)
+    one, six = peak_kib(1, meta_gradient), peak_kib(6, meta_gradient)
     assert one > 50_000  # KiB; there is something to compare
     assert six < 1.25 * one, (one, six)

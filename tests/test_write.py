@@ -279,7 +279,7 @@ def test_bfloat16_backbone_keeps_the_memory_in_float32():
         model.fidelity(state, tokens(2, 8))
 
 
-@pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 @pytest.mark.parametrize("phase", ["write", "read", "both"])
 def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
     """What a backward pass computes again belongs to the phase that its forward pass was in."""
@@ -301,7 +301,7 @@ def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
         results[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert results[True].keys() == results[False].keys()
     for name, value in results[True].items():
-        torch.testing.assert_close(value, results[False][name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(value, results[False][name], rtol=1e-4, atol=1e-6)
 
 
 def test_exact_with_fused_attention_and_gradient_checkpointing_is_refused():
