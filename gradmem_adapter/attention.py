@@ -63,10 +63,39 @@ def plain_attention(
     return weights.to(value.dtype) @ value
 
 
+CAUSAL = "gradmem_causal"
+"""The name of `causal_attention` among the attention implementations of Transformers."""
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA, causal and without a mask, for sequences padded on the right alone.
+
+    Transformers makes no mask for an implementation it has none for. With "sdpa" it looks at positions whether it needs
+    one, which cannot be done while a CUDA graph is captured: it makes one then, and attention with a mask is slow.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    output = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(CAUSAL, causal_attention)
+
+
 def require_double_backward(backbone: PreTrainedModel) -> None:
     """Raise unless the backbone's attention can be differentiated twice.
 
-    "eager" is plain PyTorch and "sdpa" is exchanged by `TwiceDifferentiableAttention`; any other implementation is
+    "eager" is plain PyTorch and SDPA is exchanged by `TwiceDifferentiableAttention`; any other implementation is
     tried out, because a kernel whose backward is not itself differentiable may return wrong second derivatives
     without an error.
 
@@ -82,7 +111,7 @@ def require_double_backward(backbone: PreTrainedModel) -> None:
             f"{name!r}. Load the backbone with attn_implementation='eager', or do without checkpointing: 'exact' "
             "already needs the memory of one write step alone, whatever their number."
         )
-    if name in (None, "eager", "sdpa"):
+    if name in (None, "eager", "sdpa", CAUSAL):
         return
     problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, backbone.device.type)
     if problem:

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,15 +37,8 @@ def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: 
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        adapter = model.active_adapter
-        model.save_pretrained(str(new), selected_adapters=[adapter])
-        if adapter != "default":  # which PEFT puts into a folder of its own
-            new = new / adapter
-        tokenizer.save_pretrained(str(new))
-        if model.active_peft_config.train_backbone:
-            backbone = cast(PreTrainedModel, model.get_base_model())
-            backbone.save_pretrained(str(new / BACKBONE), state_dict=backbone_state_dict(model))
+        old = Path(temporary) / "old"
+        new = _write(model, tokenizer, Path(temporary) / "new")
         if path.exists():
             path.rename(old)
         try:
@@ -54,6 +47,34 @@ def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: 
             if old.exists():
                 old.rename(path)
             raise
+
+
+def save_beside(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Save as `save_checkpoint` does, but into a directory that holds other files, which stay.
+
+    The files are written elsewhere first and moved in when all are there.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".new-") as temporary:
+        new = _write(model, tokenizer, Path(temporary) / "new")
+        if (path / BACKBONE).is_dir():
+            (path / BACKBONE).rename(Path(temporary) / "old")
+        for entry in new.iterdir():
+            entry.replace(path / entry.name)
+
+
+def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Write the files of a checkpoint into a new folder; returns where they are."""
+    adapter = model.active_adapter
+    model.save_pretrained(str(folder), selected_adapters=[adapter])
+    if adapter != "default":  # which PEFT puts into a folder of its own
+        folder = folder / adapter
+    tokenizer.save_pretrained(str(folder))
+    if model.active_peft_config.train_backbone:
+        backbone = cast(PreTrainedModel, model.get_base_model())
+        backbone.save_pretrained(str(folder / BACKBONE), state_dict=backbone_state_dict(model))
+    return folder
 
 
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
@@ -65,6 +86,46 @@ def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
         for name, tensor in backbone.state_dict(keep_vars=True).items()
         if id(tensor) not in adapters
     }
+
+
+@torch.no_grad()
+def load_weights(model: PeftModel, path: str | Path) -> None:
+    """Load a checkpoint's weights into the active adapter of a model, and into its backbone where that is trained.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or it has no trained backbone and the model needs one.
+        ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
+    """
+    path, adapter = Path(path), model.active_adapter
+    if not (path / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"There is no checkpoint of an adapter in {str(path)!r}: it has no {CONFIG_NAME}.")
+    loaded = load_peft_weights(str(path), device="cpu")
+    _check_tensors(path, loaded, get_peft_model_state_dict(model, adapter_name=adapter))
+    if model.active_peft_config.train_backbone:
+        if not (path / BACKBONE).is_dir():
+            raise FileNotFoundError(
+                f"{str(path)!r} holds an adapter alone, and the model trains its backbone. Open it with "
+                "load_checkpoint, or make the model with train_backbone=False."
+            )
+        backbone = cast(PreTrainedModel, model.get_base_model())
+        saved: dict[str, Tensor] = type(backbone).from_pretrained(str(path / BACKBONE), dtype="auto").state_dict()
+        own = backbone_state_dict(model)
+        _check_tensors(path / BACKBONE, saved, own)
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+    set_peft_model_state_dict(model, loaded, adapter_name=adapter)
+
+
+def _check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise `ValueError` unless both have the same tensors, shape by shape."""
+    for name in sorted(saved.keys() | own.keys()):
+        there, here = (tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, own))
+        if there != here:
+            raise ValueError(
+                f"The checkpoint in {str(path)!r} is of another model: tensor {name!r} has shape {there} there and "
+                f"{here} here (None: it is missing). Make the model with the configuration of the checkpoint, or open "
+                "it with load_checkpoint."
+            )
 
 
 def load_checkpoint(

@@ -19,7 +19,7 @@ from .attention import TwiceDifferentiableAttention, require_double_backward
 from .lora_phase import backward_in_write
 from .write import Context, Writer, WriteState, write_gradient, write_memory, write_step
 
-RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """The finite difference's step e / |M| by the type that the backbone computes in; measured in docs/meta_gradient.md."""
 
 
@@ -103,7 +103,7 @@ class FiniteDifference:
         floor = step.writer.config.memory_init_std  # a memory of zeros has no scale of its own
         e = self._relative_step(step) * torch.linalg.vector_norm(memory, dim=(1, 2)).clamp(min=floor)
         # No outer gradient, no direction: both sides are M then.
-        offset = torch.where(length > 0, e / length, 0)[:, None, None] * u
+        offset = (e / length).masked_fill(length == 0, 0)[:, None, None] * u
         slope = length / (2 * e)
 
         found = torch.zeros_like(memory)

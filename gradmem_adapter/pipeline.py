@@ -135,18 +135,7 @@ class GradMemPipeline:
 
     def format_query(self, prompt: Prompt) -> tuple[str, bool]:
         """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens."""
-        query_format = self.model.active_peft_config.query_format
-        if isinstance(prompt, str) and query_format == "text":
-            return prompt, True
-        if isinstance(prompt, str) and query_format != "chat":
-            return query_format.replace("{query}", prompt), True
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                "The tokenizer has no chat template, which chat messages and query_format='chat' need. Pass the "
-                "prompt as text, or set tokenizer.chat_template."
-            )
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), False
+        return format_query(prompt, self.model.active_peft_config.query_format, self.tokenizer)
 
     def _encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -163,14 +152,8 @@ class GradMemPipeline:
         )
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
-        """Pad here and not in the tokenizer, which keeps its padding as state that threads would share."""
-        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-        masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
-        device = self.model.device
-        return (
-            pad_sequence(ids, batch_first=True, padding_value=float(self._pad_token_id), padding_side=side).to(device),
-            pad_sequence(masks, batch_first=True, padding_side=side).to(device),
-        )
+        input_ids, mask = pad(rows, side, self._pad_token_id)
+        return input_ids.to(self.model.device), mask.to(self.model.device)
 
     @property
     def _pad_token_id(self) -> int:
@@ -193,6 +176,41 @@ class _Cancelled(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def format_query(prompt: Prompt, query_format: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """The text a model sees for a prompt, and whether it still needs the tokenizer's special tokens.
+
+    Args:
+        query_format: as in `GradMemConfig`.
+
+    Raises:
+        ValueError: chat messages or "chat", and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str) and query_format == "text":
+        return prompt, True
+    if isinstance(prompt, str) and query_format != "chat":
+        return query_format.replace("{query}", prompt), True
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The tokenizer has no chat template, which chat messages and query_format='chat' need. Pass the "
+            "prompt as text, or set tokenizer.chat_template."
+        )
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), False
+
+
+def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one tensor and its mask, [B, longest] each.
+
+    Pad here and not in the tokenizer, which keeps its padding as state that threads would share.
+    """
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=float(value), padding_side=side),
+        pad_sequence(masks, batch_first=True, padding_side=side),
+    )
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

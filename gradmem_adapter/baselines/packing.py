@@ -1,0 +1,25 @@
+"""Tokens right behind a context that is padded on the right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def append(context: Tensor, lengths: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """`[context; tail; padding]` for each sample, so that a causal model needs no mask.
+
+    Args:
+        context: [B, N, ...], right padded; lengths: [B], tokens that count.
+        tail: [B, T, ...].
+
+    Returns:
+        joined [B, N + T, ...] and places [B, T], where the tail stands.
+    """
+    n, t = context.shape[1], tail.shape[1]
+    place = torch.arange(n + t, device=context.device)
+    length = lengths[:, None]
+    # Behind the tail comes what was padding: the first padded places of the context.
+    source = torch.where(place < length, place, torch.where(place < length + t, place - length + n, place - t))
+    index = source.view(*source.shape, *[1] * (context.dim() - 2)).expand(-1, -1, *context.shape[2:])
+    return torch.cat([context, tail], dim=1).gather(1, index), length + torch.arange(t, device=context.device)

@@ -1,0 +1,1 @@
+"""What memory is trained and measured on: one file per task, with its data, prompt format and metric."""

@@ -1,0 +1,184 @@
+"""Rows of texts in, batches for training and evaluation out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from gradmem_adapter.pipeline import Prompt, format_query, pad
+
+IGNORED = -100
+"""The label of tokens on which no loss counts."""
+_FORMS = (
+    "A row has 'context', 'query' and 'target', or 'context', 'queries' and 'targets' (lists), and may have 'answers', "
+    "the accepted references of each target."
+)
+
+
+class Example(NamedTuple):
+    """A row: a context, and what is asked about it."""
+
+    context: str
+    queries: list[Prompt]
+    targets: list[str]
+    references: list[list[str]]
+
+
+@dataclass
+class GradMemCollator:
+    """Makes a batch of rows.
+
+    A row has a `context` and either one `query` with its `target` or lists of `queries` and `targets` on the same
+    context, which is then written once. A query is a text or a list of chat messages. `answers` are the references
+    that evaluation accepts (default: the target): a list of texts, with `queries` a list of such lists.
+
+    Called with C rows that have R queries in all, it returns
+
+        context_input_ids, context_attention_mask: [C, N], right padded.
+        input_ids, attention_mask, labels: [R, T], query and target, right padded; labels count on the target alone.
+        context_index: [R], the context of each query.
+        query_input_ids, query_attention_mask: [R, Tq], the query alone, left padded, to generate from.
+        targets: R lists of accepted references.
+
+    Nothing is cut off, ever, and the tokenizer's state (its padding side) is neither read nor changed.
+
+    Attributes:
+        tokenizer: the backbone's, with a pad token.
+        max_context_length: most tokens of a context; None: `GradMemTrainer` fills in what fits the backbone.
+        max_query_length: most tokens of a query with its target; None: the same.
+        query_format: as in `GradMemConfig`, whose query_format it must be for training and inference to agree.
+        add_eos: end a target with the tokenizer's end token, where it has one.
+
+    Raises:
+        ValueError: the tokenizer cannot pad, or a row cannot be used; the message names the row.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    max_context_length: int | None = None
+    max_query_length: int | None = None
+    query_format: str = "text"
+    add_eos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has no pad token, which batches of several lengths need: set "
+                "tokenizer.pad_token = tokenizer.eos_token."
+            )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not rows:
+            raise ValueError("There are no rows to make a batch of.")
+        examples = [read_row(i, row) for i, row in enumerate(rows)]
+        contexts = [self._context(i, example.context) for i, example in enumerate(examples)]
+        context_index = [i for i, example in enumerate(examples) for _ in example.queries]
+        queries = [self._query(i, query) for i, example in enumerate(examples) for query in example.queries]
+        targets = [self.target_ids(target) for example in examples for target in example.targets]
+        for i, query, target in zip(context_index, queries, targets, strict=True):
+            if not target:
+                raise ValueError(f"Row {i}: its target gives no tokens. Leave the query out.")
+            _check_length(f"Row {i}: query and target", len(query) + len(target), self.max_query_length, "Shorten them")
+        context_ids, context_mask = self._pad(contexts, "right")
+        sequences = [query + target for query, target in zip(queries, targets, strict=True)]
+        input_ids, attention_mask = self._pad(sequences, "right")
+        labels = [torch.tensor([IGNORED] * len(query) + target) for query, target in zip(queries, targets, strict=True)]
+        query_ids, query_mask = self._pad(queries, "left")
+        return {
+            # The contexts come first: Transformers takes the size of a batch from its first tensor.
+            "context_input_ids": context_ids,
+            "context_attention_mask": context_mask,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "context_index": torch.tensor(context_index),
+            "query_input_ids": query_ids,
+            "query_attention_mask": query_mask,
+            "targets": [references for example in examples for references in example.references],
+        }
+
+    def target_ids(self, target: str) -> list[int]:
+        """The tokens that are to follow a query."""
+        ids = list(self.tokenizer(target, add_special_tokens=False)["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        return ids if not ids or not self.add_eos or eos is None else [*ids, eos]
+
+    def longest_target(self, row: Mapping[str, Any]) -> int:
+        """How many tokens the longest text has that a query of the row may be answered with."""
+        example = read_row(0, row)
+        texts = [*example.targets, *(text for accepted in example.references for text in accepted)]
+        return max(len(self.target_ids(text)) for text in texts)
+
+    def _context(self, index: int, text: str) -> list[int]:
+        ids = list(self.tokenizer(text)["input_ids"])
+        if not ids:
+            raise ValueError(f"Row {index}: its context gives no tokens; there is nothing to write. Leave the row out.")
+        advice = "Split it into several rows (and read their states side by side), or shorten it yourself"
+        _check_length(f"Row {index}: the context", len(ids), self.max_context_length, advice)
+        return ids
+
+    def _query(self, index: int, query: Prompt) -> list[int]:
+        text, special = format_query(query, self.query_format, self.tokenizer)
+        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        if not ids:
+            raise ValueError(f"Row {index}: its query gives no tokens. Leave it out.")
+        return ids
+
+    def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return pad(rows, side, int(self.tokenizer.pad_token_id))
+
+
+def read_row(index: int, row: Mapping[str, Any]) -> Example:
+    """A row as it is meant, in one form. Keys that are None count as absent, as `datasets` fills them in.
+
+    Raises:
+        TypeError, ValueError: it is no row, or lacks something, or is contradictory; the message says which and what.
+    """
+    if not isinstance(row, Mapping):
+        raise TypeError(f"Row {index} is a {type(row).__name__}, not a mapping. {_FORMS}")
+    given = {key for key in ("query", "target", "queries", "targets") if row.get(key) is not None}
+    one, several = given & {"query", "target"}, given & {"queries", "targets"}
+    if one and several:
+        raise ValueError(f"Row {index} mixes {' and '.join(sorted(given))}. {_FORMS}")
+    if missing := ({"queries", "targets"} if several else {"query", "target"}) - given:
+        raise ValueError(f"Row {index} has no {' and no '.join(sorted(missing))}. {_FORMS}")
+    context, answers = row.get("context"), row.get("answers")
+    if not isinstance(context, str) or not context:
+        raise ValueError(f"Row {index} has no context to write (it is {context!r}). {_FORMS}")
+    if several:
+        queries, targets = (_list(index, key, row[key]) for key in ("queries", "targets"))
+        references = [[target] for target in targets] if answers is None else _list(index, "answers", answers)
+    else:
+        queries, targets = [row["query"]], [row["target"]]
+        references = [targets if answers is None else answers]
+    if not len(queries) == len(targets) == len(references):
+        raise ValueError(
+            f"Row {index} has {len(queries)} queries, {len(targets)} targets and references for {len(references)}: "
+            "each query needs one target."
+        )
+    if not queries:
+        raise ValueError(f"Row {index} has no queries: its list is empty. {_FORMS}")
+    for query, target, accepted in zip(queries, targets, references, strict=True):
+        if not isinstance(query, str | Sequence) or not query:
+            raise ValueError(f"Row {index} has an empty query ({query!r}): give a text or a list of chat messages.")
+        if not isinstance(target, str) or not target:
+            raise ValueError(f"Row {index} has an empty target ({target!r}): give the text that is to be answered.")
+        if isinstance(accepted, str) or not accepted or not all(isinstance(text, str) for text in accepted):
+            raise ValueError(f"Row {index} has no list of texts as the answers to a query: {accepted!r}.")
+    return Example(context, list(queries), list(targets), [list(accepted) for accepted in references])
+
+
+def _list(index: int, key: str, value: Any) -> list[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"Row {index}: {key!r} must be a list, got {type(value).__name__}. {_FORMS}")
+    return list(value)
+
+
+def _check_length(what: str, length: int, limit: int | None, advice: str) -> None:
+    if limit is not None and length > limit:
+        raise ValueError(f"{what} of {length} tokens is longer than the {limit} that fit. {advice}.")

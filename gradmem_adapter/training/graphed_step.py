@@ -1,0 +1,113 @@
+"""A training step that is not bound by kernel launches: one CUDA graph per kind of batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+class GraphedStep(Generic[Kind]):
+    """Loss, backward pass, clipping and AdamW as one launch.
+
+    A small model computes faster than Python launches its kernels. On a GPU the first step of a kind runs as it is (and
+    compiles what is to be compiled), the second is captured, and from then on the graph is replayed. A graph repeats
+    addresses, not values: the data must be made on the device by `loss` itself, with the device's default generator,
+    and every batch of a kind has the same shapes. On the CPU every step runs as it is.
+
+    Random numbers inside the model cannot be replayed for the meta-gradient in a graph: put the model in eval mode.
+
+    Args:
+        loss: makes a batch of the kind given and returns scalars; "loss" is differentiated, all are averaged.
+        parameters: what is trained.
+        betas, weight_decay: of AdamW.
+        max_grad_norm: to which the norm of all gradients is clipped.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Kind], Mapping[str, Tensor]],
+        parameters: Sequence[nn.Parameter],
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.loss = loss
+        self.parameters = list(parameters)
+        self.max_grad_norm = max_grad_norm
+        device = self.parameters[0].device
+        self.graphed = device.type == "cuda"
+        self._lr = torch.zeros((), device=device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self._lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=self.graphed
+        )
+        self._names: list[str] = []
+        self._sums: dict[Kind, Tensor] = {}
+        self._counts: dict[Kind, int] = {}
+        self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
+        self._stream = torch.cuda.Stream(device) if self.graphed else None
+        self._pool = torch.cuda.graph_pool_handle() if self.graphed else None
+
+    def __call__(self, kind: Kind, lr: float) -> None:
+        """One training step on a batch of `kind`."""
+        self._lr.fill_(lr)
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        if not self.graphed:
+            self._step(kind)
+            return
+        if kind not in self._sums:
+            assert self._stream is not None  # for the type checker
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._step(kind)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return
+        if kind not in self._graphs:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                self._step(kind)
+            self._graphs[kind] = graph
+        self._graphs[kind].replay()
+
+    def _step(self, kind: Kind) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        values = dict(self.loss(kind))
+        values["loss"].backward()
+        values["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self._names = list(values)
+        now = torch.stack([value.detach().float() for value in values.values()])
+        if kind not in self._sums:
+            self._sums[kind] = torch.zeros_like(now)
+        self._sums[kind] += now
+
+    def means(self) -> dict[Kind, dict[str, float]]:
+        """The mean of every scalar since the last call, by kind of batch."""
+        result = {
+            kind: dict(zip(self._names, (self._sums[kind] / count).tolist(), strict=True))
+            for kind, count in self._counts.items()
+            if count
+        }
+        for kind, total in self._sums.items():
+            total.zero_()
+            self._counts[kind] = 0
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizer carries."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the optimizer's state. Before the first step: graphs hold the addresses of the old one."""
+        if self._graphs:
+            raise RuntimeError("load_state_dict() comes too late: steps have been captured with the state they had.")
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr

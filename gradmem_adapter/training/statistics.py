@@ -1,0 +1,118 @@
+"""What training and evaluation report: sums over tokens, contexts and queries, and the means of these."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradmem_adapter.model import GradMemOutput
+
+from .collator import IGNORED
+
+FOR_GENERATION = ("query_input_ids", "query_attention_mask", "targets")
+"""What a batch holds beside the arguments of the model."""
+MEANS = {
+    "target_loss": "tokens",
+    "write_loss_before": "written",
+    "write_loss_after": "written",
+    "memory_norm": "contexts",
+    "write_steps": "contexts",
+    "memory_grad_norm": "steps",
+}
+"""What is reported, and the count that its sum is divided by; scores of answers are divided by that of queries."""
+COUNTS = {*MEANS.values(), "queries"}
+
+
+class Count(NamedTuple):
+    """How much there is in a batch, scalars on the device."""
+
+    tokens: Tensor
+    """Target tokens."""
+    contexts: Tensor
+
+
+def count(batch: dict[str, Any], device: torch.device) -> Count:
+    """Raises `ValueError` for a batch that GradMem cannot be trained with."""
+    if "context_input_ids" not in batch or "labels" not in batch:
+        raise ValueError(
+            "A batch needs context_input_ids and labels, and the collator made one of "
+            f"{', '.join(batch)}. Use GradMemCollator."
+        )
+    tokens = (batch["labels"] != IGNORED).sum().to(device)
+    return Count(tokens, tokens.new_tensor(len(batch["context_input_ids"])))
+
+
+class Sums:
+    """Sums since the last log, kept on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = dict.fromkeys(sorted({*MEANS, *MEANS.values()}), torch.zeros((), device=device))
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.values[name] = self.values[name] + value.detach().float()
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """The means over all processes, each of which has to call this."""
+        table = accelerator.gather(torch.stack(list(self.values.values()))[None])
+        return means(dict(zip(self.values, table.sum(0).tolist(), strict=True)))
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """The mean of every sum that there is something to divide by for."""
+    return {
+        name: value / sums[MEANS.get(name, "queries")]
+        for name, value in sums.items()
+        if name not in COUNTS and sums.get(MEANS.get(name, "queries"))
+    }
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model's forward takes."""
+    return {name: value for name, value in batch.items() if name not in FOR_GENERATION}
+
+
+def context_index(batch: dict[str, Any]) -> Tensor:
+    """[R], the context of each query."""
+    index: Tensor | None = batch.get("context_index")
+    return torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device) if index is None else index
+
+
+def per_context(values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Values of queries [R] summed by context: [C]."""
+    return values.new_zeros(len(batch["context_input_ids"])).index_add_(0, context_index(batch), values)
+
+
+def batch_sums(output: GradMemOutput, here: Count) -> dict[str, Tensor]:
+    """What training sums up, scalars."""
+    sums = {name: value.sum() for name, value in _written(output).items()}
+    return sums | {"target_loss": cast(Tensor, output.target_loss) * here.tokens, "tokens": here.tokens}
+
+
+def context_sums(batch: dict[str, Any], output: GradMemOutput) -> dict[str, Tensor]:
+    """What evaluation sums up, [C] each."""
+    logits, labels = cast(Tensor, output.logits)[:, :-1].float(), batch["labels"][:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    return _written(output) | {
+        "target_loss": per_context(losses, batch),
+        "tokens": per_context((labels != IGNORED).sum(1).float(), batch),
+        "queries": per_context(torch.ones_like(losses), batch),
+    }
+
+
+def _written(output: GradMemOutput) -> dict[str, Tensor]:
+    """What WRITE did to each context, [C] each."""
+    memory, losses = (cast(Tensor, part).detach().float() for part in (output.memory, output.write_losses))
+    ones = memory.new_ones(len(memory))
+    steps = losses.shape[1]
+    return {
+        "write_loss_before": losses[:, 0] if steps else 0 * ones,
+        "write_loss_after": losses[:, -1] if steps else 0 * ones,
+        "written": ones * (steps > 0),
+        "memory_norm": memory.flatten(1).norm(dim=1),
+        "write_steps": ones * steps,
+        "contexts": ones,
+    }

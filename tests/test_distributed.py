@@ -1,0 +1,65 @@
+"""Two processes that share the work give what one gives: gradients, logs, evaluation, checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_run
+import pytest
+import torch
+from test_trainer import close
+from tiny import tiny
+
+from gradmem_adapter import load_checkpoint
+
+META_GRADIENTS = ("exact", "finite_difference", "first_order")
+FOLDER = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What both processes saw, and the folder they wrote into; one start for all, because starting takes seconds."""
+    folder = tmp_path_factory.mktemp("two")
+    path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(FOLDER / "distributed_run.py"), ",".join(META_GRADIENTS), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)], folder
+
+
+@pytest.mark.parametrize("meta_gradient", META_GRADIENTS)
+def test_two_processes_are_one(two, tmp_path, meta_gradient):
+    results, folder = two
+    one = distributed_run.train(tmp_path, 1, meta_gradient)
+    for result in (result[meta_gradient] for result in results):
+        for shared, alone in zip(result["gradients"], one["gradients"], strict=True):
+            close(shared, alone)
+        for name, values in one["logs"].items():
+            assert result["logs"][name] == pytest.approx(values, rel=1e-4), name
+        for name, value in one["metrics"].items():
+            assert result["metrics"][name] == pytest.approx(value, rel=1e-4), name
+    assert one["metrics"]["eval_exact_match"] > 0
+    first, second = (result[meta_gradient]["weights"] for result in results)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    model, _ = load_checkpoint(folder / meta_gradient / "checkpoint-2", backbone=tiny())
+    saved = dict(model.named_parameters())
+    assert all(torch.equal(saved[name], weight) for name, weight in first.items())
+
+
+def test_curriculum(two, tmp_path):
+    results, _ = two
+    one = distributed_run.train_curriculum(tmp_path, 1)
+    assert one["logs"]["stage"] == [0, 1, 1]
+    for result in (result["curriculum"] for result in results):
+        for shared, alone in zip(result["gradients"], one["gradients"], strict=True):
+            close(shared, alone)
+        for name, values in one["logs"].items():
+            assert result["logs"][name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_all_stop_where_one_diverges(two):
+    for result in two[0]:
+        assert result["diverged"].startswith("The loss is not finite in step 2.")
