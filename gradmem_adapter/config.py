@@ -64,6 +64,13 @@ class GradMemConfig(PeftConfig):
         default=None,
         metadata={"help": "Only the last n write steps are second order, earlier ones first order. None: all."},
     )
+    finite_difference_step: float | None = field(
+        default=None,
+        metadata={
+            "help": "With 'finite_difference': how far the memory vector that moves most is moved, as a share of its "
+            "length. None: by the type the backbone computes in (see docs/meta_gradient.md)."
+        },
+    )
     write_clip_norm: float | None = field(
         default=None, metadata={"help": "Clip the norm of each sample's write gradient to this. None: do not."}
     )
@@ -131,7 +138,7 @@ class GradMemConfig(PeftConfig):
         self._check_float("write_lr", positive=True)
         self._check_float("memory_init_std", positive=True)
         self._check_float("reconstruction_weight", positive=False)
-        for name in ("write_clip_norm", "write_clip_value"):
+        for name in ("write_clip_norm", "write_clip_value", "finite_difference_step"):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
         for name in ("learn_write_lr", "write_head", "train_backbone", "init_weights"):

@@ -19,8 +19,8 @@ from .attention import TwiceDifferentiableAttention, require_double_backward
 from .lora_phase import backward_in_write
 from .write import Context, Writer, WriteState, write_gradient, write_memory, write_step
 
-RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""The finite difference's step e / |M| by the type that the backbone computes in; measured in docs/meta_gradient.md."""
+RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 3e-3, torch.float16: 3e-3}
+"""The finite difference's step by the type that the backbone computes in; measured in docs/meta_gradient.md."""
 
 
 @dataclass
@@ -85,12 +85,13 @@ class FiniteDifference:
     """Second order from first-order passes alone: works with fused attention, compiled models, checkpointing.
 
     With u = (dM'/dg)^T v, and because a Hessian is symmetric, (dg/d(M, w))^T u is the derivative of the ordinary
-    gradient of L_w along u. For each sample by itself, with e = RELATIVE_STEP |M|, that is
+    gradient of L_w along u. For each sample by itself that is
 
-        |u| [grad_{M,w} L_w(M + e u/|u|, w) - grad_{M,w} L_w(M - e u/|u|, w)] / 2e
+        [grad_{M,w} L_w(M + t u, w) - grad_{M,w} L_w(M - t u, w)] / 2t
 
-    The outer gradient c of the write losses takes no pass of its own: each side carries half of it, and the mean of the
-    two gradients is the gradient at M up to e^2.
+    with t such that the memory vector which moves most moves by RELATIVE_STEP of its length: models normalise each
+    vector by itself. The outer gradient c of the write losses takes no pass of its own: each side carries half of it,
+    and the mean of the two gradients is the gradient at M up to t^2.
     """
 
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
@@ -99,12 +100,13 @@ class FiniteDifference:
         u = torch.zeros_like(memory) if u is None else u
         half = memory.new_zeros(len(memory)) if losses is None else losses / 2
 
-        length = torch.linalg.vector_norm(u, dim=(1, 2))
         floor = step.writer.config.memory_init_std  # a memory of zeros has no scale of its own
-        e = self._relative_step(step) * torch.linalg.vector_norm(memory, dim=(1, 2)).clamp(min=floor)
-        # No outer gradient, no direction: both sides are M then.
-        offset = (e / length).masked_fill(length == 0, 0)[:, None, None] * u
-        slope = length / (2 * e)
+        lengths = torch.linalg.vector_norm(memory, dim=2).clamp(min=floor)
+        speed = (torch.linalg.vector_norm(u, dim=2) / lengths).amax(dim=1)
+        t = self._relative_step(step) / speed
+        # Without an outer gradient there is no direction: both sides are M then, and weigh nothing.
+        offset = t.masked_fill(speed == 0, 0)[:, None, None] * u
+        slope = 1 / (2 * t)
 
         found = torch.zeros_like(memory)
         weights: Gradients = [None] * len(step.weights)
@@ -122,6 +124,8 @@ class FiniteDifference:
 
     @staticmethod
     def _relative_step(step: Step) -> float:
+        if step.writer.config.finite_difference_step is not None:
+            return step.writer.config.finite_difference_step
         enabled, autocast_dtype = step.replay.autocast
         return RELATIVE_STEP[autocast_dtype if enabled else step.writer.backbone.dtype]
 

@@ -408,6 +408,7 @@ class GradMemModel(BaseTuner):
 
         losses = None
         if context_input_ids is not None:
+            kwargs.setdefault("use_cache", False)  # a cache serves decoding, and whoever decodes writes first
             vectors, losses = self._write_on_tape(context_input_ids, context_attention_mask, write_steps)
         else:
             vectors = self._checked_vectors(memory, strict)  # type: ignore[arg-type]

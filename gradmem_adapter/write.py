@@ -20,8 +20,8 @@ from .lora_phase import backward_in_write, write_phase
 from .output_head import output_head
 from .slots import MemorySlots
 
-MAX_LOGITS = 2**24
-"""How many logits the write loss holds at once (64 MiB in float32); longer contexts are done in chunks."""
+MAX_LOGITS = 2**26
+"""How many logits the write loss holds at once (256 MiB in float32); longer contexts are done in chunks."""
 
 
 class Context(NamedTuple):

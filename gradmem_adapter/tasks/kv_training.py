@@ -6,24 +6,21 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import torch
 import yaml
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gradmem_adapter.attention import CAUSAL
 from gradmem_adapter.baselines import ForwardMemory, FullContext
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.training.graphed_step import GraphedStep
+from gradmem_adapter.training.speed import compiled_layers, fast_matmul, maskless_attention
 
 from .kv_retrieval import KVRetrieval, kv_backbone, kv_hits
 
@@ -48,6 +45,19 @@ class KVMix:
         return str(self.max_pairs) if self.min_pairs in (None, self.max_pairs) else f"{self.min_pairs}-{self.max_pairs}"
 
 
+class Kind(NamedTuple):
+    """What decides the shapes and the precision of a step, and so the graph that it is captured in."""
+
+    mix: KVMix
+    write_steps: int
+    bf16: bool
+
+    @property
+    def name(self) -> str:
+        """Pairs and write steps, as "N=4-16 K=2"."""
+        return f"N={self.mix.name} K={self.write_steps}"
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class KVStage:
     """`steps` training steps on a mix of batches; stages follow one another (a curriculum over pairs)."""
@@ -55,6 +65,8 @@ class KVStage:
     steps: int
     mix: tuple[KVMix, ...]
     lr: float = 1e-3
+    bf16: bool = False
+    """In bf16 mixed precision; otherwise in float32 (matrix products in TF32)."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -76,8 +88,6 @@ class KVRecipe:
     seed: int = 0
     compile: bool = True
     """Compile the backbone's layers, on a GPU."""
-    bf16: bool = False
-    """Train in bf16 mixed precision."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -115,12 +125,12 @@ class KVRecipe:
         left = (self.steps - step) / max(1, self.decay_share * self.steps)
         return self.stage_at(step).lr * min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
 
-    def kind_at(self, step: int) -> tuple[KVMix, int]:
+    def kind_at(self, step: int) -> Kind:
         """The batch and the write steps of a step, drawn by its number alone, so that a resumed run draws the same."""
         draw = random.Random(f"{self.seed}:{step}")
         mix = self.stage_at(step).mix
         chosen = draw.choices(mix, [part.share for part in mix])[0]
-        return chosen, draw.choice(chosen.write_steps)
+        return Kind(chosen, draw.choice(chosen.write_steps), self.stage_at(step).bf16)
 
     def build(self) -> nn.Module:
         """The untrained model."""
@@ -180,10 +190,10 @@ def train_kv(
     model.to(device).eval()  # no dropout, so that captured steps need no random state of the model
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def loss(kind: tuple[KVMix, int]) -> dict[str, Tensor]:
-        part, write_steps = kind
+    def loss(kind: Kind) -> dict[str, Tensor]:
+        part, write_steps, bf16 = kind
         batch = KVRetrieval(part.max_pairs, part.min_pairs).sample(part.contexts, part.queries, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             out = model(**batch.as_dict(), write_steps=write_steps)
         values = {"loss": out.loss, "target_loss": out.target_loss}
         values["exact_match"] = kv_hits(out.logits, batch.labels).float().mean()
@@ -211,7 +221,7 @@ def train_kv(
             done = step == recipe.steps
             if step % log_every and not done:
                 continue
-            means = {f"N={part.name} K={k}": values for (part, k), values in step_on.means().items()}
+            means = {kind.name: values for kind, values in step_on.means().items()}
             if not all(math.isfinite(v) for values in means.values() for v in values.values()):
                 raise TrainingDiverged(
                     f"The loss or a gradient is no longer finite at step {step} ({means}). The last good state, of "
@@ -257,48 +267,6 @@ def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> int
         raise ValueError(f"{file} was made by a model of another shape: {error}") from error
     step_on.load_state_dict(state["optimizer"])
     return int(state["step"])
-
-
-@contextmanager
-def fast_matmul() -> Iterator[None]:
-    """Float32 matrix products in TF32 where the GPU has it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def maskless_attention(model: nn.Module) -> Iterator[None]:
-    """Causal attention without masks: every method here pads on the right."""
-    backbones = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [backbone.config._attn_implementation for backbone in backbones]
-    for backbone in backbones:
-        backbone.config._attn_implementation = CAUSAL
-    try:
-        yield
-    finally:
-        for backbone, name in zip(backbones, before, strict=True):
-            backbone.config._attn_implementation = name
-
-
-@contextmanager
-def compiled_layers(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """The backbone's layers compiled one by one: they share their code, so one is compiled for all."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    limit = torch._dynamo.config.recompile_limit
-    if wanted:
-        torch._dynamo.config.recompile_limit = 64  # one graph per shape of batch
-        for layer in layers:
-            layer.compile(dynamic=False)
-    try:
-        yield
-    finally:
-        torch._dynamo.config.recompile_limit = limit
-        for layer in layers:
-            layer._compiled_call_impl = None
 
 
 @torch.no_grad()
