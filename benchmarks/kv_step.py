@@ -12,8 +12,8 @@ import time
 
 import torch
 
+from gradmem_adapter.tasks.kv_recipe import KVMix, KVRecipe, KVStage
 from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
-from gradmem_adapter.tasks.kv_training import KVMix, KVRecipe, KVStage
 from gradmem_adapter.training.graphed_step import GraphedStep
 from gradmem_adapter.training.speed import compiled_layers, fast_matmul, maskless_attention
 

@@ -100,7 +100,7 @@ def load_weights(model: PeftModel, path: str | Path) -> None:
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"There is no checkpoint of an adapter in {str(path)!r}: it has no {CONFIG_NAME}.")
     loaded = load_peft_weights(str(path), device="cpu")
-    _check_tensors(path, loaded, get_peft_model_state_dict(model, adapter_name=adapter))
+    check_tensors(path, loaded, get_peft_model_state_dict(model, adapter_name=adapter))
     if model.active_peft_config.train_backbone:
         if not (path / BACKBONE).is_dir():
             raise FileNotFoundError(
@@ -110,13 +110,13 @@ def load_weights(model: PeftModel, path: str | Path) -> None:
         backbone = cast(PreTrainedModel, model.get_base_model())
         saved: dict[str, Tensor] = type(backbone).from_pretrained(str(path / BACKBONE), dtype="auto").state_dict()
         own = backbone_state_dict(model)
-        _check_tensors(path / BACKBONE, saved, own)
+        check_tensors(path / BACKBONE, saved, own)
         for name, tensor in own.items():
             tensor.copy_(saved[name])
     set_peft_model_state_dict(model, loaded, adapter_name=adapter)
 
 
-def _check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     """Raise `ValueError` unless both have the same tensors, shape by shape."""
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, own))

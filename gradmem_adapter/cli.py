@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
 from .backbones import SMOLLM2
-from .demo import demo_text, run_demo
 
 app = typer.Typer(
     help="Write long contexts into a few vectors by gradient descent, and answer from them (GradMem).",
@@ -18,33 +21,159 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def main() -> None:
-    """Keeps `gradmem demo` a command of its own while it is the only one."""
+class DemoTask(str, Enum):
+    """What `gradmem demo` shows."""
+
+    recite = "recite"
+    kv = "kv"
+
+
+DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
+
+
+@contextmanager
+def _errors_of(command: str) -> Iterator[None]:
+    """Wrong input ends the command with a line and exit status 2, not with a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        Console(stderr=True).print(f"gradmem {command}: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {name!r}; use cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA GPU here; use --device cpu.")
+    return device
 
 
 @app.command()
 def demo(
+    task: Annotated[DemoTask, typer.Option(help="Recite a paragraph, or retrieve values by key.")] = DemoTask.recite,
     text: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A file with the text; default: one that ships.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="recite: a file; default: one that ships.")
     ] = None,
     backbone: Annotated[
-        str, typer.Option(help="A local directory, a hub id, or package:<package>/<file>.gguf.")
+        str, typer.Option(help="recite: a local directory, a hub id, or package:<package>/<file>.gguf.")
     ] = SMOLLM2,
     memory_tokens: Annotated[
-        int | None, typer.Option(help="Memory vectors; at most a quarter of the text's tokens; default: a fifth.")
+        int | None, typer.Option(help="recite: memory vectors; at most a quarter of the tokens; default: a fifth.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Write steps at most.")] = 300,
-    lr: Annotated[float, typer.Option(help="Write learning rate of Adam.")] = 0.03,
-    seed: Annotated[int, typer.Option(help="Seed of the first memory.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Write steps; recite: 300 at most, kv: 5.")] = None,
+    lr: Annotated[float, typer.Option(help="recite: write learning rate of Adam.")] = 0.03,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="kv: trained weights; default: checkpoints/kv-retrieval of the source tree.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="kv: pairs in the context.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first memory, or of the pairs.")] = 0,
 ) -> None:
-    """Write a paragraph into a few vectors, forget it, and recite it. Exit status 1 if it does not come back."""
-    try:
+    """Write a context into a few vectors, forget it, and answer from them.
+
+    Recite: exit status 1 if the paragraph does not come back.
+    """
+    with _errors_of("demo"):
+        if task is DemoTask.kv:
+            from .kv_demo import CHECKPOINT, run_kv_demo
+
+            run_kv_demo(checkpoint or CHECKPOINT, pairs=pairs, steps=5 if steps is None else steps, seed=seed)
+            return
+        from .demo import demo_text, run_demo
+
         result = run_demo(
-            demo_text(text), backbone=backbone, memory_tokens=memory_tokens, steps=steps, lr=lr, seed=seed
+            demo_text(text),
+            backbone=backbone,
+            memory_tokens=memory_tokens,
+            steps=300 if steps is None else steps,
+            lr=lr,
+            seed=seed,
         )
-    except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"gradmem demo: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
     if not result.reconstructed:
         raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="A YAML file, as in examples/.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated."),
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop and save after so much training.")] = None,
+) -> None:
+    """Meta-train a model as a recipe says; `task` in it is kv_retrieval or rows (texts in a file)."""
+    from .recipes import load_recipe
+    from .training.errors import TrainingDiverged
+    from .training_runs import train as run
+
+    with _errors_of("train"):
+        try:
+            run(load_recipe(recipe, setting or ()), output, device=_device(device), max_minutes=max_minutes)
+        except TrainingDiverged as error:
+            Console(stderr=True).print(f"gradmem train: {error}", style="red", markup=False)
+            raise typer.Exit(1) from error
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `gradmem train` made.")],
+    rows: Annotated[
+        Path | None, typer.Option(help="A file of rows; default: fresh pairs of key-value retrieval.")
+    ] = None,
+    pairs: Annotated[str, typer.Option(help="Numbers of pairs.")] = "4,8,16,32,64,96",
+    steps: Annotated[str, typer.Option(help="Numbers of write steps.")] = "1,2,5",
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts for each number of pairs.")] = 128,
+    results: Annotated[Path | None, typer.Option(help="A JSON file that the results are added to.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the pairs.")] = 1,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Measure a trained model and print a table."""
+    from .training_runs import evaluate_pairs, evaluate_rows
+
+    with _errors_of("eval"):
+        if rows is not None:
+            evaluate_rows(checkpoint, rows, _numbers("--steps", steps), device=_device(device))
+            return
+        evaluate_pairs(
+            checkpoint,
+            _numbers("--pairs", pairs),
+            _numbers("--steps", steps),
+            contexts=contexts,
+            seed=seed,
+            results=results,
+            device=_device(device),
+        )
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JSON file that `eval` made.")],
+    output: Annotated[Path | None, typer.Option(help="Directory of the plots; default: that of the results.")] = None,
+) -> None:
+    """Print the table of a file of results beside the paper's, and draw its plots."""
+    from .tasks import kv_results
+
+    with _errors_of("plot"):
+        records = kv_results.load_records(results)
+        Console().print(kv_results.table(records, paper=True))
+        for file in kv_results.plot(records, output or results.parent):
+            Console().print(f"Drawn: {file}", markup=False)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} takes integers with commas between them, as in 1,2,5, got {text!r}.") from error
+    if min(numbers) < 0:
+        raise ValueError(f"{option} cannot be negative, got {text!r}.")
+    return numbers

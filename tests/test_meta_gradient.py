@@ -149,8 +149,9 @@ def test_finite_difference_is_close_to_exact_for_any_batch(batch):
 
 
 def test_finite_difference_in_bf16():
+    """A random tiny model is smooth and rounds badly, so it wants a long step."""
     exact = flat_gradients(tiny(scale=1.5), "exact")
-    difference = flat_gradients(tiny(scale=1.5), "finite_difference", autocast=True)
+    difference = flat_gradients(tiny(scale=1.5), "finite_difference", autocast=True, finite_difference_step=0.1)
     first_order = flat_gradients(tiny(scale=1.5), "first_order")
     assert F.cosine_similarity(difference, exact, dim=0) > 0.99
     assert F.cosine_similarity(first_order, exact, dim=0) < 0.9  # there is a second order to get right

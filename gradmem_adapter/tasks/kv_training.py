@@ -2,147 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pydantic
 import torch
-import yaml
-from peft import get_peft_model
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gradmem_adapter.baselines import ForwardMemory, FullContext
-from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.checkpoint import check_tensors, load_checkpoint, save_checkpoint
+from gradmem_adapter.training.errors import TrainingDiverged
 from gradmem_adapter.training.graphed_step import GraphedStep
 from gradmem_adapter.training.speed import compiled_layers, fast_matmul, maskless_attention
 
-from .kv_retrieval import KVRetrieval, kv_backbone, kv_hits
+from .kv_recipe import Kind, KVRecipe
+from .kv_retrieval import KVRetrieval, kv_hits, kv_tokenizer
 
-METHODS = ("gradmem", "forward_memory", "full_context")
-STRICT = pydantic.ConfigDict(extra="forbid")
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class KVMix:
-    """One kind of batch in a stage. `share` weighs it against the stage's others, `write_steps` are drawn from."""
-
-    max_pairs: int
-    contexts: int
-    queries: int
-    min_pairs: int | None = None
-    write_steps: tuple[int, ...] = (1,)
-    share: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """The numbers of pairs, as "16" or "4-16"."""
-        return str(self.max_pairs) if self.min_pairs in (None, self.max_pairs) else f"{self.min_pairs}-{self.max_pairs}"
-
-
-class Kind(NamedTuple):
-    """What decides the shapes and the precision of a step, and so the graph that it is captured in."""
-
-    mix: KVMix
-    write_steps: int
-    bf16: bool
-
-    @property
-    def name(self) -> str:
-        """Pairs and write steps, as "N=4-16 K=2"."""
-        return f"N={self.mix.name} K={self.write_steps}"
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class KVStage:
-    """`steps` training steps on a mix of batches; stages follow one another (a curriculum over pairs)."""
-
-    steps: int
-    mix: tuple[KVMix, ...]
-    lr: float = 1e-3
-    bf16: bool = False
-    """In bf16 mixed precision; otherwise in float32 (matrix products in TF32)."""
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class KVRecipe:
-    """Everything a training run is made of, as `gradmem train` reads it from YAML."""
-
-    stages: tuple[KVStage, ...]
-    method: str = "gradmem"
-    backbone: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `kv_backbone`."""
-    memory: dict[str, Any] = field(default_factory=dict)
-    """Fields of `GradMemConfig`."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 500
-    decay_share: float = 0.3
-    """The last share of all steps, over which the learning rate falls to a twentieth."""
-    seed: int = 0
-    compile: bool = True
-    """Compile the backbone's layers, on a GPU."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
-        if not self.stages:
-            raise ValueError("A recipe needs at least one stage.")
-
-    @classmethod
-    def load(cls, path: Path, **overrides: Any) -> KVRecipe:
-        """Read a recipe from YAML; `overrides` replace top-level fields.
-
-        Raises:
-            ValueError: a field is unknown or has a value that cannot work; the message names it.
-        """
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} must hold a mapping of fields, got {type(content).__name__}.")
-        return pydantic.TypeAdapter(cls).validate_python(content | overrides)
-
-    @property
-    def steps(self) -> int:
-        """Training steps in all."""
-        return sum(stage.steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> KVStage:
-        """The stage that a step belongs to."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.stages[-1]
-
-    def lr_at(self, step: int) -> float:
-        """Warm-up, then the stage's rate, then a linear decay to a twentieth."""
-        left = (self.steps - step) / max(1, self.decay_share * self.steps)
-        return self.stage_at(step).lr * min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
-
-    def kind_at(self, step: int) -> Kind:
-        """The batch and the write steps of a step, drawn by its number alone, so that a resumed run draws the same."""
-        draw = random.Random(f"{self.seed}:{step}")
-        mix = self.stage_at(step).mix
-        chosen = draw.choices(mix, [part.share for part in mix])[0]
-        return Kind(chosen, draw.choice(chosen.write_steps), self.stage_at(step).bf16)
-
-    def build(self) -> nn.Module:
-        """The untrained model."""
-        torch.manual_seed(self.seed)
-        backbone = kv_backbone(**self.backbone)
-        memory = dict(self.memory)
-        if self.method == "full_context":
-            return FullContext(backbone)
-        if self.method == "forward_memory":
-            names = ("num_memory_tokens", "write_steps", "reconstruction_weight")
-            return ForwardMemory(backbone, **{name: memory[name] for name in names if name in memory})
-        return get_peft_model(backbone, GradMemConfig(train_backbone=True, **memory))
+WEIGHTS = "model.safetensors"
+RECIPE = "recipe.json"
 
 
 @dataclass
@@ -154,10 +37,6 @@ class KVProgress:
     """Of training alone, in this run."""
     means: dict[str, dict[str, float]]
     """By kind of batch, as "N=16 K=1"."""
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite."""
 
 
 def train_kv(
@@ -211,8 +90,8 @@ def train_kv(
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
     )
+    torch.manual_seed(recipe.seed)
     step = _resume(output / "last", model, step_on)
-    torch.manual_seed(recipe.seed + step)
     start = time.perf_counter()
     with fast_matmul(), maskless_attention(model), compiled_layers(model, recipe.compile and device.type == "cuda"):
         while step < recipe.steps:
@@ -239,6 +118,33 @@ def train_kv(
     return step >= recipe.steps
 
 
+def save_kv(model: nn.Module, recipe: KVRecipe, path: Path) -> None:
+    """Save a trained model for `load_kv`; one with memory by GradMem also opens with `load_checkpoint`."""
+    if isinstance(model, PeftModel):
+        save_checkpoint(model, kv_tokenizer(), path)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path / (WEIGHTS + ".tmp"))
+        os.replace(path / (WEIGHTS + ".tmp"), path / WEIGHTS)
+    (path / RECIPE).write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
+
+
+def load_kv(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, KVRecipe]:
+    """A model that `save_kv` saved, and how it was trained.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not (path / RECIPE).is_file():
+        raise FileNotFoundError(f"There is no model trained on key-value retrieval in {str(path)!r}: no {RECIPE}.")
+    recipe = KVRecipe.of(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+    if recipe.method == "gradmem":
+        return load_checkpoint(path, device=device)[0], recipe
+    model = recipe.build()
+    model.load_state_dict(load_file(path / WEIGHTS))
+    return model.to(device).eval(), recipe
+
+
 def _state_file(directory: Path) -> Path:
     return directory / "state.pt"
 
@@ -250,7 +156,12 @@ def _step_of(directory: Path) -> int:
 
 def _save(directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    state = {"weights": model.state_dict(), "optimizer": step_on.state_dict(), "step": step}
+    state = {
+        "weights": model.state_dict(),
+        "optimizer": step_on.state_dict(),
+        "step": step,
+        "random": _random(next(model.parameters()).device).get_rng_state(),
+    }
     temporary = directory / "state.tmp"
     torch.save(state, temporary)
     os.replace(temporary, _state_file(directory))
@@ -261,12 +172,16 @@ def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> int
     if not file.exists():
         return 0
     state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
-    try:
-        model.load_state_dict(state["weights"])
-    except RuntimeError as error:
-        raise ValueError(f"{file} was made by a model of another shape: {error}") from error
+    check_tensors(file, state["weights"], model.state_dict())
+    model.load_state_dict(state["weights"])
     step_on.load_state_dict(state["optimizer"])
+    _random(next(model.parameters()).device).set_rng_state(state["random"].cpu())
     return int(state["step"])
+
+
+def _random(device: torch.device) -> Any:
+    """Where the random state of the data is: they are made on the device."""
+    return torch.cuda if device.type == "cuda" else torch.random
 
 
 @torch.no_grad()

@@ -27,15 +27,12 @@ from gradmem_adapter.state import MemoryState
 from .arguments import GradMemTrainingArguments, with_defaults
 from .collator import GradMemCollator
 from .curriculum import Curriculum, Plan
+from .errors import TrainingDiverged
 from .metrics import Score, score_answer
 from .statistics import Count, Sums, batch_sums, context_index, context_sums, count, means, model_inputs, per_context
 
 SPARE_TOKENS = 8
 """How many more tokens than the longest target an answer may have in evaluation."""
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss, a gradient or a weight is no longer finite. The weights are those before the step."""
 
 
 class GradMemTrainer(Trainer):
@@ -371,6 +368,10 @@ class GradMemTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_weights(self.model, cast(str, self.state.best_model_checkpoint))
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is one in the output directory to resume from."""
+        return self._last_checkpoint() is not None
 
     def _last_checkpoint(self, step: int | None = None) -> str | None:
         """The last checkpoint in the output directory (up to a step) that is whole: the state is written last."""

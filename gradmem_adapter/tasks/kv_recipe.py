@@ -1,0 +1,141 @@
+"""What a training run on key-value retrieval is made of: model, stages, optimizer."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import field
+from typing import Any, Literal, NamedTuple
+
+import pydantic
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from gradmem_adapter.baselines import ForwardMemory, FullContext
+from gradmem_adapter.config import GradMemConfig
+
+from .kv_retrieval import kv_backbone
+
+METHODS = ("gradmem", "forward_memory", "full_context")
+STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class KVMix:
+    """One kind of batch in a stage. `share` weighs it against the stage's others, `write_steps` are drawn from."""
+
+    max_pairs: int
+    contexts: int
+    queries: int
+    min_pairs: int | None = None
+    write_steps: tuple[int, ...] = (1,)
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The numbers of pairs, as "16" or "4-16"."""
+        return str(self.max_pairs) if self.min_pairs in (None, self.max_pairs) else f"{self.min_pairs}-{self.max_pairs}"
+
+
+class Kind(NamedTuple):
+    """What decides the shapes and the precision of a step, and so the graph that it is captured in."""
+
+    mix: KVMix
+    write_steps: int
+    bf16: bool
+
+    @property
+    def name(self) -> str:
+        """Pairs and write steps, as "N=4-16 K=2"."""
+        return f"N={self.mix.name} K={self.write_steps}"
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class KVStage:
+    """`steps` training steps on a mix of batches; stages follow one another (a curriculum over pairs)."""
+
+    steps: int
+    mix: tuple[KVMix, ...]
+    lr: float = 1e-3
+    bf16: bool = False
+    """In bf16 mixed precision; otherwise in float32 (matrix products in TF32)."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class KVRecipe:
+    """Everything a training run is made of, as `gradmem train` reads it from YAML."""
+
+    stages: tuple[KVStage, ...]
+    task: Literal["kv_retrieval"] = "kv_retrieval"
+    method: str = "gradmem"
+    backbone: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `kv_backbone`."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Fields of `GradMemConfig`."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 500
+    decay_share: float = 0.3
+    """The last share of all steps, over which the learning rate falls to a twentieth."""
+    seed: int = 0
+    compile: bool = True
+    """Compile the backbone's layers, on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
+        if not self.stages:
+            raise ValueError("A recipe needs at least one stage.")
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> KVRecipe:
+        """The recipe with these fields, as YAML or JSON has them.
+
+        Raises:
+            ValueError: a field is unknown or has a value that cannot work; the message names it.
+        """
+        return pydantic.TypeAdapter(cls).validate_python(fields)
+
+    @property
+    def trained_steps(self) -> str:
+        """The write steps that training draws from, as "5" or "1-12"."""
+        steps = {k for stage in self.stages for part in stage.mix for k in part.write_steps}
+        return str(min(steps)) if len(steps) == 1 else f"{min(steps)}-{max(steps)}"
+
+    @property
+    def steps(self) -> int:
+        """Training steps in all."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> KVStage:
+        """The stage that a step belongs to."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+    def lr_at(self, step: int) -> float:
+        """Warm-up, then the stage's rate, then a linear decay to a twentieth."""
+        left = (self.steps - step) / max(1, self.decay_share * self.steps)
+        return self.stage_at(step).lr * min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
+
+    def kind_at(self, step: int) -> Kind:
+        """The batch and the write steps of a step, drawn by its number alone, so that a resumed run draws the same."""
+        draw = random.Random(f"{self.seed}:{step}")
+        mix = self.stage_at(step).mix
+        chosen = draw.choices(mix, [part.share for part in mix])[0]
+        return Kind(chosen, draw.choice(chosen.write_steps), self.stage_at(step).bf16)
+
+    def build(self) -> nn.Module:
+        """The untrained model."""
+        torch.manual_seed(self.seed)
+        backbone = kv_backbone(**self.backbone)
+        memory = dict(self.memory)
+        if self.method == "full_context":
+            return FullContext(backbone)
+        if self.method == "forward_memory":
+            names = ("num_memory_tokens", "write_steps", "reconstruction_weight")
+            return ForwardMemory(backbone, **{name: memory[name] for name in names if name in memory})
+        return get_peft_model(backbone, GradMemConfig(train_backbone=True, **memory))

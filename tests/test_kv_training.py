@@ -1,0 +1,283 @@
+"""Recipes, training on key-value retrieval and its baselines, on tiny models."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from gradmem_adapter import load_checkpoint
+from gradmem_adapter.baselines import ForwardMemory, FullContext
+from gradmem_adapter.baselines.packing import append
+from gradmem_adapter.cli import app
+from gradmem_adapter.recipes import load_recipe
+from gradmem_adapter.tasks.kv_recipe import METHODS, KVRecipe
+from gradmem_adapter.tasks.kv_retrieval import KVRetrieval, kv_backbone
+from gradmem_adapter.tasks.kv_training import load_kv, save_kv, train_kv
+from gradmem_adapter.training import TrainingDiverged
+from gradmem_adapter.training.graphed_step import GraphedStep
+from gradmem_adapter.training.speed import compiled_layers, maskless_attention
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("kv_*.yaml"))
+MEMORY = {
+    "num_memory_tokens": 4, "learn_write_lr": True, "write_head": True, "reconstruction_weight": 0.2,
+    "meta_gradient": "finite_difference",
+}  # fmt: skip
+
+
+def recipe(method="gradmem", steps=8, **fields):
+    memory = {} if method == "full_context" else MEMORY
+    return KVRecipe.of(
+        {
+            "method": method,
+            "backbone": {"layers": 1, "width": 32, "heads": 2},
+            "memory": memory,
+            "warmup_steps": 4,
+            "stages": [
+                {"steps": 4, "mix": [{"max_pairs": 2, "contexts": 8, "queries": 2, "write_steps": [1, 2]}]},
+                {"steps": steps - 4, "mix": [
+                    {"max_pairs": 4, "min_pairs": 2, "contexts": 4, "queries": 2, "write_steps": [2], "share": 3},
+                    {"max_pairs": 2, "contexts": 4, "queries": 2},
+                ]},
+            ],
+        } | fields
+    )  # fmt: skip
+
+
+def run(plan, output, **options):
+    model = plan.build()
+    done = train_kv(model, plan, output, device="cpu", log_every=2, save_every=2, **options)
+    return model, done
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_and_resumed_equals_uninterrupted(method, tmp_path):
+    whole, done = run(recipe(method), tmp_path / "whole")
+    assert done
+    _, done = run(recipe(method), tmp_path / "parts", stop=lambda now: now.step >= 4)
+    assert not done
+    parts, done = run(recipe(method), tmp_path / "parts")
+    assert done
+    start = recipe(method).build().state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    assert any(not torch.equal(value, start[name]) for name, value in whole.state_dict().items())
+
+
+def test_training_gradmem_lowers_the_loss(tmp_path):
+    losses = []
+    plan = recipe(
+        steps=64, stages=[{"steps": 60, "lr": 0.003, "mix": [{"max_pairs": 2, "contexts": 32, "queries": 2}]}]
+    )
+    run(plan, tmp_path, callback=lambda now: losses.extend(v["target_loss"] for v in now.means.values()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_models_come_back(method, tmp_path):
+    plan = recipe(method)
+    model = plan.build().eval()
+    save_kv(model, plan, tmp_path / "model")
+    back, same = load_kv(tmp_path / "model")
+    batch = KVRetrieval(3, 2).sample(3, 2, seed=0).as_dict()
+    with torch.no_grad():
+        torch.testing.assert_close(back(**batch).logits, model(**batch).logits)
+    assert same == plan
+    if method == "gradmem":
+        load_checkpoint(tmp_path / "model")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_named(tmp_path):
+    plan = recipe(steps=20)
+    model = plan.build()
+
+    def poison(now):
+        if now.step == 6:
+            with torch.no_grad():
+                model.get_base_model().lm_head.weight.fill_(math.nan)
+
+    with pytest.raises(TrainingDiverged, match=r"step 8 .*of step 6, is in .*last"):
+        train_kv(model, plan, tmp_path, device="cpu", log_every=2, save_every=2, callback=poison)
+
+
+def test_a_state_of_another_shape_is_refused(tmp_path):
+    run(recipe(), tmp_path)
+    with pytest.raises(ValueError, match=r"of another model: tensor .* has shape \(67, 32\) there and \(67, 64\) here"):
+        run(recipe(backbone={"layers": 1, "width": 64, "heads": 2}), tmp_path)
+
+
+def test_the_rate_warms_up_stays_and_decays():
+    plan = recipe(steps=100, decay_share=0.5, stages=[{"steps": 100, "lr": 0.01, "mix": [
+        {"max_pairs": 2, "contexts": 1, "queries": 1}]}])  # fmt: skip
+    rates = [plan.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.0025)
+    assert rates[10] == rates[50] == 0.01
+    assert rates[99] == pytest.approx(0.0005)
+    assert rates[60:] == sorted(rates[60:], reverse=True)
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_shipped_recipes_are_sound(file):
+    plan = load_recipe(file)
+    assert isinstance(plan, KVRecipe)
+    plan.build()
+    assert {plan.stage_at(step) for step in range(plan.steps)} == set(plan.stages)
+
+
+def test_the_shipped_weights_were_trained_by_the_shipped_recipe():
+    root = Path(__file__).parent.parent
+    made = json.loads((root / "checkpoints" / "kv-retrieval" / "recipe.json").read_text(encoding="utf-8"))
+    assert KVRecipe.of(made) == load_recipe(root / "examples" / "kv_retrieval.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "magic"}, "method must be one of"),
+        ({"stages": []}, "at least one stage"),
+        ({"step": 3}, "step"),
+        ({"task": "other"}, "task must be one of kv_retrieval, rows"),
+    ],
+)
+def test_recipes_that_cannot_work_name_the_field(change, message, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    content = {"task": "kv_retrieval", "stages": [{"steps": 1, "mix": [{"max_pairs": 2, "contexts": 1, "queries": 1}]}]}
+    file.write_text(yaml.safe_dump(content | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(file)
+
+
+def test_settings_take_the_place_of_fields():
+    plan = load_recipe(EXAMPLES[0], ["seed=3", "memory.num_memory_tokens=2", "memory.write_steps=4"])
+    assert (plan.seed, plan.memory["num_memory_tokens"], plan.memory["write_steps"]) == (3, 2, 4)
+    for setting, message in (("seed", "field=value"), ("=1", "field=value"), ("stages.x=1", "no fields of its own")):
+        with pytest.raises(ValueError, match=message):
+            load_recipe(EXAMPLES[0], [setting])
+
+
+class TestCommands:
+    def arguments(self, tmp_path, *more):
+        file = tmp_path / "recipe.yaml"
+        stage = {"steps": 4, "mix": [{"max_pairs": 2, "contexts": 4, "queries": 2}]}
+        content = {"task": "kv_retrieval", "backbone": {"layers": 1, "width": 16, "heads": 2}, "stages": [stage]}
+        content["memory"] = MEMORY
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return ["train", str(file), "--output", str(tmp_path / "run"), "--device", "cpu", *more]
+
+    def test_train(self, tmp_path):
+        result = CliRunner().invoke(app, self.arguments(tmp_path))
+        assert result.exit_code == 0, result.output
+        assert "GradMem, 5 steps" in " ".join(result.output.split())
+        load_checkpoint(tmp_path / "run" / "checkpoint")
+
+    def test_train_goes_on_where_it_was_stopped(self, tmp_path):
+        arguments = self.arguments(tmp_path, "--set", "stages.0.steps=1")
+        assert CliRunner().invoke(app, arguments).exit_code == 2  # a list has no fields to set
+        result = CliRunner().invoke(app, self.arguments(tmp_path, "--max-minutes", "1e-9"))
+        assert result.exit_code == 0, result.output
+
+    def test_bad_input(self, tmp_path):
+        for more, message in (
+            (["--set", "method=magic"], "method must be one of"),
+            (["--max-minutes", "0"], "max_minutes must be positive"),
+            (["--set", "memory.num_memory_tokens=0"], "num_memory_tokens must be at least 1"),
+        ):
+            result = CliRunner().invoke(app, self.arguments(tmp_path, *more))
+            assert result.exit_code == 2, result.output
+            assert message in " ".join(result.stderr.split())
+
+
+class TestBaselines:
+    @pytest.mark.parametrize("make", [FullContext, lambda backbone: ForwardMemory(backbone, 4, 2)])
+    def test_padding_changes_nothing(self, make):
+        """Each context alone and unpadded gives what it gives in a batch, with or without masks."""
+        torch.manual_seed(0)
+        backbone = kv_backbone(layers=2, width=32, heads=4)
+        for parameter in backbone.parameters():
+            parameter.data.mul_(5 if parameter.dim() == 2 else 1)
+        model = make(backbone).eval()
+        batch = KVRetrieval(6, 2).sample(5, 3, seed=0).as_dict()
+        with torch.no_grad():
+            together = model(**batch).logits
+            with maskless_attention(model):
+                torch.testing.assert_close(model(**batch).logits, together, rtol=1e-4, atol=1e-5)
+            for i in range(5):
+                length, rows = int(batch["context_attention_mask"][i].sum()), slice(3 * i, 3 * i + 3)
+                alone = model(
+                    input_ids=batch["input_ids"][rows],
+                    labels=batch["labels"][rows],
+                    context_input_ids=batch["context_input_ids"][i : i + 1, :length],
+                    context_attention_mask=batch["context_attention_mask"][i : i + 1, :length],
+                    context_index=torch.zeros(3, dtype=torch.long),
+                ).logits
+                torch.testing.assert_close(alone, together[rows], rtol=1e-4, atol=1e-5)
+
+    def test_forward_memory_sees_the_context_through_its_memory_alone(self):
+        torch.manual_seed(0)
+        model = ForwardMemory(kv_backbone(layers=2, width=32, heads=4), 4).eval()
+        batch = KVRetrieval(3).sample(2, 2, seed=0).as_dict()
+        other = KVRetrieval(3).sample(2, 2, seed=1).as_dict()
+        with torch.no_grad():
+            a, b = model(**batch), model(**(batch | {"context_input_ids": other["context_input_ids"]}))
+            assert not torch.equal(a.memory, b.memory)
+            assert not torch.equal(a.logits, b.logits)
+            model.write = lambda *args: a.memory
+            torch.testing.assert_close(
+                model(**(batch | {"context_input_ids": other["context_input_ids"]})).logits, a.logits
+            )
+
+    def test_several_passes_differ_from_one(self):
+        torch.manual_seed(0)
+        model = ForwardMemory(kv_backbone(layers=2, width=32, heads=4), 4).eval()
+        batch = KVRetrieval(3).sample(2, 2, seed=0).as_dict()
+        with torch.no_grad():
+            memories = [model(**batch, write_steps=k).memory for k in (1, 2, 3)]
+        assert not torch.allclose(memories[0], memories[1], atol=1e-3)
+        assert not torch.allclose(memories[1], memories[2], atol=1e-4)
+
+    def test_append(self):
+        context, tail = torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([[8, 9], [8, 9]])
+        joined, places = append(context, torch.tensor([2, 3]), tail)
+        assert joined.tolist() == [[1, 2, 8, 9, 0], [3, 4, 5, 8, 9]]
+        assert joined.gather(1, places).tolist() == tail.tolist()
+
+
+class TestSpeed:
+    def test_maskless_attention_changes_nothing_for_right_padded_contexts(self):
+        model = recipe().build().eval()
+        batch = KVRetrieval(4, 2).sample(3, 2, seed=0).as_dict()
+        expected = model(**batch)
+        with maskless_attention(model):
+            actual = model(**batch)
+        torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_layers_are_compiled_inside_alone(self):
+        model = recipe().build()
+        layer = model.get_base_model().model.layers[0]
+        with compiled_layers(model, True):
+            assert layer._compiled_call_impl is not None
+        assert layer._compiled_call_impl is None
+
+    def test_graphed_step_is_adamw_with_clipping(self):
+        """On the CPU, where nothing is captured."""
+        torch.manual_seed(0)
+        weight, reference = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        data = torch.tensor([1.0, -2.0, 30.0])
+        step = GraphedStep(lambda kind: {"loss": kind * (weight * data).square().sum()}, [weight], max_grad_norm=0.5)
+        optimizer = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0)
+        for lr, kind in ((0.1, 1), (0.05, 2), (0.1, 1)):
+            step(kind, lr)
+            optimizer.zero_grad()
+            (kind * (reference * data).square().sum()).backward()
+            torch.nn.utils.clip_grad_norm_([reference], 0.5)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        torch.testing.assert_close(weight, reference)
+        means = step.means()
+        assert set(means) == {1, 2}
+        assert set(means[1]) == {"loss", "grad_norm"}
+        assert step.means() == {}
