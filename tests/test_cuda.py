@@ -6,6 +6,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny, tokens
 
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.tasks.kv_recipe import KVRecipe
+from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
+from gradmem_adapter.training.graphed_step import GraphedStep
+from gradmem_adapter.training.speed import maskless_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -112,3 +116,34 @@ def test_memory_of_a_training_step_is_flat_in_the_write_steps(meta_gradient):
         torch.cuda.empty_cache()
     print(f"peak GiB, {meta_gradient}: {peaks}")
     assert peaks[6] < 1.25 * peaks[1]
+
+
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
+def test_captured_training_steps_equal_steps_as_they_are(meta_gradient):
+    """The same data, drawn by the device's generator, through graphs and without."""
+    results = []
+    for graphed in (False, True):
+        recipe = KVRecipe.of(
+            {
+                "backbone": {"layers": 2, "width": 32, "heads": 2},
+                "memory": {"num_memory_tokens": 4, "meta_gradient": meta_gradient, "reconstruction_weight": 0.2},
+                "stages": [{"steps": 1, "mix": [{"max_pairs": 4, "contexts": 8, "queries": 2}]}],
+            }
+        )
+        model = recipe.build().cuda().eval()
+        task = KVRetrieval(4, 2)
+
+        def loss(kind, model=model, task=task):
+            return {"loss": model(**task.sample(8, 2, "cuda").as_dict(), write_steps=kind).loss}
+
+        step = GraphedStep(loss, [p for p in model.parameters() if p.requires_grad])
+        step.graphed = graphed
+        torch.manual_seed(1)
+        with maskless_attention(model):
+            for kind in (1, 2, 1, 1, 2, 2, 1):
+                step(kind, 1e-3)
+        results.append((step.means(), model.state_dict()))
+    for kind in (1, 2):
+        assert results[1][0][kind]["loss"] == pytest.approx(results[0][0][kind]["loss"], rel=1e-4)
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], value, rtol=1e-2, atol=1e-4)
