@@ -187,18 +187,20 @@ class GradMemModel(BaseTuner):
         return Writer(self.model, self.slots, self._adapter, self.peft_config[self._adapter])
 
     @property
-    def _prefix_length(self) -> int:
+    def prefix_length(self) -> int:
+        """How many positions the memory takes with its control vectors, m + 2c."""
         config = self.peft_config[self._adapter]
         return config.num_memory_tokens + 2 * config.num_control_tokens
 
-    def _positions(self) -> int | None:
+    @property
+    def positions(self) -> int | None:
         """How many positions the backbone has, None where it does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def _context(self, name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
         vocabulary, device = self.model.get_input_embeddings().weight.shape[0], self.model.device
         check_tokens(name, input_ids, attention_mask, vocabulary)
-        check_context(input_ids, attention_mask, self._prefix_length, self._positions())
+        check_context(input_ids, attention_mask, self.prefix_length, self.positions)
         return right_padded(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
 
     def fingerprint(self) -> str:
@@ -431,7 +433,10 @@ class GradMemModel(BaseTuner):
             loss = loss + weight * losses[:, -1].mean()
         result = GradMemOutput(
             loss=loss,
-            logits=output.logits if kwargs.get("logits_to_keep") else read.layout.split(output.logits),
+            # A fused loss (Liger's) keeps no logits.
+            logits=output.logits
+            if output.logits is None or kwargs.get("logits_to_keep")
+            else read.layout.split(output.logits),
             past_key_values=output.get("past_key_values"),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),

@@ -158,6 +158,13 @@ def test_settings_take_the_place_of_fields():
             load_recipe(EXAMPLES[0], [setting])
 
 
+def test_write_steps_of_the_recipe_take_the_place_of_those_of_its_stages():
+    plan, fixed = recipe(steps=40), recipe(steps=40, write_steps=[3])
+    assert {plan.kind_at(step).write_steps for step in range(40)} == {1, 2}
+    assert {fixed.kind_at(step).write_steps for step in range(40)} == {3}
+    assert (plan.trained_steps, fixed.trained_steps) == ("1-2", "3")
+
+
 class TestCommands:
     def arguments(self, tmp_path, *more):
         file = tmp_path / "recipe.yaml"

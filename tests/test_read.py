@@ -382,3 +382,23 @@ def test_what_a_passed_configuration_leaves_open_comes_from_the_models():
     model.get_base_model().generation_config.prompt_lookup_num_tokens = 3
     with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens"):
         model.generate(ids[:1], memory=states[0], generation_config=config)
+
+
+def test_a_backbone_whose_fused_loss_keeps_no_logits(monkeypatch):
+    """As Liger's does in training."""
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2))
+    ids = tokens(2, 6)
+    inputs = {"input_ids": ids, "labels": ids, "context_input_ids": ids}
+    expected = model(**inputs)
+    forward = type(model.get_base_model()).forward
+
+    def without_logits(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if kwargs.get("labels") is not None:
+            output.logits = None
+        return output
+
+    monkeypatch.setattr(type(model.get_base_model()), "forward", without_logits)
+    output = model(**inputs)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected.loss)

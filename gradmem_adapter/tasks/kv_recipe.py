@@ -72,6 +72,8 @@ class KVRecipe:
     """Arguments of `kv_backbone`."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of `GradMemConfig`."""
+    write_steps: tuple[int, ...] | None = None
+    """Draw write steps (or passes) from these everywhere, whatever the stages say."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -100,7 +102,7 @@ class KVRecipe:
     @property
     def trained_steps(self) -> str:
         """The write steps that training draws from, as "5" or "1-12"."""
-        steps = {k for stage in self.stages for part in stage.mix for k in part.write_steps}
+        steps = {k for stage in self.stages for part in stage.mix for k in self.write_steps or part.write_steps}
         return str(min(steps)) if len(steps) == 1 else f"{min(steps)}-{max(steps)}"
 
     @property
@@ -126,7 +128,7 @@ class KVRecipe:
         draw = random.Random(f"{self.seed}:{step}")
         mix = self.stage_at(step).mix
         chosen = draw.choices(mix, [part.share for part in mix])[0]
-        return Kind(chosen, draw.choice(chosen.write_steps), self.stage_at(step).bf16)
+        return Kind(chosen, draw.choice(self.write_steps or chosen.write_steps), self.stage_at(step).bf16)
 
     def build(self) -> nn.Module:
         """The untrained model."""

@@ -468,9 +468,9 @@ def _collator(collator: Any, tokenizer: PreTrainedTokenizerBase, config: GradMem
                 f"The collator presents queries as {collator.query_format!r} and the adapter's config as "
                 f"{config.query_format!r}: training and inference would not agree. Give both the same query_format."
             )
-        positions = tuner._positions()
+        positions = tuner.positions
         if positions is not None:
-            limit = positions - tuner._prefix_length
+            limit = positions - tuner.prefix_length
             collator = copy.copy(collator)  # the caller's may go to another model, too
             collator.max_context_length = limit if collator.max_context_length is None else collator.max_context_length
             collator.max_query_length = limit if collator.max_query_length is None else collator.max_query_length
