@@ -86,9 +86,9 @@ class GradMemPipeline:
         batch = _as_batch(prompts)
         if not batch:
             return []
-        input_ids, mask = self._encode_prompts(batch)
+        input_ids, mask = self.encode_prompts(batch)
         output = self.model.generate(
-            input_ids=input_ids, attention_mask=mask, memory=memory, **self._generation_options(options)
+            input_ids=input_ids, attention_mask=mask, memory=memory, **self.generation_options(options)
         )
         sequences = output if isinstance(output, Tensor) else output.sequences
         return self.tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
@@ -100,10 +100,10 @@ class GradMemPipeline:
 
         Args: as for `generate`.
         """
-        input_ids, mask = self._encode_prompts([prompt])
+        input_ids, mask = self.encode_prompts([prompt])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancelled = threading.Event()
-        options = self._generation_options(options)
+        options = self.generation_options(options)
         criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), _Cancelled(cancelled)])
         errors: list[BaseException] = []
 
@@ -145,7 +145,8 @@ class GradMemPipeline:
             raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
         return self._pad([self.tokenizer(text)["input_ids"] for text in texts], "right")
 
-    def _encode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Token ids [B, T] of prompts as the model sees them, left padded, and their mask."""
         formatted = [self.format_query(prompt) for prompt in prompts]
         return self._pad(
             [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted], "left"
@@ -161,7 +162,8 @@ class GradMemPipeline:
         pad = self.tokenizer.pad_token_id
         return cast(int, self.tokenizer.eos_token_id if pad is None else pad)
 
-    def _generation_options(self, options: dict[str, Any]) -> dict[str, Any]:
+    def generation_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options for `model.generate`, with the tokenizer and the pad token where they are needed."""
         options = dict(options)
         if options.get("stop_strings") is not None:
             options.setdefault("tokenizer", self.tokenizer)

@@ -179,6 +179,12 @@ class MemoryState:
         """The same values bit for bit, dtypes and fingerprint, whatever the device."""
         return self.to_bytes() == other.to_bytes()
 
+    def __eq__(self, other: object) -> bool:
+        return self.equal(other) if isinstance(other, MemoryState) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.to_bytes())
+
     def __repr__(self) -> str:
         batch, m, d = self.vectors.shape
         return (

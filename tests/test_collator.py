@@ -61,7 +61,7 @@ class TestBatch:
         model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2, query_format=query_format))
         pipeline = GradMemPipeline(model, tokenizer)
         batch = GradMemCollator(tokenizer, query_format=query_format)([ROW, TWO])
-        ids, mask = pipeline._encode_prompts(["user :", "w6", "w7 w8 w9"])
+        ids, mask = pipeline.encode_prompts(["user :", "w6", "w7 w8 w9"])
         assert torch.equal(batch["query_input_ids"], ids)
         assert torch.equal(batch["query_attention_mask"], mask)
         ids, mask = pipeline._encode_contexts(["w1 w2 w3", "w5"])

@@ -157,10 +157,10 @@ class TestGenerate:
     def test_pad_token_zero_counts(self, pipeline):
         """Token 0 is the pad token of many tokenizers; it is not "none"."""
         pipeline.model.generation_config.pad_token_id = None
-        assert pipeline._generation_options({})["pad_token_id"] == 0
+        assert pipeline.generation_options({})["pad_token_id"] == 0
         pipeline.tokenizer.eos_token = None
-        assert pipeline._generation_options({})["pad_token_id"] == 0
-        assert pipeline._generation_options({"pad_token_id": 5})["pad_token_id"] == 5
+        assert pipeline.generation_options({})["pad_token_id"] == 0
+        assert pipeline.generation_options({"pad_token_id": 5})["pad_token_id"] == 5
 
     def test_lora(self):
         pipeline = make(lora_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

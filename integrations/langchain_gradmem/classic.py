@@ -1,0 +1,64 @@
+"""Memory for chains of `langchain_classic` (extra `langchain-classic`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_classic.base_memory import BaseMemory
+from langchain_core.messages import AIMessage, HumanMessage
+from pydantic import PrivateAttr
+
+from .conversation import TurnMemory
+from .history import GradMemChatMessageHistory
+
+
+class GradMemConversationMemory(BaseMemory):
+    """Old turns in memory, recent ones as text, for prompts with a `MessagesPlaceholder`.
+
+    A prompt that is one string cannot carry memory: what references stand for would be lost in it.
+
+    Attributes:
+        memory: which turns stay text, and who writes the others.
+        memory_key: the prompt's variable.
+        input_key, output_key: of a chain with several; default: the only one.
+    """
+
+    memory: TurnMemory
+    memory_key: str = "history"
+    input_key: str | None = None
+    output_key: str | None = None
+    _history: GradMemChatMessageHistory = PrivateAttr()
+
+    def model_post_init(self, context: Any, /) -> None:
+        self._history = GradMemChatMessageHistory(self.memory)
+
+    @property
+    def chat_memory(self) -> GradMemChatMessageHistory:
+        """The history behind it."""
+        return self._history
+
+    @property
+    def memory_variables(self) -> list[str]:
+        """The prompt's variable."""
+        return [self.memory_key]
+
+    def load_memory_variables(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The messages for the prompt."""
+        return {self.memory_key: self._history.messages}
+
+    def save_context(self, inputs: dict[str, Any], outputs: dict[str, str]) -> None:
+        """Add a turn."""
+        question = _only(inputs, self.input_key, "input_key", {self.memory_key})
+        answer = _only(outputs, self.output_key, "output_key", set())
+        self._history.add_messages([HumanMessage(question), AIMessage(answer)])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._history.clear()
+
+
+def _only(values: dict[str, Any], key: str | None, name: str, but: set[str]) -> str:
+    keys = [key] if key is not None else [k for k in values if k not in but]
+    if len(keys) != 1 or keys[0] not in values:
+        raise ValueError(f"Set {name}: one of {sorted(values)} is to be remembered.")
+    return str(values[keys[0]])

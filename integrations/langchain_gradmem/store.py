@@ -1,0 +1,114 @@
+"""Memory states by reference, over any store of bytes that LangChain has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from langchain_core.stores import BaseStore, ByteStore, InMemoryByteStore
+
+from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class UnknownReferenceError(KeyError):
+    """A reference that the store does not hold: of another tenant, deleted, or made up."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class MemoryStateStore(BaseStore[str, MemoryState]):
+    """Memory states, content-addressed: the same text under the same model and options is written once.
+
+    Args:
+        store: where the bytes go (default: into memory); `LocalFileStore` for a directory.
+        namespace: of a tenant. Stores of other namespaces do not see its states, nor do their references fit.
+    """
+
+    def __init__(self, store: ByteStore | None = None, *, namespace: str = "default") -> None:
+        if not _NAMESPACE.fullmatch(namespace):
+            raise ValueError(f"A namespace is made of letters, digits, _ and -, got {namespace!r}.")
+        self.store = InMemoryByteStore() if store is None else store
+        self.namespace = namespace
+        self.writes = 0
+        """How many contexts have been written, as opposed to found."""
+
+    def _key(self, reference: str) -> str:
+        return f"{self.namespace}/{reference}"
+
+    def mget(self, keys: Sequence[str]) -> list[MemoryState | None]:
+        """The states, None where there is none.
+
+        Raises:
+            MemoryStateError: what is stored is no memory state or is damaged.
+        """
+        found = self.store.mget([self._key(key) for key in keys])
+        states: list[MemoryState | None] = []
+        for key, data in zip(keys, found, strict=True):
+            try:
+                states.append(None if data is None else MemoryState.from_bytes(data))
+            except MemoryStateError as error:
+                raise MemoryStateError(f"The stored state {key!r} cannot be read: {error}") from error
+        return states
+
+    def mset(self, key_value_pairs: Sequence[tuple[str, MemoryState]]) -> None:
+        self.store.mset([(self._key(key), state.to_bytes()) for key, state in key_value_pairs])
+
+    def mdelete(self, keys: Sequence[str]) -> None:
+        self.store.mdelete([self._key(key) for key in keys])
+
+    def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
+        own = self._key("")
+        for key in self.store.yield_keys(prefix=self._key(prefix or "")):
+            if key.startswith(own):
+                yield key.removeprefix(own)
+
+    def get(self, reference: str, *, fingerprint: str | None = None) -> MemoryState:
+        """The state of a reference.
+
+        Raises:
+            UnknownReferenceError: this store does not hold it.
+            MemoryStateError: it is damaged, or another model than `fingerprint` wrote it.
+        """
+        (state,) = self.mget([reference])
+        if state is None:
+            raise UnknownReferenceError(
+                f"There is no memory state {reference!r} in namespace {self.namespace!r}. It was deleted, belongs to "
+                "another tenant, or the store is another one than it was written to; write the text again."
+            )
+        if fingerprint is not None and state.fingerprint != fingerprint:
+            raise MemoryStateError(
+                f"Memory state {reference!r} was written by model {state.fingerprint}, and this is model "
+                f"{fingerprint}: it would be read as noise. Write the text again with this model."
+            )
+        return state
+
+    def reference(self, pipeline: GradMemPipeline, text: str, **options: Any) -> str:
+        """What `write` returns for a text, without writing: namespace, model, options and text decide it."""
+        identity = [self.namespace, pipeline.model.fingerprint(), sorted(options.items()), text]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+    def write(self, pipeline: GradMemPipeline, texts: Sequence[str], **options: Any) -> list[str]:
+        """The references of texts; those not yet stored are written, in one batch.
+
+        Args:
+            options: what `pipeline.write` takes and JSON can hold: `steps`, `lr`, `optimizer`, `tolerance`.
+
+        Raises:
+            ValueError: a text cannot be written; none is stored then.
+        """
+        references = [self.reference(pipeline, text, **options) for text in texts]
+        known = self.mget(references)
+        missing = {
+            reference: text for reference, text, state in zip(references, texts, known, strict=True) if state is None
+        }
+        if missing:
+            states = pipeline.write(list(missing.values()), **options)
+            self.mset(list(zip(missing, states.cpu(), strict=True)))
+            self.writes += len(missing)
+        return references

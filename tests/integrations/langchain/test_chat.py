@@ -1,0 +1,245 @@
+"""ChatGradMem: what people left other local-model wrappers over, references, security, batches, streams."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_gradmem import ChatGradMem, MemoryStateStore, UnknownReferenceError, attach, marker
+
+from gradmem_adapter import MemoryStateError
+
+
+@pytest.fixture
+def store():
+    return MemoryStateStore()
+
+
+@pytest.fixture
+def chat(pipeline, store):
+    return ChatGradMem(pipeline=pipeline, store=store, max_tokens=6)
+
+
+@pytest.fixture
+def reference(pipeline, store):
+    return store.write(pipeline, ["w1 w2 w3 w4 w5 w6 w7 w8"])[0]
+
+
+def plain(pipeline, prompt, memory=None, tokens=6):
+    (answer,) = pipeline.generate([[{"role": "user", "content": prompt}]], memory=memory, max_new_tokens=tokens)
+    return answer
+
+
+class TestComplaints:
+    def test_the_prompt_is_not_echoed(self, chat, pipeline):
+        assert chat.invoke("w3 w4").content == plain(pipeline, "w3 w4")
+
+    def test_max_tokens(self, chat):
+        for n in (1, 3):
+            message = chat.invoke("w3", max_tokens=n)
+            assert message.usage_metadata["output_tokens"] == n
+            assert message.response_metadata["finish_reason"] == "length"
+            assert sum(1 for c in chat.stream("w3", max_tokens=n) if c.content) <= n
+
+    @pytest.mark.parametrize("words", [1, 2])
+    def test_stop(self, chat, words):
+        """On invoke and on stream, also where the stop is longer than a token."""
+        whole = chat.invoke("w3 w4", max_tokens=8).content.split()
+        stop = " ".join(whole[3 : 3 + words])
+        expected = " ".join(whole)[: " ".join(whole).find(stop)]
+        message = chat.invoke("w3 w4", stop=[stop], max_tokens=8)
+        assert message.content == expected
+        assert message.response_metadata["finish_reason"] == "stop"
+        assert message.usage_metadata["output_tokens"] < 8
+        chunks = list(chat.stream("w3 w4", stop=[stop], max_tokens=8))
+        assert "".join(c.content for c in chunks) == expected
+        assert chunks[-1].response_metadata["finish_reason"] == "stop"
+
+    async def test_async(self, chat):
+        expected = chat.invoke("w3").content
+        assert (await chat.ainvoke("w3")).content == expected
+        assert "".join([c.content async for c in chat.astream("w3")]) == expected
+        assert [m.content for m in await chat.abatch(["w3", "w3"])] == [expected] * 2
+
+    def test_a_failed_generate_raises_at_once_in_a_stream(self, chat, pipeline, monkeypatch):
+        def fail(*args, **kwargs):
+            raise RuntimeError("the GPU is gone")
+
+        monkeypatch.setattr(pipeline.model, "generate", fail)
+        with pytest.raises(RuntimeError, match="the GPU is gone"):
+            list(chat.stream("w3"))
+
+    def test_usage(self, chat, reference):
+        message = chat.bind(memory=reference).invoke("w3")
+        usage = message.usage_metadata
+        without = chat.invoke("w3").usage_metadata
+        assert usage["input_tokens"] == without["input_tokens"] + 3
+        assert usage["input_token_details"] == {"memory_vectors": 3, "memory_saved": 8 - 3}
+        assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+        assert message.response_metadata["model_name"] == "gradmem"
+        chunks = list(chat.bind(memory=reference).stream("w3"))
+        assert [c.usage_metadata for c in chunks if c.usage_metadata] == [usage]
+        assert chunks[-1].chunk_position == "last"
+
+    def test_a_batch_is_one_batch(self, chat, pipeline, reference, monkeypatch):
+        one_by_one = [chat.invoke(f"w{i} w1", memory=reference).content for i in range(4)]
+        sizes = []
+        generate = pipeline.model.generate
+
+        def count(*args, **kwargs):
+            sizes.append(len(kwargs["input_ids"]))
+            return generate(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline.model, "generate", count)
+        calls = []
+
+        class Handler(BaseCallbackHandler):
+            def on_llm_end(self, response, **kwargs):
+                calls.append(response.generations[0][0].text)
+
+        messages = chat.batch([f"w{i} w1" for i in range(4)], {"callbacks": [Handler()]}, memory=reference)
+        assert [m.content for m in messages] == one_by_one
+        assert sizes == [4]
+        assert sorted(calls) == sorted(one_by_one)
+
+    def test_a_batch_with_an_error_gives_the_others_their_answers(self, chat):
+        good, bad = chat.batch(["w3", [SystemMessage("w1")]], return_exceptions=True)
+        assert good.content == chat.invoke("w3").content
+        assert isinstance(bad, ValueError)
+
+
+class TestReferences:
+    def test_bound_and_attached(self, chat, pipeline, store, reference):
+        expected = plain(pipeline, "w3", store.get(reference))
+        assert chat.bind(memory=reference).invoke("w3").content == expected
+        assert chat.invoke([attach(HumanMessage("w3"), [reference])]).content == expected
+        assert expected != plain(pipeline, "w3")
+
+    def test_the_marker_of_an_attached_reference_is_not_read_as_text(self, chat, reference):
+        shown = attach(HumanMessage(f"w3{marker(reference)}"), [reference])
+        assert chat.invoke([shown]).content == chat.bind(memory=reference).invoke("w3").content
+
+    @pytest.mark.parametrize("kind", [HumanMessage, AIMessage, SystemMessage])
+    def test_markers_in_texts_are_never_resolved(self, chat, pipeline, reference, kind, monkeypatch):
+        """Typed by a user, echoed by a model, or come with a retrieved text."""
+        seen = []
+        generate = pipeline.model.generate
+        monkeypatch.setattr(pipeline.model, "generate", lambda *a, **k: seen.append(k["memory"]) or generate(*a, **k))
+        chat.invoke([kind(f"w1 {marker(reference)}"), HumanMessage("w3")])
+        assert seen == [None]
+
+    def test_several_are_read_side_by_side(self, chat, pipeline, store, reference):
+        other = store.write(pipeline, ["w9 w10 w11"])[0]
+        usage = chat.invoke("w3", memory=[reference, other]).usage_metadata
+        assert usage["input_token_details"] == {"memory_vectors": 6, "memory_saved": 11 - 6}
+        limited = chat.model_copy(update={"max_states": 1})
+        with pytest.raises(ValueError, match=r"2 memory states, and at most 1.*retrieve fewer"):
+            limited.invoke("w3", memory=[reference, other])
+
+    def test_batches_of_different_memories_agree_with_single_calls(self, chat, pipeline, store, reference):
+        other = store.write(pipeline, ["w9 w10 w11"])[0]
+        inputs = [
+            [attach(HumanMessage("w3"), [reference])],
+            [HumanMessage("w3")],
+            [attach(HumanMessage("w5"), [other])],
+            [attach(HumanMessage("w5"), [reference, other])],
+        ]
+        assert [m.content for m in chat.batch(inputs)] == [chat.invoke(value).content for value in inputs]
+
+    def test_unknown_references_raise(self, chat):
+        with pytest.raises(UnknownReferenceError, match=r"no memory state 'f{32}' in namespace 'default'"):
+            chat.invoke("w3", memory="f" * 32)
+        for wrong in ("xyz", 3, ["a" * 31]):
+            with pytest.raises(ValueError, match="32 hexadecimal digits"):
+                chat.invoke("w3", memory=wrong)
+
+    def test_tenants_cannot_read_each_other(self, pipeline, store, reference):
+        other = MemoryStateStore(store.store, namespace="other")
+        with pytest.raises(UnknownReferenceError):
+            ChatGradMem(pipeline=pipeline, store=other).invoke("w3", memory=reference)
+        assert other.write(pipeline, ["w1 w2 w3 w4 w5 w6 w7 w8"])[0] != reference
+        assert list(store.yield_keys()) == [reference]
+
+    def test_states_of_another_model_are_refused(self, store, reference):
+        stranger = ChatGradMem(pipeline=tiny_pipeline(seed=5), store=store)
+        with pytest.raises(MemoryStateError, match="written by model"):
+            stranger.invoke("w3", memory=reference)
+
+
+class TestInput:
+    @pytest.mark.parametrize(
+        ("messages", "message"),
+        [
+            ([], "no human message"),
+            ([SystemMessage("w1")], "no human message"),
+            ([HumanMessage("w1"), ToolMessage("w2", tool_call_id="1")], "does not call tools"),
+            (
+                [HumanMessage([{"type": "text", "text": "w1"}, {"type": "image_url", "image_url": {"url": "x"}}])],
+                "block of type 'image_url'",
+            ),
+        ],
+    )
+    def test_refused_by_name(self, chat, messages, message):
+        with pytest.raises(ValueError, match=message):
+            chat.invoke(messages)
+
+    def test_text_blocks_are_text(self, chat):
+        blocks = HumanMessage([{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}])
+        assert chat.invoke([blocks]).content == chat.invoke("w3 w4").content
+
+    def test_unexpected_arguments(self, chat):
+        with pytest.raises(TypeError, match="max_token"):
+            chat.invoke("w3", max_token=3)
+
+    def test_tools_are_refused_in_words(self, chat):
+        with pytest.raises(NotImplementedError, match="does not call tools"):
+            chat.bind_tools([])
+
+    def test_sampling_is_seeded_and_leaves_the_global_generator_alone(self, chat):
+        options = {"temperature": 2.0, "top_p": 0.9, "max_tokens": 8}
+        state = torch.get_rng_state()
+        first, same, other = (chat.invoke("w3", seed=seed, **options).content for seed in (1, 1, 2))
+        assert first == same != other
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_a_cache_tells_adapters_apart(self, store):
+        cache = InMemoryCache()
+        answers = [
+            ChatGradMem(pipeline=tiny_pipeline(seed=s), store=store, cache=cache, max_tokens=6).invoke("w3").content
+            for s in (0, 5)
+        ]
+        assert answers[0] != answers[1]
+
+
+class TestConcurrency:
+    def test_threads(self, chat, pipeline, store, reference):
+        other = store.write(pipeline, ["w9 w10 w11"])[0]
+        expected = {r: chat.invoke("w3", memory=r).content for r in (reference, other)}
+        wrong = []
+
+        def work(r):
+            for _ in range(5):
+                if chat.invoke("w3", memory=r).content != expected[r]:
+                    wrong.append(r)
+
+        threads = [threading.Thread(target=work, args=(r,)) for r in (reference, other) * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    async def test_tasks(self, chat, reference):
+        expected = chat.invoke("w3", memory=reference).content
+        answers = await asyncio.gather(*(chat.ainvoke("w3", memory=reference) for _ in range(4)))
+        assert [a.content for a in answers] == [expected] * 4
+
+    def test_closing_a_stream_frees_the_model(self, chat):
+        stream = chat.stream("w3", max_tokens=100)
+        next(stream)
+        stream.close()
+        assert not [t for t in threading.enumerate() if t.name == "gradmem-stream"]

@@ -1,0 +1,82 @@
+"""LangChain's own standard tests."""
+
+import pytest
+from conftest import tiny_pipeline
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from langchain_gradmem import ChatGradMem, GradMemCompressor, GradMemRetriever, MemoryStateStore
+from langchain_tests.integration_tests import (
+    BaseStoreAsyncTests,
+    BaseStoreSyncTests,
+    ChatModelIntegrationTests,
+    RetrieversIntegrationTests,
+)
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+PIPELINE = tiny_pipeline()
+
+
+class _Chat:
+    @property
+    def chat_model_class(self):
+        return ChatGradMem
+
+    @property
+    def chat_model_params(self):
+        return {"pipeline": PIPELINE}
+
+    @property
+    def has_tool_calling(self):
+        return False  # bind_tools is there to say so in words
+
+
+class TestChatUnit(_Chat, ChatModelUnitTests):
+    pass
+
+
+class TestChat(_Chat, ChatModelIntegrationTests):
+    pass
+
+
+class _Fixed(BaseRetriever):
+    def _get_relevant_documents(self, query, *, run_manager):
+        return [Document(f"w{i} w{i + 1} {query}", metadata={"number": i}) for i in range(5)]
+
+
+class TestRetriever(RetrieversIntegrationTests):
+    @property
+    def retriever_constructor(self):
+        return GradMemRetriever
+
+    @property
+    def retriever_constructor_params(self):
+        return {"retriever": _Fixed(), "compressor": GradMemCompressor(pipeline=PIPELINE)}
+
+    @property
+    def retriever_query_example(self):
+        return "w7"
+
+
+@pytest.fixture(scope="module")
+def states():
+    return tuple(PIPELINE.write(["w1 w2 w3", "w4 w5", "w6"]))
+
+
+class TestStore(BaseStoreSyncTests):
+    @pytest.fixture
+    def kv_store(self):
+        return MemoryStateStore()
+
+    @pytest.fixture
+    def three_values(self, states):
+        return states
+
+
+class TestStoreAsync(BaseStoreAsyncTests):
+    @pytest.fixture
+    async def kv_store(self):
+        return MemoryStateStore()
+
+    @pytest.fixture
+    def three_values(self, states):
+        return states
