@@ -133,9 +133,9 @@ class GradMemPipeline:
         if errors:
             raise errors[0]
 
-    def format_query(self, prompt: Prompt) -> tuple[str, bool]:
+    def format_query(self, prompt: Prompt, tools: list[Any] | None = None) -> tuple[str, bool]:
         """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens."""
-        return format_query(prompt, self.model.active_peft_config.query_format, self.tokenizer)
+        return format_query(prompt, self.model.active_peft_config.query_format, self.tokenizer, tools)
 
     def _encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -145,9 +145,13 @@ class GradMemPipeline:
             raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
         return self._pad([self.tokenizer(text)["input_ids"] for text in texts], "right")
 
-    def encode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """Token ids [B, T] of prompts as the model sees them, left padded, and their mask."""
-        formatted = [self.format_query(prompt) for prompt in prompts]
+    def encode_prompts(self, prompts: Sequence[Prompt], tools: list[Any] | None = None) -> tuple[Tensor, Tensor]:
+        """Token ids [B, T] of prompts as the model sees them, left padded, and their mask.
+
+        Args:
+            tools: what chat templates that know tools are given, as JSON schemas.
+        """
+        formatted = [self.format_query(prompt, tools) for prompt in prompts]
         return self._pad(
             [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted], "left"
         )
@@ -180,7 +184,9 @@ class _Cancelled(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def format_query(prompt: Prompt, query_format: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+def format_query(
+    prompt: Prompt, query_format: str, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None
+) -> tuple[str, bool]:
     """The text a model sees for a prompt, and whether it still needs the tokenizer's special tokens.
 
     Args:
@@ -199,7 +205,8 @@ def format_query(prompt: Prompt, query_format: str, tokenizer: PreTrainedTokeniz
             "The tokenizer has no chat template, which chat messages and query_format='chat' need. Pass the "
             "prompt as text, or set tokenizer.chat_template."
         )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), False
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    return str(text), False
 
 
 def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> tuple[Tensor, Tensor]:

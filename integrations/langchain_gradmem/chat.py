@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from langchain_core.callbacks import CallbackManagerForLLMRun
@@ -20,9 +21,11 @@ from langchain_core.messages import (
     ToolMessage,
     UsageMetadata,
 )
+from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import run_in_executor
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field
 from transformers import StoppingCriteria
 
@@ -30,8 +33,11 @@ from gradmem_adapter import GradMemPipeline, MemoryState
 
 from .references import check_references, references_of, without_markers
 from .store import MemoryStateStore
+from .tools import calls_of, parse_calls, require_tools
 
-_ROLES: dict[type[BaseMessage], str] = {HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system"}
+_ROLES: dict[type[BaseMessage], str] = {
+    HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system", ToolMessage: "tool",
+}  # fmt: skip
 _OPTIONS = ("max_tokens", "temperature", "top_p", "seed")
 _seeding = threading.Lock()
 _answers: ContextVar[dict[str, list[ChatResult]] | None] = ContextVar("gradmem_answers", default=None)
@@ -41,7 +47,7 @@ _answers: ContextVar[dict[str, list[ChatResult]] | None] = ContextVar("gradmem_a
 class Request(NamedTuple):
     """What one call asks of the pipeline."""
 
-    chat: list[dict[str, str]]
+    chat: list[dict[str, Any]]
     memory: MemoryState | None
     """[1, m * states, d], the states side by side."""
     context_tokens: int
@@ -88,12 +94,18 @@ class ChatGradMem(BaseChatModel):
         own = {name: getattr(self, name) for name in ("model_name", *_OPTIONS, "stop")}
         return own | {"fingerprint": self.pipeline.model.fingerprint(), "namespace": self.store.namespace}
 
-    def bind_tools(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused."""
-        raise NotImplementedError(
-            "ChatGradMem does not call tools: its answers are plain text. Use a model that was trained to call tools "
-            "for the agent's steps, and ChatGradMem for the questions on long contexts."
-        )
+    def bind_tools(self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any) -> Any:
+        """The model with tools, where its chat template knows them.
+
+        Raises:
+            NotImplementedError: it does not, or a choice of tool is asked for, which a template cannot enforce.
+        """
+        require_tools(self.pipeline.tokenizer)
+        if tool_choice not in (None, "auto"):
+            raise NotImplementedError(
+                f"tool_choice={tool_choice!r} cannot be enforced: the model chooses. Leave tool_choice out."
+            )
+        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
 
     # ---------------------------------------------------------------- what a call asks
 
@@ -105,7 +117,11 @@ class ChatGradMem(BaseChatModel):
         for message in messages:
             own = references_of(message)
             references += own
-            chat.append({"role": _role(message), "content": without_markers(_text(message), own)})
+            entry: dict[str, Any] = {"role": _role(message), "content": without_markers(_text(message), own)}
+            calls = calls_of(message) if isinstance(message, AIMessage) else []
+            if calls or isinstance(message, ToolMessage):
+                require_tools(self.pipeline.tokenizer)
+            chat.append(entry | ({"tool_calls": calls} if calls else {}))
         references = list(dict.fromkeys(references))
         if not references:
             return Request(chat, None, 0)
@@ -121,7 +137,7 @@ class ChatGradMem(BaseChatModel):
 
     def _generation(self, stop: list[str] | None, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], Any]:
         """Stop texts, options of `generate`, and the seed, of a call."""
-        unknown = kwargs.keys() - {*_OPTIONS, "memory", "stream"}
+        unknown = kwargs.keys() - {*_OPTIONS, "memory", "stream", "tools"}
         if unknown:
             raise TypeError(f"ChatGradMem got unexpected arguments: {', '.join(sorted(unknown))}.")
         chosen = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _OPTIONS}
@@ -157,7 +173,7 @@ class ChatGradMem(BaseChatModel):
         results: dict[int, ChatResult] = {}
         for width, members in groups.items():
             memory = MemoryState.stack([requests[i].memory for i in members]) if width else None  # type: ignore[misc]
-            ids, mask = self.pipeline.encode_prompts([requests[i].chat for i in members])
+            ids, mask = self.pipeline.encode_prompts([requests[i].chat for i in members], kwargs.get("tools"))
             watch = _Watch(self.pipeline, ids.shape[1], stops)
             with _seeded(seed):
                 output = self.pipeline.model.generate(
@@ -170,8 +186,13 @@ class ChatGradMem(BaseChatModel):
             for i, sequence, tokens in zip(members, output[:, ids.shape[1] :], mask.sum(1).tolist(), strict=True):
                 new, ended = self._until_end(sequence.tolist())
                 text, stopped = _cut(watch.text(new), stops)
+                calls: Any = {}
+                if kwargs.get("tools"):
+                    text, found, invalid = parse_calls(text)
+                    calls = {"tool_calls": found, "invalid_tool_calls": invalid}
                 message = AIMessage(
                     text,
+                    **calls,
                     response_metadata=self._metadata(ended or stopped),
                     usage_metadata=_usage(tokens, len(new), requests[i]),
                 )
@@ -197,6 +218,9 @@ class ChatGradMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
+        if kwargs.get("tools"):  # whether a text is a call is known when it is whole
+            yield _whole(self._generate_all([messages], stop, **kwargs)[0])
+            return
         stops, options, seed = self._generation(stop, kwargs)
         request = self._request(messages, kwargs.get("memory"))
         prompt_tokens = self.pipeline.encode_prompts([request.chat])[0].shape[1]
@@ -278,12 +302,27 @@ def _key(messages: Sequence[BaseMessage]) -> str:
 
 
 def _role(message: BaseMessage) -> str:
-    if isinstance(message, ToolMessage) or getattr(message, "tool_calls", None):
-        raise ValueError("ChatGradMem does not call tools: leave tool calls and tool messages out of the conversation.")
     for kind, role in _ROLES.items():
         if isinstance(message, kind):
             return role
-    raise ValueError(f"ChatGradMem takes human, AI and system messages, got {type(message).__name__}.")
+    raise ValueError(f"ChatGradMem takes human, AI, system and tool messages, got {type(message).__name__}.")
+
+
+def _whole(result: ChatResult) -> ChatGenerationChunk:
+    """An answer as the one chunk of a stream."""
+    message = cast(AIMessage, result.generations[0].message)
+    return ChatGenerationChunk(
+        message=AIMessageChunk(
+            content=message.content,
+            tool_call_chunks=[
+                tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=i)
+                for i, call in enumerate(message.tool_calls)
+            ],
+            response_metadata=message.response_metadata,
+            usage_metadata=message.usage_metadata,
+            chunk_position="last",
+        )
+    )
 
 
 def _text(message: BaseMessage) -> str:
