@@ -156,7 +156,7 @@ class ChatGradMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        waiting = (_answers.get() or {}).get(_key(messages))
+        waiting = (_answers.get() or {}).get(self._key(messages))
         if waiting:
             return waiting.pop()
         return self._generate_all([messages], stop, **kwargs)[0]
@@ -176,15 +176,15 @@ class ChatGradMem(BaseChatModel):
             ids, mask = self.pipeline.encode_prompts([requests[i].chat for i in members], kwargs.get("tools"))
             watch = _Watch(self.pipeline, ids.shape[1], stops)
             with _seeded(seed):
-                output = self.pipeline.model.generate(
+                self.pipeline.model.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     memory=memory,
                     stopping_criteria=[watch],
                     **self.pipeline.generation_options(options),
                 )
-            for i, sequence, tokens in zip(members, output[:, ids.shape[1] :], mask.sum(1).tolist(), strict=True):
-                new, ended = self._until_end(sequence.tolist())
+            for row, (i, tokens) in enumerate(zip(members, mask.sum(1).tolist(), strict=True)):
+                new, ended = self._until_end(watch.rows[row])
                 text, stopped = _cut(watch.text(new), stops)
                 calls: Any = {}
                 if kwargs.get("tools"):
@@ -238,12 +238,12 @@ class ChatGradMem(BaseChatModel):
                         yield chunk
             finally:
                 pieces.close()  # type: ignore[attr-defined] # a generator: ends the generation
-        finished = stopped or watch.new < options["max_new_tokens"]
+        new, ended = self._until_end(watch.rows[0])
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content="",
-                response_metadata=self._metadata(finished),
-                usage_metadata=_usage(prompt_tokens, watch.new, request),
+                response_metadata=self._metadata(ended or stopped),
+                usage_metadata=_usage(prompt_tokens, len(new), request),
                 chunk_position="last",
             )
         )
@@ -293,12 +293,13 @@ class ChatGradMem(BaseChatModel):
             raise
         answers: dict[str, list[ChatResult]] = {}
         for messages, result in zip(reversed(conversations), reversed(results), strict=True):
-            answers.setdefault(_key(messages), []).append(result)
+            answers.setdefault(self._key(messages), []).append(result)
         return answers
 
-
-def _key(messages: Sequence[BaseMessage]) -> str:
-    return repr([(type(m).__name__, m.content, m.additional_kwargs) for m in messages])
+    def _key(self, messages: Sequence[BaseMessage]) -> str:
+        """What tells this model's conversations apart."""
+        parts = [(type(m).__name__, m.content, m.additional_kwargs, getattr(m, "tool_calls", None)) for m in messages]
+        return repr((id(self), parts))
 
 
 def _role(message: BaseMessage) -> str:
@@ -383,20 +384,24 @@ def _until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[tuple[s
 
 
 class _Watch(StoppingCriteria):
-    """Counts new tokens, and ends a text that has a stop in it, however its tokens fall."""
+    """Keeps each row's new tokens, and ends a row that has a stop in its text, however its tokens fall."""
 
     def __init__(self, pipeline: GradMemPipeline, prompt: int, stops: Sequence[str]) -> None:
         self.tokenizer, self.prompt, self.stops = pipeline.tokenizer, prompt, stops
-        self.new = 0
+        self.rows: dict[int, list[int]] = {}
+        self.stopped: set[int] = set()
 
     def text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
-        rows = input_ids[:, self.prompt :].tolist()
-        self.new = input_ids.shape[1] - self.prompt
-        found = [bool(self.stops) and _cut(self.text(row), self.stops)[1] for row in rows]
-        return torch.tensor(found, device=input_ids.device)
+        for i, row in enumerate(input_ids[:, self.prompt :].tolist()):
+            if i in self.stopped:
+                continue  # what comes now is padding, while other rows go on
+            self.rows[i] = row
+            if self.stops and _cut(self.text(row), self.stops)[1]:
+                self.stopped.add(i)
+        return torch.tensor([i in self.stopped for i in range(len(input_ids))], device=input_ids.device)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from langchain_core.callbacks import Callbacks
 from langchain_core.callbacks.manager import dispatch_custom_event
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from gradmem_adapter import GradMemModel, GradMemPipeline, MemoryState
 
@@ -40,6 +40,9 @@ class GradMemCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
     fallback: Literal["text"] | None = None
     min_fidelity: float = Field(default=0.5, ge=0, le=1)
 
+    _fidelity: dict[str, float] = PrivateAttr(default_factory=dict)
+    """Greedy fidelity by reference, which decides both text and memory, so that it is measured once."""
+
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     def compress_documents(
@@ -66,8 +69,12 @@ class GradMemCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
 
     def _compressed(self, document: Document, pieces: list[str], references: list[str]) -> Document:
         if self.fallback == "text":
-            states = MemoryState.stack([self.store.get(reference) for reference in references])
-            if self.pipeline.fidelity(pieces, states).greedy.min() < self.min_fidelity:
+            unknown = [i for i, reference in enumerate(references) if reference not in self._fidelity]
+            if unknown:
+                states = MemoryState.stack([self.store.get(references[i]) for i in unknown])
+                found = self.pipeline.fidelity([pieces[i] for i in unknown], states).greedy.tolist()
+                self._fidelity.update({references[i]: value for i, value in zip(unknown, found, strict=True)})
+            if min(self._fidelity[reference] for reference in references) < self.min_fidelity:
                 return document
         return Document(
             id=document.id,

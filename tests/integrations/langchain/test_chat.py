@@ -106,6 +106,16 @@ class TestComplaints:
         assert sizes == [4]
         assert sorted(calls) == sorted(one_by_one)
 
+    def test_rows_of_a_batch_that_stop_early_count_no_padding(self, chat):
+        stop = [chat.invoke("w3 w4", max_tokens=8).content.split()[3]]
+        inputs = ["w3 w4", "w5", "w6 w7 w8"]
+        single = [chat.invoke(value, stop=stop, max_tokens=8) for value in inputs]
+        assert len({message.usage_metadata["output_tokens"] for message in single}) > 1
+        for message, expected in zip(chat.batch(inputs, stop=stop, max_tokens=8), single, strict=True):
+            assert message.content == expected.content
+            assert message.usage_metadata == expected.usage_metadata
+            assert message.response_metadata == expected.response_metadata
+
     def test_a_batch_with_an_error_gives_the_others_their_answers(self, chat):
         good, bad = chat.batch(["w3", [SystemMessage("w1")]], return_exceptions=True)
         assert good.content == chat.invoke("w3").content

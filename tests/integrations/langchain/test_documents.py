@@ -113,6 +113,15 @@ class TestCompressor:
         assert strict.compress_documents([document], "") == [document]
         assert references_of(lenient.compress_documents([document], "")[0])
 
+    def test_fidelity_is_measured_once_for_all_queries(self, pipeline, monkeypatch):
+        calls = []
+        fidelity = pipeline.fidelity
+        monkeypatch.setattr(pipeline, "fidelity", lambda texts, memory: calls.append(texts) or fidelity(texts, memory))
+        compressor = GradMemCompressor(pipeline=pipeline, fallback="text", min_fidelity=1.0)
+        document = Document(TEXTS[0])
+        assert compressor.compress_documents([document], "w1") == compressor.compress_documents([document], "w2")
+        assert calls == [[TEXTS[0]]]
+
     def test_empty_documents_stay(self, pipeline):
         documents = [Document(" "), Document(TEXTS[0])]
         empty, written = GradMemCompressor(pipeline=pipeline).compress_documents(documents, "")
