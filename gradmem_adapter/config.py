@@ -49,6 +49,13 @@ class GradMemConfig(PeftConfig):
     learn_write_lr: bool = field(
         default=False, metadata={"help": "Train the write learning rate with the outer loss (it stays positive)."}
     )
+    num_write_lrs: int = field(
+        default=1,
+        metadata={
+            "help": "With `learn_write_lr`: one rate for each of the first n write steps; later steps use the n-th. "
+            "First steps profit from a large rate, which in later steps overshoots."
+        },
+    )
     write_optimizer: str = field(
         default="sgd", metadata={"help": "The rule of a write step: 'sgd' (the paper's) or 'adam'."}
     )
@@ -133,6 +140,7 @@ class GradMemConfig(PeftConfig):
         self._check_int("num_memory_tokens", minimum=1)
         self._check_int("write_steps", minimum=0)
         self._check_int("num_control_tokens", minimum=0)
+        self._check_int("num_write_lrs", minimum=1)
         if self.second_order_steps is not None:
             self._check_int("second_order_steps", minimum=0)
         self._check_float("write_lr", positive=True)
@@ -153,6 +161,11 @@ class GradMemConfig(PeftConfig):
             raise ValueError(
                 f"query_format must be 'text', 'chat' or a template that contains '{{query}}', "
                 f"got {self.query_format!r}."
+            )
+        if self.num_write_lrs > 1 and not self.learn_write_lr:
+            raise ValueError(
+                f"num_write_lrs={self.num_write_lrs} has no effect without learn_write_lr=True: a rate that is not "
+                "learned is the same in every step."
             )
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .attention import TwiceDifferentiableAttention, require_double_backward
 from .lora_phase import backward_in_write
-from .write import Context, Writer, WriteState, write_gradient, write_memory, write_step
+from .write import Context, Writer, WriteState, rate_at, write_gradient, write_memory, write_step
 
 RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """The finite difference's step by the type that the backbone computes in; measured in docs/meta_gradient.md."""
@@ -243,7 +243,7 @@ class Replay:
 
 
 def differentiable_write(
-    writer: Writer, memory: Tensor, context: Context, *, steps: int, lr: Tensor | float, weights: Sequence[Tensor]
+    writer: Writer, memory: Tensor, context: Context, *, steps: int, lrs: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """WRITE on the tape: `steps` write steps that the outer loss is differentiated through.
 
@@ -251,7 +251,7 @@ def differentiable_write(
         memory: [B, m, d], the memory slots for each sample.
         context: B contexts.
         steps: K, from 0.
-        lr: the write learning rate; a tensor where it is learned.
+        lrs: [n], the write learning rates of the first n steps; later ones use the last.
         weights: the trained parameters that WRITE runs through.
 
     Returns:
@@ -259,18 +259,17 @@ def differentiable_write(
     """
     config = writer.config
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
-        fixed_lr = lr.item() if isinstance(lr, Tensor) else lr
         optimizer = config.write_optimizer
-        constant, history = write_memory(writer, memory, context, steps=steps, lr=fixed_lr, optimizer=optimizer)
+        constant, history = write_memory(writer, memory, context, steps=steps, lrs=lrs.tolist(), optimizer=optimizer)
         return constant, history[:, :-1]
     if config.meta_gradient == "exact":
         require_double_backward(writer.backbone)
     first_order_steps = 0 if config.second_order_steps is None else steps - config.second_order_steps
-    lr = lr if isinstance(lr, Tensor) else memory.new_full((), lr)
+    rates = lrs.unbind()
     state, losses = WriteState.start(memory), []
     for k in range(steps):
         strategy = STRATEGIES["first_order" if k < first_order_steps else config.meta_gradient]
-        *tensors, before = _WriteStep.apply(strategy, writer, context, k, *state[:3], lr, *weights)
+        *tensors, before = _WriteStep.apply(strategy, writer, context, k, *state[:3], rate_at(rates, k), *weights)
         state = WriteState(tensors[0], tensors[1], tensors[2], k + 1)
         losses.append(before)
     return state.memory, torch.stack(losses, dim=1) if losses else memory.new_zeros(len(memory), 0)

@@ -244,9 +244,10 @@ class GradMemModel(BaseTuner):
             input_ids: [B, N] token ids, as the tokenizer returns them.
             attention_mask: [B, N], 1 where a token counts; padding on either side. None: every token counts.
             steps: write steps, any number from 0 (the default is the config's `write_steps`).
-            lr: write learning rate (default: the learned one, or the config's).
+            lr: write learning rate of every step (default: the learned ones, or the config's).
             optimizer: "sgd" or "adam" (default: the config's).
-            initial: states to go on from, one per context, in place of the memory slots. Adam starts anew.
+            initial: states to go on from, one per context, in place of the memory slots. Adam starts anew; of several
+                learned rates the last is used.
             tolerance: a sample stops when a step lowers its loss by less than this share of it.
             stop_when_recovered: a sample stops when each of its tokens is the model's first choice.
             callback: called with a `WriteProgress` before each step and after the last.
@@ -281,13 +282,17 @@ class GradMemModel(BaseTuner):
                 raise ValueError(f"initial has {len(memory)} states for {batch} contexts; pass one per context.")
         else:
             memory = writer.slots.gradmem_memory[writer.adapter].detach().expand(batch, -1, -1)
-        learned_lr = writer.slots.write_lr(writer.adapter)
+        if lr is None:
+            lrs = self._write_lrs(writer).tolist()
+            lrs = lrs if initial is None else lrs[-1:]
+        else:
+            lrs = [lr]
         memory, losses = write_memory(
             writer,
             memory.to(torch.promote_types(memory.dtype, torch.float32)),
             context,
             steps=steps,
-            lr=lr if lr is not None else config.write_lr if learned_lr is None else learned_lr.item(),
+            lrs=lrs,
             optimizer=optimizer or config.write_optimizer,
             tolerance=tolerance,
             stop_when_recovered=stop_when_recovered,
@@ -454,10 +459,17 @@ class GradMemModel(BaseTuner):
         context = self._context("context_input_ids", input_ids, attention_mask)
         steps = writer.config.write_steps if steps is None else steps
         slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
-        learned_lr = writer.slots.write_lr(writer.adapter)
-        lr = writer.config.write_lr if learned_lr is None else learned_lr
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return differentiable_write(writer, slots, context, steps=steps, lr=lr, weights=weights)
+        lrs = self._write_lrs(writer)
+        return differentiable_write(writer, slots, context, steps=steps, lrs=lrs, weights=weights)
+
+    @staticmethod
+    def _write_lrs(writer: Writer) -> Tensor:
+        """The write learning rates [n] of the first n steps: the learned ones, or the config's."""
+        learned = writer.slots.write_lrs(writer.adapter)
+        if learned is None:
+            return writer.slots.gradmem_memory[writer.adapter].new_full((1,), writer.config.write_lr)
+        return learned
 
     def generate(
         self,

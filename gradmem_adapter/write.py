@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -171,13 +171,21 @@ def write_step(
     return _UPDATES[optimizer or writer.config.write_optimizer](state, writer.clip(gradient), lr)
 
 
+Rate = TypeVar("Rate", float, Tensor)
+
+
+def rate_at(lrs: Sequence[Rate], step: int) -> Rate:
+    """The write learning rate of a step: its own, or the last where there are fewer."""
+    return lrs[min(step, len(lrs) - 1)]
+
+
 def write_memory(
     writer: Writer,
     memory: Tensor,
     context: Context,
     *,
     steps: int,
-    lr: float,
+    lrs: Sequence[float],
     optimizer: str,
     tolerance: float | None = None,
     stop_when_recovered: bool = False,
@@ -192,6 +200,7 @@ def write_memory(
     Args:
         memory: [B, m, d], where to start.
         context: B contexts.
+        lrs: write learning rates of the first steps; later ones use the last.
 
     Returns:
         memory [B, m, d] and losses [B, steps + 1]: before each step and after the last that was run for any sample.
@@ -229,7 +238,7 @@ def write_memory(
                 active = active & (recovered < 1)
             if last or not active.any():
                 break
-            state = write_step(writer, state, gradient, lr, optimizer)
+            state = write_step(writer, state, gradient, rate_at(lrs, step), optimizer)
         return kept, torch.stack(history, dim=1)
 
 

@@ -90,6 +90,8 @@ def test_every_field_has_help():
         ({"write_clip_norm": 0.0}, ValueError),
         ({"write_clip_value": float("inf")}, ValueError),
         ({"learn_write_lr": 1}, TypeError),
+        ({"num_write_lrs": 0, "learn_write_lr": True}, ValueError),
+        ({"num_write_lrs": 2}, ValueError),
         ({"write_head": "yes"}, TypeError),
         ({"train_backbone": None}, TypeError),
         ({"init_weights": 0}, TypeError),

@@ -103,6 +103,20 @@ def test_adam_equals_torch():
     torch.testing.assert_close(state.vectors[0], memory.detach(), rtol=1e-3, atol=1e-5)
 
 
+def test_each_of_the_first_steps_has_its_learned_rate_and_later_steps_the_last():
+    model, context = make(learn_write_lr=True, num_write_lrs=2), tokens(2, 9)
+    with torch.no_grad():
+        model.base_model.slots.gradmem_log_write_lr["default"].copy_(torch.tensor([0.5, 0.1]).log())
+    state = model.write(context, steps=1, lr=0.5)
+    state = model.write(context, steps=2, lr=0.1, initial=state)
+    torch.testing.assert_close(model.write(context, steps=3).vectors, state.vectors)
+    with torch.no_grad():
+        output = model(input_ids=context, context_input_ids=context, write_steps=3)
+    torch.testing.assert_close(output.memory, state.vectors)
+    first = model.write(context, steps=1)
+    torch.testing.assert_close(model.write(context, steps=2, initial=first).vectors, state.vectors)
+
+
 def test_going_on_from_a_state_equals_writing_longer():
     model = make()
     context = tokens(2, 12)

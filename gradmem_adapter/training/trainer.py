@@ -251,9 +251,10 @@ class GradMemTrainer(Trainer):
         if "loss" in logs:
             logs = logs | self._sums.means(self.accelerator)
             self._sums = Sums(self.args.device)
-            write_lr = self.tuner.slots.write_lr(self.model.active_adapter)
-            if write_lr is not None:
-                logs["write_lr"] = write_lr.item()
+            write_lrs = self.tuner.slots.write_lrs(self.model.active_adapter)
+            if write_lrs is not None:
+                several = len(write_lrs) > 1
+                logs |= {f"write_lr_{k}" if several else "write_lr": lr for k, lr in enumerate(write_lrs.tolist())}
             if isinstance(self.train_dataset, Curriculum):
                 logs["stage"] = self.train_dataset.stage_at(self.state.global_step - 1)
         super().log(logs, start_time)
