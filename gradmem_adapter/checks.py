@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,9 +36,22 @@ def check_backbone(model: object) -> None:
         )
 
 
+_static: ContextVar[bool] = ContextVar("gradmem_static", default=False)
+
+
+@contextmanager
+def static_shapes() -> Iterator[None]:
+    """What runs inside takes the same shapes as while a CUDA graph is captured, whatever the values are."""
+    token = _static.set(True)
+    try:
+        yield
+    finally:
+        _static.reset(token)
+
+
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured, inside which no value can be read back from the GPU."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured (or a run made ready for it), where no value can be read from the GPU."""
+    return _static.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:

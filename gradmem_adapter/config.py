@@ -56,6 +56,13 @@ class GradMemConfig(PeftConfig):
             "First steps profit from a large rate, which in later steps overshoots."
         },
     )
+    write_lr_per_element: bool = field(
+        default=False,
+        metadata={
+            "help": "With `learn_write_lr`: one rate for each element of the memory instead of one for all, a diagonal "
+            "preconditioner (Meta-SGD, arXiv 1707.09835)."
+        },
+    )
     write_optimizer: str = field(
         default="sgd", metadata={"help": "The rule of a write step: 'sgd' (the paper's) or 'adam'."}
     )
@@ -149,7 +156,7 @@ class GradMemConfig(PeftConfig):
         for name in ("write_clip_norm", "write_clip_value", "finite_difference_step"):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
-        for name in ("learn_write_lr", "write_head", "train_backbone", "init_weights"):
+        for name in ("learn_write_lr", "write_lr_per_element", "write_head", "train_backbone", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("write_optimizer", WRITE_OPTIMIZERS)
@@ -162,10 +169,10 @@ class GradMemConfig(PeftConfig):
                 f"query_format must be 'text', 'chat' or a template that contains '{{query}}', "
                 f"got {self.query_format!r}."
             )
-        if self.num_write_lrs > 1 and not self.learn_write_lr:
+        if (self.num_write_lrs > 1 or self.write_lr_per_element) and not self.learn_write_lr:
             raise ValueError(
-                f"num_write_lrs={self.num_write_lrs} has no effect without learn_write_lr=True: a rate that is not "
-                "learned is the same in every step."
+                "num_write_lrs and write_lr_per_element have no effect without learn_write_lr=True: a rate that is not "
+                "learned is the same in every step and for every element."
             )
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(

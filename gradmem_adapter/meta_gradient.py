@@ -251,7 +251,7 @@ def differentiable_write(
         memory: [B, m, d], the memory slots for each sample.
         context: B contexts.
         steps: K, from 0.
-        lrs: [n], the write learning rates of the first n steps; later ones use the last.
+        lrs: [n] or [n, m, d], the write learning rates of the first n steps; later ones use the last.
         weights: the trained parameters that WRITE runs through.
 
     Returns:
@@ -260,7 +260,7 @@ def differentiable_write(
     config = writer.config
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
         optimizer = config.write_optimizer
-        constant, history = write_memory(writer, memory, context, steps=steps, lrs=lrs.tolist(), optimizer=optimizer)
+        constant, history = write_memory(writer, memory, context, steps=steps, lrs=lrs.unbind(), optimizer=optimizer)
         return constant, history[:, :-1]
     if config.meta_gradient == "exact":
         require_double_backward(writer.backbone)

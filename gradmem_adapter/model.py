@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -29,7 +29,7 @@ from .read import (
 )
 from .slots import MemorySlots
 from .state import MemoryState
-from .write import Context, WriteProgress, Writer, right_padded, write_memory
+from .write import Context, Rate, WriteProgress, Writer, right_padded, write_memory
 
 SLOTS = "memory_slots"
 """The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
@@ -282,11 +282,8 @@ class GradMemModel(BaseTuner):
                 raise ValueError(f"initial has {len(memory)} states for {batch} contexts; pass one per context.")
         else:
             memory = writer.slots.gradmem_memory[writer.adapter].detach().expand(batch, -1, -1)
-        if lr is None:
-            lrs = self._write_lrs(writer).tolist()
-            lrs = lrs if initial is None else lrs[-1:]
-        else:
-            lrs = [lr]
+        learned = self._write_lrs(writer).detach().unbind()
+        lrs: Sequence[Rate] = [lr] if lr is not None else learned if initial is None else learned[-1:]
         memory, losses = write_memory(
             writer,
             memory.to(torch.promote_types(memory.dtype, torch.float32)),
@@ -465,7 +462,7 @@ class GradMemModel(BaseTuner):
 
     @staticmethod
     def _write_lrs(writer: Writer) -> Tensor:
-        """The write learning rates [n] of the first n steps: the learned ones, or the config's."""
+        """The write learning rates [n] or [n, m, d] of the first n steps: the learned ones, or the config's."""
         learned = writer.slots.write_lrs(writer.adapter)
         if learned is None:
             return writer.slots.gradmem_memory[writer.adapter].new_full((1,), writer.config.write_lr)

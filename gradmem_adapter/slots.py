@@ -20,7 +20,8 @@ class MemorySlots(nn.Module, BaseTunerLayer):
 
     Shapes (m memory tokens, c control tokens, d embedding size, V vocabulary):
         gradmem_memory: [m, d], the initial memory M_0.
-        gradmem_log_write_lr: [n], natural logarithm of the learned write learning rates of the first n steps.
+        gradmem_log_write_lr: [n] or [n, m, d], natural logarithm of the learned write learning rates of the first n
+            write steps, one for all elements of the memory or one for each.
         gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end: [c, d], control vectors.
         gradmem_projection: Linear(d, d), on the memory before it enters the model.
         gradmem_write_head: Linear(hidden, V), the output head of WRITE.
@@ -68,9 +69,8 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         else:
             self.gradmem_memory[adapter] = normal(m, d)
         if config.learn_write_lr:
-            self.gradmem_log_write_lr[adapter] = nn.Parameter(
-                torch.full((config.num_write_lrs,), math.log(config.write_lr), **factory)
-            )
+            shape = (config.num_write_lrs, m, d) if config.write_lr_per_element else (config.num_write_lrs,)
+            self.gradmem_log_write_lr[adapter] = nn.Parameter(torch.full(shape, math.log(config.write_lr), **factory))
         if c:
             for name in ("write_start", "write_end", "read_start", "read_end"):
                 getattr(self, f"gradmem_{name}")[adapter] = normal(c, d)
@@ -122,7 +122,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         return torch.cat([start, memory, end], dim=1)
 
     def write_lrs(self, adapter: str) -> Tensor | None:
-        """The learned write learning rates [n] of the first n steps, positive, on the tape; None: not learned."""
+        """The learned write learning rates [n] or [n, m, d] of the first n steps, on the tape; None: not learned."""
         if adapter not in self.gradmem_log_write_lr:
             return None
         return self.gradmem_log_write_lr[adapter].exp()

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -113,6 +113,10 @@ class Writer:
         return gradient
 
 
+Rate: TypeAlias = Tensor | float
+"""A write learning rate: a number, or one for each element of the memory [m, d]."""
+
+
 class WriteState(NamedTuple):
     """The memory [B, m, d] and what the write optimizer carries from step to step (zeros for sgd)."""
 
@@ -126,12 +130,12 @@ class WriteState(NamedTuple):
         return cls(memory, torch.zeros_like(memory), torch.zeros_like(memory), 0)
 
 
-def sgd(state: WriteState, gradient: Tensor, lr: Tensor | float) -> WriteState:
+def sgd(state: WriteState, gradient: Tensor, lr: Rate) -> WriteState:
     """One write step: M_{k+1} = M_k - a * grad_M L_w(M_k; C)."""
     return state._replace(memory=state.memory - lr * gradient, step=state.step + 1)
 
 
-def adam(state: WriteState, gradient: Tensor, lr: Tensor | float) -> WriteState:
+def adam(state: WriteState, gradient: Tensor, lr: Rate) -> WriteState:
     """One write step by Adam (Kingma and Ba, 2015, algorithm 1), betas 0.9 and 0.999, per element of the memory."""
     step = state.step + 1
     mean = 0.9 * state.mean + 0.1 * gradient
@@ -165,13 +169,10 @@ def write_gradient(
 
 
 def write_step(
-    writer: Writer, state: WriteState, gradient: Tensor, lr: Tensor | float, optimizer: str | None = None
+    writer: Writer, state: WriteState, gradient: Tensor, lr: Rate, optimizer: str | None = None
 ) -> WriteState:
     """One write step with a gradient [B, m, d] as it came: clipped, then handed to the write optimizer."""
     return _UPDATES[optimizer or writer.config.write_optimizer](state, writer.clip(gradient), lr)
-
-
-Rate = TypeVar("Rate", float, Tensor)
 
 
 def rate_at(lrs: Sequence[Rate], step: int) -> Rate:
@@ -185,7 +186,7 @@ def write_memory(
     context: Context,
     *,
     steps: int,
-    lrs: Sequence[float],
+    lrs: Sequence[Rate],
     optimizer: str,
     tolerance: float | None = None,
     stop_when_recovered: bool = False,

@@ -92,6 +92,7 @@ def test_every_field_has_help():
         ({"learn_write_lr": 1}, TypeError),
         ({"num_write_lrs": 0, "learn_write_lr": True}, ValueError),
         ({"num_write_lrs": 2}, ValueError),
+        ({"write_lr_per_element": True}, ValueError),
         ({"write_head": "yes"}, TypeError),
         ({"train_backbone": None}, TypeError),
         ({"init_weights": 0}, TypeError),

@@ -97,7 +97,8 @@ def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradien
     """Slots, LoRA, write head, control vectors, projection and learned rate, each against a central difference."""
     config = GradMemConfig(
         num_memory_tokens=2, write_steps=2, write_lr=0.1, write_optimizer=optimizer, learn_write_lr=True,
-        num_write_lrs=2, memory_projection="shared", write_head=True, num_control_tokens=1, reconstruction_weight=0.3,
+        num_write_lrs=2, write_lr_per_element=True, memory_projection="shared", write_head=True, num_control_tokens=1,
+        reconstruction_weight=0.3,
         lora_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False),
         meta_gradient=meta_gradient, **clip,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """WRITE: batches, padding, options, early stops, bad input, and that nothing else changes."""
 
+import math
 import warnings
 
 import pytest
@@ -12,6 +13,8 @@ from tiny import ARCHITECTURES, VOCABULARY, tiny, tokens
 
 import gradmem_adapter.write
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.checks import static_shapes
+from gradmem_adapter.write import right_padded
 
 
 def make(architecture="llama", **config):
@@ -115,6 +118,26 @@ def test_each_of_the_first_steps_has_its_learned_rate_and_later_steps_the_last()
     torch.testing.assert_close(output.memory, state.vectors)
     first = model.write(context, steps=1)
     torch.testing.assert_close(model.write(context, steps=2, initial=first).vectors, state.vectors)
+
+
+def test_a_learned_rate_for_each_element():
+    model, context = make(learn_write_lr=True, write_lr_per_element=True), tokens(2, 9)
+    before = model.write(context, steps=0).vectors
+    whole = model.write(context, steps=1).vectors
+    with torch.no_grad():
+        model.base_model.slots.gradmem_log_write_lr["default"][0, 1, 2] += math.log(2)
+    expected = whole.clone()
+    expected[:, 1, 2] += (whole - before)[:, 1, 2]
+    torch.testing.assert_close(model.write(context, steps=1).vectors, expected)
+
+
+def test_shapes_do_not_follow_from_values_where_a_graph_will_be_captured():
+    ids, mask = tokens(2, 9), torch.tensor([[1] * 5 + [0] * 4] * 2)
+    assert right_padded(ids, mask).input_ids.shape == (2, 5)
+    with static_shapes():
+        context = right_padded(ids, mask)
+    assert context.input_ids.shape == (2, 9)
+    assert context.lengths.tolist() == [5, 5]
 
 
 def test_going_on_from_a_state_equals_writing_longer():

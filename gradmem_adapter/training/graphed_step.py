@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gradmem_adapter.checks import static_shapes
+
 Kind = TypeVar("Kind", bound=Hashable)
 
 
@@ -63,7 +65,8 @@ class GraphedStep(Generic[Kind]):
         if kind not in self._sums:
             assert self._stream is not None  # for the type checker
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            # With the shapes of the capture that follows: what is compiled now must not be compiled in it.
+            with torch.cuda.stream(self._stream), static_shapes():
                 self._step(kind)
             torch.cuda.current_stream().wait_stream(self._stream)
             return

@@ -253,8 +253,8 @@ class GradMemTrainer(Trainer):
             self._sums = Sums(self.args.device)
             write_lrs = self.tuner.slots.write_lrs(self.model.active_adapter)
             if write_lrs is not None:
-                several = len(write_lrs) > 1
-                logs |= {f"write_lr_{k}" if several else "write_lr": lr for k, lr in enumerate(write_lrs.tolist())}
+                several, means = len(write_lrs) > 1, write_lrs.flatten(1).mean(1) if write_lrs.dim() > 1 else write_lrs
+                logs |= {f"write_lr_{k}" if several else "write_lr": lr for k, lr in enumerate(means.tolist())}
             if isinstance(self.train_dataset, Curriculum):
                 logs["stage"] = self.train_dataset.stage_at(self.state.global_step - 1)
         super().log(logs, start_time)
