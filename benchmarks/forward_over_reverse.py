@@ -1,6 +1,6 @@
 """One pullback through a write step by every way there is, on the key-value model (short contexts).
 
-    python benchmarks/forward_over_reverse.py [--pairs 16] [--contexts 512]
+    python -m benchmarks.forward_over_reverse [--pairs 16] [--contexts 512]
 
 Forward over reverse is `torch.func.jvp` of `torch.func.grad` (MixFlow-MG, arXiv 2505.00793), plain and compiled; it
 needs attention that has a forward derivative, so plain matrix products. One JSON object per line.

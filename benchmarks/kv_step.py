@@ -1,6 +1,6 @@
 """Training steps per second on key-value retrieval: strategies, compiled layers, CUDA graphs.
 
-python benchmarks/kv_step.py [--pairs 16] [--contexts 512] [--queries 8] [--write-steps 1] [--steps 30]
+python -m benchmarks.kv_step [--pairs 16] [--contexts 512] [--queries 8] [--write-steps 1] [--steps 30]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The meta-gradient strategies on SmolLM2-135M: how close to the exact one, and what a training step costs.
 
-    python benchmarks/meta_gradient.py accuracy --backbone <directory, or package:...gguf> --text wikitext.txt
-    python benchmarks/meta_gradient.py cost     (weights are random: cost does not depend on them)
+    python -m benchmarks.meta_gradient accuracy --backbone <directory, or package:...gguf> --text wikitext.txt
+    python -m benchmarks.meta_gradient cost     (weights are random: cost does not depend on them)
 
 One JSON object per line. The reference for cost is `benchmarks/textbook.py` in the same process.
 """
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from textbook import outer_loss
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.textbook import outer_loss
 from gradmem_adapter import SMOLLM2, GradMemConfig, load_backbone
 from gradmem_adapter import meta_gradient as strategies
 from gradmem_adapter.training.graphed_step import GraphedStep

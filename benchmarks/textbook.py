@@ -1,4 +1,4 @@
-"""Meta-training as a textbook has it: WRITE written out, one double backward through all its steps.
+"""GradMem as a textbook has it: WRITE written out, its graph kept, one double backward through all its steps.
 
 For comparison alone. It uses the model's own forward and loss of Transformers and nothing of gradmem_adapter.
 """
@@ -11,6 +11,31 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 
+def loss(backbone: PreTrainedModel, memory: Tensor, tokens: Tensor) -> Tensor:
+    """The loss [B] of tokens [B, N] behind a memory [B, m, d]."""
+    embeddings = backbone.get_input_embeddings()(tokens)
+    inputs = torch.cat([memory.to(embeddings), embeddings], dim=1)
+    logits = backbone(inputs_embeds=inputs, use_cache=False).logits
+    logits = logits[:, memory.shape[1] - 1 : -1].float()
+    nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+    return nll.mean(1)
+
+
+def write(
+    backbone: PreTrainedModel, slots: Tensor, context: Tensor, steps: int, lr: float, keep_graph: bool = True
+) -> Tensor:
+    """The memory [B, m, d] of contexts [B, N], from slots [m, d]."""
+    memory = slots.expand(len(context), -1, -1).clone()
+    if not memory.requires_grad:
+        memory.requires_grad_()
+    for _ in range(steps):
+        (gradient,) = torch.autograd.grad(loss(backbone, memory, context).sum(), memory, create_graph=keep_graph)
+        memory = memory - lr * gradient
+        if not keep_graph:
+            memory = memory.detach().requires_grad_()
+    return memory
+
+
 def outer_loss(
     backbone: PreTrainedModel, slots: Tensor, context: Tensor, query: Tensor, steps: int, lr: float
 ) -> Tensor:
@@ -19,18 +44,4 @@ def outer_loss(
     Args:
         slots: [m, d]; context: [B, N]; query: [B, T], every token of which is a target.
     """
-    embedding = backbone.get_input_embeddings()
-    memory = slots.expand(len(context), -1, -1)
-
-    def loss(memory: Tensor, tokens: Tensor) -> Tensor:
-        embeddings = embedding(tokens)
-        inputs = torch.cat([memory.to(embeddings), embeddings], dim=1)
-        logits = backbone(inputs_embeds=inputs, use_cache=False).logits
-        logits = logits[:, memory.shape[1] - 1 : -1].float()
-        nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-        return nll.mean(1)
-
-    for _ in range(steps):
-        (gradient,) = torch.autograd.grad(loss(memory, context).sum(), memory, create_graph=True)
-        memory = memory - lr * gradient
-    return loss(memory, query).mean()
+    return loss(backbone, write(backbone, slots, context, steps, lr), query).mean()

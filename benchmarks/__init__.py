@@ -1,0 +1,1 @@
+"""What things cost, each beside a textbook reference in the same process: `python -m benchmarks.<name> --help`."""
