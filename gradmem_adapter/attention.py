@@ -83,8 +83,10 @@ def causal_attention(
     one, which cannot be done while a CUDA graph is captured: it makes one then, and attention with a mask is slow.
     """
     grouped = query.shape[1] != key.shape[1]
+    # A branch: torch.compile knows which side it takes whatever the length, and has no symbolic booleans as arguments.
+    causal = True if query.shape[2] == key.shape[2] else query.shape[2] > 1
     output = F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=grouped
+        query, key, value, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,6 +44,16 @@ class PhaseGated:
         if phases & {"both", _phase.get()}:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return self.base_layer(x, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def in_phase(layer: PhaseGated, phase: str) -> Any:
+    """A layer that is in one phase what `layer` is, without asking: shares its modules."""
+    phases = {layer.gradmem_phases.get(name, "both") for name in layer.active_adapters}  # type: ignore[attr-defined]
+    if not phases & {"both", phase}:
+        return layer.base_layer  # type: ignore[attr-defined]
+    result = copy.copy(layer)
+    result.__class__ = type(layer).__bases__[1]
+    return result
 
 
 _gated_classes: dict[type, type] = {}

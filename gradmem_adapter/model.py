@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import init_empty_weights
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checks import capturing, check_backbone, check_context, check_tokens
 from .config import WRITE_OPTIMIZERS, GradMemConfig
+from .fast_write import FastWrites
 from .fingerprint import fingerprint, versions
 from .lora_phase import gate, write_phase
 from .meta_gradient import differentiable_write
@@ -31,6 +33,7 @@ from .slots import MemorySlots
 from .state import MemoryState
 from .write import Context, Rate, WriteProgress, Writer, right_padded, write_memory
 
+_FAST_WRITES: WeakKeyDictionary[nn.Module, FastWrites] = WeakKeyDictionary()
 SLOTS = "memory_slots"
 """The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
 
@@ -189,8 +192,12 @@ class GradMemModel(BaseTuner):
     @property
     def prefix_length(self) -> int:
         """How many positions the memory takes with its control vectors, m + 2c."""
-        config = self.peft_config[self._adapter]
-        return config.num_memory_tokens + 2 * config.num_control_tokens
+        return self._writer().prefix_length
+
+    @property
+    def _fast_writes(self) -> FastWrites:
+        """Made when asked for: it cannot be copied or pickled, as the model can."""
+        return _FAST_WRITES.setdefault(self, FastWrites())
 
     @property
     def positions(self) -> int | None:
@@ -232,6 +239,7 @@ class GradMemModel(BaseTuner):
         tolerance: float | None = None,
         stop_when_recovered: bool = False,
         callback: Callable[[WriteProgress], None] | None = None,
+        compile: bool | Literal["auto"] = "auto",
         strict: bool = True,
         **ignored_tokenizer_outputs: Tensor,
     ) -> MemoryState:
@@ -251,6 +259,10 @@ class GradMemModel(BaseTuner):
             tolerance: a sample stops when a step lowers its loss by less than this share of it.
             stop_when_recovered: a sample stops when each of its tokens is the model's first choice.
             callback: called with a `WriteProgress` before each step and after the last.
+            compile: True: compile the model's layers for WRITE now, and launch each pass as a CUDA graph. False: do
+                neither. "auto": on a GPU, graphs for shapes that come again, and compiled layers once WRITE has taken
+                long enough for them to pay (docs/performance.md); on a CPU, neither. The states are the same up to
+                rounding.
             strict: refuse an `initial` state that another model wrote.
             ignored_tokenizer_outputs: `token_type_ids` and the like, so that `**tokenizer(...)` can be passed.
 
@@ -274,6 +286,8 @@ class GradMemModel(BaseTuner):
             raise ValueError(f"optimizer must be one of {WRITE_OPTIMIZERS}, got {optimizer!r}.")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be at least 0 and less than 1, got {tolerance!r}.")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', got {compile!r}.")
         context = self._context("input_ids", input_ids, attention_mask)
         batch = len(context.input_ids)
         if initial is not None:
@@ -284,17 +298,20 @@ class GradMemModel(BaseTuner):
             memory = writer.slots.gradmem_memory[writer.adapter].detach().expand(batch, -1, -1)
         learned = self._write_lrs(writer).detach().unbind()
         lrs: Sequence[Rate] = [lr] if lr is not None else learned if initial is None else learned[-1:]
-        memory, losses = write_memory(
-            writer,
-            memory.to(torch.promote_types(memory.dtype, torch.float32)),
-            context,
-            steps=steps,
-            lrs=lrs,
-            optimizer=optimizer or config.write_optimizer,
-            tolerance=tolerance,
-            stop_when_recovered=stop_when_recovered,
-            callback=callback,
-        )
+        longest = None if self.positions is None else self.positions - writer.prefix_length
+        with self._fast_writes.of(writer, context, compile, longest) as run:
+            memory, losses = write_memory(
+                writer,
+                memory.to(torch.promote_types(memory.dtype, torch.float32)),
+                context,
+                steps=steps,
+                lrs=lrs,
+                optimizer=optimizer or config.write_optimizer,
+                tolerance=tolerance,
+                stop_when_recovered=stop_when_recovered,
+                callback=callback,
+                run=run,
+            )
         return MemoryState(
             vectors=memory, context_tokens=context.lengths, write_losses=losses, fingerprint=self.fingerprint()
         )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .checks import capturing
@@ -19,9 +18,7 @@ from .config import GradMemConfig
 from .lora_phase import backward_in_write, write_phase
 from .output_head import output_head
 from .slots import MemorySlots
-
-MAX_LOGITS = 2**26
-"""How many logits the write loss holds at once (256 MiB in float32); longer contexts are done in chunks."""
+from .token_losses import Slope, losses_and_slope, token_losses
 
 
 class Context(NamedTuple):
@@ -55,6 +52,13 @@ class Writer:
     slots: MemorySlots
     adapter: str
     config: GradMemConfig
+    once: Slope | None = None
+    """`losses_and_slope` where only the memory is differentiated, and once."""
+
+    @property
+    def prefix_length(self) -> int:
+        """How many positions the memory takes with its control vectors, m + 2c."""
+        return self.config.num_memory_tokens + 2 * self.config.num_control_tokens
 
     def losses(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The write loss of each sample (GradMem, section 1 of the design):
@@ -77,31 +81,15 @@ class Writer:
                 inputs_embeds=torch.cat([prefix, embeddings], dim=1), use_cache=False, return_dict=True
             ).last_hidden_state
             # Position P-1, the last of the prefix, predicts t_1; the last token predicts nothing.
-            nll, hits = self._token_losses(hidden[:, prefix.shape[1] - 1 : -1], context)
+            nll, hits = token_losses(
+                hidden[:, prefix.shape[1] - 1 : -1],
+                context.input_ids,
+                context.mask,
+                head=output_head(self.backbone, self.slots.write_head(self.adapter)),
+                vocabulary=self.backbone.get_output_embeddings().weight.shape[0],
+                once=self.once,
+            )
         return nll / context.lengths, hits / context.lengths
-
-    def _token_losses(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy and count of correct first choices, [B] each, `MAX_LOGITS` logits at a time."""
-        head = output_head(self.backbone, self.slots.write_head(self.adapter))
-
-        def chunk_losses(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-            logits = head(hidden).float() if hidden.dtype.itemsize < 4 else head(hidden)
-            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-            hits = (logits.detach().argmax(-1) == targets) & mask
-            return nll.masked_fill(~mask, 0).sum(-1), hits.sum(-1)
-
-        batch, length = context.input_ids.shape
-        vocabulary = self.backbone.get_output_embeddings().weight.shape[0]
-        chunk = max(1, MAX_LOGITS // (batch * vocabulary))
-        pieces = zip(
-            hidden.split(chunk, 1), context.input_ids.split(chunk, 1), context.mask.split(chunk, 1), strict=True
-        )
-        if chunk >= length or not torch.is_grad_enabled():
-            sums = [chunk_losses(*piece) for piece in pieces]
-        else:  # the logits of a chunk are computed again in the backward pass instead of kept
-            sums = [checkpoint(chunk_losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-        nll, hits = zip(*sums, strict=True)
-        return torch.stack(nll).sum(0), torch.stack(hits).sum(0)
 
     def clip(self, gradient: Tensor) -> Tensor:
         """Each sample's write gradient [B, m, d], clipped by element value, then by norm, as configured."""
@@ -180,6 +168,26 @@ def rate_at(lrs: Sequence[Rate], step: int) -> Rate:
     return lrs[min(step, len(lrs) - 1)]
 
 
+WritePass: TypeAlias = Callable[[Tensor, Context, bool], tuple[Tensor | None, Tensor, Tensor]]
+"""`write_pass` for one writer: memory [B, m, d], contexts, whether the gradient is wanted."""
+
+
+def write_pass(
+    writer: Writer, memory: Tensor, context: Context, gradient: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What one step of WRITE needs to know of a memory, with no graph kept.
+
+    Returns:
+        the write gradient [B, m, d] (None unless `gradient`), losses [B] and recovered [B].
+    """
+    writer = replace(writer, once=writer.once or losses_and_slope)
+    if gradient:
+        slope, losses, recovered = write_gradient(writer, memory.detach().requires_grad_(), context)
+        return slope, losses.detach(), recovered
+    with torch.no_grad():
+        return None, *writer.losses(memory, context)
+
+
 def write_memory(
     writer: Writer,
     memory: Tensor,
@@ -191,6 +199,7 @@ def write_memory(
     tolerance: float | None = None,
     stop_when_recovered: bool = False,
     callback: Callable[[WriteProgress], None] | None = None,
+    run: WritePass | None = None,
 ) -> tuple[Tensor, Tensor]:
     """WRITE: `steps` write steps from `memory`, with no graph kept.
 
@@ -202,10 +211,13 @@ def write_memory(
         memory: [B, m, d], where to start.
         context: B contexts.
         lrs: write learning rates of the first steps; later ones use the last.
+        run: a faster `write_pass`.
 
     Returns:
         memory [B, m, d] and losses [B, steps + 1]: before each step and after the last that was run for any sample.
     """
+    run = run or partial(write_pass, writer)
+    may_stop = tolerance is not None or stop_when_recovered
     with torch.inference_mode(False), torch.enable_grad():
         # Clones: tensors made under inference_mode cannot take part in autograd, clones made outside it can.
         context = Context(context.input_ids.clone(), context.lengths.clone())
@@ -214,22 +226,15 @@ def write_memory(
         # What a sample keeps: its memory at the last loss that counted.
         kept, kept_loss = state.memory, torch.full((len(memory),), math.inf, device=memory.device)
         history: list[Tensor] = []
+        diverged: list[Tensor] = []
         for step in range(steps + 1):
-            last = step == steps
-            leaf = state.memory.detach().requires_grad_()
-            if last:
-                with torch.no_grad():
-                    losses, recovered = writer.losses(leaf, context)
-            else:
-                gradient, losses, recovered = write_gradient(writer, leaf, context)
-            losses = losses.detach().float()
-
+            gradient, losses, recovered = run(state.memory, context, step < steps)
+            losses = losses.float()
             finite = losses.isfinite()
-            if (active & ~finite).any():
-                _warn_diverged(active & ~finite, step)
+            diverged.append(active & ~finite)
             better = finite if tolerance is None else finite & (losses <= kept_loss)
             stalled = torch.zeros_like(active) if tolerance is None else losses > kept_loss * (1 - tolerance)
-            kept = torch.where((active & better)[:, None, None], leaf.detach(), kept)
+            kept = torch.where((active & better)[:, None, None], state.memory, kept)
             kept_loss = torch.where(active & better, losses, kept_loss)
             active = active & finite & ~stalled
             history.append(kept_loss)
@@ -237,20 +242,27 @@ def write_memory(
                 callback(WriteProgress(step, steps, kept_loss, recovered.float()))
             if stop_when_recovered:
                 active = active & (recovered < 1)
-            if last or not active.any():
+            # Reading `active` waits for the GPU, so it is read only where samples may stop.
+            if gradient is None or (may_stop and not active.any()):
                 break
             state = write_step(writer, state, gradient, rate_at(lrs, step), optimizer)
+        _warn_diverged(torch.stack(diverged))
         return kept, torch.stack(history, dim=1)
 
 
-def _warn_diverged(diverged: Tensor, step: int) -> None:
-    samples = ", ".join(str(i) for i in diverged.nonzero().flatten().tolist())
-    warnings.warn(
-        f"WRITE: the write loss of sample {samples} is not finite after {step} steps; its memory is the one before, "
-        "the last with a finite loss. Use a lower write learning rate, or write_clip_norm.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+def _warn_diverged(diverged: Tensor) -> None:
+    """Args: diverged [steps + 1, B], True at the step at which a sample's loss was first not finite."""
+    if not diverged.any():
+        return
+    for step, samples in enumerate(diverged.cpu()):
+        if samples.any():
+            names = ", ".join(str(i) for i in samples.nonzero().flatten().tolist())
+            warnings.warn(
+                f"WRITE: the write loss of sample {names} is not finite after {step} steps; its memory is the one "
+                "before, the last with a finite loss. Use a lower write learning rate, or write_clip_norm.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> Context:

@@ -1,0 +1,170 @@
+"""What WRITE costs: ours by every way, beside a textbook implementation in the same process.
+
+python -m benchmarks.write [--batch 8] [--lengths 1024] [--steps 1 2 5 10]
+python -m benchmarks.write many       100 contexts of 200 to 1,000 tokens, first call included
+python -m benchmarks.write growth     time and memory against K and against tokens, and their plot
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradmem_adapter import GradMemConfig
+
+from . import common, textbook
+
+COLUMNS = ("method", "batch", "length", "write_steps", "milliseconds", "first_milliseconds", "peak_gib", "tflops",
+           "share_of_matmul", "error")  # fmt: skip
+METHODS = ("textbook", "textbook, no graph", "plain", "compiled")
+
+
+def tokens(args: argparse.Namespace, batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(args.vocabulary, (batch, length), generator=generator).to(args.device)
+
+
+def adapter(args: argparse.Namespace, backbone: PreTrainedModel) -> Any:
+    torch.manual_seed(0)
+    config = GradMemConfig(num_memory_tokens=args.memory, write_lr=0.03)
+    return get_peft_model(backbone, config).eval()
+
+
+def writing(method: str, args: argparse.Namespace, context: Tensor, steps: int) -> Callable[[], Any]:
+    """A function that writes once."""
+    if method.startswith("textbook"):
+        backbone = common.backbone(args, attention="eager")
+        slots = 0.02 * torch.randn(args.memory, backbone.config.hidden_size, device=args.device)
+        return partial(textbook.write, backbone, slots, context, steps, 0.03, keep_graph=method == "textbook")
+    model = adapter(args, common.backbone(args))
+    return lambda: model.write(context, steps=steps, compile=method == "compiled")
+
+
+def cost(args: argparse.Namespace, method: str, batch: int, length: int, steps: int) -> dict[str, Any]:
+    """One row."""
+    function = writing(method, args, tokens(args, batch, length), steps)
+    flops = common.write_flops(common.backbone(args), batch * (length + args.memory), length, steps)
+    measured = common.measure(function, args.device, args.repeats)
+    rate = flops / measured.milliseconds / 1e9
+    return vars(measured) | {"tflops": rate, "share_of_matmul": rate / args.matmul}
+
+
+def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every method at every size, and how far apart the states are."""
+    rows = []
+    for length in args.lengths:
+        for steps in args.steps:
+            for method in args.methods:
+                shape = {"method": method, "batch": args.batch, "length": length, "write_steps": steps}
+                rows.append(shape | common.attempt(partial(cost, args, method, args.batch, length, steps)))
+    return rows
+
+
+def agreement(args: argparse.Namespace) -> None:
+    """How far states of the fast path are from plain ones, relative to how far WRITE moved them."""
+    model, context = adapter(args, common.backbone(args)), tokens(args, 2, args.lengths[0])
+    start = model.write(context, steps=0).vectors
+    plain, fast = (model.write(context, steps=args.steps[0], compile=compile).vectors for compile in (False, True))
+    moved = (plain - start).norm()
+    print(f"\ncompiled against plain, {args.dtype}, K={args.steps[0]}: relative difference of the states "
+          f"{((fast - plain).norm() / plain.norm()).item():.2e}, of what WRITE changed in them "
+          f"{((fast - plain).norm() / moved).item():.2e}")  # fmt: skip
+
+
+def many(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """100 contexts of 200 to 1,000 tokens: one by one as they come, and all at once. First calls included."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(200, 1001, (args.contexts,), generator=generator).tolist()
+    contexts = [torch.randint(args.vocabulary, (size,), generator=generator) for size in sizes]
+    steps, rows = args.steps[-1], []
+    ways: dict[str, Callable[[Any], Any]] = {
+        "one by one, plain": lambda model: [model.write(c[None], steps=steps, compile=False) for c in contexts],
+        "one by one, auto": lambda model: [model.write(c[None], steps=steps) for c in contexts],
+        "write_many, plain": lambda model: model.write_many(contexts, steps=steps, compile=False),
+        "write_many, auto": lambda model: model.write_many(contexts, steps=steps),
+        "write_many, compiled": lambda model: model.write_many(contexts, steps=steps, compile=True),
+    }
+    for method, write in ways.items():
+        torch.compiler.reset()
+        model = adapter(args, common.backbone(args))
+        model.write(contexts[0][None, :8], steps=1, compile=False)  # CUDA's own start is nobody's
+        common.synchronize(args.device)
+        with common.peak_memory(args.device) as peak:
+            start = time.perf_counter()
+            write(model)
+            common.synchronize(args.device)
+        row = {"method": method, "batch": args.contexts, "length": "200-1000", "write_steps": steps}
+        rows.append(row | {"milliseconds": 1000 * (time.perf_counter() - start), "peak_gib": peak["gib"]})
+    return rows
+
+
+def growth(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One context after another of the lengths, and of the write steps."""
+    shapes = [(length, args.steps[0]) for length in args.lengths] + [
+        (args.lengths[0], steps) for steps in args.steps[1:]
+    ]
+    method = args.methods[-1]
+    return [
+        {"method": method, "batch": args.batch, "length": length, "write_steps": steps}
+        | common.attempt(partial(cost, args, method, args.batch, length, steps))
+        for length, steps in shapes
+    ]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory against write steps and against tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    good = [row for row in rows if not row.get("error")]
+    figure, axes = pyplot.subplots(2, 2, figsize=(8, 6), sharex="col", layout="constrained")
+    first = good[0]
+    for column, (name, other) in enumerate((("write_steps", "length"), ("length", "write_steps"))):
+        line = sorted((r for r in good if r[other] == first[other]), key=lambda row: float(row[name]))
+        for axis, value in zip(axes[:, column], ("milliseconds", "peak_gib"), strict=True):
+            axis.plot([float(row[name]) for row in line], [float(row[value]) for row in line], marker="o")
+            axis.set_ylim(bottom=0)
+            axis.set_ylabel(value)
+        axes[1, column].set_xlabel(name)
+    figure.suptitle(f"WRITE of {first['batch']} contexts, {first['method']}, {first['hardware']}")
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__, "write")
+    parser.add_argument("what", nargs="?", choices=("compare", "many", "growth"), default="compare")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 5])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--memory", type=int, default=8, help="memory vectors")
+    parser.add_argument("--vocabulary", type=int, default=49152, help="token ids are drawn below it")
+    parser.add_argument("--contexts", type=int, default=100, help="with 'many'")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plot", type=Path, help="with 'growth': a PNG file")
+    args = parser.parse_args(argv)
+    args.matmul = common.matmul_tflops(args.device, common.DTYPES[args.dtype])
+    print(f"{args.device}, {args.dtype}, large matrix product: {args.matmul:.4g} TFLOP/s\n")
+    environment = common.environment(args.device) | {"dtype": args.dtype, "matmul_tflops": args.matmul}
+    rows = [row | environment for row in {"compare": compare, "many": many, "growth": growth}[args.what](args)]
+    common.show(rows, COLUMNS)
+    common.append(args.output.with_stem(f"write_{args.what}"), rows)
+    if args.what == "compare":
+        agreement(args)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Fast passes of WRITE: the same numbers, made once per bucket, and nothing of the model changed."""
+
+import copy
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import ARCHITECTURES, tiny, tokens
+
+import gradmem_adapter.fast_write as fast_write
+from gradmem_adapter import GradMemConfig
+from gradmem_adapter.checks import static_shapes
+from gradmem_adapter.fast_write import Bucket, FastPass, unsuited
+from gradmem_adapter.write import Context, right_padded, write_pass
+
+
+def make(backbone=None, **kwargs):
+    defaults = {"num_memory_tokens": 3, "write_steps": 2, "write_lr": 0.3, "memory_init_std": 0.5}
+    return get_peft_model(backbone or tiny(), GradMemConfig(**defaults | kwargs)).eval()
+
+
+def relative(value, expected):
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+def lora(**kwargs):
+    return LoraConfig(r=2, init_lora_weights=False, **{"target_modules": "all-linear"} | kwargs)
+
+
+def batch(model, *lengths):
+    ids = tokens(len(lengths), max(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    memory = model.base_model.slots.gradmem_memory["default"].detach().expand(len(lengths), -1, -1)
+    return memory, right_padded(ids, mask.long())
+
+
+def compare(model, memory, context, tolerance=1e-5, **options):
+    writer = model.base_model._writer()
+    fast = FastPass(writer, **{"compiled": False, "graphed": False} | options)
+    bucket = Bucket.of(context, None)
+    for gradient in (True, False):
+        expected = write_pass(writer, memory, context, gradient)
+        for value, right in zip(fast(bucket, memory, context, gradient), expected, strict=True):
+            if right is None:
+                assert value is None
+            else:
+                torch.testing.assert_close(value, right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pass_of_the_twin_is_the_models_own(architecture):
+    model = make(tiny(architecture), write_head=architecture == "llama")
+    compare(model, *batch(model, 5, 3, 4))  # within the tiny models' attention windows
+
+
+@pytest.mark.parametrize("phase", ["both", "write", "read"])
+def test_the_twin_has_the_lora_of_write(phase):
+    model = make(lora_config=lora(), lora_phase=phase)
+    memory, context = batch(model, 9, 5)
+    compare(model, memory, context)
+    plain = make()
+    plain.base_model.slots.gradmem_memory = model.base_model.slots.gradmem_memory
+    changed = not torch.allclose(model.write(context.input_ids).vectors, plain.write(context.input_ids).vectors)
+    assert changed == (phase != "read")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_compiled_layers_give_the_same_states(architecture):
+    model = make(tiny(architecture), lora_config=lora(target_modules=None) if architecture == "llama" else None)
+    ids = tokens(3, 40)
+    mask = torch.arange(40) < torch.tensor([[40], [12], [33]])
+    fast, plain = (model.write(ids, mask.long(), steps=4, compile=compile) for compile in (True, False))
+    assert relative(fast.vectors, plain.vectors) < 1e-5
+    torch.testing.assert_close(fast.write_losses, plain.write_losses, rtol=1e-5, atol=1e-6)
+
+
+def test_random_lengths_compile_at_most_once_per_bucket():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, generator = make(), torch.Generator().manual_seed(0)
+    buckets = set()
+    for _ in range(200):
+        size, length = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((1, 5), (2, 94)))
+        ids = tokens(size, length)
+        model.write(ids, steps=1, compile=True)
+        buckets.add(Bucket.of(Context(ids, ids[:, 0]), None))
+    # A layer with and without gradients and the cross entropy, whatever the length: for one sample or token, for several.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8 < 2 * len(buckets)
+
+
+@given(st.integers(1, 200), st.integers(1, 9000))
+def test_a_bucket_is_hardly_larger_than_what_it_holds(size, length):
+    bucket = Bucket.of(Context(torch.empty(size, length), torch.empty(size)), None)
+    assert size <= bucket.batch <= size * 9 / 8
+    assert length <= bucket.length <= max(length + 63, length * 9 / 8)
+
+
+def test_a_bucket_stays_within_the_models_positions():
+    assert Bucket.of(Context(torch.empty(1, 8180), torch.empty(1)), 8184).length == 8184
+
+
+def test_padding_to_a_bucket_changes_nothing():
+    model = make()
+    memory, context = batch(model, 9, 5, 7)
+    writer = model.base_model._writer()
+    gradient, losses, recovered = write_pass(writer, memory, context, True)
+    with static_shapes():
+        padded = Bucket(5, 64).pad(memory, context)
+        assert padded[1].input_ids.shape == (5, 64)
+        values = write_pass(writer, *padded, True)
+    for value, expected in zip(values, (gradient, losses, recovered), strict=True):
+        torch.testing.assert_close(value[:3], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_model_stays_as_it_was():
+    backbone = tiny()
+    model = make(backbone, train_backbone=True)
+    config, layers = copy.deepcopy(backbone.config), [type(layer) for layer in backbone.modules()]
+    before = model.write(tokens(2, 9), compile=False).vectors
+    model.write(tokens(2, 9), compile=True)
+    assert backbone.config.to_dict() == config.to_dict()
+    assert backbone.config._attn_implementation == config._attn_implementation
+    assert [type(layer) for layer in backbone.modules()] == layers
+    assert all(getattr(module, "_compiled_call_impl", None) is None for module in backbone.modules())
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert torch.equal(model.write(tokens(2, 9), compile=False).vectors, before)
+    assert torch.equal(copy.deepcopy(model).write(tokens(2, 9)).vectors, before)
+    pickle.dumps(model.state_dict())
+
+
+def test_new_weights_are_noticed():
+    model = make()
+    ids = tokens(2, 9)
+    model.write(ids, compile=True)
+    with torch.no_grad():  # in place, and by another tensor
+        model.base_model.slots.gradmem_memory["default"].mul_(2)
+        for parameter in model.base_model.model.parameters():
+            parameter.data = parameter.data * 1.5
+    fast, plain = (model.write(ids, compile=compile).vectors for compile in (True, False))
+    assert relative(fast, plain) < 1e-5
+
+
+def test_another_adapter_is_noticed():
+    model = make(lora_config=lora())
+    model.add_adapter("other", GradMemConfig(num_memory_tokens=3, write_lr=0.3, lora_config=lora()))
+    ids = tokens(2, 9)
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        fast, plain = (model.write(ids, compile=compile).vectors for compile in (True, False))
+        assert relative(fast, plain) < 1e-5
+
+
+def test_models_and_contexts_that_a_fast_pass_does_not_suit():
+    model = make(tiny("mistral"))
+    context = batch(model, 9, 5)[1]
+    writer = model.base_model._writer()
+    assert unsuited(writer, context) is None
+    window = model.config.sliding_window
+    assert "window" in unsuited(writer, batch(model, window)[1])
+    with pytest.raises(ValueError, match="compile=True cannot be had: the contexts are longer"):
+        model.write(tokens(1, window), compile=True)
+    model.write(tokens(1, window))
+    model.train()
+    assert "training" in unsuited(writer, context)
+    model.eval()
+    layer = model.base_model.model.model.layers[0]
+    layer.forward = layer.forward
+    assert "replaced" in unsuited(writer, context)
+
+
+def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
+    model, ids = make(), tokens(2, 9)
+    expected = model.write(ids, compile=False).vectors
+
+    def broken(self, bucket, memory, context, gradient):
+        slope, losses, recovered = write_pass(self.writer, memory, context, gradient)
+        return None if slope is None else -slope, losses, recovered
+
+    monkeypatch.setattr(FastPass, "__call__", broken)
+    with pytest.raises(ValueError, match="its write gradients differ"):
+        model.write(ids, compile=True)
+    with pytest.raises(ValueError, match="its write gradients differ"):  # not tried again
+        model.write(ids, compile=True)
+    assert torch.equal(model.write(ids).vectors, expected)
+
+
+def test_auto_is_plain_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(fast_write, "FastPass", None)
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model.write(tokens(2, 9))
+
+
+@pytest.mark.parametrize("compile", ["yes", None, 2])
+def test_compile_is_one_of_three(compile):
+    with pytest.raises(ValueError, match="compile must be True, False or 'auto'"):
+        make().write(tokens(2, 9), compile=compile)
+
+
+def test_threads_may_write_compiled_at_once():
+    model = make()
+    contexts = [tokens(2, 20, seed=seed) for seed in range(4)]
+    expected = [model.write(ids, compile=True).vectors for ids in contexts]
+    results = {}
+
+    def work(index):
+        for _ in range(5):
+            results[index] = model.write(contexts[index], compile=True).vectors
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, right in enumerate(expected):
+        assert torch.equal(results[index], right)
