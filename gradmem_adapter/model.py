@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .bulk import progress_bar, token_budget, write_batches
 from .checks import capturing, check_backbone, check_context, check_tokens
 from .config import WRITE_OPTIMIZERS, GradMemConfig
 from .fast_write import FastWrites
@@ -315,6 +316,53 @@ class GradMemModel(BaseTuner):
         return MemoryState(
             vectors=memory, context_tokens=context.lengths, write_losses=losses, fingerprint=self.fingerprint()
         )
+
+    def write_many(
+        self,
+        contexts: Sequence[Tensor | Sequence[int]],
+        *,
+        max_tokens: int | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> MemoryState:
+        """WRITE any number of contexts of any lengths, in batches that fit into memory.
+
+        Contexts of similar length are written together. Out of memory on a GPU, the batches are halved, with a
+        warning. All contexts are checked before the first is written.
+
+        Args:
+            contexts: token ids [n] of each.
+            max_tokens: a batch's tokens, padding counted (default: found from the device and its free memory).
+            progress: show a progress bar; None: where stderr is a terminal.
+            options: what `write` takes beside tokens and mask, but for `initial` and `callback`.
+
+        Returns:
+            A `MemoryState` with one state per context, in order, as `write` would return.
+
+        Raises:
+            TypeError, ValueError: input that cannot be written; the message names the context.
+            torch.cuda.OutOfMemoryError: a single context does not fit; the message names it.
+        """
+        for name in ("initial", "callback"):
+            if options.get(name) is not None:
+                raise ValueError(f"write_many() cannot be combined with {name}, which is for one batch: use write().")
+        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens!r}.")
+        rows = [torch.as_tensor(context, device=self.model.device) for context in contexts]
+        rows = [row if row.numel() else row.long() for row in rows]  # an empty list has no type of its own
+        if not rows:
+            raise ValueError("There is no context to write.")
+        for index, row in enumerate(rows):
+            if row.dim() != 1:
+                raise ValueError(f"Context {index} must be token ids of shape [n], got shape {tuple(row.shape)}.")
+            try:
+                self._context("input_ids", row[None], None)
+            except (TypeError, ValueError) as error:
+                message = str(error).replace("Context 0", "It").replace("input_ids", "It")
+                raise type(error)(f"Context {index} of {len(rows)} cannot be written. {message}") from None
+        budget = token_budget(self.model) if max_tokens is None else max_tokens
+        with progress_bar(len(rows), progress) as done:
+            return write_batches(lambda ids, mask: self.write(ids, mask, **options), rows, budget, done)
 
     # ---------------------------------------------------------------- READ
 

@@ -60,6 +60,16 @@ class GradMemPipeline:
         """
         return self.model.write(*self._encode_contexts(texts), **options)
 
+    def write_many(
+        self, texts: Sequence[str], *, max_tokens: int | None = None, progress: bool | None = None, **options: Any
+    ) -> MemoryState:
+        """WRITE any number of texts of any lengths into one memory state each, in batches that fit into memory.
+
+        Args:
+            max_tokens, progress, options: as for `model.write_many`.
+        """
+        return self.model.write_many(self._context_ids(texts), max_tokens=max_tokens, progress=progress, **options)
+
     def fidelity(self, texts: str | Sequence[str], memory: MemoryState) -> Fidelity:
         """How much of each text its state gives back."""
         return self.model.fidelity(memory, *self._encode_contexts(texts))
@@ -138,12 +148,15 @@ class GradMemPipeline:
         return format_query(prompt, self.model.active_peft_config.query_format, self.tokenizer, tools)
 
     def _encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self._pad(self._context_ids(texts), "right")
+
+    def _context_ids(self, texts: str | Sequence[str]) -> list[list[int]]:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("There is no text to write.")
         if empty := [i for i, text in enumerate(texts) if not text]:
             raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
-        return self._pad([self.tokenizer(text)["input_ids"] for text in texts], "right")
+        return [self.tokenizer(text)["input_ids"] for text in texts]
 
     def encode_prompts(self, prompts: Sequence[Prompt], tools: list[Any] | None = None) -> tuple[Tensor, Tensor]:
         """Token ids [B, T] of prompts as the model sees them, left padded, and their mask.

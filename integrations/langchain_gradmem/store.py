@@ -108,7 +108,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             reference: text for reference, text, state in zip(references, texts, known, strict=True) if state is None
         }
         if missing:
-            states = pipeline.write(list(missing.values()), **options)
+            states = pipeline.write_many(list(missing.values()), progress=False, **options)
             self.mset(list(zip(missing, states.cpu(), strict=True)))
             self.writes += len(missing)
         return references

@@ -1,0 +1,122 @@
+"""Bulk WRITE: many contexts of mixed lengths, in batches that fit into memory."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .state import MemoryState
+
+SATURATED = {"cuda": 16_384, "cpu": 2_048}
+"""Padded tokens a batch beyond which a device gets no faster, only fuller."""
+SHARE_OF_FREE_MEMORY = 0.6
+
+
+def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of contexts in batches of similar length, the longest first: what cannot fit shows at once.
+
+    A batch has at most `budget` tokens, padding counted, or is a single context.
+    """
+    result: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if result and (len(result[-1]) + 1) * lengths[result[-1][0]] <= budget:
+            result[-1].append(index)
+        else:
+            result.append([index])
+    return result
+
+
+def token_budget(backbone: PreTrainedModel) -> int:
+    """How many padded tokens to write at once, from the device's free memory.
+
+    A frozen layer keeps about 16 hidden and 6 intermediate vectors of each token for WRITE's backward pass.
+    """
+    config, device = backbone.config.get_text_config(), backbone.device
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    bytes_per_token = (16 * hidden + 6 * intermediate) * backbone.dtype.itemsize * config.num_hidden_layers
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    else:
+        free = psutil.virtual_memory().available
+    fits = int(SHARE_OF_FREE_MEMORY * free / bytes_per_token)
+    return max(1, min(fits, SATURATED.get(device.type, SATURATED["cpu"])))
+
+
+def write_batches(
+    write: Callable[[Tensor, Tensor], MemoryState],
+    contexts: Sequence[Tensor],
+    budget: int,
+    done: Callable[[int], None] = lambda contexts: None,
+) -> MemoryState:
+    """WRITE contexts in batches within a token budget, which is halved where memory does not suffice.
+
+    Args:
+        write: right-padded token ids [B, N] and their mask to B states.
+        contexts: token ids [n] each.
+        done: told the size of each batch after it.
+
+    Returns:
+        One state per context, in the order of `contexts`.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: a single context does not fit; the message names it.
+    """
+    states: dict[int, MemoryState] = {}
+    waiting, warned = batches([len(context) for context in contexts], budget), False
+    while waiting:
+        rows = waiting.pop(0)
+        try:
+            written = write(*_padded([contexts[i] for i in rows]))
+        except torch.cuda.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise torch.cuda.OutOfMemoryError(
+                    f"Context {rows[0]} with {len(contexts[rows[0]])} tokens does not fit into the GPU's memory by "
+                    "itself. Split it (MemoryState.concat joins the states of its parts), free memory, or load the "
+                    "model in bfloat16."
+                ) from error
+            budget = min(budget, len(rows) * len(contexts[rows[0]])) // 2
+            if not warned:
+                warnings.warn(
+                    f"Out of memory at {len(rows)} contexts of up to {len(contexts[rows[0]])} tokens: going on with at "
+                    f"most {budget} tokens a batch. max_tokens={budget} spares the try.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                warned = True
+            torch.cuda.empty_cache()
+            left = [i for batch in (rows, *waiting) for i in batch]
+            waiting = [[left[i] for i in batch] for batch in batches([len(contexts[i]) for i in left], budget)]
+            continue
+        states |= zip(rows, written, strict=True)
+        done(len(rows))
+    return MemoryState.stack([states[i] for i in range(len(contexts))])
+
+
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+@contextmanager
+def progress_bar(total: int, wanted: bool | None) -> Iterator[Callable[[int], None]]:
+    """Shows how many contexts are written. Args: wanted: None: where a person is looking on."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda contexts: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("WRITE"), BarColumn(), MofNCompleteColumn(), TextColumn("contexts"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("write", total=total)
+        yield lambda contexts: bar.advance(task, contexts)

@@ -1,0 +1,148 @@
+"""Bulk WRITE: order, budget, memory that runs out, bad input before any work."""
+
+import sys
+import warnings
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from tiny import VOCABULARY, tiny, tokens
+
+from gradmem_adapter import GradMemConfig, bulk
+from gradmem_adapter.bulk import batches, token_budget
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = GradMemConfig(num_memory_tokens=3, write_steps=2, write_lr=0.3, memory_init_std=0.5)
+    return get_peft_model(tiny(), config).eval()
+
+
+def contexts(*lengths):
+    return [tokens(1, length, seed=seed)[0] for seed, length in enumerate(lengths)]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
+def test_batches_hold_each_context_once_within_the_budget(lengths, budget):
+    found = batches(lengths, budget)
+    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
+    for batch in found:
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) == 1 or len(batch) * longest <= budget
+    assert [max(lengths[i] for i in batch) for batch in found] == sorted(
+        (max(lengths[i] for i in batch) for batch in found), reverse=True
+    )
+
+
+@settings(deadline=None, max_examples=15)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), budget=st.integers(1, 120))
+def test_states_are_those_of_each_alone_in_order(model, lengths, budget):
+    rows = contexts(*lengths)
+    state = model.write_many(rows, max_tokens=budget)
+    assert state.context_tokens.tolist() == lengths
+    for row, one in zip(rows, state, strict=True):
+        alone = model.write(row[None])
+        assert ((one.vectors - alone.vectors).norm() / alone.vectors.norm()).item() < 1e-5
+        torch.testing.assert_close(one.write_losses, alone.write_losses, rtol=1e-5, atol=1e-6)
+
+
+def test_lists_of_numbers_and_options(model):
+    state = model.write_many([[5, 6, 7], [8, 9]], steps=4, lr=0.1)
+    assert state.write_losses.shape == (2, 5)
+    torch.testing.assert_close(state[1].vectors, model.write(torch.tensor([[8, 9]]), steps=4, lr=0.1).vectors)
+
+
+def test_samples_that_stop_after_different_steps_are_stacked(model):
+    rows = contexts(3, 40)
+    options = {"steps": 60, "lr": 0.3, "tolerance": 1e-3}
+    state = model.write_many(rows, max_tokens=1, **options)
+    alone = [model.write(row[None], **options).write_losses for row in rows]
+    assert alone[0].shape != alone[1].shape
+    assert state.write_losses.shape[1] == max(losses.shape[1] for losses in alone)
+    for one, losses in zip(state, alone, strict=True):
+        assert one.write_losses[0, -1] == losses[0, -1]
+
+
+class Small:
+    """A GPU on which so many tokens fit."""
+
+    def __init__(self, model, limit):
+        self.write, self.limit, self.sizes = model.base_model.write, limit, []
+
+    def __call__(self, ids, mask, **options):
+        self.sizes.append(ids.numel())
+        if ids.numel() > self.limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return self.write(ids, mask, **options)
+
+
+def test_out_of_memory_halves_the_batches_and_says_so_once(model, monkeypatch):
+    lengths = [7, 30, 12, 29, 3, 28, 9, 27]
+    rows = contexts(*lengths)
+    expected = model.write_many(rows, max_tokens=30)
+    small = Small(model, 40)
+    monkeypatch.setattr(model.base_model, "write", small)
+    with pytest.warns(RuntimeWarning, match="going on with at most 90 tokens") as caught:
+        state = model.write_many(rows, max_tokens=200)
+    assert len(caught) == 1
+    assert small.sizes[:2] == [180, 90]
+    assert state.context_tokens.tolist() == lengths
+    torch.testing.assert_close(state.vectors, expected.vectors, rtol=1e-4, atol=1e-6)
+
+
+def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
+    monkeypatch.setattr(model.base_model, "write", Small(model, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="Context 1 with 30 tokens does not fit"):
+            model.write_many(contexts(7, 30, 12), max_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ([], ValueError, "Context 1 of 3 cannot be written. It is empty"),
+        ([VOCABULARY], ValueError, "Context 1 of 3 cannot be written. It holds token ids"),
+        ([1.5], TypeError, "Context 1 of 3 cannot be written. It must hold integer"),
+        ([1] * 1000, ValueError, "Context 1 of 3 cannot be written. It has 1000 tokens"),
+        ([[1, 2]], ValueError, "Context 1 must be token ids of shape"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(model, monkeypatch, bad, error, message):
+    monkeypatch.setattr(model.base_model, "write", None)
+    with pytest.raises(error, match=message):
+        model.write_many([[1, 2, 3], bad, [4]])
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"max_tokens": True}, {"initial": 1}, {"callback": print}])
+def test_options_that_cannot_work(model, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        model.write_many([[1, 2, 3]], **options)
+    with pytest.raises(ValueError, match="no context"):
+        model.write_many([])
+
+
+def test_the_budget_follows_free_memory(model, monkeypatch):
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**40))
+    assert token_budget(model.base_model.model) == bulk.SATURATED["cpu"]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**20))
+    few = token_budget(model.base_model.model)
+    assert 1 <= few < bulk.SATURATED["cpu"]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**21))
+    assert token_budget(model.base_model.model) == pytest.approx(2 * few, abs=1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=0))
+    assert token_budget(model.base_model.model) == 1
+
+
+def test_progress_is_shown_where_asked_for(model, capsys):
+    model.write_many(contexts(3, 4), progress=True)
+    shown = capsys.readouterr()
+    assert "2/2" in shown.err
+    assert shown.out == ""
+    assert not sys.stderr.isatty()
+    model.write_many(contexts(3, 4))
+    assert capsys.readouterr().err == ""
