@@ -1,11 +1,14 @@
 """What only a GPU shows; skipped on machines without one."""
 
+import threading
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny, tokens
 
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.fast_write import FastPass
 from gradmem_adapter.tasks.kv_recipe import KVRecipe
 from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
 from gradmem_adapter.training.graphed_step import GraphedStep
@@ -147,3 +150,78 @@ def test_captured_training_steps_equal_steps_as_they_are(meta_gradient):
         assert results[1][0][kind]["loss"] == pytest.approx(results[0][0][kind]["loss"], rel=1e-4)
     for name, value in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("compile", [True, "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_of_write_give_the_plain_states(compile, dtype):
+    config = GradMemConfig(num_memory_tokens=3, write_steps=3, write_lr=0.3, memory_init_std=0.5)
+    model = get_peft_model(tiny().to(dtype), config).cuda().eval()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for size, length in ((2, 9), (3, 40), (2, 9), (3, 40), (1, 70), (3, 33), (2, 9)):
+        ids = tokens(size, length, seed=length).cuda()
+        mask = (torch.arange(length) < torch.arange(length, length - size, -1)[:, None]).long().cuda()
+        plain = model.write(ids, mask, compile=False)
+        fast = model.write(ids, mask, compile=compile)
+        again = model.write(ids, mask, compile=compile)
+        for state in (fast, again):
+            assert (state.vectors - plain.vectors).norm() < tolerance * plain.vectors.norm()
+            assert (state.write_losses - plain.write_losses).norm() < tolerance * plain.write_losses.norm()
+
+
+def test_a_bucket_is_captured_once(monkeypatch):
+    captured = []
+    capture = FastPass._capture
+    monkeypatch.setattr(
+        FastPass,
+        "_capture",
+        lambda self, memory, context, gradient: (
+            captured.append((context.input_ids.shape, gradient)) or capture(self, memory, context, gradient)
+        ),
+    )
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3)).cuda().eval()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        size, length = (int(torch.randint(1, high, (), generator=generator)) for high in (5, 90))
+        model.write(tokens(size, length).cuda(), steps=2)
+    assert 0 < len(captured) == len(set(captured)) <= 16
+
+
+def test_threads_write_through_graphs_and_generate_at_once():
+    config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, memory_init_std=0.5)
+    model = get_peft_model(tiny(), config).cuda().eval()
+    contexts = [tokens(2, 30, seed=seed).cuda() for seed in range(4)]
+    expected = [model.write(ids, compile=False) for ids in contexts]
+    texts = [
+        model.generate(ids[:, :3], memory=state, max_new_tokens=4)
+        for ids, state in zip(contexts, expected, strict=True)
+    ]
+    failures = []
+
+    def work(index):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                state = model.write(contexts[index])
+                text = model.generate(contexts[index][:, :3], memory=expected[index], max_new_tokens=4)
+                close = (state.vectors - expected[index].vectors).norm() < 1e-4 * expected[index].vectors.norm()
+                if not close or not torch.equal(text, texts[index]):
+                    failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_new_weights_drop_the_graphs():
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3)).cuda().eval()
+    ids = tokens(2, 30).cuda()
+    for _ in range(3):
+        model.write(ids)
+    for parameter in model.base_model.model.parameters():
+        parameter.data = parameter.data * 1.5
+    plain = model.write(ids, compile=False).vectors
+    for _ in range(3):
+        assert (model.write(ids).vectors - plain).norm() < 1e-4 * plain.norm()
