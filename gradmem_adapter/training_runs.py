@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 from .checkpoint import load_checkpoint
 from .tasks import kv_results
 from .tasks.kv_recipe import KVRecipe
-from .tasks.kv_training import KVProgress, evaluate_kv, load_kv, save_kv, train_kv
+from .tasks.kv_training import evaluate_kv, load_kv, save_kv, train_kv
 from .tasks.rows import RowsRecipe, read_rows
 from .training import GradMemTrainer, GradMemTrainingArguments
+from .training.graphed_run import RunProgress
 
 CHECKPOINT = "checkpoint"
 """The folder of the finished model in the directory of a run."""
@@ -48,7 +49,7 @@ def train(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("train", total=recipe.steps)
 
-        def show(now: KVProgress) -> None:
+        def show(now: RunProgress) -> None:
             progress.update(task, completed=now.step)
             for kind, values in sorted(now.means.items()):
                 line = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())

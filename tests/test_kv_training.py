@@ -10,12 +10,10 @@ import yaml
 from typer.testing import CliRunner
 
 from gradmem_adapter import load_checkpoint
-from gradmem_adapter.baselines import ForwardMemory, FullContext
-from gradmem_adapter.baselines.packing import append
 from gradmem_adapter.cli import app
 from gradmem_adapter.recipes import load_recipe
 from gradmem_adapter.tasks.kv_recipe import METHODS, KVRecipe
-from gradmem_adapter.tasks.kv_retrieval import KVRetrieval, kv_backbone
+from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
 from gradmem_adapter.tasks.kv_training import load_kv, save_kv, train_kv
 from gradmem_adapter.training import TrainingDiverged
 from gradmem_adapter.training.graphed_step import GraphedStep
@@ -195,61 +193,6 @@ class TestCommands:
             result = CliRunner().invoke(app, self.arguments(tmp_path, *more))
             assert result.exit_code == 2, result.output
             assert message in " ".join(result.stderr.split())
-
-
-class TestBaselines:
-    @pytest.mark.parametrize("make", [FullContext, lambda backbone: ForwardMemory(backbone, 4, 2)])
-    def test_padding_changes_nothing(self, make):
-        """Each context alone and unpadded gives what it gives in a batch, with or without masks."""
-        torch.manual_seed(0)
-        backbone = kv_backbone(layers=2, width=32, heads=4)
-        for parameter in backbone.parameters():
-            parameter.data.mul_(5 if parameter.dim() == 2 else 1)
-        model = make(backbone).eval()
-        batch = KVRetrieval(6, 2).sample(5, 3, seed=0).as_dict()
-        with torch.no_grad():
-            together = model(**batch).logits
-            with maskless_attention(model):
-                torch.testing.assert_close(model(**batch).logits, together, rtol=1e-4, atol=1e-5)
-            for i in range(5):
-                length, rows = int(batch["context_attention_mask"][i].sum()), slice(3 * i, 3 * i + 3)
-                alone = model(
-                    input_ids=batch["input_ids"][rows],
-                    labels=batch["labels"][rows],
-                    context_input_ids=batch["context_input_ids"][i : i + 1, :length],
-                    context_attention_mask=batch["context_attention_mask"][i : i + 1, :length],
-                    context_index=torch.zeros(3, dtype=torch.long),
-                ).logits
-                torch.testing.assert_close(alone, together[rows], rtol=1e-4, atol=1e-5)
-
-    def test_forward_memory_sees_the_context_through_its_memory_alone(self):
-        torch.manual_seed(0)
-        model = ForwardMemory(kv_backbone(layers=2, width=32, heads=4), 4).eval()
-        batch = KVRetrieval(3).sample(2, 2, seed=0).as_dict()
-        other = KVRetrieval(3).sample(2, 2, seed=1).as_dict()
-        with torch.no_grad():
-            a, b = model(**batch), model(**(batch | {"context_input_ids": other["context_input_ids"]}))
-            assert not torch.equal(a.memory, b.memory)
-            assert not torch.equal(a.logits, b.logits)
-            model.write = lambda *args: a.memory
-            torch.testing.assert_close(
-                model(**(batch | {"context_input_ids": other["context_input_ids"]})).logits, a.logits
-            )
-
-    def test_several_passes_differ_from_one(self):
-        torch.manual_seed(0)
-        model = ForwardMemory(kv_backbone(layers=2, width=32, heads=4), 4).eval()
-        batch = KVRetrieval(3).sample(2, 2, seed=0).as_dict()
-        with torch.no_grad():
-            memories = [model(**batch, write_steps=k).memory for k in (1, 2, 3)]
-        assert not torch.allclose(memories[0], memories[1], atol=1e-3)
-        assert not torch.allclose(memories[1], memories[2], atol=1e-4)
-
-    def test_append(self):
-        context, tail = torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([[8, 9], [8, 9]])
-        joined, places = append(context, torch.tensor([2, 3]), tail)
-        assert joined.tolist() == [[1, 2, 8, 9, 0], [3, 4, 5, 8, 9]]
-        assert joined.gather(1, places).tolist() == tail.tolist()
 
 
 class TestSpeed:

@@ -1,10 +1,9 @@
-"""What a gradient-written memory is compared with: one file per baseline.
-
-A baseline is a module with the `forward` of `GradMemModel` (queries, targets and contexts in, loss and logits of the
-query positions out), so that the same data, training step and evaluation serve all.
-"""
+"""What a gradient-written memory is compared with: one file per baseline."""
 
 from .forward_memory import ForwardMemory
 from .full_context import FullContext
+from .mean_pooling import MeanPooling
+from .prefix_model import Prefix, PrefixModel
+from .truncated_text import TruncatedText
 
-__all__ = ["ForwardMemory", "FullContext"]
+__all__ = ["ForwardMemory", "FullContext", "MeanPooling", "Prefix", "PrefixModel", "TruncatedText"]

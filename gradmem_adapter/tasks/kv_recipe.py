@@ -138,6 +138,6 @@ class KVRecipe:
         if self.method == "full_context":
             return FullContext(backbone)
         if self.method == "forward_memory":
-            names = ("num_memory_tokens", "write_steps", "reconstruction_weight")
+            names = ("num_memory_tokens", "reconstruction_weight")
             return ForwardMemory(backbone, **{name: memory[name] for name in names if name in memory})
         return get_peft_model(backbone, GradMemConfig(train_backbone=True, **memory))

@@ -1,0 +1,186 @@
+"""A training run of captured steps: the loop, its log, and going on where it was interrupted."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gradmem_adapter.checkpoint import check_tensors
+from gradmem_adapter.model import GradMemOutput
+
+from .errors import TrainingDiverged
+from .graphed_step import GraphedStep
+from .speed import compiled_layers, fast_matmul, maskless_attention
+
+
+class KindOfBatch(Hashable, Protocol):
+    """What decides the shapes and the precision of a step, and so the graph that it is captured in."""
+
+    @property
+    def name(self) -> str:
+        """As a log names it."""
+
+
+KindT = TypeVar("KindT", bound=KindOfBatch)
+KindT_co = TypeVar("KindT_co", bound=KindOfBatch, covariant=True)
+
+
+class Plan(Protocol[KindT_co]):
+    """What a run does at each step."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def compile(self) -> bool: ...
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step."""
+
+    def kind_at(self, step: int) -> KindT_co:
+        """The batch of a step, drawn by its number alone, so that a resumed run draws the same."""
+
+
+@dataclass
+class RunProgress:
+    """What a callback is told every `log_every` steps."""
+
+    step: int
+    seconds: float
+    """Of training alone, in this run."""
+    means: dict[str, dict[str, float]]
+    """By kind of batch, as "N=16 K=1"."""
+
+
+def run_graphed(
+    model: nn.Module,
+    loss: Callable[[KindT], Mapping[str, Tensor]],
+    plan: Plan[KindT],
+    output: Path,
+    *,
+    device: torch.device | str,
+    max_seconds: float = math.inf,
+    log_every: int = 50,
+    save_every: int = 1000,
+    stop: Callable[[RunProgress], bool] | None = None,
+    callback: Callable[[RunProgress], None] | None = None,
+) -> bool:
+    """Train `model` in place, going on from `output/last` if a run was interrupted there.
+
+    Args:
+        model: on `device`; in eval mode, so that captured steps need no random state of the model.
+        loss: makes a batch of the kind given, on the device, and returns scalars; "loss" is differentiated.
+        plan: what is trained when.
+        output: a directory; `last/` in it holds the trained weights, the optimizer and the step.
+        max_seconds: stop (and save) after so much training.
+        stop: asked at each log; True ends the run.
+
+    Returns:
+        Whether all steps of the plan are done.
+
+    Raises:
+        TrainingDiverged: the loss is no longer finite; `output/last` is the last good state.
+    """
+    device = torch.device(device)
+    step_on = GraphedStep(
+        loss,
+        [p for p in model.parameters() if p.requires_grad],
+        betas=plan.betas,
+        weight_decay=plan.weight_decay,
+        max_grad_norm=plan.max_grad_norm,
+    )
+    torch.manual_seed(plan.seed)
+    step = _resume(output / "last", model, step_on)
+    start = time.perf_counter()
+    with fast_matmul(), maskless_attention(model), compiled_layers(model, plan.compile and device.type == "cuda"):
+        while step < plan.steps:
+            step_on(plan.kind_at(step), plan.lr_at(step))
+            step += 1
+            done = step == plan.steps
+            if step % log_every and not done:
+                continue
+            means = {kind.name: values for kind, values in step_on.means().items()}
+            if not all(math.isfinite(v) for values in means.values() for v in values.values()):
+                raise TrainingDiverged(
+                    f"The loss or a gradient is no longer finite at step {step} ({means}). The last good state, of "
+                    f"step {_step_of(output / 'last')}, is in {output / 'last'}. Lower the learning rate or set "
+                    "write_clip_norm, and start again from there."
+                )
+            progress = RunProgress(step, time.perf_counter() - start, means)
+            if callback is not None:
+                callback(progress)
+            over = progress.seconds > max_seconds or (stop is not None and stop(progress))
+            if done or over or step % save_every == 0:
+                _save(output / "last", model, step_on, step)
+            if over:
+                break
+    return step >= plan.steps
+
+
+def scalars(output: GradMemOutput, hits: Tensor) -> dict[str, Tensor]:
+    """What a run logs of a step. Args: hits: [R], whether each query's target is the first choice throughout."""
+    values: dict[str, Tensor | None] = {"loss": output.loss, "target_loss": output.target_loss}
+    values["exact_match"] = hits.float().mean()
+    if output.write_losses is not None:
+        values["write_loss_before"] = output.write_losses[:, 0].mean()
+        values["write_loss_after"] = output.write_losses[:, -1].mean()
+    if output.memory is not None:
+        values["memory_norm"] = torch.linalg.vector_norm(output.memory.detach(), dim=(1, 2)).mean()
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _state_file(directory: Path) -> Path:
+    return directory / "state.pt"
+
+
+def _step_of(directory: Path) -> int:
+    file = _state_file(directory)
+    return int(torch.load(file, weights_only=True, map_location="cpu")["step"]) if file.exists() else 0
+
+
+def _save(directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {
+        "weights": _trained(model),
+        "optimizer": step_on.state_dict(),
+        "step": step,
+        "random": _random(next(model.parameters()).device).get_rng_state(),
+    }
+    temporary = directory / "state.tmp"
+    torch.save(state, temporary)
+    os.replace(temporary, _state_file(directory))
+
+
+def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> int:
+    file = _state_file(directory)
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
+    check_tensors(file, state["weights"], _trained(model))
+    model.load_state_dict(state["weights"], strict=False)
+    step_on.load_state_dict(state["optimizer"])
+    _random(next(model.parameters()).device).set_rng_state(state["random"].cpu())
+    return int(state["step"])
+
+
+def _random(device: torch.device) -> Any:
+    """Where the random state of the data is: they are made on the device."""
+    return torch.cuda if device.type == "cuda" else torch.random

@@ -1,0 +1,164 @@
+"""What baselines put before a query, alone and in batches, and what they generate from it."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny, tokens
+
+from gradmem_adapter.baselines import ForwardMemory, FullContext, MeanPooling, Prefix, TruncatedText
+from gradmem_adapter.baselines.packing import append
+from gradmem_adapter.tasks.kv_retrieval import KVRetrieval, kv_backbone
+from gradmem_adapter.training.speed import maskless_attention
+
+BASELINES = {
+    "full context": FullContext,
+    "no context": lambda backbone: TruncatedText(backbone, 0),
+    "truncated text": lambda backbone: TruncatedText(backbone, 4),
+    "mean pooling": lambda backbone: MeanPooling(backbone, 4),
+    "forward memory": lambda backbone: ForwardMemory(backbone, 4),
+}
+baselines = pytest.mark.parametrize("make", BASELINES.values(), ids=BASELINES)
+
+
+def kv_model(make, scale=5):
+    torch.manual_seed(0)
+    backbone = kv_backbone(layers=2, width=32, heads=4)
+    for parameter in backbone.parameters():
+        parameter.data.mul_(scale if parameter.dim() == 2 else 1)
+    return make(backbone).eval()
+
+
+@baselines
+def test_padding_changes_nothing(make):
+    """Each context alone and unpadded gives what it gives in a batch, with or without masks."""
+    model, batch = kv_model(make), KVRetrieval(6, 2).sample(5, 3, seed=0).as_dict()
+    with torch.no_grad():
+        together = model(**batch).logits
+        with maskless_attention(model):
+            torch.testing.assert_close(model(**batch).logits, together, rtol=1e-4, atol=1e-5)
+        for i in range(5):
+            length, rows = int(batch["context_attention_mask"][i].sum()), slice(3 * i, 3 * i + 3)
+            alone = model(
+                input_ids=batch["input_ids"][rows],
+                labels=batch["labels"][rows],
+                context_input_ids=batch["context_input_ids"][i : i + 1, :length],
+                context_attention_mask=batch["context_attention_mask"][i : i + 1, :length],
+                context_index=torch.zeros(3, dtype=torch.long),
+            ).logits
+            torch.testing.assert_close(alone, together[rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_full_context_is_the_model_on_context_and_query(architecture):
+    backbone = tiny(architecture).eval()
+    context, query = tokens(1, 5, seed=1), tokens(1, 3, seed=2)
+    with torch.no_grad():
+        out = FullContext(backbone)(
+            input_ids=query, labels=query, context_input_ids=context,
+            context_attention_mask=torch.ones_like(context), context_index=torch.tensor([0]),
+        )  # fmt: skip
+        whole = backbone(torch.cat([context, query], 1)).logits
+    torch.testing.assert_close(out.logits, whole[:, 5:], rtol=1e-4, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(whole[0, 4:-1], query[0])  # the first token from the context's last
+    torch.testing.assert_close(out.loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_context_sees_none_and_truncated_text_the_first_tokens():
+    backbone = tiny().eval()
+    context, lengths = tokens(2, 6), torch.tensor([6, 3])
+    nothing = TruncatedText(backbone, 0).prefix(context, lengths, 1)
+    assert nothing.embeddings.shape[1] == 0
+    assert nothing.lengths.tolist() == [0, 0]
+    some = TruncatedText(backbone, 4).prefix(context, lengths, 1)
+    assert some.lengths.tolist() == [4, 3]
+    assert torch.equal(some.embeddings, backbone.get_input_embeddings()(context[:, :4]))
+
+
+def test_mean_pooling_takes_the_mean_of_equal_parts():
+    backbone = tiny().eval()
+    context, lengths = tokens(3, 9), torch.tensor([8, 9, 2])
+    with torch.no_grad():
+        hidden = backbone.base_model(context).last_hidden_state
+        vectors, counts = MeanPooling(backbone, 4).prefix(context, lengths, 1)
+    assert counts.tolist() == [4, 4, 2]
+    torch.testing.assert_close(vectors[0], hidden[0, :8].unflatten(0, (4, 2)).mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vectors[1, 0], hidden[1, :3].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vectors[2, :2], hidden[2, :2], rtol=1e-4, atol=1e-5)
+
+
+def test_forward_memory_sees_the_context_through_its_memory_alone():
+    model = kv_model(BASELINES["forward memory"], scale=1)
+    batch, other = (KVRetrieval(3).sample(2, 2, seed=seed).as_dict() for seed in (0, 1))
+    changed = batch | {"context_input_ids": other["context_input_ids"]}
+    with torch.no_grad():
+        before = model(**batch).logits
+        assert not torch.equal(before, model(**changed).logits)
+        prefix = model.prefix(batch["context_input_ids"], batch["context_attention_mask"].sum(1), 1)
+        model.prefix = lambda *args: prefix
+        torch.testing.assert_close(model(**changed).logits, before)
+
+
+def test_several_passes_differ_from_one():
+    model, batch = kv_model(BASELINES["forward memory"], scale=1), KVRetrieval(3).sample(2, 2, seed=0)
+    with torch.no_grad():
+        lengths = batch.context_attention_mask.sum(1)
+        memories = [model.prefix(batch.context_input_ids, lengths, k).embeddings for k in (1, 2, 3)]
+    assert not torch.allclose(memories[0], memories[1], atol=1e-3)
+    assert not torch.allclose(memories[1], memories[2], atol=1e-4)
+
+
+def test_the_reconstruction_loss_is_that_of_the_context_given_its_memory():
+    torch.manual_seed(0)
+    backbone = tiny().eval()
+    plain, weighted = (ForwardMemory(backbone, 3, reconstruction_weight=w).eval() for w in (0.0, 0.5))
+    weighted.memory = plain.memory
+    context = tokens(2, 6)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    batch = {
+        "input_ids": context[:, :3], "labels": context[:, :3], "context_input_ids": context,
+        "context_attention_mask": mask, "context_index": torch.tensor([0, 1]),
+    }  # fmt: skip
+    memory = plain.prefix(context, mask.sum(1), 1).embeddings
+    tokens_in = torch.cat([memory, backbone.get_input_embeddings()(context)], 1)
+    logits = backbone(inputs_embeds=tokens_in).logits[:, 2:-1]
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), context.flatten(), reduction="none")
+    expected = each[mask.flatten().bool()].mean()
+    torch.testing.assert_close(weighted(**batch).loss - plain(**batch).loss, 0.5 * expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(weighted(**batch).loss, plain(**batch).loss)
+
+
+@baselines
+def test_generation_is_what_forward_would_choose(make):
+    """Greedy tokens, one by one, of queries of different lengths on contexts of different lengths."""
+    torch.manual_seed(0)
+    model = make(tiny().eval()).eval()
+    contexts, mask = tokens(2, 7, seed=1), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    queries, counts = tokens(2, 4, seed=2), torch.tensor([[1] * 4, [0, 1, 1, 1]])
+    with torch.no_grad():
+        prefix = model.prefix(contexts, mask.sum(1), 1)
+        new = model.generate(prefix, queries, counts, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    for i in range(2):
+        ids = queries[i][counts[i].bool()][None]
+        for _ in range(3):
+            with torch.no_grad():
+                logits = model(
+                    input_ids=ids, labels=ids, context_input_ids=contexts, context_attention_mask=mask,
+                    context_index=torch.tensor([i]),
+                ).logits  # fmt: skip
+            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        assert new[i].tolist() == ids[0, -3:].tolist()
+
+
+def test_contexts_side_by_side():
+    embeddings, lengths = torch.arange(1.0, 7).view(3, 2, 1), torch.tensor([2, 1, 2])
+    joined = Prefix(embeddings, lengths).rows(torch.tensor([[1, 0], [2, 1]]))
+    assert joined.lengths.tolist() == [3, 3]
+    assert joined.embeddings[0, :3, 0].tolist() == [3, 1, 2]
+    assert joined.embeddings[1, :3, 0].tolist() == [5, 6, 3]
+
+
+def test_append():
+    context, tail = torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([[8, 9], [8, 9]])
+    joined, places = append(context, torch.tensor([2, 3]), tail)
+    assert joined.tolist() == [[1, 2, 8, 9, 0], [3, 4, 5, 8, 9]]
+    assert joined.gather(1, places).tolist() == tail.tolist()
