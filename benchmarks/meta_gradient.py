@@ -210,7 +210,7 @@ def cost(args: argparse.Namespace) -> None:
     attempt("finite_difference, eager", large, 10, lambda: ours("finite_difference", large, 10, "eager"))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for name, function in (("accuracy", accuracy), ("cost", cost)):
@@ -233,7 +233,7 @@ def main() -> None:
             command.add_argument("--layers", type=int, default=30)
             command.add_argument("--vocabulary", type=int, default=49152)
             command.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.function(args)
 
 
