@@ -264,6 +264,8 @@ def test_the_bound_holds_and_the_oldest_goes_first():
     one = cache.nbytes
     # Keys and values of 2 layers with 2 heads of 8, and the vectors.
     assert one == 4 * (2 * 2 * PREFIX * 2 * 8 + 3 * 32)
+    tensors = [tensor for layer in _prefix(model, states[0]) for tensor in layer]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)  # no view of a longer cache
     cache.max_bytes = 2 * one
     for i in (1, 0, 2):  # the first is used again before the third comes
         generate(model, states[i])
