@@ -54,12 +54,12 @@ class WriteLoss(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), self.tokens.flatten(), reduction="sum") / self.tokens.shape[1]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--contexts", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=10)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     backbone = kv_backbone().to(DEVICE)
     tokens = KVRetrieval(args.pairs).sample(args.contexts, 1, DEVICE).context_input_ids

@@ -60,7 +60,7 @@ def measure(
     }  # fmt: skip
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--contexts", type=int, default=512)
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--meta-gradients", nargs="*", default=["finite_difference", "exact"])
     parser.add_argument("--bf16", action="store_true", help="also under autocast")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, graphed, compiled, bf16 in itertools.product(
         args.meta_gradients, (True, False), (True, False), (False, True) if args.bf16 else (False,)
     ):

@@ -90,12 +90,16 @@ def unsuited(writer: Writer, context: Context) -> str | None:
 class FastWrites:
     """The fast passes of one model: made when they pay, and again when the model has changed.
 
-    Passes are run one at a time, by whatever thread; the plain one needs no such order.
+    Passes are run one at a time, by whatever thread; the plain one needs no such order. Copies (`copy`, `pickle`) start
+    anew.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._forget(None)
+
+    def __reduce__(self) -> tuple[type[FastWrites], tuple[()]]:
+        return FastWrites, ()
 
     def _forget(self, key: Any) -> None:
         self._key = key

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +23,7 @@ from .fingerprint import fingerprint, versions
 from .lora_phase import gate, write_phase
 from .meta_gradient import differentiable_write
 from .output_head import output_head
+from .prefix_cache import PrefixCache, ReadCache, can_reuse
 from .read import (
     check_generation_options,
     length_arguments,
@@ -34,7 +34,6 @@ from .slots import MemorySlots
 from .state import MemoryState
 from .write import Context, Rate, WriteProgress, Writer, right_padded, write_memory
 
-_FAST_WRITES: WeakKeyDictionary[nn.Module, FastWrites] = WeakKeyDictionary()
 SLOTS = "memory_slots"
 """The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
 
@@ -80,7 +79,15 @@ class GradMemModel(BaseTuner):
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    prefix_cache: PrefixCache
+    """What `generate` keeps of the memory states it read last; `prefix_cache.max_bytes` bounds it, 0 turns it off."""
+
     # ---------------------------------------------------------------- PEFT
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prefix_cache = PrefixCache()
+        self._fast_writes = FastWrites()
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("GradMem replaces no modules; it adds one.")
@@ -194,11 +201,6 @@ class GradMemModel(BaseTuner):
     def prefix_length(self) -> int:
         """How many positions the memory takes with its control vectors, m + 2c."""
         return self._writer().prefix_length
-
-    @property
-    def _fast_writes(self) -> FastWrites:
-        """Made when asked for: it cannot be copied or pickled, as the model can."""
-        return _FAST_WRITES.setdefault(self, FastWrites())
 
     @property
     def positions(self) -> int | None:
@@ -556,6 +558,10 @@ class GradMemModel(BaseTuner):
         Returns:
             What Transformers returns: prompts and new tokens [B, T + new]. `max_length` and `min_length` count
             both, as without memory.
+
+        The keys and values of a state's prefix are kept for the next call with the same `MemoryState` object, as far
+        as `prefix_cache.max_bytes` allows, unless prompts are padded on the left or `context_index` or another cache
+        is passed. As after any change of shapes, logits then agree up to rounding.
         """
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
@@ -579,9 +585,35 @@ class GradMemModel(BaseTuner):
             prefix = self._prefix(self._rows(self._checked_vectors(memory, strict), len(inputs), context_index))
             read = read_inputs(prefix, embedding(inputs), attention_mask.to(inputs.device))
         kwargs |= length_arguments(kwargs, default, read.inputs_embeds.shape[1])
-        return self.model.generate(
+        key = None
+        if self.prefix_cache.max_bytes and read.layout.source is None and inputs.numel() and context_index is None:
+            key = self._read_key() if can_reuse(self.model, kwargs) else None
+        if key is not None:
+            cache = kwargs["past_key_values"] = ReadCache(
+                self.model,
+                self.prefix_cache.get(memory, key),
+                len(memory),
+                prefix.shape[1],
+                self.prefix_cache.max_bytes,
+            )
+        output = self.model.generate(
             inputs, inputs_embeds=read.inputs_embeds, attention_mask=read.attention_mask, **kwargs
         )
+        if key is not None and (computed := cache.take_prefix()) is not None:
+            self.prefix_cache.put(memory, key, computed)
+        return output
+
+    def _read_key(self) -> Hashable:
+        """What the keys and values of a prefix depend on besides the memory."""
+        self.fingerprint()
+        adapter, device = self._adapter, self.model.device.type
+        scaling = tuple(
+            layer.scaling[adapter]
+            for layer in (self.model.modules() if self.peft_config[adapter].lora_config is not None else ())
+            if isinstance(layer, LoraLayer) and adapter in layer.scaling
+        )
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self.__dict__["_fingerprint"][0], scaling, autocast
 
     # ---------------------------------------------------------------- what was kept
 

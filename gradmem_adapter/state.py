@@ -132,6 +132,8 @@ class MemoryState:
             ValueError: no states, or states of different models, shapes or dtypes.
         """
         states = _compatible(states, "stack", ("num_memory_tokens", "width", "dtype", "device", "fingerprint"))
+        if len(states) == 1:
+            return states[0]  # the object itself, for which READ may have kept something
         return MemoryState(
             vectors=torch.cat([state.vectors for state in states]),
             context_tokens=torch.cat([state.context_tokens for state in states]),
@@ -149,6 +151,8 @@ class MemoryState:
             ValueError: no states, or states of different models, widths, dtypes or batch sizes.
         """
         states = _compatible(states, "concat", ("batch size", "width", "dtype", "device", "fingerprint"))
+        if len(states) == 1:
+            return states[0]
         tokens = torch.stack([state.context_tokens for state in states])
         losses = torch.stack(_same_steps(states))
         return MemoryState(

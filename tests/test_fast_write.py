@@ -130,7 +130,7 @@ def test_the_model_stays_as_it_was():
     assert all(parameter.requires_grad for parameter in backbone.parameters())
     assert torch.equal(model.write(tokens(2, 9), compile=False).vectors, before)
     assert torch.equal(copy.deepcopy(model).write(tokens(2, 9)).vectors, before)
-    pickle.dumps(model.state_dict())
+    assert torch.equal(pickle.loads(pickle.dumps(model.base_model)).write(tokens(2, 9)).vectors, before)
 
 
 def test_new_weights_are_noticed():

@@ -1,0 +1,78 @@
+"""Answering from memory: time to first token and tokens per second of `generate`.
+
+    python -m benchmarks.read [--queries 16 64 256] [--batches 1 8 64]
+
+Each prompt has a memory state of its own. Against: the prompt alone ("plain"), and memory whose prefix is computed in
+each call ("memory") or kept from an earlier call ("kept prefix"). Time to first token is that of `generate` with one
+new token, and tokens per second are the new tokens of a whole call with `--new-tokens`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+
+from benchmarks import common
+from gradmem_adapter import GradMemConfig
+
+COLUMNS = (
+    "way", "query_tokens", "batch", "first_token_ms", "tokens_per_second", "peak_gib", "kept_mib", "error",
+)  # fmt: skip
+WAYS = ("plain", "memory", "kept prefix")
+
+
+def measure(model: PeftModel, way: str, length: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What one way of answering costs: `batch` prompts of `length` tokens, one memory state each."""
+    query = torch.randint(model.get_base_model().config.vocab_size, (batch, length), device=args.device)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(query), "do_sample": False}
+    if way != "plain":
+        options["memory"] = model.write(query[:, :1], steps=0)  # what is in it does not change what it costs
+    cache = model.base_model.prefix_cache
+    cache.max_bytes = args.kept_mib * 2**20 if way == "kept prefix" else 0
+
+    def cost(new: int) -> common.Cost:
+        return common.measure(
+            lambda: model.generate(query, max_new_tokens=new, **options), args.device, repeats=args.repeats
+        )
+
+    first, whole = cost(1), cost(args.new_tokens)
+    return {
+        "first_token_ms": first.milliseconds,
+        "tokens_per_second": 1000 * batch * args.new_tokens / whole.milliseconds,
+        "peak_gib": whole.peak_gib,
+        "kept_mib": cache.nbytes / 2**20,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__, "read")
+    parser.add_argument("--memory", type=int, default=16, help="memory vectors")
+    parser.add_argument("--queries", type=int, nargs="*", default=[16, 64, 256], help="tokens of a prompt")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="prompts per call")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--kept-mib", type=int, default=64, help="the bound on kept prefixes")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args(argv)
+    backbone = common.backbone(args)
+    backbone.generation_config.eos_token_id = None  # so that each call makes all the tokens it is asked for
+    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=args.memory)).eval()
+    shape = {
+        "model": args.model, "layers": backbone.config.num_hidden_layers, "dtype": args.dtype,
+        "memory_tokens": args.memory, "new_tokens": args.new_tokens,
+    }  # fmt: skip
+    rows = [
+        {"way": way, "query_tokens": length, "batch": batch}
+        | common.attempt(lambda way=way, length=length, batch=batch: measure(model, way, length, batch, args))
+        for length in args.queries
+        for batch in args.batches
+        for way in WAYS
+    ]
+    common.append(args.output, [common.environment(args.device) | shape | row for row in rows])
+    common.show(rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Keys and values of prefixes that were read before, so that another query on the same state does not compute them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .checks import capturing
+from .read import generation_option
+from .state import MemoryState
+
+Prefix = tuple[tuple[Tensor, Tensor], ...]
+"""Per layer the keys and the values, [B, heads, P, head size] each."""
+
+# With these Transformers makes or takes a cache of its own, or returns something for every place of the prefix.
+_NEED_ANOTHER_CACHE = (
+    "past_key_values", "cache_implementation", "custom_generate", "position_ids", "output_attentions",
+    "output_hidden_states",
+)  # fmt: skip
+
+
+def can_reuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` with these arguments may start from a prefix's keys and values without another result."""
+    if model.training or capturing() or not cast(Any, model)._supports_default_dynamic_cache():
+        return False
+    default = model.generation_config
+    options = [generation_option(name, kwargs, default) for name in _NEED_ANOTHER_CACHE]
+    if any(option is not None and option is not False for option in options):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return generation_option("use_cache", kwargs, default) is not False and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )
+
+
+class ReadCache(DynamicCache):
+    """The KV cache of one `generate` on `[prefix; query]`: starts with the prefix, or copies it as it is computed."""
+
+    def __init__(self, model: PreTrainedModel, prefix: Prefix | None, states: int, length: int, max_bytes: int) -> None:
+        """Start with `prefix`, or with nothing and a copy of the first `length` (P) positions to be made.
+
+        Args:
+            states: B, how many memory states the rows of the first pass share, in order and evenly.
+            max_bytes: a larger prefix is not copied.
+        """
+        super().__init__(config=model.config)
+        self._states, self._length, self._max_bytes = states, length, max_bytes
+        self._copied: dict[int, tuple[Tensor, Tensor]] = {}
+        for i, (keys, values) in enumerate(prefix or ()):
+            super().update(keys, values, i)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See Transformers; called once per layer and forward pass."""
+        layer = cast(DynamicLayer, self.layers[layer_idx])  # see can_reuse
+        if not layer.is_initialized:
+            self._copy(key_states, value_states, layer_idx)
+        elif (rows := cast(Tensor, layer.keys).shape[0]) != len(key_states):
+            # One state for all prompts, or several beams or samples of a prompt.
+            layer.batch_repeat_interleave(len(key_states) // rows)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _copy(self, keys: Tensor, values: Tensor, layer: int) -> None:
+        every = len(keys) // self._states  # prompts, beams and samples of a state have the same prefix
+        keys, values = keys[::every, :, : self._length], values[::every, :, : self._length]
+        if len(self.layers) * (keys.nbytes + values.nbytes) <= self._max_bytes:
+            self._copied[layer] = keys.clone(), values.clone()
+
+    def take_prefix(self) -> Prefix | None:
+        """What was copied, once; None: it is incomplete, too large, or was there from the start."""
+        copied, self._copied = self._copied, {}
+        return tuple(copied[i] for i in range(len(copied))) if len(copied) == len(self.layers) else None
+
+
+class _Entry(NamedTuple):
+    state: weakref.ref[MemoryState]
+    vectors: Tensor
+    """As they were: a tensor can be changed in place."""
+    key: Hashable
+    prefix: Prefix
+
+    @property
+    def nbytes(self) -> int:
+        return self.vectors.nbytes + sum(keys.nbytes + values.nbytes for keys, values in self.prefix)
+
+
+class PrefixCache:
+    """The prefixes of the memory states that were read last, at most `max_bytes` together.
+
+    An entry goes with its state: it is found by the object, not by equal vectors, and freed with it. May be used from
+    several threads. Copies (`copy`, `pickle`) are empty.
+    """
+
+    def __init__(self, max_bytes: int = 64 * 2**20) -> None:
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        # Reentrant: a state may be collected, and its entry with it, while this thread is inside.
+        self._lock = threading.RLock()
+        self._max_bytes = max_bytes
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound on what is kept, in bytes on the model's device; 0: nothing is kept, nothing is reused."""
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, value: int) -> None:
+        self._max_bytes = value
+        self._shrink()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept now."""
+        return sum(entry.nbytes for entry in list(self._entries.values()))
+
+    def __len__(self) -> int:
+        """The number of `MemoryState` objects (each a batch) with an entry."""
+        return len(self._entries)
+
+    def __reduce__(self) -> tuple[type[PrefixCache], tuple[int]]:
+        return PrefixCache, (self.max_bytes,)
+
+    def get(self, state: MemoryState, key: Hashable) -> Prefix | None:
+        """The prefix of a state as it is now, if it was computed under the same `key`."""
+        with self._lock:
+            entry = self._entries.get(id(state))
+            if entry is None or entry.state() is not state:
+                return None
+            self._entries.move_to_end(id(state))
+        return entry.prefix if entry.key == key and torch.equal(entry.vectors, state.vectors) else None
+
+    def put(self, state: MemoryState, key: Hashable, prefix: Prefix) -> None:
+        """Keep a state's prefix, whose tensors nobody may change from now on."""
+        number, owner = id(state), weakref.ref(self)
+
+        def forget(reference: weakref.ref[MemoryState]) -> None:
+            cache = owner()
+            if cache is not None:
+                cache._forget(number, reference)
+
+        entry = _Entry(weakref.ref(state, forget), state.vectors.detach().clone(), key, prefix)
+        with self._lock:
+            self._entries[number] = entry
+            self._entries.move_to_end(number)
+            self._shrink()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+
+    def _forget(self, number: int, reference: weakref.ref[MemoryState]) -> None:
+        with self._lock:
+            entry = self._entries.get(number)
+            if entry is not None and entry.state is reference:  # a new state may have the number by now
+                self._entries.pop(number, None)
+
+    def _shrink(self) -> None:
+        with self._lock:
+            while self._entries and self.nbytes > self._max_bytes:
+                self._entries.popitem(last=False)

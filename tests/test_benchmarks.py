@@ -1,0 +1,109 @@
+"""The benchmarks run on a CPU in seconds, and their rows say what they should; no time is looked at."""
+
+import pytest
+import torch
+from tiny import tiny, tokens
+
+from benchmarks import common, read, versus_prompting
+
+TINY = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--repeats", "1", "--new-tokens", "2"]
+KV_BYTES_PER_TOKEN = 2 * 2 * 3 * 64 * 4  # keys and values of 2 layers with 3 heads of 64, in float32
+
+
+def number(row, column):
+    return float(row[column])
+
+
+def test_read(tmp_path, capsys):
+    path = tmp_path / "read.csv"
+    read.main([*TINY, "--queries", "4", "6", "--batches", "2", "--memory", "3", "--output", str(path)])
+    rows = common.read(path)
+    assert [(row["way"], row["query_tokens"]) for row in rows] == [(way, n) for n in "46" for way in read.WAYS]
+    for row in rows:
+        assert not row.get("error")
+        assert number(row, "first_token_ms") > 0
+        assert number(row, "tokens_per_second") > 0
+    kept = 2 * (3 * KV_BYTES_PER_TOKEN + 3 * 576 * 4)  # two states' keys, values and vectors
+    expected = [0, 0, kept / 2**20] * 2
+    assert [number(row, "kept_mib") for row in rows] == pytest.approx(expected, rel=1e-3)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The CSV file of a run."""
+    path = tmp_path_factory.mktemp("versus_prompting") / "rows.csv"
+    options = ["--lengths", "64", "128", "--max-batch", "2", "--memory", "3", "--write-steps", "1"]
+    versus_prompting.main([*TINY, *options, "--output", str(path)])
+    return path
+
+
+def test_versus_prompting(compared):
+    rows = common.read(compared)
+    assert not any(row.get("error") for row in rows)
+    answers = [row for row in rows if row["kind"] == "answer"]
+    assert [row["context_tokens"] for row in answers] == ["64", "128"]
+    for row in answers:
+        context, memory = (number(row, f"{name}_kv_bytes") for name in ("context", "memory"))
+        assert context == int(row["context_tokens"]) * KV_BYTES_PER_TOKEN
+        assert memory == 3 * KV_BYTES_PER_TOKEN
+        assert 3 * 576 * 4 < number(row, "state_bytes") < 3 * 576 * 4 + 1000
+        assert number(row, "context_kv_per_gib") == 2**30 // context
+        times = [number(row, column) for column in row if column.endswith("_ms")]
+        assert len(times) == 6
+        assert min(times) > 0
+        assert row["break_even_kept"].endswith("times fewer")
+    decoded = [(row["way"], row["context_tokens"], row["batch"]) for row in rows if row["kind"] == "decode"]
+    ways = (("memory", "64"), ("prompt", "64"), ("prompt", "128"))
+    assert decoded == [(*way, batch) for way in ways for batch in "12"]
+    assert all(number(row, "tokens_per_second") > 0 for row in rows if row["kind"] == "decode")
+
+
+def test_plot_from_the_file_alone(compared, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "picture.png"
+    versus_prompting.main(["--lengths", "--output", str(compared), "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_grow_until_there_is_no_memory(monkeypatch):
+    def decode(backbone, cache, batch, args):
+        if batch > 2:
+            raise MemoryError
+        return {"tokens_per_second": 1.0}
+
+    monkeypatch.setattr(versus_prompting, "decode", decode)
+    model = versus_prompting.get_peft_model(tiny(), versus_prompting.GradMemConfig(num_memory_tokens=2))
+    args = versus_prompting.argparse.Namespace(question=4, max_batch=64)
+    rows = list(versus_prompting.decodes(model, "prompt", 8, args))
+    assert [(row["batch"], row.get("error")) for row in rows] == [(1, None), (2, None), (4, "out of memory")]
+
+
+def test_a_reopened_cache_leaves_the_first_alone():
+    backbone = tiny()
+    _, cache = versus_prompting.prefill(backbone, tokens(1, 5))
+    token, grown = versus_prompting.prefill(backbone, tokens(1, 3, seed=1), versus_prompting.reopened(cache))
+    assert (cache.get_seq_length(), grown.get_seq_length()) == (5, 8)
+    whole = torch.cat([tokens(1, 5), tokens(1, 3, seed=1)], dim=1)
+    assert torch.equal(token, backbone(whole).logits[:, -1:].argmax(-1))
+
+
+def test_contexts_leave_room_for_question_and_answer():
+    assert versus_prompting.fitting([256, 8192, 4096], 8144) == [256, 4096, 8144]
+    assert versus_prompting.fitting([8192, 8160, 64], 8144) == [64, 8144]
+
+
+def test_break_even():
+    assert versus_prompting.break_even(600, 20) == 30
+    assert versus_prompting.break_even(-5, 20) == 0
+    assert versus_prompting.break_even(600, -1) == float("inf")
+
+
+def test_only_rows_of_one_machine_and_model_are_drawn():
+    row = {
+        "kind": "answer", "hardware": "a", "model": "random", "layers": "2", "dtype": "float32", "memory_tokens": "3",
+        "write_steps": "1", "context_tokens": "64", "error": "",
+    }  # fmt: skip
+    old, longer = row | {"date": "old"}, row | {"context_tokens": "128"}
+    others = [row | {"hardware": "b"}, row | {"kind": "decode"}, row | {"error": "out of memory"}]
+    assert versus_prompting.latest([old, *others, row, longer]) == [row, longer]
