@@ -94,6 +94,8 @@ def many(args: argparse.Namespace) -> list[dict[str, Any]]:
         "write_many, compiled": lambda model: model.write_many(contexts, steps=steps, compile=True),
     }
     for method, write in ways.items():
+        if method.endswith("compiled") and "compiled" not in args.methods:
+            continue
         torch.compiler.reset()
         model = adapter(args, common.backbone(args))
         model.write(contexts[0][None, :8], steps=1, compile=False)  # CUDA's own start is nobody's
@@ -160,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row | environment for row in {"compare": compare, "many": many, "growth": growth}[args.what](args)]
     common.show(rows, COLUMNS)
     common.append(args.output.with_stem(f"write_{args.what}"), rows)
-    if args.what == "compare":
+    if args.what == "compare" and "compiled" in args.methods:
         agreement(args)
     if args.plot:
         plot(rows, args.plot)

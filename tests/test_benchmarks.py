@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import tiny, tokens
 
-from benchmarks import common, read, versus_prompting
+from benchmarks import common, read, textbook, train_step, versus_prompting, write
+from gradmem_adapter import GradMemConfig
 
 TINY = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--repeats", "1", "--new-tokens", "2"]
 KV_BYTES_PER_TOKEN = 2 * 2 * 3 * 64 * 4  # keys and values of 2 layers with 3 heads of 64, in float32
@@ -107,3 +109,42 @@ def test_only_rows_of_one_machine_and_model_are_drawn():
     old, longer = row | {"date": "old"}, row | {"context_tokens": "128"}
     others = [row | {"hardware": "b"}, row | {"kind": "decode"}, row | {"error": "out of memory"}]
     assert versus_prompting.latest([old, *others, row, longer]) == [row, longer]
+
+
+def test_write(tmp_path):
+    path = tmp_path / "w.csv"
+    few = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--repeats", "1", "--memory", "3"]
+    few += ["--output", str(path)]
+    write.main([*few, "--batch", "2", "--lengths", "16", "--steps", "1", "--methods", "textbook", "plain"])
+    write.main(["growth", *few, "--batch", "1", "--lengths", "8", "16", "--steps", "1", "2", "--methods", "plain",
+                "--plot", str(tmp_path / "growth.png")])  # fmt: skip
+    write.main(["many", *few, "--contexts", "3", "--steps", "1", "--methods", "plain"])
+    compared, growth, many = (common.read(tmp_path / f"write_{name}.csv") for name in ("compare", "growth", "many"))
+    assert [row["method"] for row in compared] == ["textbook", "plain"]
+    assert [(row["length"], row["write_steps"]) for row in growth] == [("8", "1"), ("16", "1"), ("8", "2")]
+    assert {row["method"] for row in many} >= {"one by one, plain", "write_many, auto"}
+    for row in compared + growth + many:
+        assert not row.get("error")
+        assert number(row, "milliseconds") > 0
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_train_step(tmp_path):
+    path = tmp_path / "train.csv"
+    train_step.main(["--device", "cpu", "--layers", "1", "--length", "8", "--query", "4", "--batches", "1", "2",
+                     "--steps", "1", "--many-steps", "2", "--how", "eager", "--strategies", "finite_difference",
+                     "--repeats", "1", "--output", str(path)])  # fmt: skip
+    rows = common.read(path)
+    assert [row["method"] for row in rows] == ["textbook", "finite_difference, eager", "finite_difference, eager"]
+    assert [(row["batch"], row["write_steps"]) for row in rows] == [("1", "1"), ("1", "1"), ("2", "2")]
+    assert not any(row.get("error") for row in rows)
+
+
+def test_the_textbook_writes_what_we_write():
+    backbone = tiny(attn_implementation="eager").requires_grad_(False)
+    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, memory_init_std=0.5))
+    slots = model.base_model.slots.gradmem_memory["default"].detach()
+    expected = model.write(tokens(2, 9), steps=3, lr=0.3).vectors
+    for keep_graph in (True, False):
+        memory = textbook.write(model.get_base_model(), slots, tokens(2, 9), 3, 0.3, keep_graph).detach()
+        torch.testing.assert_close(memory, expected, rtol=1e-4, atol=1e-5)
