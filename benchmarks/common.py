@@ -150,8 +150,10 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / 1e9 / measure(lambda: a @ b, device, repeats=10, warm_up=3).milliseconds
 
 
-def write_flops(model: PreTrainedModel, tokens: int, length: int, steps: int) -> float:
-    """Floating-point operations of WRITE: `steps` forward and backward passes without weight gradients, one forward.
+def write_flops(model: PreTrainedModel, tokens: int, length: int, steps: int, last_loss: bool = True) -> float:
+    """Floating-point operations of WRITE: `steps` forward and backward passes without weight gradients.
+
+    One more forward pass finds the loss after the last step.
 
     A matrix product of n parameters takes 2n operations a token forward, and as many backward (for activations alone).
     Causal attention over N tokens takes 2 N d a token and layer forward, 2.5 times that backward.
@@ -164,7 +166,7 @@ def write_flops(model: PreTrainedModel, tokens: int, length: int, steps: int) ->
     attention = 2 * length * config.hidden_size * config.num_hidden_layers
     forward = tokens * (2 * products + attention)
     backward = tokens * (2 * products + 2.5 * attention)
-    return steps * (forward + backward) + forward
+    return steps * (forward + backward) + (forward if last_loss else 0)
 
 
 # ---------------------------------------------------------------- reports

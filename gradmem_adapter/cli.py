@@ -110,7 +110,7 @@ def train(
     device: Annotated[str | None, DEVICE] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop and save after so much training.")] = None,
 ) -> None:
-    """Meta-train a model as a recipe says; `task` in it is kv_retrieval or rows (texts in a file)."""
+    """Meta-train a model as a recipe says; `task` in it is kv_retrieval, answers or rows (texts in a file)."""
     from .recipes import load_recipe
     from .training.errors import TrainingDiverged
     from .training_runs import train as run
@@ -133,15 +133,30 @@ def evaluate(
     steps: Annotated[str, typer.Option(help="Numbers of write steps.")] = "1,2,5",
     contexts: Annotated[int, typer.Option(min=1, help="Contexts for each number of pairs.")] = 128,
     results: Annotated[Path | None, typer.Option(help="A JSON file that the results are added to.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the pairs.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the pairs, and of the other contexts with --states.")] = 1,
+    split: Annotated[str, typer.Option(help="answers: the part of the data to answer questions on.")] = "test",
+    states: Annotated[str, typer.Option(help="answers: how many contexts a question is asked of.")] = "1",
+    limit: Annotated[int | None, typer.Option(min=1, help="answers: only so many contexts of each source.")] = None,
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Measure a trained model and print a table."""
-    from .training_runs import evaluate_pairs, evaluate_rows
+    from .training_runs import evaluate_answers, evaluate_pairs, evaluate_rows, trained_on
 
     with _errors_of("eval"):
         if rows is not None:
             evaluate_rows(checkpoint, rows, _numbers("--steps", steps), device=_device(device))
+            return
+        if trained_on(checkpoint) == "answers":
+            evaluate_answers(
+                checkpoint,
+                _numbers("--steps", steps),
+                _numbers("--states", states),
+                split=split,
+                limit=limit,
+                seed=seed,
+                results=results,
+                device=_device(device),
+            )
             return
         evaluate_pairs(
             checkpoint,
@@ -159,14 +174,11 @@ def plot(
     results: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JSON file that `eval` made.")],
     output: Annotated[Path | None, typer.Option(help="Directory of the plots; default: that of the results.")] = None,
 ) -> None:
-    """Print the table of a file of results beside the paper's, and draw its plots."""
-    from .tasks import kv_results
+    """Print the tables of a file of results (key-value retrieval beside the paper's), and draw its plots."""
+    from .training_runs import show_results
 
     with _errors_of("plot"):
-        records = kv_results.load_records(results)
-        Console().print(kv_results.table(records, paper=True))
-        for file in kv_results.plot(records, output or results.parent):
-            Console().print(f"Drawn: {file}", markup=False)
+        show_results(results, output or results.parent)
 
 
 def _numbers(option: str, text: str) -> list[int]:

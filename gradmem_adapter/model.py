@@ -400,16 +400,17 @@ class GradMemModel(BaseTuner):
         return memory.vectors.to(self.model.device, self.slots.gradmem_memory[self._adapter].dtype)
 
     def _rows(self, vectors: Tensor, queries: int, context_index: Tensor | None) -> Tensor:
-        """One memory per query: [queries, m, d]."""
+        """One memory per query: [queries, m, d], or [queries, S m, d] where each reads S states side by side."""
         if context_index is not None:
             index = torch.as_tensor(context_index, device=vectors.device)
-            if index.shape != (queries,) or index.is_floating_point():
+            if index.shape[:1] != (queries,) or index.dim() > 2 or index.is_floating_point():
                 raise ValueError(
-                    f"context_index must hold one integer per query ({queries}), got shape {tuple(index.shape)}."
+                    f"context_index must hold one integer per query ({queries}), or a row of them, got shape "
+                    f"{tuple(index.shape)}."
                 )
             if queries and not capturing() and (index.min() < 0 or index.max() >= len(vectors)):
                 raise ValueError(f"context_index must lie in 0 to {len(vectors) - 1}, got {index.tolist()}.")
-            return vectors[index]
+            return vectors[index] if index.dim() == 1 else vectors[index].flatten(1, 2)
         if len(vectors) == queries:
             return vectors
         if len(vectors) == 1:
@@ -446,7 +447,8 @@ class GradMemModel(BaseTuner):
             context_input_ids: [C, N] contexts that are written in this pass. With gradients enabled the outer loss
                 flows back through the write steps as `meta_gradient` says.
             context_attention_mask: [C, N].
-            context_index: [B], the context (or state) of each query; default: the same order.
+            context_index: [B], the context (or state) of each query, or [B, S], those that it reads side by side
+                (as `MemoryState.concat` puts them); default: the same order.
             write_steps: K in this pass (default: the config's).
             strict: refuse a state that another model wrote.
             kwargs: what else the backbone's forward takes.
@@ -549,7 +551,7 @@ class GradMemModel(BaseTuner):
         Args:
             inputs: [B, T] prompts (or `input_ids=`).
             memory: one state for all prompts or one per prompt; None: plain `generate` of the backbone.
-            context_index: [B], the state of each prompt.
+            context_index: [B], the state of each prompt, or [B, S], those that it reads side by side.
             strict: refuse a state that another model wrote.
             kwargs: what Transformers' `generate` takes: `attention_mask`, sampling and beam options, `streamer`,
                 `past_key_values` of an earlier turn (with the full sequence as prompt), ... Assisted decoding and

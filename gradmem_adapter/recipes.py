@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from .tasks.kv_recipe import KVRecipe
+from .tasks.qa_recipe import QARecipe
 from .tasks.rows import RowsRecipe
 
-TASKS: dict[str, type[KVRecipe] | type[RowsRecipe]] = {"kv_retrieval": KVRecipe, "rows": RowsRecipe}
+Recipe: TypeAlias = KVRecipe | QARecipe | RowsRecipe
+TASKS: dict[str, type[Recipe]] = {"kv_retrieval": KVRecipe, "answers": QARecipe, "rows": RowsRecipe}
 
 
-def load_recipe(path: Path | None, settings: Sequence[str] = ()) -> KVRecipe | RowsRecipe:
+def load_recipe(path: Path | None, settings: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file, from settings, or from a file with some of its fields set anew.
 
     Args:

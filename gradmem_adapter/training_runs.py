@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,9 +16,12 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from .checkpoint import load_checkpoint
-from .tasks import kv_results
-from .tasks.kv_recipe import KVRecipe
+from .recipes import Recipe
+from .tasks import kv_results, qa_results
 from .tasks.kv_training import evaluate_kv, load_kv, save_kv, train_kv
+from .tasks.qa_recipe import QARecipe
+from .tasks.qa_training import RECIPE, Answerer, load_qa, save_qa, train_qa
+from .tasks.records import add_records, load_records, task_of
 from .tasks.rows import RowsRecipe, read_rows
 from .training import GradMemTrainer, GradMemTrainingArguments
 from .training.graphed_run import RunProgress
@@ -26,7 +31,7 @@ CHECKPOINT = "checkpoint"
 
 
 def train(
-    recipe: KVRecipe | RowsRecipe,
+    recipe: Recipe,
     output: Path,
     *,
     device: torch.device,
@@ -44,7 +49,6 @@ def train(
     seconds = math.inf if max_minutes is None else 60 * max_minutes
     if isinstance(recipe, RowsRecipe):
         return _train_rows(recipe, output, device, seconds, console)
-    model = recipe.build()
     columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("train", total=recipe.steps)
@@ -55,13 +59,26 @@ def train(
                 line = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
                 progress.console.print(f"step {now.step}, {now.seconds:.0f} s, {kind}: {line}", markup=False)
 
-        done = train_kv(model, recipe, output, device=device, max_seconds=seconds, log_every=100, callback=show)
+        options: dict[str, Any] = {"device": device, "max_seconds": seconds, "callback": show}
+        if isinstance(recipe, QARecipe):
+            model, tokenizer = recipe.build()
+            done = train_qa(model, tokenizer, recipe, output, log_every=20, save_every=200, **options)
+        else:
+            model = recipe.build()
+            done = train_kv(model, recipe, output, log_every=100, **options)
     if not done:
         console.print(f"Stopped; the same command goes on from {output}.", markup=False)
         return None
-    save_kv(model, recipe, output / CHECKPOINT)
-    console.print(f"Saved: {output / CHECKPOINT}", markup=False)
-    evaluate_pairs(output / CHECKPOINT, [4, 16, 64], [1, 5], contexts=64, device=device, console=console)
+    checkpoint = output / CHECKPOINT
+    if isinstance(recipe, QARecipe):
+        save_qa(model, tokenizer, recipe, checkpoint)
+        console.print(f"Saved: {checkpoint}", markup=False)
+        steps = [max(recipe.write_steps)]
+        evaluate_answers(checkpoint, steps, [1], split="valid", limit=100, device=device, console=console)
+        return checkpoint
+    save_kv(model, recipe, checkpoint)
+    console.print(f"Saved: {checkpoint}", markup=False)
+    evaluate_pairs(checkpoint, [4, 16, 64], [1, 5], contexts=64, device=device, console=console)
     return output / CHECKPOINT
 
 
@@ -133,7 +150,47 @@ def evaluate_pairs(
             )
     console.print(kv_results.table(records))
     if results is not None:
-        kv_results.add_records(results, records)
+        add_records(results, kv_results.TASK, kv_results.KVRecord, records)
+    return records
+
+
+def evaluate_answers(
+    checkpoint: Path,
+    steps: list[int],
+    states: list[int],
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    device: torch.device,
+    seed: int = 0,
+    results: Path | None = None,
+    console: Console | None = None,
+) -> list[qa_results.QARecord]:
+    """Greedy answers on a split of each of the checkpoint's sources, scored, as tables.
+
+    Args:
+        steps: numbers of write steps (or passes).
+        states: how many contexts each question is asked of.
+        limit: only so many contexts of a source.
+        results: a JSON file that the records are added to.
+    """
+    console = console or Console()
+    model, tokenizer, recipe = load_qa(checkpoint, device)
+    if recipe.method not in ("gradmem", "forward_memory"):
+        steps = [1]  # there is nothing to write
+    records = []
+    for source in recipe.sources:
+        rows = list(source.rows(split))[:limit]
+        for k in steps:
+            answerer = Answerer(model, tokenizer, recipe, steps=k)
+            for count in states:
+                records.append(qa_results.measure(answerer, rows, source.name, states=count, seed=seed))
+                done = f"{source.name}, K={k}, {count} contexts: {records[-1].questions} questions"
+                console.print(done, markup=False)
+    for table in qa_results.tables(records):
+        console.print(table)
+    if results is not None:
+        add_records(results, qa_results.TASK, qa_results.QARecord, records)
     return records
 
 
@@ -162,3 +219,25 @@ def _print_metrics(metrics: dict[int, dict[str, float]], console: Console) -> No
     for k, values in metrics.items():
         table.add_row(str(k), *(f"{values[name]:.4f}" if name in values else "" for name in names))
     console.print(table)
+
+
+def trained_on(checkpoint: Path) -> str | None:
+    """The task of the recipe in a checkpoint; None where there is no recipe."""
+    file = checkpoint / RECIPE
+    return json.loads(file.read_text(encoding="utf-8")).get("task") if file.is_file() else None
+
+
+def show_results(results: Path, output: Path, console: Console | None = None) -> None:
+    """Print the tables of a file of results, and draw its plots into the directory `output`."""
+    console = console or Console()
+    if task_of(results) == qa_results.TASK:
+        answers = load_records(results, qa_results.TASK, qa_results.QARecord)
+        for table in qa_results.tables(answers):
+            console.print(table)
+        files = qa_results.plot(answers, output)
+    else:
+        pairs = load_records(results, kv_results.TASK, kv_results.KVRecord)
+        console.print(kv_results.table(pairs, paper=True))
+        files = kv_results.plot(pairs, output)
+    for file in files:
+        console.print(f"Drawn: {file}", markup=False)

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from gradmem_adapter import GradMemPipeline, load_checkpoint
 from gradmem_adapter.cli import app
 from gradmem_adapter.kv_demo import CHECKPOINT, run_kv_demo
-from gradmem_adapter.tasks.kv_results import load_records
+from gradmem_adapter.tasks.kv_results import TASK, KVRecord
 from gradmem_adapter.tasks.kv_retrieval import KVRetrieval, kv_exact_match, kv_hits
 from gradmem_adapter.tasks.kv_training import evaluate_kv, load_kv
+from gradmem_adapter.tasks.records import load_records
 
 RESULTS = Path(__file__).parent.parent / "results" / "kv_retrieval.json"
 
@@ -25,7 +26,9 @@ def model():
 def test_scores_what_the_results_say(model, pairs, steps):
     """Within three standard deviations of a measurement on fewer contexts, whose queries are not independent."""
     (recorded,) = (
-        r.exact_match for r in load_records(RESULTS) if (r.method, r.pairs, r.write_steps) == ("gradmem", pairs, steps)
+        r.exact_match
+        for r in load_records(RESULTS, TASK, KVRecord)
+        if (r.method, r.pairs, r.write_steps) == ("gradmem", pairs, steps)
     )
     contexts = 32 if steps <= 5 else 8
     measured = evaluate_kv(model, pairs, steps, contexts=contexts, seed=123)
@@ -88,9 +91,11 @@ def test_eval_and_plot_commands(tmp_path):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "GradMem, 2 steps" in result.output
-    assert len(load_records(results)) == 4
+    assert len(load_records(results, TASK, KVRecord)) == 4
     assert CliRunner().invoke(app, command).exit_code == 0
-    assert len(load_records(results)) == 4, "a measurement that is made again takes the place of the old one"
+    assert len(load_records(results, TASK, KVRecord)) == 4, (
+        "a measurement that is made again takes the place of the old one"
+    )
     result = CliRunner().invoke(app, ["plot", str(results), "--output", str(tmp_path / "plots")])
     assert result.exit_code == 0, result.output
     assert "paper: GradMem, 5 steps" in " ".join(result.output.split())

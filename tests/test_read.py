@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from gradmem_adapter import GradMemConfig
+from gradmem_adapter import GradMemConfig, MemoryState
 
 
 def make(architecture="llama", **config):
@@ -226,6 +226,19 @@ def test_one_state_for_all_queries_and_context_index():
     torch.testing.assert_close(one[1:3], by_index[1:3])
     generated = model.generate(query, memory=states, context_index=index, max_new_tokens=3)
     assert torch.equal(generated, model.generate(query, memory=states[index], max_new_tokens=3))
+
+
+def test_a_query_reads_several_states_side_by_side():
+    model = make()
+    states, query = model.write(tokens(3, 9)), tokens(2, 4)
+    index = torch.tensor([[2, 0], [1, 1]])
+    side_by_side = MemoryState.concat([states[[2, 1]], states[[0, 1]]])
+    expected = model(input_ids=query, memory=side_by_side).logits
+    torch.testing.assert_close(model(input_ids=query, memory=states, context_index=index).logits, expected)
+    generated = model.generate(query, memory=states, context_index=index, max_new_tokens=3)
+    assert torch.equal(generated, model.generate(query, memory=side_by_side, max_new_tokens=3))
+    written = model(input_ids=query, context_input_ids=tokens(3, 9), context_index=index).logits
+    torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_write_and_read_in_one_pass_equal_two():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -17,6 +15,7 @@ PAPER: dict[str, dict[int, float]] = {
     "GradMem, 5 steps": {4: 100, 8: 100, 16: 100, 32: 99.8, 64: 99, 96: 88.4},
 }
 """Exact match % by pairs, as arXiv 2603.13875 gives it for 8 memory vectors (values read off a plot are rounded)."""
+TASK = "kv_retrieval"
 NAMES = {"gradmem": "GradMem", "forward_memory": "forward-only memory", "full_context": "full context"}
 
 
@@ -52,30 +51,6 @@ class KVRecord:
         unit = "step" if self.method == "gradmem" else "pass"
         plural = "" if self.write_steps == 1 else "s" if unit == "step" else "es"
         return f"{name}, {self.write_steps} {unit}{plural}"
-
-
-def load_records(path: Path) -> list[KVRecord]:
-    """The records of a file; none where there is no file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    if not path.exists():
-        return []
-    try:
-        return [KVRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))["records"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of results on key-value retrieval: {error}") from error
-
-
-def add_records(path: Path, new: Iterable[KVRecord]) -> None:
-    """Add records to a file, in the place of older ones of the same kind."""
-    merged = {record.key: record for record in (*load_records(path), *new)}
-    content = {"records": [asdict(merged[key]) for key in sorted(merged)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def by_line(records: Iterable[KVRecord]) -> dict[str, dict[int, float]]:

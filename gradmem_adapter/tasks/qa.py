@@ -1,0 +1,134 @@
+"""Questions about passages: FairytaleQA, SQuAD, and whatever has the form of either."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradmem_adapter.training.metrics import score_answer
+
+from .rows import read_rows
+
+_CONTEXT = ("context", "passage", "content", "story_section")
+_QUERY = ("query", "question")
+
+
+def qa_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[str, Any]]:
+    """Passages with all questions on them, as `GradMemCollator` takes them, in order of first appearance.
+
+    Args:
+        source: a directory with `<split>.jsonl` (or `.jsonl.gz`), one question a line, or with SQuAD's own
+            `<split>.json`, `<split>-v1.1.json` or `<split>-v2.0.json`; otherwise what `datasets.load_dataset` takes.
+        split: "train", "valid", "test", or as the dataset calls it.
+        hub_options: for `datasets.load_dataset`: name, revision, ...
+
+    Returns:
+        {"context", "queries", "targets", "answers": the accepted answers of each query}. Questions without an answer
+        (SQuAD 2.0 has some) are left out.
+
+    Raises:
+        FileNotFoundError: the directory has no such split; the message lists its files.
+        ValueError: records of a form that is not known; the message names their fields.
+        ImportError: the hub is needed, and the package `datasets` is not installed.
+    """
+    return group(parse(record) for record in records(source, split, **hub_options))
+
+
+def records(source: str | Path, split: str, **hub_options: Any) -> Iterable[Mapping[str, Any]]:
+    """The questions of a directory or of the hub one by one, in the form they have there."""
+    directory = Path(source)
+    if not directory.is_dir():
+        return load_from_hub(str(source), split, **hub_options)
+    for suffix in (".jsonl", ".jsonl.gz"):
+        if (file := directory / f"{split}{suffix}").is_file():
+            return read_rows(file)
+    for suffix in (".json", "-v1.1.json", "-v2.0.json"):
+        if (file := directory / f"{split}{suffix}").is_file():
+            return squad_file(file)
+    if any(directory.glob("*.parquet")) or any(directory.glob("*/*.parquet")):
+        return load_from_hub(str(source), split, **hub_options)
+    there = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
+    raise FileNotFoundError(f"{directory} has no {split}.jsonl, {split}.jsonl.gz or {split}.json. It has {there}.")
+
+
+def load_from_hub(source: str, split: str, **options: Any) -> Iterable[Mapping[str, Any]]:
+    """A split of a dataset, by the package `datasets`."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"{source!r} is no directory here, and the hub needs: pip install 'gradmem-adapter[hub]'."
+        ) from error
+    return load_dataset(source, split=split, **options)
+
+
+def squad_file(path: Path) -> Iterable[dict[str, Any]]:
+    """The questions of a file as SQuAD is distributed: articles, paragraphs, questions."""
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return [
+            {"context": paragraph["context"], "question": question["question"],
+             "answers": {"text": [answer["text"] for answer in question["answers"]]}}
+            for article in articles for paragraph in article["paragraphs"] for question in paragraph["qas"]
+        ]  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file in SQuAD's form: {type(error).__name__} {error}.") from error
+
+
+def parse(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
+    """Context, question and accepted answers of a record in any of the known forms.
+
+    Raises:
+        ValueError: it has another form; the message names its fields.
+    """
+    context, query = (next((name for name in names if record.get(name)), None) for names in (_CONTEXT, _QUERY))
+    if context is not None and query is not None:
+        found = _answers(record, own_form=query == "query")
+        if found is not None:
+            return str(record[context]), str(record[query]), [text for text in dict.fromkeys(found) if text]
+    raise ValueError(
+        f"A record has the fields {', '.join(record) or 'none'}; needed are a context ({', '.join(_CONTEXT)}), a "
+        f"question ({', '.join(_QUERY)}) and answers (answers, answer, answer1, or target beside query)."
+    )
+
+
+def _answers(record: Mapping[str, Any], own_form: bool) -> list[str] | None:
+    answers = record.get("answers")
+    if isinstance(answers, Mapping):
+        answers = answers.get("text")
+    # The target comes first: it is what is trained on. (Elsewhere a "target" may be something else.)
+    first = [record["target"]] if own_form and record.get("target") else []
+    if answers is not None or first:
+        return [*first, *(answers or [])]
+    single = [record[name] for name in ("answer", "answer1", "answer2") if record.get(name)]
+    return single or None
+
+
+def group(questions: Iterable[tuple[str, str, list[str]]]) -> list[dict[str, Any]]:
+    """Questions on the same context as one row."""
+    rows: dict[str, dict[str, Any]] = {}
+    for context, query, answers in questions:
+        if not answers:
+            continue
+        row = rows.setdefault(context, {"context": context, "queries": [], "targets": [], "answers": []})
+        row["queries"].append(query)
+        row["targets"].append(answers[0])
+        row["answers"].append(answers)
+    return list(rows.values())
+
+
+def score_qa(prediction: str, references: list[str]) -> dict[str, float]:
+    """Exact match and token F1 as SQuAD has them, and ROUGE-L (F-measure), each for the best reference.
+
+    Raises:
+        ImportError: the package rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("ROUGE-L needs: pip install 'gradmem-adapter[eval]'.") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    rouge = max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+    return score_answer(prediction, references) | {"rouge_l": rouge}

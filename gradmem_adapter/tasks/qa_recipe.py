@@ -1,0 +1,169 @@
+"""What a training run on questions about texts is made of: sources, method, steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any, Literal, NamedTuple
+
+import pydantic
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.backbones import load_backbone
+from gradmem_adapter.baselines import ForwardMemory, FullContext, MeanPooling, PrefixModel, TruncatedText
+from gradmem_adapter.config import GradMemConfig
+
+from .babi import babi_rows
+from .kv_recipe import STRICT
+from .qa import qa_rows
+from .qa_batches import Pool, Rows
+
+METHODS = ("gradmem", "forward_memory", "mean_pooling", "truncated_text", "no_context", "full_context")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class QASource:
+    """Texts with questions: a bAbI task, or passages (FairytaleQA, SQuAD)."""
+
+    source: str
+    """A directory or a dataset on the hub, see `qa_rows` and `babi_rows`."""
+    babi: int | None = None
+    """The number of a bAbI task; None: passages."""
+    share: float = 1.0
+    """Of training, against the other sources."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What `qa_rows` takes for the hub."""
+
+    @property
+    def name(self) -> str:
+        """As tables name it: "babi 2", or the last part of the source."""
+        return f"babi {self.babi}" if self.babi is not None else self.source.rstrip("/").rpartition("/")[2]
+
+    def rows(self, split: str) -> Rows:
+        """The rows of "train", "valid" or "test"."""
+        return qa_rows(self.source, split, **self.options) if self.babi is None else babi_rows(
+            self.source, self.babi, split
+        )  # fmt: skip
+
+
+class QAKind(NamedTuple):
+    """What decides the shapes of a step, and so the graph that it is captured in."""
+
+    pool: int
+    contexts: int
+    length: int
+    write_steps: int
+    side_by_side: int
+
+    @property
+    def name(self) -> str:
+        """Context length, write steps and states, as "N=256 K=2 S=1"."""
+        return f"N={self.length} K={self.write_steps} S={self.side_by_side}"
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class QARecipe:
+    """Everything a training run is made of, as `gradmem train` reads it from YAML."""
+
+    backbone: str
+    """A local directory, a hub id, or package:<package>/<file>.gguf."""
+    sources: tuple[QASource, ...]
+    task: Literal["answers"] = "answers"
+    method: str = "gradmem"
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Fields of `GradMemConfig`; baselines read num_memory_tokens, reconstruction_weight and lora_config."""
+    write_steps: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """K (or passes) of a step is drawn from these."""
+    side_by_side: tuple[int, ...] = (1,)
+    """How many states a question is asked of, drawn from these."""
+    buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 512, 768, 1024)
+    tokens: int = 8192
+    """Context tokens of a batch, padding counted."""
+    queries: int = 2
+    """Questions on each context of a batch."""
+    steps: int = 1000
+    lr: float = 5e-4
+    warmup_steps: int = 50
+    decay_share: float = 0.5
+    """The last share of all steps, over which the learning rate falls to a twentieth."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    bf16: bool = True
+    seed: int = 0
+    compile: bool = True
+    """Compile the backbone's layers, on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        if not self.sources:
+            raise ValueError("A recipe needs at least one source.")
+        if self.tokens < max(self.buckets) * max(self.side_by_side):
+            raise ValueError(
+                f"tokens is {self.tokens}, and a batch must hold {max(self.side_by_side)} contexts of "
+                f"{max(self.buckets)} tokens, the largest bucket."
+            )
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> QARecipe:
+        """The recipe with these fields; `ValueError` names one that is unknown or wrong."""
+        return pydantic.TypeAdapter(cls).validate_python(fields)
+
+    def lr_at(self, step: int) -> float:
+        """Warm-up, then constant, then a linear decay to a twentieth."""
+        left = (self.steps - step) / max(1, self.decay_share * self.steps)
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
+
+    def kind_of(self, pools: Sequence[Pool], step: int) -> QAKind:
+        """The batch and the write steps of a step, drawn by its number alone, so that a resumed run draws the same."""
+        draw = random.Random(f"{self.seed}:{step}")
+        number = draw.choices(range(len(pools)), [pool.share for pool in pools])[0]
+        length = pools[number].contexts.shape[1]
+        steps = 1 if self.method in ("mean_pooling", "truncated_text", "no_context", "full_context") else None
+        return QAKind(
+            number,
+            self.tokens // length,
+            length,
+            steps or draw.choice(self.write_steps),
+            draw.choice(self.side_by_side),
+        )
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """m; 0 where there is no memory of fixed size."""
+        if self.method in ("no_context", "full_context"):
+            return 0
+        return int(self.memory.get("num_memory_tokens", GradMemConfig().num_memory_tokens))
+
+    def build(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """The untrained model and its tokenizer."""
+        backbone, tokenizer = load_backbone(self.backbone)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        torch.manual_seed(self.seed)
+        if self.method == "gradmem":
+            return get_peft_model(backbone, GradMemConfig(**self.memory)), tokenizer
+        lora = self.memory.get("lora_config")
+        if lora is None:
+            backbone.requires_grad_(bool(self.memory.get("train_backbone")))
+        else:
+            inject_adapter_in_model(LoraConfig(**lora), backbone)
+        return self._baseline(backbone), tokenizer
+
+    def _baseline(self, backbone: PreTrainedModel) -> PrefixModel:
+        m = self.num_memory_tokens
+        if self.method == "forward_memory":
+            return ForwardMemory(backbone, m, float(self.memory.get("reconstruction_weight", 0.0)))
+        if self.method == "mean_pooling":
+            return MeanPooling(backbone, m)
+        return FullContext(backbone) if self.method == "full_context" else TruncatedText(backbone, m)
+
+    @property
+    def query_format(self) -> str:
+        """As in `GradMemConfig`."""
+        return str(self.memory.get("query_format", "chat"))

@@ -1,0 +1,143 @@
+"""Questions about passages: files in every form, grouping, scores."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradmem_adapter.tasks.babi import babi_rows, read_babi
+from gradmem_adapter.tasks.qa import group, parse, qa_rows, score_qa
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def own(tmp_path):
+    shutil.copy(DATA / "fairytale.jsonl", tmp_path / "test.jsonl")
+    return tmp_path
+
+
+def test_our_files_by_context(own):
+    lines = [json.loads(line) for line in (DATA / "fairytale.jsonl").read_text().splitlines()]
+    rows = qa_rows(own, "test")
+    assert [row["context"] for row in rows] == list(dict.fromkeys(line["context"] for line in lines))
+    for row in rows:
+        mine = [line for line in lines if line["context"] == row["context"]]
+        assert row["queries"] == [line["query"] for line in mine]
+        assert row["targets"] == [line["target"] for line in mine]
+        assert [set(accepted) for accepted in row["answers"]] == [{l["target"], *l["answers"]} for l in mine]  # noqa: E741
+    (own / "test.jsonl.gz").write_bytes(gzip.compress((own / "test.jsonl").read_bytes()))
+    (own / "test.jsonl").unlink()
+    assert qa_rows(str(own), "test") == rows
+
+
+def test_squads_own_files(tmp_path):
+    answers = [{"text": "Paris", "answer_start": 0}, {"text": "Paris", "answer_start": 0}, {"text": "the city"}]
+    asked = [{"question": "Where?", "answers": answers}, {"question": "Why?", "answers": [], "is_impossible": True}]
+    paragraphs = [{"context": "In Paris.", "qas": asked}, {"context": "Nothing.", "qas": asked[1:]}]
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps({"version": "2", "data": [{"paragraphs": paragraphs}]}))
+    assert qa_rows(tmp_path, "dev") == [
+        {"context": "In Paris.", "queries": ["Where?"], "targets": ["Paris"], "answers": [["Paris", "the city"]]}
+    ]
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a file in SQuAD's form"):
+        qa_rows(tmp_path, "bad")
+
+
+@pytest.mark.parametrize(
+    ("record", "answers"),
+    [
+        ({"context": "c", "query": "q", "target": "b", "answers": ["a", "b"]}, ["b", "a"]),
+        (
+            {"context": "c", "question": "q", "answers": {"text": ["a", "a", "b"], "answer_start": [0, 0, 1]}},
+            ["a", "b"],
+        ),
+        ({"content": "c", "question": "q", "answer": "a", "target": "q", "references": ["q"]}, ["a"]),
+        ({"story_section": "c", "question": "q", "answer1": "a", "answer2": "b"}, ["a", "b"]),
+        ({"passage": "c", "question": "q", "answer": "a", "task": 1}, ["a"]),
+        ({"context": "c", "question": "q", "answers": {"text": []}}, []),
+    ],
+)
+def test_known_forms(record, answers):
+    assert parse(record) == ("c", "q", answers)
+
+
+def test_unknown_forms_and_missing_files(own):
+    with pytest.raises(ValueError, match="fields text, label; needed are a context"):
+        parse({"text": "c", "label": 1})
+    with pytest.raises(ValueError, match="needed are a context"):
+        parse({"context": "c", "question": "q"})
+    with pytest.raises(FileNotFoundError, match=r"It has test\.jsonl"):
+        qa_rows(own, "train")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(), st.lists(st.text(min_size=1), max_size=2))))
+def test_grouping_keeps_every_answered_question_in_order(questions):
+    rows = group((context, str(query), answers) for context, query, answers in questions)
+    assert len({row["context"] for row in rows}) == len(rows)
+    for row in rows:
+        mine = [(str(query), answers) for context, query, answers in questions if context == row["context"] and answers]
+        assert list(zip(row["queries"], row["answers"], strict=True)) == mine
+        assert row["targets"] == [answers[0] for _, answers in mine]
+    assert sum(len(row["queries"]) for row in rows) == sum(bool(answers) for _, _, answers in questions)
+
+
+def test_the_hub_by_a_local_dataset(own):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(
+        [{"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}, "task": 2}]
+    )
+    directory = own / "hub" / "data"
+    directory.mkdir(parents=True)
+    table.to_parquet(directory / "validation-00000.parquet")
+    assert qa_rows(own / "hub", "validation")[0]["answers"] == [["a"]]
+
+
+def test_without_the_package_datasets_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"gradmem-adapter\[hub\]"):
+        qa_rows("someone/some-dataset", "train")
+
+
+def test_scores():
+    scores = score_qa("The golden hair.", ["golden hair", "no one"])
+    assert scores["exact_match"] == scores["f1"] == 1
+    assert scores["rouge_l"] == pytest.approx(0.8)
+    partly = score_qa("hair of gold", ["golden hair"])
+    assert 0 < partly["rouge_l"] < 1
+    assert partly["exact_match"] == 0
+    assert score_qa("", ["a b"]) == {"exact_match": 0, "f1": 0, "rouge_l": 0}
+
+
+# -------------------------------------------------------------------- bAbI
+
+
+def test_babi_files():
+    rows = babi_rows(DATA, 2, "test")
+    assert rows[0]["query"].endswith("?")
+    assert rows[0]["target"] in rows[0]["context"]
+    assert len(rows) == 6
+    with pytest.raises(FileNotFoundError, match="has no qa3_test"):
+        babi_rows(DATA, 3, "test")
+
+
+def test_babis_original_files(tmp_path):
+    story = "1 Mary moved to the bathroom.\n2 John went home.\n3 Where is Mary? \tbathroom\t1\n4 Mary left.\n"
+    story += "5 Where is John?\thome\t2\n1 Ann sat.\n2 Who sat?\tAnn\t1\n"
+    (tmp_path / "qa1_single-supporting-fact_train.txt").write_text(story)
+    assert babi_rows(tmp_path, 1, "train") == [
+        {"context": "Mary moved to the bathroom. John went home.", "query": "Where is Mary?", "target": "bathroom"},
+        {
+            "context": "Mary moved to the bathroom. John went home. Mary left.",
+            "query": "Where is John?",
+            "target": "home",
+        },
+        {"context": "Ann sat.", "query": "Who sat?", "target": "Ann"},
+    ]
+    (tmp_path / "qa1_x_test.txt").write_text("no number\n")
+    with pytest.raises(ValueError, match="line 1: expected a number"):
+        read_babi(tmp_path / "qa1_x_test.txt")

@@ -1,0 +1,152 @@
+"""What is measured of answers, and shown."""
+
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from test_qa_training import folder, recipe  # noqa: F401 - a fixture
+from typer.testing import CliRunner
+
+from gradmem_adapter.cli import app
+from gradmem_adapter.tasks.qa_results import TASK, QARecord, distractors, measure, plot, tables
+from gradmem_adapter.tasks.qa_training import Answerer, questions, save_qa
+from gradmem_adapter.tasks.records import add_records, load_records, task_of
+
+BYTES_PER_TOKEN = 4 * 2 * 2 * 2 * 8  # keys and values of 2 layers with 2 heads of 8, in float32
+
+
+def record(**fields):
+    values = {
+        "dataset": "babi 1", "method": "gradmem", "memory_tokens": 16, "write_steps": 2, "states": 1,
+        "exact_match": 0.5,
+        "exact_match_error": 0.1, "f1": 0.6, "f1_error": 0.1, "rouge_l": 0.7, "rouge_l_error": 0.1, "questions": 10,
+        "context_tokens": 50.0, "bytes_per_context": 1000.0, "full_bytes": 5000.0, "trained_steps": "1-5",
+        "training_steps": 100, "seed": 0, "device": "CPU",
+    }  # fmt: skip
+    return QARecord(**values | fields)
+
+
+class Fixed(Answerer):
+    """Gives answers that are known."""
+
+    def __init__(self, model, tokenizer, plan, answers):
+        super().__init__(model, tokenizer, plan, steps=2)
+        self.answers, self.reads = answers, None
+
+    def answer(self, contexts, queries, reads):
+        self.reads = reads
+        return self.answers
+
+
+def test_measure(folder):  # noqa: F811
+    plan = recipe(folder)
+    model, tokenizer = plan.build()
+    rows = plan.sources[0].rows("test")
+    references = questions(rows)[3]
+    answers = [accepted[0] if i % 3 == 0 else "nothing" for i, accepted in enumerate(references)]
+    shown = []
+    answerer = Fixed(model, tokenizer, plan, answers)
+    found = measure(answerer, rows, "short", states=3, seed=1, show=lambda *line: shown.append(line))
+    assert (found.questions, found.exact_match, found.f1) == (12, pytest.approx(1 / 3), pytest.approx(1 / 3))
+    hits = torch.tensor([1.0 if i % 3 == 0 else 0.0 for i in range(12)])
+    assert found.exact_match_error == pytest.approx(hits.std().item() / math.sqrt(12))
+    assert (found.context_tokens, found.bytes_per_context) == (9, 3 * 32 * 4)
+    assert found.full_bytes == 9 * BYTES_PER_TOKEN
+    assert [line[1] for line in shown] == answers
+    assert all(i in reads for i, reads in zip(questions(rows)[2], answerer.reads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "kept", "steps"),
+    [("full_context", 9 * BYTES_PER_TOKEN, 0), ("truncated_text", 3 * BYTES_PER_TOKEN, 0), ("no_context", 0, 0),
+     ("mean_pooling", 3 * 32 * 4, 0), ("forward_memory", 3 * 32 * 4, 2)],
+)  # fmt: skip
+def test_bytes_that_are_kept(folder, method, kept, steps):  # noqa: F811
+    plan = recipe(folder, method)
+    model, tokenizer = plan.build()
+    rows = plan.sources[0].rows("test")
+    found = measure(Fixed(model, tokenizer, plan, ["w1"] * 12), rows, "short")
+    assert (found.bytes_per_context, found.write_steps) == (kept, steps)
+
+
+def test_distractors():
+    reads = distractors([0, 1, 2, 2], 5, 3, seed=0)
+    assert all(own in row and len(set(row)) == 3 for own, row in zip([0, 1, 2, 2], reads, strict=True))
+    assert reads == distractors([0, 1, 2, 2], 5, 3, seed=0)
+    assert {row.index(7) for row in distractors([7] * 50, 9, 4, seed=0)} == {0, 1, 2, 3}
+    assert distractors([3], 9, 1, seed=0) == [[3]]
+    with pytest.raises(ValueError, match="There are 2 contexts"):
+        distractors([0], 2, 3, seed=0)
+
+
+def test_records_are_replaced_by_key_and_belong_to_a_task(tmp_path):
+    file = tmp_path / "answers.json"
+    add_records(file, TASK, QARecord, [record(), record(write_steps=5)])
+    add_records(file, TASK, QARecord, [record(f1=0.9)])
+    assert {r.write_steps: r.f1 for r in load_records(file, TASK, QARecord)} == {2: 0.9, 5: 0.6}
+    assert task_of(file) == TASK
+    with pytest.raises(ValueError, match="results on answers, not on other"):
+        load_records(file, "other", QARecord)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="no file of results"):
+        task_of(file)
+
+
+def test_tables_and_plots(tmp_path):
+    records = [
+        record(), record(write_steps=5, f1=0.7), record(memory_tokens=32), record(states=2),
+        record(method="full_context", memory_tokens=0, write_steps=0, bytes_per_context=5000.0),
+        record(method="no_context", memory_tokens=0, write_steps=0, bytes_per_context=0.0),
+        record(dataset="fairytaleqa"),
+    ]  # fmt: skip
+    console = Console(width=160, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
+    for table in tables(records):
+        console.print(table)
+    text = console.export_text()
+    assert "GradMem, m=16, K=5" in text
+    assert "70.0 ± 10.0" in text
+    assert "asked of 2 contexts side by side" in text
+    assert "5 x" in text
+    files = plot(records, tmp_path)
+    assert [file.name for file in files] == ["answers_babi_1.png", "answers_fairytaleqa.png"]
+    assert all(file.stat().st_size > 1000 for file in files)
+
+
+def test_the_commands(folder, tmp_path):  # noqa: F811
+    plan = recipe(folder)
+    model, tokenizer = plan.build()
+    save_qa(model, tokenizer, plan, tmp_path / "model")
+    results = tmp_path / "answers.json"
+    command = ["eval", str(tmp_path / "model"), "--steps", "1,2", "--states", "1,2", "--limit", "3"]
+    result = CliRunner().invoke(app, [*command, "--results", str(results), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    found = load_records(results, TASK, QARecord)
+    assert {(r.dataset, r.write_steps, r.states) for r in found} == {
+        (name, k, s) for name in ("short", "long") for k in (1, 2) for s in (1, 2)
+    }
+    result = CliRunner().invoke(app, ["plot", str(results), "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "GradMem, m=3, K=2" in result.output
+    result = CliRunner().invoke(app, [*command, "--states", "9", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "cannot be asked of 9" in " ".join(result.stderr.split())
+
+
+def test_training_by_the_command(folder, tmp_path):  # noqa: F811
+    for name in ("short", "long"):
+        (folder / name / "valid.jsonl").write_text((folder / name / "test.jsonl").read_text())
+    import yaml
+
+    file = tmp_path / "recipe.yaml"
+    fields = {
+        "task": "answers", "backbone": str(folder / "backbone"), "method": "mean_pooling", "steps": 2, "tokens": 64,
+        "memory": {"num_memory_tokens": 3, "lora_config": {"r": 2, "target_modules": ["q_proj"]}},
+        "sources": [{"source": str(folder / "short")}], "buckets": [10], "bf16": False,
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(fields))
+    result = CliRunner().invoke(app, ["train", str(file), "--output", str(tmp_path / "run"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "checkpoint" / "recipe.json").read_text())["method"] == "mean_pooling"
+    assert "mean pooling, m=3" in result.output

@@ -1,0 +1,80 @@
+"""Natural text: passages, what comes back of them, and the text that follows."""
+
+import gzip
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny, tiny_text, tiny_tokenizer, tokens
+
+from gradmem_adapter import GradMemConfig
+from gradmem_adapter.tasks.reconstruction import Estimate, next_chunk, passages, read_text, reconstruction
+
+TEXT = Path(__file__).parent / "data" / "wikitext.txt"
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = GradMemConfig(num_memory_tokens=4, memory_init_std=0.5, write_lr=0.1, write_optimizer="adam")
+    return get_peft_model(tiny(), config).eval()
+
+
+def test_passages_are_consecutive_prose_without_headings(tmp_path):
+    text = f" = Title = \n\n{tiny_text(10)}\n = = Part = = \n{tiny_text(7, seed=1)}\n"
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(f"{tiny_text(10)} {tiny_text(7, seed=1)}")["input_ids"]
+    assert passages(text, tokenizer, 4) == [ids[i : i + 4] for i in (0, 4, 8, 12)]
+    assert passages(text, tokenizer, 4, 2) == [ids[:4], ids[4:8]]
+    with pytest.raises(ValueError, match="17 tokens: 4 passages of 4, not 5"):
+        passages(text, tokenizer, 4, 5)
+    with pytest.raises(ValueError, match="not one"):
+        passages(text, tokenizer, 18)
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(TEXT.read_bytes()))
+    assert read_text(tmp_path / "t.txt.gz") == read_text(TEXT)
+    assert "Homarus" in read_text(TEXT)
+
+
+def test_estimates():
+    estimate = Estimate.of(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert estimate.mean == 3
+    assert estimate.error == pytest.approx(math.sqrt(14 / 3) / 2)
+    assert math.isnan(Estimate.of(torch.tensor([1.0])).error)
+
+
+def test_reconstruction_is_the_models_fidelity(model):
+    rows = tokens(18, 7).tolist()
+    few, many = (reconstruction(model, rows, steps=steps, lr=0.05) for steps in (1, 60))
+    state = model.write(torch.tensor(rows), steps=60, lr=0.05)
+    fidelity = model.fidelity(state, torch.tensor(rows))
+    assert many.greedy.mean == pytest.approx(fidelity.greedy.double().mean().item(), abs=0.02)
+    assert many.teacher_forced.mean == pytest.approx(fidelity.teacher_forced.double().mean().item(), abs=0.02)
+    assert many.write_loss.mean < few.write_loss.mean
+    assert many.greedy.mean > few.greedy.mean
+    assert 0 <= many.whole.mean <= many.greedy.mean <= 1
+
+
+def test_next_chunk_is_the_loss_of_what_follows(model):
+    pairs = [(a, b) for a, b in zip(tokens(3, 6).tolist(), tokens(3, 5, seed=1).tolist(), strict=True)]
+    found = next_chunk(model, pairs, steps=2)
+    expected = []
+    for first, second in pairs:
+        state = model.write(torch.tensor([first]), steps=2)
+        ids = torch.tensor([second])
+        labels = ids.clone()
+        labels[:, 0] = -100  # without memory nothing predicts the first token
+        with torch.no_grad():
+            expected.append(
+                [
+                    model(input_ids=ids, labels=labels, memory=state).loss.item(),
+                    model(input_ids=ids, labels=labels).loss.item(),
+                    model(
+                        input_ids=torch.tensor([first + second]),
+                        labels=torch.cat([torch.full((1, len(first) + 1), -100), ids[:, 1:]], 1),
+                    ).loss.item(),
+                ]
+            )
+    for estimate, values in zip(found, zip(*expected, strict=True), strict=True):
+        assert estimate.mean == pytest.approx(sum(values) / 3, rel=1e-4)
+        assert estimate.error > 0
