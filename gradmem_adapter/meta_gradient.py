@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .attention import TwiceDifferentiableAttention, require_double_backward
 from .lora_phase import backward_in_write
+from .token_losses import losses_and_slope
 from .write import Context, Writer, WriteState, rate_at, write_gradient, write_memory, write_step
 
 RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -145,9 +146,11 @@ class FiniteDifference:
     @staticmethod
     def _loss_gradients(step: Step, memory: Tensor, context: Context, cotangent: Tensor) -> Gradients:
         """Ordinary gradients of sum_b cotangent_b L_w(M_b), for the memory and for the weights."""
-        memory = memory.requires_grad_()
+        memory, writer = memory.requires_grad_(), step.writer
+        if not writer.trains_head:
+            writer = replace(writer, once=losses_and_slope)
         with step.replay():
-            losses, _ = step.writer.losses(memory, context)
+            losses, _ = writer.losses(memory, context)
             return _vjp([losses], [memory, *step.weights], [cotangent])
 
 
@@ -189,7 +192,8 @@ class _WriteStep(torch.autograd.Function):
         ctx.strategy, ctx.writer, ctx.context, ctx.step = strategy, writer, context, step
         ctx.replay = Replay(memory.device)
         with torch.enable_grad():
-            gradient, losses, _ = write_gradient(writer, memory.detach().requires_grad_(), context)
+            once = replace(writer, once=losses_and_slope)  # for the memory alone
+            gradient, losses, _ = write_gradient(once, memory.detach().requires_grad_(), context)
         ctx.replay.end()
         state = write_step(writer, WriteState(memory, mean, square, step), gradient, lr)
         ctx.save_for_backward(memory, mean, square, lr, gradient, *weights)

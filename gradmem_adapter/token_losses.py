@@ -31,8 +31,8 @@ def token_losses(
         hidden: [B, N, h], the states that predict the targets.
         targets: [B, N]; mask: [B, N], True where a target counts.
         vocabulary: V, the number of logits of a position.
-        once: `losses_and_slope` (or the same, compiled): only `hidden` is differentiated, and once, so that its
-            gradient is computed while the logits are there. None: everything may be differentiated, any number of
+        once: `losses_and_slope` (or the same, compiled): `hidden` is differentiated once and the head is not, so that
+            the gradient is computed while the logits are there. None: everything may be differentiated, any number of
             times, and the logits are computed again in the backward pass.
 
     Returns:

@@ -53,12 +53,18 @@ class Writer:
     adapter: str
     config: GradMemConfig
     once: Slope | None = None
-    """`losses_and_slope` where only the memory is differentiated, and once."""
+    """`losses_and_slope` where the output head is not differentiated, and what is before it once."""
 
     @property
     def prefix_length(self) -> int:
         """How many positions the memory takes with its control vectors, m + 2c."""
         return self.config.num_memory_tokens + 2 * self.config.num_control_tokens
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output head that WRITE uses is trained."""
+        head = self.slots.write_head(self.adapter) or self.backbone.get_output_embeddings()
+        return any(parameter.requires_grad for parameter in head.parameters())
 
     def losses(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The write loss of each sample (GradMem, section 1 of the design):
