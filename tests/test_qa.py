@@ -60,6 +60,11 @@ def test_squads_own_files(tmp_path):
         ({"story_section": "c", "question": "q", "answer1": "a", "answer2": "b"}, ["a", "b"]),
         ({"passage": "c", "question": "q", "answer": "a", "task": 1}, ["a"]),
         ({"context": "c", "question": "q", "answers": {"text": []}}, []),
+        ({"context": "c", "question": "q", "answers": "the hall"}, ["the hall"]),
+        ({"context": "c", "question": "q", "answers": [{"text": "a"}, {"text": "b"}]}, ["a", "b"]),
+        ({"context": "c", "question": "q", "answer": " "}, []),
+        ({"context": "c", "question": "q", "answer": None}, []),
+        ({"context": "c", "query": "q", "target": "", "answers": []}, []),
     ],
 )
 def test_known_forms(record, answers):
@@ -71,8 +76,13 @@ def test_unknown_forms_and_missing_files(own):
         parse({"text": "c", "label": 1})
     with pytest.raises(ValueError, match="needed are a context"):
         parse({"context": "c", "question": "q"})
+    with pytest.raises(ValueError, match="fields span; needed is text"):
+        parse({"context": "c", "question": "q", "answers": {"span": [0, 3]}})
     with pytest.raises(FileNotFoundError, match=r"It has test\.jsonl"):
         qa_rows(own, "train")
+    (own / "blind.jsonl").write_text('{"context": "c", "question": "q", "answer": ""}\n')
+    with pytest.raises(ValueError, match=r"No question .* has an answer in its split 'blind'"):
+        qa_rows(own, "blind")
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(), st.lists(st.text(min_size=1), max_size=2))))
@@ -95,6 +105,9 @@ def test_the_hub_by_a_local_dataset(own):
     directory.mkdir(parents=True)
     table.to_parquet(directory / "validation-00000.parquet")
     assert qa_rows(own / "hub", "validation")[0]["answers"] == [["a"]]
+    assert babi_rows(own / "hub", 2, "validation") == [{"context": "c", "query": "q", "target": "a"}]
+    with pytest.raises(ValueError, match="no task 3"):
+        babi_rows(own / "hub", 3, "validation")
 
 
 def test_without_the_package_datasets_the_error_says_what_to_install(monkeypatch):
@@ -123,6 +136,28 @@ def test_babi_files():
     assert len(rows) == 6
     with pytest.raises(FileNotFoundError, match="has no qa3_test"):
         babi_rows(DATA, 3, "test")
+
+
+def test_babi_on_the_hub(monkeypatch):
+    found = [{"passage": f"c{task}", "question": "q", "answer": "a", "task": task} for task in (1, 2, 1)]
+    asked = []
+
+    def load(*args, **options):
+        asked.append((*args, options))
+        return found
+
+    monkeypatch.setattr("gradmem_adapter.tasks.babi.load_from_hub", load)
+    assert babi_rows("some/babi", 2, "test", revision="r") == [{"context": "c2", "query": "q", "target": "a"}]
+    assert asked == [("some/babi", "test", {"revision": "r"})]
+    assert len(babi_rows("some/babi", 1, "test")) == 2
+    with pytest.raises(ValueError, match="no task 3 in its split 'test'"):
+        babi_rows("some/babi", 3, "test")
+    found[1]["answer"] = ""
+    with pytest.raises(ValueError, match="'q' has no answer"):
+        babi_rows("some/babi", 2, "test")
+    del found[0]["task"]
+    with pytest.raises(ValueError, match="no column task; it has passage, question, answer"):
+        babi_rows("some/babi", 1, "test")
 
 
 def test_babis_original_files(tmp_path):

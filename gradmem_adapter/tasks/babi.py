@@ -5,31 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .qa import load_from_hub, parse
+from .qa import has_tables, load_from_hub, parse
 from .rows import read_rows
 
 
-def babi_rows(source: str | Path, number: int, split: str) -> list[dict[str, Any]]:
+def babi_rows(source: str | Path, number: int, split: str, **hub_options: Any) -> list[dict[str, Any]]:
     """The questions of one task, each on all facts told before it.
 
     Args:
         source: a directory with `qa<number>_<split>.jsonl` (or `.jsonl.gz`), or with the original release's
             `qa<number>_<name>_<split>.txt`; otherwise a dataset on the hub with a column `task`.
         number: of the task, 1 to 20.
-        split: "train", "valid" or "test".
+        split: "train", "valid" or "test", or as the dataset calls it.
+        hub_options: for `datasets.load_dataset`: name, revision, ...
 
     Returns:
         {"context", "query", "target"} each.
 
     Raises:
         FileNotFoundError: the directory has no such task or split; the message lists its files.
-        ValueError: the hub's dataset has no such task.
+        ValueError: the hub's dataset has no such task, or no column `task`.
     """
     directory = Path(source)
-    if not directory.is_dir():
-        found = [record for record in load_from_hub(str(source), split) if int(record["task"]) == number]
+    if not directory.is_dir() or has_tables(directory):
+        records = list(load_from_hub(str(source), split, **hub_options))
+        if records and "task" not in records[0]:
+            raise ValueError(f"{str(source)!r} has no column task; it has {', '.join(records[0])}.")
+        found = [record for record in records if int(record["task"]) == number]
         if not found:
-            raise ValueError(f"{source!r} has no task {number} in its split {split!r}.")
+            raise ValueError(f"{str(source)!r} has no task {number} in its split {split!r}.")
         return [_row(*parse(record)) for record in found]
     for suffix in (".jsonl", ".jsonl.gz"):
         if (file := directory / f"qa{number}_{split}{suffix}").is_file():
@@ -65,4 +69,6 @@ def read_babi(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(context: str, query: str, answers: list[str]) -> dict[str, Any]:
+    if not answers:
+        raise ValueError(f"The question {query!r} has no answer.")
     return {"context": context, "query": query, "target": answers[0]}

@@ -30,10 +30,13 @@ def qa_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[str
 
     Raises:
         FileNotFoundError: the directory has no such split; the message lists its files.
-        ValueError: records of a form that is not known; the message names their fields.
+        ValueError: records of a form that is not known; the message names their fields. Or no question has an answer.
         ImportError: the hub is needed, and the package `datasets` is not installed.
     """
-    return group(parse(record) for record in records(source, split, **hub_options))
+    rows = group(parse(record) for record in records(source, split, **hub_options))
+    if not rows:
+        raise ValueError(f"No question of {str(source)!r} has an answer in its split {split!r}.")
+    return rows
 
 
 def records(source: str | Path, split: str, **hub_options: Any) -> Iterable[Mapping[str, Any]]:
@@ -47,10 +50,15 @@ def records(source: str | Path, split: str, **hub_options: Any) -> Iterable[Mapp
     for suffix in (".json", "-v1.1.json", "-v2.0.json"):
         if (file := directory / f"{split}{suffix}").is_file():
             return squad_file(file)
-    if any(directory.glob("*.parquet")) or any(directory.glob("*/*.parquet")):
+    if has_tables(directory):
         return load_from_hub(str(source), split, **hub_options)
     there = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
     raise FileNotFoundError(f"{directory} has no {split}.jsonl, {split}.jsonl.gz or {split}.json. It has {there}.")
+
+
+def has_tables(directory: Path) -> bool:
+    """Whether it is a dataset as the hub keeps them, which `datasets` loads by its path."""
+    return any(directory.glob("*.parquet")) or any(directory.glob("*/*.parquet"))
 
 
 def load_from_hub(source: str, split: str, **options: Any) -> Iterable[Mapping[str, Any]]:
@@ -87,7 +95,7 @@ def parse(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
     if context is not None and query is not None:
         found = _answers(record, own_form=query == "query")
         if found is not None:
-            return str(record[context]), str(record[query]), [text for text in dict.fromkeys(found) if text]
+            return str(record[context]), str(record[query]), [text for text in dict.fromkeys(found) if text.strip()]
     raise ValueError(
         f"A record has the fields {', '.join(record) or 'none'}; needed are a context ({', '.join(_CONTEXT)}), a "
         f"question ({', '.join(_QUERY)}) and answers (answers, answer, answer1, or target beside query)."
@@ -95,15 +103,26 @@ def parse(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
 
 
 def _answers(record: Mapping[str, Any], own_form: bool) -> list[str] | None:
-    answers = record.get("answers")
-    if isinstance(answers, Mapping):
-        answers = answers.get("text")
+    """All answers of a record, none if it is unanswered; None if it has no field for them."""
     # The target comes first: it is what is trained on. (Elsewhere a "target" may be something else.)
-    first = [record["target"]] if own_form and record.get("target") else []
-    if answers is not None or first:
-        return [*first, *(answers or [])]
-    single = [record[name] for name in ("answer", "answer1", "answer2") if record.get(name)]
-    return single or None
+    forms = [("target", "answers") if own_form else ("answers",), ("answer", "answer1", "answer2")]
+    for names in forms:
+        if any(record.get(name) is not None for name in names):
+            return [text for name in names for text in _texts(record.get(name))]
+    return [] if any(name in record for names in forms for name in names) else None
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a field of answers: a text, a list, {"text": ...}, or these in one another."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        if "text" not in value:
+            raise ValueError(f"An answer has the fields {', '.join(value) or 'none'}; needed is text.")
+        return _texts(value["text"])
+    if isinstance(value, str) or not isinstance(value, Iterable):  # a text is iterable too, but not a list of answers
+        return [str(value)]
+    return [text for item in value for text in _texts(item)]
 
 
 def group(questions: Iterable[tuple[str, str, list[str]]]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class QASource:
     share: float = 1.0
     """Of training, against the other sources."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What `qa_rows` takes for the hub."""
+    """What `qa_rows` and `babi_rows` take for the hub."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class QASource:
     def rows(self, split: str) -> Rows:
         """The rows of "train", "valid" or "test"."""
         return qa_rows(self.source, split, **self.options) if self.babi is None else babi_rows(
-            self.source, self.babi, split
+            self.source, self.babi, split, **self.options
         )  # fmt: skip
 
 
