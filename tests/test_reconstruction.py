@@ -53,10 +53,25 @@ def test_reconstruction_is_the_models_fidelity(model):
     assert many.write_loss.mean < few.write_loss.mean
     assert many.greedy.mean > few.greedy.mean
     assert 0 <= many.whole.mean <= many.greedy.mean <= 1
+    assert many.greedy_tokens == pytest.approx((7 * many.greedy.mean, 7 * many.greedy.error))
+
+
+def test_passages_of_several_lengths_are_measured_each_by_its_own(model):
+    rows = [ids[:length] for ids, length in zip(tokens(18, 9).tolist(), [9, 5, 3] * 6, strict=True)]
+    found = reconstruction(model, rows, steps=60, lr=0.05)
+    shares = []
+    for row in rows:
+        ids = torch.tensor([row])
+        shares.append(model.fidelity(model.write(ids, steps=60, lr=0.05), ids).greedy.item())
+    assert found.greedy.mean == pytest.approx(sum(shares) / 18, abs=0.02)
+    counts = [share * len(row) for share, row in zip(shares, rows, strict=True)]
+    assert found.greedy_tokens.mean == pytest.approx(sum(counts) / 18, abs=0.1)
+    assert found.greedy_tokens.mean > 0
 
 
 def test_next_chunk_is_the_loss_of_what_follows(model):
-    pairs = [(a, b) for a, b in zip(tokens(3, 6).tolist(), tokens(3, 5, seed=1).tolist(), strict=True)]
+    pairs = [(a, b) for a, b in zip(tokens(18, 6).tolist(), tokens(18, 5, seed=1).tolist(), strict=True)]
+    pairs[1:3] = [(pairs[1][0][:3], pairs[1][1]), (pairs[2][0], pairs[2][1][:2])]  # padding must not count
     found = next_chunk(model, pairs, steps=2)
     expected = []
     for first, second in pairs:
@@ -76,5 +91,10 @@ def test_next_chunk_is_the_loss_of_what_follows(model):
                 ]
             )
     for estimate, values in zip(found, zip(*expected, strict=True), strict=True):
-        assert estimate.mean == pytest.approx(sum(values) / 3, rel=1e-4)
+        assert estimate.mean == pytest.approx(sum(values) / 18, rel=1e-4)
         assert estimate.error > 0
+
+
+def test_a_next_chunk_needs_a_token_that_counts(model):
+    with pytest.raises(ValueError, match="second passage of pair 1 has 1 tokens"):
+        next_chunk(model, [([3, 4], [5, 6]), ([3, 4], [5])], steps=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from gradmem_adapter.pipeline import pad
+from gradmem_adapter.state import MemoryState
 
 Passage = list[int]
 """Token ids."""
@@ -36,6 +39,8 @@ class Reconstruction(NamedTuple):
 
     greedy: Estimate
     """Share of tokens, place by place."""
+    greedy_tokens: Estimate
+    """The same as a number of tokens in a passage."""
     teacher_forced: Estimate
     """Share of tokens that are the first choice given the true ones before; flatters."""
     whole: Estimate
@@ -80,21 +85,22 @@ def passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: 
 
 
 def reconstruction(model: PeftModel, texts: Sequence[Passage], **write_options: Any) -> Reconstruction:
-    """WRITE passages of one length and decode them.
+    """WRITE passages and decode them.
 
     Args:
         write_options: what `model.write_many` takes: steps, lr, max_tokens, ...
     """
     state = model.write_many(texts, progress=False, **write_options)
     greedy, forced = [], []
-    for start in range(0, len(texts), 16):
-        rows = list(range(start, min(start + 16, len(texts))))
-        found = model.fidelity(state[rows], torch.tensor([texts[i] for i in rows]))
+    for rows in _batches(len(texts)):
+        found = model.fidelity(state[rows], *pad([texts[i] for i in rows], "right", 0))
         greedy.append(found.greedy)
         forced.append(found.teacher_forced)
     shares = torch.cat(greedy)
+    lengths = torch.tensor([len(text) for text in texts], device=shares.device)
     return Reconstruction(
         Estimate.of(shares),
+        Estimate.of((shares * lengths).round()),
         Estimate.of(torch.cat(forced)),
         Estimate.of((shares == 1).double()),
         Estimate.of(state.write_losses[:, -1]),
@@ -109,16 +115,38 @@ def next_chunk(model: PeftModel, texts: Sequence[tuple[Passage, Passage]], **wri
 
     Args:
         write_options: what `model.write_many` takes.
+
+    Raises:
+        ValueError: a second passage has fewer than two tokens, so none that counts; the message names the pair.
     """
+    for i, (_, second) in enumerate(texts):
+        if len(second) < 2:
+            raise ValueError(f"The second passage of pair {i} has {len(second)} tokens; at least 2 are needed.")
     state = model.write_many([first for first, _ in texts], progress=False, **write_options)
-    losses: list[list[Tensor]] = [[], [], []]
-    for i, (first, second) in enumerate(texts):
-        before, after = (torch.tensor([ids], device=model.device) for ids in (first, second))
-        logits = (
-            model(input_ids=after, memory=state[i]).logits[:, :-1],
-            model(input_ids=after).logits[:, :-1],
-            model(input_ids=torch.cat([before, after], dim=1)).logits[:, len(first) : -1],
+    losses: list[tuple[Tensor, Tensor, Tensor]] = []
+    for rows in _batches(len(texts)):
+        firsts, seconds = zip(*(texts[i] for i in rows), strict=True)
+        whole = [[*first, *second] for first, second in zip(firsts, seconds, strict=True)]
+        losses.append(
+            (
+                _nats(model, seconds, [0] * len(rows), state[rows]),
+                _nats(model, seconds, [0] * len(rows)),
+                _nats(model, whole, [len(first) for first in firsts]),
+            )
         )
-        for found, values in zip(losses, logits, strict=True):
-            found.append(torch.nn.functional.cross_entropy(values[0].float(), after[0, 1:]))
-    return NextChunk(*(Estimate.of(torch.stack(values)) for values in losses))
+    return NextChunk(*(Estimate.of(torch.cat(values)) for values in zip(*losses, strict=True)))
+
+
+def _batches(count: int, size: int = 16) -> Iterator[list[int]]:
+    for start in range(0, count, size):
+        yield list(range(start, min(start + size, count)))
+
+
+def _nats(model: PeftModel, rows: Sequence[Passage], begin: Sequence[int], memory: MemoryState | None = None) -> Tensor:
+    """[B] mean loss of the tokens of each row after the one at `begin`."""
+    ids, mask = (tensor.to(model.device) for tensor in pad(rows, "right", 0))
+    logits = model(input_ids=ids, attention_mask=mask, memory=memory).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    place = torch.arange(1, ids.shape[1], device=ids.device)
+    counts = mask[:, 1:].bool() & (place > torch.tensor(begin, device=ids.device)[:, None])
+    return losses.masked_fill(~counts, 0).sum(1) / counts.sum(1)
