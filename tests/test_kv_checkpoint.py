@@ -55,6 +55,20 @@ def test_hits_with_the_target_given_equal_greedy_generation():
     assert 0 < sum(expected) < len(expected), "there is nothing to tell apart"
 
 
+def test_compiled_layers_retrieve_the_same():
+    pipeline = GradMemPipeline(*load_checkpoint(CHECKPOINT))
+    rows = list(KVRetrieval(64).rows(4, 32, seed=0))
+    contexts = [row["context"] for row in rows]
+    plain, fast = (pipeline.write(contexts, steps=3, compile=compile) for compile in (False, True))
+    assert ((fast.vectors - plain.vectors).norm() / plain.vectors.norm()).item() < 1e-5
+    queries, index = [query for row in rows for query in row["queries"]], [i for i in range(4) for _ in range(32)]
+    answers = [
+        pipeline.generate(queries, memory=state, context_index=index, max_new_tokens=4, do_sample=False)
+        for state in (plain, fast)
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_demo():
     result = run_kv_demo(pairs=8, steps=5)
     assert result.exact_match > 0.8

@@ -137,7 +137,7 @@ def test_the_shipped_weights_were_trained_by_the_shipped_recipe():
         ({"method": "magic"}, "method must be one of"),
         ({"stages": []}, "at least one stage"),
         ({"step": 3}, "step"),
-        ({"task": "other"}, "task must be one of kv_retrieval, rows"),
+        ({"task": "other"}, "task must be one of kv_retrieval, answers, rows"),
     ],
 )
 def test_recipes_that_cannot_work_name_the_field(change, message, tmp_path):
