@@ -200,6 +200,40 @@ def evaluate(
 
 
 @app.command()
+def ask(
+    questions: Annotated[list[str], typer.Argument(help="Questions, each answered by itself.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="A file to ask about; several are read side by side."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A trained adapter; default: checkpoints/smollm2-135m-qa of the source tree.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Keep the memory in this file, or ask the one that was kept, without the text.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Write steps; default: the adapter's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Write texts into memory, drop them, and answer questions from the memory alone."""
+    from .asking import CHECKPOINT
+    from .asking import ask as run
+
+    with _errors_of("ask"):
+        texts = [file.read_text(encoding="utf-8").strip() for file in text or ()]
+        run(
+            checkpoint or CHECKPOINT,
+            texts,
+            questions,
+            state=state,
+            steps=steps,
+            max_new_tokens=max_new_tokens,
+            device=_device(device),
+        )
+
+
+@app.command()
 def plot(
     results: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JSON file that `eval` made.")],
     output: Annotated[Path | None, typer.Option(help="Directory of the plots; default: that of the results.")] = None,

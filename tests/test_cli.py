@@ -240,3 +240,50 @@ def test_demo():
     values = figures(result.stdout)
     assert values["reconstructed"] is True
     assert values["memory_tokens"] * 4 <= values["context_tokens"]
+
+
+class TestAsk:
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        tiny().save_pretrained(tmp_path / "backbone")
+        tokenizer = tiny_tokenizer()
+        tokenizer.save_pretrained(tmp_path / "backbone")
+        backbone, _ = load_backbone(str(tmp_path / "backbone"))
+        config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, memory_init_std=0.5, query_format="chat")
+        save_checkpoint(get_peft_model(backbone, config), tokenizer, tmp_path / "model")
+        (tmp_path / "a.txt").write_text(tiny_text(12))
+        (tmp_path / "b.txt").write_text(tiny_text(9, seed=1))
+        return tmp_path / "model"
+
+    def run(self, *arguments):
+        return CliRunner().invoke(app, ["ask", *map(str, arguments), "--device", "cpu", "--max-new-tokens", "4"])
+
+    def test_answers_from_the_text_and_then_from_the_state_alone(self, checkpoint, tmp_path):
+        files = ["--text", tmp_path / "a.txt", "--text", tmp_path / "b.txt"]
+        kept = ["--state", tmp_path / "kept.safetensors"]
+        first = self.run("w1 w2", "w3", *files, *kept, "--checkpoint", checkpoint)
+        assert first.exit_code == 0, first.output
+        assert "21 tokens are in 6 vectors" in first.output
+        again = self.run("w1 w2", "w3", *kept, "--checkpoint", checkpoint)
+        assert again.exit_code == 0, again.output
+        table = first.output[first.output.index("asked") :]
+        assert table == again.output[again.output.index("asked") :]
+        pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
+        memory = MemoryState.load(tmp_path / "kept.safetensors")
+        answers = pipeline.generate(["w1 w2", "w3"], memory=memory, max_new_tokens=4)
+        assert all(answer.strip() in table for answer in answers)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "nothing to ask about"),
+            (["--state", "missing.safetensors"], "nothing to ask about"),
+            (["--text", "a.txt", "--state", "a.txt"], "holds what was written before"),
+            (["--text", "a.txt", "--checkpoint", "nowhere"], "nowhere"),
+        ],
+    )
+    def test_what_cannot_work(self, checkpoint, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        result = self.run("w1", "--checkpoint", checkpoint, *arguments)
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.stderr.split())

@@ -1,6 +1,7 @@
 """The README's code runs, and its commands exist."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_there_are_commands_to_test():
 @pytest.mark.parametrize("command", commands())
 def test_commands_exist(command, tmp_path, monkeypatch):
     """`make` targets resolve (`gradmem demo` and the tests themselves run elsewhere), `gradmem` commands run."""
-    program, *arguments = command.split()
+    program, *arguments = shlex.split(command)
     if program == "make":
         if shutil.which("make") is None:
             pytest.fail("make is needed for the README's commands")
@@ -51,6 +52,9 @@ def test_commands_exist(command, tmp_path, monkeypatch):
     else:
         assert program == "gradmem"
         monkeypatch.chdir(ROOT)
+        if arguments[0] == "ask":  # the adapter of the README's code; tests/test_cli.py asks one
+            assert CliRunner().invoke(app, [*arguments, "--help"]).exit_code == 0
+            return
         if arguments[0] == "train":  # an hour of a GPU: that the recipe is sound must do
             assert arguments[2] == "--output"
             load_recipe(Path(arguments[1])).build()

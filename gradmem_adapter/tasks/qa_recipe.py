@@ -83,6 +83,8 @@ class QARecipe:
     buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 512, 768, 1024)
     tokens: int = 8192
     """Context tokens of a batch, padding counted."""
+    contexts: int = 128
+    """Most contexts of a batch."""
     queries: int = 2
     """Questions on each context of a batch."""
     steps: int = 1000
@@ -127,7 +129,7 @@ class QARecipe:
         steps = 1 if self.method in ("mean_pooling", "truncated_text", "no_context", "full_context") else None
         return QAKind(
             number,
-            self.tokens // length,
+            min(self.tokens // length, self.contexts),
             length,
             steps or draw.choice(self.write_steps),
             draw.choice(self.side_by_side),
