@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .state import MemoryState
+from .write import sample_names
 
 SATURATED = {"cuda": 16_384, "cpu": 2_048}
 """Padded tokens a batch beyond which a device gets no faster, only fuller."""
@@ -75,7 +76,8 @@ def write_batches(
     while waiting:
         rows = waiting.pop(0)
         try:
-            written = write(*_padded([contexts[i] for i in rows]))
+            with sample_names(rows):
+                written = write(*_padded([contexts[i] for i in rows]))
         except torch.cuda.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise torch.cuda.OutOfMemoryError(
@@ -83,22 +85,39 @@ def write_batches(
                     "itself. Split it (MemoryState.concat joins the states of its parts), free memory, or load the "
                     "model in bfloat16."
                 ) from error
-            budget = min(budget, len(rows) * len(contexts[rows[0]])) // 2
-            if not warned:
-                warnings.warn(
-                    f"Out of memory at {len(rows)} contexts of up to {len(contexts[rows[0]])} tokens: going on with at "
-                    f"most {budget} tokens a batch. max_tokens={budget} spares the try.",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-                warned = True
-            torch.cuda.empty_cache()
-            left = [i for batch in (rows, *waiting) for i in batch]
-            waiting = [[left[i] for i in batch] for batch in batches([len(contexts[i]) for i in left], budget)]
+        else:
+            states |= zip(rows, written, strict=True)
+            done(len(rows))
             continue
-        states |= zip(rows, written, strict=True)
-        done(len(rows))
+        # Only here, as the traceback of the error holds what the batch had on the GPU.
+        torch.cuda.empty_cache()
+        budget = min(budget, len(rows) * len(contexts[rows[0]])) // 2
+        if not warned:
+            warnings.warn(
+                f"Out of memory at {len(rows)} contexts of up to {len(contexts[rows[0]])} tokens: going on with at "
+                f"most {budget} tokens a batch. max_tokens={budget} spares the try.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            warned = True
+        left = [i for batch in (rows, *waiting) for i in batch]
+        waiting = [[left[i] for i in batch] for batch in batches([len(contexts[i]) for i in left], budget)]
     return MemoryState.stack([states[i] for i in range(len(contexts))])
+
+
+def token_ids(index: int, context: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """A context as a tensor.
+
+    Raises:
+        TypeError: it is none; the message names it by its index.
+    """
+    try:
+        ids = torch.as_tensor(context, device=device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"Context {index} must be token ids, got {type(context).__name__} ({error}).") from error
+    return ids if ids.numel() else ids.long()  # an empty list has no type of its own
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

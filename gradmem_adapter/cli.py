@@ -36,7 +36,7 @@ def _errors_of(command: str) -> Iterator[None]:
     """Wrong input ends the command with a line and exit status 2, not with a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, torch.cuda.OutOfMemoryError) as error:
         Console(stderr=True).print(f"gradmem {command}: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
 
@@ -95,6 +95,36 @@ def demo(
         )
     if not result.reconstructed:
         raise typer.Exit(1)
+
+
+@app.command()
+def write(
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Texts in UTF-8, one context each.")],
+    checkpoint: Annotated[Path, typer.Option(exists=True, file_okay=False, help="What `gradmem train` made.")],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="The file for the memory states, in order.")],
+    steps: Annotated[int | None, typer.Option(help="Write steps; default: the checkpoint's.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens at once; default: what memory allows.")] = None,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Write texts into one memory state each, all in one file."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .checkpoint import load_checkpoint
+    from .pipeline import GradMemPipeline
+
+    with _errors_of("write"):
+        if not output.parent.is_dir():  # said now, not after the work
+            raise FileNotFoundError(f"There is no directory {str(output.parent)!r}; make it first.")
+        texts = [_text(file) for file in files]
+        pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=_device(device)))
+        states = pipeline.write_many(texts, steps=steps, max_tokens=max_tokens)
+        states.save(output)
+    table = Table("file", "tokens", "bytes", "last write loss")
+    for file, state in zip(files, states, strict=True):
+        loss = state.write_losses[0, -1].item()
+        table.add_row(escape(str(file)), str(int(state.context_tokens)), str(state.nbytes), f"{loss:.4f}")
+    Console().print(table)
 
 
 @app.command()
@@ -213,6 +243,16 @@ def plot(
 
     with _errors_of("plot"):
         show_results(results, output or results.parent)
+
+
+def _text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
+    if not text.strip():
+        raise ValueError(f"{file} is empty: there is nothing to write.")
+    return text
 
 
 def _numbers(option: str, text: str) -> list[int]:

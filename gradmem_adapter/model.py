@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .bulk import progress_bar, token_budget, write_batches
+from .bulk import progress_bar, token_budget, token_ids, write_batches
 from .checks import capturing, check_backbone, check_context, check_tokens
 from .config import WRITE_OPTIMIZERS, GradMemConfig
 from .fast_write import FastWrites
@@ -348,10 +348,9 @@ class GradMemModel(BaseTuner):
         for name in ("initial", "callback"):
             if options.get(name) is not None:
                 raise ValueError(f"write_many() cannot be combined with {name}, which is for one batch: use write().")
-        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens!r}.")
-        rows = [torch.as_tensor(context, device=self.model.device) for context in contexts]
-        rows = [row if row.numel() else row.long() for row in rows]  # an empty list has no type of its own
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise ValueError(f"max_tokens must be an integer from 1, got {max_tokens!r}.")
+        rows = [token_ids(index, context, self.model.device) for index, context in enumerate(contexts)]
         if not rows:
             raise ValueError("There is no context to write.")
         for index, row in enumerate(rows):

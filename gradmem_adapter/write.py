@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -256,13 +258,27 @@ def write_memory(
         return kept, torch.stack(history, dim=1)
 
 
+_names: ContextVar[Sequence[int] | None] = ContextVar("gradmem_sample_names", default=None)
+
+
+@contextmanager
+def sample_names(names: Sequence[int]) -> Iterator[None]:
+    """Warnings about samples inside call them by these numbers, not by their places in the batch."""
+    token = _names.set(names)
+    try:
+        yield
+    finally:
+        _names.reset(token)
+
+
 def _warn_diverged(diverged: Tensor) -> None:
     """Args: diverged [steps + 1, B], True at the step at which a sample's loss was first not finite."""
     if not diverged.any():
         return
+    called = _names.get() or range(diverged.shape[1])
     for step, samples in enumerate(diverged.cpu()):
         if samples.any():
-            names = ", ".join(str(i) for i in samples.nonzero().flatten().tolist())
+            names = ", ".join(str(i) for i in sorted(called[j] for j in samples.nonzero().flatten().tolist()))
             warnings.warn(
                 f"WRITE: the write loss of sample {names} is not finite after {step} steps; its memory is the one "
                 "before, the last with a finite loss. Use a lower write learning rate, or write_clip_norm.",

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+import weakref
 
 import psutil
 import pytest
@@ -93,6 +94,20 @@ def test_out_of_memory_halves_the_batches_and_says_so_once(model, monkeypatch):
     torch.testing.assert_close(state.vectors, expected.vectors, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_that_did_not_fit_is_let_go_before_the_next(model, monkeypatch):
+    small, held, alive = Small(model, 40), [], []
+
+    def write(ids, mask, **options):
+        held.append(weakref.ref(ids))
+        return small(ids, mask, **options)
+
+    monkeypatch.setattr(model.base_model, "write", write)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[-1]() is not None))
+    with pytest.warns(RuntimeWarning, match="Out of memory"):
+        model.write_many(contexts(30, 30), max_tokens=60)
+    assert alive == [False]
+
+
 def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
     monkeypatch.setattr(model.base_model, "write", Small(model, 20))
     with warnings.catch_warnings():
@@ -109,6 +124,9 @@ def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
         ([1.5], TypeError, "Context 1 of 3 cannot be written. It must hold integer"),
         ([1] * 1000, ValueError, "Context 1 of 3 cannot be written. It has 1000 tokens"),
         ([[1, 2]], ValueError, "Context 1 must be token ids of shape"),
+        ("text", TypeError, "Context 1 must be token ids, got str"),
+        (None, TypeError, "Context 1 must be token ids, got NoneType"),
+        ([1, [2]], TypeError, "Context 1 must be token ids, got list"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(model, monkeypatch, bad, error, message):
@@ -117,7 +135,44 @@ def test_bad_input_is_named_before_anything_is_written(model, monkeypatch, bad, 
         model.write_many([[1, 2, 3], bad, [4]])
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"max_tokens": True}, {"initial": 1}, {"callback": print}])
+def test_a_context_that_diverges_is_named_by_its_place_in_the_input():
+    config = GradMemConfig(num_memory_tokens=3, write_steps=1, write_lr=0.3)
+    model = get_peft_model(tiny(), config).eval()
+    with torch.no_grad():
+        model.get_base_model().get_input_embeddings().weight[4] = torch.nan
+    rows = [[5] * 3, [4] * 4, [5] * 20, [4] * 9, [5] * 4]
+    with pytest.warns(RuntimeWarning, match="is not finite") as caught:
+        model.write_many(rows, max_tokens=10)
+    assert [str(warning.message).split(" is not")[0] for warning in caught] == [
+        "WRITE: the write loss of sample 3",
+        "WRITE: the write loss of sample 1",
+    ]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_a_later_batch_leaves_the_model_as_it_was(model, monkeypatch, error):
+    rows = contexts(5, 20, 9)
+    expected, fingerprint = model.write_many(rows, max_tokens=1), model.fingerprint()
+    write, calls = model.base_model.write, []
+
+    def fail(ids, mask, **options):
+        calls.append(ids)
+        if len(calls) == 2:
+            raise error("enough")
+        return write(ids, mask, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.base_model, "write", fail)
+        with pytest.raises(error, match="enough"):
+            model.write_many(rows, max_tokens=1, progress=True)
+    assert len(calls) == 2
+    assert model.fingerprint() == fingerprint
+    assert model.write_many(rows, max_tokens=1).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 0}, {"max_tokens": True}, {"max_tokens": 2.5}, {"initial": 1}, {"callback": print}]
+)
 def test_options_that_cannot_work(model, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         model.write_many([[1, 2, 3]], **options)

@@ -20,7 +20,7 @@ EVENT = "gradmem_write"
 
 
 class GradMemCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
-    """Writes documents into memory states, all that are new in one batch.
+    """Writes documents into memory states, those that are new in batches that fit into memory.
 
     A document comes back with the markers of its references as content and the references in `metadata["gradmem"]`,
     beside its own metadata. One that is longer than the model takes is split first and has a reference for each part.
@@ -29,7 +29,7 @@ class GradMemCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
     Attributes:
         pipeline: who writes.
         store: where states are kept.
-        write_options: what `pipeline.write` takes: steps, lr, optimizer, tolerance.
+        write_options: what `pipeline.write_many` takes: steps, lr, optimizer, tolerance.
         fallback: "text" leaves a document as text where its fidelity is below `min_fidelity`.
         min_fidelity: the share of tokens that greedy decoding from memory must get back.
     """

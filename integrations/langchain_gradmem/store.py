@@ -94,10 +94,10 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
     def write(self, pipeline: GradMemPipeline, texts: Sequence[str], **options: Any) -> list[str]:
-        """The references of texts; those not yet stored are written, in one batch.
+        """The references of texts; those not yet stored are written, in batches that fit into memory.
 
         Args:
-            options: what `pipeline.write` takes and JSON can hold: `steps`, `lr`, `optimizer`, `tolerance`.
+            options: what `pipeline.write_many` takes and JSON can hold: `steps`, `lr`, `optimizer`, `tolerance`.
 
         Raises:
             ValueError: a text cannot be written; none is stored then.

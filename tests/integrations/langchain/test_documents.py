@@ -1,6 +1,7 @@
 """Store, compressor and retriever."""
 
 import pytest
+import torch
 from conftest import tiny_pipeline
 from langchain_classic.storage import LocalFileStore
 from langchain_core.callbacks import BaseCallbackHandler
@@ -20,7 +21,7 @@ from langchain_gradmem import (
 )
 from tiny import tiny_text
 
-from gradmem_adapter import MemoryStateError
+from gradmem_adapter import MemoryStateError, bulk
 
 TEXTS = [tiny_text(12, seed=i) for i in range(4)]
 
@@ -127,6 +128,40 @@ class TestCompressor:
         empty, written = GradMemCompressor(pipeline=pipeline).compress_documents(documents, "")
         assert empty == documents[0]
         assert references_of(written)
+
+    def test_many_documents_are_written_in_batches(self, pipeline, monkeypatch, capsys):
+        write, sizes = pipeline.model.base_model.write, []
+        monkeypatch.setattr(bulk, "SATURATED", {"cpu": 100})
+        monkeypatch.setattr(
+            pipeline.model.base_model,
+            "write",
+            lambda ids, *rest, **kw: sizes.append(ids.numel()) or write(ids, *rest, **kw),
+        )
+        lengths = [3 + i % 40 for i in range(50)]
+        compressor = GradMemCompressor(pipeline=pipeline)
+        documents = compressor.compress_documents([Document(tiny_text(n, seed=i)) for i, n in enumerate(lengths)], "")
+        assert max(sizes) <= 100 < sum(sizes)
+        found = [compressor.store.get(*references_of(document)).context_tokens.item() for document in documents]
+        assert found == lengths
+        assert capsys.readouterr() == ("", "")
+
+    def test_out_of_memory_stores_nothing(self, pipeline, monkeypatch):
+        write, done = pipeline.model.base_model.write, []
+
+        def fail(ids, *rest, **options):
+            if done:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            done.append(ids)
+            return write(ids, *rest, **options)
+
+        monkeypatch.setattr(bulk, "SATURATED", {"cpu": 1})
+        monkeypatch.setattr(pipeline.model.base_model, "write", fail)
+        compressor = GradMemCompressor(pipeline=pipeline)
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="Context 1 with 12 tokens does not fit"):
+            compressor.compress_documents([Document(text) for text in TEXTS], "")
+        assert len(done) == 1
+        assert compressor.store.writes == 0
+        assert list(compressor.store.yield_keys()) == []
 
     def test_a_store_that_fails_raises(self, pipeline):
         compressor = GradMemCompressor(pipeline=pipeline, store=MemoryStateStore(Failing()))
