@@ -221,7 +221,7 @@ def ask(
     from .asking import ask as run
 
     with _errors_of("ask"):
-        texts = [file.read_text(encoding="utf-8").strip() for file in text or ()]
+        texts = [_text(file).strip() for file in text or ()]
         run(
             checkpoint or CHECKPOINT,
             texts,
