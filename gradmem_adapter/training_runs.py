@@ -20,9 +20,10 @@ from .recipes import Recipe
 from .tasks import kv_results, qa_results
 from .tasks.kv_training import evaluate_kv, load_kv, save_kv, train_kv
 from .tasks.qa_recipe import QARecipe
-from .tasks.qa_training import RECIPE, Answerer, load_qa, save_qa, train_qa
+from .tasks.qa_training import Answerer, load_qa, train_qa
 from .tasks.records import add_records, load_records, task_of
 from .tasks.rows import RowsRecipe, read_rows
+from .tasks.saved import RECIPE, save_model
 from .training import GradMemTrainer, GradMemTrainingArguments
 from .training.graphed_run import RunProgress
 
@@ -71,7 +72,7 @@ def train(
         return None
     checkpoint = output / CHECKPOINT
     if isinstance(recipe, QARecipe):
-        save_qa(model, tokenizer, recipe, checkpoint)
+        save_model(model, tokenizer, recipe, checkpoint)
         console.print(f"Saved: {checkpoint}", markup=False)
         steps = [max(recipe.write_steps)]
         evaluate_answers(checkpoint, steps, [1], split="valid", limit=100, device=device, console=console)

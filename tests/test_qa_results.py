@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from gradmem_adapter.cli import app
 from gradmem_adapter.tasks.qa_results import TASK, QARecord, distractors, measure, plot, tables
-from gradmem_adapter.tasks.qa_training import Answerer, questions, save_qa
+from gradmem_adapter.tasks.qa_training import Answerer, questions
 from gradmem_adapter.tasks.records import add_records, load_records, task_of
+from gradmem_adapter.tasks.saved import save_model
 
 BYTES_PER_TOKEN = 4 * 2 * 2 * 2 * 8  # keys and values of 2 layers with 2 heads of 8, in float32
 
@@ -117,7 +118,7 @@ def test_tables_and_plots(tmp_path):
 def test_the_commands(folder, tmp_path):  # noqa: F811
     plan = recipe(folder)
     model, tokenizer = plan.build()
-    save_qa(model, tokenizer, plan, tmp_path / "model")
+    save_model(model, tokenizer, plan, tmp_path / "model")
     results = tmp_path / "answers.json"
     command = ["eval", str(tmp_path / "model"), "--steps", "1,2", "--states", "1,2", "--limit", "3"]
     result = CliRunner().invoke(app, [*command, "--results", str(results), "--device", "cpu"])

@@ -11,7 +11,8 @@ from gradmem_adapter import GradMemPipeline, load_checkpoint
 from gradmem_adapter.recipes import load_recipe
 from gradmem_adapter.tasks.qa_batches import make_pools
 from gradmem_adapter.tasks.qa_recipe import METHODS, QARecipe
-from gradmem_adapter.tasks.qa_training import Answerer, load_qa, questions, right, save_qa, train_qa
+from gradmem_adapter.tasks.qa_training import Answerer, load_qa, questions, right, train_qa
+from gradmem_adapter.tasks.saved import save_model
 from gradmem_adapter.training import GradMemCollator
 from gradmem_adapter.training.collator import IGNORED
 
@@ -131,7 +132,7 @@ def test_training_saving_and_answering(folder, tmp_path, method):
     trained = dict(model.named_parameters())
     assert any(not torch.equal(trained[name], value) for name, value in before.items())
     assert all(torch.equal(trained[name], value) for name, value in frozen.items())
-    save_qa(model, tokenizer, plan, tmp_path / "model")
+    save_model(model, tokenizer, plan, tmp_path / "model")
     loaded, tokenizer, plan = load_qa(tmp_path / "model")
     assert plan.method == method
     contexts, queries, index, references = questions(plan.sources[0].rows("test"))
@@ -150,7 +151,7 @@ def test_training_saving_and_answering(folder, tmp_path, method):
 def test_a_saved_adapter_opens_everywhere_and_answers_as_the_pipeline(folder, tmp_path):
     plan = recipe(folder)
     model, tokenizer = plan.build()
-    save_qa(model, tokenizer, plan, tmp_path / "model")
+    save_model(model, tokenizer, plan, tmp_path / "model")
     model, tokenizer = load_checkpoint(tmp_path / "model")
     row = plan.sources[0].rows("test")[0]
     answer = Answerer(model, tokenizer, plan, steps=2, max_new_tokens=4).answer(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from .records import pyplot
+
 PAPER: dict[str, dict[int, float]] = {
     "full context": {4: 100, 8: 100, 16: 100, 32: 99.8, 64: 97, 96: 99},
     "forward-only writer (RMT)": {4: 100, 8: 100, 16: 45, 32: 44, 64: 19, 96: 13},
@@ -82,18 +84,12 @@ def plot(records: Sequence[KVRecord], output: Path) -> list[Path]:
     Returns:
         The files made in the directory `output`.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'gradmem-adapter[plot]'.") from error
-    matplotlib.use("Agg")
     output.mkdir(parents=True, exist_ok=True)
     return [_plot_pairs(records, output / "kv_retrieval.png"), _plot_steps(records, output / "kv_retrieval_steps.png")]
 
 
 def _plot_pairs(records: Sequence[KVRecord], file: Path) -> Path:
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     shown = [r for r in records if r.method != "gradmem" or r.write_steps in (1, 2, 5, 30)]
     for panel, title, lines in zip(panels, ("this repository", "paper"), (by_line(shown), PAPER), strict=True):
@@ -112,8 +108,7 @@ def _plot_pairs(records: Sequence[KVRecord], file: Path) -> Path:
 
 
 def _plot_steps(records: Sequence[KVRecord], file: Path) -> Path:
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     ours = [record for record in records if record.method == "gradmem"]
     rows = sorted({(r.pairs, r.trained_steps) for r in ours})
     columns = sorted({r.write_steps for r in ours})

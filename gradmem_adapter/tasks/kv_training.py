@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
+from gradmem_adapter.checkpoint import load_checkpoint
 from gradmem_adapter.training.graphed_run import run_graphed, scalars
 
 from .kv_recipe import Kind, KVRecipe
 from .kv_retrieval import KVRetrieval, kv_hits, kv_tokenizer
-
-WEIGHTS = "model.safetensors"
-RECIPE = "recipe.json"
+from .saved import load_baseline, load_recipe_fields, save_model
 
 
 def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.device | str, **options: Any) -> bool:
@@ -50,13 +43,7 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
 
 def save_kv(model: nn.Module, recipe: KVRecipe, path: Path) -> None:
     """Save a trained model for `load_kv`; one with memory by GradMem also opens with `load_checkpoint`."""
-    if isinstance(model, PeftModel):
-        save_checkpoint(model, kv_tokenizer(), path)
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path / (WEIGHTS + ".tmp"))
-        os.replace(path / (WEIGHTS + ".tmp"), path / WEIGHTS)
-    (path / RECIPE).write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
+    save_model(model, kv_tokenizer(), recipe, path)
 
 
 def load_kv(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, KVRecipe]:
@@ -65,13 +52,11 @@ def load_kv(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, 
     Raises:
         FileNotFoundError: there is none.
     """
-    if not (path / RECIPE).is_file():
-        raise FileNotFoundError(f"There is no model trained on key-value retrieval in {str(path)!r}: no {RECIPE}.")
-    recipe = KVRecipe.of(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+    recipe = KVRecipe.of(load_recipe_fields(path))
     if recipe.method == "gradmem":
         return load_checkpoint(path, device=device)[0], recipe
     model = recipe.build()
-    model.load_state_dict(load_file(path / WEIGHTS))
+    load_baseline(model, path)
     return model.to(device).eval(), recipe
 
 

@@ -18,6 +18,7 @@ from gradmem_adapter.training.metrics import Score
 from .qa import score_qa
 from .qa_batches import Rows
 from .qa_training import Answerer, questions
+from .records import pyplot
 
 TASK = "answers"
 NAMES = {
@@ -178,13 +179,7 @@ def plot(records: Sequence[QARecord], output: Path) -> list[Path]:
     Returns:
         The files made in the directory `output`.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'gradmem-adapter[plot]'.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     output.mkdir(parents=True, exist_ok=True)
     files = []
     alone = [r for r in records if r.states == 1]

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.baselines import Prefix, PrefixModel
 from gradmem_adapter.bulk import batches
-from gradmem_adapter.checkpoint import check_tensors, load_checkpoint, save_checkpoint
-from gradmem_adapter.pipeline import GradMemPipeline, format_query, pad
+from gradmem_adapter.checkpoint import load_checkpoint
+from gradmem_adapter.pipeline import format_query, pad
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.training.collator import IGNORED, GradMemCollator
 from gradmem_adapter.training.graphed_run import run_graphed, scalars
 
 from .qa_batches import Pool, Rows, make_pools
 from .qa_recipe import QAKind, QARecipe
-
-WEIGHTS = "model.safetensors"
-RECIPE = "recipe.json"
+from .saved import load_baseline, load_recipe_fields
 
 
 @dataclass(frozen=True)
@@ -86,40 +81,18 @@ def right(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~counts).all(1)
 
 
-# -------------------------------------------------------------------- files
-
-
-def save_qa(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: QARecipe, path: Path) -> None:
-    """Save a trained model for `load_qa`; one with memory by GradMem also opens with `load_checkpoint`."""
-    if isinstance(model, PeftModel):
-        save_checkpoint(model, tokenizer, path)
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(_trained(model), path / (WEIGHTS + ".tmp"))
-        os.replace(path / (WEIGHTS + ".tmp"), path / WEIGHTS)
-    (path / RECIPE).write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
-
-
 def load_qa(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase, QARecipe]:
-    """A model that `save_qa` saved, its tokenizer, and how it was trained.
+    """A model that `save_model` saved, its tokenizer, and how it was trained.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    if not (path / RECIPE).is_file():
-        raise FileNotFoundError(f"There is no model trained on questions in {str(path)!r}: no {RECIPE}.")
-    recipe = QARecipe.of(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+    recipe = QARecipe.of(load_recipe_fields(path))
     if recipe.method == "gradmem":
         return *load_checkpoint(path, device=device), recipe
     model, tokenizer = recipe.build()
-    weights = load_file(path / WEIGHTS)
-    check_tensors(path / WEIGHTS, weights, _trained(model))
-    model.load_state_dict(weights, strict=False)
+    load_baseline(model, path)
     return model.to(device).eval(), tokenizer, recipe
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
 # -------------------------------------------------------------------- answers
@@ -196,11 +169,6 @@ class Answerer:
             prefix: Prefix = self.model.prefix(context, counts.sum(1), self.steps)
         index = torch.tensor([[used.index(i) for i in row] for row in reads], device=self.device)
         return self.model.generate(prefix.rows(index), query, mask, **self._options)
-
-
-def pipeline_of(path: Path, device: torch.device | str = "cpu") -> GradMemPipeline:
-    """The pipeline of a trained adapter."""
-    return GradMemPipeline(*load_checkpoint(path, device=device))
 
 
 def questions(rows: Rows) -> tuple[list[str], list[str], list[int], list[list[str]]]:

@@ -57,3 +57,19 @@ def add_records(path: Path, task: str, kind: type[RecordT], new: Iterable[Record
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def pyplot() -> Any:
+    """Matplotlib's, for files alone.
+
+    Raises:
+        ImportError: it is not installed; the message says how.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'gradmem-adapter[plot]'.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt

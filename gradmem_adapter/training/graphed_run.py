@@ -143,7 +143,8 @@ def scalars(output: GradMemOutput, hits: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are trained, by name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -159,7 +160,7 @@ def _step_of(directory: Path) -> int:
 def _save(directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {
-        "weights": _trained(model),
+        "weights": trained(model),
         "optimizer": step_on.state_dict(),
         "step": step,
         "random": _random(next(model.parameters()).device).get_rng_state(),
@@ -174,7 +175,7 @@ def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> int
     if not file.exists():
         return 0
     state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
-    check_tensors(file, state["weights"], _trained(model))
+    check_tensors(file, state["weights"], trained(model))
     model.load_state_dict(state["weights"], strict=False)
     step_on.load_state_dict(state["optimizer"])
     _random(next(model.parameters()).device).set_rng_state(state["random"].cpu())

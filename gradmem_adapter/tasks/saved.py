@@ -1,0 +1,49 @@
+"""Models that a recipe trained, GradMem's and baselines alike, as files."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gradmem_adapter.checkpoint import check_tensors, save_checkpoint
+from gradmem_adapter.training.graphed_run import trained
+
+WEIGHTS = "model.safetensors"
+RECIPE = "recipe.json"
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Any, path: Path) -> None:
+    """Save a trained model and the recipe (a dataclass) it was made by; memory by GradMem as `save_checkpoint` does."""
+    if isinstance(model, PeftModel):
+        save_checkpoint(model, tokenizer, path)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in trained(model).items()}, path / (WEIGHTS + ".tmp"))
+        os.replace(path / (WEIGHTS + ".tmp"), path / WEIGHTS)
+    (path / RECIPE).write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
+
+
+def load_recipe_fields(path: Path) -> dict[str, Any]:
+    """The fields of the recipe that a model was made by.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not (path / RECIPE).is_file():
+        raise FileNotFoundError(f"There is no model that a recipe trained in {str(path)!r}: no {RECIPE}.")
+    return dict(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+
+
+def load_baseline(model: nn.Module, path: Path) -> None:
+    """Give an untrained baseline the weights that `save_model` saved."""
+    weights = load_file(path / WEIGHTS)
+    check_tensors(path / WEIGHTS, weights, trained(model))
+    model.load_state_dict(weights, strict=False)
