@@ -138,7 +138,7 @@ def test_eval_refuses_what_it_cannot_do(arguments, message):
 def test_eval_of_something_else_says_so(tmp_path):
     result = CliRunner().invoke(app, ["eval", str(tmp_path)])
     assert result.exit_code == 2
-    assert "no model trained on key-value retrieval" in " ".join(result.stderr.split())
+    assert "There is no model trained by a recipe in" in " ".join(result.stderr.split())
 
 
 def test_results_of_another_kind_are_refused(tmp_path):

@@ -38,7 +38,7 @@ def load_recipe_fields(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
     """
     if not (path / RECIPE).is_file():
-        raise FileNotFoundError(f"There is no model that a recipe trained in {str(path)!r}: no {RECIPE}.")
+        raise FileNotFoundError(f"There is no model trained by a recipe in {str(path)!r}: no {RECIPE}.")
     return dict(json.loads((path / RECIPE).read_text(encoding="utf-8")))
 
 
