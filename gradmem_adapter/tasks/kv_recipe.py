@@ -13,6 +13,7 @@ from torch import nn
 
 from gradmem_adapter.baselines import ForwardMemory, FullContext
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.training.graphed_run import lr_share
 
 from .kv_retrieval import kv_backbone
 
@@ -120,8 +121,7 @@ class KVRecipe:
 
     def lr_at(self, step: int) -> float:
         """Warm-up, then the stage's rate, then a linear decay to a twentieth."""
-        left = (self.steps - step) / max(1, self.decay_share * self.steps)
-        return self.stage_at(step).lr * min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
+        return self.stage_at(step).lr * lr_share(step, self.steps, self.warmup_steps, self.decay_share)
 
     def kind_at(self, step: int) -> Kind:
         """The batch and the write steps of a step, drawn by its number alone, so that a resumed run draws the same."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradmem_adapter.backbones import load_backbone
 from gradmem_adapter.baselines import ForwardMemory, FullContext, MeanPooling, PrefixModel, TruncatedText
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.training.graphed_run import lr_share
 
 from .babi import babi_rows
 from .kv_recipe import STRICT
@@ -118,8 +119,7 @@ class QARecipe:
 
     def lr_at(self, step: int) -> float:
         """Warm-up, then constant, then a linear decay to a twentieth."""
-        left = (self.steps - step) / max(1, self.decay_share * self.steps)
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
+        return self.lr * lr_share(step, self.steps, self.warmup_steps, self.decay_share)
 
     def kind_of(self, pools: Sequence[Pool], step: int) -> QAKind:
         """The batch and the write steps of a step, drawn by its number alone, so that a resumed run draws the same."""

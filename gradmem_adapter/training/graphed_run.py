@@ -55,6 +55,12 @@ class Plan(Protocol[KindT_co]):
         """The batch of a step, drawn by its number alone, so that a resumed run draws the same."""
 
 
+def lr_share(step: int, steps: int, warmup_steps: int, decay_share: float) -> float:
+    """The share of the learning rate at a step: a warm-up, then 1, then over the last share a fall to a twentieth."""
+    left = (steps - step) / max(1, decay_share * steps)
+    return min(1.0, (step + 1) / max(1, warmup_steps), max(0.05, left))
+
+
 @dataclass
 class RunProgress:
     """What a callback is told every `log_every` steps."""
