@@ -69,13 +69,19 @@ class Pool:
 
 
 def make_pools(
-    sources: Sequence[tuple[Rows, float]], collator: GradMemCollator, buckets: Sequence[int], device: torch.device | str
+    sources: Sequence[tuple[Rows, float]],
+    collator: GradMemCollator,
+    buckets: Sequence[int],
+    device: torch.device | str,
+    *,
+    drop_longer: bool = False,
 ) -> list[Pool]:
     """Rows of several sources, by the length of their contexts.
 
     Args:
         sources: rows (as `GradMemCollator` takes them) and the share of training that each source has.
         buckets: N of the pools; the smallest that holds a context gets it.
+        drop_longer: leave longer contexts out.
 
     Raises:
         ValueError: a row is wrong, or a context is longer than the largest bucket; the message names both.
@@ -87,12 +93,16 @@ def make_pools(
             batch = collator([row])
             length = batch["context_input_ids"].shape[1]
             size = next((size for size in found if length <= size), None)
+            if size is None and drop_longer:
+                continue
             if size is None:
                 raise ValueError(
                     f"Row {i} of source {number} has a context of {length} tokens, and the largest bucket holds "
-                    f"{max(found)}. Add a larger one to `buckets`."
+                    f"{max(found)}. Add a larger one to `buckets`, or set drop_longer."
                 )
             found[size].append((batch, share / total / len(rows)))
+    if not any(found.values()):
+        raise ValueError(f"No row has a context of at most {max(found)} tokens, the largest bucket.")
     return [_pool(batches, size, device) for size, batches in found.items() if batches]
 
 

@@ -82,6 +82,9 @@ class QARecipe:
     side_by_side: tuple[int, ...] = (1,)
     """How many states a question is asked of, drawn from these."""
     buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 512, 768, 1024)
+    """Contexts are padded to the smallest of these lengths that holds them."""
+    drop_longer: bool = False
+    """Leave contexts longer than the largest bucket out of training, instead of refusing them."""
     tokens: int = 8192
     """Context tokens of a batch, padding counted."""
     contexts: int = 128

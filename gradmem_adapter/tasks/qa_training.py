@@ -63,7 +63,7 @@ def train_qa(
     device = torch.device(device)
     collator = GradMemCollator(tokenizer, query_format=recipe.query_format)
     sources = [(source.rows("train"), source.share) for source in recipe.sources]
-    pools = make_pools(sources, collator, recipe.buckets, device)
+    pools = make_pools(sources, collator, recipe.buckets, device, drop_longer=recipe.drop_longer)
     model.to(device).eval()
 
     def loss(kind: QAKind) -> dict[str, Tensor]:
