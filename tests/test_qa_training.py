@@ -120,6 +120,13 @@ class TestBatches:
         with pytest.raises(ValueError, match="Row 1 of source 0 has a context of 14 tokens"):
             make_pools([([*rows(1, 9), *rows(1, 14)], 1.0)], GradMemCollator(tiny_tokenizer()), [10], "cpu")
 
+    def test_contexts_that_are_too_long_can_be_left_out(self):
+        collator = GradMemCollator(tiny_tokenizer())
+        (pool,) = make_pools([([*rows(3, 9), *rows(2, 14)], 1.0)], collator, [10], "cpu", drop_longer=True)
+        assert pool.lengths.tolist() == [9, 9, 9]
+        with pytest.raises(ValueError, match="No row has a context of at most 10 tokens"):
+            make_pools([(rows(2, 14), 1.0)], collator, [10], "cpu", drop_longer=True)
+
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_saving_and_answering(folder, tmp_path, method):
