@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .checkpoint import load_checkpoint
+from .files import check_writable
 from .pipeline import GradMemPipeline
 from .state import MemoryState
 
@@ -47,7 +48,7 @@ def ask(
     Args:
         checkpoint: what `load_checkpoint` opens.
         texts: what is asked about; each is written by itself. None are needed where `state` exists.
-        state: a file for the memory: read if it exists, otherwise written.
+        state: a file for the memory: read if it exists (all states in it, side by side), otherwise written.
         steps: write steps (default: the adapter's).
 
     Raises:
@@ -62,6 +63,8 @@ def ask(
         )
     if not texts and (state is None or not state.exists()):
         raise ValueError("There is nothing to ask about: pass a text, or --state with a file that was written before.")
+    if texts and state is not None:
+        check_writable(state)
     console = console or Console()
     pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=device))
     start = time.perf_counter()
@@ -71,7 +74,7 @@ def ask(
             memory.save(state)
     else:
         assert state is not None  # for the type checker: one of the two was given
-        memory = MemoryState.load(state).to(device)
+        memory = MemoryState.concat(list(MemoryState.load(state))).to(device)
     seconds = time.perf_counter() - start
     answers = pipeline.generate(list(questions), memory=memory, max_new_tokens=max_new_tokens, do_sample=False)
     result = Asked(

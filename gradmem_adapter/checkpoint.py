@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -177,5 +178,8 @@ def load_checkpoint(
         backbone, tokenizer = load_backbone(str(backbone), dtype=dtype, device=device, tokenizer=tokenizer)
     if tokenizer is None:
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
-    model = PeftModel.from_pretrained(backbone, str(directory), is_trainable=is_trainable)
+    try:
+        model = PeftModel.from_pretrained(backbone, str(directory), is_trainable=is_trainable)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {directory} are damaged: {error}.") from error
     return model.eval(), tokenizer

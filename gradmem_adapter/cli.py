@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from .backbones import SMOLLM2
+from .files import check_writable, read_text
 
 app = typer.Typer(
     help="Write long contexts into a few vectors by gradient descent, and answer from them (GradMem).",
@@ -114,8 +115,7 @@ def write(
     from .pipeline import GradMemPipeline
 
     with _errors_of("write"):
-        if not output.parent.is_dir():  # said now, not after the work
-            raise FileNotFoundError(f"There is no directory {str(output.parent)!r}; make it first.")
+        check_writable(output)
         texts = [_text(file) for file in files]
         pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=_device(device)))
         states = pipeline.write_many(texts, steps=steps, max_tokens=max_tokens)
@@ -173,6 +173,11 @@ def evaluate(
     from .training_runs import evaluate_answers, evaluate_pairs, evaluate_rows, trained_on
 
     with _errors_of("eval"):
+        if results is not None:
+            if rows is not None:
+                raise ValueError("--results keeps results of recipes' tasks, not of --rows: leave one of them out.")
+            results.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(results)
         if rows is not None:
             evaluate_rows(checkpoint, rows, _numbers("--steps", steps), device=_device(device))
             return
@@ -246,10 +251,7 @@ def plot(
 
 
 def _text(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
+    text = read_text(file)
     if not text.strip():
         raise ValueError(f"{file} is empty: there is nothing to write.")
     return text

@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from .backbones import SMOLLM2, load_backbone
 from .config import GradMemConfig
+from .files import read_text
 from .pipeline import GradMemPipeline
 from .state import MemoryState
 from .write import WriteProgress
@@ -41,8 +42,9 @@ class DemoResult:
 
 def demo_text(path: Path | None = None) -> str:
     """The paragraph to write: the one that ships with the package, or the content of a file."""
-    source = files("gradmem_adapter").joinpath("data/demo.txt") if path is None else path
-    return source.read_text(encoding="utf-8").strip()
+    if path is not None:
+        return read_text(path).strip()
+    return files("gradmem_adapter").joinpath("data/demo.txt").read_text(encoding="utf-8").strip()
 
 
 def kv_cache_bytes(model: PeftModel, input_ids: torch.Tensor) -> int:

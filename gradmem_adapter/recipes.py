@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from .files import read_text
 from .tasks.kv_recipe import KVRecipe
 from .tasks.qa_recipe import QARecipe
 from .tasks.rows import RowsRecipe
@@ -29,7 +30,7 @@ def load_recipe(path: Path | None, settings: Sequence[str] = ()) -> Recipe:
     fields: Any = {}
     if path is not None:
         try:
-            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+            fields = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(fields, dict):
@@ -44,7 +45,10 @@ def load_recipe(path: Path | None, settings: Sequence[str] = ()) -> Recipe:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{setting!r}: {key!r} has no fields of its own.")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"The value of {setting!r} is not YAML: {error}") from error
     task = fields.get("task")
     if task not in TASKS:
         raise ValueError(f"A recipe's task must be one of {', '.join(TASKS)}, got {task!r}.")

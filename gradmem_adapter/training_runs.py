@@ -23,7 +23,7 @@ from .tasks.qa_recipe import QARecipe
 from .tasks.qa_training import Answerer, load_qa, train_qa
 from .tasks.records import add_records, load_records, task_of
 from .tasks.rows import RowsRecipe, read_rows
-from .tasks.saved import RECIPE, save_model
+from .tasks.saved import RECIPE, claim_run, save_model
 from .training import GradMemTrainer, GradMemTrainingArguments
 from .training.graphed_run import RunProgress
 
@@ -48,6 +48,7 @@ def train(
     if max_minutes is not None and max_minutes <= 0:
         raise ValueError(f"max_minutes must be positive, got {max_minutes}.")
     seconds = math.inf if max_minutes is None else 60 * max_minutes
+    claim_run(recipe, output)
     if isinstance(recipe, RowsRecipe):
         return _train_rows(recipe, output, device, seconds, console)
     columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -61,12 +62,16 @@ def train(
                 progress.console.print(f"step {now.step}, {now.seconds:.0f} s, {kind}: {line}", markup=False)
 
         options: dict[str, Any] = {"device": device, "max_seconds": seconds, "callback": show}
-        if isinstance(recipe, QARecipe):
-            model, tokenizer = recipe.build()
-            done = train_qa(model, tokenizer, recipe, output, log_every=20, save_every=200, **options)
-        else:
-            model = recipe.build()
-            done = train_kv(model, recipe, output, log_every=100, **options)
+        try:
+            if isinstance(recipe, QARecipe):
+                model, tokenizer = recipe.build()
+                done = train_qa(model, tokenizer, recipe, output, log_every=20, **options)
+            else:
+                model = recipe.build()
+                done = train_kv(model, recipe, output, log_every=100, **options)
+        except KeyboardInterrupt:
+            console.print(f"Interrupted; the same command goes on from {output}.", markup=False)
+            raise
     if not done:
         console.print(f"Stopped; the same command goes on from {output}.", markup=False)
         return None
@@ -75,7 +80,10 @@ def train(
         save_model(model, tokenizer, recipe, checkpoint)
         console.print(f"Saved: {checkpoint}", markup=False)
         steps = [max(recipe.write_steps)]
-        evaluate_answers(checkpoint, steps, [1], split="valid", limit=100, device=device, console=console)
+        try:
+            evaluate_answers(checkpoint, steps, [1], split="valid", limit=100, device=device, console=console)
+        except (ValueError, OSError, ImportError) as error:  # the model is there, whatever the held-out data are
+            console.print(f"Not evaluated: {error}", markup=False)
         return checkpoint
     save_kv(model, recipe, checkpoint)
     console.print(f"Saved: {checkpoint}", markup=False)
@@ -172,9 +180,11 @@ def evaluate_answers(
     Args:
         steps: numbers of write steps (or passes).
         states: how many contexts each question is asked of.
-        limit: only so many contexts of a source.
+        limit: only so many contexts of a source; a part of the data is no result to be kept.
         results: a JSON file that the records are added to.
     """
+    if results is not None and limit is not None:
+        raise ValueError(f"{results} keeps results on all of the data: leave --limit or --results out.")
     console = console or Console()
     model, tokenizer, recipe = load_qa(checkpoint, device)
     if recipe.method not in ("gradmem", "forward_memory"):
@@ -185,7 +195,7 @@ def evaluate_answers(
         for k in steps:
             answerer = Answerer(model, tokenizer, recipe, steps=k)
             for count in states:
-                records.append(qa_results.measure(answerer, rows, source.name, states=count, seed=seed))
+                records.append(qa_results.measure(answerer, rows, source.name, split=split, states=count, seed=seed))
                 done = f"{source.name}, K={k}, {count} contexts: {records[-1].questions} questions"
                 console.print(done, markup=False)
     for table in qa_results.tables(records):
@@ -215,7 +225,7 @@ def evaluate_rows(
 
 
 def _print_metrics(metrics: dict[int, dict[str, float]], console: Console) -> None:
-    names = ["eval_loss", "eval_exact_match", "eval_f1", "eval_write_loss_before", "eval_write_loss_after"]
+    names = ["eval_loss", "eval_exact_match", "eval_f1", "eval_first_write_loss", "eval_last_write_loss"]
     table = Table("write steps", *(name.removeprefix("eval_").replace("_", " ") for name in names))
     for k, values in metrics.items():
         table.add_row(str(k), *(f"{values[name]:.4f}" if name in values else "" for name in names))

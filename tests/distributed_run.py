@@ -12,8 +12,8 @@ EVALUATED = ("eval_loss", "eval_target_loss", "eval_exact_match", "eval_f1", "ev
 LOGGED = (
     "loss",
     "target_loss",
-    "write_loss_before",
-    "write_loss_after",
+    "first_write_loss",
+    "last_write_loss",
     "memory_norm",
     "memory_grad_norm",
     "grad_norm",

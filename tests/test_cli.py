@@ -273,6 +273,27 @@ class TestAsk:
         answers = pipeline.generate(["w1 w2", "w3"], memory=memory, max_new_tokens=4)
         assert all(answer.strip() in table for answer in answers)
 
+    def test_states_of_several_texts_are_asked_together(self, checkpoint, tmp_path):
+        """`gradmem write` keeps one state per text; a question is asked of all of them, as with --text."""
+        files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+        states = tmp_path / "states.safetensors"
+        written = invoke("write", *files, "--checkpoint", checkpoint, "--output", states, "--device", "cpu")
+        assert written.exit_code == 0, written.output
+        kept = self.run("w1 w2", "w3", "--state", states, "--checkpoint", checkpoint)
+        texts = self.run("w1 w2", "w3", "--text", files[0], "--text", files[1], "--checkpoint", checkpoint)
+        assert (kept.exit_code, texts.exit_code) == (0, 0), kept.output
+        assert "21 tokens are in 6 vectors" in kept.output
+        tables = [result.output[result.output.index("asked") :] for result in (kept, texts)]
+        assert tables[0] == tables[1]
+
+    def test_a_state_that_cannot_be_kept_is_refused_before_the_work(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setattr("gradmem_adapter.asking.load_checkpoint", lambda *_, **__: pytest.fail("work was done"))
+        result = self.run(
+            "w1", "--text", tmp_path / "a.txt", "--state", tmp_path / "no" / "x", "--checkpoint", checkpoint
+        )
+        assert result.exit_code == 2
+        assert "There is no directory" in " ".join(result.stderr.split())
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -1,12 +1,16 @@
 """Recipes, training on key-value retrieval and its baselines, on tiny models."""
 
+import io
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from gradmem_adapter import load_checkpoint
@@ -18,6 +22,7 @@ from gradmem_adapter.tasks.kv_training import load_kv, save_kv, train_kv
 from gradmem_adapter.training import TrainingDiverged
 from gradmem_adapter.training.graphed_step import GraphedStep
 from gradmem_adapter.training.speed import compiled_layers, maskless_attention
+from gradmem_adapter.training_runs import train
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("kv_*.yaml"))
 MEMORY = {
@@ -47,7 +52,7 @@ def recipe(method="gradmem", steps=8, **fields):
 
 def run(plan, output, **options):
     model = plan.build()
-    done = train_kv(model, plan, output, device="cpu", log_every=2, save_every=2, **options)
+    done = train_kv(model, plan, output, device="cpu", log_every=2, save_seconds=0, **options)
     return model, done
 
 
@@ -98,7 +103,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_named(tmp_path
                 model.get_base_model().lm_head.weight.fill_(math.nan)
 
     with pytest.raises(TrainingDiverged, match=r"step 8 .*of step 6, is in .*last"):
-        train_kv(model, plan, tmp_path, device="cpu", log_every=2, save_every=2, callback=poison)
+        train_kv(model, plan, tmp_path, device="cpu", log_every=2, save_seconds=0, callback=poison)
 
 
 def test_a_state_of_another_shape_is_refused(tmp_path):
@@ -231,3 +236,51 @@ class TestSpeed:
         assert set(means) == {1, 2}
         assert set(means[1]) == {"loss", "grad_norm"}
         assert step.means() == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_its_state_saved(number, tmp_path):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    plan = recipe("gradmem")
+    model = plan.build()
+    options = {"device": "cpu", "log_every": 3, "callback": lambda _: os.kill(os.getpid(), number)}
+    with pytest.raises(KeyboardInterrupt):
+        train_kv(model, plan, tmp_path, **options)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert torch.load(tmp_path / "last" / "state.pt", weights_only=True)["step"] in (3, 4)
+    parts, done = run(plan, tmp_path)
+    assert done
+    whole, _ = run(plan, tmp_path / "whole")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+
+
+def test_a_run_is_not_gone_on_with_by_another_recipe(tmp_path):
+    console = Console(file=io.StringIO())
+    options = {"device": torch.device("cpu"), "console": console}
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "state.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="damaged"):
+        train(recipe("gradmem"), tmp_path, **options)
+    (tmp_path / "last" / "state.pt").unlink()
+    (tmp_path / "last").rmdir()
+    train(recipe("gradmem", seed=1), tmp_path, **options)  # nothing had been trained: another recipe may take its place
+    with pytest.raises(ValueError, match="by another recipe: max_grad_norm, seed differ"):
+        train(recipe("gradmem", seed=2, max_grad_norm=3.0), tmp_path, **options)
+    assert json.loads((tmp_path / "recipe.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stages": [{"steps": 0, "mix": [{"max_pairs": 2, "contexts": 1, "queries": 1}]}]},
+        {"stages": [{"steps": 1, "mix": []}]},
+        {"stages": [{"steps": 1, "mix": [{"max_pairs": 2, "contexts": 0, "queries": 1}]}]},
+        {"stages": [{"steps": 1, "mix": [{"max_pairs": 2, "contexts": 1, "queries": 1, "write_steps": [0]}]}]},
+        {"write_steps": []},
+        {"memory": {"num_memory_token": 3}},
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_by_the_recipe(fields):
+    with pytest.raises(ValueError, match=r"validation error|no field"):
+        recipe("full_context", **fields)

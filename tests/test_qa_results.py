@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ BYTES_PER_TOKEN = 4 * 2 * 2 * 2 * 8  # keys and values of 2 layers with 2 heads 
 
 def record(**fields):
     values = {
-        "dataset": "babi 1", "method": "gradmem", "memory_tokens": 16, "write_steps": 2, "states": 1,
+        "dataset": "babi 1", "split": "test", "method": "gradmem", "memory_tokens": 16, "write_steps": 2, "states": 1,
         "exact_match": 0.5,
         "exact_match_error": 0.1, "f1": 0.6, "f1_error": 0.1, "rouge_l": 0.7, "rouge_l_error": 0.1, "questions": 10,
         "context_tokens": 50.0, "bytes_per_context": 1000.0, "full_bytes": 5000.0, "trained_steps": "1-5",
@@ -87,12 +88,26 @@ def test_records_are_replaced_by_key_and_belong_to_a_task(tmp_path):
     add_records(file, TASK, QARecord, [record(), record(write_steps=5)])
     add_records(file, TASK, QARecord, [record(f1=0.9)])
     assert {r.write_steps: r.f1 for r in load_records(file, TASK, QARecord)} == {2: 0.9, 5: 0.6}
+    add_records(file, TASK, QARecord, [record(split="valid"), record(trained_steps="2")])
+    assert len(load_records(file, TASK, QARecord)) == 4
     assert task_of(file) == TASK
     with pytest.raises(ValueError, match="results on answers, not on other"):
         load_records(file, "other", QARecord)
     file.write_text("[]")
     with pytest.raises(ValueError, match="no file of results"):
         task_of(file)
+
+
+def test_records_of_several_processes_are_all_kept(tmp_path):
+    file = tmp_path / "answers.json"
+
+    def add(first):
+        for k in range(first, first + 20):
+            add_records(file, TASK, QARecord, [record(write_steps=k)])
+
+    with ThreadPoolExecutor(4) as pool:  # each has a lock of its own, as a process has
+        list(pool.map(add, range(0, 80, 20)))
+    assert len(load_records(file, TASK, QARecord)) == 80
 
 
 def test_tables_and_plots(tmp_path):
@@ -120,7 +135,7 @@ def test_the_commands(folder, tmp_path):  # noqa: F811
     model, tokenizer = plan.build()
     save_model(model, tokenizer, plan, tmp_path / "model")
     results = tmp_path / "answers.json"
-    command = ["eval", str(tmp_path / "model"), "--steps", "1,2", "--states", "1,2", "--limit", "3"]
+    command = ["eval", str(tmp_path / "model"), "--steps", "1,2", "--states", "1,2"]
     result = CliRunner().invoke(app, [*command, "--results", str(results), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     found = load_records(results, TASK, QARecord)
@@ -130,6 +145,14 @@ def test_the_commands(folder, tmp_path):  # noqa: F811
     result = CliRunner().invoke(app, ["plot", str(results), "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "GradMem, m=3, K=2" in result.output
+    before = results.read_text()
+    result = CliRunner().invoke(app, [*command, "--results", str(results), "--limit", "3", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "keeps results on all of the data" in " ".join(result.stderr.split())
+    assert results.read_text() == before
+    result = CliRunner().invoke(app, [*command, "--limit", "1", "--states", "1", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.output
     result = CliRunner().invoke(app, [*command, "--states", "9", "--device", "cpu"])
     assert result.exit_code == 2
     assert "cannot be asked of 9" in " ".join(result.stderr.split())

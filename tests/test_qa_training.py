@@ -206,11 +206,28 @@ def test_right_looks_at_targets_alone():
         ({"sources": []}, "at least one source"),
         ({"tokens": 20}, "largest bucket"),
         ({"stepz": 3}, "stepz"),
+        ({"queries": 0}, "queries"),
+        ({"write_steps": [0]}, "write_steps"),
+        ({"side_by_side": [4], "contexts": 2}, "asked of up to 4 contexts"),
     ],
 )
 def test_recipes_that_cannot_work(folder, fields, message):
     with pytest.raises(ValueError, match=message):
         recipe(folder, **fields)
+
+
+def test_a_method_without_anything_to_train(folder, tmp_path):
+    plan = recipe(folder, "mean_pooling")
+    del plan.memory["lora_config"]
+    model, tokenizer = plan.build()
+    with pytest.raises(ValueError, match="nothing to train"):
+        train_qa(model, tokenizer, plan, tmp_path, device="cpu")
+
+
+def test_a_bad_row_is_named_by_its_place():
+    bad = rows(1, 9)[0] | {"targets": ["", "w1"]}
+    with pytest.raises(ValueError, match="Source 1: Row 2 has an empty target"):
+        make_pools([(rows(2, 9), 1.0), ([*rows(2, 9), bad], 1.0)], GradMemCollator(tiny_tokenizer()), [10], "cpu")
 
 
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("qa_*.yaml")), ids=lambda path: path.name)

@@ -54,7 +54,7 @@ def test_train_then_eval(files):
         "eval", files / "run" / "checkpoint", "--rows", files / "test.jsonl.gz", "--steps", "1,3", "--device", "cpu"
     )
     assert result.exit_code == 0, result.output
-    assert "write loss before" in " ".join(result.output.split())
+    assert "last write loss" in " ".join(result.output.split())
 
 
 def test_a_stopped_run_goes_on(files):
@@ -84,6 +84,8 @@ def test_settings_alone_are_a_recipe(files):
         ("colour=red", "colour"),
         ("memory.write_steps=-1", "write_steps must be at least 0"),
         ("training.min_write_steps=9", "K would be drawn from 9"),
+        ("memory.num_memory_token=3", "memory has no field num_memory_token"),
+        ("memory={", "is not YAML"),
     ],
 )
 def test_wrong_recipes_say_what_is_wrong(files, setting, message):
@@ -94,10 +96,34 @@ def test_wrong_recipes_say_what_is_wrong(files, setting, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "has no rows"), ('{"context": "a"}\nnot json', "line 2 is not JSON"), ("[1]", "line 1 must be an object")],
+    [
+        ("", "has no rows"),
+        ('{"context": "a", "query": "b", "target": "c"}\nnot json', "line 2 is not JSON"),
+        ("[1]", "line 1 must be an object"),
+        ('{"context": "a", "query": "b", "target": ""}', "line 1 has an empty target"),
+    ],
 )
 def test_files_that_hold_no_rows_are_refused(tmp_path, content, message):
     file = tmp_path / "rows.jsonl"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_rows(file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(b'{"context": "a"}' * 99)[:-20], b"{}", b"\x1f\x8b\x08"],
+    ids=["cut off", "not gzipped", "a header alone"],
+)
+def test_damaged_files_are_named(tmp_path, content):
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz is damaged"):
+        read_rows(file)
+
+
+def test_line_separators_in_a_text_end_no_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = {"context": "one\u2028two\x85three", "query": "a", "target": "b"}
+    file.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert read_rows(file) == [row]

@@ -134,8 +134,8 @@ class TestLoss:
         (entry,) = [entry for entry in run.state.log_history if "loss" in entry]
         assert entry["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
         assert entry["target_loss"] == pytest.approx(expected.target_loss.item(), rel=1e-5)
-        assert entry["write_loss_before"] == pytest.approx(expected.write_losses[:, 0].mean().item(), rel=1e-5)
-        assert entry["write_loss_after"] == pytest.approx(expected.write_losses[:, -1].mean().item(), rel=1e-5)
+        assert entry["first_write_loss"] == pytest.approx(expected.write_losses[:, 0].mean().item(), rel=1e-5)
+        assert entry["last_write_loss"] == pytest.approx(expected.write_losses[:, -1].mean().item(), rel=1e-5)
         norm = expected.memory.flatten(1).norm(dim=1).mean().item()
         assert entry["memory_norm"] == pytest.approx(norm, rel=1e-5)
         assert entry["write_steps"] == 3
@@ -167,7 +167,7 @@ class TestLoss:
         )
         close(halves, whole)
         close(singles, whole)
-        for name in ("loss", "target_loss", "write_loss_before", "write_loss_after", "memory_norm", "grad_norm"):
+        for name in ("loss", "target_loss", "first_write_loss", "last_write_loss", "memory_norm", "grad_norm"):
             assert logs(two, name) == pytest.approx(logs(one, name), rel=1e-4)
             assert logs(four, name) == pytest.approx(logs(one, name), rel=1e-4)
 
@@ -206,7 +206,7 @@ class TestLoss:
         run = trainer(make(), tmp_path, rows(2), rows(2), max_steps=1, min_write_steps=0, max_write_steps=0)
         run.train()
         assert logs(run, "write_steps") == [0]
-        assert not logs(run, "write_loss_before")
+        assert not logs(run, "first_write_loss")
 
     @pytest.mark.parametrize("meta_gradient", ["first_order", "finite_difference"])
     def test_gradient_checkpointing(self, tmp_path, meta_gradient):
@@ -480,7 +480,7 @@ class TestEvaluation:
             expected = model.eval()(**inputs, write_steps=3)
         assert metrics["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
         assert metrics["eval_target_loss"] == pytest.approx(expected.target_loss.item(), rel=1e-4)
-        assert metrics["eval_write_loss_after"] == pytest.approx(expected.write_losses[:, -1].mean().item(), rel=1e-4)
+        assert metrics["eval_last_write_loss"] == pytest.approx(expected.write_losses[:, -1].mean().item(), rel=1e-4)
         assert "eval_exact_match" not in metrics
 
     def test_batch_size_makes_no_difference(self, tmp_path):

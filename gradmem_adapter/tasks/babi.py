@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gradmem_adapter.files import read_text
+
 from .qa import has_tables, load_from_hub, parse
-from .rows import read_rows
+from .rows import json_lines
 
 
 def babi_rows(source: str | Path, number: int, split: str, **hub_options: Any) -> list[dict[str, Any]]:
@@ -37,7 +39,7 @@ def babi_rows(source: str | Path, number: int, split: str, **hub_options: Any) -
         return [_row(*parse(record)) for record in found]
     for suffix in (".jsonl", ".jsonl.gz"):
         if (file := directory / f"qa{number}_{split}{suffix}").is_file():
-            return [_row(*parse(record)) for record in read_rows(file)]
+            return [_row(*parse(record)) for _, record in json_lines(file)]
     for file in sorted(directory.glob(f"qa{number}_*_{split}.txt")):
         return read_babi(file)
     there = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
@@ -52,7 +54,7 @@ def read_babi(path: Path) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     facts: list[str] = []
-    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for place, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         number, _, text = line.partition(" ")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import pydantic
 import torch
@@ -19,18 +20,27 @@ from .kv_retrieval import kv_backbone
 
 METHODS = ("gradmem", "forward_memory", "full_context")
 STRICT = pydantic.ConfigDict(extra="forbid")
+Drawn: TypeAlias = Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)]
+"""Numbers, one of which is drawn for each step."""
+
+
+def check_memory(memory: dict[str, Any]) -> None:
+    """Raise `ValueError` for what is no field of `GradMemConfig`: baselines read a few and would not notice."""
+    known = {field.name for field in dataclasses.fields(GradMemConfig)}
+    if unknown := sorted(memory.keys() - known):
+        raise ValueError(f"memory has no field {', '.join(unknown)}; its fields are those of GradMemConfig.")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class KVMix:
     """One kind of batch in a stage. `share` weighs it against the stage's others, `write_steps` are drawn from."""
 
-    max_pairs: int
-    contexts: int
-    queries: int
-    min_pairs: int | None = None
-    write_steps: tuple[int, ...] = (1,)
-    share: float = 1.0
+    max_pairs: pydantic.PositiveInt
+    contexts: pydantic.PositiveInt
+    queries: pydantic.PositiveInt
+    min_pairs: pydantic.PositiveInt | None = None
+    write_steps: Drawn = (1,)
+    share: pydantic.NonNegativeFloat = 1.0
 
     @property
     def name(self) -> str:
@@ -55,8 +65,8 @@ class Kind(NamedTuple):
 class KVStage:
     """`steps` training steps on a mix of batches; stages follow one another (a curriculum over pairs)."""
 
-    steps: int
-    mix: tuple[KVMix, ...]
+    steps: pydantic.PositiveInt
+    mix: Annotated[tuple[KVMix, ...], pydantic.Field(min_length=1)]
     lr: float = 1e-3
     bf16: bool = False
     """In bf16 mixed precision; otherwise in float32 (matrix products in TF32)."""
@@ -73,7 +83,7 @@ class KVRecipe:
     """Arguments of `kv_backbone`."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of `GradMemConfig`."""
-    write_steps: tuple[int, ...] | None = None
+    write_steps: Drawn | None = None
     """Draw write steps (or passes) from these everywhere, whatever the stages say."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
@@ -90,6 +100,7 @@ class KVRecipe:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
         if not self.stages:
             raise ValueError("A recipe needs at least one stage.")
+        check_memory(self.memory)
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> KVRecipe:

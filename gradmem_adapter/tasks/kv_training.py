@@ -20,7 +20,7 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
     """Train `model` (from `recipe.build()`) in place, going on from `output/last` if a run was interrupted there.
 
     Args:
-        options: as for `run_graphed`: max_seconds, log_every, save_every, stop, callback.
+        options: as for `run_graphed`: max_seconds, log_every, save_seconds, stop, callback.
 
     Returns:
         Whether all steps of the recipe are done.

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gradmem_adapter.files import read_text
 from gradmem_adapter.training.metrics import score_answer
 
-from .rows import read_rows
+from .rows import json_lines
 
 _CONTEXT = ("context", "passage", "content", "story_section")
 _QUERY = ("query", "question")
@@ -46,7 +47,7 @@ def records(source: str | Path, split: str, **hub_options: Any) -> Iterable[Mapp
         return load_from_hub(str(source), split, **hub_options)
     for suffix in (".jsonl", ".jsonl.gz"):
         if (file := directory / f"{split}{suffix}").is_file():
-            return read_rows(file)
+            return [record for _, record in json_lines(file)]
     for suffix in (".json", "-v1.1.json", "-v2.0.json"):
         if (file := directory / f"{split}{suffix}").is_file():
             return squad_file(file)
@@ -75,7 +76,7 @@ def load_from_hub(source: str, split: str, **options: Any) -> Iterable[Mapping[s
 def squad_file(path: Path) -> Iterable[dict[str, Any]]:
     """The questions of a file as SQuAD is distributed: articles, paragraphs, questions."""
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        articles = json.loads(read_text(path))["data"]
         return [
             {"context": paragraph["context"], "question": question["question"],
              "answers": {"text": [answer["text"] for answer in question["answers"]]}}

@@ -90,7 +90,10 @@ def make_pools(
     total = sum(share for _, share in sources)
     for number, (rows, share) in enumerate(sources):
         for i, row in enumerate(rows):
-            batch = collator([row])
+            try:
+                batch = collator([row], first=i)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Source {number}: {error}") from error
             length = batch["context_input_ids"].shape[1]
             size = next((size for size in found if length <= size), None)
             if size is None and drop_longer:

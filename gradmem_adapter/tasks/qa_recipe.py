@@ -19,7 +19,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.training.graphed_run import lr_share
 
 from .babi import babi_rows
-from .kv_recipe import STRICT
+from .kv_recipe import STRICT, Drawn, check_memory
 from .qa import qa_rows
 from .qa_batches import Pool, Rows
 
@@ -34,7 +34,7 @@ class QASource:
     """A directory or a dataset on the hub, see `qa_rows` and `babi_rows`."""
     babi: int | None = None
     """The number of a bAbI task; None: passages."""
-    share: float = 1.0
+    share: pydantic.NonNegativeFloat = 1.0
     """Of training, against the other sources."""
     options: dict[str, Any] = field(default_factory=dict)
     """What `qa_rows` and `babi_rows` take for the hub."""
@@ -77,21 +77,21 @@ class QARecipe:
     method: str = "gradmem"
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of `GradMemConfig`; baselines read num_memory_tokens, reconstruction_weight and lora_config."""
-    write_steps: tuple[int, ...] = (1, 2, 3, 4, 5)
+    write_steps: Drawn = (1, 2, 3, 4, 5)
     """K (or passes) of a step is drawn from these."""
-    side_by_side: tuple[int, ...] = (1,)
+    side_by_side: Drawn = (1,)
     """How many states a question is asked of, drawn from these."""
-    buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 512, 768, 1024)
+    buckets: Drawn = (64, 128, 192, 256, 384, 512, 768, 1024)
     """Contexts are padded to the smallest of these lengths that holds them."""
     drop_longer: bool = False
     """Leave contexts longer than the largest bucket out of training, instead of refusing them."""
-    tokens: int = 8192
+    tokens: pydantic.PositiveInt = 8192
     """Context tokens of a batch, padding counted."""
-    contexts: int = 128
+    contexts: pydantic.PositiveInt = 128
     """Most contexts of a batch."""
-    queries: int = 2
+    queries: pydantic.PositiveInt = 2
     """Questions on each context of a batch."""
-    steps: int = 1000
+    steps: pydantic.PositiveInt = 1000
     lr: float = 5e-4
     warmup_steps: int = 50
     decay_share: float = 0.5
@@ -109,6 +109,11 @@ class QARecipe:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
         if not self.sources:
             raise ValueError("A recipe needs at least one source.")
+        check_memory(self.memory)
+        if self.contexts < max(self.side_by_side):
+            raise ValueError(
+                f"contexts is {self.contexts}, and a question is asked of up to {max(self.side_by_side)} contexts."
+            )
         if self.tokens < max(self.buckets) * max(self.side_by_side):
             raise ValueError(
                 f"tokens is {self.tokens}, and a batch must hold {max(self.side_by_side)} contexts of "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradmem_adapter.training.metrics import Score
@@ -37,6 +38,8 @@ class QARecord:
     """One measurement: greedy answers to the questions of a data set."""
 
     dataset: str
+    split: str
+    """Of the data: "test", as a rule."""
     method: str
     memory_tokens: int
     """m; 0 where there is no memory of fixed size."""
@@ -65,9 +68,10 @@ class QARecord:
     device: str
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
+    def key(self) -> tuple[str, str, str, int, str, int, int]:
         """What a later measurement replaces."""
-        return self.dataset, self.method, self.memory_tokens, self.write_steps, self.states
+        method = self.method, self.memory_tokens, self.trained_steps
+        return self.dataset, self.split, *method, self.write_steps, self.states
 
     @property
     def name(self) -> str:
@@ -78,6 +82,11 @@ class QARecord:
         if self.write_steps:
             parts.append(f"K={self.write_steps}")
         return ", ".join(parts)
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values [n]; 0 for a single one, which says nothing of how they spread."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def distractors(index: Sequence[int], contexts: int, states: int, seed: int) -> list[list[int]]:
@@ -101,6 +110,7 @@ def measure(
     rows: Rows,
     dataset: str,
     *,
+    split: str = "test",
     states: int = 1,
     seed: int = 0,
     score: Score = score_qa,
@@ -109,6 +119,7 @@ def measure(
     """Answer all questions of `rows` greedily and score them.
 
     Args:
+        split: which part of the data set the rows are, for the record.
         states: how many contexts each question is asked of, side by side.
         show: told every query, answer and accepted answers.
     """
@@ -138,12 +149,13 @@ def measure(
     device = answerer.device
     return QARecord(
         dataset=dataset,
+        split=split,
         method=recipe.method,
         memory_tokens=recipe.num_memory_tokens,
         write_steps=answerer.steps if writes else 0,
         states=states,
         **{name: value.mean().item() for name, value in values.items()},
-        **{f"{name}_error": value.std().item() / math.sqrt(len(value)) for name, value in values.items()},
+        **{f"{name}_error": standard_error(value) for name, value in values.items()},
         questions=len(queries),
         context_tokens=tokens,
         bytes_per_context=kept,
@@ -157,15 +169,15 @@ def measure(
 
 def tables(records: Iterable[QARecord]) -> list[Table]:
     """One table per data set: methods with their m and K, scores in % with standard errors, bytes and compression."""
-    found = sorted(records, key=lambda r: (r.dataset, r.states, list(NAMES).index(r.method), r.key))
+    found = sorted(records, key=lambda r: (r.dataset, r.split, r.states, list(NAMES).index(r.method), r.key))
     result = []
-    for dataset, states in dict.fromkeys((r.dataset, r.states) for r in found):
+    for dataset, split, states in dict.fromkeys((r.dataset, r.split, r.states) for r in found):
         side = "" if states == 1 else f", each question asked of {states} contexts side by side"
-        table = Table(title=f"{dataset}{side}")
+        table = Table(title=f"{dataset}, {split}{side}")
         table.add_column("", no_wrap=True)
         for heading in ("exact match %", "F1 %", "ROUGE-L %", "bytes/context", "compression"):
             table.add_column(heading)
-        for r in (r for r in found if (r.dataset, r.states) == (dataset, states)):
+        for r in (r for r in found if (r.dataset, r.split, r.states) == (dataset, split, states)):
             shown = [f"{100 * getattr(r, name):.1f} ± {100 * getattr(r, name + '_error'):.1f}" for name in SCORES]
             ratio = f"{r.full_bytes / r.bytes_per_context:.0f} x" if r.bytes_per_context else ""
             table.add_row(r.name, *shown, f"{r.bytes_per_context:,.0f}", ratio)
@@ -182,7 +194,7 @@ def plot(records: Sequence[QARecord], output: Path) -> list[Path]:
     plt = pyplot()
     output.mkdir(parents=True, exist_ok=True)
     files = []
-    alone = [r for r in records if r.states == 1]
+    alone = [r for r in records if r.states == 1 and r.split == "test"]
     for dataset in dict.fromkeys(r.dataset for r in alone):
         mine = [r for r in alone if r.dataset == dataset]
         figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -58,11 +56,6 @@ class NextChunk(NamedTuple):
     """Given nothing."""
     text: Estimate
     """Given the passage itself."""
-
-
-def read_text(path: Path) -> str:
-    """A text file, gzipped or not."""
-    return gzip.open(path, "rt", encoding="utf-8").read() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
 
 
 def passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int | None = None) -> list[Passage]:

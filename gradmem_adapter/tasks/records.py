@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Hashable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from filelock import FileLock
+
+from gradmem_adapter.files import replacing
 
 
 class Record(Protocol):
@@ -51,12 +54,12 @@ def load_records(path: Path, task: str, kind: type[RecordT]) -> list[RecordT]:
 
 def add_records(path: Path, task: str, kind: type[RecordT], new: Iterable[RecordT]) -> None:
     """Add records to a file, in the place of older ones with the same key."""
-    merged: dict[Any, Any] = {record.key: record for record in (*load_records(path, task, kind), *new)}
-    content = {"task": task, "records": [asdict(merged[key]) for key in sorted(merged)]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with FileLock(path.with_name(path.name + ".lock")):  # two evaluations may end at the same time
+        merged: dict[Any, Any] = {record.key: record for record in (*load_records(path, task, kind), *new)}
+        content = {"task": task, "records": [asdict(merged[key]) for key in sorted(merged)]}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def pyplot() -> Any:

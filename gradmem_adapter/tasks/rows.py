@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from dataclasses import field
 from pathlib import Path
@@ -14,9 +13,11 @@ from transformers import set_seed
 
 from gradmem_adapter.backbones import load_backbone
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.files import read_text
 from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
+from gradmem_adapter.training.collator import read_row
 
-from .kv_recipe import STRICT
+from .kv_recipe import STRICT, check_memory
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -34,6 +35,9 @@ class RowsRecipe:
     """Fields of `GradMemConfig`."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields of `GradMemTrainingArguments`."""
+
+    def __post_init__(self) -> None:
+        check_memory(self.memory)
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> RowsRecipe:
@@ -59,22 +63,35 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: a line is no row, or there is none; the message names the line.
+    """
+    named = json_lines(path)
+    for name, row in named:
+        read_row(name, row)
+    return [row for _, row in named]
+
+
+def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects in a file of JSON lines, each with the place it stands at, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
         ValueError: a line is not a JSON object, or there is none; the message names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of rows {str(path)!r}.")
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} must be an object with a context, got {type(row).__name__}.")
-            rows.append(row)
-    if not rows:
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        name = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{name} must be an object with a context, got {type(row).__name__}.")
+        found.append((name, row))
+    if not found:
         raise ValueError(f"{path} has no rows.")
-    return rows
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.checkpoint import check_tensors, save_checkpoint
+from gradmem_adapter.files import replacing
 from gradmem_adapter.training.graphed_run import trained
 
 WEIGHTS = "model.safetensors"
@@ -26,9 +26,34 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Any
         save_checkpoint(model, tokenizer, path)
     else:
         path.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in trained(model).items()}, path / (WEIGHTS + ".tmp"))
-        os.replace(path / (WEIGHTS + ".tmp"), path / WEIGHTS)
-    (path / RECIPE).write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
+        with replacing(path / WEIGHTS) as temporary:
+            save_file({name: value.contiguous() for name, value in trained(model).items()}, temporary)
+    _write_recipe(recipe, path)
+
+
+def _write_recipe(recipe: Any, path: Path) -> None:
+    with replacing(path / RECIPE) as temporary:
+        temporary.write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
+
+
+def claim_run(recipe: Any, path: Path) -> None:
+    """Keep the recipe in the directory of its run, which no other recipe may go on in.
+
+    Raises:
+        ValueError: a run by another recipe is there; the message names the fields that differ.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / RECIPE).is_file() or list(path.iterdir()) == [path / RECIPE]:  # nothing has been trained there
+        _write_recipe(recipe, path)
+        return
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    there = load_recipe_fields(path)
+    names = sorted(name for name in wanted | there if wanted.get(name) != there.get(name))
+    if names:
+        raise ValueError(
+            f"{path} holds a run by another recipe: {', '.join(names)} differ{'s' if len(names) == 1 else ''}. Give "
+            f"--output another directory, or delete that one; its recipe is in {path / RECIPE}."
+        )
 
 
 def load_recipe_fields(path: Path) -> dict[str, Any]:

@@ -72,18 +72,22 @@ class GradMemCollator:
                 "tokenizer.pad_token = tokenizer.eos_token."
             )
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]], first: int = 0) -> dict[str, Any]:
+        """The batch. Args: first: what messages call the first row's number."""
         if not rows:
             raise ValueError("There are no rows to make a batch of.")
-        examples = [read_row(i, row) for i, row in enumerate(rows)]
-        contexts = [self._context(i, example.context) for i, example in enumerate(examples)]
+        names = [f"Row {i}" for i in range(first, first + len(rows))]
+        examples = [read_row(name, row) for name, row in zip(names, rows, strict=True)]
+        contexts = [self._context(name, example.context) for name, example in zip(names, examples, strict=True)]
         context_index = [i for i, example in enumerate(examples) for _ in example.queries]
-        queries = [self._query(i, query) for i, example in enumerate(examples) for query in example.queries]
+        queries = [self._query(names[i], query) for i, example in enumerate(examples) for query in example.queries]
         targets = [self.target_ids(target) for example in examples for target in example.targets]
         for i, query, target in zip(context_index, queries, targets, strict=True):
             if not target:
-                raise ValueError(f"Row {i}: its target gives no tokens. Leave the query out.")
-            _check_length(f"Row {i}: query and target", len(query) + len(target), self.max_query_length, "Shorten them")
+                raise ValueError(f"{names[i]}: its target gives no tokens. Leave the query out.")
+            _check_length(
+                f"{names[i]}: query and target", len(query) + len(target), self.max_query_length, "Shorten them"
+            )
         context_ids, context_mask = self._pad(contexts, "right")
         sequences = [query + target for query, target in zip(queries, targets, strict=True)]
         input_ids, attention_mask = self._pad(sequences, "right")
@@ -110,72 +114,75 @@ class GradMemCollator:
 
     def longest_target(self, row: Mapping[str, Any]) -> int:
         """How many tokens the longest text has that a query of the row may be answered with."""
-        example = read_row(0, row)
+        example = read_row("The row", row)
         texts = [*example.targets, *(text for accepted in example.references for text in accepted)]
         return max(len(self.target_ids(text)) for text in texts)
 
-    def _context(self, index: int, text: str) -> list[int]:
+    def _context(self, name: str, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
         if not ids:
-            raise ValueError(f"Row {index}: its context gives no tokens; there is nothing to write. Leave the row out.")
+            raise ValueError(f"{name}: its context gives no tokens; there is nothing to write. Leave the row out.")
         advice = "Split it into several rows (and read their states side by side), or shorten it yourself"
-        _check_length(f"Row {index}: the context", len(ids), self.max_context_length, advice)
+        _check_length(f"{name}: the context", len(ids), self.max_context_length, advice)
         return ids
 
-    def _query(self, index: int, query: Prompt) -> list[int]:
+    def _query(self, name: str, query: Prompt) -> list[int]:
         text, special = format_query(query, self.query_format, self.tokenizer)
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if not ids:
-            raise ValueError(f"Row {index}: its query gives no tokens. Leave it out.")
+            raise ValueError(f"{name}: its query gives no tokens. Leave it out.")
         return ids
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         return pad(rows, side, int(self.tokenizer.pad_token_id))
 
 
-def read_row(index: int, row: Mapping[str, Any]) -> Example:
+def read_row(name: str, row: Mapping[str, Any]) -> Example:
     """A row as it is meant, in one form. Keys that are None count as absent, as `datasets` fills them in.
+
+    Args:
+        name: what messages call it.
 
     Raises:
         TypeError, ValueError: it is no row, or lacks something, or is contradictory; the message says which and what.
     """
     if not isinstance(row, Mapping):
-        raise TypeError(f"Row {index} is a {type(row).__name__}, not a mapping. {_FORMS}")
+        raise TypeError(f"{name} is a {type(row).__name__}, not a mapping. {_FORMS}")
     given = {key for key in ("query", "target", "queries", "targets") if row.get(key) is not None}
     one, several = given & {"query", "target"}, given & {"queries", "targets"}
     if one and several:
-        raise ValueError(f"Row {index} mixes {' and '.join(sorted(given))}. {_FORMS}")
+        raise ValueError(f"{name} mixes {' and '.join(sorted(given))}. {_FORMS}")
     if missing := ({"queries", "targets"} if several else {"query", "target"}) - given:
-        raise ValueError(f"Row {index} has no {' and no '.join(sorted(missing))}. {_FORMS}")
+        raise ValueError(f"{name} has no {' and no '.join(sorted(missing))}. {_FORMS}")
     context, answers = row.get("context"), row.get("answers")
     if not isinstance(context, str) or not context:
-        raise ValueError(f"Row {index} has no context to write (it is {context!r}). {_FORMS}")
+        raise ValueError(f"{name} has no context to write (it is {context!r}). {_FORMS}")
     if several:
-        queries, targets = (_list(index, key, row[key]) for key in ("queries", "targets"))
-        references = [[target] for target in targets] if answers is None else _list(index, "answers", answers)
+        queries, targets = (_list(name, key, row[key]) for key in ("queries", "targets"))
+        references = [[target] for target in targets] if answers is None else _list(name, "answers", answers)
     else:
         queries, targets = [row["query"]], [row["target"]]
         references = [targets if answers is None else answers]
     if not len(queries) == len(targets) == len(references):
         raise ValueError(
-            f"Row {index} has {len(queries)} queries, {len(targets)} targets and references for {len(references)}: "
+            f"{name} has {len(queries)} queries, {len(targets)} targets and references for {len(references)}: "
             "each query needs one target."
         )
     if not queries:
-        raise ValueError(f"Row {index} has no queries: its list is empty. {_FORMS}")
+        raise ValueError(f"{name} has no queries: its list is empty. {_FORMS}")
     for query, target, accepted in zip(queries, targets, references, strict=True):
         if not isinstance(query, str | Sequence) or not query:
-            raise ValueError(f"Row {index} has an empty query ({query!r}): give a text or a list of chat messages.")
+            raise ValueError(f"{name} has an empty query ({query!r}): give a text or a list of chat messages.")
         if not isinstance(target, str) or not target:
-            raise ValueError(f"Row {index} has an empty target ({target!r}): give the text that is to be answered.")
+            raise ValueError(f"{name} has an empty target ({target!r}): give the text that is to be answered.")
         if isinstance(accepted, str) or not accepted or not all(isinstance(text, str) for text in accepted):
-            raise ValueError(f"Row {index} has no list of texts as the answers to a query: {accepted!r}.")
+            raise ValueError(f"{name} has no list of texts as the answers to a query: {accepted!r}.")
     return Example(context, list(queries), list(targets), [list(accepted) for accepted in references])
 
 
-def _list(index: int, key: str, value: Any) -> list[Any]:
+def _list(name: str, key: str, value: Any) -> list[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"Row {index}: {key!r} must be a list, got {type(value).__name__}. {_FORMS}")
+        raise ValueError(f"{name}: {key!r} must be a list, got {type(value).__name__}. {_FORMS}")
     return list(value)
 
 

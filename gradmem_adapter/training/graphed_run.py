@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
+import pickle
+import signal
+import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmem_adapter.checkpoint import check_tensors
+from gradmem_adapter.files import replacing
 from gradmem_adapter.model import GradMemOutput
 
 from .errors import TrainingDiverged
@@ -81,7 +85,7 @@ def run_graphed(
     device: torch.device | str,
     max_seconds: float = math.inf,
     log_every: int = 50,
-    save_every: int = 1000,
+    save_seconds: float = 60,
     stop: Callable[[RunProgress], bool] | None = None,
     callback: Callable[[RunProgress], None] | None = None,
 ) -> bool:
@@ -93,6 +97,7 @@ def run_graphed(
         plan: what is trained when.
         output: a directory; `last/` in it holds the trained weights, the optimizer and the step.
         max_seconds: stop (and save) after so much training.
+        save_seconds: save at the first log after so much training since the last time.
         stop: asked at each log; True ends the run.
 
     Returns:
@@ -100,6 +105,7 @@ def run_graphed(
 
     Raises:
         TrainingDiverged: the loss is no longer finite; `output/last` is the last good state.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, which end the run after the step that is being computed, and save it.
     """
     device = torch.device(device)
     step_on = GraphedStep(
@@ -111,13 +117,14 @@ def run_graphed(
     )
     torch.manual_seed(plan.seed)
     step = _resume(output / "last", model, step_on)
-    start = time.perf_counter()
-    with fast_matmul(), maskless_attention(model), compiled_layers(model, plan.compile and device.type == "cuda"):
+    start = saved = time.perf_counter()
+    fast = compiled_layers(model, plan.compile and device.type == "cuda")
+    with fast_matmul(), maskless_attention(model), fast, interruption() as interrupted:
         while step < plan.steps:
             step_on(plan.kind_at(step), plan.lr_at(step))
             step += 1
             done = step == plan.steps
-            if step % log_every and not done:
+            if step % log_every and not done and not interrupted():
                 continue
             means = {kind.name: values for kind, values in step_on.means().items()}
             if not all(math.isfinite(v) for values in means.values() for v in values.values()):
@@ -130,11 +137,40 @@ def run_graphed(
             if callback is not None:
                 callback(progress)
             over = progress.seconds > max_seconds or (stop is not None and stop(progress))
-            if done or over or step % save_every == 0:
+            if done or over or interrupted() or time.perf_counter() - saved > save_seconds:
                 _save(output / "last", model, step_on, step)
+                saved = time.perf_counter()
+            if interrupted():
+                raise KeyboardInterrupt
             if over:
                 break
     return step >= plan.steps
+
+
+@contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM wait until they are asked for; a second one does what it always does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals are the main thread's
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+    seen = False
+
+    def remember(*_: Any) -> None:
+        nonlocal seen
+        seen = True
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, remember)
+    try:
+        yield lambda: seen
+    finally:
+        restore()
 
 
 def scalars(output: GradMemOutput, hits: Tensor) -> dict[str, Tensor]:
@@ -142,8 +178,8 @@ def scalars(output: GradMemOutput, hits: Tensor) -> dict[str, Tensor]:
     values: dict[str, Tensor | None] = {"loss": output.loss, "target_loss": output.target_loss}
     values["exact_match"] = hits.float().mean()
     if output.write_losses is not None:
-        values["write_loss_before"] = output.write_losses[:, 0].mean()
-        values["write_loss_after"] = output.write_losses[:, -1].mean()
+        values["first_write_loss"] = output.write_losses[:, 0].mean()
+        values["last_write_loss"] = output.write_losses[:, -1].mean()
     if output.memory is not None:
         values["memory_norm"] = torch.linalg.vector_norm(output.memory.detach(), dim=(1, 2)).mean()
     return {name: value for name, value in values.items() if value is not None}
@@ -171,16 +207,18 @@ def _save(directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: in
         "step": step,
         "random": _random(next(model.parameters()).device).get_rng_state(),
     }
-    temporary = directory / "state.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, _state_file(directory))
+    with replacing(_state_file(directory)) as temporary:
+        torch.save(state, temporary)
 
 
 def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> int:
     file = _state_file(directory)
     if not file.exists():
         return 0
-    state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
+    try:
+        state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Delete it to train from the beginning.") from error
     check_tensors(file, state["weights"], trained(model))
     model.load_state_dict(state["weights"], strict=False)
     step_on.load_state_dict(state["optimizer"])

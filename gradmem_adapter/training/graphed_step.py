@@ -41,6 +41,8 @@ class GraphedStep(Generic[Kind]):
     ) -> None:
         self.loss = loss
         self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("There is nothing to train: this method has no parameters of its own. Add a lora_config.")
         self.max_grad_norm = max_grad_norm
         device = self.parameters[0].device
         self.graphed = device.type == "cuda"

@@ -16,13 +16,17 @@ FOR_GENERATION = ("query_input_ids", "query_attention_mask", "targets")
 """What a batch holds beside the arguments of the model."""
 MEANS = {
     "target_loss": "tokens",
-    "write_loss_before": "written",
-    "write_loss_after": "written",
+    "first_write_loss": "written",
+    "last_write_loss": "written",
     "memory_norm": "contexts",
     "write_steps": "contexts",
     "memory_grad_norm": "steps",
 }
-"""What is reported, and the count that its sum is divided by; scores of answers are divided by that of queries."""
+"""What is reported, and the count that its sum is divided by; scores of answers are divided by that of queries.
+
+first_write_loss and last_write_loss are the write losses before the first and before the last write step; the latter is
+what `reconstruction_weight` weighs. With one step they are the same.
+"""
 COUNTS = {*MEANS.values(), "queries"}
 
 
@@ -109,8 +113,8 @@ def _written(output: GradMemOutput) -> dict[str, Tensor]:
     ones = memory.new_ones(len(memory))
     steps = losses.shape[1]
     return {
-        "write_loss_before": losses[:, 0] if steps else 0 * ones,
-        "write_loss_after": losses[:, -1] if steps else 0 * ones,
+        "first_write_loss": losses[:, 0] if steps else 0 * ones,
+        "last_write_loss": losses[:, -1] if steps else 0 * ones,
         "written": ones * (steps > 0),
         "memory_norm": memory.flatten(1).norm(dim=1),
         "write_steps": ones * steps,

@@ -279,7 +279,7 @@ class GradMemTrainer(Trainer):
         if not self._eval_sums:
             raise ValueError("The dataset to evaluate on has no rows.")
         found = means(self._eval_sums)
-        loss = found["target_loss"] + self.config.reconstruction_weight * found.get("write_loss_after", 0.0)
+        loss = found["target_loss"] + self.config.reconstruction_weight * found.get("last_write_loss", 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in ({"loss": loss} | found).items()}
         return output._replace(metrics=(output.metrics or {}) | metrics)
 
