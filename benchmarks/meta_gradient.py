@@ -35,7 +35,7 @@ def accuracy(args: argparse.Namespace) -> None:
     ids = torch.tensor(tokenizer(Path(args.text).read_text(encoding="utf-8")[:200_000])["input_ids"])
     rows = ids[: args.batch * (args.length + args.query)].view(args.batch, -1).to(DEVICE)
     context, query = rows[:, : args.length], rows[:, args.length :]
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     config = GradMemConfig(
         num_memory_tokens=args.memory, write_steps=args.write_steps, train_backbone=True, memory_init="vocab"
     )
@@ -67,9 +67,9 @@ def accuracy(args: argparse.Namespace) -> None:
 
         def show(method: str, gradient: Tensor, lr: float = lr, exact: Tensor = exact, **more: Any) -> None:
             cosine, ratio = F.cosine_similarity(gradient, exact, dim=0).item(), (gradient.norm() / exact.norm()).item()
-            report(kind="accuracy", method=method, write_lr=lr, cosine=cosine, norm_ratio=ratio, **more)
+            report(kind="accuracy", method=method, seed=args.seed, write_lr=lr, cosine=cosine, norm_ratio=ratio, **more)
 
-        report(kind="write", write_lr=lr, outer_loss_before=losses[0], outer_loss_after=losses[1])
+        report(kind="write", seed=args.seed, write_lr=lr, outer_loss_before=losses[0], outer_loss_after=losses[1])
         show("exact float32 by the textbook", flat("exact", lr, textbook=True))
         show("first order float32", flat("first_order", lr))
         show("double backward bf16 by the textbook", flat("exact", lr, bf16=True, textbook=True))
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--write-steps", type=int, default=2)
     parser.add_argument("--lrs", type=float, nargs="*", default=[0.01, 0.03, 0.1])
     parser.add_argument("--steps-to-try", type=float, nargs="*", default=[3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 1e-1])
+    parser.add_argument("--seed", type=int, default=0, help="which tokens the slots start from")
     accuracy(parser.parse_args(argv))
 
 
