@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .checks import checkpointing
+
 
 class TwiceDifferentiableAttention(TorchFunctionMode):
     """Inside this context, `scaled_dot_product_attention` is computed from plain matrix products and a softmax.
@@ -105,8 +107,7 @@ def require_double_backward(backbone: PreTrainedModel) -> None:
         NotImplementedError: it cannot; the message says what to do.
     """
     name = backbone.config._attn_implementation
-    checkpointing = backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
-    if checkpointing and name not in (None, "eager"):
+    if checkpointing(backbone) and name not in (None, "eager"):
         # PyTorch leaves function modes while it runs a backward pass, so layers computed again there would be fused.
         raise NotImplementedError(
             f"meta_gradient='exact' works with gradient checkpointing only where the attention is 'eager', not "

@@ -36,6 +36,11 @@ def check_backbone(model: object) -> None:
         )
 
 
+def checkpointing(backbone: PreTrainedModel) -> bool:
+    """Whether the backbone's layers are computed again in backward passes (gradient checkpointing)."""
+    return backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
+
+
 _static: ContextVar[bool] = ContextVar("gradmem_static", default=False)
 
 

@@ -115,6 +115,13 @@ class GradMemConfig(PeftConfig):
     train_backbone: bool = field(
         default=False, metadata={"help": "Train all weights of the backbone. Save with `save_checkpoint`."}
     )
+    start_from_context: bool = field(
+        default=False,
+        metadata={
+            "help": "WRITE starts from the slots plus what one forward pass over [context; slots] gives at their "
+            "places, times a learned gain that starts at zero, instead of from the slots alone."
+        },
+    )
     memory_init: str = field(
         default="normal",
         metadata={"help": "Memory slots start as 'normal' noise or as the embeddings of random 'vocab' tokens."},
@@ -156,7 +163,10 @@ class GradMemConfig(PeftConfig):
         for name in ("write_clip_norm", "write_clip_value", "finite_difference_step"):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
-        for name in ("learn_write_lr", "write_lr_per_element", "write_head", "train_backbone", "init_weights"):
+        for name in (
+            "learn_write_lr", "write_lr_per_element", "write_head", "start_from_context", "train_backbone",
+            "init_weights",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("write_optimizer", WRITE_OPTIMIZERS)

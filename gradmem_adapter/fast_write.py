@@ -26,9 +26,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import CAUSAL
 from .checks import static_shapes
+from .fingerprint import walk
 from .lora_phase import PhaseGated, in_phase
 from .slots import MemorySlots
-from .token_losses import losses_and_slope
+from .token_losses import PLAIN, Once
 from .write import Context, WritePass, Writer, write_pass
 
 COMPILE_SECONDS = 20.0
@@ -187,13 +188,11 @@ class FastPass:
 
     def __init__(self, writer: Writer, *, compiled: bool, graphed: bool) -> None:
         backbone = frozen_twin(writer.backbone)
-        slope = losses_and_slope
         if compiled:
             for layer in backbone.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.compile(dynamic=True)
-            slope = torch.compile(losses_and_slope, dynamic=True)
-        self.writer = replace(writer, backbone=backbone, once=slope)
+        self.writer = replace(writer, backbone=backbone, once=Once.compiled() if compiled else PLAIN)
         self.compiled, self.graphed, self.trusted = compiled, graphed, False
         self._graphs: OrderedDict[tuple[Bucket, bool], Callable[..., Any]] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if graphed else None
@@ -289,11 +288,11 @@ def frozen_twin(backbone: PreTrainedModel) -> PreTrainedModel:
 def signature(writer: Writer) -> Any:
     """What a fast pass was made for: it holds addresses of weights and what the layers were set to."""
     device = writer.slots.gradmem_memory[writer.adapter].device.type
-    layers = [
-        (layer.disable_adapters, tuple(layer.active_adapters), str(getattr(layer, "scaling", "")), layer.merged)
-        for layer in writer.backbone.modules()
-        if isinstance(layer, BaseTunerLayer)
-    ]
-    weights = [(p.data_ptr(), p.dtype) for p in writer.backbone.parameters()]
+    weights, layers = [], []
+    for module in walk(writer.backbone):
+        weights += [(p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None]
+        if isinstance(module, BaseTunerLayer):
+            scaling = str(getattr(module, "scaling", ""))
+            layers.append((module.disable_adapters, tuple(module.active_adapters), scaling, module.merged))
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return writer.adapter, writer.config.write_head, autocast, weights, layers

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .attention import TwiceDifferentiableAttention, require_double_backward
 from .lora_phase import backward_in_write
-from .token_losses import losses_and_slope
-from .write import Context, Writer, WriteState, rate_at, write_gradient, write_memory, write_step
+from .token_losses import PLAIN
+from .write import Context, Writer, WriteState, rate_at, warn_diverged, write_gradient, write_memory, write_step
 
 RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """The finite difference's step by the type that the backbone computes in; measured in docs/meta_gradient.md."""
@@ -148,7 +148,7 @@ class FiniteDifference:
         """Ordinary gradients of sum_b cotangent_b L_w(M_b), for the memory and for the weights."""
         memory, writer = memory.requires_grad_(), step.writer
         if not writer.trains_head:
-            writer = replace(writer, once=losses_and_slope)
+            writer = replace(writer, once=PLAIN)
         with step.replay():
             losses, _ = writer.losses(memory, context)
             return _vjp([losses], [memory, *step.weights], [cotangent])
@@ -192,7 +192,7 @@ class _WriteStep(torch.autograd.Function):
         ctx.strategy, ctx.writer, ctx.context, ctx.step = strategy, writer, context, step
         ctx.replay = Replay(memory.device)
         with torch.enable_grad():
-            once = replace(writer, once=losses_and_slope)  # for the memory alone
+            once = replace(writer, once=PLAIN)  # for the memory alone
             gradient, losses, _ = write_gradient(once, memory.detach().requires_grad_(), context)
         ctx.replay.end()
         state = write_step(writer, WriteState(memory, mean, square, step), gradient, lr)
@@ -264,7 +264,10 @@ def differentiable_write(
     config = writer.config
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
         optimizer = config.write_optimizer
-        constant, history = write_memory(writer, memory, context, steps=steps, lrs=lrs.unbind(), optimizer=optimizer)
+        constant, history, diverged = write_memory(
+            writer, memory, context, steps=steps, lrs=lrs.unbind(), optimizer=optimizer
+        )
+        warn_diverged(diverged)
         return constant, history[:, :-1]
     if config.meta_gradient == "exact":
         require_double_backward(writer.backbone)

@@ -29,10 +29,11 @@ from .read import (
     length_arguments,
     query_mask,
     read_inputs,
+    targets_only,
 )
 from .slots import MemorySlots
 from .state import MemoryState
-from .write import Context, Rate, WriteProgress, Writer, right_padded, write_memory
+from .write import Context, Rate, WriteProgress, Writer, right_padded, warn_diverged, write_memory
 
 SLOTS = "memory_slots"
 """The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
@@ -47,11 +48,13 @@ class GradMemOutput(CausalLMOutputWithPast):
         target_loss: the loss on `labels` alone.
         write_losses: [contexts, K], the write losses before each step, where a context was written.
         memory: [contexts, m, d], the memory after WRITE, where a context was written.
+        correct: [B], with `max_targets`: whether every target token of a query is the model's first choice.
     """
 
     target_loss: Tensor | None = None
     write_losses: Tensor | None = None
     memory: Tensor | None = None
+    correct: Tensor | None = None
 
 
 class Fidelity(NamedTuple):
@@ -298,12 +301,13 @@ class GradMemModel(BaseTuner):
             if len(memory) != batch:
                 raise ValueError(f"initial has {len(memory)} states for {batch} contexts; pass one per context.")
         else:
-            memory = writer.slots.gradmem_memory[writer.adapter].detach().expand(batch, -1, -1)
+            with torch.no_grad():
+                memory = writer.start(context)
         learned = self._write_lrs(writer).detach().unbind()
         lrs: Sequence[Rate] = [lr] if lr is not None else learned if initial is None else learned[-1:]
         longest = None if self.positions is None else self.positions - writer.prefix_length
         with self._fast_writes.of(writer, context, compile, longest) as run:
-            memory, losses = write_memory(
+            memory, losses, diverged = write_memory(
                 writer,
                 memory.to(torch.promote_types(memory.dtype, torch.float32)),
                 context,
@@ -315,9 +319,9 @@ class GradMemModel(BaseTuner):
                 callback=callback,
                 run=run,
             )
-        return MemoryState(
-            vectors=memory, context_tokens=context.lengths, write_losses=losses, fingerprint=self.fingerprint()
-        )
+            fingerprint = self.fingerprint()  # while a GPU is still at work
+            warn_diverged(diverged)
+        return MemoryState(memory, context.lengths, losses, fingerprint)
 
     def write_many(
         self,
@@ -431,6 +435,7 @@ class GradMemModel(BaseTuner):
         context_attention_mask: Tensor | None = None,
         context_index: Tensor | None = None,
         write_steps: int | None = None,
+        max_targets: int | None = None,
         strict: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -449,6 +454,8 @@ class GradMemModel(BaseTuner):
             context_index: [B], the context (or state) of each query, or [B, S], those that it reads side by side
                 (as `MemoryState.concat` puts them); default: the same order.
             write_steps: K in this pass (default: the config's).
+            max_targets: of a query at most so many labels count. Then the output head is applied where one does and
+                nowhere else, which saves most of READ's memory; the output has no logits.
             strict: refuse a state that another model wrote.
             kwargs: what else the backbone's forward takes.
 
@@ -489,14 +496,17 @@ class GradMemModel(BaseTuner):
         if labels is not None:
             labels = read.layout.join(labels.new_full(prefix.shape[:2], -100), labels)
         return_dict = kwargs.pop("return_dict", None)
-        output = self.model(
-            inputs_embeds=read.inputs_embeds,
-            attention_mask=read.attention_mask,
-            position_ids=read.position_ids,
-            labels=labels,
-            return_dict=True,
+        inputs = {
+            "inputs_embeds": read.inputs_embeds,
+            "attention_mask": read.attention_mask,
+            "position_ids": read.position_ids,
+            "return_dict": True,
             **kwargs,
-        )
+        }
+        if max_targets is None:
+            output, correct = self.model(labels=labels, **inputs), None
+        else:
+            output, correct = targets_only(self.model, labels, max_targets, **inputs)
         loss = output.loss
         weight = self.peft_config[self._adapter].reconstruction_weight
         if loss is not None and losses is not None and losses.shape[1] and weight:
@@ -513,6 +523,7 @@ class GradMemModel(BaseTuner):
             target_loss=output.loss,
             write_losses=losses,
             memory=vectors if losses is not None else None,
+            correct=correct,
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -523,10 +534,10 @@ class GradMemModel(BaseTuner):
         writer = self._writer()
         context = self._context("context_input_ids", input_ids, attention_mask)
         steps = writer.config.write_steps if steps is None else steps
-        slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         lrs = self._write_lrs(writer)
-        return differentiable_write(writer, slots, context, steps=steps, lrs=lrs, weights=weights)
+        start = writer.start(context)
+        return differentiable_write(writer, start, context, steps=steps, lrs=lrs, weights=weights)
 
     @staticmethod
     def _write_lrs(writer: Writer) -> Tensor:

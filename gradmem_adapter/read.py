@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checks import capturing
+from .output_head import output_head
+from .token_losses import IGNORED, PLAIN, target_losses
 
 
 class Layout(NamedTuple):
@@ -76,6 +79,27 @@ def read_inputs(prefix: Tensor, query_embeddings: Tensor, attention_mask: Tensor
     layout = Layout.of(attention_mask, prefix.shape[1])
     ones = attention_mask.new_ones(prefix.shape[:2])
     return ReadInputs(layout, layout.join(prefix, query_embeddings), layout.join(ones, attention_mask))
+
+
+def targets_only(
+    backbone: PreTrainedModel, labels: Tensor | None, most: int, **inputs: Any
+) -> tuple[CausalLMOutputWithPast, Tensor]:
+    """The backbone's output with the loss of at most `most` labels a row of [B, T], and whether all are first choices.
+
+    Raises:
+        ValueError: there are no labels, or more.
+    """
+    if labels is None:
+        raise ValueError("max_targets needs labels.")
+    if not capturing() and (found := int((labels != IGNORED).sum(1).max())) > most:
+        raise ValueError(f"max_targets is {most}, and a query has {found} labels that count.")
+    output = backbone.base_model(**inputs)
+    head = backbone.get_output_embeddings()
+    once = None if any(parameter.requires_grad for parameter in head.parameters()) else PLAIN
+    loss, correct = target_losses(
+        output.last_hidden_state, labels, most, output_head(backbone), head.weight.shape[0], once
+    )
+    return CausalLMOutputWithPast(loss=loss, past_key_values=output.get("past_key_values")), correct
 
 
 def generation_option(name: str, kwargs: dict[str, Any], default: GenerationConfig) -> Any:

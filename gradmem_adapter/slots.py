@@ -22,6 +22,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         gradmem_memory: [m, d], the initial memory M_0.
         gradmem_log_write_lr: [n] or [n, m, d], natural logarithm of the learned write learning rates of the first n
             write steps, one for all elements of the memory or one for each.
+        gradmem_start_gain: [d], the gain of the forward pass that WRITE starts from (`start_from_context`).
         gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end: [c, d], control vectors.
         gradmem_projection: Linear(d, d), on the memory before it enters the model.
         gradmem_write_head: Linear(hidden, V), the output head of WRITE.
@@ -30,6 +31,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
     adapter_layer_names = (
         "gradmem_memory",
         "gradmem_log_write_lr",
+        "gradmem_start_gain",
         "gradmem_write_start",
         "gradmem_write_end",
         "gradmem_read_start",
@@ -43,6 +45,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         super().__init__()
         self.gradmem_memory = nn.ParameterDict()
         self.gradmem_log_write_lr = nn.ParameterDict()
+        self.gradmem_start_gain = nn.ParameterDict()
         self.gradmem_write_start = nn.ParameterDict()
         self.gradmem_write_end = nn.ParameterDict()
         self.gradmem_read_start = nn.ParameterDict()
@@ -71,6 +74,10 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         if config.learn_write_lr:
             shape = (config.num_write_lrs, m, d) if config.write_lr_per_element else (config.num_write_lrs,)
             self.gradmem_log_write_lr[adapter] = nn.Parameter(torch.full(shape, math.log(config.write_lr), **factory))
+        if config.start_from_context:
+            self.gradmem_start_gain[adapter] = normal(d)
+            if config.init_weights:
+                nn.init.zeros_(self.gradmem_start_gain[adapter])
         if c:
             for name in ("write_start", "write_end", "read_start", "read_end"):
                 getattr(self, f"gradmem_{name}")[adapter] = normal(c, d)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,12 +18,29 @@ MAX_LOGITS_IN_CACHE = 3 * 2**21
 
 Head: TypeAlias = Callable[[Tensor], Tensor]
 """Hidden states [B, n, h] to logits [B, n, V]."""
-Slope: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""`losses_and_slope`."""
+IGNORED = -100
+"""The label of a token that no loss counts, as in Transformers."""
+
+
+class Once(NamedTuple):
+    """Cross entropy for hidden states that are differentiated at most once, by a head that is not.
+
+    Both take logits [B, n, V], targets [B, n] and a mask [B, n], True where a target counts.
+    """
+
+    losses: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """Losses [B] and first choices [B]."""
+    losses_and_slope: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """The same, and the losses' derivative for the logits: softmax minus one at the target."""
+
+    @classmethod
+    def compiled(cls) -> Once:
+        """For a GPU, where operations on logits are bound by how often these are read and written."""
+        return cls(torch.compile(losses, dynamic=True), torch.compile(_fusable_losses_and_slope, dynamic=True))
 
 
 def token_losses(
-    hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, vocabulary: int, once: Slope | None
+    hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, vocabulary: int, once: Once | None
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy summed over each sample's tokens, and how many tokens are the first choice.
 
@@ -31,9 +48,9 @@ def token_losses(
         hidden: [B, N, h], the states that predict the targets.
         targets: [B, N]; mask: [B, N], True where a target counts.
         vocabulary: V, the number of logits of a position.
-        once: `losses_and_slope` (or the same, compiled): `hidden` is differentiated once and the head is not, so that
-            the gradient is computed while the logits are there. None: everything may be differentiated, any number of
-            times, and the logits are computed again in the backward pass.
+        once: `hidden` is differentiated once and the head is not, so that the gradient is computed while the logits are
+            there. None: everything may be differentiated, any number of times, and the logits are computed again in
+            the backward pass.
 
     Returns:
         losses [B] and first choices [B].
@@ -45,12 +62,40 @@ def token_losses(
     if once and grad:
         return _OnceDifferentiable.apply(hidden, targets, mask, head, once, size)
     pieces = _split(hidden, targets, mask, size)
+    of_logits = once.losses if once else losses
+
+    def piece_losses(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return of_logits(head(hidden), targets, mask)
+
     if size >= hidden.shape[1] or not grad:
-        sums = [_losses(head, *piece) for piece in pieces]
+        sums = [piece_losses(*piece) for piece in pieces]
     else:
-        sums = [checkpoint(_losses, head, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-    losses, hits = zip(*sums, strict=True)
-    return torch.stack(losses).sum(0), torch.stack(hits).sum(0)
+        sums = [checkpoint(piece_losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    nll, hits = zip(*sums, strict=True)
+    return torch.stack(nll).sum(0), torch.stack(hits).sum(0)
+
+
+def target_losses(
+    hidden: Tensor, labels: Tensor, most: int, head: Head, vocabulary: int, once: Once | None
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy of the tokens with a label, and for each row whether all of them are the first choice.
+
+    Of a query and its target most positions have no label: the head sees only those that have one.
+
+    Args:
+        hidden: [B, T, h], the last hidden states; the one before a token predicts it.
+        labels: [B, T], `IGNORED` where no loss counts.
+        most: of a row, at most so many labels count.
+
+    Returns:
+        a scalar and [B].
+    """
+    counts = labels != IGNORED
+    places = counts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    mask, targets = counts.gather(1, places), labels.gather(1, places).clamp(min=0)
+    before = (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
+    nll, hits = token_losses(hidden.gather(1, before), targets, mask, head, vocabulary, once)
+    return nll.sum() / mask.sum(), hits == mask.sum(1)
 
 
 def _split(hidden: Tensor, targets: Tensor, mask: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -58,16 +103,16 @@ def _split(hidden: Tensor, targets: Tensor, mask: Tensor, size: int) -> Iterator
     return ((piece.contiguous(), target, counts) for piece, target, counts in zip(*parts, strict=True))
 
 
-def _losses(head: Head, hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden)
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+def losses(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [B] and first choices [B] of logits [B, n, V]; may be differentiated any number of times."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     hits = (logits.detach().argmax(-1) == targets) & mask
     return nll.masked_fill(~mask, 0).sum(-1), hits.sum(-1)
 
 
 def losses_and_slope(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B], first choices [B], and the losses' derivative for the logits: softmax minus one at the target."""
+    """`Once.losses_and_slope`, in place as far as that goes."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=wide)
     nll = -log_probabilities.gather(-1, targets[..., None])[..., 0].masked_fill(~mask, 0).sum(-1)
@@ -78,6 +123,20 @@ def losses_and_slope(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Ten
     return nll, hits, (slope * mask[..., None]).to(logits.dtype)
 
 
+def _fusable_losses_and_slope(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without a scatter, which a compiler cannot fuse: compiled, nothing of the logits' size is written but
+    the slope; not compiled, it would be slower."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser = wide.logsumexp(-1, keepdim=True)
+    nll = (normaliser - wide.gather(-1, targets[..., None]))[..., 0].masked_fill(~mask, 0).sum(-1)
+    hits = ((logits.argmax(-1) == targets) & mask).sum(-1)
+    at_target = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
+    return nll, hits, (((wide - normaliser).exp() - at_target) * mask[..., None]).to(logits.dtype)
+
+
+PLAIN = Once(losses, losses_and_slope)
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """The gradient of each sample's loss for its hidden states, found on the way forward.
 
@@ -86,7 +145,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, slope_of: Slope, size: int
+        ctx: Any, hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, once: Once, size: int
     ) -> tuple[Tensor, Tensor]:
         gradients: list[Tensor] = []
         sums = []
@@ -94,13 +153,13 @@ class _OnceDifferentiable(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = piece.detach().requires_grad_()
                 logits = head(leaf)
-            *loss_and_hits, slope = slope_of(logits.detach(), target, counts)
+            *loss_and_hits, slope = once.losses_and_slope(logits.detach(), target, counts)
             gradients += torch.autograd.grad(logits, leaf, slope)
             sums.append(loss_and_hits)
         ctx.save_for_backward(torch.cat(gradients, dim=1))
-        losses, hits = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
+        nll, hits = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
         ctx.mark_non_differentiable(hits)
-        return losses, hits
+        return nll, hits
 
     @staticmethod
     @once_differentiable

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .checks import capturing
+from .checks import capturing, checkpointing
 from .config import GradMemConfig
 from .lora_phase import backward_in_write, write_phase
 from .output_head import output_head
+from .packing import append
 from .slots import MemorySlots
-from .token_losses import Slope, losses_and_slope, token_losses
+from .token_losses import PLAIN, Once, token_losses
 
 
 class Context(NamedTuple):
@@ -54,8 +55,8 @@ class Writer:
     slots: MemorySlots
     adapter: str
     config: GradMemConfig
-    once: Slope | None = None
-    """`losses_and_slope` where the output head is not differentiated, and what is before it once."""
+    once: Once | None = None
+    """Given where the output head is not differentiated, and what is before it once."""
 
     @property
     def prefix_length(self) -> int:
@@ -67,6 +68,29 @@ class Writer:
         """Whether the output head that WRITE uses is trained."""
         head = self.slots.write_head(self.adapter) or self.backbone.get_output_embeddings()
         return any(parameter.requires_grad for parameter in head.parameters())
+
+    def start(self, context: Context) -> Tensor:
+        """The memory [B, m, d] that WRITE of B contexts starts from: the slots M_0, or with `start_from_context`
+
+            M_0(C) = M_0 + gain * backbone([C; M_0])    at the last m places
+
+        so that the gradient steps begin at what a forward-only writer knows (Bulatov et al., 2022).
+        """
+        slots = self.slots.gradmem_memory[self.adapter].expand(len(context.input_ids), -1, -1)
+        if not self.config.start_from_context:
+            return slots
+        if self.config.lora_phase != "both" and torch.is_grad_enabled() and checkpointing(self.backbone):
+            # What the outer backward pass computes again is READ, and there is no hook to say otherwise.
+            raise NotImplementedError(
+                "start_from_context cannot be trained with gradient checkpointing and a LoRA of one phase together: "
+                "use lora_phase='both', or do without checkpointing."
+            )
+        with write_phase():
+            embeddings = self.backbone.get_input_embeddings()(context.input_ids)
+            tokens, places = append(embeddings, context.lengths, slots.to(embeddings.dtype))
+            hidden = self.backbone.base_model(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
+        hidden = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+        return slots + self.slots.gradmem_start_gain[self.adapter] * hidden.to(slots.dtype)
 
     def losses(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The write loss of each sample (GradMem, section 1 of the design):
@@ -188,7 +212,7 @@ def write_pass(
     Returns:
         the write gradient [B, m, d] (None unless `gradient`), losses [B] and recovered [B].
     """
-    writer = replace(writer, once=writer.once or losses_and_slope)
+    writer = replace(writer, once=writer.once or PLAIN)
     if gradient:
         slope, losses, recovered = write_gradient(writer, memory.detach().requires_grad_(), context)
         return slope, losses.detach(), recovered
@@ -208,12 +232,12 @@ def write_memory(
     stop_when_recovered: bool = False,
     callback: Callable[[WriteProgress], None] | None = None,
     run: WritePass | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """WRITE: `steps` write steps from `memory`, with no graph kept.
 
     A sample stops early, at the best of its last two memories, when a step lowered its loss by less than `tolerance`
-    times the loss, when every token is recovered (if asked for), or when its loss is no longer finite (with a
-    warning that names sample and step). The others go on.
+    times the loss, when every token is recovered (if asked for), or when its loss is no longer finite. The others go
+    on. On a GPU nothing is waited for unless samples may stop.
 
     Args:
         memory: [B, m, d], where to start.
@@ -222,7 +246,8 @@ def write_memory(
         run: a faster `write_pass`.
 
     Returns:
-        memory [B, m, d] and losses [B, steps + 1]: before each step and after the last that was run for any sample.
+        memory [B, m, d]; losses [B, steps + 1], before each step and after the last that was run for any sample; and
+        diverged [B, steps + 1], True where a sample's loss was first not finite, for `warn_diverged`.
     """
     run = run or partial(write_pass, writer)
     may_stop = tolerance is not None or stop_when_recovered
@@ -254,8 +279,7 @@ def write_memory(
             if gradient is None or (may_stop and not active.any()):
                 break
             state = write_step(writer, state, gradient, rate_at(lrs, step), optimizer)
-        _warn_diverged(torch.stack(diverged))
-        return kept, torch.stack(history, dim=1)
+        return kept, torch.stack(history, dim=1), torch.stack(diverged, dim=1)
 
 
 _names: ContextVar[Sequence[int] | None] = ContextVar("gradmem_sample_names", default=None)
@@ -271,12 +295,12 @@ def sample_names(names: Sequence[int]) -> Iterator[None]:
         _names.reset(token)
 
 
-def _warn_diverged(diverged: Tensor) -> None:
-    """Args: diverged [steps + 1, B], True at the step at which a sample's loss was first not finite."""
+def warn_diverged(diverged: Tensor) -> None:
+    """Name the samples and steps at which losses were no longer finite. Args: as `write_memory` returns it."""
     if not diverged.any():
         return
-    called = _names.get() or range(diverged.shape[1])
-    for step, samples in enumerate(diverged.cpu()):
+    called = _names.get() or range(len(diverged))
+    for step, samples in enumerate(diverged.cpu().unbind(1)):
         if samples.any():
             names = ", ".join(str(i) for i in sorted(called[j] for j in samples.nonzero().flatten().tolist()))
             warnings.warn(

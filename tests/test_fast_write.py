@@ -89,8 +89,8 @@ def test_random_lengths_compile_at_most_once_per_bucket():
         ids = tokens(size, length)
         model.write(ids, steps=1, compile=True)
         buckets.add(Bucket.of(Context(ids, ids[:, 0]), None))
-    # A layer with and without gradients and the cross entropy: for one sample or token, and for any other number.
-    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8 < 2 * len(buckets)
+    # Layer and cross entropy, with and without gradients: for one sample or token, and for any other number.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 10 < 2 * len(buckets)
 
 
 @given(st.integers(1, 200), st.integers(1, 9000))

@@ -11,10 +11,10 @@ from gradmem_adapter import GradMemPipeline, load_checkpoint
 from gradmem_adapter.recipes import load_recipe
 from gradmem_adapter.tasks.qa_batches import make_pools
 from gradmem_adapter.tasks.qa_recipe import METHODS, QARecipe
-from gradmem_adapter.tasks.qa_training import Answerer, load_qa, questions, right, train_qa
+from gradmem_adapter.tasks.qa_training import Answerer, load_qa, questions, train_qa
 from gradmem_adapter.tasks.saved import save_model
+from gradmem_adapter.token_losses import IGNORED
 from gradmem_adapter.training import GradMemCollator
-from gradmem_adapter.training.collator import IGNORED
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -120,6 +120,20 @@ class TestBatches:
         with pytest.raises(ValueError, match="Row 1 of source 0 has a context of 14 tokens"):
             make_pools([([*rows(1, 9), *rows(1, 14)], 1.0)], GradMemCollator(tiny_tokenizer()), [10], "cpu")
 
+    def test_queries_that_are_too_long_can_be_left_out(self):
+        data = rows(3, 9)
+        collator = GradMemCollator(tiny_tokenizer())
+        (whole,) = make_pools([(data, 1.0)], collator, [10], "cpu")
+        lengths = whole.masks.sum(1)
+        (pool,) = make_pools([(data, 1.0)], collator, [10], "cpu", query_tokens=int(lengths.max()))
+        assert pool.queries.equal(whole.queries)
+        data[1]["queries"][0] += " w1" * 9
+        (pool,) = make_pools([(data, 1.0)], collator, [10], "cpu", query_tokens=int(lengths.max()))
+        kept = torch.tensor([True, True, False, True, True, True])
+        assert pool.queries.equal(whole.queries[kept])
+        assert pool.count.tolist() == [2, 1, 2]
+        assert (pool.most_queries, pool.most_targets) == (2, int((whole.labels != IGNORED).sum(1).max()))
+
     def test_contexts_that_are_too_long_can_be_left_out(self):
         collator = GradMemCollator(tiny_tokenizer())
         (pool,) = make_pools([([*rows(3, 9), *rows(2, 14)], 1.0)], collator, [10], "cpu", drop_longer=True)
@@ -191,12 +205,6 @@ def test_training_learns(folder, tmp_path):
     train_qa(model, tokenizer, plan, tmp_path, device="cpu", log_every=30, callback=seen.append)
     first, last = (max(v["target_loss"] for v in progress.means.values()) for progress in (seen[0], seen[-1]))
     assert last < 0.8 * first
-
-
-def test_right_looks_at_targets_alone():
-    labels = torch.tensor([[IGNORED, IGNORED, 3, 4], [IGNORED, 5, 6, IGNORED]])
-    logits = torch.nn.functional.one_hot(torch.tensor([[0, 3, 4, 0], [5, 0, 0, 0]]), 8).float()
-    assert right(logits, labels).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

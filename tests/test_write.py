@@ -60,6 +60,29 @@ def test_alone_equals_in_a_padded_batch(architecture, side):
         assert together.context_tokens[i] == len(row)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_starting_from_the_context_equals_the_equation(architecture):
+    model = make(architecture, start_from_context=True)
+    plain = make(architecture)
+    slots = model.base_model.slots
+    with torch.no_grad():
+        plain.base_model.slots.gradmem_memory["default"].copy_(slots.gradmem_memory["default"])
+    rows = [tokens(1, n, seed=n)[0] for n in (7, 4)]
+    batch = padded(rows, "left")
+    # The gain starts at zero.
+    torch.testing.assert_close(model.write(*batch).vectors, plain.write(*batch).vectors)
+    with torch.no_grad():
+        gain = slots.gradmem_start_gain["default"].normal_()
+    state = model.write(*batch, steps=0)
+    for vectors, row in zip(state.vectors, rows, strict=True):
+        start = slots.gradmem_memory["default"].detach()
+        tokens_in = torch.cat([model.get_input_embeddings()(row), start])
+        hidden = model.get_base_model().base_model(inputs_embeds=tokens_in[None]).last_hidden_state[0, len(row) :]
+        torch.testing.assert_close(vectors, (start + gain * hidden).detach(), rtol=1e-4, atol=1e-5)
+    on = model.write(*batch, initial=state, steps=2)
+    torch.testing.assert_close(model.write(*batch).vectors, on.vectors, rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.sampled_from(["left", "right"]), st.integers(0, 3))
 def test_any_lengths_on_any_side(lengths, side, steps):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .packing import append
+from gradmem_adapter.packing import append
+
 from .prefix_model import Prefix, PrefixModel
 
 

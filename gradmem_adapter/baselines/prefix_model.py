@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradmem_adapter.model import GradMemOutput
-
-from .packing import append
+from gradmem_adapter.packing import append
+from gradmem_adapter.read import targets_only
+from gradmem_adapter.token_losses import IGNORED
 
 
 class Prefix(NamedTuple):
@@ -63,19 +64,25 @@ class PrefixModel(nn.Module):
         labels: Tensor,
         write_steps: int = 1,
         attention_mask: Tensor | None = None,
+        max_targets: int | None = None,
     ) -> GradMemOutput:
         """Queries [R, T], right padded, on contexts [C, N], as `GradMemModel.forward` has them."""
         prefix = self.prefix(context_input_ids, context_attention_mask.sum(1), write_steps)
         embeddings, lengths = prefix.rows(context_index)
         tokens, places = append(embeddings, lengths, self.backbone.get_input_embeddings()(input_ids))
-        targets, _ = append(labels.new_full(embeddings.shape[:2], -100), lengths, labels)
-        output = self.backbone(inputs_embeds=tokens, labels=targets, use_cache=False, return_dict=True)
-        logits = output.logits.gather(1, places[..., None].expand(-1, -1, output.logits.shape[-1]))
+        targets, _ = append(labels.new_full(embeddings.shape[:2], IGNORED), lengths, labels)
+        inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
+        logits = correct = None
+        if max_targets is None:
+            output = self.backbone(labels=targets, **inputs)
+            logits = output.logits.gather(1, places[..., None].expand(-1, -1, output.logits.shape[-1]))
+        else:
+            output, correct = targets_only(self.backbone, targets, max_targets, **inputs)
         loss = output.loss
         if torch.is_grad_enabled():
             auxiliary = self.auxiliary_loss(prefix, context_input_ids, context_attention_mask)
             loss = loss if auxiliary is None else loss + auxiliary
-        return GradMemOutput(loss=loss, target_loss=output.loss, logits=logits)
+        return GradMemOutput(loss=loss, target_loss=output.loss, logits=logits, correct=correct)
 
     @torch.no_grad()
     def generate(self, prefix: Prefix, query: Tensor, mask: Tensor, **options: Any) -> Tensor:

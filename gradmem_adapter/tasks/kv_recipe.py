@@ -87,6 +87,10 @@ class KVRecipe:
     """Draw write steps (or passes) from these everywhere, whatever the stages say."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
+    muon_rate: pydantic.PositiveFloat | None = None
+    """Train the matrices inside the layers by Muon, at this many times the learning rate; None: AdamW trains all."""
+    write_rate_factor: pydantic.PositiveFloat = 1.0
+    """Train the write learning rates at this many times the learning rate."""
     max_grad_norm: float = 1.0
     warmup_steps: int = 500
     decay_share: float = 0.3

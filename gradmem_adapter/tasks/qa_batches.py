@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradmem_adapter.training.collator import IGNORED, GradMemCollator
+from gradmem_adapter.token_losses import IGNORED
+from gradmem_adapter.training.collator import GradMemCollator
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,6 +38,10 @@ class Pool:
     """[R, T], -100 but for the targets."""
     share: float
     """Of all training that falls to these contexts."""
+    most_queries: int
+    """More queries on a context than it has on average would be the same ones again."""
+    most_targets: int
+    """Target tokens of the longest target."""
 
     def sample(self, contexts: int, queries: int, side_by_side: int = 1) -> dict[str, Tensor]:
         """A batch as `GradMemModel.forward` takes it, by the device's default generator.
@@ -75,6 +80,7 @@ def make_pools(
     device: torch.device | str,
     *,
     drop_longer: bool = False,
+    query_tokens: int | None = None,
 ) -> list[Pool]:
     """Rows of several sources, by the length of their contexts.
 
@@ -82,6 +88,7 @@ def make_pools(
         sources: rows (as `GradMemCollator` takes them) and the share of training that each source has.
         buckets: N of the pools; the smallest that holds a context gets it.
         drop_longer: leave longer contexts out.
+        query_tokens: leave queries out that have more tokens than this, with their targets.
 
     Raises:
         ValueError: a row is wrong, or a context is longer than the largest bucket; the message names both.
@@ -94,6 +101,10 @@ def make_pools(
                 batch = collator([row], first=i)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Source {number}: {error}") from error
+            if query_tokens is not None:
+                batch = _without_longer(batch, query_tokens)
+                if not len(batch["input_ids"]):
+                    continue
             length = batch["context_input_ids"].shape[1]
             size = next((size for size in found if length <= size), None)
             if size is None and drop_longer:
@@ -107,6 +118,13 @@ def make_pools(
     if not any(found.values()):
         raise ValueError(f"No row has a context of at most {max(found)} tokens, the largest bucket.")
     return [_pool(batches, size, device) for size, batches in found.items() if batches]
+
+
+def _without_longer(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A row's batch without the queries that have more than so many tokens."""
+    kept = batch["attention_mask"].sum(1) <= tokens
+    names = ("input_ids", "attention_mask", "labels")
+    return batch | {name: batch[name][kept, :tokens] for name in names}
 
 
 def _pool(batches: list[tuple[dict[str, Any], float]], size: int, device: torch.device | str) -> Pool:
@@ -127,6 +145,8 @@ def _pool(batches: list[tuple[dict[str, Any], float]], size: int, device: torch.
         count=counts.to(device),
         queries=padded("input_ids", longest, 0),
         masks=padded("attention_mask", longest, 0),
-        labels=padded("labels", longest, IGNORED),
+        labels=(labels := padded("labels", longest, IGNORED)),
         share=weights.sum().item(),
+        most_queries=max(1, round(counts.float().mean().item())),
+        most_targets=int((labels != IGNORED).sum(1).max()),
     )

@@ -85,6 +85,8 @@ class QARecipe:
     """Contexts are padded to the smallest of these lengths that holds them."""
     drop_longer: bool = False
     """Leave contexts longer than the largest bucket out of training, instead of refusing them."""
+    query_tokens: pydantic.PositiveInt | None = None
+    """Leave questions out of training that have more tokens than this, with their targets."""
     tokens: pydantic.PositiveInt = 8192
     """Context tokens of a batch, padding counted."""
     contexts: pydantic.PositiveInt = 128
@@ -98,6 +100,10 @@ class QARecipe:
     """The last share of all steps, over which the learning rate falls to a twentieth."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
+    muon_rate: pydantic.PositiveFloat | None = None
+    """Train the matrices inside the layers by Muon, at this many times the learning rate; None: AdamW trains all."""
+    write_rate_factor: pydantic.PositiveFloat = 1.0
+    """Train the write learning rates at this many times the learning rate."""
     max_grad_norm: float = 1.0
     bf16: bool = True
     seed: int = 0

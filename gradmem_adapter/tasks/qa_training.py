@@ -18,7 +18,7 @@ from gradmem_adapter.bulk import batches
 from gradmem_adapter.checkpoint import load_checkpoint
 from gradmem_adapter.pipeline import format_query, pad
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.training.collator import IGNORED, GradMemCollator
+from gradmem_adapter.training.collator import GradMemCollator
 from gradmem_adapter.training.graphed_run import run_graphed, scalars
 
 from .qa_batches import Pool, Rows, make_pools
@@ -63,22 +63,19 @@ def train_qa(
     device = torch.device(device)
     collator = GradMemCollator(tokenizer, query_format=recipe.query_format)
     sources = [(source.rows("train"), source.share) for source in recipe.sources]
-    pools = make_pools(sources, collator, recipe.buckets, device, drop_longer=recipe.drop_longer)
+    pools = make_pools(
+        sources, collator, recipe.buckets, device, drop_longer=recipe.drop_longer, query_tokens=recipe.query_tokens
+    )
     model.to(device).eval()
 
     def loss(kind: QAKind) -> dict[str, Tensor]:
-        batch = pools[kind.pool].sample(kind.contexts, recipe.queries, kind.side_by_side)
+        pool = pools[kind.pool]
+        batch = pool.sample(kind.contexts, min(recipe.queries, pool.most_queries), kind.side_by_side)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-            output = model(**batch, write_steps=kind.write_steps)
-        return scalars(output, right(output.logits, batch["labels"]))
+            output = model(**batch, write_steps=kind.write_steps, max_targets=pool.most_targets)
+        return scalars(output, output.correct)
 
     return run_graphed(model, loss, _Plan(recipe, pools), output, device=device, **options)
-
-
-def right(logits: Tensor, labels: Tensor) -> Tensor:
-    """[R], whether every target token is the first choice given those before it. Args: [R, T, V] and [R, T]."""
-    counts = labels[:, 1:] != IGNORED
-    return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~counts).all(1)
 
 
 def load_qa(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase, QARecipe]:

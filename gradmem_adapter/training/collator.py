@@ -11,9 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.pipeline import Prompt, format_query, pad
+from gradmem_adapter.token_losses import IGNORED
 
-IGNORED = -100
-"""The label of tokens on which no loss counts."""
 _FORMS = (
     "A row has 'context', 'query' and 'target', or 'context', 'queries' and 'targets' (lists), and may have 'answers', "
     "the accepted references of each target."

@@ -22,6 +22,7 @@ from gradmem_adapter.model import GradMemOutput
 
 from .errors import TrainingDiverged
 from .graphed_step import GraphedStep
+from .optimizers import layer_matrices
 from .speed import compiled_layers, fast_matmul, maskless_attention
 
 
@@ -48,6 +49,10 @@ class Plan(Protocol[KindT_co]):
     def betas(self) -> tuple[float, float]: ...
     @property
     def weight_decay(self) -> float: ...
+    @property
+    def muon_rate(self) -> float | None: ...
+    @property
+    def write_rate_factor(self) -> float: ...
     @property
     def max_grad_norm(self) -> float: ...
     @property
@@ -113,6 +118,9 @@ def run_graphed(
         [p for p in model.parameters() if p.requires_grad],
         betas=plan.betas,
         weight_decay=plan.weight_decay,
+        matrices=[] if plan.muon_rate is None else layer_matrices(model),
+        muon_rate=plan.muon_rate or 0.0,
+        factors={p: plan.write_rate_factor for name, p in model.named_parameters() if "gradmem_log_write_lr" in name},
         max_grad_norm=plan.max_grad_norm,
     )
     torch.manual_seed(plan.seed)
@@ -173,10 +181,10 @@ def interruption() -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def scalars(output: GradMemOutput, hits: Tensor) -> dict[str, Tensor]:
+def scalars(output: GradMemOutput, hits: Tensor | None) -> dict[str, Tensor]:
     """What a run logs of a step. Args: hits: [R], whether each query's target is the first choice throughout."""
     values: dict[str, Tensor | None] = {"loss": output.loss, "target_loss": output.target_loss}
-    values["exact_match"] = hits.float().mean()
+    values["exact_match"] = None if hits is None else hits.float().mean()
     if output.write_losses is not None:
         values["first_write_loss"] = output.write_losses[:, 0].mean()
         values["last_write_loss"] = output.write_losses[:, -1].mean()

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from gradmem_adapter.checks import static_shapes
 
+from .optimizers import Optimizers
+
 Kind = TypeVar("Kind", bound=Hashable)
 
 
 class GraphedStep(Generic[Kind]):
-    """Loss, backward pass, clipping and AdamW as one launch.
+    """Loss, backward pass, clipping and the optimizer's step as one launch.
 
     A small model computes faster than Python launches its kernels. On a GPU the first step of a kind runs as it is (and
     compiles what is to be compiled), the second is captured, and from then on the graph is replayed. A graph repeats
@@ -26,8 +28,8 @@ class GraphedStep(Generic[Kind]):
     Args:
         loss: makes a batch of the kind given and returns scalars; "loss" is differentiated, all are averaged.
         parameters: what is trained.
-        betas, weight_decay: of AdamW.
         max_grad_norm: to which the norm of all gradients is clipped.
+        options: of `Optimizers`.
     """
 
     def __init__(
@@ -35,9 +37,8 @@ class GraphedStep(Generic[Kind]):
         loss: Callable[[Kind], Mapping[str, Tensor]],
         parameters: Sequence[nn.Parameter],
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        **options: Any,
     ) -> None:
         self.loss = loss
         self.parameters = list(parameters)
@@ -46,10 +47,7 @@ class GraphedStep(Generic[Kind]):
         self.max_grad_norm = max_grad_norm
         device = self.parameters[0].device
         self.graphed = device.type == "cuda"
-        self._lr = torch.zeros((), device=device)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self._lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=self.graphed
-        )
+        self.optimizers = Optimizers(self.parameters, **options)
         self._names: list[str] = []
         self._sums: dict[Kind, Tensor] = {}
         self._counts: dict[Kind, int] = {}
@@ -59,7 +57,7 @@ class GraphedStep(Generic[Kind]):
 
     def __call__(self, kind: Kind, lr: float) -> None:
         """One training step on a batch of `kind`."""
-        self._lr.fill_(lr)
+        self.optimizers.lr.fill_(lr)
         self._counts[kind] = self._counts.get(kind, 0) + 1
         if not self.graphed:
             self._step(kind)
@@ -86,7 +84,7 @@ class GraphedStep(Generic[Kind]):
         values = dict(self.loss(kind))
         values["loss"].backward()
         values["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
+        self.optimizers.step()
         self._names = list(values)
         now = torch.stack([value.detach().float() for value in values.values()])
         if kind not in self._sums:
@@ -105,14 +103,12 @@ class GraphedStep(Generic[Kind]):
             self._counts[kind] = 0
         return result
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the optimizer carries."""
-        return self.optimizer.state_dict()
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What the optimizers carry."""
+        return self.optimizers.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the optimizer's state. Before the first step: graphs hold the addresses of the old one."""
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take up the optimizers' states. Before the first step: graphs hold the addresses of the old ones."""
         if self._graphs:
             raise RuntimeError("load_state_dict() comes too late: steps have been captured with the state they had.")
-        self.optimizer.load_state_dict(state)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr
+        self.optimizers.load_state_dict(states)
