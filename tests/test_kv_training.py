@@ -1,10 +1,12 @@
 """Recipes, training on key-value retrieval and its baselines, on tiny models."""
 
+import copy
 import io
 import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
 from gradmem_adapter.tasks.kv_training import load_kv, save_kv, train_kv
 from gradmem_adapter.training import TrainingDiverged
 from gradmem_adapter.training.graphed_step import GraphedStep
+from gradmem_adapter.training.optimizers import Optimizers, layer_matrices
 from gradmem_adapter.training.speed import compiled_layers, maskless_attention
 from gradmem_adapter.training_runs import train
 
@@ -236,6 +239,89 @@ class TestSpeed:
         assert set(means) == {1, 2}
         assert set(means[1]) == {"loss", "grad_norm"}
         assert step.means() == {}
+
+
+class TestOptimizers:
+    """Against PyTorch's own, with rates as plain numbers."""
+
+    @staticmethod
+    def parameters():
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(*shape)) for shape in ((3,), (4,), (4, 6), (6, 4))]
+
+    @staticmethod
+    def ours(vector, fast, *matrices):
+        return Optimizers([vector, fast, *matrices], matrices, factors={fast: 10.0}, muon_rate=3.0)
+
+    @staticmethod
+    def step(parameters, seed, optimizers):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def test_rates(self):
+        mine, theirs = self.parameters(), self.parameters()
+        optimizers = self.ours(*mine)
+        adamw = torch.optim.AdamW([{"params": [theirs[0]]}, {"params": [theirs[1]]}], weight_decay=0.0)
+        muon = torch.optim.Muon(theirs[2:], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        for seed, lr in enumerate((0.1, 0.02, 0.05)):
+            optimizers.lr.fill_(lr)
+            adamw.param_groups[0]["lr"], adamw.param_groups[1]["lr"] = lr, 10 * lr
+            muon.param_groups[0]["lr"] = 3 * lr
+            self.step(mine, seed, [optimizers])
+            self.step(theirs, seed, [adamw, muon])
+        for parameter, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-6)
+
+    def test_going_on_from_a_state_equals_going_on(self):
+        whole, parts = self.parameters(), self.parameters()
+        first = self.ours(*whole)
+        for seed in range(4):
+            first.lr.fill_(0.1 / (seed + 1))
+            self.step(whole, seed, [first])
+        optimizers = self.ours(*parts)
+        for seed in range(4):
+            if seed == 2:
+                state = copy.deepcopy(optimizers.state_dict())
+                optimizers = self.ours(*parts)
+                optimizers.load_state_dict(state)
+            optimizers.lr.fill_(0.1 / (seed + 1))
+            self.step(parts, seed, [optimizers])
+        for parameter, other in zip(whole, parts, strict=True):
+            assert torch.equal(parameter, other)
+
+    def test_muon_trains_the_matrices_inside_the_layers(self):
+        model = recipe().build()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        found = {names[id(parameter)].rpartition("layers.0.")[2] for parameter in layer_matrices(model)}
+        parts = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"} | dict.fromkeys(
+            ("gate", "up", "down"), "mlp"
+        )
+        assert found == {f"{part}.{name}_proj.weight" for name, part in parts.items()}
+
+
+def test_training_with_muon_learns_and_goes_on(tmp_path):
+    plan = recipe(steps=12, muon_rate=1.0, write_rate_factor=5.0)
+    whole, done = run(plan, tmp_path / "whole")
+    assert done
+    for _ in range(8):
+        parts, done = run(plan, tmp_path / "parts", max_seconds=0)
+    assert done
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["gradmem", "full_context"])
+def test_training_goes_on_from_a_checkpoint(method, tmp_path):
+    model, _ = run(recipe(method), tmp_path / "first")
+    save_kv(model, recipe(method), tmp_path / "checkpoint")
+    plan = recipe(method, init_from=str(tmp_path / "checkpoint"), seed=5)
+    for name, value in plan.build().state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    with pytest.raises(ValueError, match="shape"):
+        replace(plan, backbone={"layers": 1, "width": 16, "heads": 2}).build()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

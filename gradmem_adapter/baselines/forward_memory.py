@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradmem_adapter.packing import append
+from gradmem_adapter.read import targets_only
+from gradmem_adapter.token_losses import IGNORED
 
 from .prefix_model import Prefix, PrefixModel
 
@@ -52,7 +54,8 @@ class ForwardMemory(PrefixModel):
         if not self.reconstruction_weight:
             return None
         places = prefix.embeddings.shape[:2]
-        labels = torch.cat([context.new_full(places, -100), context.masked_fill(mask == 0, -100)], dim=1)
+        labels = torch.cat([context.new_full(places, IGNORED), context.masked_fill(mask == 0, IGNORED)], dim=1)
         tokens = torch.cat([prefix.embeddings, self.backbone.get_input_embeddings()(context)], dim=1)
-        recited = self.backbone(inputs_embeds=tokens, labels=labels, use_cache=False, return_dict=True)
-        return self.reconstruction_weight * recited.loss
+        inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
+        recited, _ = targets_only(self.backbone, labels, context.shape[1], **inputs)
+        return self.reconstruction_weight * cast(Tensor, recited.loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import pydantic
@@ -17,6 +18,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.training.graphed_run import lr_share
 
 from .kv_retrieval import kv_backbone
+from .saved import load_trained
 
 METHODS = ("gradmem", "forward_memory", "full_context")
 STRICT = pydantic.ConfigDict(extra="forbid")
@@ -83,6 +85,8 @@ class KVRecipe:
     """Arguments of `kv_backbone`."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of `GradMemConfig`."""
+    init_from: str | None = None
+    """A checkpoint by a recipe with the same model, whose weights are trained further; None: untrained weights."""
     write_steps: Drawn | None = None
     """Draw write steps (or passes) from these everywhere, whatever the stages say."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -146,8 +150,14 @@ class KVRecipe:
         return Kind(chosen, draw.choice(self.write_steps or chosen.write_steps), self.stage_at(step).bf16)
 
     def build(self) -> nn.Module:
-        """The untrained model."""
+        """The model before training."""
         torch.manual_seed(self.seed)
+        model = self._untrained()
+        if self.init_from is not None:
+            load_trained(model, Path(self.init_from))
+        return model
+
+    def _untrained(self) -> nn.Module:
         backbone = kv_backbone(**self.backbone)
         memory = dict(self.memory)
         if self.method == "full_context":

@@ -68,7 +68,7 @@ def evaluate_kv(
     *,
     contexts: int = 512,
     queries: int = 16,
-    batch: int = 64,
+    batch: int = 256,
     seed: int = 1,
 ) -> float:
     """Share of queries whose value greedy decoding gets right, on fresh contexts of exactly `pairs` pairs."""

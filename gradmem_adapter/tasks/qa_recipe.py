@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pydantic
@@ -22,6 +23,7 @@ from .babi import babi_rows
 from .kv_recipe import STRICT, Drawn, check_memory
 from .qa import qa_rows
 from .qa_batches import Pool, Rows
+from .saved import load_trained
 
 METHODS = ("gradmem", "forward_memory", "mean_pooling", "truncated_text", "no_context", "full_context")
 
@@ -77,6 +79,8 @@ class QARecipe:
     method: str = "gradmem"
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of `GradMemConfig`; baselines read num_memory_tokens, reconstruction_weight and lora_config."""
+    init_from: str | None = None
+    """A checkpoint by a recipe with the same model, whose weights are trained further; None: untrained weights."""
     write_steps: Drawn = (1, 2, 3, 4, 5)
     """K (or passes) of a step is drawn from these."""
     side_by_side: Drawn = (1,)
@@ -141,13 +145,11 @@ class QARecipe:
         number = draw.choices(range(len(pools)), [pool.share for pool in pools])[0]
         length = pools[number].contexts.shape[1]
         steps = 1 if self.method in ("mean_pooling", "truncated_text", "no_context", "full_context") else None
-        return QAKind(
-            number,
-            min(self.tokens // length, self.contexts),
-            length,
-            steps or draw.choice(self.write_steps),
-            draw.choice(self.side_by_side),
-        )
+        write_steps, side_by_side = steps or draw.choice(self.write_steps), draw.choice(self.side_by_side)
+        # The full context stands before every query, as often as there are queries on it.
+        copies = side_by_side * min(self.queries, pools[number].most_queries) if self.method == "full_context" else 1
+        contexts = max(side_by_side, min(self.tokens // (length * copies), self.contexts))
+        return QAKind(number, contexts, length, write_steps, side_by_side)
 
     @property
     def num_memory_tokens(self) -> int:
@@ -157,19 +159,25 @@ class QARecipe:
         return int(self.memory.get("num_memory_tokens", GradMemConfig().num_memory_tokens))
 
     def build(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """The untrained model and its tokenizer."""
+        """The model before training, and its tokenizer."""
         backbone, tokenizer = load_backbone(self.backbone)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         torch.manual_seed(self.seed)
+        model = self._untrained(backbone)
+        if self.init_from is not None:
+            load_trained(model, Path(self.init_from))
+        return model, tokenizer
+
+    def _untrained(self, backbone: PreTrainedModel) -> nn.Module:
         if self.method == "gradmem":
-            return get_peft_model(backbone, GradMemConfig(**self.memory)), tokenizer
+            return get_peft_model(backbone, GradMemConfig(**self.memory))
         lora = self.memory.get("lora_config")
         if lora is None:
             backbone.requires_grad_(bool(self.memory.get("train_backbone")))
         else:
             inject_adapter_in_model(LoraConfig(**lora), backbone)
-        return self._baseline(backbone), tokenizer
+        return self._baseline(backbone)
 
     def _baseline(self, backbone: PreTrainedModel) -> PrefixModel:
         m = self.num_memory_tokens

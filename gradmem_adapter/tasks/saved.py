@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gradmem_adapter.checkpoint import check_tensors, save_checkpoint
+from gradmem_adapter.checkpoint import check_tensors, load_weights, save_checkpoint
 from gradmem_adapter.files import replacing
 from gradmem_adapter.training.graphed_run import trained
 
@@ -65,6 +65,14 @@ def load_recipe_fields(path: Path) -> dict[str, Any]:
     if not (path / RECIPE).is_file():
         raise FileNotFoundError(f"There is no model trained by a recipe in {str(path)!r}: no {RECIPE}.")
     return dict(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+
+
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Give a model the weights of another that has the same tensors and was saved by `save_model`."""
+    if isinstance(model, PeftModel):
+        load_weights(model, path)
+    else:
+        load_baseline(model, path)
 
 
 def load_baseline(model: nn.Module, path: Path) -> None:
