@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 
 # Passive waiting: with other work on the same cores, OpenMP's spinning makes a step several times slower.
 demo: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/gradmem demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/gradmem demo --ask
 
 # Two workers of one thread each are faster on two cores than one of two.
 test: $(READY)

@@ -10,8 +10,15 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,10 +30,16 @@ BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
 
 
-def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+def save_checkpoint(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, lora_dtype: torch.dtype | None = None
+) -> None:
     """Save the active adapter and the tokenizer, and the backbone where it was trained, for `load_checkpoint`.
 
     The directory appears whole or not at all; a checkpoint that is there already is replaced.
+
+    Args:
+        lora_dtype: what the LoRA's weights are rounded to in the file (bfloat16 halves it). What is loaded from it has
+            another fingerprint than `model`.
 
     Raises:
         FileExistsError: there is something else at `path`, which is left alone.
@@ -40,6 +53,8 @@ def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         old = Path(temporary) / "old"
         new = _write(model, tokenizer, Path(temporary) / "new")
+        if lora_dtype is not None:
+            _round_lora(new / SAFETENSORS_WEIGHTS_NAME, lora_dtype)
         if path.exists():
             path.rename(old)
         try:
@@ -48,6 +63,11 @@ def save_checkpoint(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: 
             if old.exists():
                 old.rename(path)
             raise
+
+
+def _round_lora(file: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(file)
+    save_file({n: t.to(dtype) if ".lora_" in n else t for n, t in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def save_beside(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

@@ -69,9 +69,12 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Write steps; recite: 300 at most, kv: 5.")] = None,
     lr: Annotated[float, typer.Option(help="recite: write learning rate of Adam.")] = 0.03,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="kv: trained weights; default: checkpoints/kv-retrieval of the source tree.")
+        Path | None, typer.Option(help="kv, --ask: trained weights; default: those in checkpoints/ of the source tree.")
     ] = None,
     pairs: Annotated[int, typer.Option(help="kv: pairs in the context.")] = 16,
+    ask: Annotated[
+        bool, typer.Option(help="recite: then also three questions about a story, by an adapter trained on questions.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the first memory, or of the pairs.")] = 0,
 ) -> None:
     """Write a context into a few vectors, forget it, and answer from them.
@@ -79,6 +82,8 @@ def demo(
     Recite: exit status 1 if the paragraph does not come back.
     """
     with _errors_of("demo"):
+        if ask and task is DemoTask.kv:
+            raise ValueError("--ask belongs to the task recite: leave one of them out.")
         if task is DemoTask.kv:
             from .kv_demo import CHECKPOINT, run_kv_demo
 
@@ -94,6 +99,11 @@ def demo(
             lr=lr,
             seed=seed,
         )
+        if ask:
+            from .ask_demo import run_ask_demo
+            from .asking import CHECKPOINT as ASK_CHECKPOINT
+
+            run_ask_demo(checkpoint or ASK_CHECKPOINT)
     if not result.reconstructed:
         raise typer.Exit(1)
 

@@ -111,6 +111,8 @@ class QARecipe:
     max_grad_norm: float = 1.0
     bf16: bool = True
     seed: int = 0
+    lora_dtype: Literal["bfloat16", "float16"] | None = None
+    """What the LoRA's weights are rounded to when the model is saved."""
     compile: bool = True
     """Compile the backbone's layers, on a GPU."""
 

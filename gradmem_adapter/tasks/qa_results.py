@@ -79,7 +79,7 @@ class QARecord:
         parts = [NAMES[self.method]]
         if self.memory_tokens:
             parts.append(f"m={self.memory_tokens}")
-        if self.write_steps:
+        if self.method in ("gradmem", "forward_memory"):
             parts.append(f"K={self.write_steps}")
         return ", ".join(parts)
 

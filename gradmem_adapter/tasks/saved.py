@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,7 +24,8 @@ RECIPE = "recipe.json"
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Any, path: Path) -> None:
     """Save a trained model and the recipe (a dataclass) it was made by; memory by GradMem as `save_checkpoint` does."""
     if isinstance(model, PeftModel):
-        save_checkpoint(model, tokenizer, path)
+        dtype = getattr(recipe, "lora_dtype", None)
+        save_checkpoint(model, tokenizer, path, lora_dtype=None if dtype is None else getattr(torch, dtype))
     else:
         path.mkdir(parents=True, exist_ok=True)
         with replacing(path / WEIGHTS) as temporary:

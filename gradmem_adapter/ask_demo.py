@@ -1,0 +1,76 @@
+"""`gradmem demo --ask`: questions about a story of a test set, answered from memory and, beside it, from its text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .checkpoint import load_checkpoint
+from .demo import kv_cache_bytes
+from .pipeline import GradMemPipeline
+
+
+@dataclass(frozen=True)
+class AskDemoResult:
+    """What the demo printed."""
+
+    from_memory: list[str]
+    from_text: list[str]
+    targets: list[str]
+    context_tokens: int
+    memory_tokens: int
+    state_bytes: int
+    kv_cache_bytes: int
+
+
+def run_ask_demo(checkpoint: Path, *, console: Console | None = None) -> AskDemoResult:
+    """Answer the questions that ship with the package from memory, beside the backbone's answers from the whole text.
+
+    Args:
+        checkpoint: what `load_checkpoint` opens, an adapter trained on questions.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    console = console or Console()
+    story = json.loads(files("gradmem_adapter").joinpath("data/story.json").read_text(encoding="utf-8"))
+    with console.status(Text(f"Loading {checkpoint}")):
+        pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
+    model, questions = pipeline.model, story["questions"]
+    console.print(Panel(Text(story["context"]), title="A story"))
+    console.print(Text(story["source"], style="dim"))
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
+    memory = pipeline.write(story["context"])
+    from_memory = pipeline.generate(questions, memory=memory, **options)
+    with model.disable_adapter():
+        prompts = [[{"role": "user", "content": f"{story['context']}\n\n{question}"}] for question in questions]
+        from_text = pipeline.generate(prompts, **options)
+    ids = pipeline.tokenizer(story["context"], return_tensors="pt")["input_ids"].to(model.device)
+    result = AskDemoResult(
+        from_memory=[answer.strip() for answer in from_memory],
+        from_text=[answer.strip() for answer in from_text],
+        targets=story["targets"],
+        context_tokens=ids.shape[1],
+        memory_tokens=memory.num_memory_tokens,
+        state_bytes=len(memory.to_bytes()),
+        kv_cache_bytes=kv_cache_bytes(model, ids),
+    )
+    table = Table("asked", "from memory, the story gone", "by the backbone alone, with the story", "right")
+    for row in zip(questions, result.from_memory, result.from_text, result.targets, strict=True):
+        table.add_row(*map(Text, row))
+    console.print(table)
+    console.print(
+        f"{result.context_tokens} tokens are in {result.memory_tokens} vectors: {result.state_bytes:,} bytes on disk, "
+        f"where the KV cache of the story takes {result.kv_cache_bytes:,} bytes "
+        f"({result.kv_cache_bytes / result.state_bytes:.0f} times as many)."
+    )
+    console.print(f"ask: {json.dumps(asdict(result))}", soft_wrap=True, highlight=False, markup=False)
+    return result
