@@ -6,6 +6,7 @@ from peft import get_peft_model
 from tiny import tiny, tiny_tokenizer
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline
+from gradmem_adapter.token_losses import IGNORED
 from gradmem_adapter.training import GradMemCollator, exact_match, normalize_answer, score_answer, token_f1
 
 ROW = {"context": "w1 w2 w3", "query": "user :", "target": "w4"}
@@ -50,9 +51,16 @@ class TestBatch:
 
     def test_end_token(self):
         tokenizer = tiny_tokenizer()
-        assert GradMemCollator(tokenizer, add_eos=False).target_ids("w4") == tokenizer("w4")["input_ids"]
+        row = ROW | {"target": "w4"}
+
+        def target(collator):
+            labels = collator([row])["labels"][0]
+            return labels[labels != IGNORED].tolist()
+
+        assert target(GradMemCollator(tokenizer)) == [*tokenizer("w4")["input_ids"], tokenizer.eos_token_id]
+        assert target(GradMemCollator(tokenizer, add_eos=False)) == tokenizer("w4")["input_ids"]
         tokenizer.eos_token = None
-        assert GradMemCollator(tokenizer).target_ids("w4") == tokenizer("w4")["input_ids"]
+        assert target(GradMemCollator(tokenizer)) == tokenizer("w4")["input_ids"]
 
     @pytest.mark.parametrize("query_format", ["text", "Question : {query} assistant :", "chat"])
     @pytest.mark.parametrize("bos", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from gradmem_adapter.token_losses import IGNORED
 from gradmem_adapter.training.collator import GradMemCollator
 
 Rows = Sequence[Mapping[str, Any]]
+_PADDED = ("input_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,7 @@ def make_pools(
     found: dict[int, list[tuple[dict[str, Any], float]]] = {size: [] for size in sorted(buckets)}
     total = sum(share for _, share in sources)
     for number, (rows, share) in enumerate(sources):
-        for i, row in enumerate(rows):
-            try:
-                batch = collator([row], first=i)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"Source {number}: {error}") from error
+        for i, batch in enumerate(_encoded(number, rows, collator)):
             if query_tokens is not None:
                 batch = _without_longer(batch, query_tokens)
                 if not len(batch["input_ids"]):
@@ -118,6 +115,22 @@ def make_pools(
     if not any(found.values()):
         raise ValueError(f"No row has a context of at most {max(found)} tokens, the largest bucket.")
     return [_pool(batches, size, device) for size, batches in found.items() if batches]
+
+
+def _encoded(number: int, rows: Rows, collator: GradMemCollator) -> Iterator[dict[str, Any]]:
+    """What the collator makes of each row of a source; many are tokenized at once."""
+    for start in range(0, len(rows), 512):
+        try:
+            batch = collator(rows[start : start + 512], first=start)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Source {number}: {error}") from error
+        counts = batch["context_index"].bincount().tolist()
+        parts = {name: batch[name].split(counts) for name in ("input_ids", "attention_mask", "labels")}
+        for row in range(len(counts)):
+            length = int(batch["context_attention_mask"][row].sum())
+            width = int(parts["attention_mask"][row].sum(1).max())
+            contexts = {f"context_{name}": batch[f"context_{name}"][row, None, :length] for name in _PADDED}
+            yield contexts | {name: part[row][:, :width] for name, part in parts.items()}
 
 
 def _without_longer(batch: dict[str, Any], tokens: int) -> dict[str, Any]:

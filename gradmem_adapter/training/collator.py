@@ -77,11 +77,15 @@ class GradMemCollator:
             raise ValueError("There are no rows to make a batch of.")
         names = [f"Row {i}" for i in range(first, first + len(rows))]
         examples = [read_row(name, row) for name, row in zip(names, rows, strict=True)]
-        contexts = [self._context(name, example.context) for name, example in zip(names, examples, strict=True)]
+        contexts = self._encode([example.context for example in examples], special=True)
+        for name, ids in zip(names, contexts, strict=True):
+            self._check_context(name, ids)
         context_index = [i for i, example in enumerate(examples) for _ in example.queries]
-        queries = [self._query(names[i], query) for i, example in enumerate(examples) for query in example.queries]
-        targets = [self.target_ids(target) for example in examples for target in example.targets]
+        queries = self._queries([query for example in examples for query in example.queries])
+        targets = self._targets([target for example in examples for target in example.targets])
         for i, query, target in zip(context_index, queries, targets, strict=True):
+            if not query:
+                raise ValueError(f"{names[i]}: its query gives no tokens. Leave it out.")
             if not target:
                 raise ValueError(f"{names[i]}: its target gives no tokens. Leave the query out.")
             _check_length(
@@ -105,32 +109,32 @@ class GradMemCollator:
             "targets": [references for example in examples for references in example.references],
         }
 
-    def target_ids(self, target: str) -> list[int]:
-        """The tokens that are to follow a query."""
-        ids = list(self.tokenizer(target, add_special_tokens=False)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        return ids if not ids or not self.add_eos or eos is None else [*ids, eos]
-
     def longest_target(self, row: Mapping[str, Any]) -> int:
         """How many tokens the longest text has that a query of the row may be answered with."""
         example = read_row("The row", row)
         texts = [*example.targets, *(text for accepted in example.references for text in accepted)]
-        return max(len(self.target_ids(text)) for text in texts)
+        return max(map(len, self._targets(texts)))
 
-    def _context(self, name: str, text: str) -> list[int]:
-        ids = list(self.tokenizer(text)["input_ids"])
+    def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
+        """Token ids of each text, all in one call of the tokenizer."""
+        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=special)["input_ids"]] if texts else []
+
+    def _check_context(self, name: str, ids: list[int]) -> None:
         if not ids:
             raise ValueError(f"{name}: its context gives no tokens; there is nothing to write. Leave the row out.")
         advice = "Split it into several rows (and read their states side by side), or shorten it yourself"
         _check_length(f"{name}: the context", len(ids), self.max_context_length, advice)
-        return ids
 
-    def _query(self, name: str, query: Prompt) -> list[int]:
-        text, special = format_query(query, self.query_format, self.tokenizer)
-        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        if not ids:
-            raise ValueError(f"{name}: its query gives no tokens. Leave it out.")
-        return ids
+    def _queries(self, queries: list[Prompt]) -> list[list[int]]:
+        formatted = [format_query(query, self.query_format, self.tokenizer) for query in queries]
+        encoded = {flag: iter(self._encode([t for t, f in formatted if f is flag], flag)) for flag in (True, False)}
+        return [next(encoded[special]) for _, special in formatted]
+
+    def _targets(self, targets: list[str]) -> list[list[int]]:
+        """The tokens that are to follow the queries."""
+        eos = self.tokenizer.eos_token_id
+        end = [eos] if self.add_eos and eos is not None else []
+        return [ids + end if ids else ids for ids in self._encode(targets, special=False)]
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         return pad(rows, side, int(self.tokenizer.pad_token_id))
