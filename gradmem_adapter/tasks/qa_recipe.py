@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -81,8 +81,8 @@ class QARecipe:
     """Fields of `GradMemConfig`; baselines read num_memory_tokens, reconstruction_weight and lora_config."""
     init_from: str | None = None
     """A checkpoint by a recipe with the same model, whose weights are trained further; None: untrained weights."""
-    write_steps: Drawn = (1, 2, 3, 4, 5)
-    """K (or passes) of a step is drawn from these."""
+    write_steps: Annotated[tuple[pydantic.NonNegativeInt, ...], pydantic.Field(min_length=1)] = (1, 2, 3, 4, 5)
+    """K (or passes) of a step is drawn from these; 0, where WRITE starts from the context, trains that start alone."""
     side_by_side: Drawn = (1,)
     """How many states a question is asked of, drawn from these."""
     buckets: Drawn = (64, 128, 192, 256, 384, 512, 768, 1024)
@@ -122,6 +122,11 @@ class QARecipe:
         if not self.sources:
             raise ValueError("A recipe needs at least one source.")
         check_memory(self.memory)
+        if 0 in self.write_steps and not self.memory.get("start_from_context"):
+            raise ValueError(
+                "write_steps holds 0, after which memory knows nothing of the context: leave it out, or set "
+                "memory.start_from_context."
+            )
         if self.contexts < max(self.side_by_side):
             raise ValueError(
                 f"contexts is {self.contexts}, and a question is asked of up to {max(self.side_by_side)} contexts."

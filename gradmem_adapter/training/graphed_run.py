@@ -185,7 +185,7 @@ def scalars(output: GradMemOutput, hits: Tensor | None) -> dict[str, Tensor]:
     """What a run logs of a step. Args: hits: [R], whether each query's target is the first choice throughout."""
     values: dict[str, Tensor | None] = {"loss": output.loss, "target_loss": output.target_loss}
     values["exact_match"] = None if hits is None else hits.float().mean()
-    if output.write_losses is not None:
+    if output.write_losses is not None and output.write_losses.shape[1]:
         values["first_write_loss"] = output.write_losses[:, 0].mean()
         values["last_write_loss"] = output.write_losses[:, -1].mean()
     if output.memory is not None:
