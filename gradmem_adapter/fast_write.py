@@ -27,7 +27,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import CAUSAL
 from .checks import static_shapes
 from .fingerprint import walk
-from .joint_linear import inductor_with_joint_products
 from .lora_phase import PhaseGated, in_phase
 from .slots import MemorySlots
 from .token_losses import PLAIN, Once
@@ -144,7 +143,7 @@ class FastWrites:
                 return None
             compiled = now or self._seconds > COMPILE_SECONDS
             if self._fast is None or (compiled and not self._fast.compiled):
-                self._fast = FastPass(writer, compiled=compiled, graphed=cuda, joint=cuda)
+                self._fast = FastPass(writer, compiled=compiled, graphed=cuda)
             return partial(self._checked, self._fast, writer, bucket, now)
 
     def _checked(
@@ -185,23 +184,15 @@ class FastWrites:
 
 
 class FastPass:
-    """`write_pass` on a twin of the model: without gradients for weights, compiled, one CUDA graph per bucket.
+    """`write_pass` on a twin of the model: without gradients for weights, compiled, one CUDA graph per bucket."""
 
-    Args:
-        dynamic: compile for any length; None lets PyTorch find out which lengths vary, False compiles for each anew.
-        joint: compiled layers have one product for all linear layers that read the same input. That pays where narrow
-            products leave a processor idle: on a GPU.
-    """
-
-    def __init__(
-        self, writer: Writer, *, compiled: bool, graphed: bool, dynamic: bool | None = True, joint: bool = False
-    ) -> None:
+    def __init__(self, writer: Writer, *, compiled: bool, graphed: bool) -> None:
         backbone = frozen_twin(writer.backbone)
         if compiled:
             for layer in backbone.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    layer.compile(dynamic=dynamic, backend=inductor_with_joint_products if joint else "inductor")
-        self.writer = replace(writer, backbone=backbone, once=Once.compiled(dynamic) if compiled else PLAIN)
+                    layer.compile(dynamic=True)
+        self.writer = replace(writer, backbone=backbone, once=Once.compiled() if compiled else PLAIN)
         self.compiled, self.graphed, self.trusted = compiled, graphed, False
         self._graphs: OrderedDict[tuple[Bucket, bool], Callable[..., Any]] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if graphed else None

@@ -34,9 +34,9 @@ class Once(NamedTuple):
     """The same, and the losses' derivative for the logits: softmax minus one at the target."""
 
     @classmethod
-    def compiled(cls, dynamic: bool | None = True) -> Once:
+    def compiled(cls) -> Once:
         """For a GPU, where operations on logits are bound by how often these are read and written."""
-        return cls(torch.compile(losses, dynamic=dynamic), torch.compile(_fusable_losses_and_slope, dynamic=dynamic))
+        return cls(torch.compile(losses, dynamic=True), torch.compile(_fusable_losses_and_slope, dynamic=True))
 
 
 def token_losses(
