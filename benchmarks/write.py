@@ -25,7 +25,8 @@ from . import common, textbook
 
 COLUMNS = ("method", "batch", "length", "write_steps", "milliseconds", "first_milliseconds", "peak_gib", "tflops",
            "share_of_matmul", "error")  # fmt: skip
-METHODS = ("textbook", "textbook, no graph", "plain", "compiled")
+WAYS = ("one by one, plain", "one by one, auto", "write_many, plain", "write_many, auto", "write_many, compiled")
+METHODS = ("textbook", "textbook, no graph", "plain", "compiled", "compiled, no last loss")
 
 
 def tokens(args: argparse.Namespace, batch: int, length: int) -> Tensor:
@@ -46,14 +47,16 @@ def writing(method: str, args: argparse.Namespace, context: Tensor, steps: int) 
         slots = 0.02 * torch.randn(args.memory, backbone.config.hidden_size, device=args.device)
         return partial(textbook.write, backbone, slots, context, steps, 0.03, keep_graph=method == "textbook")
     model = adapter(args, common.backbone(args))
-    return lambda: model.write(context, steps=steps, compile=method == "compiled")
+    compile, last_loss = method.startswith("compiled"), not method.endswith("no last loss")
+    return lambda: model.write(context, steps=steps, compile=compile, last_loss=last_loss)
 
 
 def cost(args: argparse.Namespace, method: str, batch: int, length: int, steps: int) -> dict[str, Any]:
     """One row."""
     function = writing(method, args, tokens(args, batch, length), steps)
-    ours = not method.startswith("textbook")
-    flops = common.write_flops(common.backbone(args), batch * (length + args.memory), length, steps, last_loss=ours)
+    last_loss = method in ("plain", "compiled")
+    places = batch * (length + args.memory)
+    flops = common.write_flops(common.backbone(args), places, length, steps, last_loss=last_loss)
     measured = common.measure(function, args.device, args.repeats)
     rate = flops / measured.milliseconds / 1e9
     return vars(measured) | {"tflops": rate, "share_of_matmul": rate / args.matmul}
@@ -92,16 +95,17 @@ def many(args: argparse.Namespace) -> list[dict[str, Any]]:
     sizes = torch.randint(200, 1001, (args.contexts,), generator=generator).tolist()
     contexts = [torch.randint(args.vocabulary, (size,), generator=generator) for size in sizes]
     steps, rows = args.steps[-1], []
-    ways: dict[str, Callable[[Any], Any]] = {
-        "one by one, plain": lambda model: [model.write(c[None], steps=steps, compile=False) for c in contexts],
-        "one by one, auto": lambda model: [model.write(c[None], steps=steps) for c in contexts],
-        "write_many, plain": lambda model: model.write_many(contexts, steps=steps, compile=False),
-        "write_many, auto": lambda model: model.write_many(contexts, steps=steps),
-        "write_many, compiled": lambda model: model.write_many(contexts, steps=steps, compile=True),
-    }
-    for method, write in ways.items():
-        if method.endswith("compiled") and "compiled" not in args.methods:
-            continue
+    for method in args.ways:
+        way, _, how = method.partition(", ")
+        compile = {"plain": False, "auto": "auto", "compiled": True}[how]
+
+        def write(model: Any, way: str = way, compile: Any = compile) -> None:
+            if way == "write_many":
+                model.write_many(contexts, steps=steps, compile=compile)
+            else:
+                for context in contexts:
+                    model.write(context[None], steps=steps, compile=compile)
+
         torch.compiler.reset()
         model = adapter(args, common.backbone(args))
         model.write(contexts[0][None, :8], steps=1, compile=False)  # CUDA's own start is nobody's
@@ -158,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--memory", type=int, default=8, help="memory vectors")
     parser.add_argument("--vocabulary", type=int, default=49152, help="token ids are drawn below it")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="with 'many'")
     parser.add_argument("--contexts", type=int, default=100, help="with 'many'")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plot", type=Path, help="with 'growth': a PNG file")

@@ -171,8 +171,8 @@ class GradMemConfig(PeftConfig):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
         for name in (
-            "learn_write_lr", "write_lr_per_element", "write_lr_by_steps", "write_head", "start_from_context", "train_backbone",
-            "init_weights",
+            "learn_write_lr", "write_lr_per_element", "write_lr_by_steps", "write_head", "start_from_context",
+            "train_backbone", "init_weights",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")

@@ -244,6 +244,7 @@ class GradMemModel(BaseTuner):
         initial: MemoryState | None = None,
         tolerance: float | None = None,
         stop_when_recovered: bool = False,
+        last_loss: bool = True,
         callback: Callable[[WriteProgress], None] | None = None,
         compile: bool | Literal["auto"] = "auto",
         strict: bool = True,
@@ -264,6 +265,8 @@ class GradMemModel(BaseTuner):
                 learned rates the last is used.
             tolerance: a sample stops when a step lowers its loss by less than this share of it.
             stop_when_recovered: a sample stops when each of its tokens is the model's first choice.
+            last_loss: False leaves the last of `write_losses` NaN and spares the forward pass that it takes, of
+                2K + 1 passes in all; a last step that overshoots goes unseen then.
             callback: called with a `WriteProgress` before each step and after the last.
             compile: True: compile the model's layers for WRITE now, and launch each pass as a CUDA graph. False: do
                 neither. "auto": on a GPU, graphs for shapes that come again, and compiled layers once WRITE has taken
@@ -292,6 +295,8 @@ class GradMemModel(BaseTuner):
             raise ValueError(f"optimizer must be one of {WRITE_OPTIMIZERS}, got {optimizer!r}.")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be at least 0 and less than 1, got {tolerance!r}.")
+        if not last_loss and tolerance is not None:
+            raise ValueError("tolerance needs the loss after the last step: leave last_loss at True, or tolerance out.")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {compile!r}.")
         context = self._context("input_ids", input_ids, attention_mask)
@@ -317,6 +322,7 @@ class GradMemModel(BaseTuner):
                 optimizer=optimizer or config.write_optimizer,
                 tolerance=tolerance,
                 stop_when_recovered=stop_when_recovered,
+                last_loss=last_loss,
                 callback=callback,
                 run=run,
             )

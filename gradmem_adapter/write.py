@@ -230,6 +230,7 @@ def write_memory(
     optimizer: str,
     tolerance: float | None = None,
     stop_when_recovered: bool = False,
+    last_loss: bool = True,
     callback: Callable[[WriteProgress], None] | None = None,
     run: WritePass | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,6 +244,7 @@ def write_memory(
         memory: [B, m, d], where to start.
         context: B contexts.
         lrs: write learning rates of the first steps; later ones use the last.
+        last_loss: False spares the forward pass over what the last step wrote, whose loss is NaN then.
         run: a faster `write_pass`.
 
     Returns:
@@ -261,6 +263,12 @@ def write_memory(
         history: list[Tensor] = []
         diverged: list[Tensor] = []
         for step in range(steps + 1):
+            if step == steps and not last_loss:
+                written = active & state.memory.isfinite().all(dim=2).all(dim=1)
+                kept = torch.where(written[:, None, None], state.memory, kept)
+                history.append(torch.full_like(kept_loss, math.nan))
+                diverged.append(active & ~written)
+                break
             gradient, losses, recovered = run(state.memory, context, step < steps)
             losses = losses.float()
             finite = losses.isfinite()

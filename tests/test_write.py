@@ -180,6 +180,25 @@ def test_each_number_of_steps_has_a_schedule_of_its_own(per_element):
     assert learned.grad[0, 1].abs().sum() == learned.grad[1].abs().sum() == 0
 
 
+def test_the_last_loss_can_be_spared():
+    model, context, seen = make(), tokens(2, 9), []
+    whole = model.write(context, steps=3)
+    state = model.write(context, steps=3, last_loss=False, callback=seen.append)
+    assert torch.equal(state.vectors, whole.vectors)
+    assert torch.equal(state.write_losses[:, :-1], whole.write_losses[:, :-1])
+    assert state.write_losses[:, -1].isnan().all()
+    assert len(seen) == 3
+    with pytest.raises(ValueError, match="tolerance needs the loss after the last step"):
+        model.write(context, last_loss=False, tolerance=0.1)
+
+
+def test_without_a_last_loss_a_last_step_that_is_not_finite_is_not_kept():
+    model, context = make(), tokens(2, 9)
+    with pytest.warns(RuntimeWarning, match="sample 0, 1 is not finite after 1 steps"):
+        state = model.write(context, steps=1, lr=3e38, last_loss=False)
+    assert torch.equal(state.vectors, model.write(context, steps=0).vectors)
+
+
 def test_shapes_do_not_follow_from_values_where_a_graph_will_be_captured():
     ids, mask = tokens(2, 9), torch.tensor([[1] * 5 + [0] * 4] * 2)
     assert right_padded(ids, mask).input_ids.shape == (2, 5)
