@@ -63,13 +63,6 @@ class GradMemConfig(PeftConfig):
             "preconditioner (Meta-SGD, arXiv 1707.09835)."
         },
     )
-    write_lr_by_steps: bool = field(
-        default=False,
-        metadata={
-            "help": "With `num_write_lrs` n > 1: a schedule of n rates for each number of write steps up to n, instead "
-            "of one whose first K rates serve K steps: two steps go further each than the first two of ten."
-        },
-    )
     write_optimizer: str = field(
         default="sgd", metadata={"help": "The rule of a write step: 'sgd' (the paper's) or 'adam'."}
     )
@@ -171,8 +164,8 @@ class GradMemConfig(PeftConfig):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
         for name in (
-            "learn_write_lr", "write_lr_per_element", "write_lr_by_steps", "write_head", "start_from_context",
-            "train_backbone", "init_weights",
+            "learn_write_lr", "write_lr_per_element", "write_head", "start_from_context", "train_backbone",
+            "init_weights",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -190,11 +183,6 @@ class GradMemConfig(PeftConfig):
             raise ValueError(
                 "num_write_lrs and write_lr_per_element have no effect without learn_write_lr=True: a rate that is not "
                 "learned is the same in every step and for every element."
-            )
-        if self.write_lr_by_steps and self.num_write_lrs == 1:
-            raise ValueError(
-                "write_lr_by_steps has no effect with num_write_lrs=1, where all write steps have the same rate: set "
-                "num_write_lrs to the number of write steps that shall have schedules of their own."
             )
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(

@@ -21,8 +21,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
     Shapes (m memory tokens, c control tokens, d embedding size, V vocabulary):
         gradmem_memory: [m, d], the initial memory M_0.
         gradmem_log_write_lr: [n] or [n, m, d], natural logarithm of the learned write learning rates of the first n
-            write steps, one for all elements of the memory or one for each; [n, n] or [n, n, m, d] where each number
-            of write steps up to n has a schedule of its own (`write_lr_by_steps`).
+            write steps, one for all elements of the memory or one for each.
         gradmem_start_gain: [d], the gain of the forward pass that WRITE starts from (`start_from_context`).
         gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end: [c, d], control vectors.
         gradmem_projection: Linear(d, d), on the memory before it enters the model.
@@ -73,8 +72,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         else:
             self.gradmem_memory[adapter] = normal(m, d)
         if config.learn_write_lr:
-            n = config.num_write_lrs
-            shape = (n,) * (1 + config.write_lr_by_steps) + ((m, d) if config.write_lr_per_element else ())
+            shape = (config.num_write_lrs, m, d) if config.write_lr_per_element else (config.num_write_lrs,)
             self.gradmem_log_write_lr[adapter] = nn.Parameter(torch.full(shape, math.log(config.write_lr), **factory))
         if config.start_from_context:
             self.gradmem_start_gain[adapter] = normal(d)
@@ -130,20 +128,11 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         end = ends[adapter].expand(len(memory), -1, -1)
         return torch.cat([start, memory, end], dim=1)
 
-    def write_lrs(self, adapter: str, steps: int) -> Tensor | None:
-        """The learned write learning rates [n] or [n, m, d] of the first n steps of WRITE, on the tape.
-
-        Args:
-            steps: K, the number of write steps, which may have a schedule of its own (the n-th serves all above n).
-
-        Returns:
-            None where they are not learned.
-        """
+    def write_lrs(self, adapter: str) -> Tensor | None:
+        """The learned write learning rates [n] or [n, m, d] of the first n steps, on the tape; None: not learned."""
         if adapter not in self.gradmem_log_write_lr:
             return None
-        log_lrs = self.gradmem_log_write_lr[adapter]
-        by_steps = log_lrs.dim() in (2, 4)  # one dimension more than the shapes without
-        return (log_lrs[min(max(steps, 1), len(log_lrs)) - 1] if by_steps else log_lrs).exp()
+        return self.gradmem_log_write_lr[adapter].exp()
 
     def write_head(self, adapter: str) -> nn.Module | None:
         """The output head of WRITE; None where WRITE uses the backbone's."""

@@ -93,8 +93,6 @@ def test_every_field_has_help():
         ({"num_write_lrs": 0, "learn_write_lr": True}, ValueError),
         ({"num_write_lrs": 2}, ValueError),
         ({"write_lr_per_element": True}, ValueError),
-        ({"write_lr_by_steps": True, "learn_write_lr": True}, ValueError),
-        ({"write_lr_by_steps": 1}, TypeError),
         ({"write_head": "yes"}, TypeError),
         ({"train_backbone": None}, TypeError),
         ({"init_weights": 0}, TypeError),

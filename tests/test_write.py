@@ -154,32 +154,6 @@ def test_a_learned_rate_for_each_element():
     torch.testing.assert_close(model.write(context, steps=1).vectors, expected)
 
 
-@pytest.mark.parametrize("per_element", [False, True])
-def test_each_number_of_steps_has_a_schedule_of_its_own(per_element):
-    model = make(learn_write_lr=True, num_write_lrs=2, write_lr_by_steps=True, write_lr_per_element=per_element)
-    context, lrs = tokens(2, 9), torch.tensor([[0.5, 9.0], [0.3, 0.1]])
-    learned = model.base_model.slots.gradmem_log_write_lr["default"]
-    with torch.no_grad():
-        learned.copy_(lrs.log().reshape(2, 2, *[1] * (learned.dim() - 2)))
-
-    def written(*rates):
-        state = None
-        for lr in rates:
-            state = model.write(context, steps=1, lr=lr, initial=state)
-        return state.vectors
-
-    torch.testing.assert_close(model.write(context, steps=1).vectors, written(0.5))
-    torch.testing.assert_close(model.write(context, steps=2).vectors, written(0.3, 0.1))
-    torch.testing.assert_close(model.write(context, steps=3).vectors, written(0.3, 0.1, 0.1))
-    longer = model.write(context, steps=1, initial=model.write(context, steps=1))
-    torch.testing.assert_close(longer.vectors, written(0.5, 0.1))
-    trained = model(input_ids=context, context_input_ids=context, write_steps=1, labels=context)
-    torch.testing.assert_close(trained.memory, written(0.5))
-    trained.loss.backward()
-    assert learned.grad[0, 0].abs().sum() > 0
-    assert learned.grad[0, 1].abs().sum() == learned.grad[1].abs().sum() == 0
-
-
 def test_the_last_loss_can_be_spared():
     model, context, seen = make(), tokens(2, 9), []
     whole = model.write(context, steps=3)

@@ -251,8 +251,7 @@ class GradMemTrainer(Trainer):
         if "loss" in logs:
             logs = logs | self._sums.means(self.accelerator)
             self._sums = Sums(self.args.device)
-            config = self.model.active_peft_config
-            write_lrs = self.tuner.slots.write_lrs(self.model.active_adapter, config.write_steps)
+            write_lrs = self.tuner.slots.write_lrs(self.model.active_adapter)
             if write_lrs is not None:
                 several, means = len(write_lrs) > 1, write_lrs.flatten(1).mean(1) if write_lrs.dim() > 1 else write_lrs
                 logs |= {f"write_lr_{k}" if several else "write_lr": lr for k, lr in enumerate(means.tolist())}
