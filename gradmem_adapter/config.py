@@ -119,7 +119,14 @@ class GradMemConfig(PeftConfig):
         default=False,
         metadata={
             "help": "WRITE starts from the slots plus what one forward pass over [context; slots] gives at their "
-            "places, times a learned gain that starts at zero, instead of from the slots alone."
+            "places, times a learned gain, instead of from the slots alone."
+        },
+    )
+    start_gain: float = field(
+        default=0.1,
+        metadata={
+            "help": "With `start_from_context`: the gain before training. From 0 an optimizer needs as many steps as "
+            "it takes to get somewhere at its learning rate; 0.1 makes both parts about as large in many models."
         },
     )
     memory_init: str = field(
@@ -160,6 +167,7 @@ class GradMemConfig(PeftConfig):
         self._check_float("write_lr", positive=True)
         self._check_float("memory_init_std", positive=True)
         self._check_float("reconstruction_weight", positive=False)
+        self._check_float("start_gain", positive=False)
         for name in ("write_clip_norm", "write_clip_value", "finite_difference_step"):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)

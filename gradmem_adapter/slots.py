@@ -77,7 +77,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         if config.start_from_context:
             self.gradmem_start_gain[adapter] = normal(d)
             if config.init_weights:
-                nn.init.zeros_(self.gradmem_start_gain[adapter])
+                nn.init.constant_(self.gradmem_start_gain[adapter], config.start_gain)
         if c:
             for name in ("write_start", "write_end", "read_start", "read_end"):
                 getattr(self, f"gradmem_{name}")[adapter] = normal(c, d)

@@ -240,6 +240,23 @@ class TestSpeed:
         assert set(means[1]) == {"loss", "grad_norm"}
         assert step.means() == {}
 
+    def test_kinds_may_log_different_scalars(self):
+        """Without a write step there is no write loss."""
+        weight = torch.nn.Parameter(torch.ones(3))
+
+        def loss(kind):
+            more = {"write_loss": torch.tensor(4.0)} if kind else {}
+            return {"loss": weight.square().sum(), **more, "norm": weight.detach().norm()}
+
+        step = GraphedStep(loss, [weight], max_grad_norm=1.0)
+        for kind in (0, 1, 0):
+            step(kind, 0.0)
+        means = step.means()
+        assert set(means[0]) == {"loss", "norm", "grad_norm"}
+        assert set(means[1]) == {"loss", "write_loss", "norm", "grad_norm"}
+        assert means[1]["write_loss"] == 4
+        assert means[0]["norm"] == means[1]["norm"] == pytest.approx(3**0.5)
+
 
 class TestOptimizers:
     """Against PyTorch's own, with rates as plain numbers."""
@@ -322,6 +339,15 @@ def test_training_goes_on_from_a_checkpoint(method, tmp_path):
         assert torch.equal(value, model.state_dict()[name]), name
     with pytest.raises(ValueError, match="shape"):
         replace(plan, backbone={"layers": 1, "width": 16, "heads": 2}).build()
+
+
+def test_a_run_on_another_kind_of_device_goes_on_with_a_warning(tmp_path):
+    run(recipe(), tmp_path, stop=lambda now: now.step >= 4)
+    state = torch.load(tmp_path / "last" / "state.pt", weights_only=True)
+    torch.save(state | {"random": torch.zeros(16, dtype=torch.uint8)}, tmp_path / "last" / "state.pt")  # as on a GPU
+    with pytest.warns(UserWarning, match="another kind of device"):
+        _, done = run(recipe(), tmp_path)
+    assert done
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

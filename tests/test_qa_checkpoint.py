@@ -22,32 +22,39 @@ from gradmem_adapter.tasks.records import load_records
 ROOT = Path(__file__).parent.parent
 
 
-def test_was_made_by_the_example():
-    made = json.loads((CHECKPOINT / "recipe.json").read_text(encoding="utf-8"))
-    assert QARecipe.of(made) == load_recipe(ROOT / "examples" / "qa_passages.yaml")
+BABI = CHECKPOINT.with_name("smollm2-135m-babi")
 
 
-def test_is_small():
-    assert (CHECKPOINT / "adapter_model.safetensors").stat().st_size < 10_000_000
+@pytest.mark.parametrize(("checkpoint", "example"), [(CHECKPOINT, "qa_passages"), (BABI, "qa_babi")])
+def test_was_made_by_the_example(checkpoint, example):
+    made = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
+    assert QARecipe.of(made) == load_recipe(ROOT / "examples" / f"{example}.yaml")
 
 
-def test_its_card_says_what_the_results_say():
-    card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, BABI])
+def test_is_small(checkpoint):
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 10_000_000
+
+
+@pytest.mark.parametrize(("checkpoint", "memory_tokens", "datasets"), [(CHECKPOINT, 32, 5), (BABI, 16, 4)])
+def test_its_card_says_what_the_results_say(checkpoint, memory_tokens, datasets):
+    card = (checkpoint / "README.md").read_text(encoding="utf-8").lower()
     records = load_records(ROOT / "results" / "answers.json", TASK, QARecord)
-    mine = [r for r in records if r.method == "gradmem" and r.states == 1 and r.write_steps == 2]
-    assert {r.dataset for r in mine} == {"babi 1", "babi 2", "babi 4", "babi 5", "fairytaleqa"}
+    mine = [r for r in records if r.method == "gradmem" and r.memory_tokens == memory_tokens and r.states == 1]
+    assert len([r for r in mine if r.write_steps == 0]) == datasets
     for record in mine:
-        assert f"{100 * record.exact_match:.1f} | {100 * record.f1:.1f}" in card, record.dataset
+        (line,) = (line for line in card.splitlines() if line.startswith(f"| {record.dataset} |"))
+        assert f"| {100 * record.exact_match:.1f} |" in line, record.dataset
 
 
 @pytest.mark.smollm
 def test_answers_from_memory():
     result = run_ask_demo(CHECKPOINT, console=Console(file=io.StringIO()))
     right = [answer == target for answer, target in zip(result.from_memory, result.targets, strict=True)]
-    assert sum(right) >= 2, result.from_memory
-    assert (result.context_tokens, result.memory_tokens) == (126, 32)
-    assert result.kv_cache_bytes == 126 * 30 * 2 * 3 * 64 * 4
-    assert result.state_bytes < result.kv_cache_bytes / 75
+    assert all(right), result.from_memory
+    assert (result.context_tokens, result.memory_tokens) == (67, 32)
+    assert result.kv_cache_bytes == 67 * 30 * 2 * 3 * 64 * 4
+    assert result.state_bytes < result.kv_cache_bytes / 41
 
 
 @pytest.fixture

@@ -207,6 +207,19 @@ def test_training_learns(folder, tmp_path):
     assert last < 0.8 * first
 
 
+def test_the_start_from_the_context_is_trained_without_write_steps_too(folder, tmp_path):
+    memory = recipe(folder).memory | {"start_from_context": True}
+    plan, seen = recipe(folder, memory=memory, write_steps=[0, 1], side_by_side=[1], steps=8), []
+    model, tokenizer = plan.build()
+    gain = model.base_model.slots.gradmem_start_gain["default"]
+    before = gain.detach().clone()
+    train_qa(model, tokenizer, plan, tmp_path, device="cpu", log_every=8, callback=seen.append)
+    assert not torch.equal(gain, before)
+    scalars = {name: set(values) for name, values in seen[0].means.items()}
+    assert any("K=0" in name and "last_write_loss" not in values for name, values in scalars.items())
+    assert any("K=1" in name and "last_write_loss" in values for name, values in scalars.items())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -215,7 +228,8 @@ def test_training_learns(folder, tmp_path):
         ({"tokens": 20}, "largest bucket"),
         ({"stepz": 3}, "stepz"),
         ({"queries": 0}, "queries"),
-        ({"write_steps": [0]}, "write_steps"),
+        ({"write_steps": [0]}, "after which memory knows nothing of the context"),
+        ({"write_steps": [-1]}, "write_steps"),
         ({"side_by_side": [4], "contexts": 2}, "asked of up to 4 contexts"),
     ],
 )

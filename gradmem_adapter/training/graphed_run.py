@@ -7,6 +7,7 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -230,7 +231,15 @@ def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> int
     check_tensors(file, state["weights"], trained(model))
     model.load_state_dict(state["weights"], strict=False)
     step_on.load_state_dict(state["optimizer"])
-    _random(next(model.parameters()).device).set_rng_state(state["random"].cpu())
+    random, drawn = _random(next(model.parameters()).device), state["random"].cpu()
+    if random.get_rng_state().shape == drawn.shape:
+        random.set_rng_state(drawn)
+    else:
+        warnings.warn(
+            f"{file} is of a run on another kind of device. It goes on from there, with other batches than it would "
+            "have drawn on that one.",
+            stacklevel=3,
+        )
     return int(state["step"])
 
 

@@ -48,7 +48,7 @@ class GraphedStep(Generic[Kind]):
         device = self.parameters[0].device
         self.graphed = device.type == "cuda"
         self.optimizers = Optimizers(self.parameters, **options)
-        self._names: list[str] = []
+        self._names: dict[Kind, list[str]] = {}
         self._sums: dict[Kind, Tensor] = {}
         self._counts: dict[Kind, int] = {}
         self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
@@ -85,7 +85,7 @@ class GraphedStep(Generic[Kind]):
         values["loss"].backward()
         values["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizers.step()
-        self._names = list(values)
+        self._names[kind] = list(values)
         now = torch.stack([value.detach().float() for value in values.values()])
         if kind not in self._sums:
             self._sums[kind] = torch.zeros_like(now)
@@ -94,7 +94,7 @@ class GraphedStep(Generic[Kind]):
     def means(self) -> dict[Kind, dict[str, float]]:
         """The mean of every scalar since the last call, by kind of batch."""
         result = {
-            kind: dict(zip(self._names, (self._sums[kind] / count).tolist(), strict=True))
+            kind: dict(zip(self._names[kind], (self._sums[kind] / count).tolist(), strict=True))
             for kind, count in self._counts.items()
             if count
         }
