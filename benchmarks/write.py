@@ -25,8 +25,10 @@ from . import common, textbook
 
 COLUMNS = ("method", "batch", "length", "write_steps", "milliseconds", "first_milliseconds", "peak_gib", "tflops",
            "share_of_matmul", "error")  # fmt: skip
+METHODS = ("textbook", "textbook, no graph", "plain", "compiled, no last loss", "compiled")
+WITH_LAST_LOSS = ("plain", "compiled")
 WAYS = ("one by one, plain", "one by one, auto", "write_many, plain", "write_many, auto", "write_many, compiled")
-METHODS = ("textbook", "textbook, no graph", "plain", "compiled", "compiled, no last loss")
+COMPILE: dict[str, Any] = {"plain": False, "auto": "auto", "compiled": True}
 
 
 def tokens(args: argparse.Namespace, batch: int, length: int) -> Tensor:
@@ -47,16 +49,15 @@ def writing(method: str, args: argparse.Namespace, context: Tensor, steps: int) 
         slots = 0.02 * torch.randn(args.memory, backbone.config.hidden_size, device=args.device)
         return partial(textbook.write, backbone, slots, context, steps, 0.03, keep_graph=method == "textbook")
     model = adapter(args, common.backbone(args))
-    compile, last_loss = method.startswith("compiled"), not method.endswith("no last loss")
-    return lambda: model.write(context, steps=steps, compile=compile, last_loss=last_loss)
+    compile = method.startswith("compiled")
+    return lambda: model.write(context, steps=steps, compile=compile, last_loss=method in WITH_LAST_LOSS)
 
 
 def cost(args: argparse.Namespace, method: str, batch: int, length: int, steps: int) -> dict[str, Any]:
     """One row."""
     function = writing(method, args, tokens(args, batch, length), steps)
-    last_loss = method in ("plain", "compiled")
     places = batch * (length + args.memory)
-    flops = common.write_flops(common.backbone(args), places, length, steps, last_loss=last_loss)
+    flops = common.write_flops(common.backbone(args), places, length, steps, last_loss=method in WITH_LAST_LOSS)
     measured = common.measure(function, args.device, args.repeats)
     rate = flops / measured.milliseconds / 1e9
     return vars(measured) | {"tflops": rate, "share_of_matmul": rate / args.matmul}
@@ -89,6 +90,16 @@ def agreement(args: argparse.Namespace) -> None:
           f"{((other - plain).norm() / plain.norm()).item():.2e}")  # fmt: skip
 
 
+def write_all(model: Any, contexts: list[Tensor], steps: int, way: str) -> None:
+    """By one of WAYS."""
+    calls, how = way.split(", ")
+    if calls == "write_many":
+        model.write_many(contexts, steps=steps, compile=COMPILE[how])
+        return
+    for context in contexts:
+        model.write(context[None], steps=steps, compile=COMPILE[how])
+
+
 def many(args: argparse.Namespace) -> list[dict[str, Any]]:
     """100 contexts of 200 to 1,000 tokens: one by one as they come, and all at once. First calls included."""
     generator = torch.Generator().manual_seed(0)
@@ -96,23 +107,13 @@ def many(args: argparse.Namespace) -> list[dict[str, Any]]:
     contexts = [torch.randint(args.vocabulary, (size,), generator=generator) for size in sizes]
     steps, rows = args.steps[-1], []
     for method in args.ways:
-        way, _, how = method.partition(", ")
-        compile = {"plain": False, "auto": "auto", "compiled": True}[how]
-
-        def write(model: Any, way: str = way, compile: Any = compile) -> None:
-            if way == "write_many":
-                model.write_many(contexts, steps=steps, compile=compile)
-            else:
-                for context in contexts:
-                    model.write(context[None], steps=steps, compile=compile)
-
         torch.compiler.reset()
         model = adapter(args, common.backbone(args))
         model.write(contexts[0][None, :8], steps=1, compile=False)  # CUDA's own start is nobody's
         common.synchronize(args.device)
         with common.peak_memory(args.device) as peak:
             start = time.perf_counter()
-            write(model)
+            write_all(model, contexts, steps, method)
             common.synchronize(args.device)
         row = {"method": method, "batch": args.contexts, "length": "200-1000", "write_steps": steps}
         rows.append(row | {"milliseconds": 1000 * (time.perf_counter() - start), "peak_gib": peak["gib"]})

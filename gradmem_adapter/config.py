@@ -126,7 +126,8 @@ class GradMemConfig(PeftConfig):
         default=0.1,
         metadata={
             "help": "With `start_from_context`: the gain before training. From 0 an optimizer needs as many steps as "
-            "it takes to get somewhere at its learning rate; 0.1 makes both parts about as large in many models."
+            "it takes to get somewhere at its learning rate; 0.1 makes what the forward pass gives about twice as "
+            "large as slots from the vocabulary, in SmolLM2-135M."
         },
     )
     memory_init: str = field(

@@ -99,9 +99,8 @@ def target_losses(
 
 
 def _split(hidden: Tensor, targets: Tensor, mask: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    pieces = max(1, -(-hidden.shape[1] // size))
-    size = max(1, -(-hidden.shape[1] // pieces))  # alike: a small last piece would take nearly as long
-    parts = (part.split(size, 1) for part in (hidden, targets, mask))
+    pieces = max(1, -(-hidden.shape[1] // size))  # of about one length: a short last piece takes nearly as long
+    parts = (part.chunk(pieces, 1) for part in (hidden, targets, mask))
     return ((piece.contiguous(), target, counts) for piece, target, counts in zip(*parts, strict=True))
 
 

@@ -229,6 +229,10 @@ def test_the_start_from_the_context_is_trained_without_write_steps_too(folder, t
         ({"stepz": 3}, "stepz"),
         ({"queries": 0}, "queries"),
         ({"write_steps": [0]}, "after which memory knows nothing of the context"),
+        (
+            {"write_steps": [0], "method": "forward_memory", "memory": {"start_from_context": True}},
+            "after which memory knows nothing of the context",
+        ),
         ({"write_steps": [-1]}, "write_steps"),
         ({"side_by_side": [4], "contexts": 2}, "asked of up to 4 contexts"),
     ],
