@@ -20,8 +20,9 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.training.graphed_run import lr_share
 
 from .babi import babi_rows
+from .babi_questions import EVERY_QUESTION, with_every_question
 from .kv_recipe import STRICT, Drawn, check_memory
-from .qa import qa_rows
+from .qa import group, qa_rows
 from .qa_batches import Pool, Rows
 from .saved import load_trained
 
@@ -38,8 +39,14 @@ class QASource:
     """The number of a bAbI task; None: passages."""
     share: pydantic.NonNegativeFloat = 1.0
     """Of training, against the other sources."""
+    every_question: bool = False
+    """In training, ask all that a story of bAbI 1, 2 or 5 answers (`with_every_question`), not its own question."""
     options: dict[str, Any] = field(default_factory=dict)
     """What `qa_rows` and `babi_rows` take for the hub."""
+
+    def __post_init__(self) -> None:
+        if self.every_question and self.babi not in EVERY_QUESTION:
+            raise ValueError(f"every_question is for the bAbI tasks {EVERY_QUESTION}, not for {self.name}.")
 
     @property
     def name(self) -> str:
@@ -48,9 +55,18 @@ class QASource:
 
     def rows(self, split: str) -> Rows:
         """The rows of "train", "valid" or "test"."""
-        return qa_rows(self.source, split, **self.options) if self.babi is None else babi_rows(
-            self.source, self.babi, split, **self.options
-        )  # fmt: skip
+        if self.babi is None:
+            return qa_rows(self.source, split, **self.options)
+        return babi_rows(self.source, self.babi, split, **self.options)
+
+    def training_rows(self) -> Rows:
+        """The rows of "train", each context once with the questions on it."""
+        rows = self.rows("train")
+        if self.babi is None:
+            return rows
+        if self.every_question:
+            return with_every_question(rows, self.babi)
+        return group((row["context"], row["query"], [row["target"]]) for row in rows)
 
 
 class QAKind(NamedTuple):

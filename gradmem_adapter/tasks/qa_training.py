@@ -62,7 +62,7 @@ def train_qa(
     """
     device = torch.device(device)
     collator = GradMemCollator(tokenizer, query_format=recipe.query_format)
-    sources = [(source.rows("train"), source.share) for source in recipe.sources]
+    sources = [(source.training_rows(), source.share) for source in recipe.sources]
     pools = make_pools(
         sources, collator, recipe.buckets, device, drop_longer=recipe.drop_longer, query_tokens=recipe.query_tokens
     )
