@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -165,9 +165,14 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `gradmem train` made.")],
     rows: Annotated[
         Path | None, typer.Option(help="A file of rows; default: fresh pairs of key-value retrieval.")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A text (.gz or not): how much of it comes back from memory."),
     ] = None,
     pairs: Annotated[str, typer.Option(help="Numbers of pairs.")] = "4,8,16,32,64,96",
     steps: Annotated[str, typer.Option(help="Numbers of write steps.")] = "1,2,5",
@@ -177,17 +182,44 @@ def evaluate(
     split: Annotated[str, typer.Option(help="answers: the part of the data to answer questions on.")] = "test",
     states: Annotated[str, typer.Option(help="answers: how many contexts a question is asked of.")] = "1",
     limit: Annotated[int | None, typer.Option(min=1, help="answers: only so many contexts of each source.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="--text: tokens of a passage.")] = 128,
+    passages: Annotated[int, typer.Option(min=1, help="--text: how many passages, one after another.")] = 64,
+    optimizer: Annotated[
+        str | None, typer.Option(help="--text: write optimizer, sgd or adam; default: the adapter's.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="--text: write learning rate of every step; default: the adapter's.")
+    ] = None,
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Measure a trained model and print a table."""
-    from .training_runs import evaluate_answers, evaluate_pairs, evaluate_rows, trained_on
+    from .training_runs import evaluate_answers, evaluate_pairs, evaluate_rows, evaluate_text, trained_on
 
     with _errors_of("eval"):
+        if text is None:
+            own = ("tokens", "passages", "optimizer", "lr")
+            _refuse(context, own, "belongs to --text: give a text, or leave it out.")
+        else:
+            others = ("rows", "pairs", "contexts", "seed", "split", "states", "limit")
+            _refuse(context, others, "does not apply to --text: leave one of them out.")
         if results is not None:
             if rows is not None:
                 raise ValueError("--results keeps results of recipes' tasks, not of --rows: leave one of them out.")
             results.parent.mkdir(parents=True, exist_ok=True)
             check_writable(results)
+        if text is not None:
+            evaluate_text(
+                checkpoint,
+                text,
+                _numbers("--steps", steps),
+                tokens=tokens,
+                count=passages,
+                optimizer=optimizer,
+                lr=lr,
+                results=results,
+                device=_device(device),
+            )
+            return
         if rows is not None:
             evaluate_rows(checkpoint, rows, _numbers("--steps", steps), device=_device(device))
             return
@@ -265,6 +297,14 @@ def _text(file: Path) -> str:
     if not text.strip():
         raise ValueError(f"{file} is empty: there is nothing to write.")
     return text
+
+
+def _refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Raise `ValueError` if one of the options, none of which applies, was given."""
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{option} {why}")
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -16,11 +16,13 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from .checkpoint import load_checkpoint
+from .files import read_text
 from .recipes import Recipe
-from .tasks import kv_results, qa_results
+from .tasks import kv_results, qa_results, reconstruction_results
 from .tasks.kv_training import evaluate_kv, load_kv, save_kv, train_kv
 from .tasks.qa_recipe import QARecipe
 from .tasks.qa_training import Answerer, load_qa, train_qa
+from .tasks.reconstruction import passages
 from .tasks.records import add_records, load_records, task_of
 from .tasks.rows import RowsRecipe, read_rows
 from .tasks.saved import RECIPE, claim_run, save_model
@@ -224,6 +226,51 @@ def evaluate_rows(
     return metrics
 
 
+def evaluate_text(
+    checkpoint: Path,
+    text: Path,
+    steps: list[int],
+    *,
+    tokens: int = 128,
+    count: int = 64,
+    optimizer: str | None = None,
+    lr: float | None = None,
+    device: torch.device,
+    results: Path | None = None,
+    console: Console | None = None,
+) -> list[reconstruction_results.ReconstructionRecord]:
+    """How much of the first passages of a text comes back from memory, for each number of write steps, as a table.
+
+    Args:
+        tokens: of a passage.
+        count: how many passages.
+        optimizer, lr: of WRITE; None: the adapter's own.
+        results: a JSON file that the records are added to.
+    """
+    console = console or Console()
+    model, tokenizer = load_checkpoint(checkpoint, device=device)
+    texts = passages(read_text(text), tokenizer, tokens, count)
+    records = []
+    with Progress(TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
+        for k in progress.track(steps):
+            records.append(
+                reconstruction_results.measure(
+                    model, texts, checkpoint=_name_of(checkpoint), text=text.name, steps=k, optimizer=optimizer, lr=lr
+                )
+            )
+    for table in reconstruction_results.tables(records):
+        console.print(table)
+    if results is not None:
+        add_records(results, reconstruction_results.TASK, reconstruction_results.ReconstructionRecord, records)
+    return records
+
+
+def _name_of(checkpoint: Path) -> str:
+    """The name of a checkpoint's directory; with that of its run, where all runs give their checkpoints the same."""
+    path = checkpoint.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name.startswith(CHECKPOINT) else path.name
+
+
 def _print_metrics(metrics: dict[int, dict[str, float]], console: Console) -> None:
     names = ["eval_loss", "eval_exact_match", "eval_f1", "eval_first_write_loss", "eval_last_write_loss"]
     table = Table("write steps", *(name.removeprefix("eval_").replace("_", " ") for name in names))
@@ -246,6 +293,11 @@ def show_results(results: Path, output: Path, console: Console | None = None) ->
         for table in qa_results.tables(answers):
             console.print(table)
         files = qa_results.plot(answers, output)
+    elif task_of(results) == reconstruction_results.TASK:
+        texts = load_records(results, reconstruction_results.TASK, reconstruction_results.ReconstructionRecord)
+        for table in reconstruction_results.tables(texts):
+            console.print(table)
+        files = reconstruction_results.plot(texts, output)
     else:
         pairs = load_records(results, kv_results.TASK, kv_results.KVRecord)
         console.print(kv_results.table(pairs, paper=True))

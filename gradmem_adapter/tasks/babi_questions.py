@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _MOVE = re.compile(r"(\w+) (?:moved|went|journeyed|travelled|went back) to the (\w+)$")
@@ -15,7 +15,7 @@ Answers = dict[str, str]
 """What is asked, and what is right."""
 
 
-def with_every_question(rows: Iterable[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+def with_every_question(rows: Iterable[Mapping[str, Any]], number: int) -> list[dict[str, Any]]:
     """Rows of one question as rows of every question that their facts answer, each context once.
 
     Args:
