@@ -37,6 +37,8 @@ COMPILE_SECONDS = 20.0
 after it, that takes at most twice the time of whoever had known beforehand."""
 MAX_GRAPHS = 16
 """How many buckets have a CUDA graph; the one used longest ago makes room."""
+SPARE_MEMORY = 0.25
+"""The share of a GPU's memory that bulk WRITE leaves to what follows it, if its graphs hold more than the rest."""
 
 
 class Bucket(NamedTuple):
@@ -122,6 +124,21 @@ class FastWrites:
             yield plain if compile is False else self._choose(writer, context, compile is True, longest) or plain
         finally:
             self._seconds += time.perf_counter() - start
+
+    def make_room(self, device: torch.device) -> None:
+        """Give the memory of all graphs back where they leave little of it: READ needs some, and cannot take theirs."""
+        with self._lock:
+            if self._fast is None or not self._fast.graphed:
+                return
+            free, total = torch.cuda.mem_get_info(device)
+            # And what PyTorch keeps for anybody: blocks of a graph's pool are for that graph alone.
+            free += sum(
+                segment["total_size"] - segment["allocated_size"]
+                for segment in torch.cuda.memory_snapshot()
+                if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == (0, 0)
+            )
+            if free < SPARE_MEMORY * total:
+                self._fast.clear()
 
     def _choose(self, writer: Writer, context: Context, now: bool, longest: int | None) -> WritePass | None:
         cuda = context.input_ids.device.type == "cuda"

@@ -373,7 +373,9 @@ class GradMemModel(BaseTuner):
                 raise type(error)(f"Context {index} of {len(rows)} cannot be written. {message}") from None
         budget = token_budget(self.model) if max_tokens is None else max_tokens
         with progress_bar(len(rows), progress) as done:
-            return write_batches(lambda ids, mask: self.write(ids, mask, **options), rows, budget, done)
+            states = write_batches(lambda ids, mask: self.write(ids, mask, **options), rows, budget, done)
+        self._fast_writes.make_room(self.model.device)
+        return states
 
     # ---------------------------------------------------------------- READ
 

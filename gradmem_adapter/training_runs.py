@@ -197,13 +197,16 @@ def evaluate_answers(
         for k in steps:
             answerer = Answerer(model, tokenizer, recipe, steps=k)
             for count in states:
-                records.append(qa_results.measure(answerer, rows, source.name, split=split, states=count, seed=seed))
-                done = f"{source.name}, K={k}, {count} contexts: {records[-1].questions} questions"
+                record = qa_results.measure(answerer, rows, source.name, split=split, states=count, seed=seed)
+                records.append(record)
+                if results is not None:  # at once: an evaluation that is cut short keeps what it has measured
+                    add_records(results, qa_results.TASK, qa_results.QARecord, [record])
+                done = (
+                    f"{source.name}, K={k}, {count} contexts: {record.questions} questions, F1 {100 * record.f1:.1f} %"
+                )
                 console.print(done, markup=False)
     for table in qa_results.tables(records):
         console.print(table)
-    if results is not None:
-        add_records(results, qa_results.TASK, qa_results.QARecord, records)
     return records
 
 

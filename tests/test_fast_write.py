@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tiny import ARCHITECTURES, tiny, tokens
 import gradmem_adapter.fast_write as fast_write
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.checks import static_shapes
-from gradmem_adapter.fast_write import Bucket, FastPass, unsuited
+from gradmem_adapter.fast_write import Bucket, FastPass, FastWrites, unsuited
 from gradmem_adapter.write import Context, right_padded, write_pass
 
 
@@ -221,3 +222,23 @@ def test_threads_may_write_compiled_at_once():
         thread.join()
     for index, right in enumerate(expected):
         assert torch.equal(results[index], right)
+
+
+@pytest.mark.parametrize(("pool", "kept"), [((0, 0), True), ((0, 7), False)])
+def test_bulk_write_leaves_memory_to_what_follows(monkeypatch, pool, kept):
+    """What the pool of a graph holds is nobody else's, however much of it is free."""
+    writes, cleared = FastWrites(), []
+    writes._fast = SimpleNamespace(graphed=True, clear=lambda: cleared.append(True))
+    segments = [{"device": 0, "total_size": 60, "allocated_size": 10, "segment_pool_id": pool},
+                {"device": 1, "total_size": 90, "allocated_size": 0, "segment_pool_id": (0, 0)}]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 100))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    writes.make_room(torch.device("cuda", 0))
+    assert bool(cleared) != kept
+
+
+def test_bulk_write_asks_for_room(monkeypatch):
+    model, asked = make(), []
+    monkeypatch.setattr(type(model.base_model._fast_writes), "make_room", lambda self, device: asked.append(device))
+    model.write_many(tokens(2, 6).tolist(), progress=False)
+    assert asked == [torch.device("cpu")]

@@ -11,10 +11,12 @@ from test_qa_training import folder, recipe  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from gradmem_adapter.cli import app
+from gradmem_adapter.tasks import qa_results
 from gradmem_adapter.tasks.qa_results import TASK, QARecord, distractors, measure, plot, tables
 from gradmem_adapter.tasks.qa_training import Answerer, questions
 from gradmem_adapter.tasks.records import add_records, load_records, task_of
 from gradmem_adapter.tasks.saved import save_model
+from gradmem_adapter.training_runs import evaluate_answers
 
 BYTES_PER_TOKEN = 4 * 2 * 2 * 2 * 8  # keys and values of 2 layers with 2 heads of 8, in float32
 
@@ -174,3 +176,20 @@ def test_training_by_the_command(folder, tmp_path):  # noqa: F811
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "run" / "checkpoint" / "recipe.json").read_text())["method"] == "mean_pooling"
     assert "mean pooling, m=3" in result.output
+
+
+def test_an_evaluation_that_is_cut_short_keeps_what_it_has_measured(folder, tmp_path, monkeypatch):  # noqa: F811
+    plan = recipe(folder)
+    model, tokenizer = plan.build()
+    save_model(model, tokenizer, plan, tmp_path / "model")
+    results, whole = tmp_path / "answers.json", qa_results.measure
+
+    def measured(answerer, rows, dataset, **options):
+        if dataset == "long":
+            raise KeyboardInterrupt
+        return whole(answerer, rows, dataset, **options)
+
+    monkeypatch.setattr(qa_results, "measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_answers(tmp_path / "model", [1], [1], device=torch.device("cpu"), results=results)
+    assert [r.dataset for r in load_records(results, TASK, QARecord)] == ["short"]
