@@ -131,7 +131,7 @@ class Answerer:
         """
         ids = [self.tokenizer(text)["input_ids"] for text in contexts]
         if isinstance(self.model, PeftModel):
-            states = self.model.write_many(ids, steps=self.steps, progress=False)
+            states = self.model.write_many(ids, steps=self.steps, progress=False, last_loss=False)
         answers: dict[int, str] = {}
         costs = [sum(len(ids[i]) for i in row) for row in reads] if not isinstance(self.model, PeftModel) else [
             self.recipe.num_memory_tokens * len(row) for row in reads
