@@ -77,13 +77,17 @@ def passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: 
     return found
 
 
-def reconstruction(model: PeftModel, texts: Sequence[Passage], **write_options: Any) -> Reconstruction:
+def reconstruction(
+    model: PeftModel, texts: Sequence[Passage], *, state: MemoryState | None = None, **write_options: Any
+) -> Reconstruction:
     """WRITE passages and decode them.
 
     Args:
+        state: of the passages, where they have been written.
         write_options: what `model.write_many` takes: steps, lr, max_tokens, ...
     """
-    state = model.write_many(texts, progress=False, **write_options)
+    if state is None:
+        state = model.write_many(texts, progress=False, **write_options)
     greedy, forced = [], []
     for rows in _batches(len(texts)):
         found = model.fidelity(state[rows], *pad([texts[i] for i in rows], "right", 0))
@@ -101,12 +105,19 @@ def reconstruction(model: PeftModel, texts: Sequence[Passage], **write_options: 
 
 
 @torch.no_grad()
-def next_chunk(model: PeftModel, texts: Sequence[tuple[Passage, Passage]], **write_options: Any) -> NextChunk:
+def next_chunk(
+    model: PeftModel,
+    texts: Sequence[tuple[Passage, Passage]],
+    *,
+    state: MemoryState | None = None,
+    **write_options: Any,
+) -> NextChunk:
     """How well the second passage of each pair is predicted with the first in memory, without it, and as text.
 
     All tokens of the second passage but its first count, for which there is nothing to predict it from without memory.
 
     Args:
+        state: of the first passages, where they have been written.
         write_options: what `model.write_many` takes.
 
     Raises:
@@ -115,7 +126,8 @@ def next_chunk(model: PeftModel, texts: Sequence[tuple[Passage, Passage]], **wri
     for i, (_, second) in enumerate(texts):
         if len(second) < 2:
             raise ValueError(f"The second passage of pair {i} has {len(second)} tokens; at least 2 are needed.")
-    state = model.write_many([first for first, _ in texts], progress=False, **write_options)
+    if state is None:
+        state = model.write_many([first for first, _ in texts], progress=False, **write_options)
     losses: list[tuple[Tensor, Tensor, Tensor]] = []
     for rows in _batches(len(texts)):
         firsts, seconds = zip(*(texts[i] for i in rows), strict=True)

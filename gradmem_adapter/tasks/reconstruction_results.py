@@ -110,9 +110,10 @@ def measure(
         ValueError: passages too long for the model, an unknown optimizer, or a rate that is none.
     """
     config, tokens = model.active_peft_config, len(texts[0])
-    numbers = _numbers(reconstruction(model, texts, steps=steps, optimizer=optimizer, lr=lr))
+    state = model.write_many(texts, progress=False, steps=steps, optimizer=optimizer, lr=lr)
+    numbers = _numbers(reconstruction(model, texts, state=state))
     if len(texts) > 1 and (model.positions is None or 2 * tokens <= model.positions):
-        following = next_chunk(model, list(pairwise(texts)), steps=steps, optimizer=optimizer, lr=lr)
+        following = next_chunk(model, list(pairwise(texts)), state=state[:-1])
         numbers |= _numbers(following, "next_")
     return ReconstructionRecord(
         checkpoint=checkpoint,
