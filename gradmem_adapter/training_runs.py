@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .tasks.records import add_records, load_records, task_of
 from .tasks.rows import RowsRecipe, read_rows
 from .tasks.saved import RECIPE, claim_run, save_model
 from .training import GradMemTrainer, GradMemTrainingArguments
-from .training.graphed_run import RunProgress
+from .training.graphed_run import RunProgress, step_of
 
 CHECKPOINT = "checkpoint"
 """The folder of the finished model in the directory of a run."""
@@ -79,7 +80,7 @@ def train(
         return None
     checkpoint = output / CHECKPOINT
     if isinstance(recipe, QARecipe):
-        save_model(model, tokenizer, recipe, checkpoint)
+        save_model(model, tokenizer, replace(recipe, steps=step_of(output / "last")), checkpoint)
         console.print(f"Saved: {checkpoint}", markup=False)
         steps = [max(recipe.write_steps)]
         try:

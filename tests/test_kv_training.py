@@ -118,7 +118,7 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
 def test_the_rate_warms_up_stays_and_decays():
     plan = recipe(steps=100, decay_share=0.5, stages=[{"steps": 100, "lr": 0.01, "mix": [
         {"max_pairs": 2, "contexts": 1, "queries": 1}]}])  # fmt: skip
-    rates = [plan.lr_at(step) for step in range(100)]
+    rates = [plan.lr_at(step, step / 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.0025)
     assert rates[10] == rates[50] == 0.01
     assert rates[99] == pytest.approx(0.0005)

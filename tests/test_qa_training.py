@@ -1,10 +1,13 @@
 """Training on questions about texts: batches on the device, GradMem and baselines alike, and answering."""
 
+import io
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import tiny, tiny_text, tiny_tokenizer
 
 from gradmem_adapter import GradMemPipeline, load_checkpoint
@@ -14,7 +17,8 @@ from gradmem_adapter.tasks.qa_recipe import METHODS, QARecipe
 from gradmem_adapter.tasks.qa_training import Answerer, load_qa, questions, train_qa
 from gradmem_adapter.tasks.saved import save_model
 from gradmem_adapter.token_losses import IGNORED
-from gradmem_adapter.training import GradMemCollator
+from gradmem_adapter.training import GradMemCollator, graphed_run
+from gradmem_adapter.training_runs import train
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -220,9 +224,36 @@ def test_the_start_from_the_context_is_trained_without_write_steps_too(folder, t
     assert any("K=1" in name and "last_write_loss" in values for name, values in scalars.items())
 
 
+def test_a_run_by_the_clock_ends_in_time_and_is_as_long_in_parts(folder, tmp_path, monkeypatch):
+    """A clock of one second a look: rates fall by it, parts count together, and the checkpoint says how far it came."""
+    clock = itertools.count()
+    monkeypatch.setattr(graphed_run.time, "perf_counter", lambda: float(next(clock)))
+    plan, rates = recipe(folder, "full_context", steps=1000, minutes=1, side_by_side=[1], decay_share=0.5), []
+    monkeypatch.setattr(QARecipe, "lr_at", record(QARecipe.lr_at, rates))
+    options = {"device": torch.device("cpu"), "console": Console(file=io.StringIO())}
+    assert train(plan, tmp_path, max_minutes=0.5, **options) is None
+    first = len(rates)
+    assert train(plan, tmp_path, **options) == tmp_path / "checkpoint"
+    assert 0 < first < len(rates) < 60
+    assert rates[1] == max(rates) == 5e-3
+    assert rates[-1] < 1e-3
+    assert json.loads((tmp_path / "checkpoint" / "recipe.json").read_text())["steps"] == len(rates)
+
+
+def record(function, results):
+    """The function, its results kept in a list."""
+
+    def recorded(*arguments):
+        results.append(function(*arguments))
+        return results[-1]
+
+    return recorded
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"minutes": 0}, "minutes"),
         ({"method": "magic"}, "method must be one of"),
         ({"sources": []}, "at least one source"),
         ({"tokens": 20}, "largest bucket"),

@@ -138,9 +138,9 @@ class KVRecipe:
             step -= stage.steps
         return self.stages[-1]
 
-    def lr_at(self, step: int) -> float:
+    def lr_at(self, step: int, share: float) -> float:
         """Warm-up, then the stage's rate, then a linear decay to a twentieth."""
-        return self.stage_at(step).lr * lr_share(step, self.steps, self.warmup_steps, self.decay_share)
+        return self.stage_at(step).lr * lr_share(step, share, self.warmup_steps, self.decay_share)
 
     def kind_at(self, step: int) -> Kind:
         """The batch and the write steps of a step, drawn by its number alone, so that a resumed run draws the same."""

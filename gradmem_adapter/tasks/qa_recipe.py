@@ -114,10 +114,13 @@ class QARecipe:
     queries: pydantic.PositiveInt = 2
     """Questions on each context of a batch."""
     steps: pydantic.PositiveInt = 1000
+    minutes: pydantic.PositiveFloat | None = None
+    """End after so many minutes of training, if `steps` are not done before; the learning rate falls by the clock then,
+    and the recipe in the checkpoint has the steps that there was time for."""
     lr: float = 5e-4
     warmup_steps: int = 50
     decay_share: float = 0.5
-    """The last share of all steps, over which the learning rate falls to a twentieth."""
+    """The last share of the run, over which the learning rate falls to a twentieth."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     muon_rate: pydantic.PositiveFloat | None = None
@@ -159,9 +162,9 @@ class QARecipe:
         """The recipe with these fields; `ValueError` names one that is unknown or wrong."""
         return pydantic.TypeAdapter(cls).validate_python(fields)
 
-    def lr_at(self, step: int) -> float:
+    def lr_at(self, step: int, share: float) -> float:
         """Warm-up, then constant, then a linear decay to a twentieth."""
-        return self.lr * lr_share(step, self.steps, self.warmup_steps, self.decay_share)
+        return self.lr * lr_share(step, share, self.warmup_steps, self.decay_share)
 
     def kind_of(self, pools: Sequence[Pool], step: int) -> QAKind:
         """The batch and the write steps of a step, drawn by its number alone, so that a resumed run draws the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +56,7 @@ def train_qa(
         options: as for `run_graphed`: max_seconds, log_every, save_seconds, stop, callback.
 
     Returns:
-        Whether all steps of the recipe are done.
+        Whether the run is done.
 
     Raises:
         TrainingDiverged: the loss is no longer finite; `output/last` is the last good state.
@@ -75,7 +76,8 @@ def train_qa(
             output = model(**batch, write_steps=kind.write_steps, max_targets=pool.most_targets)
         return scalars(output, output.correct)
 
-    return run_graphed(model, loss, _Plan(recipe, pools), output, device=device, **options)
+    within = math.inf if recipe.minutes is None else 60 * recipe.minutes
+    return run_graphed(model, loss, _Plan(recipe, pools), output, device=device, within=within, **options)
 
 
 def load_qa(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase, QARecipe]:

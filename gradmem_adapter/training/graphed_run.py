@@ -58,16 +58,21 @@ class Plan(Protocol[KindT_co]):
     def max_grad_norm(self) -> float: ...
     @property
     def compile(self) -> bool: ...
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step."""
+    def lr_at(self, step: int, share: float) -> float:
+        """The learning rate of a step, after such a share of the run."""
 
     def kind_at(self, step: int) -> KindT_co:
         """The batch of a step, drawn by its number alone, so that a resumed run draws the same."""
 
 
-def lr_share(step: int, steps: int, warmup_steps: int, decay_share: float) -> float:
-    """The share of the learning rate at a step: a warm-up, then 1, then over the last share a fall to a twentieth."""
-    left = (steps - step) / max(1, decay_share * steps)
+def lr_share(step: int, share: float, warmup_steps: int, decay_share: float) -> float:
+    """The share of the learning rate at a step: a warm-up, then 1, then over the last of the run a fall to a twentieth.
+
+    Args:
+        share: of the run that is over.
+        decay_share: of the run, over which it falls.
+    """
+    left = (1 - share) / decay_share if decay_share else 1.0
     return min(1.0, (step + 1) / max(1, warmup_steps), max(0.05, left))
 
 
@@ -90,6 +95,7 @@ def run_graphed(
     *,
     device: torch.device | str,
     max_seconds: float = math.inf,
+    within: float = math.inf,
     log_every: int = 50,
     save_seconds: float = 60,
     stop: Callable[[RunProgress], bool] | None = None,
@@ -103,11 +109,13 @@ def run_graphed(
         plan: what is trained when.
         output: a directory; `last/` in it holds the trained weights, the optimizer and the step.
         max_seconds: stop (and save) after so much training.
+        within: the run is done after so many seconds of training, those of earlier parts counted, if not before by its
+            steps; what is scheduled goes by whichever is nearer to the end.
         save_seconds: save at the first log after so much training since the last time.
         stop: asked at each log; True ends the run.
 
     Returns:
-        Whether all steps of the plan are done.
+        Whether the run is done.
 
     Raises:
         TrainingDiverged: the loss is no longer finite; `output/last` is the last good state.
@@ -125,21 +133,27 @@ def run_graphed(
         max_grad_norm=plan.max_grad_norm,
     )
     torch.manual_seed(plan.seed)
-    step = _resume(output / "last", model, step_on)
+    step, earlier = _resume(output / "last", model, step_on)
     start = saved = time.perf_counter()
+
+    def share() -> float:
+        return max(step / plan.steps, (earlier + time.perf_counter() - start) / within)
+
     fast = compiled_layers(model, plan.compile and device.type == "cuda")
     with fast_matmul(), maskless_attention(model), fast, interruption() as interrupted:
-        while step < plan.steps:
-            step_on(plan.kind_at(step), plan.lr_at(step))
+        passed = share()
+        while passed < 1:
+            step_on(plan.kind_at(step), plan.lr_at(step, passed))
             step += 1
-            done = step == plan.steps
+            passed = share()
+            done = passed >= 1
             if step % log_every and not done and not interrupted():
                 continue
             means = {kind.name: values for kind, values in step_on.means().items()}
             if not all(math.isfinite(v) for values in means.values() for v in values.values()):
                 raise TrainingDiverged(
                     f"The loss or a gradient is no longer finite at step {step} ({means}). The last good state, of "
-                    f"step {_step_of(output / 'last')}, is in {output / 'last'}. Lower the learning rate or set "
+                    f"step {step_of(output / 'last')}, is in {output / 'last'}. Lower the learning rate or set "
                     "write_clip_norm, and start again from there."
                 )
             progress = RunProgress(step, time.perf_counter() - start, means)
@@ -147,13 +161,13 @@ def run_graphed(
                 callback(progress)
             over = progress.seconds > max_seconds or (stop is not None and stop(progress))
             if done or over or interrupted() or time.perf_counter() - saved > save_seconds:
-                _save(output / "last", model, step_on, step)
+                _save(output / "last", model, step_on, step, earlier + progress.seconds)
                 saved = time.perf_counter()
             if interrupted():
                 raise KeyboardInterrupt
-            if over:
-                break
-    return step >= plan.steps
+            if over or done:
+                return done
+    return True
 
 
 @contextmanager
@@ -203,27 +217,30 @@ def _state_file(directory: Path) -> Path:
     return directory / "state.pt"
 
 
-def _step_of(directory: Path) -> int:
+def step_of(directory: Path) -> int:
+    """The step that a run was saved at in `directory`; 0 where there is none."""
     file = _state_file(directory)
     return int(torch.load(file, weights_only=True, map_location="cpu")["step"]) if file.exists() else 0
 
 
-def _save(directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int) -> None:
+def _save(directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int, seconds: float) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {
         "weights": trained(model),
         "optimizer": step_on.state_dict(),
         "step": step,
+        "seconds": seconds,
         "random": _random(next(model.parameters()).device).get_rng_state(),
     }
     with replacing(_state_file(directory)) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> int:
+def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> tuple[int, float]:
+    """Take up what was saved: its step, and the seconds of training that it took."""
     file = _state_file(directory)
     if not file.exists():
-        return 0
+        return 0, 0.0
     try:
         state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -240,7 +257,7 @@ def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> int
             "have drawn on that one.",
             stacklevel=3,
         )
-    return int(state["step"])
+    return int(state["step"]), float(state["seconds"])
 
 
 def _random(device: torch.device) -> Any:
