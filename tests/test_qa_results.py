@@ -14,7 +14,7 @@ from gradmem_adapter.cli import app
 from gradmem_adapter.tasks import qa_results
 from gradmem_adapter.tasks.qa_results import TASK, QARecord, distractors, measure, plot, tables
 from gradmem_adapter.tasks.qa_training import Answerer, questions
-from gradmem_adapter.tasks.records import add_records, load_records, task_of
+from gradmem_adapter.tasks.records import add_records, load_records, pyplot, task_of
 from gradmem_adapter.tasks.saved import save_model
 from gradmem_adapter.training_runs import evaluate_answers
 
@@ -193,3 +193,23 @@ def test_an_evaluation_that_is_cut_short_keeps_what_it_has_measured(folder, tmp_
     with pytest.raises(KeyboardInterrupt):
         evaluate_answers(tmp_path / "model", [1], [1], device=torch.device("cpu"), results=results)
     assert [r.dataset for r in load_records(results, TASK, QARecord)] == ["short"]
+
+
+def test_no_write_steps_are_a_number_of_write_steps_in_the_plot(tmp_path, monkeypatch):
+    drawn = []
+    axes = pyplot().Axes
+    monkeypatch.setattr(axes, "errorbar", record_call(drawn, axes.errorbar))
+    plot([record(write_steps=k, f1=f1, trained_steps="0-1") for k, f1 in ((0, 0.5), (1, 0.6))], tmp_path)
+    assert ([0, 1], [50, 60], "GradMem, m=16") in drawn
+    assert ([16], [50], "GradMem, K=0") in drawn
+    drawn.clear()
+    plot([record(memory_tokens=m, trained_steps=steps) for m, steps in ((16, "1"), (32, "2"))], tmp_path)
+    assert [x for x, _, _ in drawn[:2]] == [[16], [32]]  # trained otherwise: no line
+
+
+def record_call(drawn, function):
+    def call(self, x, y, *rest, label, **options):
+        drawn.append((x, y, label))
+        return function(self, x, y, *rest, label=label, **options)
+
+    return call

@@ -185,6 +185,11 @@ def tables(records: Iterable[QARecord]) -> list[Table]:
     return result
 
 
+def _varies(record: QARecord, name: str) -> bool:
+    """Whether its method has a number of write steps (0 is one), or of memory vectors."""
+    return record.method in ("gradmem", "forward_memory") if name == "write_steps" else record.memory_tokens > 0
+
+
 def plot(records: Sequence[QARecord], output: Path) -> list[Path]:
     """Draw F1 against m and against K for each data set.
 
@@ -198,23 +203,26 @@ def plot(records: Sequence[QARecord], output: Path) -> list[Path]:
     for dataset in dict.fromkeys(r.dataset for r in alone):
         mine = [r for r in alone if r.dataset == dataset]
         figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-        names = ("memory_tokens", "write_steps")
+        names = {"memory_tokens": "m", "write_steps": "K"}
         for panel, name, other in zip(panels, names, reversed(names), strict=True):
-            for r in (r for r in mine if not getattr(r, name)):
+            for r in (r for r in mine if not _varies(r, name)):
                 panel.axhline(100 * r.f1, linestyle=":", color="gray")
                 panel.annotate(NAMES[r.method], (1, 100 * r.f1), xycoords=("axes fraction", "data"), ha="right")
-            varied = [r for r in mine if getattr(r, name)]
-            for method, fixed in dict.fromkeys((r.method, getattr(r, other)) for r in varied):
+            varied = [r for r in mine if _varies(r, name)]
+            # A line joins what was trained alike.
+            for kind in dict.fromkeys((r.method, getattr(r, other), r.trained_steps) for r in varied):
                 line = sorted(
-                    (r for r in varied if (r.method, getattr(r, other)) == (method, fixed)),
+                    (r for r in varied if (r.method, getattr(r, other), r.trained_steps) == kind),
                     key=lambda r: getattr(r, name),
                 )
-                label = NAMES[method] + (f", {'K' if other == 'write_steps' else 'm'}={fixed}" if fixed else "")
+                method, fixed, _ = kind
+                label = NAMES[method] + (f", {names[other]}={fixed}" if _varies(line[0], other) else "")
                 panel.errorbar(
                     [getattr(r, name) for r in line], [100 * r.f1 for r in line], [100 * r.f1_error for r in line],
                     marker="o", label=label,
                 )  # fmt: skip
             panel.set(xlabel={"memory_tokens": "memory vectors m", "write_steps": "write steps K"}[name])
+            panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
             if varied:
                 panel.legend(fontsize="small")
