@@ -147,22 +147,21 @@ def evaluate_pairs(
         for n, k in progress.track([(n, k) for n in pairs for k in steps]):
             queries = min(16, n)
             value = evaluate_kv(model, n, k, contexts=contexts, queries=queries, seed=seed)
-            records.append(
-                kv_results.KVRecord(
-                    method=recipe.method,
-                    trained_steps=recipe.trained_steps,
-                    pairs=n,
-                    write_steps=k,
-                    exact_match=value,
-                    queries=contexts * queries,
-                    seed=seed,
-                    training_steps=recipe.steps,
-                    device=name,
-                )
+            record = kv_results.KVRecord(
+                method=recipe.method,
+                trained_steps=recipe.trained_steps,
+                pairs=n,
+                write_steps=k,
+                exact_match=value,
+                queries=contexts * queries,
+                seed=seed,
+                training_steps=recipe.steps,
+                device=name,
             )
+            records.append(record)
+            if results is not None:
+                add_records(results, kv_results.TASK, kv_results.KVRecord, [record])
     console.print(kv_results.table(records))
-    if results is not None:
-        add_records(results, kv_results.TASK, kv_results.KVRecord, records)
     return records
 
 
@@ -257,15 +256,14 @@ def evaluate_text(
     records = []
     with Progress(TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
         for k in progress.track(steps):
-            records.append(
-                reconstruction_results.measure(
-                    model, texts, checkpoint=_name_of(checkpoint), text=text.name, steps=k, optimizer=optimizer, lr=lr
-                )
+            record = reconstruction_results.measure(
+                model, texts, checkpoint=_name_of(checkpoint), text=text.name, steps=k, optimizer=optimizer, lr=lr
             )
+            records.append(record)
+            if results is not None:
+                add_records(results, reconstruction_results.TASK, reconstruction_results.ReconstructionRecord, [record])
     for table in reconstruction_results.tables(records):
         console.print(table)
-    if results is not None:
-        add_records(results, reconstruction_results.TASK, reconstruction_results.ReconstructionRecord, records)
     return records
 
 
