@@ -24,7 +24,7 @@ from .tasks.kv_training import evaluate_kv, load_kv, save_kv, train_kv
 from .tasks.qa_recipe import QARecipe
 from .tasks.qa_training import Answerer, load_qa, train_qa
 from .tasks.reconstruction import passages
-from .tasks.records import add_records, load_records, task_of
+from .tasks.records import Record, add_records, device_name, load_records, task_of
 from .tasks.rows import RowsRecipe, read_rows
 from .tasks.saved import RECIPE, claim_run, save_model
 from .training import GradMemTrainer, GradMemTrainingArguments
@@ -142,7 +142,6 @@ def evaluate_pairs(
     if recipe.method == "full_context":
         steps = [0]  # there is nothing to write
     records = []
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     with Progress(TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
         for n, k in progress.track([(n, k) for n in pairs for k in steps]):
             queries = min(16, n)
@@ -156,11 +155,10 @@ def evaluate_pairs(
                 queries=contexts * queries,
                 seed=seed,
                 training_steps=recipe.steps,
-                device=name,
+                device=device_name(device),
             )
             records.append(record)
-            if results is not None:
-                add_records(results, kv_results.TASK, kv_results.KVRecord, [record])
+            _keep(results, kv_results.TASK, record)
     console.print(kv_results.table(records))
     return records
 
@@ -199,8 +197,7 @@ def evaluate_answers(
             for count in states:
                 record = qa_results.measure(answerer, rows, source.name, split=split, states=count, seed=seed)
                 records.append(record)
-                if results is not None:  # at once: an evaluation that is cut short keeps what it has measured
-                    add_records(results, qa_results.TASK, qa_results.QARecord, [record])
+                _keep(results, qa_results.TASK, record)
                 done = (
                     f"{source.name}, K={k}, {count} contexts: {record.questions} questions, F1 {100 * record.f1:.1f} %"
                 )
@@ -260,11 +257,16 @@ def evaluate_text(
                 model, texts, checkpoint=_name_of(checkpoint), text=text.name, steps=k, optimizer=optimizer, lr=lr
             )
             records.append(record)
-            if results is not None:
-                add_records(results, reconstruction_results.TASK, reconstruction_results.ReconstructionRecord, [record])
+            _keep(results, reconstruction_results.TASK, record)
     for table in reconstruction_results.tables(records):
         console.print(table)
     return records
+
+
+def _keep(results: Path | None, task: str, record: Record) -> None:
+    """Add a record to the file of results at once: an evaluation that is cut short keeps what it has measured."""
+    if results is not None:
+        add_records(results, task, type(record), [record])
 
 
 def _name_of(checkpoint: Path) -> str:

@@ -19,7 +19,7 @@ from gradmem_adapter.training.metrics import Score
 from .qa import score_qa
 from .qa_batches import Rows
 from .qa_training import Answerer, questions
-from .records import pyplot
+from .records import device_name, pyplot
 
 TASK = "answers"
 NAMES = {
@@ -146,7 +146,6 @@ def measure(
     }.get(recipe.method, 4.0 * recipe.num_memory_tokens * config.hidden_size)
     writes = recipe.method in ("gradmem", "forward_memory")
     drawn = sorted(set(recipe.write_steps))
-    device = answerer.device
     return QARecord(
         dataset=dataset,
         split=split,
@@ -163,7 +162,7 @@ def measure(
         trained_steps=(f"{drawn[0]}-{drawn[-1]}" if len(drawn) > 1 else str(drawn[0])) if writes else "",
         training_steps=recipe.steps,
         seed=seed,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        device=device_name(answerer.device),
     )
 
 

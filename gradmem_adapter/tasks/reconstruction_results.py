@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from rich.table import Table
 
 from .reconstruction import NextChunk, Passage, Reconstruction, next_chunk, reconstruction
-from .records import pyplot
+from .records import device_name, pyplot
 
 TASK = "reconstruction"
 
@@ -124,7 +123,7 @@ def measure(
         write_steps=steps,
         optimizer=optimizer or config.write_optimizer,
         lr=lr,
-        device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU",
+        device=device_name(model.device),
         **numbers,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from filelock import FileLock
 
 from gradmem_adapter.files import replacing
@@ -60,6 +61,11 @@ def add_records(path: Path, task: str, kind: type[RecordT], new: Iterable[Record
         content = {"task": task, "records": [asdict(merged[key]) for key in sorted(merged)]}
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def device_name(device: torch.device) -> str:
+    """As records name what they were measured on: a GPU by its model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def pyplot() -> Any:
