@@ -130,6 +130,13 @@ class GradMemConfig(PeftConfig):
             "large as slots from the vocabulary, in SmolLM2-135M."
         },
     )
+    start_pooling: bool = field(
+        default=False,
+        metadata={
+            "help": "With `start_from_context`: the slots that the forward pass reads are moved by the means of the "
+            "embeddings of m equal parts of the context, times a learned gain that starts at 1."
+        },
+    )
     memory_init: str = field(
         default="normal",
         metadata={"help": "Memory slots start as 'normal' noise or as the embeddings of random 'vocab' tokens."},
@@ -173,8 +180,8 @@ class GradMemConfig(PeftConfig):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
         for name in (
-            "learn_write_lr", "write_lr_per_element", "write_head", "start_from_context", "train_backbone",
-            "init_weights",
+            "learn_write_lr", "write_lr_per_element", "write_head", "start_from_context", "start_pooling",
+            "train_backbone", "init_weights",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -193,6 +200,8 @@ class GradMemConfig(PeftConfig):
                 "num_write_lrs and write_lr_per_element have no effect without learn_write_lr=True: a rate that is not "
                 "learned is the same in every step and for every element."
             )
+        if self.start_pooling and not self.start_from_context:
+            raise ValueError("start_pooling has no effect without start_from_context=True: set both or neither.")
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(
                 "reconstruction_weight has no effect with meta_gradient='none', where WRITE is a constant: set it to "

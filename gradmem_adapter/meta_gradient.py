@@ -146,12 +146,15 @@ class FiniteDifference:
     @staticmethod
     def _loss_gradients(step: Step, memory: Tensor, context: Context, cotangent: Tensor) -> Gradients:
         """Ordinary gradients of sum_b cotangent_b L_w(M_b), for the memory and for the weights."""
-        memory, writer = memory.requires_grad_(), step.writer
-        if not writer.trains_head:
-            writer = replace(writer, once=PLAIN)
+        memory = memory.requires_grad_()
         with step.replay():
-            losses, _ = writer.losses(memory, context)
+            losses, _ = differentiable_once(step.writer).losses(memory, context)
             return _vjp([losses], [memory, *step.weights], [cotangent])
+
+
+def differentiable_once(writer: Writer) -> Writer:
+    """The writer for losses that are differentiated once, for memory and weights."""
+    return writer if writer.trains_head else replace(writer, once=PLAIN)
 
 
 def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Gradients) -> Gradients:
@@ -259,7 +262,8 @@ def differentiable_write(
         weights: the trained parameters that WRITE runs through.
 
     Returns:
-        memory [B, m, d] and losses [B, K], before each step.
+        memory [B, m, d] and losses [B, K], before each step; with K=0 and a reconstruction weight losses [B, 1], that of
+        the memory WRITE starts from.
     """
     config = writer.config
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
@@ -279,4 +283,6 @@ def differentiable_write(
         *tensors, before = _WriteStep.apply(strategy, writer, context, k, *state[:3], rate_at(rates, k), *weights)
         state = WriteState(tensors[0], tensors[1], tensors[2], k + 1)
         losses.append(before)
+    if not steps and config.reconstruction_weight:
+        losses.append(differentiable_once(writer).losses(memory, context)[0])
     return state.memory, torch.stack(losses, dim=1) if losses else memory.new_zeros(len(memory), 0)

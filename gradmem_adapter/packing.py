@@ -1,4 +1,4 @@
-"""Tokens right behind a context that is padded on the right."""
+"""Contexts that are padded on the right: tokens right behind them, and means of their parts."""
 
 from __future__ import annotations
 
@@ -23,3 +23,22 @@ def append(context: Tensor, lengths: Tensor, tail: Tensor) -> tuple[Tensor, Tens
     source = torch.where(place < length, place, torch.where(place < length + t, place - length + n, place - t))
     index = source.view(*source.shape, *[1] * (context.dim() - 2)).expand(-1, -1, *context.shape[2:])
     return torch.cat([context, tail], dim=1).gather(1, index), length + torch.arange(t, device=context.device)
+
+
+def part_means(values: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """The means of `parts` equal parts of each sample's values, in order.
+
+    Args:
+        values: [B, N, d], right padded; lengths: [B], places that count.
+        parts: P; a sample of fewer values than this has as many parts as values.
+
+    Returns:
+        means [B, P, d], zero behind the last part, and counts [B] of parts.
+    """
+    places = torch.arange(values.shape[1], device=values.device)
+    counts = lengths.clamp(max=parts)
+    part = places * counts[:, None] // lengths[:, None]
+    which = torch.arange(parts, device=values.device)
+    share = (part[:, None] == which[:, None]) & (places < lengths[:, None])[:, None]
+    weights = share.to(values.dtype) / share.sum(-1, keepdim=True).clamp(min=1).to(values.dtype)
+    return weights @ values, counts

@@ -23,6 +23,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         gradmem_log_write_lr: [n] or [n, m, d], natural logarithm of the learned write learning rates of the first n
             write steps, one for all elements of the memory or one for each.
         gradmem_start_gain: [d], the gain of the forward pass that WRITE starts from (`start_from_context`).
+        gradmem_pool_gain: [d], the gain of the means of the context's parts (`start_pooling`).
         gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end: [c, d], control vectors.
         gradmem_projection: Linear(d, d), on the memory before it enters the model.
         gradmem_write_head: Linear(hidden, V), the output head of WRITE.
@@ -32,6 +33,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         "gradmem_memory",
         "gradmem_log_write_lr",
         "gradmem_start_gain",
+        "gradmem_pool_gain",
         "gradmem_write_start",
         "gradmem_write_end",
         "gradmem_read_start",
@@ -46,6 +48,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         self.gradmem_memory = nn.ParameterDict()
         self.gradmem_log_write_lr = nn.ParameterDict()
         self.gradmem_start_gain = nn.ParameterDict()
+        self.gradmem_pool_gain = nn.ParameterDict()
         self.gradmem_write_start = nn.ParameterDict()
         self.gradmem_write_end = nn.ParameterDict()
         self.gradmem_read_start = nn.ParameterDict()
@@ -78,6 +81,10 @@ class MemorySlots(nn.Module, BaseTunerLayer):
             self.gradmem_start_gain[adapter] = normal(d)
             if config.init_weights:
                 nn.init.constant_(self.gradmem_start_gain[adapter], config.start_gain)
+        if config.start_pooling:
+            self.gradmem_pool_gain[adapter] = normal(d)
+            if config.init_weights:
+                nn.init.ones_(self.gradmem_pool_gain[adapter])
         if c:
             for name in ("write_start", "write_end", "read_start", "read_end"):
                 getattr(self, f"gradmem_{name}")[adapter] = normal(c, d)

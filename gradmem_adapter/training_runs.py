@@ -190,7 +190,7 @@ def evaluate_answers(
     if recipe.method not in ("gradmem", "forward_memory"):
         steps = [1]  # there is nothing to write
     records = []
-    for source in recipe.sources:
+    for source in (source for source in recipe.sources if not source.text):
         rows = list(source.rows(split))[:limit]
         for k in steps:
             answerer = Answerer(model, tokenizer, recipe, steps=k)

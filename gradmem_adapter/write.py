@@ -19,7 +19,7 @@ from .checks import capturing, checkpointing
 from .config import GradMemConfig
 from .lora_phase import backward_in_write, write_phase
 from .output_head import output_head
-from .packing import append
+from .packing import append, part_means
 from .slots import MemorySlots
 from .token_losses import PLAIN, Once, token_losses
 
@@ -74,7 +74,8 @@ class Writer:
 
             M_0(C) = M_0 + gain * backbone([C; M_0])    at the last m places
 
-        so that the gradient steps begin at what a forward-only writer knows (Bulatov et al., 2022).
+        so that the gradient steps begin at what a forward-only writer knows (Bulatov et al., 2022). With
+        `start_pooling` M_0 is on both places M_0 + pool_gain * mean(embeddings of the j-th part of C) in vector j.
         """
         slots = self.slots.gradmem_memory[self.adapter].expand(len(context.input_ids), -1, -1)
         if not self.config.start_from_context:
@@ -87,6 +88,9 @@ class Writer:
             )
         with write_phase():
             embeddings = self.backbone.get_input_embeddings()(context.input_ids)
+            if self.config.start_pooling:
+                means, _ = part_means(embeddings.to(slots.dtype), context.lengths, slots.shape[1])
+                slots = slots + self.slots.gradmem_pool_gain[self.adapter] * means
             tokens, places = append(embeddings, context.lengths, slots.to(embeddings.dtype))
             hidden = self.backbone.base_model(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
         hidden = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -89,6 +89,8 @@ def test_every_field_has_help():
         ({"reconstruction_weight": -1.0}, ValueError),
         ({"write_clip_norm": 0.0}, ValueError),
         ({"start_gain": -0.1}, ValueError),
+        ({"start_pooling": True}, ValueError),
+        ({"start_pooling": 1, "start_from_context": True}, TypeError),
         ({"write_clip_value": float("inf")}, ValueError),
         ({"learn_write_lr": 1}, TypeError),
         ({"num_write_lrs": 0, "learn_write_lr": True}, ValueError),

@@ -26,23 +26,23 @@ def relative(actual, expected):
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-2)).item()
 
 
-def loss64(model, seed=None):
+def loss64(model, seed=None, **kwargs):
     """The outer loss without the float32 of Transformers' own loss, on a model that is float64 throughout (GPT-2)."""
     if seed is not None:
         torch.manual_seed(seed)
     query = tokens(2, 5, seed=1)
-    output = model(input_ids=query, context_input_ids=tokens(2, 9, seed=2))
+    output = model(input_ids=query, context_input_ids=tokens(2, 9, seed=2), **kwargs)
     loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), query[:, 1:].flatten())
     return loss + model.active_peft_config.reconstruction_weight * output.write_losses[:, -1].mean()
 
 
-def difference_along_gradient(model, parameter, seed=None, e=1e-5):
+def difference_along_gradient(model, parameter, seed=None, e=1e-5, **kwargs):
     direction = parameter.grad / parameter.grad.norm().clamp(min=1e-30)
     values = []
     for sign in (1, -1):
         with torch.no_grad():
             parameter.add_(sign * e * direction)
-        values.append(loss64(model, seed).item())
+        values.append(loss64(model, seed, **kwargs).item())
         with torch.no_grad():
             parameter.sub_(sign * e * direction)
     return (values[0] - values[1]) / (2 * e)
@@ -98,7 +98,7 @@ def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradien
     config = GradMemConfig(
         num_memory_tokens=2, write_steps=2, write_lr=0.1, write_optimizer=optimizer, learn_write_lr=True,
         num_write_lrs=2, write_lr_per_element=True, memory_projection="shared", write_head=True, num_control_tokens=1,
-        reconstruction_weight=0.3, start_from_context=True,
+        reconstruction_weight=0.3, start_from_context=True, start_pooling=True,
         lora_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False),
         meta_gradient=meta_gradient, **clip,
     )  # fmt: skip
@@ -107,12 +107,33 @@ def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradien
         model.base_model.slots.gradmem_start_gain["default"].normal_(std=0.1)
     loss64(model).backward()
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(names) == 1 + 1 + 1 + 1 + 4 + 2 + 2 * 2  # slots, gain, rate, head, control vectors, projection, LoRA
+    assert len(names) == 1 + 2 + 1 + 1 + 4 + 2 + 2 * 2  # slots, gains, rate, head, control vectors, projection, LoRA
     for name in names:
         parameter = model.get_parameter(name)
         assert difference_along_gradient(model, parameter) == pytest.approx(parameter.grad.norm().item(), rel=1e-4), (
             name
         )
+
+
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
+def test_without_write_steps_the_start_is_what_recites(meta_gradient):
+    """The outer loss has the write loss of the memory that WRITE starts from, whatever the strategy, and its gradient."""
+    config = GradMemConfig(
+        num_memory_tokens=2, start_from_context=True, start_pooling=True, reconstruction_weight=0.3,
+        meta_gradient=meta_gradient, train_backbone=True,
+    )  # fmt: skip
+    model = get_peft_model(tiny("gpt2", scale=2.0).double(), config)
+    context, query = tokens(2, 9, seed=2), tokens(2, 5, seed=1)
+    output = model(query, labels=query, context_input_ids=context, write_steps=0)
+    start = model.write(context, steps=0)
+    torch.testing.assert_close(output.write_losses.float(), start.write_losses)
+    expected = output.target_loss + 0.3 * output.write_losses.mean()
+    torch.testing.assert_close(output.loss, expected)
+    loss64(model, write_steps=0).backward()
+    for name in ("gradmem_memory", "gradmem_pool_gain", "gradmem_start_gain"):
+        parameter = getattr(model.base_model.slots, name)["default"]
+        numeric = difference_along_gradient(model, parameter, write_steps=0)
+        assert numeric == pytest.approx(parameter.grad.norm().item(), rel=1e-4), name
 
 
 def test_fused_and_plain_attention_give_the_same_meta_gradient():

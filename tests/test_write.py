@@ -60,19 +60,28 @@ def test_alone_equals_in_a_padded_batch(architecture, side):
         assert together.context_tokens[i] == len(row)
 
 
+@pytest.mark.parametrize("pooling", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_starting_from_the_context_equals_the_equation(architecture):
-    model = make(architecture, start_from_context=True, start_gain=0.25)
+def test_starting_from_the_context_equals_the_equation(architecture, pooling):
+    model = make(architecture, start_from_context=True, start_gain=0.25, start_pooling=pooling)
     slots = model.base_model.slots
     assert (slots.gradmem_start_gain["default"] == 0.25).all()
-    rows = [tokens(1, n, seed=n)[0] for n in (7, 4)]
+    rows = [tokens(1, n, seed=n)[0] for n in (7, 2)]
     batch = padded(rows, "left")
     with torch.no_grad():
         gain = slots.gradmem_start_gain["default"].normal_()
+        if pooling:
+            assert (slots.gradmem_pool_gain["default"] == 1).all()
+            pool_gain = slots.gradmem_pool_gain["default"].normal_()
     state = model.write(*batch, steps=0)
     for vectors, row in zip(state.vectors, rows, strict=True):
         start = slots.gradmem_memory["default"].detach()
-        tokens_in = torch.cat([model.get_input_embeddings()(row), start])
+        embeddings = model.get_input_embeddings()(row)
+        if pooling:  # three vectors: parts of 3, 2 and 2 tokens of seven; of two tokens each has a vector
+            parts = (slice(0, 3), slice(3, 5), slice(5, 7)) if len(row) == 7 else (slice(0, 1), slice(1, 2), slice(0))
+            means = torch.stack([embeddings[part].sum(0) / max(1, len(embeddings[part])) for part in parts])
+            start = start + pool_gain * means
+        tokens_in = torch.cat([embeddings, start])
         hidden = model.get_base_model().base_model(inputs_embeds=tokens_in[None]).last_hidden_state[0, len(row) :]
         torch.testing.assert_close(vectors, (start + gain * hidden).detach(), rtol=1e-4, atol=1e-5)
     on = model.write(*batch, initial=state, steps=2)

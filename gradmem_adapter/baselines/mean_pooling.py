@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from gradmem_adapter.packing import part_means
 
 from .prefix_model import Prefix, PrefixModel
 
@@ -23,10 +24,4 @@ class MeanPooling(PrefixModel):
     def prefix(self, context: Tensor, lengths: Tensor, steps: int) -> Prefix:
         """One pass over the context, whatever `steps`."""
         hidden = self.backbone.base_model(context, use_cache=False).last_hidden_state
-        places = torch.arange(context.shape[1], device=context.device)
-        parts = lengths.clamp(max=self.num_memory_tokens)
-        part = places * parts[:, None] // lengths[:, None]
-        vectors = torch.arange(self.num_memory_tokens, device=context.device)
-        share = (part[:, None] == vectors[:, None]) & (places < lengths[:, None])[:, None]
-        mean = share.to(hidden.dtype) / share.sum(-1, keepdim=True).clamp(min=1).to(hidden.dtype)
-        return Prefix(mean @ hidden, parts)
+        return Prefix(*part_means(hidden, lengths, self.num_memory_tokens))

@@ -22,6 +22,7 @@ from gradmem_adapter.training.graphed_run import lr_share
 from .babi import babi_rows
 from .babi_questions import EVERY_QUESTION, with_every_question
 from .kv_recipe import STRICT, Drawn, check_memory
+from .plain_text import text_rows
 from .qa import group, qa_rows
 from .qa_batches import Pool, Rows
 from .saved import load_trained
@@ -41,10 +42,15 @@ class QASource:
     """Of training, against the other sources."""
     every_question: bool = False
     """In training, ask all that a story of bAbI 1, 2 or 5 answers (`with_every_question`), not its own question."""
+    text: bool = False
+    """In training, plain text (`text_rows`): the passages, and what comes after some of their words. In evaluations it
+    is left out."""
     options: dict[str, Any] = field(default_factory=dict)
     """What `qa_rows` and `babi_rows` take for the hub."""
 
     def __post_init__(self) -> None:
+        if self.text and self.babi is not None:
+            raise ValueError(f"text is for texts, not for {self.name}.")
         if self.every_question and self.babi not in EVERY_QUESTION:
             raise ValueError(f"every_question is for the bAbI tasks {EVERY_QUESTION}, not for {self.name}.")
 
@@ -61,6 +67,8 @@ class QASource:
 
     def training_rows(self) -> Rows:
         """The rows of "train", each context once with the questions on it."""
+        if self.text:
+            return text_rows(self.source, "train", **self.options)
         rows = self.rows("train")
         if self.babi is None:
             return rows

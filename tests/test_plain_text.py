@@ -1,0 +1,68 @@
+"""Plain text as training data: passages and what comes next in them."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradmem_adapter.tasks import plain_text
+from gradmem_adapter.tasks.plain_text import CONTINUATION, CUE, LONGEST, QUESTIONS, SHORTEST, text_rows
+from gradmem_adapter.tasks.qa_recipe import QASource
+
+
+def words(count, first=0):
+    return [f"w{i}" for i in range(first, first + count)]
+
+
+def test_every_answer_is_what_comes_next(tmp_path):
+    (tmp_path / "train.txt").write_text(" ".join(words(40)) + "\n\n" + " ".join(words(30, 50)) + "\n", "utf-8")
+    rows = text_rows(tmp_path, "train")
+    assert [row["context"].split()[0] for row in rows if row["context"].startswith(("w0 ", "w50 "))] == ["w0", "w50"]
+    for row in rows:
+        text = row["context"].split()
+        assert len(row["queries"]) == len(row["targets"]) == QUESTIONS
+        for query, target in zip(row["queries"], row["targets"], strict=True):
+            cue = query.removeprefix('What comes after "').removesuffix('"?').split()
+            place = text.index(cue[0])
+            assert text[place : place + CUE] == cue
+            assert text[place + CUE : place + CUE + CONTINUATION] == target.split() != []
+    assert text_rows(tmp_path, "train") == rows
+
+
+@given(st.integers(0, 2000))
+def test_passages_are_the_text_in_order(count):
+    """Nothing is there twice, nothing is out of order, and what is left out is an end too short for a passage."""
+    passages = list(plain_text._passages(words(count)))
+    assert all(SHORTEST <= len(passage) <= LONGEST for passage in passages)
+    joined = [word for passage in passages for word in passage]
+    assert joined == words(len(joined))
+    assert count - len(joined) < SHORTEST
+
+
+def test_contexts_of_questions_are_texts_too(tmp_path):
+    record = {"context": " ".join(words(20)), "query": "Why?", "target": "So."}
+    (tmp_path / "train.jsonl").write_text(json.dumps(record))
+    source = QASource(str(tmp_path), text=True)
+    (row,) = source.training_rows()
+    assert row["context"] == record["context"]
+    assert "Why?" not in row["queries"]
+    assert [row["queries"] for row in source.rows("train")] == [["Why?"]]
+
+
+def test_a_gzipped_text_is_read_and_a_short_one_refused(tmp_path):
+    with gzip.open(tmp_path / "train.txt.gz", "wt") as file:
+        file.write(" ".join(words(SHORTEST)))
+    (row,) = text_rows(tmp_path, "train")
+    assert row["context"].split() == words(SHORTEST)
+    (tmp_path / "valid.txt").write_text("too short\n")
+    with pytest.raises(ValueError, match=f"None of the 1 texts of .* has {SHORTEST} words"):
+        text_rows(tmp_path, "valid")
+    with pytest.raises(FileNotFoundError, match=r"has no test\.jsonl"):
+        text_rows(tmp_path, "test")
+
+
+def test_bad_sources_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="text is for texts, not for babi 2"):
+        QASource(str(tmp_path), babi=2, text=True)
