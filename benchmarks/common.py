@@ -68,6 +68,11 @@ def backbone(args: argparse.Namespace, attention: str = "sdpa") -> PreTrainedMod
 # ---------------------------------------------------------------- measuring
 
 
+def fitting(lengths: Sequence[int], room: int) -> list[int]:
+    """The lengths in order, those beyond `room` cut to it."""
+    return sorted({min(length, room) for length in lengths})
+
+
 def synchronize(device: str) -> None:
     """Wait for the GPU."""
     if torch.device(device).type == "cuda":

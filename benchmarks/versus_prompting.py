@@ -214,17 +214,12 @@ def main(argv: list[str] | None = None) -> None:
         plot(latest(common.read(args.output)), args.plot)
 
 
-def fitting(lengths: Sequence[int], room: int) -> list[int]:
-    """The lengths in order, those beyond `room` cut to it."""
-    return sorted({min(length, room) for length in lengths})
-
-
 def measure(args: argparse.Namespace) -> None:
     """Measure at all lengths; rows go to the CSV file as they come."""
     backbone = common.backbone(args)
     model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=args.memory)).eval()
     reserved = max(args.question + args.new_tokens, model.prefix_length)
-    lengths = fitting(args.lengths, backbone.config.max_position_embeddings - reserved)
+    lengths = common.fitting(args.lengths, backbone.config.max_position_embeddings - reserved)
     shape = common.environment(args.device) | {
         "model": args.model, "layers": backbone.config.num_hidden_layers, "dtype": args.dtype,
         "memory_tokens": args.memory, "write_steps": args.write_steps, "question_tokens": args.question,

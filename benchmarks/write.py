@@ -121,10 +121,9 @@ def many(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def growth(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One context after another of the lengths, and of the write steps."""
-    shapes = [(length, args.steps[0]) for length in args.lengths] + [
-        (args.lengths[0], steps) for steps in args.steps[1:]
-    ]
+    """One length after another, the longest as long as the model and the memory allow; and one K after another."""
+    lengths = common.fitting(args.lengths, common.backbone(args).config.max_position_embeddings - args.memory)
+    shapes = [(length, args.steps[0]) for length in lengths] + [(lengths[0], steps) for steps in args.steps[1:]]
     method = args.methods[-1]
     return [
         {"method": method, "batch": args.batch, "length": length, "write_steps": steps}

@@ -262,8 +262,8 @@ def differentiable_write(
         weights: the trained parameters that WRITE runs through.
 
     Returns:
-        memory [B, m, d] and losses [B, K], before each step; with K=0 and a reconstruction weight losses [B, 1], that of
-        the memory WRITE starts from.
+        memory [B, m, d] and losses [B, K], before each step; with K=0 and a reconstruction weight [B, 1], that of the
+        memory WRITE starts from.
     """
     config = writer.config
     if config.meta_gradient == "none" or not torch.is_grad_enabled():

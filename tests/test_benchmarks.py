@@ -91,8 +91,8 @@ def test_a_reopened_cache_leaves_the_first_alone():
 
 
 def test_contexts_leave_room_for_question_and_answer():
-    assert versus_prompting.fitting([256, 8192, 4096], 8144) == [256, 4096, 8144]
-    assert versus_prompting.fitting([8192, 8160, 64], 8144) == [64, 8144]
+    assert common.fitting([256, 8192, 4096], 8144) == [256, 4096, 8144]
+    assert common.fitting([8192, 8160, 64], 8144) == [64, 8144]
 
 
 def test_break_even():
@@ -109,6 +109,14 @@ def test_only_rows_of_one_machine_and_model_are_drawn():
     old, longer = row | {"date": "old"}, row | {"context_tokens": "128"}
     others = [row | {"hardware": "b"}, row | {"kind": "decode"}, row | {"error": "out of memory"}]
     assert versus_prompting.latest([old, *others, row, longer]) == [row, longer]
+
+
+def test_growth_ends_where_the_model_ends(monkeypatch):
+    monkeypatch.setattr(write, "cost", lambda *shape: {})
+    args = common.parser("", "w").parse_args(["--device", "cpu", "--layers", "1"])
+    vars(args).update(lengths=[64, 8192], steps=[1, 2], methods=["plain"], batch=1, memory=8)
+    shapes = [(row["length"], row["write_steps"]) for row in write.growth(args)]
+    assert shapes == [(64, 1), (8184, 1), (64, 2)]
 
 
 def test_write(tmp_path):

@@ -117,7 +117,7 @@ def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradien
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 def test_without_write_steps_the_start_is_what_recites(meta_gradient):
-    """The outer loss has the write loss of the memory that WRITE starts from, whatever the strategy, and its gradient."""
+    """The outer loss has the write loss of the memory that WRITE starts from, and its gradient."""
     config = GradMemConfig(
         num_memory_tokens=2, start_from_context=True, start_pooling=True, reconstruction_weight=0.3,
         meta_gradient=meta_gradient, train_backbone=True,

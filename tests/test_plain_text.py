@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny, tiny_text, tiny_tokenizer
 
 from gradmem_adapter.tasks import plain_text
 from gradmem_adapter.tasks.plain_text import CONTINUATION, CUE, LONGEST, QUESTIONS, SHORTEST, text_rows
@@ -66,3 +69,20 @@ def test_a_gzipped_text_is_read_and_a_short_one_refused(tmp_path):
 def test_bad_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match="text is for texts, not for babi 2"):
         QASource(str(tmp_path), babi=2, text=True)
+
+
+def test_the_example_writes_texts_that_are_read_again(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    (tmp_path / "given").mkdir()
+    (tmp_path / "own").mkdir()
+    given = tiny_text(40)
+    (tmp_path / "given" / "train.txt").write_text(given + "\n")
+    output = tmp_path / "own" / "train.txt.gz"
+    command = ["--count", "5", "--batch", "2", "--tokens", "30", "--backbone", tmp_path / "backbone"]
+    monkeypatch.setattr("sys.argv", list(map(str, ["write_texts.py", tmp_path / "given", output, *command])))
+    runpy.run_path(str(Path("examples") / "write_texts.py"), run_name="__main__")
+    texts = gzip.decompress(output.read_bytes()).decode().splitlines()
+    assert len(texts) == 5
+    assert all(" ".join(text.split()[:12]) in given for text in texts)
+    assert any(len(row["context"].split()) > 12 for row in text_rows(output.parent, "train"))

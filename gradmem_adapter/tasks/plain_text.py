@@ -23,8 +23,8 @@ def text_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[s
     """Passages with questions about what comes next in them, as `GradMemCollator` takes them.
 
     Args:
-        source: a directory with `<split>.txt` or `<split>.txt.gz`, a text a line, or what `qa_rows` takes, whose contexts
-            are the texts then.
+        source: a directory with `<split>.txt` or `<split>.txt.gz`, a text a line, or what `qa_rows` takes, whose
+            contexts are the texts then.
         split: "train", "valid" or "test".
         hub_options: for `datasets.load_dataset`.
 
