@@ -72,10 +72,10 @@ class Writer:
     def start(self, context: Context) -> Tensor:
         """The memory [B, m, d] that WRITE of B contexts starts from: the slots M_0, or with `start_from_context`
 
-            M_0(C) = M_0 + gain * backbone([C; M_0])    at the last m places
+            M_0(C) = S + gain * backbone([C; S])    at the last m places,
+            S = M_0, or with `start_pooling` S_j = M_0j + pool_gain * mean(embeddings of the j-th of m parts of C)
 
-        so that the gradient steps begin at what a forward-only writer knows (Bulatov et al., 2022). With
-        `start_pooling` M_0 is on both places M_0 + pool_gain * mean(embeddings of the j-th part of C) in vector j.
+        so that the gradient steps begin at what a forward-only writer knows (Bulatov et al., 2022).
         """
         slots = self.slots.gradmem_memory[self.adapter].expand(len(context.input_ids), -1, -1)
         if not self.config.start_from_context:
