@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 BABI = CHECKPOINT.with_name("smollm2-135m-babi")
 
 
-@pytest.mark.parametrize(("checkpoint", "example"), [(CHECKPOINT, "qa_passages_longer"), (BABI, "qa_babi_all_questions")])
+@pytest.mark.parametrize(
+    ("checkpoint", "example"), [(CHECKPOINT, "qa_passages_longer"), (BABI, "qa_babi_all_questions")]
+)
 def test_was_made_by_the_example(checkpoint, example):
     made = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
     assert QARecipe.of(made) == load_recipe(ROOT / "examples" / f"{example}.yaml")
