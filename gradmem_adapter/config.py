@@ -104,7 +104,11 @@ class GradMemConfig(PeftConfig):
         metadata={"help": "c, learned vectors on each side of the memory, one set for WRITE and one for READ."},
     )
     reconstruction_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the last write loss (before the last step) in the outer loss."}
+        default=0.0,
+        metadata={
+            "help": "Weight of the last write loss (before the last step) in the outer loss. Without write steps it is "
+            "that of the memory WRITE starts from, with `start_from_context`."
+        },
     )
     lora_config: LoraConfig | dict[str, Any] | None = field(
         default=None, metadata={"help": "A LoRA on the backbone, trained with the memory and saved with it."}

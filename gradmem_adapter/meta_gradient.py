@@ -262,17 +262,18 @@ def differentiable_write(
         weights: the trained parameters that WRITE runs through.
 
     Returns:
-        memory [B, m, d] and losses [B, K], before each step; with K=0 and a reconstruction weight [B, 1], that of the
-        memory WRITE starts from.
+        memory [B, m, d] and losses [B, K], before each step; or [B, 1], that of the memory WRITE starts from,
+        where it starts from the context, K=0 and there is a reconstruction weight.
     """
     config = writer.config
+    start_recites = not steps and config.reconstruction_weight > 0 and config.start_from_context
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
         optimizer = config.write_optimizer
         constant, history, diverged = write_memory(
             writer, memory, context, steps=steps, lrs=lrs.unbind(), optimizer=optimizer
         )
         warn_diverged(diverged)
-        return constant, history[:, :-1]
+        return constant, history if start_recites else history[:, :-1]
     if config.meta_gradient == "exact":
         require_double_backward(writer.backbone)
     first_order_steps = 0 if config.second_order_steps is None else steps - config.second_order_steps
@@ -283,6 +284,6 @@ def differentiable_write(
         *tensors, before = _WriteStep.apply(strategy, writer, context, k, *state[:3], rate_at(rates, k), *weights)
         state = WriteState(tensors[0], tensors[1], tensors[2], k + 1)
         losses.append(before)
-    if not steps and config.reconstruction_weight:
+    if start_recites:
         losses.append(differentiable_once(writer).losses(memory, context)[0])
     return state.memory, torch.stack(losses, dim=1) if losses else memory.new_zeros(len(memory), 0)

@@ -46,7 +46,8 @@ class GradMemOutput(CausalLMOutputWithPast):
     Attributes:
         loss: the outer loss: target loss + reconstruction_weight x mean last write loss.
         target_loss: the loss on `labels` alone.
-        write_losses: [contexts, K], the write losses before each step, where a context was written.
+        write_losses: [contexts, K], the write losses before each step, where a context was written;
+            [contexts, 1] with K=0, that of the memory WRITE starts from, where this has a weight in the loss.
         memory: [contexts, m, d], the memory after WRITE, where a context was written.
         correct: [B], with `max_targets`: whether every target token of a query is the model's first choice.
     """

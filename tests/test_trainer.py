@@ -208,6 +208,19 @@ class TestLoss:
         assert logs(run, "write_steps") == [0]
         assert not logs(run, "first_write_loss")
 
+    def test_without_write_steps_the_start_recites(self, tmp_path):
+        """It is logged as a write loss, weighs in training and evaluation alike, and is no write step."""
+        model = make(start_from_context=True, reconstruction_weight=0.5)
+        options = {"min_write_steps": 0, "max_write_steps": 0, "eval_write_steps": 0}
+        run = trainer(model, tmp_path, rows(2), rows(2), max_steps=1, learning_rate=0.0, **options)
+        run.train()
+        found = run.evaluate()
+        (loss,) = logs(run, "last_write_loss")
+        assert logs(run, "write_steps") == [0] == [found["eval_write_steps"]]
+        assert loss == pytest.approx(found["eval_last_write_loss"], rel=1e-4)
+        assert found["eval_loss"] == pytest.approx(found["eval_target_loss"] + 0.5 * loss, rel=1e-4)
+        assert logs(run, "loss")[0] == pytest.approx(found["eval_loss"], rel=1e-4)
+
     @pytest.mark.parametrize("meta_gradient", ["first_order", "finite_difference"])
     def test_gradient_checkpointing(self, tmp_path, meta_gradient):
         config = {"lora_config": LORA, "meta_gradient": meta_gradient}

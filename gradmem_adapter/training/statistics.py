@@ -24,7 +24,8 @@ MEANS = {
 """What is reported, and the count that its sum is divided by; scores of answers are divided by that of queries.
 
 first_write_loss and last_write_loss are the write losses before the first and before the last write step; the latter is
-what `reconstruction_weight` weighs. With one step they are the same.
+what `reconstruction_weight` weighs. With one step they are the same, and so they are without any, where both are that
+of the memory WRITE starts from.
 """
 COUNTS = {*MEANS.values(), "queries"}
 
@@ -89,32 +90,32 @@ def per_context(values: Tensor, batch: dict[str, Any]) -> Tensor:
     return values.new_zeros(len(batch["context_input_ids"])).index_add_(0, context_index(batch), values)
 
 
-def batch_sums(output: GradMemOutput, here: Count) -> dict[str, Tensor]:
-    """What training sums up, scalars."""
-    sums = {name: value.sum() for name, value in _written(output).items()}
+def batch_sums(output: GradMemOutput, here: Count, steps: int) -> dict[str, Tensor]:
+    """What training sums up after K = `steps` write steps, scalars."""
+    sums = {name: value.sum() for name, value in _written(output, steps).items()}
     return sums | {"target_loss": cast(Tensor, output.target_loss) * here.tokens, "tokens": here.tokens}
 
 
-def context_sums(batch: dict[str, Any], output: GradMemOutput) -> dict[str, Tensor]:
-    """What evaluation sums up, [C] each."""
+def context_sums(batch: dict[str, Any], output: GradMemOutput, steps: int) -> dict[str, Tensor]:
+    """What evaluation sums up after K = `steps` write steps, [C] each."""
     logits, labels = cast(Tensor, output.logits)[:, :-1].float(), batch["labels"][:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
-    return _written(output) | {
+    return _written(output, steps) | {
         "target_loss": per_context(losses, batch),
         "tokens": per_context((labels != IGNORED).sum(1).float(), batch),
         "queries": per_context(torch.ones_like(losses), batch),
     }
 
 
-def _written(output: GradMemOutput) -> dict[str, Tensor]:
+def _written(output: GradMemOutput, steps: int) -> dict[str, Tensor]:
     """What WRITE did to each context, [C] each."""
     memory, losses = (cast(Tensor, part).detach().float() for part in (output.memory, output.write_losses))
     ones = memory.new_ones(len(memory))
-    steps = losses.shape[1]
+    known = losses.shape[1]
     return {
-        "first_write_loss": losses[:, 0] if steps else 0 * ones,
-        "last_write_loss": losses[:, -1] if steps else 0 * ones,
-        "written": ones * (steps > 0),
+        "first_write_loss": losses[:, 0] if known else 0 * ones,
+        "last_write_loss": losses[:, -1] if known else 0 * ones,
+        "written": ones * (known > 0),
         "memory_norm": memory.flatten(1).norm(dim=1),
         "write_steps": ones * steps,
         "contexts": ones,

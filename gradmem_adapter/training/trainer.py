@@ -202,7 +202,8 @@ class GradMemTrainer(Trainer):
             num_items_in_batch: None: the batch is a step of its own; otherwise it is one of those that
                 `get_batch_samples` gave last.
         """
-        output: GradMemOutput = model(**model_inputs(inputs), write_steps=self.write_steps())
+        steps = self.write_steps()
+        output: GradMemOutput = model(**model_inputs(inputs), write_steps=steps)
         here = count(inputs, self.args.device)
         whole = here if num_items_in_batch is None or self._window is None else self._window
         losses = cast(Tensor, output.write_losses)
@@ -212,7 +213,7 @@ class GradMemTrainer(Trainer):
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of the gradients, we need their sum
         if model.training:
-            self._sums.add(batch_sums(output, here))
+            self._sums.add(batch_sums(output, here, steps))
         return (loss, output) if return_outputs else loss
 
     def training_step(
@@ -307,7 +308,7 @@ class GradMemTrainer(Trainer):
         steps = self.config.write_steps if self.args.eval_write_steps is None else self.args.eval_write_steps
         with torch.no_grad(), self.compute_loss_context_manager():
             output: GradMemOutput = model(**model_inputs(inputs), write_steps=steps)
-            values = context_sums(inputs, output)
+            values = context_sums(inputs, output, steps)
             if self.args.predict_with_generate:
                 with self.accelerator.autocast():
                     answers = self._answers(inputs, cast(Tensor, output.memory))
