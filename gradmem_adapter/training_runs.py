@@ -190,7 +190,9 @@ def evaluate_answers(
     if recipe.method not in ("gradmem", "forward_memory"):
         steps = [1]  # there is nothing to write
     records = []
-    for source in (source for source in recipe.sources if not source.text):
+    for source in recipe.sources:
+        if source.text:  # has no answers to be right about
+            continue
         rows = list(source.rows(split))[:limit]
         for k in steps:
             answerer = Answerer(model, tokenizer, recipe, steps=k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ def text_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[s
         ValueError: no text has SHORTEST words.
         OSError, ValueError: a file cannot be read; as `qa_rows` raises them.
     """
-    texts = list(_texts(Path(source), split, hub_options))
+    texts = _texts(Path(source), split, hub_options)
     rows = [_row(words) for text in texts for words in _passages(text.split())]
     if not rows:
         raise ValueError(f"None of the {len(texts)} texts of {str(source)!r} has {SHORTEST} words.")
     return rows
 
 
-def _texts(directory: Path, split: str, hub_options: dict[str, Any]) -> Iterable[str]:
+def _texts(directory: Path, split: str, hub_options: dict[str, Any]) -> list[str]:
     for suffix in (".txt", ".txt.gz"):
         if (file := directory / f"{split}{suffix}").is_file():
             return [line for line in read_text(file).split("\n") if line.strip()]
