@@ -15,6 +15,7 @@ META_GRADIENTS = ("exact", "finite_difference", "first_order", "none")
 MEMORY_PROJECTIONS = ("none", "shared")
 LORA_PHASES = ("both", "write", "read")
 MEMORY_INITS = ("normal", "vocab")
+POOLINGS = ("none", "embeddings", "hidden_states")
 
 # LoRA initialisations that leave the backbone's own weights alone: WRITE and READ must see the same backbone that
 # `disable_adapter` gives back, so the ones that rewrite it (PiSSA, OLoRA, LoftQ, ...) are refused.
@@ -134,11 +135,13 @@ class GradMemConfig(PeftConfig):
             "large as slots from the vocabulary, in SmolLM2-135M."
         },
     )
-    start_pooling: bool = field(
-        default=False,
+    start_pooling: str = field(
+        default="none",
         metadata={
-            "help": "With `start_from_context`: the slots that the forward pass reads are moved by the means of the "
-            "embeddings of m equal parts of the context, times a learned gain that starts at 1."
+            "help": "With `start_from_context`: vector j also begins at the mean of the j-th of m equal parts of the "
+            "context. 'embeddings': what the forward pass reads is moved by the means of the embeddings, times a "
+            "learned gain that starts at 1. 'hidden_states': and the means of the last hidden states are added to what "
+            "it gives."
         },
     )
     memory_init: str = field(
@@ -184,8 +187,8 @@ class GradMemConfig(PeftConfig):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
         for name in (
-            "learn_write_lr", "write_lr_per_element", "write_head", "start_from_context", "start_pooling",
-            "train_backbone", "init_weights",
+            "learn_write_lr", "write_lr_per_element", "write_head", "start_from_context", "train_backbone",
+            "init_weights",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -194,6 +197,7 @@ class GradMemConfig(PeftConfig):
         self._check_choice("memory_projection", MEMORY_PROJECTIONS)
         self._check_choice("lora_phase", LORA_PHASES)
         self._check_choice("memory_init", MEMORY_INITS)
+        self._check_choice("start_pooling", POOLINGS)
         if self.query_format not in ("text", "chat") and "{query}" not in str(self.query_format):
             raise ValueError(
                 f"query_format must be 'text', 'chat' or a template that contains '{{query}}', "
@@ -204,7 +208,7 @@ class GradMemConfig(PeftConfig):
                 "num_write_lrs and write_lr_per_element have no effect without learn_write_lr=True: a rate that is not "
                 "learned is the same in every step and for every element."
             )
-        if self.start_pooling and not self.start_from_context:
+        if self.start_pooling != "none" and not self.start_from_context:
             raise ValueError("start_pooling has no effect without start_from_context=True: set both or neither.")
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(

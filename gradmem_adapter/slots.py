@@ -81,7 +81,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
             self.gradmem_start_gain[adapter] = normal(d)
             if config.init_weights:
                 nn.init.constant_(self.gradmem_start_gain[adapter], config.start_gain)
-        if config.start_pooling:
+        if config.start_pooling != "none":
             self.gradmem_pool_gain[adapter] = normal(d)
             if config.init_weights:
                 nn.init.ones_(self.gradmem_pool_gain[adapter])

@@ -72,10 +72,13 @@ class Writer:
     def start(self, context: Context) -> Tensor:
         """The memory [B, m, d] that WRITE of B contexts starts from: the slots M_0, or with `start_from_context`
 
-            M_0(C) = S + gain * backbone([C; S])    at the last m places,
-            S = M_0, or with `start_pooling` S_j = M_0j + pool_gain * mean(embeddings of the j-th of m parts of C)
+            M_0(C) = S + gain * h_S,    [h_C; h_S] = backbone([C; S]),    S = M_0,
 
-        so that the gradient steps begin at what a forward-only writer knows (Bulatov et al., 2022).
+        h being the last hidden states; so that the gradient steps begin at what a forward-only writer knows (Bulatov et
+        al., 2022). With `start_pooling` the j-th of m equal parts of C, P_j, is averaged into vector j:
+
+            S_j = M_0j + pool_gain * mean(embeddings of P_j),
+            M_0(C)_j = S_j + gain * (h_Sj + mean(h_C of P_j))    the last term with "hidden_states" alone.
         """
         slots = self.slots.gradmem_memory[self.adapter].expand(len(context.input_ids), -1, -1)
         if not self.config.start_from_context:
@@ -88,13 +91,15 @@ class Writer:
             )
         with write_phase():
             embeddings = self.backbone.get_input_embeddings()(context.input_ids)
-            if self.config.start_pooling:
+            if self.config.start_pooling != "none":
                 means, _ = part_means(embeddings.to(slots.dtype), context.lengths, slots.shape[1])
                 slots = slots + self.slots.gradmem_pool_gain[self.adapter] * means
             tokens, places = append(embeddings, context.lengths, slots.to(embeddings.dtype))
             hidden = self.backbone.base_model(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
-        hidden = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-        return slots + self.slots.gradmem_start_gain[self.adapter] * hidden.to(slots.dtype)
+        read = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).to(slots.dtype)
+        if self.config.start_pooling == "hidden_states":
+            read = read + part_means(hidden.to(slots.dtype), context.lengths, slots.shape[1])[0]
+        return slots + self.slots.gradmem_start_gain[self.adapter] * read
 
     def losses(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The write loss of each sample (GradMem, section 1 of the design):

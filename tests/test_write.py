@@ -60,7 +60,7 @@ def test_alone_equals_in_a_padded_batch(architecture, side):
         assert together.context_tokens[i] == len(row)
 
 
-@pytest.mark.parametrize("pooling", [False, True])
+@pytest.mark.parametrize("pooling", ["none", "embeddings", "hidden_states"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_starting_from_the_context_equals_the_equation(architecture, pooling):
     model = make(architecture, start_from_context=True, start_gain=0.25, start_pooling=pooling)
@@ -70,20 +70,25 @@ def test_starting_from_the_context_equals_the_equation(architecture, pooling):
     batch = padded(rows, "left")
     with torch.no_grad():
         gain = slots.gradmem_start_gain["default"].normal_()
-        if pooling:
+        if pooling != "none":
             assert (slots.gradmem_pool_gain["default"] == 1).all()
             pool_gain = slots.gradmem_pool_gain["default"].normal_()
     state = model.write(*batch, steps=0)
     for vectors, row in zip(state.vectors, rows, strict=True):
         start = slots.gradmem_memory["default"].detach()
         embeddings = model.get_input_embeddings()(row)
-        if pooling:  # three vectors: parts of 3, 2 and 2 tokens of seven; of two tokens each has a vector
-            parts = (slice(0, 3), slice(3, 5), slice(5, 7)) if len(row) == 7 else (slice(0, 1), slice(1, 2), slice(0))
-            means = torch.stack([embeddings[part].sum(0) / max(1, len(embeddings[part])) for part in parts])
-            start = start + pool_gain * means
+        # Three vectors: parts of 3, 2 and 2 tokens of seven; of two tokens each has a vector.
+        parts = (slice(0, 3), slice(3, 5), slice(5, 7)) if len(row) == 7 else (slice(0, 1), slice(1, 2), slice(0))
+
+        def means(values, parts=parts):
+            return torch.stack([values[part].sum(0) / max(1, len(values[part])) for part in parts])
+
+        if pooling != "none":
+            start = start + pool_gain * means(embeddings)
         tokens_in = torch.cat([embeddings, start])
-        hidden = model.get_base_model().base_model(inputs_embeds=tokens_in[None]).last_hidden_state[0, len(row) :]
-        torch.testing.assert_close(vectors, (start + gain * hidden).detach(), rtol=1e-4, atol=1e-5)
+        hidden = model.get_base_model().base_model(inputs_embeds=tokens_in[None]).last_hidden_state[0]
+        read = hidden[len(row) :] + (means(hidden[: len(row)]) if pooling == "hidden_states" else 0)
+        torch.testing.assert_close(vectors, (start + gain * read).detach(), rtol=1e-4, atol=1e-5)
     on = model.write(*batch, initial=state, steps=2)
     torch.testing.assert_close(model.write(*batch).vectors, on.vectors, rtol=1e-4, atol=1e-5)
 
