@@ -91,6 +91,7 @@ def test_every_field_has_help():
         ({"start_gain": -0.1}, ValueError),
         ({"start_pooling": "embeddings"}, ValueError),
         ({"start_pooling": "sum", "start_from_context": True}, ValueError),
+        ({"start_pooling": True, "start_from_context": True}, ValueError),
         ({"write_clip_value": float("inf")}, ValueError),
         ({"learn_write_lr": 1}, TypeError),
         ({"num_write_lrs": 0, "learn_write_lr": True}, ValueError),
