@@ -315,3 +315,7 @@ def _numbers(option: str, text: str) -> list[int]:
     if min(numbers) < 0:
         raise ValueError(f"{option} cannot be negative, got {text!r}.")
     return numbers
+
+
+if __name__ == "__main__":  # as torchrun starts it: `torchrun -m gradmem_adapter.cli`
+    app()

@@ -20,6 +20,7 @@ from .checkpoint import load_checkpoint
 from .files import read_text
 from .recipes import Recipe
 from .tasks import kv_results, qa_results, reconstruction_results
+from .tasks.kv_recipe import KVRecipe
 from .tasks.kv_training import evaluate_kv, load_kv, save_kv, train_kv
 from .tasks.qa_recipe import QARecipe
 from .tasks.qa_training import Answerer, load_qa, train_qa
@@ -29,6 +30,7 @@ from .tasks.rows import RowsRecipe, read_rows
 from .tasks.saved import RECIPE, claim_run, save_model
 from .training import GradMemTrainer, GradMemTrainingArguments
 from .training.graphed_run import RunProgress, step_of
+from .training.processes import joined, one_after_another, rank
 
 CHECKPOINT = "checkpoint"
 """The folder of the finished model in the directory of a run."""
@@ -44,16 +46,26 @@ def train(
 ) -> Path | None:
     """Run a recipe, or go on with it where it was interrupted, and save the model.
 
+    Processes that torchrun or accelerate launch started train one model together, each on a GPU of its own.
+
     Returns:
         Where the finished model is; None if `max_minutes` ended the run before.
     """
-    console = console or Console()
     if max_minutes is not None and max_minutes <= 0:
         raise ValueError(f"max_minutes must be positive, got {max_minutes}.")
     seconds = math.inf if max_minutes is None else 60 * max_minutes
-    claim_run(recipe, output)
-    if isinstance(recipe, RowsRecipe):
-        return _train_rows(recipe, output, device, seconds, console)
+    if isinstance(recipe, RowsRecipe):  # the Trainer brings its processes together by itself
+        claim_run(recipe, output)
+        return _train_rows(recipe, output, device, seconds, console or Console())
+    with joined(device) as own:
+        return _train_graphed(recipe, output, own, seconds, console or Console(quiet=rank() > 0))
+
+
+def _train_graphed(
+    recipe: KVRecipe | QARecipe, output: Path, device: torch.device, seconds: float, console: Console
+) -> Path | None:
+    with one_after_another():
+        claim_run(recipe, output)
     columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("train", total=recipe.steps)
@@ -79,6 +91,8 @@ def train(
         console.print(f"Stopped; the same command goes on from {output}.", markup=False)
         return None
     checkpoint = output / CHECKPOINT
+    if rank() > 0:  # process 0 saves and evaluates
+        return checkpoint
     if isinstance(recipe, QARecipe):
         save_model(model, tokenizer, replace(recipe, steps=step_of(output / "last")), checkpoint)
         console.print(f"Saved: {checkpoint}", markup=False)
@@ -91,7 +105,7 @@ def train(
     save_kv(model, recipe, checkpoint)
     console.print(f"Saved: {checkpoint}", markup=False)
     evaluate_pairs(checkpoint, [4, 16, 64], [1, 5], contexts=64, device=device, console=console)
-    return output / CHECKPOINT
+    return checkpoint
 
 
 class _Deadline(TrainerCallback):

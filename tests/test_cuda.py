@@ -2,6 +2,7 @@
 
 import threading
 
+import processes_run
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -150,6 +151,17 @@ def test_captured_training_steps_equal_steps_as_they_are(meta_gradient):
         assert results[1][0][kind]["loss"] == pytest.approx(results[0][0][kind]["loss"], rel=1e-4)
     for name, value in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_processes_capture_the_mean_of_their_gradients(tmp_path):
+    """Over NCCL in the graphs; test_processes.py has what does not depend on the device."""
+    results, _ = processes_run.start(tmp_path, "cuda")
+    for name in ("whole", "resumed", "interrupted", "within", "max_seconds"):
+        first, second = (result[name] for result in results)
+        assert first["logs"] == second["logs"], name
+        assert all(torch.equal(value, second["weights"][key]) for key, value in first["weights"].items()), name
+    assert [result["command"] for result in results] == [0, 0]
 
 
 @pytest.mark.parametrize("compile", [True, "auto"])

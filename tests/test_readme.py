@@ -50,6 +50,9 @@ def test_commands_exist(command, tmp_path, monkeypatch):
             pytest.fail("make is needed for the README's commands")
         subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
     else:
+        if program == "torchrun":  # tests/test_processes.py starts two processes
+            assert arguments[2:4] == ["-m", "gradmem_adapter.cli"]
+            program, arguments = "gradmem", arguments[4:]
         assert program == "gradmem"
         monkeypatch.chdir(ROOT)
         if arguments[0] == "ask":  # the adapter of the README's code; tests/test_cli.py asks one

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +24,7 @@ from gradmem_adapter.model import GradMemOutput
 from .errors import TrainingDiverged
 from .graphed_step import GraphedStep
 from .optimizers import layer_matrices
+from .processes import agree, barrier, rank, share_weights, world_size
 from .speed import compiled_layers, fast_matmul, maskless_attention
 
 
@@ -103,6 +104,9 @@ def run_graphed(
 ) -> bool:
     """Train `model` in place, going on from `output/last` if a run was interrupted there.
 
+    Of several processes (`processes.py`) each draws batches of its own; process 0 saves, and what it finds (the time,
+    `stop`, a signal) ends all at the same step.
+
     Args:
         model: on `device`; in eval mode, so that captured steps need no random state of the model.
         loss: makes a batch of the kind given, on the device, and returns scalars; "loss" is differentiated.
@@ -113,6 +117,7 @@ def run_graphed(
             steps; what is scheduled goes by whichever is nearer to the end.
         save_seconds: save at the first log after so much training since the last time.
         stop: asked at each log; True ends the run.
+        callback: told at each log, in every process.
 
     Returns:
         Whether the run is done.
@@ -134,20 +139,28 @@ def run_graphed(
     )
     torch.manual_seed(plan.seed)
     step, earlier = _resume(output / "last", model, step_on)
+    if agree(step) != (step,):
+        raise ValueError(
+            f"Process {rank()} finds step {step} in {output / 'last'} and process 0 another: all processes need the "
+            "same files. Put the run into a directory that they share."
+        )
+    share_weights(model)
+    if rank():  # the random state that was seeded or saved is that of process 0
+        torch.manual_seed(plan.seed + rank() + step * world_size())
     start = saved = time.perf_counter()
 
     def share() -> float:
         return max(step / plan.steps, (earlier + time.perf_counter() - start) / within)
 
     fast = compiled_layers(model, plan.compile and device.type == "cuda")
-    with fast_matmul(), maskless_attention(model), fast, interruption() as interrupted:
-        passed = share()
+    with closing(step_on), fast_matmul(), maskless_attention(model), fast, interruption() as interrupted:
+        (passed,) = agree(share())
         while passed < 1:
             step_on(plan.kind_at(step), plan.lr_at(step, passed))
             step += 1
-            passed = share()
+            passed, cut = agree(share(), interrupted())
             done = passed >= 1
-            if step % log_every and not done and not interrupted():
+            if step % log_every and not done and not cut:
                 continue
             means = {kind.name: values for kind, values in step_on.means().items()}
             if not all(math.isfinite(v) for values in means.values() for v in values.values()):
@@ -159,13 +172,16 @@ def run_graphed(
             progress = RunProgress(step, time.perf_counter() - start, means)
             if callback is not None:
                 callback(progress)
-            over = progress.seconds > max_seconds or (stop is not None and stop(progress))
-            if done or over or interrupted() or time.perf_counter() - saved > save_seconds:
+            stopped = progress.seconds > max_seconds or (stop is not None and stop(progress))
+            over, cut = agree(stopped, interrupted())
+            if rank() == 0 and (done or over or cut or time.perf_counter() - saved > save_seconds):
                 _save(output / "last", model, step_on, step, earlier + progress.seconds)
                 saved = time.perf_counter()
-            if interrupted():
+            if done or over or cut:
+                barrier()  # what was saved can be read by all
+            if cut:
                 raise KeyboardInterrupt
-            if over or done:
+            if done or over:
                 return done
     return True
 

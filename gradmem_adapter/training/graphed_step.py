@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradmem_adapter.checks import static_shapes
 
 from .optimizers import Optimizers
+from .processes import average, average_gradients, world_size
 
 Kind = TypeVar("Kind", bound=Hashable)
 
@@ -24,6 +25,9 @@ class GraphedStep(Generic[Kind]):
     and every batch of a kind has the same shapes. On the CPU every step runs as it is.
 
     Random numbers inside the model cannot be replayed for the meta-gradient in a graph: put the model in eval mode.
+
+    Of several processes (`processes.py`) each draws a batch of the same kind, and all take the step by the mean of
+    their gradients. The first step of a kind, as it is, also opens NCCL's connections for the capture that follows.
 
     Args:
         loss: makes a batch of the kind given and returns scalars; "loss" is differentiated, all are averaged.
@@ -73,7 +77,9 @@ class GraphedStep(Generic[Kind]):
         if kind not in self._graphs:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # The threads of NCCL's process group may ask for events meanwhile, which is nothing to the capture.
+            mode = "thread_local" if world_size() > 1 else "global"
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                 self._step(kind)
             self._graphs[kind] = graph
         self._graphs[kind].replay()
@@ -83,6 +89,7 @@ class GraphedStep(Generic[Kind]):
             parameter.grad = None
         values = dict(self.loss(kind))
         values["loss"].backward()
+        average_gradients(self.parameters)
         values["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizers.step()
         self._names[kind] = list(values)
@@ -92,9 +99,9 @@ class GraphedStep(Generic[Kind]):
         self._sums[kind] += now
 
     def means(self) -> dict[Kind, dict[str, float]]:
-        """The mean of every scalar since the last call, by kind of batch."""
+        """The mean of every scalar since the last call, by kind of batch, over all processes."""
         result = {
-            kind: dict(zip(self._names[kind], (self._sums[kind] / count).tolist(), strict=True))
+            kind: dict(zip(self._names[kind], average(self._sums[kind] / count).tolist(), strict=True))
             for kind, count in self._counts.items()
             if count
         }
@@ -102,6 +109,10 @@ class GraphedStep(Generic[Kind]):
             total.zero_()
             self._counts[kind] = 0
         return result
+
+    def close(self) -> None:
+        """Drop the graphs. Until then NCCL, whose communicator they hold, waits for them when it is to end."""
+        self._graphs.clear()
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What the optimizers carry."""
