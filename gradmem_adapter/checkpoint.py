@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .backbones import load_backbone
 from .config import GradMemConfig
 from .model import GradMemModel
+from .slots import NEUTRAL
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -113,6 +114,8 @@ def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
 def load_weights(model: PeftModel, path: str | Path) -> None:
     """Load a checkpoint's weights into the active adapter of a model, and into its backbone where that is trained.
 
+    What the model has and the checkpoint lacks stays as it is where it changes nothing (`slots.NEUTRAL`).
+
     Raises:
         FileNotFoundError: there is no such checkpoint, or it has no trained backbone and the model needs one.
         ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
@@ -121,7 +124,10 @@ def load_weights(model: PeftModel, path: str | Path) -> None:
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"There is no checkpoint of an adapter in {str(path)!r}: it has no {CONFIG_NAME}.")
     loaded = load_peft_weights(str(path), device="cpu")
-    check_tensors(path, loaded, get_peft_model_state_dict(model, adapter_name=adapter))
+    own = get_peft_model_state_dict(model, adapter_name=adapter)
+    neutral = {n: tensor for n, tensor in own.items() if n.rpartition(".")[2] in NEUTRAL}
+    loaded = neutral | loaded
+    check_tensors(path, loaded, own)
     if model.active_peft_config.train_backbone:
         if not (path / BACKBONE).is_dir():
             raise FileNotFoundError(
@@ -130,9 +136,9 @@ def load_weights(model: PeftModel, path: str | Path) -> None:
             )
         backbone = cast(PreTrainedModel, model.get_base_model())
         saved: dict[str, Tensor] = type(backbone).from_pretrained(str(path / BACKBONE), dtype="auto").state_dict()
-        own = backbone_state_dict(model)
-        check_tensors(path / BACKBONE, saved, own)
-        for name, tensor in own.items():
+        trained = backbone_state_dict(model)
+        check_tensors(path / BACKBONE, saved, trained)
+        for name, tensor in trained.items():
             tensor.copy_(saved[name])
     set_peft_model_state_dict(model, loaded, adapter_name=adapter)
 

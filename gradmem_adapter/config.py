@@ -64,6 +64,13 @@ class GradMemConfig(PeftConfig):
             "preconditioner (Meta-SGD, arXiv 1707.09835)."
         },
     )
+    write_lr_from_end: bool = field(
+        default=False,
+        metadata={
+            "help": "With `learn_write_lr`: the last `num_write_lrs` steps also have learned factors, counted from the "
+            "end, so that WRITE ends as suits its number of steps, whatever that is."
+        },
+    )
     write_optimizer: str = field(
         default="sgd", metadata={"help": "The rule of a write step: 'sgd' (the paper's) or 'adam'."}
     )
@@ -187,8 +194,8 @@ class GradMemConfig(PeftConfig):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
         for name in (
-            "learn_write_lr", "write_lr_per_element", "write_head", "start_from_context", "train_backbone",
-            "init_weights",
+            "learn_write_lr", "write_lr_per_element", "write_lr_from_end", "write_head", "start_from_context",
+            "train_backbone", "init_weights",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -203,10 +210,10 @@ class GradMemConfig(PeftConfig):
                 f"query_format must be 'text', 'chat' or a template that contains '{{query}}', "
                 f"got {self.query_format!r}."
             )
-        if (self.num_write_lrs > 1 or self.write_lr_per_element) and not self.learn_write_lr:
+        if (self.num_write_lrs > 1 or self.write_lr_per_element or self.write_lr_from_end) and not self.learn_write_lr:
             raise ValueError(
-                "num_write_lrs and write_lr_per_element have no effect without learn_write_lr=True: a rate that is not "
-                "learned is the same in every step and for every element."
+                "num_write_lrs, write_lr_per_element and write_lr_from_end have no effect without learn_write_lr=True: "
+                "a rate that is not learned is the same in every step and for every element."
             )
         if self.start_pooling != "none" and not self.start_from_context:
             raise ValueError("start_pooling has no effect without start_from_context=True: set both or neither.")

@@ -309,8 +309,9 @@ class GradMemModel(BaseTuner):
         else:
             with torch.no_grad():
                 memory = writer.start(context)
-        learned = self._write_lrs(writer).detach().unbind()
-        lrs: Sequence[Rate] = [lr] if lr is not None else learned if initial is None else learned[-1:]
+        # On a memory that was written before, further steps are late ones.
+        learned = self._write_lrs(writer, steps, taken=0 if initial is None else config.num_write_lrs)
+        lrs: Sequence[Rate] = learned.detach().unbind() if lr is None else [lr]
         longest = None if self.positions is None else self.positions - writer.prefix_length
         with self._fast_writes.of(writer, context, compile, longest) as run:
             memory, losses, diverged = write_memory(
@@ -544,14 +545,14 @@ class GradMemModel(BaseTuner):
         context = self._context("context_input_ids", input_ids, attention_mask)
         steps = writer.config.write_steps if steps is None else steps
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        lrs = self._write_lrs(writer)
+        lrs = self._write_lrs(writer, steps)
         start = writer.start(context)
         return differentiable_write(writer, start, context, steps=steps, lrs=lrs, weights=weights)
 
     @staticmethod
-    def _write_lrs(writer: Writer) -> Tensor:
-        """The write learning rates [n] or [n, m, d] of the first n steps: the learned ones, or the config's."""
-        learned = writer.slots.write_lrs(writer.adapter)
+    def _write_lrs(writer: Writer, steps: int, taken: int = 0) -> Tensor:
+        """The write learning rates [K] or [K, m, d] of K steps: the learned ones, or [1] of the config's."""
+        learned = writer.slots.write_lrs(writer.adapter, steps, taken)
         if learned is None:
             return writer.slots.gradmem_memory[writer.adapter].new_full((1,), writer.config.write_lr)
         return learned

@@ -14,6 +14,9 @@ from .config import GradMemConfig
 
 Phase = Literal["write", "read"]
 
+NEUTRAL = ("gradmem_log_write_lr_end",)
+"""What changes nothing before it is trained: weights trained without it can be trained further with it."""
+
 
 class MemorySlots(nn.Module, BaseTunerLayer):
     """The memory slots M_0 and the method's optional parts, per adapter name.
@@ -22,6 +25,8 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         gradmem_memory: [m, d], the initial memory M_0.
         gradmem_log_write_lr: [n] or [n, m, d], natural logarithm of the learned write learning rates of the first n
             write steps, one for all elements of the memory or one for each.
+        gradmem_log_write_lr_end: the same of the factors of the last n steps, the last one first
+            (`write_lr_from_end`).
         gradmem_start_gain: [d], the gain of the forward pass that WRITE starts from (`start_from_context`).
         gradmem_pool_gain: [d], the gain of the means of the context's parts (`start_pooling`).
         gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end: [c, d], control vectors.
@@ -32,6 +37,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
     adapter_layer_names = (
         "gradmem_memory",
         "gradmem_log_write_lr",
+        "gradmem_log_write_lr_end",
         "gradmem_start_gain",
         "gradmem_pool_gain",
         "gradmem_write_start",
@@ -47,6 +53,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         super().__init__()
         self.gradmem_memory = nn.ParameterDict()
         self.gradmem_log_write_lr = nn.ParameterDict()
+        self.gradmem_log_write_lr_end = nn.ParameterDict()
         self.gradmem_start_gain = nn.ParameterDict()
         self.gradmem_pool_gain = nn.ParameterDict()
         self.gradmem_write_start = nn.ParameterDict()
@@ -77,6 +84,8 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         if config.learn_write_lr:
             shape = (config.num_write_lrs, m, d) if config.write_lr_per_element else (config.num_write_lrs,)
             self.gradmem_log_write_lr[adapter] = nn.Parameter(torch.full(shape, math.log(config.write_lr), **factory))
+            if config.write_lr_from_end:
+                self.gradmem_log_write_lr_end[adapter] = nn.Parameter(torch.zeros(shape, **factory))
         if config.start_from_context:
             self.gradmem_start_gain[adapter] = normal(d)
             if config.init_weights:
@@ -135,11 +144,28 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         end = ends[adapter].expand(len(memory), -1, -1)
         return torch.cat([start, memory, end], dim=1)
 
-    def write_lrs(self, adapter: str) -> Tensor | None:
-        """The learned write learning rates [n] or [n, m, d] of the first n steps, on the tape; None: not learned."""
+    def write_lrs(self, adapter: str, steps: int, taken: int = 0) -> Tensor | None:
+        """The learned write learning rates of K steps, on the tape, from those of the first n steps, a_k, and the
+        factors of the last n, f_i (`write_lr_from_end`):
+
+            a_{min(k, n-1)} f_{K-1-k}    of step k = 0 .. K-1,    f_i = 1 from i = n.
+
+        Args:
+            adapter: the adapter's name.
+            steps: K.
+            taken: steps that were taken before these, which k goes on from in a_k.
+
+        Returns:
+            [K] or [K, m, d]; None: not learned.
+        """
         if adapter not in self.gradmem_log_write_lr:
             return None
-        return self.gradmem_log_write_lr[adapter].exp()
+        first = self.gradmem_log_write_lr[adapter]
+        logs = [first[min(taken + k, len(first) - 1)] for k in range(steps)]
+        if adapter in self.gradmem_log_write_lr_end:
+            for i, factor in enumerate(self.gradmem_log_write_lr_end[adapter].unbind()[:steps], start=1):
+                logs[-i] = logs[-i] + factor
+        return torch.stack(logs).exp() if logs else first[:0]
 
     def write_head(self, adapter: str) -> nn.Module | None:
         """The output head of WRITE; None where WRITE uses the backbone's."""

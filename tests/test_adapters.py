@@ -96,6 +96,7 @@ def test_every_field_has_help():
         ({"learn_write_lr": 1}, TypeError),
         ({"num_write_lrs": 0, "learn_write_lr": True}, ValueError),
         ({"num_write_lrs": 2}, ValueError),
+        ({"write_lr_from_end": True}, ValueError),
         ({"write_lr_per_element": True}, ValueError),
         ({"write_head": "yes"}, TypeError),
         ({"train_backbone": None}, TypeError),

@@ -129,14 +129,14 @@ def test_the_rate_warms_up_stays_and_decays():
 def test_shipped_recipes_are_sound(file):
     plan = load_recipe(file)
     assert isinstance(plan, KVRecipe)
-    plan.build()
+    replace(plan, init_from=None).build()
     assert {plan.stage_at(step) for step in range(plan.steps)} == set(plan.stages)
 
 
 def test_the_shipped_weights_were_trained_by_the_shipped_recipe():
     root = Path(__file__).parent.parent
     made = json.loads((root / "checkpoints" / "kv-retrieval" / "recipe.json").read_text(encoding="utf-8"))
-    assert KVRecipe.of(made) == load_recipe(root / "examples" / "kv_retrieval.yaml")
+    assert KVRecipe.of(made) == load_recipe(root / "examples" / "kv_retrieval_longer.yaml")
 
 
 @pytest.mark.parametrize(
@@ -339,6 +339,17 @@ def test_training_goes_on_from_a_checkpoint(method, tmp_path):
         assert torch.equal(value, model.state_dict()[name]), name
     with pytest.raises(ValueError, match="shape"):
         replace(plan, backbone={"layers": 1, "width": 16, "heads": 2}).build()
+
+
+def test_weights_without_factors_of_the_last_steps_are_trained_further_with_them(tmp_path):
+    memory = {"num_memory_tokens": 2, "learn_write_lr": True, "num_write_lrs": 2}
+    model, _ = run(recipe(memory=memory), tmp_path / "first")
+    save_kv(model, recipe(memory=memory), tmp_path / "checkpoint")
+    further = recipe(memory=memory | {"write_lr_from_end": True}, init_from=str(tmp_path / "checkpoint")).build()
+    ids = KVRetrieval(3).sample(2, 1, seed=0).context_input_ids
+    assert torch.equal(further.write(ids, steps=3).vectors, model.write(ids, steps=3).vectors)
+    with pytest.raises(ValueError, match="gradmem_log_write_lr"):
+        recipe(memory={"num_memory_tokens": 2}, init_from=str(tmp_path / "checkpoint")).build()
 
 
 def test_a_run_on_another_kind_of_device_goes_on_with_a_warning(tmp_path):

@@ -86,7 +86,8 @@ class KVRecipe:
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of `GradMemConfig`."""
     init_from: str | None = None
-    """A checkpoint by a recipe with the same model, whose weights are trained further; None: untrained weights."""
+    """A checkpoint by a recipe with the same model, whose weights are trained further (`write_lr_from_end` may be new);
+    None: untrained weights."""
     write_steps: Drawn | None = None
     """Draw write steps (or passes) from these everywhere, whatever the stages say."""
     betas: tuple[float, float] = (0.9, 0.98)

@@ -104,7 +104,8 @@ class QARecipe:
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of `GradMemConfig`; baselines read num_memory_tokens, reconstruction_weight and lora_config."""
     init_from: str | None = None
-    """A checkpoint by a recipe with the same model, whose weights are trained further; None: untrained weights."""
+    """A checkpoint by a recipe with the same model, whose weights are trained further (`write_lr_from_end` may be new);
+    None: untrained weights."""
     write_steps: Annotated[tuple[pydantic.NonNegativeInt, ...], pydantic.Field(min_length=1)] = (1, 2, 3, 4, 5)
     """K (or passes) of a step is drawn from these; 0, where WRITE starts from the context, trains that start alone."""
     side_by_side: Drawn = (1,)

@@ -252,7 +252,7 @@ class GradMemTrainer(Trainer):
         if "loss" in logs:
             logs = logs | self._sums.means(self.accelerator)
             self._sums = Sums(self.args.device)
-            write_lrs = self.tuner.slots.write_lrs(self.model.active_adapter)
+            write_lrs = self.tuner.slots.write_lrs(self.model.active_adapter, steps=self.config.num_write_lrs)
             if write_lrs is not None:
                 several, means = len(write_lrs) > 1, write_lrs.flatten(1).mean(1) if write_lrs.dim() > 1 else write_lrs
                 logs |= {f"write_lr_{k}" if several else "write_lr": lr for k, lr in enumerate(means.tolist())}
