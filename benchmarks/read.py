@@ -10,6 +10,8 @@ new token, and tokens per second are the new tokens of a whole call with `--new-
 from __future__ import annotations
 
 import argparse
+import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,18 +61,15 @@ def main(argv: list[str] | None = None) -> None:
     backbone = common.backbone(args)
     backbone.generation_config.eos_token_id = None  # so that each call makes all the tokens it is asked for
     model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=args.memory)).eval()
-    shape = {
+    shape = common.environment(args.device) | {
         "model": args.model, "layers": backbone.config.num_hidden_layers, "dtype": args.dtype,
         "memory_tokens": args.memory, "new_tokens": args.new_tokens,
     }  # fmt: skip
-    rows = [
-        {"way": way, "query_tokens": length, "batch": batch}
-        | common.attempt(lambda way=way, length=length, batch=batch: measure(model, way, length, batch, args))
-        for length in args.queries
-        for batch in args.batches
-        for way in WAYS
-    ]
-    common.append(args.output, [common.environment(args.device) | shape | row for row in rows])
+    rows = []
+    for length, batch, way in itertools.product(args.queries, args.batches, WAYS):
+        row = {"way": way, "query_tokens": length, "batch": batch}
+        rows.append(row | common.attempt(partial(measure, model, way, length, batch, args)))
+        common.append(args.output, [shape | rows[-1]])  # as they come: whoever stops it keeps what was measured
     common.show(rows, COLUMNS)
 
 

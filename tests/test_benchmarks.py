@@ -31,6 +31,18 @@ def test_read(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
+def test_read_keeps_what_was_measured_when_it_is_stopped(tmp_path, monkeypatch):
+    def measure(model, way, *_):
+        if way == "memory":
+            raise KeyboardInterrupt
+        return {"first_token_ms": 1.0}
+
+    monkeypatch.setattr(read, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        read.main([*TINY, "--output", str(tmp_path / "read.csv")])
+    assert [row["way"] for row in common.read(tmp_path / "read.csv")] == ["plain"]
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """The CSV file of a run."""
