@@ -102,7 +102,7 @@ def _train_graphed(
         except (ValueError, OSError, ImportError) as error:  # the model is there, whatever the held-out data are
             console.print(f"Not evaluated: {error}", markup=False)
         return checkpoint
-    save_kv(model, recipe, checkpoint)
+    save_kv(model, recipe.ended_at(step_of(output / "last")), checkpoint)
     console.print(f"Saved: {checkpoint}", markup=False)
     evaluate_pairs(checkpoint, [4, 16, 64], [1, 5], contexts=64, device=device, console=console)
     return checkpoint

@@ -352,6 +352,22 @@ def test_weights_without_factors_of_the_last_steps_are_trained_further_with_them
         recipe(memory={"num_memory_tokens": 2}, init_from=str(tmp_path / "checkpoint")).build()
 
 
+def test_a_recipe_by_the_clock_ends_in_time_and_says_how_far_it_came(tmp_path, monkeypatch):
+    plan, rates, rate = recipe(steps=100_000, minutes=0.05, decay_share=0.5), [], KVRecipe.lr_at
+    monkeypatch.setattr(KVRecipe, "lr_at", lambda *given: rates.append(rate(*given)) or rates[-1])
+    monkeypatch.setattr("gradmem_adapter.training_runs.evaluate_pairs", lambda *given, **options: None)
+    train(plan, tmp_path, device=torch.device("cpu"), console=Console(file=io.StringIO()))
+    made = load_kv(tmp_path / "checkpoint")[1]
+    assert 4 < made.steps == len(rates) < 10_000
+    assert [stage.steps for stage in made.stages] == [4, len(rates) - 4]
+    assert rates[-1] < max(rates) / 5
+
+
+@pytest.mark.parametrize(("step", "left"), [(3, [3]), (4, [4]), (6, [4, 2]), (8, [4, 4])])
+def test_the_recipe_of_a_run_that_ended_early(step, left):
+    assert [stage.steps for stage in recipe().ended_at(step).stages] == left
+
+
 def test_a_run_on_another_kind_of_device_goes_on_with_a_warning(tmp_path):
     run(recipe(), tmp_path, stop=lambda now: now.step >= 4)
     state = torch.load(tmp_path / "last" / "state.pt", weights_only=True)

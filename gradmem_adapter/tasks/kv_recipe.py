@@ -100,6 +100,9 @@ class KVRecipe:
     warmup_steps: int = 500
     decay_share: float = 0.3
     """The last share of all steps, over which the learning rate falls to a twentieth."""
+    minutes: pydantic.PositiveFloat | None = None
+    """End after so many minutes of training, if not done before; the learning rate falls by the clock then,
+    and what is saved says how many steps were done."""
     seed: int = 0
     compile: bool = True
     """Compile the backbone's layers, on a GPU."""
@@ -130,6 +133,15 @@ class KVRecipe:
     def steps(self) -> int:
         """Training steps in all."""
         return sum(stage.steps for stage in self.stages)
+
+    def ended_at(self, step: int) -> KVRecipe:
+        """The recipe of a run that was over after so many steps."""
+        stages: list[KVStage] = []
+        for stage in self.stages:
+            left = step - sum(done.steps for done in stages)
+            if left > 0:
+                stages.append(dataclasses.replace(stage, steps=min(left, stage.steps)))
+        return dataclasses.replace(self, stages=tuple(stages))
 
     def stage_at(self, step: int) -> KVStage:
         """The stage that a step belongs to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
             out = model(**batch.as_dict(), write_steps=write_steps)
         return scalars(out, kv_hits(out.logits, batch.labels))
 
-    return run_graphed(model, loss, recipe, output, device=device, **options)
+    within = math.inf if recipe.minutes is None else 60 * recipe.minutes
+    return run_graphed(model, loss, recipe, output, device=device, within=within, **options)
 
 
 def save_kv(model: nn.Module, recipe: KVRecipe, path: Path) -> None:
