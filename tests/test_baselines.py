@@ -106,6 +106,12 @@ def test_several_passes_differ_from_one():
     assert not torch.allclose(memories[1], memories[2], atol=1e-4)
 
 
+def test_memory_of_no_pass_is_refused():
+    batch = KVRetrieval(4).sample(2, 1, seed=0)
+    with pytest.raises(ValueError, match="at least 1 pass, not 0"):
+        kv_model(BASELINES["forward memory"])(**batch.as_dict(), write_steps=0)
+
+
 def test_the_reconstruction_loss_is_that_of_the_context_given_its_memory():
     torch.manual_seed(0)
     backbone = tiny().eval()

@@ -40,7 +40,13 @@ class ForwardMemory(PrefixModel):
         self.memory = nn.Parameter(torch.randn(num_memory_tokens, width) * memory_init_std)
 
     def prefix(self, context: Tensor, lengths: Tensor, steps: int) -> Prefix:
-        """The memory [C, m, d] after `steps` passes."""
+        """The memory [C, m, d] after `steps` passes.
+
+        Raises:
+            ValueError: there is no pass.
+        """
+        if steps < 1:
+            raise ValueError(f"Memory of no pass knows nothing of the context: make at least 1 pass, not {steps}.")
         memory = self.memory.expand(len(context), -1, -1)
         embeddings = self.backbone.get_input_embeddings()(context)
         for _ in range(steps):
