@@ -1,5 +1,6 @@
 """The README's code runs, and its commands exist."""
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -60,7 +61,12 @@ def test_commands_exist(command, tmp_path, monkeypatch):
             return
         if arguments[0] == "train":  # an hour of a GPU: that the recipe is sound must do
             assert arguments[2] == "--output"
-            load_recipe(Path(arguments[1])).build()
+            recipe = load_recipe(Path(arguments[1]))
+            if getattr(recipe, "init_from", None):  # what a command before it would have made
+                trained = {other.split()[-1] + "/checkpoint" for other in commands() if " train " in other}
+                assert recipe.init_from in trained
+                recipe = dataclasses.replace(recipe, init_from=None)
+            recipe.build()
             return
         lighter = {"eval": ["--contexts", "2"], "plot": ["--output", str(tmp_path)]}
         assert CliRunner().invoke(app, [*arguments, *lighter.get(arguments[0], [])]).exit_code == 0
