@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +26,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .backbones import load_backbone
 from .config import GradMemConfig
 from .model import GradMemModel
-from .slots import NEUTRAL
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -111,10 +111,11 @@ def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: PeftModel, path: str | Path) -> None:
+def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str] = ()) -> None:
     """Load a checkpoint's weights into the active adapter of a model, and into its backbone where that is trained.
 
-    What the model has and the checkpoint lacks stays as it is where it changes nothing (`slots.NEUTRAL`).
+    Args:
+        may_lack: tensors of the slots that stay as they are where the checkpoint has none.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or it has no trained backbone and the model needs one.
@@ -125,8 +126,7 @@ def load_weights(model: PeftModel, path: str | Path) -> None:
         raise FileNotFoundError(f"There is no checkpoint of an adapter in {str(path)!r}: it has no {CONFIG_NAME}.")
     loaded = load_peft_weights(str(path), device="cpu")
     own = get_peft_model_state_dict(model, adapter_name=adapter)
-    neutral = {n: tensor for n, tensor in own.items() if n.rpartition(".")[2] in NEUTRAL}
-    loaded = neutral | loaded
+    loaded = {name: tensor for name, tensor in own.items() if name.rpartition(".")[2] in may_lack} | loaded
     check_tensors(path, loaded, own)
     if model.active_peft_config.train_backbone:
         if not (path / BACKBONE).is_dir():

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.checkpoint import check_tensors, load_weights, save_checkpoint
 from gradmem_adapter.files import replacing
+from gradmem_adapter.slots import NEUTRAL
 from gradmem_adapter.training.graphed_run import trained
 
 WEIGHTS = "model.safetensors"
@@ -70,9 +71,10 @@ def load_recipe_fields(path: Path) -> dict[str, Any]:
 
 
 def load_trained(model: nn.Module, path: Path) -> None:
-    """Give a model the weights of another that has the same tensors and was saved by `save_model`."""
+    """Give a model the weights of another that was saved by `save_model` and has the same tensors, or lacks those that
+    change nothing before they are trained."""
     if isinstance(model, PeftModel):
-        load_weights(model, path)
+        load_weights(model, path, may_lack=NEUTRAL)
     else:
         load_baseline(model, path)
 
