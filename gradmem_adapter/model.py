@@ -262,8 +262,8 @@ class GradMemModel(BaseTuner):
             steps: write steps, any number from 0 (the default is the config's `write_steps`).
             lr: write learning rate of every step (default: the learned ones, or the config's).
             optimizer: "sgd" or "adam" (default: the config's).
-            initial: states to go on from, one per context, in place of the memory slots. Adam starts anew; of several
-                learned rates the last is used.
+            initial: states to go on from, one per context, in place of the memory slots. Adam starts anew; of the
+                first steps' learned rates the last is used.
             tolerance: a sample stops when a step lowers its loss by less than this share of it.
             stop_when_recovered: a sample stops when each of its tokens is the model's first choice.
             last_loss: False leaves the last of `write_losses` NaN and spares the forward pass that it takes, of
