@@ -5,13 +5,13 @@ import json
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import two_processes
 from test_kv_training import recipe
 
 from gradmem_adapter.tasks.kv_recipe import KVRecipe
@@ -21,7 +21,6 @@ from gradmem_adapter.training import TrainingDiverged, graphed_run
 from gradmem_adapter.training.processes import joined, rank
 
 MEMORY = {"num_memory_tokens": 4, "learn_write_lr": True, "meta_gradient": "exact"}
-FOLDER = Path(__file__).parent
 
 
 def plan(**fields) -> KVRecipe:
@@ -34,15 +33,7 @@ def start(folder, device):
     (folder / "recipe.yaml").write_text(json.dumps(dataclasses.asdict(plan())), encoding="utf-8")
     claim_run(plan(seed=1), folder / "claimed")
     (folder / "claimed" / "last").mkdir()
-    path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [__file__, str(folder), device]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-8000:]
-    return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)], done
+    return two_processes.start("processes_run.py", folder, device, folder=folder, cuda=device == "cuda")
 
 
 def train(plan, output, device, **options):

@@ -1,33 +1,23 @@
 """Two processes that share the work give what one gives: gradients, logs, evaluation, checkpoints."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import distributed_run
 import pytest
 import torch
+import two_processes
 from test_trainer import close
 from tiny import tiny
 
 from gradmem_adapter import load_checkpoint
 
 META_GRADIENTS = ("exact", "finite_difference", "first_order")
-FOLDER = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What both processes saw, and the folder they wrote into; one start for all, because starting takes seconds."""
     folder = tmp_path_factory.mktemp("two")
-    path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(FOLDER / "distributed_run.py"), ",".join(META_GRADIENTS), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-8000:]
-    return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)], folder
+    results, _ = two_processes.start("distributed_run.py", ",".join(META_GRADIENTS), folder, folder=folder)
+    return results, folder
 
 
 @pytest.mark.parametrize("meta_gradient", META_GRADIENTS)

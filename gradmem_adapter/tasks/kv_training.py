@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,7 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
             out = model(**batch.as_dict(), write_steps=write_steps)
         return scalars(out, kv_hits(out.logits, batch.labels))
 
-    within = math.inf if recipe.minutes is None else 60 * recipe.minutes
-    return run_graphed(model, loss, recipe, output, device=device, within=within, **options)
+    return run_graphed(model, loss, recipe, output, device=device, **options)
 
 
 def save_kv(model: nn.Module, recipe: KVRecipe, path: Path) -> None:

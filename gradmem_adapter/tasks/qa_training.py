@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,8 +75,7 @@ def train_qa(
             output = model(**batch, write_steps=kind.write_steps, max_targets=pool.most_targets)
         return scalars(output, output.correct)
 
-    within = math.inf if recipe.minutes is None else 60 * recipe.minutes
-    return run_graphed(model, loss, _Plan(recipe, pools), output, device=device, within=within, **options)
+    return run_graphed(model, loss, _Plan(recipe, pools), output, device=device, **options)
 
 
 def load_qa(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase, QARecipe]:

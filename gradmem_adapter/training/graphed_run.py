@@ -46,6 +46,8 @@ class Plan(Protocol[KindT_co]):
     @property
     def steps(self) -> int: ...
     @property
+    def minutes(self) -> float | None: ...
+    @property
     def seed(self) -> int: ...
     @property
     def betas(self) -> tuple[float, float]: ...
@@ -96,7 +98,6 @@ def run_graphed(
     *,
     device: torch.device | str,
     max_seconds: float = math.inf,
-    within: float = math.inf,
     log_every: int = 50,
     save_seconds: float = 60,
     stop: Callable[[RunProgress], bool] | None = None,
@@ -110,11 +111,10 @@ def run_graphed(
     Args:
         model: on `device`; in eval mode, so that captured steps need no random state of the model.
         loss: makes a batch of the kind given, on the device, and returns scalars; "loss" is differentiated.
-        plan: what is trained when.
+        plan: what is trained when. With `minutes` the run is done after so many minutes of training, those of earlier
+            parts counted, if not before by its steps; what is scheduled goes by whichever is nearer to the end.
         output: a directory; `last/` in it holds the trained weights, the optimizer and the step.
         max_seconds: stop (and save) after so much training.
-        within: the run is done after so many seconds of training, those of earlier parts counted, if not before by its
-            steps; what is scheduled goes by whichever is nearer to the end.
         save_seconds: save at the first log after so much training since the last time.
         stop: asked at each log; True ends the run.
         callback: told at each log, in every process.
@@ -148,6 +148,7 @@ def run_graphed(
     if rank():  # the random state that was seeded or saved is that of process 0
         torch.manual_seed(plan.seed + rank() + step * world_size())
     start = saved = time.perf_counter()
+    within = math.inf if plan.minutes is None else 60 * plan.minutes
 
     def share() -> float:
         return max(step / plan.steps, (earlier + time.perf_counter() - start) / within)
