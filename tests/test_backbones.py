@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -202,13 +203,24 @@ class TestCache:
         assert len(list(self.cache.iterdir())) == 1
 
 
+def test_special_tokens_are_those_of_the_config() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None  # as Transformers 5.17 reads a GGUF file
+    backbones._mark_special_tokens(tokenizer, LlamaConfig(**{f"{name}_id": index for name, index in ids.items()}))
+    assert {name: getattr(tokenizer, f"{name}_id") for name in ids} == ids
+    backbones._mark_special_tokens(tokenizer, LlamaConfig(bos_token_id=None, eos_token_id=[2, 3], pad_token_id=None))
+    assert {name: getattr(tokenizer, f"{name}_id") for name in ids} == ids  # a config that names none changes nothing
+
+
 @pytest.mark.smollm
 def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADMEM_CACHE", str(tmp_path / "cache"))
     model, tokenizer = load_backbone(SMOLLM2)
     assert model.name_or_path == model.config._name_or_path == tokenizer.name_or_path == SMOLLM2
     assert not hasattr(model.config, "quantization_config")
-    assert tokenizer.pad_token is not None
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == tokenizer.pad_token_id
+    assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.chat_template
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, do_sample=False, max_new_tokens=4)

@@ -71,6 +71,18 @@ def recipe(folder, method="gradmem", **fields):
     return QARecipe.of(defaults | fields)
 
 
+def test_targets_must_end_where_generation_stops(folder, tmp_path):
+    backbone, tokenizer = tiny(), tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.bos_token
+    backbone.save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match=r"end token is '<s>' \(1\).*generation stops at 2"):
+        recipe(folder, backbone=str(tmp_path / "backbone")).build()
+    backbone.generation_config.eos_token_id = [2, 1]
+    backbone.save_pretrained(tmp_path / "backbone")
+    recipe(folder, backbone=str(tmp_path / "backbone")).build()
+
+
 class TestBatches:
     @pytest.fixture(scope="class")
     def pools(self):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.backbones import load_backbone
 from gradmem_adapter.baselines import ForwardMemory, FullContext, MeanPooling, PrefixModel, TruncatedText
+from gradmem_adapter.checks import check_end_token
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.training.graphed_run import lr_share
 
@@ -195,10 +196,15 @@ class QARecipe:
         return int(self.memory.get("num_memory_tokens", GradMemConfig().num_memory_tokens))
 
     def build(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """The model before training, and its tokenizer."""
+        """The model before training, and its tokenizer.
+
+        Raises:
+            ValueError: the tokenizer's end token is not one that the backbone stops at.
+        """
         backbone, tokenizer = load_backbone(self.backbone)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        check_end_token(backbone, tokenizer)
         torch.manual_seed(self.seed)
         model = self._untrained(backbone)
         if self.init_from is not None:
