@@ -28,7 +28,7 @@ def test_scores_what_the_results_say(model, pairs, steps):
     (recorded,) = (
         r.exact_match
         for r in load_records(RESULTS, TASK, KVRecord)
-        if (r.method, r.pairs, r.write_steps) == ("gradmem", pairs, steps)
+        if (r.method, r.pairs, r.write_steps) == ("gradmem", pairs, steps) and not r.one_number
     )
     contexts = 32 if steps <= 5 else 8
     measured = evaluate_kv(model, pairs, steps, contexts=contexts, seed=123)

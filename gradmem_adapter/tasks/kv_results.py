@@ -45,11 +45,18 @@ class KVRecord:
         return self.method, self.trained_steps, self.pairs, self.write_steps
 
     @property
+    def one_number(self) -> bool:
+        """Whether this is GradMem trained with one number of write steps alone."""
+        return self.method == "gradmem" and self.trained_steps.isdigit()
+
+    @property
     def line(self) -> str:
         """The method and the write steps, as a table or a legend names them."""
         name = NAMES[self.method]
         if self.method == "full_context":
             return name
+        if self.one_number:
+            name += f" trained with K={self.trained_steps}"
         unit = "step" if self.method == "gradmem" else "pass"
         plural = "" if self.write_steps == 1 else "s" if unit == "step" else "es"
         return f"{name}, {self.write_steps} {unit}{plural}"
@@ -58,9 +65,14 @@ class KVRecord:
 def by_line(records: Iterable[KVRecord]) -> dict[str, dict[int, float]]:
     """Exact match % of each line of a table, by pairs."""
     lines: dict[str, dict[int, float]] = {}
-    for record in sorted(records, key=lambda r: (list(NAMES).index(r.method), r.write_steps)):
+    for record in sorted(records, key=_place):
         lines.setdefault(record.line, {})[record.pairs] = 100 * record.exact_match
     return lines
+
+
+def _place(record: KVRecord) -> tuple[int, str, int]:
+    alone = record.trained_steps if record.one_number else ""
+    return list(NAMES).index(record.method), alone, record.write_steps
 
 
 def table(records: Sequence[KVRecord], paper: bool = False) -> Table:
@@ -91,7 +103,7 @@ def plot(records: Sequence[KVRecord], output: Path) -> list[Path]:
 def _plot_pairs(records: Sequence[KVRecord], file: Path) -> Path:
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    shown = [r for r in records if r.method != "gradmem" or r.write_steps in (1, 2, 5, 30)]
+    shown = [r for r in records if r.method != "gradmem" or (r.write_steps in (1, 2, 5, 30) and not r.one_number)]
     for panel, title, lines in zip(panels, ("this repository", "paper"), (by_line(shown), PAPER), strict=True):
         for name, values in lines.items():
             panel.plot(list(values), list(values.values()), marker="o", label=name)
