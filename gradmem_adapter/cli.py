@@ -182,6 +182,10 @@ def evaluate(
     split: Annotated[str, typer.Option(help="answers: the part of the data to answer questions on.")] = "test",
     states: Annotated[str, typer.Option(help="answers: how many contexts a question is asked of.")] = "1",
     limit: Annotated[int | None, typer.Option(min=1, help="answers: only so many contexts of each source.")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help='answers: only this source, as tables name it ("babi 2"). May be repeated; default: all.'),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="--text: tokens of a passage.")] = 128,
     passages: Annotated[int, typer.Option(min=1, help="--text: how many passages, one after another.")] = 64,
     optimizer: Annotated[
@@ -200,7 +204,7 @@ def evaluate(
             own = ("tokens", "passages", "optimizer", "lr")
             _refuse(context, own, "belongs to --text: give a text, or leave it out.")
         else:
-            others = ("rows", "pairs", "contexts", "seed", "split", "states", "limit")
+            others = ("rows", "pairs", "contexts", "seed", "split", "states", "limit", "source")
             _refuse(context, others, "does not apply to --text: leave one of them out.")
         if results is not None:
             if rows is not None:
@@ -220,14 +224,21 @@ def evaluate(
                 device=_device(device),
             )
             return
+        answers = rows is None and trained_on(checkpoint) == "answers"
+        if not answers:
+            own = ("split", "states", "limit", "source")
+            _refuse(context, own, "is for models of questions about texts alone: leave it out.")
+        if rows is not None or answers:
+            _refuse(context, ("pairs", "contexts"), "is for key-value retrieval alone: leave it out.")
         if rows is not None:
             evaluate_rows(checkpoint, rows, _numbers("--steps", steps), device=_device(device))
             return
-        if trained_on(checkpoint) == "answers":
+        if answers:
             evaluate_answers(
                 checkpoint,
                 _numbers("--steps", steps),
                 _numbers("--states", states),
+                names=source or None,
                 split=split,
                 limit=limit,
                 seed=seed,

@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,7 @@ def evaluate_answers(
     steps: list[int],
     states: list[int],
     *,
+    names: Sequence[str] | None = None,
     split: str = "test",
     limit: int | None = None,
     device: torch.device,
@@ -189,11 +191,12 @@ def evaluate_answers(
     results: Path | None = None,
     console: Console | None = None,
 ) -> list[qa_results.QARecord]:
-    """Greedy answers on a split of each of the checkpoint's sources, scored, as tables.
+    """Greedy answers on a split of the checkpoint's sources, scored, as tables.
 
     Args:
         steps: numbers of write steps (or passes).
         states: how many contexts each question is asked of.
+        names: of the sources to answer, as tables name them; None: all.
         limit: only so many contexts of a source; a part of the data is no result to be kept.
         results: a JSON file that the records are added to.
     """
@@ -201,11 +204,17 @@ def evaluate_answers(
         raise ValueError(f"{results} keeps results on all of the data: leave --limit or --results out.")
     console = console or Console()
     model, tokenizer, recipe = load_qa(checkpoint, device)
+    sources = [source for source in recipe.sources if not source.text]  # plain text has no answers to be right about
+    if unknown := sorted(set(names or ()) - {source.name for source in sources}):
+        raise ValueError(
+            f"{checkpoint} was not trained on {', '.join(unknown)}; its sources are "
+            f"{', '.join(source.name for source in sources)}."
+        )
     if recipe.method not in ("gradmem", "forward_memory"):
         steps = [1]  # there is nothing to write
     records = []
-    for source in recipe.sources:
-        if source.text:  # has no answers to be right about
+    for source in sources:
+        if names is not None and source.name not in names:
             continue
         rows = list(source.rows(split))[:limit]
         for k in steps:

@@ -125,6 +125,7 @@ def test_eval_and_plot_commands(tmp_path):
         (["--pairs", "4,x"], "--pairs takes integers"),
         (["--pairs", "0"], "max_pairs must be an integer from 1"),
         (["--steps", "-1"], "cannot be negative"),
+        (["--split", "valid"], "--split is for models of questions about texts alone"),
         (["--device", "abacus"], "no device 'abacus'"),
         (["--pairs", "200"], "tokens, and at most"),
     ],

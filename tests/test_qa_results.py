@@ -195,6 +195,24 @@ def test_an_evaluation_that_is_cut_short_keeps_what_it_has_measured(folder, tmp_
     assert [r.dataset for r in load_records(results, TASK, QARecord)] == ["short"]
 
 
+def test_one_source_alone_is_evaluated(folder, tmp_path):  # noqa: F811
+    plan = recipe(folder)
+    model, tokenizer = plan.build()
+    save_model(model, tokenizer, plan, tmp_path / "model")
+    results = tmp_path / "answers.json"
+    command = ["eval", str(tmp_path / "model"), "--steps", "1", "--device", "cpu"]
+    run = CliRunner().invoke(app, [*command, "--source", "long", "--results", str(results)])
+    assert run.exit_code == 0, run.output
+    assert [r.dataset for r in load_records(results, TASK, QARecord)] == ["long"]
+    for options, message in (
+        (["--source", "longer"], "was not trained on longer; its sources are short, long"),
+        (["--pairs", "4"], "--pairs is for key-value retrieval alone"),
+    ):
+        run = CliRunner().invoke(app, [*command, *options])
+        assert run.exit_code == 2
+        assert message in " ".join(run.output.split())
+
+
 def test_no_write_steps_are_a_number_of_write_steps_in_the_plot(tmp_path, monkeypatch):
     drawn = []
     axes = pyplot().Axes
