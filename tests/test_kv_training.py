@@ -183,7 +183,7 @@ class TestCommands:
     def test_train(self, tmp_path):
         result = CliRunner().invoke(app, self.arguments(tmp_path))
         assert result.exit_code == 0, result.output
-        assert "GradMem, 5 steps" in " ".join(result.output.split())
+        assert "GradMem trained with K=1, 5 steps" in " ".join(result.output.split())
         load_checkpoint(tmp_path / "run" / "checkpoint")
 
     def test_train_goes_on_where_it_was_stopped(self, tmp_path):
