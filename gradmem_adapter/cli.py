@@ -201,11 +201,11 @@ def evaluate(
 
     with _errors_of("eval"):
         if text is None:
-            own = ("tokens", "passages", "optimizer", "lr")
-            _refuse(context, own, "belongs to --text: give a text, or leave it out.")
+            _refuse(context, _OF_TEXT, "belongs to --text: give a text, or leave it out.")
         else:
-            others = ("rows", "pairs", "contexts", "seed", "split", "states", "limit", "source")
-            _refuse(context, others, "does not apply to --text: leave one of them out.")
+            _refuse(
+                context, ("rows", "seed", *_OF_PAIRS, *_OF_ANSWERS), "does not apply to --text: leave one of them out."
+            )
         if results is not None:
             if rows is not None:
                 raise ValueError("--results keeps results of recipes' tasks, not of --rows: leave one of them out.")
@@ -226,10 +226,9 @@ def evaluate(
             return
         answers = rows is None and trained_on(checkpoint) == "answers"
         if not answers:
-            own = ("split", "states", "limit", "source")
-            _refuse(context, own, "is for models of questions about texts alone: leave it out.")
+            _refuse(context, _OF_ANSWERS, "is for models of questions about texts alone: leave it out.")
         if rows is not None or answers:
-            _refuse(context, ("pairs", "contexts"), "is for key-value retrieval alone: leave it out.")
+            _refuse(context, _OF_PAIRS, "is for key-value retrieval alone: leave it out.")
         if rows is not None:
             evaluate_rows(checkpoint, rows, _numbers("--steps", steps), device=_device(device))
             return
@@ -308,6 +307,12 @@ def _text(file: Path) -> str:
     if not text.strip():
         raise ValueError(f"{file} is empty: there is nothing to write.")
     return text
+
+
+# What `gradmem eval` takes for one kind of measurement alone.
+_OF_TEXT = ("tokens", "passages", "optimizer", "lr")
+_OF_PAIRS = ("pairs", "contexts")
+_OF_ANSWERS = ("split", "states", "limit", "source")
 
 
 def _refuse(context: typer.Context, options: Iterable[str], why: str) -> None:

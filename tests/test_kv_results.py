@@ -1,6 +1,7 @@
 """Results on key-value retrieval: which measurements stand in one line."""
 
 from gradmem_adapter.tasks.kv_results import KVRecord, by_line, plot, table
+from gradmem_adapter.tasks.records import pyplot
 
 
 def record(method="gradmem", trained_steps="1-20", pairs=16, write_steps=1, exact_match=0.5):
@@ -34,14 +35,12 @@ def test_models_trained_with_one_number_of_steps_have_lines_of_their_own():
 
 
 def test_plots_leave_their_lines_to_the_heat_map(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    labels, rows = [], []
-    draw, ticks = Axes.plot, Axes.set_yticks
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (labels.append(k.get("label")), draw(self, *a, **k))[1])
-    monkeypatch.setattr(Axes, "set_yticks", lambda self, *a, **k: (rows.extend(a[1]), ticks(self, *a, **k))[1])
+    closed = []
+    monkeypatch.setattr(pyplot(), "close", closed.append)
     files = plot(RECORDS, tmp_path)
     assert [file.stat().st_size > 0 for file in files] == [True, True]
-    assert not [label for label in labels if label and "trained" in label]
+    labels = closed[0].axes[0].get_legend_handles_labels()[1]
+    assert not [label for label in labels if "trained" in label]
     assert "GradMem, 1 step" in labels
+    rows = [label.get_text() for label in closed[1].axes[0].get_yticklabels()]
     assert rows == ["16 pairs, K=1", "16 pairs, K=1-20", "16 pairs, K=2", "32 pairs, K=1-20"]

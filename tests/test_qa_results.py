@@ -132,12 +132,17 @@ def test_tables_and_plots(tmp_path):
     assert all(file.stat().st_size > 1000 for file in files)
 
 
-def test_the_commands(folder, tmp_path):  # noqa: F811
+@pytest.fixture
+def checkpoint(folder, tmp_path):  # noqa: F811
+    """A model by GradMem that is not trained, saved."""
     plan = recipe(folder)
-    model, tokenizer = plan.build()
-    save_model(model, tokenizer, plan, tmp_path / "model")
+    save_model(*plan.build(), plan, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_commands(checkpoint, tmp_path):
     results = tmp_path / "answers.json"
-    command = ["eval", str(tmp_path / "model"), "--steps", "1,2", "--states", "1,2"]
+    command = ["eval", str(checkpoint), "--steps", "1,2", "--states", "1,2"]
     result = CliRunner().invoke(app, [*command, "--results", str(results), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     found = load_records(results, TASK, QARecord)
@@ -178,10 +183,7 @@ def test_training_by_the_command(folder, tmp_path):  # noqa: F811
     assert "mean pooling, m=3" in result.output
 
 
-def test_an_evaluation_that_is_cut_short_keeps_what_it_has_measured(folder, tmp_path, monkeypatch):  # noqa: F811
-    plan = recipe(folder)
-    model, tokenizer = plan.build()
-    save_model(model, tokenizer, plan, tmp_path / "model")
+def test_an_evaluation_that_is_cut_short_keeps_what_it_has_measured(checkpoint, tmp_path, monkeypatch):
     results, whole = tmp_path / "answers.json", qa_results.measure
 
     def measured(answerer, rows, dataset, **options):
@@ -191,16 +193,13 @@ def test_an_evaluation_that_is_cut_short_keeps_what_it_has_measured(folder, tmp_
 
     monkeypatch.setattr(qa_results, "measure", measured)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_answers(tmp_path / "model", [1], [1], device=torch.device("cpu"), results=results)
+        evaluate_answers(checkpoint, [1], [1], device=torch.device("cpu"), results=results)
     assert [r.dataset for r in load_records(results, TASK, QARecord)] == ["short"]
 
 
-def test_one_source_alone_is_evaluated(folder, tmp_path):  # noqa: F811
-    plan = recipe(folder)
-    model, tokenizer = plan.build()
-    save_model(model, tokenizer, plan, tmp_path / "model")
+def test_one_source_alone_is_evaluated(checkpoint, tmp_path):
     results = tmp_path / "answers.json"
-    command = ["eval", str(tmp_path / "model"), "--steps", "1", "--device", "cpu"]
+    command = ["eval", str(checkpoint), "--steps", "1", "--device", "cpu"]
     run = CliRunner().invoke(app, [*command, "--source", "long", "--results", str(results)])
     assert run.exit_code == 0, run.output
     assert [r.dataset for r in load_records(results, TASK, QARecord)] == ["long"]

@@ -202,8 +202,6 @@ class QARecipe:
             ValueError: the tokenizer's end token is not one that the backbone stops at.
         """
         backbone, tokenizer = load_backbone(self.backbone)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
         check_end_token(backbone, tokenizer)
         torch.manual_seed(self.seed)
         model = self._untrained(backbone)
