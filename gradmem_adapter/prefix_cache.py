@@ -55,7 +55,7 @@ class ReadCache(DynamicCache):
         self._states, self._length, self._max_bytes = states, length, max_bytes
         self._copied: dict[int, tuple[Tensor, Tensor]] = {}
         for i, (keys, values) in enumerate(prefix or ()):
-            super().update(keys, values, i)
+            self._start_with(keys, values, i)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -68,6 +68,15 @@ class ReadCache(DynamicCache):
             # One state for all prompts, or several beams or samples of a prompt.
             layer.batch_repeat_interleave(len(key_states) // rows)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _start_with(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
+        """What `update` does, where that is possible without a copy: nothing is ever written into keys and values."""
+        layer = cast(DynamicLayer, self.layers[layer_idx])
+        if type(layer) is DynamicLayer:
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        else:  # a sliding window also counts what it has seen
+            super().update(keys, values, layer_idx)
 
     def _copy(self, keys: Tensor, values: Tensor, layer: int) -> None:
         every = len(keys) // self._states  # prompts, beams and samples of a state have the same prefix

@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, tiny, tokens
 from transformers.generation.streamers import BaseStreamer
 
 from gradmem_adapter import GradMemConfig, MemoryState
-from gradmem_adapter.prefix_cache import PrefixCache
+from gradmem_adapter.prefix_cache import PrefixCache, ReadCache
 
 PREFIX, QUERY = 5, 4
 
@@ -94,6 +94,24 @@ def test_a_window_shorter_than_prefix_and_text(architecture):
     for _ in range(3):
         assert torch.equal(generate(model, state, prompt, max_new_tokens=20), expected)
     assert len(model.prefix_cache) == 1
+
+
+def test_a_prefix_is_taken_up_without_a_copy_and_never_written_into():
+    backbone = tiny("llama")
+    heads, size = backbone.config.num_key_value_heads, backbone.config.head_dim
+    prefix = tuple(
+        (torch.randn(1, heads, PREFIX, size), torch.randn(1, heads, PREFIX, size))
+        for _ in range(backbone.config.num_hidden_layers)
+    )
+    before = copy.deepcopy(prefix)
+    cache = ReadCache(backbone, prefix, 1, PREFIX, 0)
+    assert all(layer.keys is keys and layer.values is values for layer, (keys, values) in zip(cache.layers, prefix, strict=False))
+    assert cache.get_seq_length() == PREFIX
+    with torch.no_grad():
+        backbone(tokens(1, QUERY), past_key_values=cache)
+    assert cache.get_seq_length() == PREFIX + QUERY
+    for kept, copied in zip(prefix, before, strict=False):
+        assert all(map(torch.equal, kept, copied))
 
 
 def test_scores_and_cache_are_returned_as_without_reuse():
