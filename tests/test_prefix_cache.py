@@ -105,12 +105,14 @@ def test_a_prefix_is_taken_up_without_a_copy_and_never_written_into():
     )
     before = copy.deepcopy(prefix)
     cache = ReadCache(backbone, prefix, 1, PREFIX, 0)
-    assert all(layer.keys is keys and layer.values is values for layer, (keys, values) in zip(cache.layers, prefix, strict=False))
+    for layer, (keys, values) in zip(cache.layers, prefix, strict=True):
+        assert layer.keys is keys
+        assert layer.values is values
     assert cache.get_seq_length() == PREFIX
     with torch.no_grad():
         backbone(tokens(1, QUERY), past_key_values=cache)
     assert cache.get_seq_length() == PREFIX + QUERY
-    for kept, copied in zip(prefix, before, strict=False):
+    for kept, copied in zip(prefix, before, strict=True):
         assert all(map(torch.equal, kept, copied))
 
 
