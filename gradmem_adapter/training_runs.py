@@ -28,7 +28,7 @@ from .tasks.qa_training import Answerer, load_qa, train_qa
 from .tasks.reconstruction import passages
 from .tasks.records import Record, add_records, device_name, load_records, task_of
 from .tasks.rows import RowsRecipe, read_rows
-from .tasks.saved import RECIPE, claim_run, save_model
+from .tasks.saved import RECIPE, claim_run, load_recipe_fields, save_model
 from .training import GradMemTrainer, GradMemTrainingArguments
 from .training.graphed_run import RunProgress, step_of
 from .training.processes import joined, one_after_another, rank
@@ -203,13 +203,14 @@ def evaluate_answers(
     if results is not None and limit is not None:
         raise ValueError(f"{results} keeps results on all of the data: leave --limit or --results out.")
     console = console or Console()
-    model, tokenizer, recipe = load_qa(checkpoint, device)
+    recipe = QARecipe.of(load_recipe_fields(checkpoint))
     sources = [source for source in recipe.sources if not source.text]  # plain text has no answers to be right about
     if unknown := sorted(set(names or ()) - {source.name for source in sources}):
         raise ValueError(
             f"{checkpoint} was not trained on {', '.join(unknown)}; its sources are "
             f"{', '.join(source.name for source in sources)}."
         )
+    model, tokenizer, _ = load_qa(checkpoint, device)
     if recipe.method not in ("gradmem", "forward_memory"):
         steps = [1]  # there is nothing to write
     records = []
