@@ -43,4 +43,4 @@ def test_plots_leave_their_lines_to_the_heat_map(tmp_path, monkeypatch):
     assert not [label for label in labels if "trained" in label]
     assert "GradMem, 1 step" in labels
     rows = [label.get_text() for label in closed[1].axes[0].get_yticklabels()]
-    assert rows == ["16 pairs, K=1", "16 pairs, K=1-20", "16 pairs, K=2", "32 pairs, K=1-20"]
+    assert rows == ["16 pairs, K=1", "16 pairs, K=2", "16 pairs, K=1-20", "32 pairs, K=1-20"]

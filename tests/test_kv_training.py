@@ -136,7 +136,7 @@ def test_shipped_recipes_are_sound(file):
 def test_the_shipped_weights_were_trained_by_the_shipped_recipe():
     root = Path(__file__).parent.parent
     made = json.loads((root / "checkpoints" / "kv-retrieval" / "recipe.json").read_text(encoding="utf-8"))
-    assert KVRecipe.of(made) == load_recipe(root / "examples" / "kv_retrieval_longer.yaml")
+    assert KVRecipe.of(made) == load_recipe(root / "examples" / "kv_retrieval_last.yaml")
 
 
 @pytest.mark.parametrize(

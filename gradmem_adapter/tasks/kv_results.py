@@ -119,10 +119,15 @@ def _plot_pairs(records: Sequence[KVRecord], file: Path) -> Path:
     return file
 
 
+def _most_first(trained_steps: str) -> list[int]:
+    """The numbers of "5" or "1-20", the larger first: so are rows in order."""
+    return [int(number) for number in reversed(trained_steps.split("-"))]
+
+
 def _plot_steps(records: Sequence[KVRecord], file: Path) -> Path:
     plt = pyplot()
     ours = [record for record in records if record.method == "gradmem"]
-    rows = sorted({(r.pairs, r.trained_steps) for r in ours})
+    rows = sorted({(r.pairs, r.trained_steps) for r in ours}, key=lambda row: (row[0], _most_first(row[1])))
     columns = sorted({r.write_steps for r in ours})
     values = {((r.pairs, r.trained_steps), r.write_steps): 100 * r.exact_match for r in ours}
     cells = [[values.get((row, k), float("nan")) for k in columns] for row in rows]
