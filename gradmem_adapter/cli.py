@@ -186,6 +186,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help='answers: only this source, as tables name it ("babi 2"). May be repeated; default: all.'),
     ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="answers: a file for every answer with its scores, one JSON object a line."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="--text: tokens of a passage.")] = 128,
     passages: Annotated[int, typer.Option(min=1, help="--text: how many passages, one after another.")] = 64,
     optimizer: Annotated[
@@ -224,15 +228,17 @@ def evaluate(
                 device=_device(device),
             )
             return
-        answers = rows is None and trained_on(checkpoint) == "answers"
-        if not answers:
+        of_questions = rows is None and trained_on(checkpoint) == "answers"
+        if not of_questions:
             _refuse(context, _OF_ANSWERS, "is for models of questions about texts alone: leave it out.")
-        if rows is not None or answers:
+        if rows is not None or of_questions:
             _refuse(context, _OF_PAIRS, "is for key-value retrieval alone: leave it out.")
         if rows is not None:
             evaluate_rows(checkpoint, rows, _numbers("--steps", steps), device=_device(device))
             return
-        if answers:
+        if of_questions:
+            if answers is not None:
+                check_writable(answers)
             evaluate_answers(
                 checkpoint,
                 _numbers("--steps", steps),
@@ -242,6 +248,7 @@ def evaluate(
                 limit=limit,
                 seed=seed,
                 results=results,
+                answers=answers,
                 device=_device(device),
             )
             return
@@ -312,7 +319,7 @@ def _text(file: Path) -> str:
 # What `gradmem eval` takes for one kind of measurement alone.
 _OF_TEXT = ("tokens", "passages", "optimizer", "lr")
 _OF_PAIRS = ("pairs", "contexts")
-_OF_ANSWERS = ("split", "states", "limit", "source")
+_OF_ANSWERS = ("split", "states", "limit", "source", "answers")
 
 
 def _refuse(context: typer.Context, options: Iterable[str], why: str) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from .checkpoint import load_checkpoint
-from .files import read_text
+from .files import read_text, replacing
 from .recipes import Recipe
 from .tasks import kv_results, qa_results, reconstruction_results
 from .tasks.kv_recipe import KVRecipe
@@ -189,6 +189,7 @@ def evaluate_answers(
     device: torch.device,
     seed: int = 0,
     results: Path | None = None,
+    answers: Path | None = None,
     console: Console | None = None,
 ) -> list[qa_results.QARecord]:
     """Greedy answers on a split of the checkpoint's sources, scored, as tables.
@@ -199,6 +200,8 @@ def evaluate_answers(
         names: of the sources to answer, as tables name them; None: all.
         limit: only so many contexts of a source; a part of the data is no result to be kept.
         results: a JSON file that the records are added to.
+        answers: a file for every question with its answer and its scores, one JSON object a line; the same questions
+            come in the same order for every checkpoint, so that two can be compared in pairs.
     """
     if results is not None and limit is not None:
         raise ValueError(f"{results} keeps results on all of the data: leave --limit or --results out.")
@@ -213,7 +216,8 @@ def evaluate_answers(
     model, tokenizer, _ = load_qa(checkpoint, device)
     if recipe.method not in ("gradmem", "forward_memory"):
         steps = [1]  # there is nothing to write
-    records = []
+    records: list[qa_results.QARecord] = []
+    lines: list[str] = []
     for source in sources:
         if names is not None and source.name not in names:
             continue
@@ -221,9 +225,17 @@ def evaluate_answers(
         for k in steps:
             answerer = Answerer(model, tokenizer, recipe, steps=k)
             for count in states:
-                record = qa_results.measure(answerer, rows, source.name, split=split, states=count, seed=seed)
+                shown: list[dict[str, Any]] = []
+                record = qa_results.measure(
+                    answerer, rows, source.name, split=split, states=count, seed=seed, show=shown.append
+                )
                 records.append(record)
                 _keep(results, qa_results.TASK, record)
+                if answers is not None:
+                    what = {"dataset": source.name, "split": split, "write_steps": k, "states": count}
+                    lines += [json.dumps(what | line, ensure_ascii=False) + "\n" for line in shown]
+                    with replacing(answers) as temporary:
+                        temporary.write_text("".join(lines), encoding="utf-8")
                 done = (
                     f"{source.name}, K={k}, {count} contexts: {record.questions} questions, F1 {100 * record.f1:.1f} %"
                 )

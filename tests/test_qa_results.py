@@ -52,13 +52,15 @@ def test_measure(folder):  # noqa: F811
     answers = [accepted[0] if i % 3 == 0 else "nothing" for i, accepted in enumerate(references)]
     shown = []
     answerer = Fixed(model, tokenizer, plan, answers)
-    found = measure(answerer, rows, "short", states=3, seed=1, show=lambda *line: shown.append(line))
+    found = measure(answerer, rows, "short", states=3, seed=1, show=shown.append)
     assert (found.questions, found.exact_match, found.f1) == (12, pytest.approx(1 / 3), pytest.approx(1 / 3))
     hits = torch.tensor([1.0 if i % 3 == 0 else 0.0 for i in range(12)])
     assert found.exact_match_error == pytest.approx(hits.std().item() / math.sqrt(12))
     assert (found.context_tokens, found.bytes_per_context) == (9, 3 * 32 * 4)
     assert found.full_bytes == 9 * BYTES_PER_TOKEN
-    assert [line[1] for line in shown] == answers
+    assert [line["answer"] for line in shown] == answers
+    assert [line["exact_match"] for line in shown] == hits.tolist()
+    assert [line["accepted"] for line in shown] == references
     assert all(i in reads for i, reads in zip(questions(rows)[2], answerer.reads, strict=True))
 
 
@@ -210,6 +212,20 @@ def test_one_source_alone_is_evaluated(checkpoint, tmp_path):
         run = CliRunner().invoke(app, [*command, *options])
         assert run.exit_code == 2
         assert message in " ".join(run.output.split())
+
+
+def test_answers_are_kept_with_their_scores(checkpoint, tmp_path):
+    kept = tmp_path / "answers.jsonl"
+    command = ["eval", str(checkpoint), "--steps", "1,2", "--source", "short", "--device", "cpu"]
+    run = CliRunner().invoke(app, [*command, "--answers", str(kept)])
+    assert run.exit_code == 0, run.output
+    lines = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert [line["write_steps"] for line in lines] == [1] * 12 + [2] * 12
+    assert [line["query"] for line in lines[:12]] == [line["query"] for line in lines[12:]]
+    assert {"dataset", "split", "states", "answer", "accepted", "exact_match", "f1", "rouge_l"} < lines[0].keys()
+    run = CliRunner().invoke(app, [*command, "--answers", str(tmp_path / "none" / "answers.jsonl")])
+    assert run.exit_code == 2
+    assert "There is no directory" in " ".join(run.output.split())
 
 
 def test_no_write_steps_are_a_number_of_write_steps_in_the_plot(tmp_path, monkeypatch):

@@ -114,23 +114,23 @@ def measure(
     states: int = 1,
     seed: int = 0,
     score: Score = score_qa,
-    show: Callable[[str, str, list[str]], None] | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> QARecord:
     """Answer all questions of `rows` greedily and score them.
 
     Args:
         split: which part of the data set the rows are, for the record.
         states: how many contexts each question is asked of, side by side.
-        show: told every query, answer and accepted answers.
+        show: told every answer: the query, the answer, the accepted answers and the scores.
     """
     contexts, queries, index, references = questions(rows)
     reads = distractors(index, len(contexts), states, seed)
     answers = answerer.answer(contexts, queries, reads)
-    if show is not None:
-        for line in zip(queries, answers, references, strict=True):
-            show(*line)
     scores = [score(answer, accepted) for answer, accepted in zip(answers, references, strict=True)]
-    values = {name: torch.tensor([s[name] for s in scores], dtype=torch.float64) for name in SCORES}
+    if show is not None:
+        for query, answer, accepted, values in zip(queries, answers, references, scores, strict=True):
+            show({"query": query, "answer": answer, "accepted": accepted, **values})
+    tensors = {name: torch.tensor([s[name] for s in scores], dtype=torch.float64) for name in SCORES}
     recipe, model = answerer.recipe, answerer.model
     backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     config: Any = backbone.config.get_text_config()
@@ -153,8 +153,8 @@ def measure(
         memory_tokens=recipe.num_memory_tokens,
         write_steps=answerer.steps if writes else 0,
         states=states,
-        **{name: value.mean().item() for name, value in values.items()},
-        **{f"{name}_error": standard_error(value) for name, value in values.items()},
+        **{name: value.mean().item() for name, value in tensors.items()},
+        **{f"{name}_error": standard_error(value) for name, value in tensors.items()},
         questions=len(queries),
         context_tokens=tokens,
         bytes_per_context=kept,
