@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from tiny import tiny, tokens
 
-from benchmarks import common, read, textbook, train_step, versus_prompting, write
+from benchmarks import common, kv_meta_gradient, read, textbook, train_step, versus_prompting, write
 from gradmem_adapter import GradMemConfig
 
 TINY = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--repeats", "1", "--new-tokens", "2"]
@@ -160,6 +160,20 @@ def test_train_step(tmp_path):
     assert [row["method"] for row in rows] == ["textbook", "finite_difference, eager", "finite_difference, eager"]
     assert [(row["batch"], row["write_steps"]) for row in rows] == [("1", "1"), ("1", "1"), ("2", "2")]
     assert not any(row.get("error") for row in rows)
+
+
+def test_a_bias_is_told_from_noise():
+    torch.manual_seed(0)
+    noise = torch.randn(400, 50)
+    assert kv_meta_gradient.length_of_mean(list(noise)) < 0.25  # the length of a single one is 7, of their mean 0.35
+    assert kv_meta_gradient.length_of_mean(list(noise + 0.2)) == pytest.approx(0.2 * 50**0.5, abs=0.1)
+
+
+def test_kv_meta_gradient(capsys):
+    kv_meta_gradient.main(["--pairs", "4", "--steps", "1", "--contexts", "2", "--batches", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["the exact gradient", "step 0.03", "step 0.01"]
+    assert float(lines[2].split("cosine with it ")[1].split(",")[0]) > 0.99
 
 
 def test_the_textbook_writes_what_we_write():
