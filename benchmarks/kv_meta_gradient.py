@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradmem_adapter.checkpoint import load_checkpoint
 from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
-from gradmem_adapter.tasks.kv_training import load_kv
 
 
 def length_of_mean(vectors: Sequence[Tensor]) -> float:
@@ -39,11 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--relative-steps", type=float, nargs="*", default=[0.03, 0.01])
     args = parser.parse_args(argv)
 
-    model, _ = load_kv(args.checkpoint)
-    config = model.peft_config["default"]  # type: ignore[index,union-attr,operator]
-    weights = list(model.parameters())
-    for weight in weights:
-        weight.requires_grad_(True)
+    model, _ = load_checkpoint(args.checkpoint, is_trainable=True)
+    config = model.active_peft_config
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
 
     def gradient(seed: int, meta_gradient: str, relative_step: float | None = None) -> Tensor:
         config.meta_gradient, config.finite_difference_step = meta_gradient, relative_step
