@@ -177,11 +177,11 @@ class FastWrites:
         with self._lock:
             if self._plain_only is not None:
                 return write_pass(writer, memory, context, gradient)
+            problem = ""
             try:
                 result = fast(bucket, memory, context, gradient)
             except torch.cuda.OutOfMemoryError:
-                fast.clear()
-                return write_pass(writer, memory, context, gradient)
+                pass  # dealt with below: until the error is gone, its traceback holds what did not fit
             except Exception as error:
                 if now:
                     raise
@@ -193,6 +193,9 @@ class FastWrites:
                 if fast.agrees(result, expected):
                     return result
                 problem = "its write gradients differ from the plain ones"
+            if not problem:
+                fast.clear()
+                return write_pass(writer, memory, context, gradient)
             self._plain_only, self._fast = f"a fast pass was tried, and {problem}", None
             if now:
                 raise ValueError(f"compile=True cannot be had: {self._plain_only}. Use compile=False.")

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -188,6 +189,27 @@ def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
     with pytest.raises(ValueError, match="its write gradients differ"):  # not tried again
         model.write(ids, compile=True)
     assert torch.equal(model.write(ids).vectors, expected)
+
+
+def test_a_fast_pass_that_does_not_fit_is_let_go_before_the_plain_one(monkeypatch):
+    model, ids, held, alive = make(), tokens(2, 9), [], []
+    expected = model.write(ids, compile=False).vectors
+
+    def too_large(self, bucket, memory, context, gradient):
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    def plain(*args):
+        alive.append(held[-1]() is not None)
+        return write_pass(*args)
+
+    monkeypatch.setattr(FastPass, "__call__", too_large)
+    monkeypatch.setattr(FastPass, "clear", lambda self: alive.append(held[-1]() is not None))
+    monkeypatch.setattr(fast_write, "write_pass", plain)
+    assert torch.equal(model.write(ids, compile=True).vectors, expected)
+    assert len(alive) == 2 * len(held) > 0
+    assert not any(alive)
 
 
 def test_auto_is_plain_on_a_cpu(monkeypatch):
