@@ -309,6 +309,18 @@ def plot(
         show_results(results, output or results.parent)
 
 
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `eval --answers` made.")],
+    second: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The same of another model.")],
+) -> None:
+    """How much better a model answers the same questions than another, in pairs, with standard errors."""
+    from .tasks.qa_pairs import compare as run
+
+    with _errors_of("compare"):
+        Console().print(run(first, second))
+
+
 def _text(file: Path) -> str:
     text = read_text(file)
     if not text.strip():

@@ -232,7 +232,7 @@ def evaluate_answers(
                 records.append(record)
                 _keep(results, qa_results.TASK, record)
                 if answers is not None:
-                    what = {"dataset": source.name, "split": split, "write_steps": k, "states": count}
+                    what = {"dataset": source.name, "split": split, "write_steps": record.write_steps, "states": count}
                     lines += [json.dumps(what | line, ensure_ascii=False) + "\n" for line in shown]
                     with replacing(answers) as temporary:
                         temporary.write_text("".join(lines), encoding="utf-8")

@@ -126,6 +126,7 @@ def test_tables_and_plots(tmp_path):
         console.print(table)
     text = console.export_text()
     assert "GradMem, m=16, K=5" in text
+    assert "K=1-5" in text  # trained with
     assert "70.0 ± 10.0" in text
     assert "asked of 2 contexts side by side" in text
     assert "5 x" in text
@@ -233,8 +234,8 @@ def test_no_write_steps_are_a_number_of_write_steps_in_the_plot(tmp_path, monkey
     axes = pyplot().Axes
     monkeypatch.setattr(axes, "errorbar", record_call(drawn, axes.errorbar))
     plot([record(write_steps=k, f1=f1, trained_steps="0-1") for k, f1 in ((0, 0.5), (1, 0.6))], tmp_path)
-    assert ([0, 1], [50, 60], "GradMem, m=16") in drawn
-    assert ([16], [50], "GradMem, K=0") in drawn
+    assert ([0, 1], [50, 60], "GradMem, m=16, trained with K=0-1") in drawn
+    assert ([16], [50], "GradMem, K=0, trained with K=0-1") in drawn
     drawn.clear()
     plot([record(memory_tokens=m, trained_steps=steps) for m, steps in ((16, "1"), (32, "2"))], tmp_path)
     assert [x for x, _, _ in drawn[:2]] == [[16], [32]]  # trained otherwise: no line

@@ -174,12 +174,14 @@ def tables(records: Iterable[QARecord]) -> list[Table]:
         side = "" if states == 1 else f", each question asked of {states} contexts side by side"
         table = Table(title=f"{dataset}, {split}{side}")
         table.add_column("", no_wrap=True)
+        table.add_column("trained with")
         for heading in ("exact match %", "F1 %", "ROUGE-L %", "bytes/context", "compression"):
             table.add_column(heading)
         for r in (r for r in found if (r.dataset, r.split, r.states) == (dataset, split, states)):
             shown = [f"{100 * getattr(r, name):.1f} ± {100 * getattr(r, name + '_error'):.1f}" for name in SCORES]
             ratio = f"{r.full_bytes / r.bytes_per_context:.0f} x" if r.bytes_per_context else ""
-            table.add_row(r.name, *shown, f"{r.bytes_per_context:,.0f}", ratio)
+            trained = f"K={r.trained_steps}" if r.trained_steps else ""
+            table.add_row(r.name, trained, *shown, f"{r.bytes_per_context:,.0f}", ratio)
         result.append(table)
     return result
 
@@ -214,8 +216,9 @@ def plot(records: Sequence[QARecord], output: Path) -> list[Path]:
                     (r for r in varied if (r.method, getattr(r, other), r.trained_steps) == kind),
                     key=lambda r: getattr(r, name),
                 )
-                method, fixed, _ = kind
+                method, fixed, trained = kind
                 label = NAMES[method] + (f", {names[other]}={fixed}" if _varies(line[0], other) else "")
+                label += f", trained with K={trained}" if trained else ""
                 panel.errorbar(
                     [getattr(r, name) for r in line], [100 * r.f1 for r in line], [100 * r.f1_error for r in line],
                     marker="o", label=label,

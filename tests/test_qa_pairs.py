@@ -1,0 +1,76 @@
+"""Answers of two models to the same questions, compared in pairs."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from gradmem_adapter.cli import app
+from gradmem_adapter.tasks.qa_pairs import compare, differences, load_answers
+
+
+def answer(f1, query="Who?", **fields):
+    scores = {"exact_match": float(f1 == 1), "f1": f1, "rouge_l": f1}
+    where = {"dataset": "tales", "split": "test", "states": 1, "write_steps": 1}
+    return where | {"query": query, "answer": "she", "accepted": ["she"]} | scores | fields
+
+
+def file(path, answers):
+    path.write_text("".join(json.dumps(a) + "\n" for a in answers), encoding="utf-8")
+    return path
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=20))
+def test_a_difference_is_the_mean_of_differences(scores):
+    first, second = ([answer(pair[i]) for pair in scores] for i in (0, 1))
+    found, turned = differences(first, second)["f1"], differences(second, first)["f1"]
+    apart = [a - b for a, b in scores]
+    mean = sum(apart) / len(apart)
+    variance = sum((d - mean) ** 2 for d in apart) / (len(apart) - 1)
+    assert found.mean == pytest.approx(mean, abs=1e-12)
+    assert found.error == pytest.approx(math.sqrt(variance / len(apart)), abs=1e-12)
+    assert turned.mean == pytest.approx(-found.mean, abs=1e-12)
+
+
+def test_what_is_alike_in_both_does_not_count_as_error():
+    hard, easy = [0.0, 0.5] * 50, [0.1, 0.6] * 50
+    found = differences([answer(f1) for f1 in easy], [answer(f1) for f1 in hard])["f1"]
+    assert found.mean == pytest.approx(0.1)
+    assert found.error < 1e-9
+    assert differences([answer(1.0)], [answer(1.0)])["f1"].errors == 0
+    assert differences([answer(0.0)], [answer(1.0)])["f1"].errors == -math.inf
+
+
+def test_the_command(tmp_path):
+    one = [answer(f1, query=str(i), write_steps=k) for k in (0, 1) for i, f1 in enumerate((0.5, 0.7, 0.9 + 0.1 * k))]
+    other = [answer(f1, query=str(i), write_steps=1) for i, f1 in enumerate((0.1, 0.5, 0.9))]
+    extra = [answer(1.0, dataset="pairs")]
+    first, second = file(tmp_path / "a.jsonl", [*one, *extra]), file(tmp_path / "b.jsonl", other)
+    run = CliRunner().invoke(app, ["compare", str(first), str(second)], env={"COLUMNS": "120"})
+    assert run.exit_code == 0, run.output
+    rows = [line.split() for line in run.output.splitlines() if "tales" in line]
+    assert [row[3:5] for row in rows] == [["0,", "1"], ["1,", "1"]]
+    assert "+20.0 ± 11.5" in run.output
+    assert "+23.3 ± 8.8" in run.output
+    assert "pairs" not in run.output.split("in pairs", 1)[1]
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    first = file(tmp_path / "a.jsonl", [answer(0.5), answer(0.7)])
+    for content, message in (
+        ([answer(0.5)], "not the same questions: 2 of one, 1 of the other"),
+        ([answer(0.5), answer(0.5, query="Where?")], "not the same questions"),
+        ([answer(0.5, split="valid")], "have no data set, split and number of contexts in common"),
+        ([{"f1": 1}], "is no file of answers: KeyError 'dataset'"),
+    ):
+        second = file(tmp_path / "b.jsonl", content)
+        run = CliRunner().invoke(app, ["compare", str(first), str(second)])
+        assert run.exit_code == 2
+        assert message in " ".join(run.output.split())
+        with pytest.raises(ValueError, match=message.split(":")[0]):
+            compare(first, second)
+    with pytest.raises(ValueError, match="is no file of answers"):
+        load_answers(file(tmp_path / "c.jsonl", ["text"]))
