@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,8 @@ from typer.testing import CliRunner
 
 from gradmem_adapter.cli import app
 from gradmem_adapter.tasks.qa_pairs import compare, differences, load_answers
+
+KEPT = Path(__file__).parent.parent / "results" / "answers"
 
 
 def answer(f1, query="Who?", **fields):
@@ -74,3 +77,11 @@ def test_what_cannot_be_compared_is_said(tmp_path):
             compare(first, second)
     with pytest.raises(ValueError, match="is no file of answers"):
         load_answers(file(tmp_path / "c.jsonl", ["text"]))
+
+
+def test_what_the_readme_says_of_fairy_tales():
+    """That the shipped adapter is beyond two standard errors of each baseline, by the answers that are kept."""
+    gradmem = load_answers(KEPT / "fairytaleqa_gradmem.jsonl")["fairytaleqa", "test", 1, 1]
+    for name, least in (("mean_pooling", 2), ("forward_memory", 10)):
+        ((_, baseline),) = load_answers(KEPT / f"fairytaleqa_{name}.jsonl").items()
+        assert differences(gradmem, baseline)["f1"].errors > least
