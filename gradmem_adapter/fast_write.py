@@ -172,14 +172,15 @@ class FastWrites:
         memory: Tensor,
         context: Context,
         gradient: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        first: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """A fast pass; the first one is compared with the plain one, which takes over where something is amiss."""
         with self._lock:
             if self._plain_only is not None:
-                return write_pass(writer, memory, context, gradient)
+                return write_pass(writer, memory, context, gradient, first)
             problem = ""
             try:
-                result = fast(bucket, memory, context, gradient)
+                result = fast(bucket, memory, context, gradient, first)
             except torch.cuda.OutOfMemoryError:
                 pass  # dealt with below: until the error is gone, its traceback holds what did not fit
             except Exception as error:
@@ -189,18 +190,18 @@ class FastWrites:
             else:
                 if fast.trusted or not gradient:
                     return result
-                expected = write_pass(writer, memory, context, gradient)
+                expected = write_pass(writer, memory, context, gradient, first)
                 if fast.agrees(result, expected):
                     return result
                 problem = "its write gradients differ from the plain ones"
             if not problem:
                 fast.clear()
-                return write_pass(writer, memory, context, gradient)
+                return write_pass(writer, memory, context, gradient, first)
             self._plain_only, self._fast = f"a fast pass was tried, and {problem}", None
             if now:
                 raise ValueError(f"compile=True cannot be had: {self._plain_only}. Use compile=False.")
             warnings.warn(f"WRITE stays plain: {self._plain_only}. compile=False spares the try.", stacklevel=6)
-            return write_pass(writer, memory, context, gradient)
+            return write_pass(writer, memory, context, gradient, first)
 
 
 class FastPass:
@@ -214,23 +215,28 @@ class FastPass:
                     layer.compile(dynamic=True)
         self.writer = replace(writer, backbone=backbone, once=Once.compiled() if compiled else PLAIN)
         self.compiled, self.graphed, self.trusted = compiled, graphed, False
-        self._graphs: OrderedDict[tuple[Bucket, bool], Callable[..., Any]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Bucket, bool, bool], Callable[..., Any]] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if graphed else None
 
     def __call__(
-        self, bucket: Bucket, memory: Tensor, context: Context, gradient: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        self, bucket: Bucket, memory: Tensor, context: Context, gradient: bool, first: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         if not self.graphed:
-            return write_pass(self.writer, memory, context, gradient)
+            return write_pass(self.writer, memory, context, gradient, first)
         padded = bucket.pad(memory, context)
-        if (bucket, gradient) not in self._graphs:
+        key = bucket, gradient, first
+        if key not in self._graphs:
             while len(self._graphs) >= 2 * MAX_GRAPHS:  # with and without a gradient
                 self._graphs.popitem(last=False)
-            self._graphs[bucket, gradient] = self._capture(*padded, gradient)
-        self._graphs.move_to_end((bucket, gradient))
-        slope, losses, recovered = self._graphs[bucket, gradient](*padded)
-        rows = len(memory)
-        return None if slope is None else slope[:rows].clone(), losses[:rows].clone(), recovered[:rows].clone()
+            self._graphs[key] = self._capture(*padded, gradient, first)
+        self._graphs.move_to_end(key)
+        slope, losses, recovered = self._graphs[key](*padded)
+
+        def own(part: Tensor | None) -> Tensor | None:
+            """Without the bucket's other rows, and not where the graph writes next time."""
+            return None if part is None else part[: len(memory)].clone()
+
+        return own(slope), losses[: len(memory)].clone(), own(recovered)
 
     def clear(self) -> None:
         """Give the memory of all graphs back."""
@@ -245,21 +251,21 @@ class FastPass:
         self.trusted = bool(error <= (1e-3 if exact else 0.2)) or not expected[0].isfinite().all()
         return self.trusted
 
-    def _capture(self, memory: Tensor, context: Context, gradient: bool) -> Callable[..., Any]:
+    def _capture(self, memory: Tensor, context: Context, gradient: bool, first: bool) -> Callable[..., Any]:
         """A function that copies its arguments to where the graph reads them, and launches it."""
         memory, context = memory.clone(), Context(*(part.clone() for part in context))
         stream, graph = torch.cuda.Stream(memory.device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with static_shapes():
             with torch.cuda.stream(stream):  # once as it is: compiles, and sets up the libraries
-                write_pass(self.writer, memory, context, gradient)
+                write_pass(self.writer, memory, context, gradient, first)
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize(memory.device)
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                result = write_pass(self.writer, memory, context, gradient)
+                result = write_pass(self.writer, memory, context, gradient, first)
         used = torch.cuda.Event()
 
-        def launch(new_memory: Tensor, new_context: Context) -> tuple[Tensor | None, Tensor, Tensor]:
+        def launch(new_memory: Tensor, new_context: Context) -> tuple[Tensor | None, Tensor, Tensor | None]:
             used.wait()  # another thread's stream may still read
             memory.copy_(new_memory)
             for part, new in zip(context, new_context, strict=True):

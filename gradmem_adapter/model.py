@@ -688,5 +688,6 @@ class GradMemModel(BaseTuner):
             raise ValueError(f"There are {len(context.input_ids)} contexts for {len(vectors)} states; pass one each.")
         greedy = self.reconstruct(memory, context.input_ids.shape[1], strict=strict)
         same = ((greedy == context.input_ids) & context.mask).sum(1) / context.lengths
-        _, recovered = self._writer().losses(vectors, context)
+        _, recovered = self._writer().losses(vectors, context, first=True)
+        assert recovered is not None  # for the type checker
         return Fidelity(greedy=same, teacher_forced=recovered)

@@ -25,12 +25,13 @@ IGNORED = -100
 class Once(NamedTuple):
     """Cross entropy for hidden states that are differentiated at most once, by a head that is not.
 
-    Both take logits [B, n, V], targets [B, n] and a mask [B, n], True where a target counts.
+    Both take logits [B, n, V], targets [B, n], a mask [B, n], True where a target counts, and whether first choices are
+    wanted.
     """
 
-    losses: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    losses: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
     """Losses [B] and first choices [B]."""
-    losses_and_slope: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    losses_and_slope: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None, Tensor]]
     """The same, and the losses' derivative for the logits: softmax minus one at the target."""
 
     @classmethod
@@ -40,8 +41,8 @@ class Once(NamedTuple):
 
 
 def token_losses(
-    hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, vocabulary: int, once: Once | None
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, vocabulary: int, once: Once | None, first: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Cross entropy summed over each sample's tokens, and how many tokens are the first choice.
 
     Args:
@@ -51,28 +52,29 @@ def token_losses(
         once: `hidden` is differentiated once and the head is not, so that the gradient is computed while the logits are
             there. None: everything may be differentiated, any number of times, and the logits are computed again in
             the backward pass.
+        first: count the first choices, which reads all logits once more.
 
     Returns:
-        losses [B] and first choices [B].
+        losses [B] and first choices [B], or None.
     """
     grad = torch.is_grad_enabled()
     in_cache = hidden.device.type == "cpu" and (once or not grad)
     limit = min(MAX_LOGITS, MAX_LOGITS_IN_CACHE) if in_cache else MAX_LOGITS
     size = max(1, limit // (len(hidden) * vocabulary))
     if once and grad:
-        return _OnceDifferentiable.apply(hidden, targets, mask, head, once, size)
+        return _OnceDifferentiable.apply(hidden, targets, mask, head, once, size, first)
     pieces = _split(hidden, targets, mask, size)
     of_logits = once.losses if once else losses
 
-    def piece_losses(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return of_logits(head(hidden), targets, mask)
+    def piece_losses(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        return of_logits(head(hidden), targets, mask, first)
 
     if size >= hidden.shape[1] or not grad:
         sums = [piece_losses(*piece) for piece in pieces]
     else:
         sums = [checkpoint(piece_losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     nll, hits = zip(*sums, strict=True)
-    return torch.stack(nll).sum(0), torch.stack(hits).sum(0)
+    return torch.stack(nll).sum(0), torch.stack(hits).sum(0) if first else None
 
 
 def target_losses(
@@ -95,6 +97,7 @@ def target_losses(
     mask, targets = counts.gather(1, places), labels.gather(1, places).clamp(min=0)
     before = (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
     nll, hits = token_losses(hidden.gather(1, before), targets, mask, head, vocabulary, once)
+    assert hits is not None  # for the type checker
     return nll.sum() / mask.sum(), hits == mask.sum(1)
 
 
@@ -104,33 +107,41 @@ def _split(hidden: Tensor, targets: Tensor, mask: Tensor, size: int) -> Iterator
     return ((piece.contiguous(), target, counts) for piece, target, counts in zip(*parts, strict=True))
 
 
-def losses(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def losses(logits: Tensor, targets: Tensor, mask: Tensor, first: bool = True) -> tuple[Tensor, Tensor | None]:
     """Losses [B] and first choices [B] of logits [B, n, V]; may be differentiated any number of times."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    hits = (logits.detach().argmax(-1) == targets) & mask
-    return nll.masked_fill(~mask, 0).sum(-1), hits.sum(-1)
+    return nll.masked_fill(~mask, 0).sum(-1), first_choices(logits, targets, mask) if first else None
 
 
-def losses_and_slope(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def first_choices(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """How many targets of each sample [B] have the largest of their logits [B, n, V]."""
+    return ((logits.detach().argmax(-1) == targets) & mask).sum(-1)
+
+
+def losses_and_slope(
+    logits: Tensor, targets: Tensor, mask: Tensor, first: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """`Once.losses_and_slope`, in place as far as that goes."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=wide)
     nll = -log_probabilities.gather(-1, targets[..., None])[..., 0].masked_fill(~mask, 0).sum(-1)
-    hits = ((logits.argmax(-1) == targets) & mask).sum(-1)
+    hits = first_choices(logits, targets, mask) if first else None
     slope = log_probabilities.exp_().scatter_add_(
         -1, targets[..., None], -torch.ones_like(targets, dtype=wide)[..., None]
     )
     return nll, hits, (slope * mask[..., None]).to(logits.dtype)
 
 
-def _fusable_losses_and_slope(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fusable_losses_and_slope(
+    logits: Tensor, targets: Tensor, mask: Tensor, first: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The same without a scatter, which a compiler cannot fuse: compiled, nothing of the logits' size is written but
     the slope; not compiled, it would be slower."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     normaliser = wide.logsumexp(-1, keepdim=True)
     nll = (normaliser - wide.gather(-1, targets[..., None]))[..., 0].masked_fill(~mask, 0).sum(-1)
-    hits = ((logits.argmax(-1) == targets) & mask).sum(-1)
+    hits = first_choices(logits, targets, mask) if first else None
     at_target = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
     return nll, hits, (((wide - normaliser).exp() - at_target) * mask[..., None]).to(logits.dtype)
 
@@ -146,24 +157,26 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, once: Once, size: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, once: Once, size: int, first: bool
+    ) -> tuple[Tensor, Tensor | None]:
         gradients: list[Tensor] = []
         sums = []
         for piece, target, counts in _split(hidden, targets, mask, size):
             with torch.enable_grad():
                 leaf = piece.detach().requires_grad_()
                 logits = head(leaf)
-            *loss_and_hits, slope = once.losses_and_slope(logits.detach(), target, counts)
+            *loss_and_hits, slope = once.losses_and_slope(logits.detach(), target, counts, first)
             gradients += torch.autograd.grad(logits, leaf, slope)
             sums.append(loss_and_hits)
         ctx.save_for_backward(torch.cat(gradients, dim=1))
-        nll, hits = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
-        ctx.mark_non_differentiable(hits)
-        return nll, hits
+        nll, hits = zip(*sums, strict=True)
+        found = torch.stack(hits).sum(0) if first else None
+        if found is not None:
+            ctx.mark_non_differentiable(found)
+        return torch.stack(nll).sum(0), found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * cotangent[:, None, None].to(gradient.dtype), None, None, None, None, None
+        return gradient * cotangent[:, None, None].to(gradient.dtype), None, None, None, None, None, None

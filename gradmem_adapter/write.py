@@ -101,7 +101,7 @@ class Writer:
             read = read + part_means(hidden.to(slots.dtype), context.lengths, slots.shape[1])[0]
         return slots + self.slots.gradmem_start_gain[self.adapter] * read
 
-    def losses(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def losses(self, memory: Tensor, context: Context, first: bool = False) -> tuple[Tensor, Tensor | None]:
         """The write loss of each sample (GradMem, section 1 of the design):
 
             L_w(M; C) = -(1/N) sum_i log p(t_i | [M; t_<i])
@@ -109,9 +109,10 @@ class Writer:
         Args:
             memory: [B, m, d].
             context: B contexts.
+            first: whether `recovered` is wanted.
 
         Returns:
-            losses [B] and recovered [B], the share of tokens that are the model's first choice.
+            losses [B] and recovered [B], the share of tokens that are the model's first choice, or None.
         """
         with write_phase():
             embeddings = self.backbone.get_input_embeddings()(context.input_ids)
@@ -129,8 +130,9 @@ class Writer:
                 head=output_head(self.backbone, self.slots.write_head(self.adapter)),
                 vocabulary=self.backbone.get_output_embeddings().weight.shape[0],
                 once=self.once,
+                first=first,
             )
-        return nll / context.lengths, hits / context.lengths
+        return nll / context.lengths, None if hits is None else hits / context.lengths
 
     def clip(self, gradient: Tensor) -> Tensor:
         """Each sample's write gradient [B, m, d], clipped by element value, then by norm, as configured."""
@@ -178,8 +180,8 @@ _UPDATES: dict[str, Callable[[WriteState, Tensor, Tensor | float], WriteState]] 
 
 
 def write_gradient(
-    writer: Writer, memory: Tensor, context: Context, create_graph: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    writer: Writer, memory: Tensor, context: Context, create_graph: bool = False, first: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradient of each sample's write loss, with the losses and the share recovered it came with.
 
     Samples do not interact, so the gradient of the summed losses is every sample's own.
@@ -187,11 +189,12 @@ def write_gradient(
     Args:
         memory: [B, m, d], requires grad.
         create_graph: make the gradient differentiable.
+        first: whether `recovered` is wanted.
 
     Returns:
-        gradient [B, m, d], losses [B], recovered [B].
+        gradient [B, m, d], losses [B], recovered [B] or None.
     """
-    losses, recovered = writer.losses(memory, context)
+    losses, recovered = writer.losses(memory, context, first)
     with backward_in_write():
         (gradient,) = torch.autograd.grad(losses.sum(), memory, create_graph=create_graph)
     return gradient, losses, recovered
@@ -209,24 +212,24 @@ def rate_at(lrs: Sequence[Rate], step: int) -> Rate:
     return lrs[min(step, len(lrs) - 1)]
 
 
-WritePass: TypeAlias = Callable[[Tensor, Context, bool], tuple[Tensor | None, Tensor, Tensor]]
-"""`write_pass` for one writer: memory [B, m, d], contexts, whether the gradient is wanted."""
+WritePass: TypeAlias = Callable[[Tensor, Context, bool, bool], tuple[Tensor | None, Tensor, Tensor | None]]
+"""`write_pass` for one writer: memory [B, m, d], contexts, whether the gradient and `recovered` are wanted."""
 
 
 def write_pass(
-    writer: Writer, memory: Tensor, context: Context, gradient: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
+    writer: Writer, memory: Tensor, context: Context, gradient: bool, first: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """What one step of WRITE needs to know of a memory, with no graph kept.
 
     Returns:
-        the write gradient [B, m, d] (None unless `gradient`), losses [B] and recovered [B].
+        the write gradient [B, m, d] (None unless `gradient`), losses [B] and recovered [B] (None unless `first`).
     """
     writer = replace(writer, once=writer.once or PLAIN)
     if gradient:
-        slope, losses, recovered = write_gradient(writer, memory.detach().requires_grad_(), context)
+        slope, losses, recovered = write_gradient(writer, memory.detach().requires_grad_(), context, first=first)
         return slope, losses.detach(), recovered
     with torch.no_grad():
-        return None, *writer.losses(memory, context)
+        return None, *writer.losses(memory, context, first)
 
 
 def write_memory(
@@ -262,6 +265,7 @@ def write_memory(
     """
     run = run or partial(write_pass, writer)
     may_stop = tolerance is not None or stop_when_recovered
+    first = stop_when_recovered or callback is not None
     with torch.inference_mode(False), torch.enable_grad():
         # Clones: tensors made under inference_mode cannot take part in autograd, clones made outside it can.
         context = Context(context.input_ids.clone(), context.lengths.clone())
@@ -278,7 +282,7 @@ def write_memory(
                 history.append(torch.full_like(kept_loss, math.nan))
                 diverged.append(active & ~written)
                 break
-            gradient, losses, recovered = run(state.memory, context, step < steps)
+            gradient, losses, recovered = run(state.memory, context, step < steps, first)
             losses = losses.float()
             finite = losses.isfinite()
             diverged.append(active & ~finite)
@@ -288,10 +292,11 @@ def write_memory(
             kept_loss = torch.where(active & better, losses, kept_loss)
             active = active & finite & ~stalled
             history.append(kept_loss)
-            if callback is not None:
-                callback(WriteProgress(step, steps, kept_loss, recovered.float()))
-            if stop_when_recovered:
-                active = active & (recovered < 1)
+            if recovered is not None:
+                if callback is not None:
+                    callback(WriteProgress(step, steps, kept_loss, recovered.float()))
+                if stop_when_recovered:
+                    active = active & (recovered < 1)
             # Reading `active` waits for the GPU, so it is read only where samples may stop.
             if gradient is None or (may_stop and not active.any()):
                 break

@@ -5,6 +5,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -45,9 +46,9 @@ def compare(model, memory, context, tolerance=1e-5, **options):
     writer = model.base_model._writer()
     fast = FastPass(writer, **{"compiled": False, "graphed": False} | options)
     bucket = Bucket.of(context, None)
-    for gradient in (True, False):
-        expected = write_pass(writer, memory, context, gradient)
-        for value, right in zip(fast(bucket, memory, context, gradient), expected, strict=True):
+    for gradient, first in product((True, False), repeat=2):
+        expected = write_pass(writer, memory, context, gradient, first)
+        for value, right in zip(fast(bucket, memory, context, gradient, first), expected, strict=True):
             if right is None:
                 assert value is None
             else:
@@ -110,11 +111,11 @@ def test_padding_to_a_bucket_changes_nothing():
     model = make()
     memory, context = batch(model, 9, 5, 7)
     writer = model.base_model._writer()
-    gradient, losses, recovered = write_pass(writer, memory, context, True)
+    gradient, losses, recovered = write_pass(writer, memory, context, True, True)
     with static_shapes():
         padded = Bucket(5, 64).pad(memory, context)
         assert padded[1].input_ids.shape == (5, 64)
-        values = write_pass(writer, *padded, True)
+        values = write_pass(writer, *padded, True, True)
     for value, expected in zip(values, (gradient, losses, recovered), strict=True):
         torch.testing.assert_close(value[:3], expected, rtol=1e-5, atol=1e-6)
 
@@ -179,8 +180,8 @@ def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
     model, ids = make(), tokens(2, 9)
     expected = model.write(ids, compile=False).vectors
 
-    def broken(self, bucket, memory, context, gradient):
-        slope, losses, recovered = write_pass(self.writer, memory, context, gradient)
+    def broken(self, bucket, memory, context, gradient, first):
+        slope, losses, recovered = write_pass(self.writer, memory, context, gradient, first)
         return None if slope is None else -slope, losses, recovered
 
     monkeypatch.setattr(FastPass, "__call__", broken)
@@ -195,7 +196,7 @@ def test_a_fast_pass_that_does_not_fit_is_let_go_before_the_plain_one(monkeypatc
     model, ids, held, alive = make(), tokens(2, 9), [], []
     expected = model.write(ids, compile=False).vectors
 
-    def too_large(self, bucket, memory, context, gradient):
+    def too_large(self, bucket, memory, context, gradient, first):
         activations = torch.zeros(3)
         held.append(weakref.ref(activations))
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")

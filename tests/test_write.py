@@ -294,6 +294,24 @@ def test_tolerance_stops_each_sample_by_itself_at_its_best():
         assert state.write_losses[i, -1].item() == pytest.approx(best.item(), rel=1e-4)
 
 
+def test_first_choices_are_counted_only_when_asked_for(monkeypatch):
+    model, context, counted = make(), tokens(2, 9), []
+
+    count = gradmem_adapter.token_losses.first_choices
+
+    def counting(*args):
+        counted.append(args)
+        return count(*args)
+
+    monkeypatch.setattr(gradmem_adapter.token_losses, "first_choices", counting)
+    plain = model.write(context)
+    assert not counted
+    watched = model.write(context, callback=lambda progress: None)
+    assert len(counted) == model.active_peft_config.write_steps + 1
+    assert torch.equal(watched.vectors, plain.vectors)
+    assert torch.equal(watched.write_losses, plain.write_losses)
+
+
 def test_stops_when_every_token_is_recovered():
     model = get_peft_model(tiny(scale=12.0), GradMemConfig(num_memory_tokens=6))
     seen = []
