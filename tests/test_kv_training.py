@@ -267,8 +267,8 @@ class TestOptimizers:
         return [torch.nn.Parameter(torch.randn(*shape)) for shape in ((3,), (4,), (4, 6), (6, 4))]
 
     @staticmethod
-    def ours(vector, fast, *matrices):
-        return Optimizers([vector, fast, *matrices], matrices, factors={fast: 10.0}, muon_rate=3.0)
+    def ours(vector, fast, *matrices, **options):
+        return Optimizers([vector, fast, *matrices], matrices, factors={fast: 10.0}, muon_rate=3.0, **options)
 
     @staticmethod
     def step(parameters, seed, optimizers):
@@ -278,11 +278,12 @@ class TestOptimizers:
         for optimizer in optimizers:
             optimizer.step()
 
-    def test_rates(self):
+    @pytest.mark.parametrize("decay", [0.0, 0.3])
+    def test_rates(self, decay):
         mine, theirs = self.parameters(), self.parameters()
-        optimizers = self.ours(*mine)
-        adamw = torch.optim.AdamW([{"params": [theirs[0]]}, {"params": [theirs[1]]}], weight_decay=0.0)
-        muon = torch.optim.Muon(theirs[2:], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        optimizers = self.ours(*mine, weight_decay=decay)
+        adamw = torch.optim.AdamW([{"params": [theirs[0]]}, {"params": [theirs[1]]}], weight_decay=decay)
+        muon = torch.optim.Muon(theirs[2:], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         for seed, lr in enumerate((0.1, 0.02, 0.05)):
             optimizers.lr.fill_(lr)
             adamw.param_groups[0]["lr"], adamw.param_groups[1]["lr"] = lr, 10 * lr

@@ -62,7 +62,9 @@ class Optimizers:
                 torch.optim.AdamW(named, betas=betas, weight_decay=weight_decay, fused=True, capturable=capturable)
             )
         if self.matrices:
-            self.all.append(torch.optim.Muon(self.matrices, lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            self.all.append(
+                torch.optim.Muon(self.matrices, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
 
     @torch.no_grad()
     def step(self) -> None:
