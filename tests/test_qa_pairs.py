@@ -61,6 +61,13 @@ def test_the_command(tmp_path):
     assert "pairs" not in run.output.split("in pairs", 1)[1]
 
 
+def test_an_answer_may_hold_what_some_take_for_the_end_of_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(answer(0.5, query="One\u2028or\x85two?"), ensure_ascii=False) + "\n", encoding="utf-8")
+    ((_, rows),) = load_answers(path).items()
+    assert [row["query"] for row in rows] == ["One\u2028or\x85two?"]
+
+
 def test_what_cannot_be_compared_is_said(tmp_path):
     first = file(tmp_path / "a.jsonl", [answer(0.5), answer(0.7)])
     for content, message in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from .qa_results import SCORES, standard_error
+from .rows import json_lines
 
 Answers = list[dict[str, Any]]
 
@@ -25,19 +26,21 @@ class Difference:
     @property
     def errors(self) -> float:
         """How many standard errors it is from 0; infinite where all differences are the same."""
-        return self.mean / self.error if self.error else float("inf") * self.mean if self.mean else 0.0
+        if self.error:
+            return self.mean / self.error
+        return math.copysign(math.inf, self.mean) if self.mean else 0.0
 
 
 def load_answers(path: Path) -> dict[tuple[str, str, int, int], Answers]:
     """Answers that `gradmem eval --answers` kept, by data set, split, number of contexts asked of and write steps.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file holds something else.
     """
     groups: dict[tuple[str, str, int, int], Answers] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for _, row in json_lines(path):
             key = row["dataset"], row["split"], row["states"], row["write_steps"]
             groups.setdefault(key, []).append({name: row[name] for name in ("query", "accepted", *SCORES)})
     except (ValueError, KeyError, TypeError) as error:
