@@ -23,7 +23,7 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
         options: as for `run_graphed`: max_seconds, log_every, save_seconds, stop, callback.
 
     Returns:
-        Whether all steps of the recipe are done.
+        Whether all that the recipe asks for is done.
 
     Raises:
         TrainingDiverged: the loss is no longer finite; `output/last` is the last good state.
@@ -38,7 +38,8 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
             out = model(**batch.as_dict(), write_steps=write_steps)
         return scalars(out, kv_hits(out.logits, batch.labels))
 
-    return run_graphed(model, loss, recipe, output, device=device, **options)
+    enough = None if recipe.until_exact_match is None else lambda now: recipe.learned(now.step, now.means)
+    return run_graphed(model, loss, recipe, output, device=device, enough=enough, **options)
 
 
 def save_kv(model: nn.Module, recipe: KVRecipe, path: Path) -> None:

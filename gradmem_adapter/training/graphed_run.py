@@ -101,12 +101,13 @@ def run_graphed(
     log_every: int = 50,
     save_seconds: float = 60,
     stop: Callable[[RunProgress], bool] | None = None,
+    enough: Callable[[RunProgress], bool] | None = None,
     callback: Callable[[RunProgress], None] | None = None,
 ) -> bool:
     """Train `model` in place, going on from `output/last` if a run was interrupted there.
 
     Of several processes (`processes.py`) each draws batches of its own; process 0 saves, and what it finds (the time,
-    `stop`, a signal) ends all at the same step.
+    `stop`, `enough`, a signal) ends all at the same step.
 
     Args:
         model: on `device`; in eval mode, so that captured steps need no random state of the model.
@@ -116,7 +117,8 @@ def run_graphed(
         output: a directory; `last/` in it holds the trained weights, the optimizer and the step.
         max_seconds: stop (and save) after so much training.
         save_seconds: save at the first log after so much training since the last time.
-        stop: asked at each log; True ends the run.
+        stop: asked at each log; True ends the run, which goes on from there another time.
+        enough: asked at each log; True means that the run is done.
         callback: told at each log, in every process.
 
     Returns:
@@ -174,7 +176,8 @@ def run_graphed(
             if callback is not None:
                 callback(progress)
             stopped = progress.seconds > max_seconds or (stop is not None and stop(progress))
-            over, cut = agree(stopped, interrupted())
+            over, cut, reached = agree(stopped, interrupted(), enough is not None and enough(progress))
+            done = done or bool(reached)
             if rank() == 0 and (done or over or cut or time.perf_counter() - saved > save_seconds):
                 _save(output / "last", model, step_on, step, earlier + progress.seconds)
                 saved = time.perf_counter()
