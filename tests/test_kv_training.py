@@ -90,6 +90,9 @@ def test_a_run_that_has_learned_enough_is_done(tmp_path, monkeypatch):
     _, done = run(recipe(steps=20, until_exact_match=0.9), tmp_path, callback=lambda now: steps.append(now.step))
     assert done
     assert steps == [2, 4, 6]
+    _, done = run(recipe(steps=20, until_exact_match=0.9), tmp_path, callback=lambda now: steps.append(now.step))
+    assert done
+    assert steps == [2, 4, 6], "the same command again has nothing to do"
     assert torch.load(tmp_path / "last" / "state.pt", weights_only=True)["step"] == 6
 
 

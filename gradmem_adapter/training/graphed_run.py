@@ -140,7 +140,7 @@ def run_graphed(
         max_grad_norm=plan.max_grad_norm,
     )
     torch.manual_seed(plan.seed)
-    step, earlier = _resume(output / "last", model, step_on)
+    step, earlier, reached = _resume(output / "last", model, step_on)
     if agree(step) != (step,):
         raise ValueError(
             f"Process {rank()} finds step {step} in {output / 'last'} and process 0 another: all processes need the "
@@ -158,7 +158,7 @@ def run_graphed(
     fast = compiled_layers(model, plan.compile and device.type == "cuda")
     with closing(step_on), fast_matmul(), maskless_attention(model), fast, interruption() as interrupted:
         (passed,) = agree(share())
-        while passed < 1:
+        while passed < 1 and not reached:
             step_on(plan.kind_at(step), plan.lr_at(step, passed))
             step += 1
             passed, cut = agree(share(), interrupted())
@@ -176,10 +176,11 @@ def run_graphed(
             if callback is not None:
                 callback(progress)
             stopped = progress.seconds > max_seconds or (stop is not None and stop(progress))
-            over, cut, reached = agree(stopped, interrupted(), enough is not None and enough(progress))
-            done = done or bool(reached)
+            over, cut, learned = agree(stopped, interrupted(), enough is not None and enough(progress))
+            reached = bool(learned)
+            done = done or reached
             if rank() == 0 and (done or over or cut or time.perf_counter() - saved > save_seconds):
-                _save(output / "last", model, step_on, step, earlier + progress.seconds)
+                _save(output / "last", model, step_on, step, earlier + progress.seconds, reached)
                 saved = time.perf_counter()
             if done or over or cut:
                 barrier()  # what was saved can be read by all
@@ -243,24 +244,27 @@ def step_of(directory: Path) -> int:
     return int(torch.load(file, weights_only=True, map_location="cpu")["step"]) if file.exists() else 0
 
 
-def _save(directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int, seconds: float) -> None:
+def _save(
+    directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int, seconds: float, enough: bool
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {
         "weights": trained(model),
         "optimizer": step_on.state_dict(),
         "step": step,
         "seconds": seconds,
+        "enough": enough,
         "random": _random(next(model.parameters()).device).get_rng_state(),
     }
     with replacing(_state_file(directory)) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> tuple[int, float]:
-    """Take up what was saved: its step, and the seconds of training that it took."""
+def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> tuple[int, float, bool]:
+    """Take up what was saved: its step, the seconds of training that it took, and whether that was enough."""
     file = _state_file(directory)
     if not file.exists():
-        return 0, 0.0
+        return 0, 0.0, False
     try:
         state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -277,7 +281,7 @@ def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> tup
             "have drawn on that one.",
             stacklevel=3,
         )
-    return int(state["step"]), float(state["seconds"])
+    return int(state["step"]), float(state["seconds"]), bool(state["enough"])
 
 
 def _random(device: torch.device) -> Any:
