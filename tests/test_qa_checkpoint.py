@@ -42,7 +42,7 @@ TASKS = {"babi 1", "babi 2", "babi 4", "babi 5"}
 @pytest.mark.parametrize(
     ("checkpoint", "memory_tokens", "datasets", "columns"),
     [
-        (CHECKPOINT, 32, TASKS | {"fairytaleqa"}, [(0, 1), (1, 1), (0, 2), (0, 4)]),
+        (CHECKPOINT, 32, TASKS | {"fairytaleqa"}, [(0, 1), (1, 1), (2, 1), (0, 2), (0, 4)]),
         (BABI, 16, TASKS, [(0, 1), (1, 1), (2, 1)]),
     ],
 )
