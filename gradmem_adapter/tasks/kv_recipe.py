@@ -168,9 +168,8 @@ class KVRecipe:
 
     def learned(self, step: int, means: Mapping[str, Mapping[str, float]]) -> bool:
         """Whether `until_exact_match` is reached. Args: means: since the last log, by kind of batch."""
-        in_last_stage = step > self.steps - self.stages[-1].steps
-        goal = self.until_exact_match
-        return goal is not None and in_last_stage and all(now["exact_match"] >= goal for now in means.values())
+        goal, earlier = self.until_exact_match, self.steps - self.stages[-1].steps
+        return goal is not None and step > earlier and all(now["exact_match"] >= goal for now in means.values())
 
     def build(self) -> nn.Module:
         """The model before training."""

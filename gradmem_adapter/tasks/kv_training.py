@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.training.graphed_run import run_graphed, scalars
+from gradmem_adapter.training.graphed_run import RunProgress, run_graphed, scalars
 
 from .kv_recipe import Kind, KVRecipe
 from .kv_retrieval import KVRetrieval, kv_hits, kv_tokenizer
@@ -38,7 +38,9 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
             out = model(**batch.as_dict(), write_steps=write_steps)
         return scalars(out, kv_hits(out.logits, batch.labels))
 
-    enough = None if recipe.until_exact_match is None else lambda now: recipe.learned(now.step, now.means)
+    def enough(now: RunProgress) -> bool:
+        return recipe.learned(now.step, now.means)
+
     return run_graphed(model, loss, recipe, output, device=device, enough=enough, **options)
 
 
