@@ -67,8 +67,8 @@ class GradMemConfig(PeftConfig):
     write_lr_from_end: bool = field(
         default=False,
         metadata={
-            "help": "With `learn_write_lr`: the last `num_write_lrs` steps also have learned factors, counted from the "
-            "end, so that WRITE ends as suits its number of steps, whatever that is."
+            "help": "With `learn_write_lr`: the first `num_write_lrs` steps also have learned factors, counted from the "
+            "end, so that WRITE ends as suits its number of steps, and goes on as it ended beyond so many."
         },
     )
     write_optimizer: str = field(

@@ -25,7 +25,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         gradmem_memory: [m, d], the initial memory M_0.
         gradmem_log_write_lr: [n] or [n, m, d], natural logarithm of the learned write learning rates of the first n
             write steps, one for all elements of the memory or one for each.
-        gradmem_log_write_lr_end: the same of the factors of the last n steps, the last one first
+        gradmem_log_write_lr_end: the same of the factors of those n steps, counted from the last that is taken
             (`write_lr_from_end`).
         gradmem_start_gain: [d], the gain of the forward pass that WRITE starts from (`start_from_context`).
         gradmem_pool_gain: [d], the gain of the means of the context's parts (`start_pooling`).
@@ -146,26 +146,28 @@ class MemorySlots(nn.Module, BaseTunerLayer):
 
     def write_lrs(self, adapter: str, steps: int, taken: int = 0) -> Tensor | None:
         """The learned write learning rates of K steps, on the tape, from those of the first n steps, a_k, and the
-        factors of the last n, f_i (`write_lr_from_end`):
+        factors that are counted from the last of them, f_i (`write_lr_from_end`):
 
-            a_{min(k, n-1)} f_{K-1-k}    of step k = 0 .. K-1,    f_i = 1 from i = n.
+            a_k f_{K-1-k}    of step k = 0 .. K-1,    K <= n.
+
+        What ends well goes on well: more than n steps are those n and then the last of them again and again.
 
         Args:
             adapter: the adapter's name.
             steps: K.
-            taken: steps that were taken before these, which k goes on from in a_k.
+            taken: steps that were taken before these, which count as the first of them all.
 
         Returns:
             [K] or [K, m, d]; None: not learned.
         """
         if adapter not in self.gradmem_log_write_lr:
             return None
-        first = self.gradmem_log_write_lr[adapter]
-        logs = [first[min(taken + k, len(first) - 1)] for k in range(steps)]
+        logs = self.gradmem_log_write_lr[adapter][: taken + steps]
         if adapter in self.gradmem_log_write_lr_end:
-            for i, factor in enumerate(self.gradmem_log_write_lr_end[adapter].unbind()[:steps], start=1):
-                logs[-i] = logs[-i] + factor
-        return torch.stack(logs).exp() if logs else first[:0]
+            logs = logs + self.gradmem_log_write_lr_end[adapter][: len(logs)].flip(0)
+        rates = logs.exp()
+        each = [rates[min(taken + k, len(rates) - 1)] for k in range(steps)]
+        return torch.stack(each) if each else rates[:0]
 
     def write_head(self, adapter: str) -> nn.Module | None:
         """The output head of WRITE; None where WRITE uses the backbone's."""

@@ -154,7 +154,7 @@ def test_each_of_the_first_steps_has_its_learned_rate_and_later_steps_the_last()
 
 
 @pytest.mark.parametrize("per_element", [False, True])
-def test_the_last_steps_have_factors_counted_from_the_end(per_element):
+def test_steps_have_factors_counted_from_the_end_and_go_on_as_they_ended(per_element):
     options = {"write_lr_per_element": per_element, "write_lr_from_end": True}
     model, context = make(learn_write_lr=True, num_write_lrs=2, **options), tokens(2, 9)
     slots = model.base_model.slots
@@ -162,7 +162,8 @@ def test_the_last_steps_have_factors_counted_from_the_end(per_element):
     with torch.no_grad():
         slots.gradmem_log_write_lr["default"].copy_(torch.tensor([0.5, 0.1]).log().view(shape))
         slots.gradmem_log_write_lr_end["default"].copy_(torch.tensor([0.2, 3.0]).log().view(shape))
-    for rates in ([0.5 * 0.2], [0.5 * 3, 0.1 * 0.2], [0.5, 0.1, 0.1 * 3, 0.1 * 0.2]):
+    last = 0.1 * 0.2
+    for rates in ([0.5 * 0.2], [0.5 * 3, last], [0.5 * 3, last, last, last]):
         state = model.write(context, steps=0)
         for rate in rates:
             state = model.write(context, steps=1, lr=rate, initial=state)
@@ -170,10 +171,11 @@ def test_the_last_steps_have_factors_counted_from_the_end(per_element):
         with torch.no_grad():
             output = model(input_ids=context, context_input_ids=context, write_steps=len(rates))
         torch.testing.assert_close(output.memory, state.vectors)
-    # Going on from a memory: late steps, and the last of them are the last.
-    first = model.write(context, steps=1, lr=0.5)
-    expected = model.write(context, steps=1, lr=0.1 * 0.2, initial=model.write(context, steps=1, lr=0.3, initial=first))
-    torch.testing.assert_close(model.write(context, steps=2, initial=first).vectors, expected.vectors)
+    # Going on from a memory is going on after the last step.
+    torch.testing.assert_close(
+        model.write(context, steps=2, initial=model.write(context, steps=2)).vectors,
+        model.write(context, steps=4).vectors,
+    )
 
 
 def test_a_learned_rate_for_each_element():
