@@ -67,7 +67,7 @@ class GradMemConfig(PeftConfig):
     write_lr_from_end: bool = field(
         default=False,
         metadata={
-            "help": "With `learn_write_lr`: the first `num_write_lrs` steps also have factors that are counted from the "
+            "help": "With `learn_write_lr`: the first `num_write_lrs` steps have factors too, counted from the "
             "end, so that WRITE ends as suits its number of steps, and goes on as it ended beyond so many."
         },
     )
