@@ -166,8 +166,8 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         if adapter in self.gradmem_log_write_lr_end:
             logs = logs + self.gradmem_log_write_lr_end[adapter][: len(logs)].flip(0)
         rates = logs.exp()
-        each = [rates[min(taken + k, len(rates) - 1)] for k in range(steps)]
-        return torch.stack(each) if each else rates[:0]
+        own = rates[taken:]
+        return torch.cat([own, rates[-1:].expand(steps - len(own), *rates.shape[1:])])
 
     def write_head(self, adapter: str) -> nn.Module | None:
         """The output head of WRITE; None where WRITE uses the backbone's."""
