@@ -75,27 +75,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(method, tmp_path):
     assert any(not torch.equal(value, start[name]) for name, value in whole.state_dict().items())
 
 
-def test_a_share_that_is_right_in_the_last_stage_is_enough():
-    plan = recipe(until_exact_match=0.9)
-    right, wrong = {"exact_match": 0.9}, {"exact_match": 0.89}
-    assert plan.learned(5, {"N=2 K=1": right})
-    assert not plan.learned(5, {"N=2 K=1": right, "N=2-4 K=2": wrong})
-    assert not plan.learned(4, {"N=2 K=1": right}), "that is of fewer pairs"
-    assert not recipe().learned(8, {"N=2 K=1": right})
-
-
-def test_a_run_that_has_learned_enough_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(KVRecipe, "learned", lambda self, step, means: step >= 6)
-    steps = []
-    _, done = run(recipe(steps=20, until_exact_match=0.9), tmp_path, callback=lambda now: steps.append(now.step))
-    assert done
-    assert steps == [2, 4, 6]
-    _, done = run(recipe(steps=20, until_exact_match=0.9), tmp_path, callback=lambda now: steps.append(now.step))
-    assert done
-    assert steps == [2, 4, 6], "the same command again has nothing to do"
-    assert torch.load(tmp_path / "last" / "state.pt", weights_only=True)["step"] == 6
-
-
 def test_training_gradmem_lowers_the_loss(tmp_path):
     losses = []
     plan = recipe(

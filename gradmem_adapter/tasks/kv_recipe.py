@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
@@ -104,9 +103,6 @@ class KVRecipe:
     minutes: pydantic.PositiveFloat | None = None
     """End after so many minutes of training, if not done before; the learning rate falls by the clock then,
     and what is saved says how many steps were done."""
-    until_exact_match: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
-    """End, if not done before, once this share of the last stage's queries was right between two logs. Every batch is
-    fresh, so that is a measurement."""
     seed: int = 0
     compile: bool = True
     """Compile the backbone's layers, on a GPU."""
@@ -165,11 +161,6 @@ class KVRecipe:
         mix = self.stage_at(step).mix
         chosen = draw.choices(mix, [part.share for part in mix])[0]
         return Kind(chosen, draw.choice(self.write_steps or chosen.write_steps), self.stage_at(step).bf16)
-
-    def learned(self, step: int, means: Mapping[str, Mapping[str, float]]) -> bool:
-        """Whether `until_exact_match` is reached. Args: means: since the last log, by kind of batch."""
-        goal, earlier = self.until_exact_match, self.steps - self.stages[-1].steps
-        return goal is not None and step > earlier and all(now["exact_match"] >= goal for now in means.values())
 
     def build(self) -> nn.Module:
         """The model before training."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.training.graphed_run import RunProgress, run_graphed, scalars
+from gradmem_adapter.training.graphed_run import run_graphed, scalars
 
 from .kv_recipe import Kind, KVRecipe
 from .kv_retrieval import KVRetrieval, kv_hits, kv_tokenizer
@@ -38,10 +38,7 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
             out = model(**batch.as_dict(), write_steps=write_steps)
         return scalars(out, kv_hits(out.logits, batch.labels))
 
-    def enough(now: RunProgress) -> bool:
-        return recipe.learned(now.step, now.means)
-
-    return run_graphed(model, loss, recipe, output, device=device, enough=enough, **options)
+    return run_graphed(model, loss, recipe, output, device=device, **options)
 
 
 def save_kv(model: nn.Module, recipe: KVRecipe, path: Path) -> None:

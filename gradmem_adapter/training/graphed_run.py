@@ -101,13 +101,12 @@ def run_graphed(
     log_every: int = 50,
     save_seconds: float = 60,
     stop: Callable[[RunProgress], bool] | None = None,
-    enough: Callable[[RunProgress], bool] | None = None,
     callback: Callable[[RunProgress], None] | None = None,
 ) -> bool:
     """Train `model` in place, going on from `output/last` if a run was interrupted there.
 
     Of several processes (`processes.py`) each draws batches of its own; process 0 saves, and what it finds (the time,
-    `stop`, `enough`, a signal) ends all at the same step.
+    `stop`, a signal) ends all at the same step.
 
     Args:
         model: on `device`; in eval mode, so that captured steps need no random state of the model.
@@ -118,7 +117,6 @@ def run_graphed(
         max_seconds: stop (and save) after so much training.
         save_seconds: save at the first log after so much training since the last time.
         stop: asked at each log; True ends the run, which goes on from there another time.
-        enough: asked at each log; True means that the run is done.
         callback: told at each log, in every process.
 
     Returns:
@@ -140,7 +138,7 @@ def run_graphed(
         max_grad_norm=plan.max_grad_norm,
     )
     torch.manual_seed(plan.seed)
-    step, earlier, reached = _resume(output / "last", model, step_on)
+    step, earlier = _resume(output / "last", model, step_on)
     if agree(step) != (step,):
         raise ValueError(
             f"Process {rank()} finds step {step} in {output / 'last'} and process 0 another: all processes need the "
@@ -158,7 +156,7 @@ def run_graphed(
     fast = compiled_layers(model, plan.compile and device.type == "cuda")
     with closing(step_on), fast_matmul(), maskless_attention(model), fast, interruption() as interrupted:
         (passed,) = agree(share())
-        while passed < 1 and not reached:
+        while passed < 1:
             step_on(plan.kind_at(step), plan.lr_at(step, passed))
             step += 1
             passed, cut = agree(share(), interrupted())
@@ -176,11 +174,9 @@ def run_graphed(
             if callback is not None:
                 callback(progress)
             stopped = progress.seconds > max_seconds or (stop is not None and stop(progress))
-            over, cut, learned = agree(stopped, interrupted(), enough is not None and enough(progress))
-            reached = bool(learned)
-            done = done or reached
+            over, cut = agree(stopped, interrupted())
             if rank() == 0 and (done or over or cut or time.perf_counter() - saved > save_seconds):
-                _save(output / "last", model, step_on, step, earlier + progress.seconds, reached)
+                _save(output / "last", model, step_on, step, earlier + progress.seconds)
                 saved = time.perf_counter()
             if done or over or cut:
                 barrier()  # what was saved can be read by all
@@ -244,27 +240,24 @@ def step_of(directory: Path) -> int:
     return int(torch.load(file, weights_only=True, map_location="cpu")["step"]) if file.exists() else 0
 
 
-def _save(
-    directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int, seconds: float, enough: bool
-) -> None:
+def _save(directory: Path, model: nn.Module, step_on: GraphedStep[Any], step: int, seconds: float) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {
         "weights": trained(model),
         "optimizer": step_on.state_dict(),
         "step": step,
         "seconds": seconds,
-        "enough": enough,
         "random": _random(next(model.parameters()).device).get_rng_state(),
     }
     with replacing(_state_file(directory)) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> tuple[int, float, bool]:
-    """Take up what was saved: its step, the seconds of training that it took, and whether that was enough."""
+def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> tuple[int, float]:
+    """Take up what was saved: its step, and the seconds of training that it took."""
     file = _state_file(directory)
     if not file.exists():
-        return 0, 0.0, False
+        return 0, 0.0
     try:
         state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -281,7 +274,7 @@ def _resume(directory: Path, model: nn.Module, step_on: GraphedStep[Any]) -> tup
             "have drawn on that one.",
             stacklevel=3,
         )
-    return int(state["step"]), float(state["seconds"]), bool(state["enough"])
+    return int(state["step"]), float(state["seconds"])
 
 
 def _random(device: torch.device) -> Any:
