@@ -178,6 +178,26 @@ class GradMemModel(BaseTuner):
             if id(parameter) not in adapters:
                 yield name.replace(".base_layer.", "."), parameter
 
+    def keep_write_lrs(self, n: int) -> None:
+        """Keep the learned write learning rates of the first n steps alone: WRITE of up to n steps stays as it is, and
+        further steps go on as the last of them.
+
+        For after training, in place: a model that was trained with more rates, some of whose numbers of steps training
+        never drew, does better with fewer (docs/meta_gradient.md, "Steps beyond those that were trained").
+
+        Raises:
+            ValueError: n is not from 1 to `num_write_lrs`, or there are no learned rates.
+        """
+        config = self.peft_config[self._adapter]
+        if not config.learn_write_lr:
+            raise ValueError(
+                "keep_write_lrs() needs learned write learning rates; this adapter has learn_write_lr=False."
+            )
+        if not 1 <= n <= config.num_write_lrs:
+            raise ValueError(f"n must be from 1 to num_write_lrs, {config.num_write_lrs}, got {n}.")
+        self.slots.keep_write_lrs(self._adapter, n)
+        config.num_write_lrs = n
+
     # ---------------------------------------------------------------- parts
 
     @property

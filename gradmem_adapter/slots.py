@@ -169,6 +169,13 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         own = rates[taken:]
         return torch.cat([own, rates[-1:].expand(steps - len(own), *rates.shape[1:])])
 
+    def keep_write_lrs(self, adapter: str, n: int) -> None:
+        """Drop the rates (and factors) of all but the first n write steps; n is at most as many as there are."""
+        for rates in (self.gradmem_log_write_lr, self.gradmem_log_write_lr_end):
+            if adapter in rates:
+                kept = rates[adapter].detach()[:n].clone()
+                rates[adapter] = nn.Parameter(kept, requires_grad=rates[adapter].requires_grad)
+
     def write_head(self, adapter: str) -> nn.Module | None:
         """The output head of WRITE; None where WRITE uses the backbone's."""
         return self.gradmem_write_head[adapter] if adapter in self.gradmem_write_head else None  # noqa: SIM401 - no get

@@ -147,6 +147,8 @@ def test_the_shipped_weights_were_trained_by_the_shipped_recipe():
     [
         ({"method": "magic"}, "method must be one of"),
         ({"stages": []}, "at least one stage"),
+        ({"keep_write_lrs": 2}, "number of learned write rates, 0, got 2"),
+        ({"keep_write_lrs": 1, "method": "forward_memory"}, "got 1 with method 'forward_memory'"),
         ({"step": 3}, "step"),
         ({"task": "other"}, "task must be one of kv_retrieval, answers, rows"),
     ],
@@ -354,6 +356,36 @@ def test_weights_without_factors_of_the_last_steps_are_trained_further_with_them
     assert torch.equal(further.write(ids, steps=3).vectors, model.write(ids, steps=3).vectors)
     with pytest.raises(ValueError, match="gradmem_log_write_lr"):
         recipe(memory={"num_memory_tokens": 2}, init_from=str(tmp_path / "checkpoint")).build()
+
+
+def test_a_recipe_can_keep_fewer_write_rates_than_it_trains(tmp_path):
+    memory = {"num_memory_tokens": 2, "learn_write_lr": True, "num_write_lrs": 3, "write_lr_from_end": True}
+    plan = recipe(memory=memory, keep_write_lrs=2)
+    model, _ = run(plan, tmp_path / "run")
+    with torch.no_grad():
+        for name, rates in model.named_parameters():
+            if "write_lr" in name:
+                rates += torch.arange(3.0) / 3
+    ids = KVRetrieval(3).sample(2, 1, seed=0).context_input_ids
+    before = {k: model.write(ids, steps=k).vectors for k in (1, 2, 3)}
+    save_kv(model, plan, tmp_path / "checkpoint")
+    kept, _ = load_kv(tmp_path / "checkpoint")
+    assert kept.peft_config["default"].num_write_lrs == 2
+    for k in (1, 2):
+        assert torch.equal(kept.write(ids, steps=k).vectors, before[k])
+    last = kept.write(ids, steps=2)
+    assert not torch.equal(kept.write(ids, steps=3).vectors, before[3])
+    assert torch.equal(kept.write(ids, steps=3).vectors, kept.write(ids, steps=1, initial=last).vectors)
+
+
+def test_keep_write_lrs_refuses_what_it_cannot_keep():
+    memory = {"num_memory_tokens": 2, "learn_write_lr": True, "num_write_lrs": 3}
+    model = recipe(memory=memory).build()
+    for n in (0, 4):
+        with pytest.raises(ValueError, match="from 1 to num_write_lrs, 3"):
+            model.keep_write_lrs(n)
+    with pytest.raises(ValueError, match="learn_write_lr=False"):
+        recipe(memory={"num_memory_tokens": 2}).build().keep_write_lrs(1)
 
 
 def test_a_recipe_by_the_clock_ends_in_time_and_says_how_far_it_came(tmp_path, monkeypatch):

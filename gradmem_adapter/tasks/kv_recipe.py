@@ -90,6 +90,8 @@ class KVRecipe:
     None: untrained weights."""
     write_steps: Drawn | None = None
     """Draw write steps (or passes) from these everywhere, whatever the stages say."""
+    keep_write_lrs: pydantic.PositiveInt | None = None
+    """Keep so many of the `num_write_lrs` when training is over; None: all."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     muon_rate: pydantic.PositiveFloat | None = None
@@ -113,6 +115,12 @@ class KVRecipe:
         if not self.stages:
             raise ValueError("A recipe needs at least one stage.")
         check_memory(self.memory)
+        rates = self.memory.get("num_write_lrs", 1) if self.memory.get("learn_write_lr") else 0
+        if self.keep_write_lrs is not None and (self.method != "gradmem" or self.keep_write_lrs > rates):
+            raise ValueError(
+                f"keep_write_lrs must be at most the number of learned write rates, {rates}, got {self.keep_write_lrs} "
+                f"with method {self.method!r}."
+            )
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> KVRecipe:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gradmem_adapter.checkpoint import load_checkpoint
+from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.training.graphed_run import run_graphed, scalars
 
 from .kv_recipe import Kind, KVRecipe
@@ -42,7 +43,12 @@ def train_kv(model: nn.Module, recipe: KVRecipe, output: Path, *, device: torch.
 
 
 def save_kv(model: nn.Module, recipe: KVRecipe, path: Path) -> None:
-    """Save a trained model for `load_kv`; one with memory by GradMem also opens with `load_checkpoint`."""
+    """Save a trained model for `load_kv`; one with memory by GradMem also opens with `load_checkpoint`.
+
+    With `recipe.keep_write_lrs` the model loses its further write rates here.
+    """
+    if recipe.keep_write_lrs is not None:
+        cast(GradMemModel, model.base_model).keep_write_lrs(recipe.keep_write_lrs)
     save_model(model, kv_tokenizer(), recipe, path)
 
 
