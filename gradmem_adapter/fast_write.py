@@ -193,7 +193,7 @@ class FastWrites:
                 expected = write_pass(writer, memory, context, gradient, first)
                 if fast.agrees(result, expected):
                     return result
-                problem = "its write gradients differ from the plain ones"
+                problem = "its write gradients or losses differ from the plain ones"
             if not problem:
                 fast.clear()
                 return write_pass(writer, memory, context, gradient, first)
@@ -245,10 +245,14 @@ class FastPass:
         torch.cuda.empty_cache()
 
     def agrees(self, result: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
-        """Whether a fast write gradient is the plain one, up to what its precision costs."""
+        """Whether a fast pass is the plain one, up to what its precision costs: write gradients and losses."""
         error = torch.linalg.vector_norm(result[0] - expected[0]) / torch.linalg.vector_norm(expected[0])
         exact = self.writer.backbone.dtype.itemsize >= 4 and not torch.is_autocast_enabled(expected[0].device.type)
-        self.trusted = bool(error <= (1e-3 if exact else 0.2)) or not expected[0].isfinite().all()
+        # At untrained slots gradients in bf16 are apart by a tenth to a quarter and losses by a thousandth: it is the
+        # losses that tell rounding from a pass of something else (docs/performance.md).
+        gradients, losses = (1e-3, 1e-3) if exact else (0.5, 1e-2)
+        same = bool(error <= gradients) and torch.allclose(result[1], expected[1], rtol=losses, atol=losses)
+        self.trusted = same or not expected[0].isfinite().all()
         return self.trusted
 
     def _capture(self, memory: Tensor, context: Context, gradient: bool, first: bool) -> Callable[..., Any]:
