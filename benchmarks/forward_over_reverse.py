@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gradmem_adapter.attention import TwiceDifferentiableAttention, plain_attention
+from gradmem_adapter.ops.attention import TwiceDifferentiableAttention, plain_attention
 from gradmem_adapter.tasks.kv_retrieval import KVRetrieval, kv_backbone
 from gradmem_adapter.training.speed import compiled_layers, fast_matmul, maskless_attention
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.textbook import outer_loss
 from gradmem_adapter import SMOLLM2, GradMemConfig, load_backbone
-from gradmem_adapter import meta_gradient as strategies
+from gradmem_adapter.meta_gradients import finite_difference as strategies
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

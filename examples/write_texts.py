@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from gradmem_adapter import SMOLLM2, load_backbone
-from gradmem_adapter.files import check_writable, replacing
 from gradmem_adapter.tasks.plain_text import text_rows
+from gradmem_adapter.utils.files import check_writable, replacing
 
 OPENING = 12
 """Words."""

@@ -5,14 +5,15 @@ Importing this package makes "GRADMEM" a PEFT method (arXiv 2603.13875).
 
 from importlib.metadata import PackageNotFoundError, version
 
+from gradmem_adapter.outputs import WriteProgress
+from gradmem_adapter.registration import register
+
 from .backbones import SMOLLM2, load_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import GradMemConfig
 from .model import Fidelity, GradMemModel, GradMemOutput
-from .peft_plugin import register
 from .pipeline import GradMemPipeline
 from .state import MemoryState, MemoryStateError
-from .write import WriteProgress
 
 register()
 

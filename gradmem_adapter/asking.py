@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradmem_adapter.utils.files import check_writable
+
 from .checkpoint import load_checkpoint
-from .files import check_writable
 from .pipeline import GradMemPipeline
 from .state import MemoryState
 

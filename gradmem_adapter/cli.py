@@ -12,8 +12,9 @@ import torch
 import typer
 from rich.console import Console
 
+from gradmem_adapter.utils.files import check_writable, read_text
+
 from .backbones import SMOLLM2
-from .files import check_writable, read_text
 
 app = typer.Typer(
     help="Write long contexts into a few vectors by gradient descent, and answer from them (GradMem).",

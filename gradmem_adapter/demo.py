@@ -17,12 +17,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 from transformers import set_seed
 
+from gradmem_adapter.outputs import WriteProgress
+from gradmem_adapter.utils.files import read_text
+
 from .backbones import SMOLLM2, load_backbone
 from .config import GradMemConfig
-from .files import read_text
 from .pipeline import GradMemPipeline
 from .state import MemoryState
-from .write import WriteProgress
 
 MIN_TOKENS = 40
 """A text of fewer tokens would show little."""

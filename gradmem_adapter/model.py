@@ -1,11 +1,10 @@
-"""The PEFT tuner: a backbone with memory slots. Thin: WRITE, READ and the meta-gradient are in their own files."""
+"""The PEFT tuner: a backbone with memory slots. WRITE, READ and the meta-gradient are in their own folders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -13,61 +12,32 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .bulk import progress_bar, token_budget, token_ids, write_batches
-from .checks import capturing, check_backbone, check_context, check_tokens
-from .config import WRITE_OPTIMIZERS, GradMemConfig
-from .fast_write import FastWrites
-from .fingerprint import fingerprint, versions
-from .lora_phase import gate, write_phase
-from .meta_gradient import differentiable_write
-from .output_head import output_head
-from .prefix_cache import PrefixCache, ReadCache, can_reuse
-from .read import (
-    check_generation_options,
-    length_arguments,
-    query_mask,
-    read_inputs,
-    targets_only,
-)
-from .slots import MemorySlots
-from .state import MemoryState
-from .write import Context, Rate, WriteProgress, Writer, right_padded, warn_diverged, write_memory
+from gradmem_adapter.config import WRITE_OPTIMIZERS, GradMemConfig
+from gradmem_adapter.layer import MemorySlots
+from gradmem_adapter.lora import gate, write_phase
+from gradmem_adapter.meta_gradients.tape import differentiable_write
+from gradmem_adapter.ops.output_head import output_head
+from gradmem_adapter.outputs import Fidelity, GradMemOutput, WriteProgress
+from gradmem_adapter.read.generation import check_generation_options, length_arguments, query_mask
+from gradmem_adapter.read.loss import targets_only
+from gradmem_adapter.read.prefix import read_inputs
+from gradmem_adapter.read.prefix_cache import PrefixCache, ReadCache, can_reuse
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.checks import check_backbone, check_tokens
+from gradmem_adapter.utils.fingerprint import fingerprint, versions
+from gradmem_adapter.utils.hardware import token_budget
+from gradmem_adapter.write.batching import progress_bar, token_ids, write_batches
+from gradmem_adapter.write.context import Context, check_context, right_padded
+from gradmem_adapter.write.fast import FastWrites
+from gradmem_adapter.write.loop import warn_diverged, write_memory
+from gradmem_adapter.write.loss import Writer
+from gradmem_adapter.write.optimizers import Rate
+from gradmem_adapter.write.start import start_memory
 
 SLOTS = "memory_slots"
 """The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
-
-
-@dataclass
-class GradMemOutput(CausalLMOutputWithPast):
-    """What `forward` returns: the backbone's output for the query positions, and what WRITE did.
-
-    Attributes:
-        loss: the outer loss: target loss + reconstruction_weight x mean last write loss.
-        target_loss: the loss on `labels` alone.
-        write_losses: [contexts, K], the write losses before each step, where a context was written;
-            [contexts, 1] with K=0, that of the memory WRITE starts from, where this has a weight in the loss.
-        memory: [contexts, m, d], the memory after WRITE, where a context was written.
-        correct: [B], with `max_targets`: whether every target token of a query is the model's first choice.
-    """
-
-    target_loss: Tensor | None = None
-    write_losses: Tensor | None = None
-    memory: Tensor | None = None
-    correct: Tensor | None = None
-
-
-class Fidelity(NamedTuple):
-    """How much of each context its state gives back, [B] each, between 0 and 1.
-
-    `teacher_forced` says how good the write loss got and can be near 1 where `greedy` is near 0.
-    """
-
-    greedy: Tensor
-    """Share of context tokens that greedy decoding from memory gets back, place by place."""
-    teacher_forced: Tensor
-    """Share of context tokens that are the model's first choice when shown the true tokens before them."""
 
 
 class GradMemModel(BaseTuner):
@@ -328,7 +298,7 @@ class GradMemModel(BaseTuner):
                 raise ValueError(f"initial has {len(memory)} states for {batch} contexts; pass one per context.")
         else:
             with torch.no_grad():
-                memory = writer.start(context)
+                memory = start_memory(writer, context)
         # On a memory that was written before, further steps are late ones.
         learned = self._write_lrs(writer, steps, taken=0 if initial is None else config.num_write_lrs)
         lrs: Sequence[Rate] = learned.detach().unbind() if lr is None else [lr]
@@ -566,7 +536,7 @@ class GradMemModel(BaseTuner):
         steps = writer.config.write_steps if steps is None else steps
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         lrs = self._write_lrs(writer, steps)
-        start = writer.start(context)
+        start = start_memory(writer, context)
         return differentiable_write(writer, start, context, steps=steps, lrs=lrs, weights=weights)
 
     @staticmethod

@@ -9,15 +9,16 @@ from typing import Any, TypeAlias, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from .config import GradMemConfig
-from .model import Fidelity
-from .state import MemoryState
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.ops.padding import pad
+from gradmem_adapter.outputs import Fidelity
+from gradmem_adapter.state import MemoryState
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages as chat templates take them: `[{"role": "user", "content": "..."}]`."""
+
 Prompt: TypeAlias = str | Chat
 
 
@@ -220,19 +221,6 @@ def format_query(
         )
     text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     return str(text), False
-
-
-def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one tensor and its mask, [B, longest] each.
-
-    Pad here and not in the tokenizer, which keeps its padding as state that threads would share.
-    """
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    return (
-        pad_sequence(ids, batch_first=True, padding_value=float(value), padding_side=side),
-        pad_sequence(masks, batch_first=True, padding_side=side),
-    )
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

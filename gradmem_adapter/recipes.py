@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from .files import read_text
+from gradmem_adapter.utils.files import read_text
+
 from .tasks.kv_recipe import KVRecipe
 from .tasks.qa_recipe import QARecipe
 from .tasks.rows import RowsRecipe

@@ -15,7 +15,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from .files import replacing
+from gradmem_adapter.utils.files import replacing
 
 FORMAT = "gradmem-memory-state"
 VERSION = 1

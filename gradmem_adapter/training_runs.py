@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 
+from gradmem_adapter.utils.files import read_text, replacing
+
 from .checkpoint import load_checkpoint
-from .files import read_text, replacing
 from .recipes import Recipe
 from .tasks import kv_results, qa_results, reconstruction_results
 from .tasks.kv_recipe import KVRecipe

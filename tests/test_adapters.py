@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import gradmem_adapter
-from gradmem_adapter import GradMemConfig, peft_plugin
+from gradmem_adapter import GradMemConfig, registration
 
 IDS = tokens(2, 9)
 
@@ -40,7 +40,7 @@ def make(architecture="llama", **config):
 def test_registration_may_be_repeated():
     members = list(PeftType)
     gradmem_adapter.register()
-    importlib.reload(peft_plugin).register()
+    importlib.reload(registration).register()
     assert list(PeftType) == members
     assert members.count("GRADMEM") == 1
 

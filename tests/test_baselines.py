@@ -5,7 +5,7 @@ import torch
 from tiny import ARCHITECTURES, tiny, tokens
 
 from gradmem_adapter.baselines import ForwardMemory, FullContext, MeanPooling, Prefix, TruncatedText
-from gradmem_adapter.packing import append
+from gradmem_adapter.ops.padding import append
 from gradmem_adapter.tasks.kv_retrieval import KVRetrieval, kv_backbone
 from gradmem_adapter.training.speed import maskless_attention
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from tiny import VOCABULARY, tiny, tokens
 
-from gradmem_adapter import GradMemConfig, bulk
-from gradmem_adapter.bulk import batches, token_budget
+from gradmem_adapter import GradMemConfig
+from gradmem_adapter.utils import hardware
+from gradmem_adapter.utils.hardware import token_budget
+from gradmem_adapter.write.batching import batches
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +185,10 @@ def test_options_that_cannot_work(model, options):
 def test_the_budget_follows_free_memory(model, monkeypatch):
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**40))
-    assert token_budget(model.base_model.model) == bulk.SATURATED["cpu"]
+    assert token_budget(model.base_model.model) == hardware.SATURATED["cpu"]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**20))
     few = token_budget(model.base_model.model)
-    assert 1 <= few < bulk.SATURATED["cpu"]
+    assert 1 <= few < hardware.SATURATED["cpu"]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**21))
     assert token_budget(model.base_model.model) == pytest.approx(2 * few, abs=1)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=0))

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from tiny import tiny, tiny_tokenizer
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline
-from gradmem_adapter.token_losses import IGNORED
+from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.training import GradMemCollator, exact_match, normalize_answer, score_answer, token_f1
 
 ROW = {"context": "w1 w2 w3", "query": "user :", "target": "w4"}

@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny, tokens
 
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.fast_write import FastPass
 from gradmem_adapter.recipes import load_recipe
 from gradmem_adapter.tasks.kv_recipe import KVRecipe
 from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
 from gradmem_adapter.tasks.kv_training import evaluate_kv, train_kv
 from gradmem_adapter.training.graphed_step import GraphedStep
 from gradmem_adapter.training.speed import maskless_attention
+from gradmem_adapter.write.cuda_graph import FastPass
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

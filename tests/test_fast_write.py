@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, tiny, tokens
 
-import gradmem_adapter.fast_write as fast_write
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.checks import static_shapes
-from gradmem_adapter.fast_write import Bucket, FastPass, FastWrites, unsuited
-from gradmem_adapter.write import Context, right_padded, write_pass
+from gradmem_adapter.utils.capture import static_shapes
+from gradmem_adapter.write import fast
+from gradmem_adapter.write.context import Context, right_padded
+from gradmem_adapter.write.cuda_graph import Bucket, FastPass
+from gradmem_adapter.write.fast import FastWrites, unsuited
+from gradmem_adapter.write.loop import write_pass
 
 
 def make(backbone=None, **kwargs):
@@ -228,14 +230,14 @@ def test_a_fast_pass_that_does_not_fit_is_let_go_before_the_plain_one(monkeypatc
 
     monkeypatch.setattr(FastPass, "__call__", too_large)
     monkeypatch.setattr(FastPass, "clear", lambda self: alive.append(held[-1]() is not None))
-    monkeypatch.setattr(fast_write, "write_pass", plain)
+    monkeypatch.setattr(fast, "write_pass", plain)
     assert torch.equal(model.write(ids, compile=True).vectors, expected)
     assert len(alive) == 2 * len(held) > 0
     assert not any(alive)
 
 
 def test_auto_is_plain_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(fast_write, "FastPass", None)
+    monkeypatch.setattr(fast, "FastPass", None)
     model = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.attention import TwiceDifferentiableAttention, double_backward_problem, plain_attention
+from gradmem_adapter.ops.attention import TwiceDifferentiableAttention, double_backward_problem, plain_attention
 
 
 def gradients(model):

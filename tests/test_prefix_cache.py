@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, tiny, tokens
 from transformers.generation.streamers import BaseStreamer
 
 from gradmem_adapter import GradMemConfig, MemoryState
-from gradmem_adapter.prefix_cache import PrefixCache, ReadCache
+from gradmem_adapter.read.prefix_cache import PrefixCache, ReadCache
 
 PREFIX, QUERY = 5, 4
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from tiny import tiny, tiny_text, tiny_tokenizer
 
 from gradmem_adapter import GradMemPipeline, load_checkpoint
+from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.recipes import load_recipe
 from gradmem_adapter.tasks.qa_batches import make_pools
 from gradmem_adapter.tasks.qa_recipe import METHODS, QARecipe
 from gradmem_adapter.tasks.qa_training import Answerer, load_qa, questions, train_qa
 from gradmem_adapter.tasks.saved import save_model
-from gradmem_adapter.token_losses import IGNORED
 from gradmem_adapter.training import GradMemCollator, graphed_run
 from gradmem_adapter.training_runs import train
 

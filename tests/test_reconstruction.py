@@ -10,8 +10,8 @@ from peft import get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer, tokens
 
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.files import read_text
 from gradmem_adapter.tasks.reconstruction import Estimate, next_chunk, passages, reconstruction
+from gradmem_adapter.utils.files import read_text
 
 TEXT = Path(__file__).parent / "data" / "wikitext.txt"
 

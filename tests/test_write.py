@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, VOCABULARY, tiny, tokens
 
-import gradmem_adapter.token_losses
+import gradmem_adapter.ops.cross_entropy
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.checks import static_shapes
-from gradmem_adapter.write import right_padded
+from gradmem_adapter.utils.capture import static_shapes
+from gradmem_adapter.write.context import right_padded
 
 
 def make(architecture="llama", **config):
@@ -262,7 +262,7 @@ def test_logits_are_never_held_whole(monkeypatch):
     seen = []
     head = model.base_model.slots.gradmem_write_head["default"]
     head.register_forward_hook(lambda module, args, output: seen.append(output.numel()))
-    monkeypatch.setattr(gradmem_adapter.token_losses, "MAX_LOGITS", 2 * 7 * VOCABULARY)
+    monkeypatch.setattr(gradmem_adapter.ops.cross_entropy, "MAX_LOGITS", 2 * 7 * VOCABULARY)
     state = model.write(tokens(2, 40))
     assert max(seen) <= 2 * 7 * VOCABULARY
     torch.testing.assert_close(state.vectors, expected.vectors, rtol=1e-4, atol=1e-6)
@@ -277,7 +277,7 @@ def test_chunked_cross_entropy_has_the_same_meta_gradient(monkeypatch):
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     expected = gradient()
-    monkeypatch.setattr(gradmem_adapter.token_losses, "MAX_LOGITS", 2 * 7 * VOCABULARY)
+    monkeypatch.setattr(gradmem_adapter.ops.cross_entropy, "MAX_LOGITS", 2 * 7 * VOCABULARY)
     for name, value in gradient().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
@@ -299,13 +299,13 @@ def test_tolerance_stops_each_sample_by_itself_at_its_best():
 def test_first_choices_are_counted_only_when_asked_for(monkeypatch):
     model, context, counted = make(), tokens(2, 9), []
 
-    count = gradmem_adapter.token_losses.first_choices
+    count = gradmem_adapter.ops.cross_entropy.first_choices
 
     def counting(*args):
         counted.append(args)
         return count(*args)
 
-    monkeypatch.setattr(gradmem_adapter.token_losses, "first_choices", counting)
+    monkeypatch.setattr(gradmem_adapter.ops.cross_entropy, "first_choices", counting)
     plain = model.write(context)
     assert not counted
     watched = model.write(context, callback=lambda progress: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradmem_adapter.packing import part_means
+from gradmem_adapter.ops.padding import part_means
 
 from .prefix_model import Prefix, PrefixModel
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradmem_adapter.model import GradMemOutput
-from gradmem_adapter.packing import append
-from gradmem_adapter.read import targets_only
-from gradmem_adapter.token_losses import IGNORED
+from gradmem_adapter.ops.cross_entropy import IGNORED
+from gradmem_adapter.ops.padding import append
+from gradmem_adapter.read.loss import targets_only
 
 
 class Prefix(NamedTuple):

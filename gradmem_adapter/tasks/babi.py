@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gradmem_adapter.files import read_text
+from gradmem_adapter.utils.files import read_text
 
 from .qa import has_tables, load_from_hub, parse
 from .rows import json_lines

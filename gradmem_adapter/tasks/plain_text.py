@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gradmem_adapter.files import read_text
+from gradmem_adapter.utils.files import read_text
 
 from .qa import qa_rows
 

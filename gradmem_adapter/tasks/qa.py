@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradmem_adapter.files import read_text
 from gradmem_adapter.training.metrics import score_answer
+from gradmem_adapter.utils.files import read_text
 
 from .rows import json_lines
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradmem_adapter.token_losses import IGNORED
+from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.training.collator import GradMemCollator
 
 Rows = Sequence[Mapping[str, Any]]

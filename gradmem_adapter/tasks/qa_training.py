@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.baselines import Prefix, PrefixModel
-from gradmem_adapter.bulk import batches
 from gradmem_adapter.checkpoint import load_checkpoint
 from gradmem_adapter.pipeline import format_query, pad
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.training.collator import GradMemCollator
 from gradmem_adapter.training.graphed_run import run_graphed, scalars
+from gradmem_adapter.write.batching import batches
 
 from .qa_batches import Pool, Rows, make_pools
 from .qa_recipe import QAKind, QARecipe

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from filelock import FileLock
 
-from gradmem_adapter.files import replacing
+from gradmem_adapter.utils.files import replacing
 
 
 class Record(Protocol):

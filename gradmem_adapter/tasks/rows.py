@@ -13,9 +13,9 @@ from transformers import set_seed
 
 from gradmem_adapter.backbones import load_backbone
 from gradmem_adapter.config import GradMemConfig
-from gradmem_adapter.files import read_text
 from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 from gradmem_adapter.training.collator import read_row
+from gradmem_adapter.utils.files import read_text
 
 from .kv_recipe import STRICT, check_memory
 

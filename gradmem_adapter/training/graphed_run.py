@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gradmem_adapter.checkpoint import check_tensors
-from gradmem_adapter.files import replacing
 from gradmem_adapter.model import GradMemOutput
+from gradmem_adapter.utils.files import replacing
 
 from .errors import TrainingDiverged
 from .graphed_step import GraphedStep

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gradmem_adapter.checks import static_shapes
+from gradmem_adapter.utils.capture import static_shapes
 
 from .optimizers import Optimizers
 from .processes import average, average_gradients, world_size

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gradmem_adapter.attention import CAUSAL
+from gradmem_adapter.ops.attention import CAUSAL
 
 
 @contextmanager

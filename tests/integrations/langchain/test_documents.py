@@ -21,7 +21,8 @@ from langchain_gradmem import (
 )
 from tiny import tiny_text
 
-from gradmem_adapter import MemoryStateError, bulk
+from gradmem_adapter import MemoryStateError
+from gradmem_adapter.utils import hardware
 
 TEXTS = [tiny_text(12, seed=i) for i in range(4)]
 
@@ -131,7 +132,7 @@ class TestCompressor:
 
     def test_many_documents_are_written_in_batches(self, pipeline, monkeypatch, capsys):
         write, sizes = pipeline.model.base_model.write, []
-        monkeypatch.setattr(bulk, "SATURATED", {"cpu": 100})
+        monkeypatch.setattr(hardware, "SATURATED", {"cpu": 100})
         monkeypatch.setattr(
             pipeline.model.base_model,
             "write",
@@ -154,7 +155,7 @@ class TestCompressor:
             done.append(ids)
             return write(ids, *rest, **options)
 
-        monkeypatch.setattr(bulk, "SATURATED", {"cpu": 1})
+        monkeypatch.setattr(hardware, "SATURATED", {"cpu": 1})
         monkeypatch.setattr(pipeline.model.base_model, "write", fail)
         compressor = GradMemCompressor(pipeline=pipeline)
         with pytest.raises(torch.cuda.OutOfMemoryError, match="Context 1 with 12 tokens does not fit"):

@@ -7,17 +7,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from .state import MemoryState
-from .write import sample_names
-
-SATURATED = {"cuda": 16_384, "cpu": 2_048}
-"""Padded tokens a batch beyond which a device gets no faster, only fuller."""
-SHARE_OF_FREE_MEMORY = 0.6
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.write.loop import sample_names
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -32,24 +26,6 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             result.append([index])
     return result
-
-
-def token_budget(backbone: PreTrainedModel) -> int:
-    """How many padded tokens to write at once, from the device's free memory.
-
-    A frozen layer keeps about 16 hidden and 6 intermediate vectors of each token for WRITE's backward pass.
-    """
-    config, device = backbone.config.get_text_config(), backbone.device
-    hidden = config.hidden_size
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    bytes_per_token = (16 * hidden + 6 * intermediate) * backbone.dtype.itemsize * config.num_hidden_layers
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + cached
-    else:
-        free = psutil.virtual_memory().available
-    fits = int(SHARE_OF_FREE_MEMORY * free / bytes_per_token)
-    return max(1, min(fits, SATURATED.get(device.type, SATURATED["cpu"])))
 
 
 def write_batches(

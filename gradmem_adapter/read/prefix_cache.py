@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .checks import capturing
-from .read import generation_option
-from .state import MemoryState
+from gradmem_adapter.read.generation import generation_option
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.capture import capturing
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
 """Per layer the keys and the values, [B, heads, P, head size] each."""

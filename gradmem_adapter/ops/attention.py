@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .checks import checkpointing
+from gradmem_adapter.utils.checks import checkpointing
 
 
 class TwiceDifferentiableAttention(TorchFunctionMode):

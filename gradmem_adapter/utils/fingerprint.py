@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import GradMemConfig
+from gradmem_adapter.config import GradMemConfig
 
 SAMPLES = 64
 """Values read from each backbone tensor: enough to tell two trainings apart, few enough for a model of any size."""

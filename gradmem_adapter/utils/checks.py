@@ -1,15 +1,13 @@
-"""Errors for input that cannot work: what was wrong, what was expected, what to do."""
+"""Errors for models and tokens that cannot work: what was wrong, what was expected, what to do."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from gradmem_adapter.utils.capture import capturing
 
 
 def check_backbone(model: object) -> None:
@@ -54,24 +52,6 @@ def checkpointing(backbone: PreTrainedModel) -> bool:
     return backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
 
 
-_static: ContextVar[bool] = ContextVar("gradmem_static", default=False)
-
-
-@contextmanager
-def static_shapes() -> Iterator[None]:
-    """What runs inside takes the same shapes as while a CUDA graph is captured, whatever the values are."""
-    token = _static.set(True)
-    try:
-        yield
-    finally:
-        _static.reset(token)
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured (or a run made ready for it), where no value can be read from the GPU."""
-    return _static.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
 def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
     """Raise unless `input_ids` [B, N] are token ids of the model and the mask fits."""
     if not isinstance(input_ids, Tensor):
@@ -89,26 +69,4 @@ def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, vo
         raise ValueError(
             f"{name} holds token ids from {int(input_ids.min())} to {int(input_ids.max())}; the model knows 0 to "
             f"{vocabulary - 1}. Is the tokenizer the model's own?"
-        )
-
-
-def check_context(input_ids: Tensor, attention_mask: Tensor | None, prefix_length: int, positions: int | None) -> None:
-    """Raise `ValueError` unless every context has a token and fits behind the prefix in the model's positions."""
-    if len(input_ids) == 0:
-        raise ValueError("There is no context to write: input_ids has batch size 0.")
-    if capturing():
-        return
-    lengths = (
-        attention_mask.bool().sum(1)
-        if attention_mask is not None
-        else torch.full((len(input_ids),), input_ids.shape[1])
-    )
-    if (lengths == 0).any():
-        empty = ", ".join(str(i) for i in (lengths == 0).nonzero().flatten().tolist())
-        raise ValueError(f"Context {empty} is empty: there is nothing to write. Leave it out of the batch.")
-    if positions is not None and int(lengths.max()) + prefix_length > positions:
-        raise ValueError(
-            f"Context {int(lengths.argmax())} has {int(lengths.max())} tokens, and at most {positions - prefix_length} "
-            f"are allowed: the model has {positions} positions, {prefix_length} of them for the memory. Split it, "
-            "write the parts as separate contexts and join their states with MemoryState.concat."
         )

@@ -1,9 +1,12 @@
-"""Contexts that are padded on the right: tokens right behind them, and means of their parts."""
+"""Padding: rows of tokens as one tensor, tokens right behind them, and means of their parts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def append(context: Tensor, lengths: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,3 +45,16 @@ def part_means(values: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Ten
     share = (part[:, None] == which[:, None]) & (places < lengths[:, None])[:, None]
     weights = share.to(values.dtype) / share.sum(-1, keepdim=True).clamp(min=1).to(values.dtype)
     return weights @ values, counts
+
+
+def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one tensor and its mask, [B, longest] each.
+
+    Pad here and not in the tokenizer, which keeps its padding as state that threads would share.
+    """
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=float(value), padding_side=side),
+        pad_sequence(masks, batch_first=True, padding_side=side),
+    )

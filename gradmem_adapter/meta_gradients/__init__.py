@@ -1,0 +1,1 @@
+"""How outer gradients cross a write step, one strategy a file."""

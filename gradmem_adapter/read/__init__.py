@@ -1,0 +1,1 @@
+"""READ: answers from `[memory; query]`."""

@@ -1,0 +1,1 @@
+"""Files, fingerprints, hardware: what any part of the package may use."""

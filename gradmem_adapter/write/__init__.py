@@ -1,0 +1,1 @@
+"""WRITE: a context into memory by gradient steps, one equation a file."""

@@ -1,0 +1,172 @@
+"""When WRITE is compiled and captured: passes that give the same numbers, sooner."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from gradmem_adapter.utils.fingerprint import walk
+from gradmem_adapter.write.context import Context
+from gradmem_adapter.write.cuda_graph import Bucket, FastPass
+from gradmem_adapter.write.loop import WritePass, write_pass
+from gradmem_adapter.write.loss import Writer
+
+COMPILE_SECONDS = 20.0
+"""`compile="auto"` compiles once WRITE has taken this long, about as long as compiling takes: however much is written
+after it, that takes at most twice the time of whoever had known beforehand."""
+
+SPARE_MEMORY = 0.25
+"""The share of a GPU's memory that bulk WRITE leaves to what follows it, if its graphs hold more than the rest."""
+
+
+def unsuited(writer: Writer, context: Context) -> str | None:
+    """Why a fast pass could give other numbers than the plain one for this model and these contexts, or None."""
+    backbone = writer.backbone
+    if backbone.training:
+        return "the model is in training mode, where dropout draws anew in every pass; call model.eval()"
+    if any("forward" in module.__dict__ for module in backbone.modules()):
+        return "a module's forward has been replaced (offloading and device maps do that)"
+    if len({parameter.device for parameter in backbone.parameters()}) > 1:
+        return "the model is on several devices"
+    config = backbone.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    places = context.input_ids.shape[1] + writer.prefix_length
+    if any(window is not None and window < places for window in windows):
+        return f"the contexts are longer than the model's attention window ({windows})"
+    return None
+
+
+class FastWrites:
+    """The fast passes of one model: made when they pay, and again when the model has changed.
+
+    Passes are run one at a time, by whatever thread; the plain one needs no such order. Copies (`copy`, `pickle`) start
+    anew.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._forget(None)
+
+    def __reduce__(self) -> tuple[type[FastWrites], tuple[()]]:
+        return FastWrites, ()
+
+    def _forget(self, key: Any) -> None:
+        self._key = key
+        self._seconds = 0.0
+        self._seen: set[Bucket] = set()
+        self._plain_only: str | None = None
+        self._fast: FastPass | None = None
+
+    @contextmanager
+    def of(self, writer: Writer, context: Context, compile: bool | str, longest: int | None) -> Iterator[WritePass]:
+        """The pass to use for a batch of contexts, and, after it, the time that it took.
+
+        Raises:
+            ValueError: `compile=True`, and the model cannot be compiled for these contexts.
+        """
+        plain = partial(write_pass, writer)
+        start = time.perf_counter()
+        try:
+            yield plain if compile is False else self._choose(writer, context, compile is True, longest) or plain
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    def make_room(self, device: torch.device) -> None:
+        """Give the memory of all graphs back where they leave little of it: READ needs some, and cannot take theirs."""
+        with self._lock:
+            if self._fast is None or not self._fast.graphed:
+                return
+            free, total = torch.cuda.mem_get_info(device)
+            # And what PyTorch keeps for anybody: blocks of a graph's pool are for that graph alone.
+            free += sum(
+                segment["total_size"] - segment["allocated_size"]
+                for segment in torch.cuda.memory_snapshot()
+                if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == (0, 0)
+            )
+            if free < SPARE_MEMORY * total:
+                self._fast.clear()
+
+    def _choose(self, writer: Writer, context: Context, now: bool, longest: int | None) -> WritePass | None:
+        cuda = context.input_ids.device.type == "cuda"
+        if not (now or cuda):
+            return None  # on a CPU compiling saves a seventh of the time: not worth the stall unless asked for
+        reason = unsuited(writer, context)
+        with self._lock:
+            key = signature(writer)
+            if key != self._key:
+                self._forget(key)
+            reason = reason or self._plain_only
+            if reason is not None:
+                if now:
+                    raise ValueError(f"compile=True cannot be had: {reason}. Use compile='auto' or compile=False.")
+                return None
+            bucket = Bucket.of(context, longest)
+            if not now and bucket not in self._seen:
+                self._seen.add(bucket)
+                return None
+            compiled = now or self._seconds > COMPILE_SECONDS
+            if self._fast is None or (compiled and not self._fast.compiled):
+                self._fast = FastPass(writer, compiled=compiled, graphed=cuda)
+            return partial(self._checked, self._fast, writer, bucket, now)
+
+    def _checked(
+        self,
+        fast: FastPass,
+        writer: Writer,
+        bucket: Bucket,
+        now: bool,
+        memory: Tensor,
+        context: Context,
+        gradient: bool,
+        first: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """A fast pass; the first one is compared with the plain one, which takes over where something is amiss."""
+        with self._lock:
+            if self._plain_only is not None:
+                return write_pass(writer, memory, context, gradient, first)
+            problem = ""
+            try:
+                result = fast(bucket, memory, context, gradient, first)
+            except torch.cuda.OutOfMemoryError:
+                pass  # dealt with below: until the error is gone, its traceback holds what did not fit
+            except Exception as error:
+                if now:
+                    raise
+                problem = f"it failed ({type(error).__name__}: {error})"
+            else:
+                if fast.trusted or not gradient:
+                    return result
+                expected = write_pass(writer, memory, context, gradient, first)
+                if fast.agrees(result, expected):
+                    return result
+                problem = "its write gradients or losses differ from the plain ones"
+            if not problem:
+                fast.clear()
+                return write_pass(writer, memory, context, gradient, first)
+            self._plain_only, self._fast = f"a fast pass was tried, and {problem}", None
+            if now:
+                raise ValueError(f"compile=True cannot be had: {self._plain_only}. Use compile=False.")
+            warnings.warn(f"WRITE stays plain: {self._plain_only}. compile=False spares the try.", stacklevel=6)
+            return write_pass(writer, memory, context, gradient, first)
+
+
+def signature(writer: Writer) -> Any:
+    """What a fast pass was made for: it holds addresses of weights and what the layers were set to."""
+    device = writer.slots.gradmem_memory[writer.adapter].device.type
+    weights, layers = [], []
+    for module in walk(writer.backbone):
+        weights += [(p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None]
+        if isinstance(module, BaseTunerLayer):
+            scaling = str(getattr(module, "scaling", ""))
+            layers.append((module.disable_adapters, tuple(module.active_adapters), scaling, module.merged))
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return writer.adapter, writer.config.write_head, autocast, weights, layers
