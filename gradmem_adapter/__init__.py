@@ -3,8 +3,6 @@
 Importing this package makes "GRADMEM" a PEFT method (arXiv 2603.13875).
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.registration import register
 
@@ -15,12 +13,10 @@ from .model import Fidelity, GradMemModel, GradMemOutput
 from .pipeline import GradMemPipeline
 from .state import MemoryState, MemoryStateError
 
+__version__ = "0.1.0"
+
 register()
 
-try:
-    __version__ = version("gradmem-adapter")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "SMOLLM2",
