@@ -3,13 +3,13 @@
 Importing this package makes "GRADMEM" a PEFT method (arXiv 2603.13875).
 """
 
-from gradmem_adapter.outputs import WriteProgress
+from gradmem_adapter.model import Fidelity, GradMemModel
+from gradmem_adapter.outputs import GradMemOutput, WriteProgress
 from gradmem_adapter.registration import register
 
 from .backbones import SMOLLM2, load_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import GradMemConfig
-from .model import Fidelity, GradMemModel, GradMemOutput
 from .pipeline import GradMemPipeline
 from .state import MemoryState, MemoryStateError
 

@@ -59,6 +59,19 @@ def load_backbone(
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
+def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if `generate` would not stop at the token that training ends a target with."""
+    config = backbone.generation_config
+    ends = config.eos_token_id if config is not None else None
+    stops = ends if isinstance(ends, list) else [ends]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        raise ValueError(
+            f"The tokenizer's end token is {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), and the backbone's "
+            f"generation stops at {ends}: answers would be trained to end where generation goes on. Set "
+            "tokenizer.eos_token or backbone.generation_config.eos_token_id, and save both anew."
+        )
+
+
 def _open_directory_or_hub(
     reference: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

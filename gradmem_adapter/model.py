@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
@@ -18,16 +18,17 @@ from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import gate, write_phase
 from gradmem_adapter.meta_gradients.tape import differentiable_write
 from gradmem_adapter.ops.output_head import output_head
-from gradmem_adapter.outputs import Fidelity, GradMemOutput, WriteProgress
-from gradmem_adapter.read.generation import check_generation_options, length_arguments, query_mask
-from gradmem_adapter.read.loss import targets_only
-from gradmem_adapter.read.prefix import read_inputs
-from gradmem_adapter.read.prefix_cache import PrefixCache, ReadCache, can_reuse
+from gradmem_adapter.outputs import Fidelity, WriteProgress
+from gradmem_adapter.read.forward import check_forward_options, forward_with_memory, query_embeddings
+from gradmem_adapter.read.generation import check_prompt, generate_with_memory
+from gradmem_adapter.read.loss import outer_loss
+from gradmem_adapter.read.prefix import memory_of_queries
+from gradmem_adapter.read.prefix_cache import KeptPrefix, PrefixCache, prefix_key
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.utils.capture import capturing
-from gradmem_adapter.utils.checks import check_backbone, check_tokens
+from gradmem_adapter.utils.backbone import check_backbone
 from gradmem_adapter.utils.fingerprint import fingerprint, versions
 from gradmem_adapter.utils.hardware import token_budget
+from gradmem_adapter.utils.tokens import check_tokens
 from gradmem_adapter.write.batching import progress_bar, token_ids, write_batches
 from gradmem_adapter.write.context import Context, check_context, right_padded
 from gradmem_adapter.write.fast import FastWrites
@@ -202,8 +203,8 @@ class GradMemModel(BaseTuner):
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def _context(self, name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
-        vocabulary, device = self.model.get_input_embeddings().weight.shape[0], self.model.device
-        check_tokens(name, input_ids, attention_mask, vocabulary)
+        device = self.model.device
+        check_tokens(name, input_ids, attention_mask, self.model)
         check_context(input_ids, attention_mask, self.prefix_length, self.positions)
         return right_padded(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
 
@@ -402,27 +403,6 @@ class GradMemModel(BaseTuner):
             )
         return memory.vectors.to(self.model.device, self.slots.gradmem_memory[self._adapter].dtype)
 
-    def _rows(self, vectors: Tensor, queries: int, context_index: Tensor | None) -> Tensor:
-        """One memory per query: [queries, m, d], or [queries, S m, d] where each reads S states side by side."""
-        if context_index is not None:
-            index = torch.as_tensor(context_index, device=vectors.device)
-            if index.shape[:1] != (queries,) or index.dim() > 2 or index.is_floating_point():
-                raise ValueError(
-                    f"context_index must hold one integer per query ({queries}), or a row of them, got shape "
-                    f"{tuple(index.shape)}."
-                )
-            if queries and not capturing() and (index.min() < 0 or index.max() >= len(vectors)):
-                raise ValueError(f"context_index must lie in 0 to {len(vectors) - 1}, got {index.tolist()}.")
-            return vectors[index] if index.dim() == 1 else vectors[index].flatten(1, 2)
-        if len(vectors) == queries:
-            return vectors
-        if len(vectors) == 1:
-            return vectors.expand(queries, -1, -1)
-        raise ValueError(
-            f"There are {queries} queries for {len(vectors)} memory states: pass one state for all, one per query, or "
-            "context_index with the state of each query."
-        )
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -471,61 +451,23 @@ class GradMemModel(BaseTuner):
             )
         if memory is not None and context_input_ids is not None:
             raise ValueError("Pass a memory to read or a context to write, not both.")
-        for name in ("past_key_values", "position_ids"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} cannot be combined with memory in forward(): positions follow from the prefix and the "
-                    "mask. Use generate(), which takes caches, or give prefix_embeddings(state) to the backbone."
-                )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass the query as input_ids or as inputs_embeds, one of the two.")
-        if input_ids is not None:
-            embedding = self.model.get_input_embeddings()
-            check_tokens("input_ids", input_ids, attention_mask, embedding.weight.shape[0])
-            inputs_embeds = embedding(input_ids)
-        assert inputs_embeds is not None  # for the type checker: one of the two was given
-
+        check_forward_options(kwargs)
+        query = query_embeddings(self.model, input_ids, inputs_embeds, attention_mask)
         losses = None
         if context_input_ids is not None:
             kwargs.setdefault("use_cache", False)  # a cache serves decoding, and whoever decodes writes first
             vectors, losses = self._write_on_tape(context_input_ids, context_attention_mask, write_steps)
         else:
-            vectors = self._checked_vectors(memory, strict)  # type: ignore[arg-type]
-        prefix = self._prefix(self._rows(vectors, len(inputs_embeds), context_index))
-        read = read_inputs(prefix, inputs_embeds, attention_mask)
-        if labels is not None:
-            labels = read.layout.join(labels.new_full(prefix.shape[:2], -100), labels)
+            vectors = self._checked_vectors(cast(MemoryState, memory), strict)
+        prefix = self._prefix(memory_of_queries(vectors, len(query), context_index))
         return_dict = kwargs.pop("return_dict", None)
-        inputs = {
-            "inputs_embeds": read.inputs_embeds,
-            "attention_mask": read.attention_mask,
-            "position_ids": read.position_ids,
-            "return_dict": True,
-            **kwargs,
-        }
-        if max_targets is None:
-            output, correct = self.model(labels=labels, **inputs), None
-        else:
-            output, correct = targets_only(self.model, labels, max_targets, **inputs)
-        loss = output.loss
-        weight = self.peft_config[self._adapter].reconstruction_weight
-        if loss is not None and losses is not None and losses.shape[1] and weight:
-            loss = loss + weight * losses[:, -1].mean()
-        result = GradMemOutput(
-            loss=loss,
-            # A fused loss (Liger's) keeps no logits.
-            logits=output.logits
-            if output.logits is None or kwargs.get("logits_to_keep")
-            else read.layout.split(output.logits),
-            past_key_values=output.get("past_key_values"),
-            hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
-            target_loss=output.loss,
-            write_losses=losses,
-            memory=vectors if losses is not None else None,
-            correct=correct,
-        )
-        return result.to_tuple() if return_dict is False else result
+        output = forward_with_memory(self.model, prefix, query, attention_mask, labels, max_targets, **kwargs)
+        if losses is not None:
+            output.memory, output.write_losses = vectors, losses
+            if output.target_loss is not None:
+                weight = self.peft_config[self._adapter].reconstruction_weight
+                output.loss = outer_loss(output.target_loss, losses, weight)
+        return output.to_tuple() if return_dict is False else output
 
     def _write_on_tape(
         self, input_ids: Tensor, attention_mask: Tensor | None, steps: int | None
@@ -581,51 +523,13 @@ class GradMemModel(BaseTuner):
             if context_index is not None:
                 raise ValueError("context_index needs a memory.")
             return self.model.generate(inputs, **kwargs)
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("Pass the prompt as input_ids: inputs_embeds cannot be combined with memory.")
-        if inputs is None:
-            raise ValueError("generate(memory=...) needs a prompt: pass input_ids [batch, length].")
-        embedding = self.model.get_input_embeddings()
-        attention_mask = kwargs.pop("attention_mask", None)
-        check_tokens("input_ids", inputs, attention_mask, embedding.weight.shape[0])
-        inputs = inputs.to(self.model.device)
-        default = self.model.generation_config
-        check_generation_options(kwargs, default)
-        if attention_mask is None:
-            attention_mask = query_mask(inputs, kwargs, default)
+        inputs = check_prompt(self.model, inputs, kwargs)
         with torch.no_grad():
-            prefix = self._prefix(self._rows(self._checked_vectors(memory, strict), len(inputs), context_index))
-            read = read_inputs(prefix, embedding(inputs), attention_mask.to(inputs.device))
-        kwargs |= length_arguments(kwargs, default, read.inputs_embeds.shape[1])
-        key = None
-        if self.prefix_cache.max_bytes and read.layout.source is None and inputs.numel() and context_index is None:
-            key = self._read_key() if can_reuse(self.model, kwargs) else None
-        if key is not None:
-            cache = kwargs["past_key_values"] = ReadCache(
-                self.model,
-                self.prefix_cache.get(memory, key),
-                len(memory),
-                prefix.shape[1],
-                self.prefix_cache.max_bytes,
-            )
-        output = self.model.generate(
-            inputs, inputs_embeds=read.inputs_embeds, attention_mask=read.attention_mask, **kwargs
-        )
-        if key is not None and (computed := cache.take_prefix()) is not None:
-            self.prefix_cache.put(memory, key, computed)
-        return output
-
-    def _read_key(self) -> Hashable:
-        """What the keys and values of a prefix depend on besides the memory."""
-        self.fingerprint()
-        adapter, device = self._adapter, self.model.device.type
-        scaling = tuple(
-            layer.scaling[adapter]
-            for layer in (self.model.modules() if self.peft_config[adapter].lora_config is not None else ())
-            if isinstance(layer, LoraLayer) and adapter in layer.scaling
-        )
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self.__dict__["_fingerprint"][0], scaling, autocast
+            prefix = self._prefix(memory_of_queries(self._checked_vectors(memory, strict), len(inputs), context_index))
+        kept = None
+        if self.prefix_cache.max_bytes and context_index is None:
+            kept = KeptPrefix(self.prefix_cache, memory, prefix_key(self.model, self._adapter))
+        return generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
 
     # ---------------------------------------------------------------- what was kept
 

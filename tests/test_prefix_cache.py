@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, tiny, tokens
 from transformers.generation.streamers import BaseStreamer
 
 from gradmem_adapter import GradMemConfig, MemoryState
-from gradmem_adapter.read.prefix_cache import PrefixCache, ReadCache
+from gradmem_adapter.read.prefix_cache import PrefixCache, ReadCache, prefix_key
 
 PREFIX, QUERY = 5, 4
 
@@ -134,7 +134,7 @@ def test_scores_and_cache_are_returned_as_without_reuse():
 
 
 def _prefix(model, state):
-    return model.prefix_cache.get(state, model.base_model._read_key())
+    return model.prefix_cache.get(state, prefix_key(model.get_base_model(), "default"))
 
 
 def test_streaming():

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.ops.padding import append
-from gradmem_adapter.read.loss import targets_only
+from gradmem_adapter.read.loss import forward_at_targets
 
 from .prefix_model import Prefix, PrefixModel
 
@@ -63,5 +63,5 @@ class ForwardMemory(PrefixModel):
         labels = torch.cat([context.new_full(places, IGNORED), context.masked_fill(mask == 0, IGNORED)], dim=1)
         tokens = torch.cat([prefix.embeddings, self.backbone.get_input_embeddings()(context)], dim=1)
         inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
-        recited, _ = targets_only(self.backbone, labels, context.shape[1], **inputs)
+        recited, _ = forward_at_targets(self.backbone, labels, context.shape[1], **inputs)
         return self.reconstruction_weight * cast(Tensor, recited.loss)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradmem_adapter.model import GradMemOutput
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.ops.padding import append
-from gradmem_adapter.read.loss import targets_only
+from gradmem_adapter.outputs import GradMemOutput
+from gradmem_adapter.read.loss import forward_at_targets
 
 
 class Prefix(NamedTuple):
@@ -77,7 +77,7 @@ class PrefixModel(nn.Module):
             output = self.backbone(labels=targets, **inputs)
             logits = output.logits.gather(1, places[..., None].expand(-1, -1, output.logits.shape[-1]))
         else:
-            output, correct = targets_only(self.backbone, targets, max_targets, **inputs)
+            output, correct = forward_at_targets(self.backbone, targets, max_targets, **inputs)
         loss = output.loss
         if torch.is_grad_enabled():
             auxiliary = self.auxiliary_loss(prefix, context_input_ids, context_attention_mask)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gradmem_adapter.utils.checks import checkpointing
+from gradmem_adapter.utils.backbone import uses_checkpointing
 
 
 class TwiceDifferentiableAttention(TorchFunctionMode):
@@ -107,7 +107,7 @@ def require_double_backward(backbone: PreTrainedModel) -> None:
         NotImplementedError: it cannot; the message says what to do.
     """
     name = backbone.config._attn_implementation
-    if checkpointing(backbone) and name not in (None, "eager"):
+    if uses_checkpointing(backbone) and name not in (None, "eager"):
         # PyTorch leaves function modes while it runs a backward pass, so layers computed again there would be fused.
         raise NotImplementedError(
             f"meta_gradient='exact' works with gradient checkpointing only where the attention is 'eager', not "

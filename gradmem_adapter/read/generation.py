@@ -1,32 +1,103 @@
-"""What `generate` must be passed so that it counts and decodes as without memory."""
+"""READ as decoding: Transformers' `generate` behind a prefix, with what it must be passed so that it counts and decodes
+as without memory."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from gradmem_adapter.read.prefix import read_inputs
+from gradmem_adapter.read.prefix_cache import KeptPrefix
+from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.tokens import check_tokens
+
+_NEED_TOKENS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+"""With these Transformers loses `inputs_embeds`, and with them the memory."""
+
+_NEED_ANOTHER_CACHE = (
+    "past_key_values", "cache_implementation", "custom_generate", "position_ids", "output_attentions",
+    "output_hidden_states",
+)  # fmt: skip
+"""With these Transformers makes or takes a cache of its own, or returns something for every place of the prefix."""
 
 
-def generation_option(name: str, kwargs: dict[str, Any], default: GenerationConfig) -> Any:
+def check_prompt(backbone: PreTrainedModel, input_ids: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """The prompts `[B, T]` of token ids, on the backbone's device.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        input_ids (`Tensor`): `[B, T]`.
+        options (`dict`): what Transformers' `generate` is to be given besides.
+
+    Raises:
+        TypeError, ValueError: there is no prompt, or none of the model's tokens.
+        NotImplementedError: a way of decoding that Transformers has for prompts of tokens alone.
+    """
+    if options.get("inputs_embeds") is not None:
+        raise ValueError("Pass the prompt as input_ids: inputs_embeds cannot be combined with memory.")
+    if input_ids is None:
+        raise ValueError("generate(memory=...) needs a prompt: pass input_ids [batch, length].")
+    check_tokens("input_ids", input_ids, options.get("attention_mask"), backbone)
+    check_generation_options(options, backbone.generation_config)
+    return input_ids.to(backbone.device)
+
+
+def generate_with_memory(
+    backbone: PreTrainedModel, input_ids: Tensor, prefix: Tensor, kept: KeptPrefix | None = None, **options: Any
+) -> Any:
+    """Transformers' `generate` on `[prefix; prompt]`.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        input_ids (`Tensor`): `[B, T]`, as `check_prompt` returns them.
+        prefix (`Tensor`): `[B, P, d]`, what stands before each prompt.
+        kept (`KeptPrefix`, *optional*): where keys and values of the prefix are kept for the next call.
+        options: what Transformers' `generate` takes.
+
+    Returns:
+        What Transformers returns: prompts and new tokens `[B, T + new]`.
+    """
+    default = backbone.generation_config
+    attention_mask = options.pop("attention_mask", None)
+    if attention_mask is None:
+        attention_mask = query_mask(input_ids, options, default)
+    with torch.no_grad():
+        query = backbone.get_input_embeddings()(input_ids)
+        read = read_inputs(prefix, query, attention_mask.to(input_ids.device))
+    options |= length_arguments(options, default, read.inputs_embeds.shape[1])
+    inputs = {"inputs_embeds": read.inputs_embeds, "attention_mask": read.attention_mask}
+    padded_left = read.layout.source is not None
+    if kept is None or padded_left or not input_ids.numel() or not can_reuse(backbone, options):
+        return backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
+    cache = kept.start(backbone, prefix.shape[1])
+    output = backbone.generate(input_ids, **inputs, **options | {"past_key_values": cache})  # type: ignore[operator]
+    kept.keep(cache)
+    return output
+
+
+def generation_option(name: str, options: dict[str, Any], default: GenerationConfig) -> Any:
     """What `generate` uses for an option: the keyword, the configuration passed, the model's own, in this order."""
-    for value in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None), getattr(default, name, None)):
+    passed = options.get("generation_config")
+    for value in (options.get(name), getattr(passed, name, None), getattr(default, name, None)):
         if value is not None:
             return value
     return None
 
 
-def query_mask(input_ids: Tensor, kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
-    """The mask [B, T] that Transformers' `generate` would infer where none is given."""
-    pad, eos = (generation_option(name, kwargs, default) for name in ("pad_token_id", "eos_token_id"))
+def query_mask(input_ids: Tensor, options: dict[str, Any], default: GenerationConfig) -> Tensor:
+    """The mask `[B, T]` that Transformers' `generate` would infer where none is given."""
+    pad, eos = (generation_option(name, options, default) for name in ("pad_token_id", "eos_token_id"))
     eos_ids = eos if isinstance(eos, list) else [eos]
     if pad is None or pad in eos_ids or not (input_ids == pad).any():
         return torch.ones_like(input_ids)
     return (input_ids != pad).to(input_ids.dtype)
 
 
-def length_arguments(kwargs: dict[str, Any], default: GenerationConfig, embeddings_length: int) -> dict[str, int]:
+def length_arguments(options: dict[str, Any], default: GenerationConfig, embeddings_length: int) -> dict[str, int]:
     """`max_length` and `min_length` as they must be passed so that they count prompt and new tokens, as without memory.
 
     Transformers subtracts the length of `inputs_embeds` from both, and compares the result with the length of
@@ -34,16 +105,13 @@ def length_arguments(kwargs: dict[str, Any], default: GenerationConfig, embeddin
     """
     pairs = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
     return {
-        length: generation_option(length, kwargs, default) + embeddings_length
+        length: generation_option(length, options, default) + embeddings_length
         for length, new_tokens in pairs.items()
-        if generation_option(length, kwargs, default) and generation_option(new_tokens, kwargs, default) is None
+        if generation_option(length, options, default) and generation_option(new_tokens, options, default) is None
     }
 
 
-_NEED_TOKENS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-
-
-def check_generation_options(kwargs: dict[str, Any], default: GenerationConfig) -> None:
+def check_generation_options(options: dict[str, Any], default: GenerationConfig) -> None:
     """Raise for ways of decoding with which Transformers loses `inputs_embeds`, and with them the memory.
 
     Assisted decoding and chunked prefill count the cache in `input_ids`, which are shorter than what is in it by the
@@ -53,8 +121,22 @@ def check_generation_options(kwargs: dict[str, Any], default: GenerationConfig) 
         NotImplementedError: one of them is asked for.
     """
     for name in _NEED_TOKENS_ALONE:
-        if generation_option(name, kwargs, default) is not None:
+        if generation_option(name, options, default) is not None:
             raise NotImplementedError(
                 f"generate(memory=...) cannot be combined with {name}: Transformers supports it for prompts of tokens "
                 "alone, and memory is input embeddings. Leave it out."
             )
+
+
+def can_reuse(backbone: PreTrainedModel, options: dict[str, Any]) -> bool:
+    """Whether `generate` with these options may start from a prefix's keys and values without another result."""
+    if backbone.training or capturing() or not cast(Any, backbone)._supports_default_dynamic_cache():
+        return False
+    default = backbone.generation_config
+    chosen = [generation_option(name, options, default) for name in _NEED_ANOTHER_CACHE]
+    if any(option is not None and option is not False for option in chosen):
+        return False
+    layers = DynamicCache(config=backbone.config).layers
+    return generation_option("use_cache", options, default) is not False and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )

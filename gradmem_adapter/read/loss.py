@@ -1,4 +1,4 @@
-"""The target loss of READ, with logits at the targets alone."""
+"""The outer loss: that of the targets, read from memory, and what the write loss adds to it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,46 @@ from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.utils.capture import capturing
 
 
-def targets_only(
-    backbone: PreTrainedModel, labels: Tensor | None, most: int, **inputs: Any
+def outer_loss(target_loss: Tensor, write_losses: Tensor | None, reconstruction_weight: float) -> Tensor:
+    """What meta-training minimises, with the mean over the C contexts of the last write loss:
+
+        L_out = -log p(target | [M_K; query]) + reconstruction_weight * mean L_w(M_{K-1}; C)
+
+    Args:
+        target_loss (`Tensor`): a scalar, the first term.
+        write_losses (`Tensor`, *optional*): `[C, K]`, the write losses before each step. `None`: nothing was written.
+        reconstruction_weight (`float`): the configuration's.
+    """
+    if write_losses is None or not write_losses.shape[1] or not reconstruction_weight:
+        return target_loss
+    return target_loss + reconstruction_weight * write_losses[:, -1].mean()
+
+
+def forward_at_targets(
+    backbone: PreTrainedModel, labels: Tensor | None, max_targets: int, **inputs: Any
 ) -> tuple[CausalLMOutputWithPast, Tensor]:
-    """The backbone's output with the loss of at most `most` labels a row of [B, T], and whether all are first choices.
+    """The backbone's forward with the output head applied where a label counts and nowhere else.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        labels (`Tensor`, *optional*): `[B, T]`, -100 where no loss counts.
+        max_targets (`int`): of a row at most so many labels count.
+        inputs: what the inner model takes, `inputs_embeds` `[B, T, d]` among it.
+
+    Returns:
+        The output (loss, no logits), and booleans `[B]`: whether all targets of a row are first choices.
 
     Raises:
-        ValueError: there are no labels, or more.
+        ValueError: there are no labels, or more than `max_targets` in a row.
     """
     if labels is None:
         raise ValueError("max_targets needs labels.")
-    if not capturing() and (found := int((labels != IGNORED).sum(1).max())) > most:
-        raise ValueError(f"max_targets is {most}, and a query has {found} labels that count.")
+    if not capturing() and (found := int((labels != IGNORED).sum(1).max())) > max_targets:
+        raise ValueError(f"max_targets is {max_targets}, and a query has {found} labels that count.")
     output = backbone.base_model(**inputs)
     head = backbone.get_output_embeddings()
     once = None if any(parameter.requires_grad for parameter in head.parameters()) else PLAIN
     loss, correct = target_losses(
-        output.last_hidden_state, labels, most, output_head(backbone), head.weight.shape[0], once
+        output.last_hidden_state, labels, max_targets, output_head(backbone), head.weight.shape[0], once
     )
     return CausalLMOutputWithPast(loss=loss, past_key_values=output.get("past_key_values")), correct

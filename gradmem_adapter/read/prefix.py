@@ -10,23 +10,66 @@ from torch import Tensor
 from gradmem_adapter.utils.capture import capturing
 
 
+def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | None) -> Tensor:
+    """The memory that each query reads.
+
+    Args:
+        vectors (`Tensor`): `[S, m, d]`, the memory of S states.
+        queries (`int`): B, how many queries there are.
+        context_index (`Tensor`, *optional*): integers `[B]`, the state of each query, or `[B, k]`, the k states that it
+            reads side by side. Defaults to one state for all queries, or to one each in the same order.
+
+    Returns:
+        `Tensor`: `[B, m, d]`, or `[B, k m, d]` of states side by side.
+
+    Raises:
+        ValueError: an index fits no state, or the numbers of states and queries do not fit together.
+    """
+    if context_index is not None:
+        index = torch.as_tensor(context_index, device=vectors.device)
+        if index.shape[:1] != (queries,) or index.dim() > 2 or index.is_floating_point():
+            raise ValueError(
+                f"context_index must hold one integer per query ({queries}), or a row of them, got shape "
+                f"{tuple(index.shape)}."
+            )
+        if queries and not capturing() and (index.min() < 0 or index.max() >= len(vectors)):
+            raise ValueError(f"context_index must lie in 0 to {len(vectors) - 1}, got {index.tolist()}.")
+        return vectors[index] if index.dim() == 1 else vectors[index].flatten(1, 2)
+    if len(vectors) == queries:
+        return vectors
+    if len(vectors) == 1:
+        return vectors.expand(queries, -1, -1)
+    raise ValueError(
+        f"There are {queries} queries for {len(vectors)} memory states: pass one state for all, one per query, or "
+        "context_index with the state of each query."
+    )
+
+
 class Layout(NamedTuple):
     """Where prefix and query tokens go: `[padding; prefix; query]`, the prefix right before the first query token.
 
     Padding in between would push the memory out of sliding attention windows and, in models without position ids,
     away from the query.
+
+    Args:
+        length (`int`): T, the query's length.
+        source (`Tensor`, *optional*): `[B, P+T]`, for each place the index into `[prefix; query]` that fills it.
+            `None`: no query is padded on the left.
+        query (`Tensor`, *optional*): `[B, T]`, for each query token its place. `None`: the last T places.
     """
 
     length: int
-    """T, the query's."""
     source: Tensor | None = None
-    """[B, P+T], for each place the index into `[prefix; query]` that fills it; None: no padding on the left."""
     query: Tensor | None = None
-    """[B, T], for each query token its place."""
 
     @classmethod
     def of(cls, attention_mask: Tensor, prefix_length: int) -> Layout:
-        """Args: attention_mask [B, T], 1 where a query token counts."""
+        """The layout of queries with a mask.
+
+        Args:
+            attention_mask (`Tensor`): `[B, T]`, 1 where a query token counts.
+            prefix_length (`int`): P, the length of the prefix.
+        """
         length = attention_mask.shape[1]
         left = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
         if not capturing() and not (left > 0).any():
@@ -39,36 +82,47 @@ class Layout(NamedTuple):
         return cls(length, source, torch.where(tokens < left, tokens, tokens + prefix_length))
 
     def join(self, prefix: Tensor, query: Tensor) -> Tensor:
-        """[B, P, ...] and [B, T, ...] to [B, P+T, ...]."""
+        """`[B, P, ...]` and `[B, T, ...]` to `[B, P+T, ...]`, in the query's type and on its device."""
         joined = torch.cat([prefix.to(query), query], dim=1)
         if self.source is None:
             return joined
         return joined.gather(1, self.source.view(*self.source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
 
     def split(self, joined: Tensor) -> Tensor:
-        """The query's part of [B, P+T, V]: [B, T, V]."""
+        """The query's part of `[B, P+T, V]`: `[B, T, V]`."""
         if self.query is None:
             return joined[:, joined.shape[1] - self.length :]
         return joined.gather(1, self.query[..., None].expand(-1, -1, joined.shape[-1]))
 
 
 class ReadInputs(NamedTuple):
-    """What the backbone gets for `[prefix; query]`."""
+    """What the backbone is given for `[prefix; query]`.
+
+    Args:
+        layout (`Layout`): where prefix and query stand.
+        inputs_embeds (`Tensor`): `[B, P+T, d]`.
+        attention_mask (`Tensor`, *optional*): `[B, P+T]`. `None`: every place counts.
+    """
 
     layout: Layout
     inputs_embeds: Tensor
-    """[B, P+T, d]."""
     attention_mask: Tensor | None
-    """[B, P+T]; None: every place counts."""
 
     @property
     def position_ids(self) -> Tensor | None:
-        """[B, P+T]: counted from 0 at the first place that is not padding. None: as the backbone counts by itself."""
+        """`[B, P+T]`: counted from 0 at the first place that is not padding. `None`: as the backbone counts itself."""
         return None if self.attention_mask is None else (self.attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def read_inputs(prefix: Tensor, query_embeddings: Tensor, attention_mask: Tensor | None) -> ReadInputs:
-    """Put a prefix [B, P, d] before query embeddings [B, T, d] with their mask [B, T] (None: no padding)."""
+    """Put a prefix before queries.
+
+    Args:
+        prefix (`Tensor`): `[B, P, d]`.
+        query_embeddings (`Tensor`): `[B, T, d]`.
+        attention_mask (`Tensor`, *optional*): `[B, T]`, 1 where a query token counts, padding on either side. Defaults
+            to no padding.
+    """
     if attention_mask is None:
         layout = Layout(query_embeddings.shape[1])
         return ReadInputs(layout, layout.join(prefix, query_embeddings), None)

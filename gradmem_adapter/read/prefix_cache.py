@@ -9,47 +9,40 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
-from gradmem_adapter.read.generation import generation_option
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.fingerprint import versions, walk
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
-"""Per layer the keys and the values, [B, heads, P, head size] each."""
-
-# With these Transformers makes or takes a cache of its own, or returns something for every place of the prefix.
-_NEED_ANOTHER_CACHE = (
-    "past_key_values", "cache_implementation", "custom_generate", "position_ids", "output_attentions",
-    "output_hidden_states",
-)  # fmt: skip
+"""Per layer the keys and the values, `[B, heads, P, head size]` each."""
 
 
-def can_reuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    """Whether `generate` with these arguments may start from a prefix's keys and values without another result."""
-    if model.training or capturing() or not cast(Any, model)._supports_default_dynamic_cache():
-        return False
-    default = model.generation_config
-    options = [generation_option(name, kwargs, default) for name in _NEED_ANOTHER_CACHE]
-    if any(option is not None and option is not False for option in options):
-        return False
-    layers = DynamicCache(config=model.config).layers
-    return generation_option("use_cache", kwargs, default) is not False and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+def prefix_key(backbone: PreTrainedModel, adapter: str) -> Hashable:
+    """What the keys and values of a prefix depend on besides the memory: weights, LoRA scaling and autocast."""
+    scaling = tuple(
+        layer.scaling[adapter] for layer in walk(backbone) if isinstance(layer, LoraLayer) and adapter in layer.scaling
     )
+    device = backbone.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return adapter, versions(backbone), scaling, autocast
 
 
 class ReadCache(DynamicCache):
     """The KV cache of one `generate` on `[prefix; query]`: starts with the prefix, or copies it as it is computed."""
 
     def __init__(self, model: PreTrainedModel, prefix: Prefix | None, states: int, length: int, max_bytes: int) -> None:
-        """Start with `prefix`, or with nothing and a copy of the first `length` (P) positions to be made.
+        """Start with `prefix`, or with nothing and a copy of its positions to be made.
 
         Args:
-            states: B, how many memory states the rows of the first pass share, in order and evenly.
-            max_bytes: a larger prefix is not copied.
+            model (`PreTrainedModel`): whose layers the cache is for.
+            prefix (`Prefix`, *optional*): the keys and values to start with.
+            states (`int`): B, how many memory states the rows of the first pass share, in order and evenly.
+            length (`int`): P, the positions of the prefix.
+            max_bytes (`int`): a larger prefix is not copied.
         """
         super().__init__(config=model.config)
         self._states, self._length, self._max_bytes = states, length, max_bytes
@@ -110,6 +103,7 @@ class PrefixCache:
     """
 
     def __init__(self, max_bytes: int = 64 * 2**20) -> None:
+        """Args: max_bytes (`int`, *optional*, defaults to 64 MiB): see the property."""
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         # Reentrant: a state may be collected, and its entry with it, while this thread is inside.
         self._lock = threading.RLock()
@@ -176,3 +170,26 @@ class PrefixCache:
         with self._lock:
             while self._entries and self.nbytes > self._max_bytes:
                 self._entries.popitem(last=False)
+
+
+class KeptPrefix(NamedTuple):
+    """The place in a `PrefixCache` for the prefix of a state.
+
+    Args:
+        cache (`PrefixCache`): where prefixes are kept.
+        state (`MemoryState`): whose prefix it is, with one state for all rows or one each.
+        key (`Hashable`): what its keys and values depend on besides, see `prefix_key`.
+    """
+
+    cache: PrefixCache
+    state: MemoryState
+    key: Hashable
+
+    def start(self, backbone: PreTrainedModel, length: int) -> ReadCache:
+        """The KV cache for one `generate` behind the prefix of `length` (P) positions: with it, or ready to copy it."""
+        return ReadCache(backbone, self.cache.get(self.state, self.key), len(self.state), length, self.cache.max_bytes)
+
+    def keep(self, cache: ReadCache) -> None:
+        """Keep what was computed."""
+        if (computed := cache.take_prefix()) is not None:
+            self.cache.put(self.state, self.key, computed)

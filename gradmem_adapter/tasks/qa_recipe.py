@@ -14,11 +14,10 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gradmem_adapter.backbones import load_backbone
+from gradmem_adapter.backbones import check_end_token, load_backbone
 from gradmem_adapter.baselines import ForwardMemory, FullContext, MeanPooling, PrefixModel, TruncatedText
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.training.graphed_run import lr_share
-from gradmem_adapter.utils.checks import check_end_token
 
 from .babi import babi_rows
 from .babi_questions import EVERY_QUESTION, with_every_question

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmem_adapter.checkpoint import check_tensors
-from gradmem_adapter.model import GradMemOutput
+from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.utils.files import replacing
 
 from .errors import TrainingDiverged

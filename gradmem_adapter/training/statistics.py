@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradmem_adapter.model import GradMemOutput
 from gradmem_adapter.ops.cross_entropy import IGNORED
+from gradmem_adapter.outputs import GradMemOutput
 
 FOR_GENERATION = ("query_input_ids", "query_attention_mask", "targets")
 """What a batch holds beside the arguments of the model."""

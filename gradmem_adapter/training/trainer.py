@@ -21,7 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from gradmem_adapter.checkpoint import load_weights, save_beside
 from gradmem_adapter.config import GradMemConfig
-from gradmem_adapter.model import GradMemModel, GradMemOutput
+from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.state import MemoryState
 
 from .arguments import GradMemTrainingArguments, with_defaults

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradmem_adapter.lora import write_phase
 from gradmem_adapter.ops.padding import append, part_means
-from gradmem_adapter.utils.checks import checkpointing
+from gradmem_adapter.utils.backbone import uses_checkpointing
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
@@ -26,7 +26,7 @@ def start_memory(writer: Writer, context: Context) -> Tensor:
     slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
     if not writer.config.start_from_context:
         return slots
-    if writer.config.lora_phase != "both" and torch.is_grad_enabled() and checkpointing(writer.backbone):
+    if writer.config.lora_phase != "both" and torch.is_grad_enabled() and uses_checkpointing(writer.backbone):
         # What the outer backward pass computes again is READ, and there is no hook to say otherwise.
         raise NotImplementedError(
             "start_from_context cannot be trained with gradient checkpointing and a LoRA of one phase together: "

@@ -1,0 +1,92 @@
+"""READ as a forward pass: loss and logits of queries behind their memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradmem_adapter.ops.cross_entropy import IGNORED
+from gradmem_adapter.outputs import GradMemOutput
+from gradmem_adapter.read.loss import forward_at_targets
+from gradmem_adapter.read.prefix import read_inputs
+from gradmem_adapter.utils.tokens import check_tokens
+
+
+def query_embeddings(
+    backbone: PreTrainedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    """The embeddings `[B, T, d]` of queries that are given as token ids `[B, T]` or as embeddings.
+
+    Raises:
+        TypeError, ValueError: neither or both are given, or the ids are none of the model's.
+    """
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    if input_ids is None or inputs_embeds is not None:
+        raise ValueError("Pass the query as input_ids or as inputs_embeds, one of the two.")
+    check_tokens("input_ids", input_ids, attention_mask, backbone)
+    return backbone.get_input_embeddings()(input_ids)
+
+
+def check_forward_options(options: dict[str, Any]) -> None:
+    """Raise `ValueError` for arguments of the backbone's forward that the memory decides."""
+    for name in ("past_key_values", "position_ids"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} cannot be combined with memory in forward(): positions follow from the prefix and the "
+                "mask. Use generate(), which takes caches, or give prefix_embeddings(state) to the backbone."
+            )
+
+
+def forward_with_memory(
+    backbone: PreTrainedModel,
+    prefix: Tensor,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    max_targets: int | None,
+    **options: Any,
+) -> GradMemOutput:
+    """The backbone on `[prefix; query]`, and of its output what belongs to the query.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        prefix (`Tensor`): `[B, P, d]`, what stands before each query.
+        query (`Tensor`): `[B, T, d]`, the queries' embeddings.
+        attention_mask (`Tensor`, *optional*): `[B, T]`, padding on either side.
+        labels (`Tensor`, *optional*): `[B, T]`, -100 where no loss counts. The first query token is predicted from the
+            prefix.
+        max_targets (`int`, *optional*): of a query at most so many labels count; logits are computed for them alone.
+        options: what else the backbone's forward takes.
+
+    Returns:
+        `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]`, and `correct` with `max_targets`.
+    """
+    read = read_inputs(prefix, query, attention_mask)
+    if labels is not None:
+        labels = read.layout.join(labels.new_full(prefix.shape[:2], IGNORED), labels)
+    inputs = {
+        "inputs_embeds": read.inputs_embeds,
+        "attention_mask": read.attention_mask,
+        "position_ids": read.position_ids,
+        **options,
+        "return_dict": True,
+    }
+    if max_targets is None:
+        output, correct = backbone(labels=labels, **inputs), None
+    else:
+        output, correct = forward_at_targets(backbone, labels, max_targets, **inputs)
+    logits = output.logits  # None from a fused loss (Liger's) and from forward_at_targets
+    if logits is not None and not options.get("logits_to_keep"):
+        logits = read.layout.split(logits)
+    return GradMemOutput(
+        loss=output.loss,
+        logits=logits,
+        past_key_values=output.get("past_key_values"),
+        hidden_states=output.get("hidden_states"),
+        attentions=output.get("attentions"),
+        target_loss=output.loss,
+        correct=correct,
+    )

@@ -1,0 +1,43 @@
+"""Whether token ids are the model's."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradmem_adapter.utils.capture import capturing
+
+
+def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, backbone: PreTrainedModel) -> None:
+    """Raise unless token ids are of the model and their mask fits.
+
+    Args:
+        name (`str`): what the caller named the ids, for messages.
+        input_ids (`Tensor`): integers `[B, N]`.
+        attention_mask (`Tensor`, *optional*): `[B, N]`.
+        backbone (`PreTrainedModel`): the model, whose embeddings say which ids there are.
+
+    Raises:
+        TypeError: `input_ids` is no tensor of integers.
+        ValueError: a shape or an id does not fit.
+    """
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"{name} must be a tensor of token ids [batch, length], got {type(input_ids).__name__}.")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer token ids, got {input_ids.dtype}.")
+    if input_ids.dim() != 2:
+        raise ValueError(f"{name} must have shape [batch, length], got {tuple(input_ids.shape)}.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"{name} {tuple(input_ids.shape)} and its attention mask {tuple(attention_mask.shape)} have different "
+            "shapes; pass both as the tokenizer returned them."
+        )
+    vocabulary = cast(Tensor, backbone.get_input_embeddings().weight).shape[0]
+    if not capturing() and input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= vocabulary):
+        raise ValueError(
+            f"{name} holds token ids from {int(input_ids.min())} to {int(input_ids.max())}; the model knows 0 to "
+            f"{vocabulary - 1}. Is the tokenizer the model's own?"
+        )
