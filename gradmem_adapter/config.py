@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-WRITE_OPTIMIZERS = ("sgd", "adam")
-META_GRADIENTS = ("exact", "finite_difference", "first_order", "none")
+WRITE_OPTIMIZERS: list[str] = []
+"""The names that `write_optimizer` may have; `write.optimizers.register_optimizer` adds to them."""
+META_GRADIENTS: list[str] = ["none"]
+"""The names that `meta_gradient` may have; `meta_gradients.register_strategy` adds to them."""
 MEMORY_PROJECTIONS = ("none", "shared")
 LORA_PHASES = ("both", "write", "read")
 MEMORY_INITS = ("normal", "vocab")

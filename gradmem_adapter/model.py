@@ -284,7 +284,7 @@ class GradMemModel(BaseTuner):
         if lr is not None and not 0 < lr < float("inf"):
             raise ValueError(f"lr must be a finite positive number, got {lr!r}.")
         if optimizer is not None and optimizer not in WRITE_OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {WRITE_OPTIMIZERS}, got {optimizer!r}.")
+            raise ValueError(f"optimizer must be one of {tuple(WRITE_OPTIMIZERS)}, got {optimizer!r}.")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be at least 0 and less than 1, got {tolerance!r}.")
         if not last_loss and tolerance is not None:
@@ -582,6 +582,6 @@ class GradMemModel(BaseTuner):
             raise ValueError(f"There are {len(context.input_ids)} contexts for {len(vectors)} states; pass one each.")
         greedy = self.reconstruct(memory, context.input_ids.shape[1], strict=strict)
         same = ((greedy == context.input_ids) & context.mask).sum(1) / context.lengths
-        _, recovered = self._writer().losses(vectors, context, first=True)
+        _, recovered = self._writer().losses(vectors, context, recovered=True)
         assert recovered is not None  # for the type checker
         return Fidelity(greedy=same, teacher_forced=recovered)

@@ -299,13 +299,13 @@ def test_tolerance_stops_each_sample_by_itself_at_its_best():
 def test_first_choices_are_counted_only_when_asked_for(monkeypatch):
     model, context, counted = make(), tokens(2, 9), []
 
-    count = gradmem_adapter.ops.cross_entropy.first_choices
+    count = gradmem_adapter.ops.cross_entropy.correct_tokens
 
     def counting(*args):
         counted.append(args)
         return count(*args)
 
-    monkeypatch.setattr(gradmem_adapter.ops.cross_entropy, "first_choices", counting)
+    monkeypatch.setattr(gradmem_adapter.ops.cross_entropy, "correct_tokens", counting)
     plain = model.write(context)
     assert not counted
     watched = model.write(context, callback=lambda progress: None)

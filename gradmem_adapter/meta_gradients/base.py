@@ -1,64 +1,122 @@
-"""What a meta-gradient strategy is: how outer gradients cross one write step."""
+"""What a meta-gradient strategy is: how outer gradients cross one write step.
+
+A write step (design, section 5; GradMem, arXiv 2603.13875) takes the memory M with the write gradient g to
+
+    M' = M - a g(M, w),    g(M, w) = grad_M L_w(M; C),
+
+w being the trained weights that WRITE runs through. Given the outer gradient v = dL_out/dM', the backward pass needs
+
+    for M:  v - a (dg/dM)^T v        for w:  - a (dg/dw)^T v        for a:  - <v, g>
+
+and a strategy says what becomes of the second-order terms (dg/dM)^T v and (dg/dw)^T v.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers import PreTrainedModel
 
+from gradmem_adapter.config import META_GRADIENTS
+from gradmem_adapter.meta_gradients.replay import Replay
+from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 from gradmem_adapter.write.optimizers import WriteState, write_step
 
+Gradients: TypeAlias = Sequence[Tensor | None]
+"""Outer gradients, `None` for zero."""
+
 
 @dataclass
 class Step:
-    """A write step as it was taken: what a strategy needs to pull outer gradients back through it."""
+    """A write step as it was taken: what a strategy needs to pull outer gradients back through it.
+
+    Args:
+        writer (`Writer`): the model that the write loss is taken from.
+        context (`Context`): B contexts.
+        state (`WriteState`): what the step started from, leaves of this step's own graph.
+        lr (`Tensor`): a scalar or `[m, d]`, the write learning rate.
+        gradient (`Tensor`): `[B, m, d]`, the write gradient g of the forward pass, before clipping.
+        weights (`Sequence[Tensor]`): w, the trained weights.
+        replay (`Replay`): runs a computation under the autocast and random state of the forward pass.
+    """
 
     writer: Writer
     context: Context
     state: WriteState
-    """The state before the step, leaves of this step's own graph."""
     lr: Tensor
     gradient: Tensor
-    """The write gradient [B, m, d] of the forward pass, before clipping."""
     weights: Sequence[Tensor]
     replay: Replay
 
     def update(self, gradient: Tensor) -> list[Tensor]:
-        """The memory after the step, and Adam's two averages."""
-        return list(write_step(self.writer, self.state, gradient, self.lr)[:3])
+        """The memory after the step, and what the write optimizer carries on, with a write gradient `[B, m, d]`."""
+        return write_step(self.writer, self.state, gradient, self.lr).tensors
 
     @property
-    def numbers(self) -> list[Tensor]:
-        """What the update reads beside the gradient: memory, Adam's two averages, the learning rate."""
-        return [*self.state[:3], self.lr]
+    def inputs(self) -> list[Tensor]:
+        """What `update` reads beside the gradient: the memory, what the write optimizer carries, the learning rate."""
+        return [*self.state.tensors, self.lr]
 
 
-Gradients: TypeAlias = Sequence[Tensor | None]
-"""Outer gradients, None for zero."""
-
-
-class MetaGradient(Protocol):
+class MetaGradient(ABC):
     """How outer gradients cross a write step."""
 
+    def check(self, backbone: PreTrainedModel) -> None:  # noqa: B027 - most work with any backbone
+        """Raise `NotImplementedError` where the strategy cannot work with this backbone; called before WRITE."""
+
+    @abstractmethod
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
-        """The outer gradients for `[*step.numbers, *step.weights]`.
+        """Pull outer gradients back through a write step.
 
         Args:
-            step: the step, inside WRITE and under the random state that it was taken with.
-            after: the outer gradient v for the memory after the step, and for Adam's two averages.
-            losses: [B], the outer gradient for the write losses before the step; None is zero.
+            step (`Step`): the step, inside WRITE and under the random state that it was taken with.
+            after (`Gradients`): the outer gradients for `step.update(...)`: v for the memory after the step, and those
+                for what the write optimizer carries on.
+            losses (`Tensor`, *optional*): `[B]`, the outer gradient for the write losses before the step. `None`: zero.
+
+        Returns:
+            `Gradients`: the outer gradients for `[*step.inputs, *step.weights]`.
         """
 
 
-def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Gradients) -> Gradients:
-    """The gradients of those outputs that have one, for the inputs."""
+STRATEGIES: dict[str, MetaGradient] = {}
+"""The strategies by the names that `GradMemConfig.meta_gradient` has for them."""
+
+
+def register_strategy(name: str, strategy: MetaGradient) -> None:
+    """Make a strategy known, so that `GradMemConfig(meta_gradient=name)` trains with it.
+
+    Args:
+        name (`str`): not taken yet.
+        strategy (`MetaGradient`): what pulls outer gradients back; it is shared by all models and keeps no state.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in META_GRADIENTS:
+        raise ValueError(f"There is a meta-gradient strategy {name!r} already; choose another name.")
+    META_GRADIENTS.append(name)  # the configuration, which imports nothing of the package, checks names alone
+    STRATEGIES[name] = strategy
+
+
+def vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Gradients) -> Gradients:
+    """The vector-Jacobian product: the outer gradients for inputs from those of outputs.
+
+    Args:
+        outputs (`Sequence`): functions of the inputs; `None` or without a graph count for nothing.
+        inputs (`Sequence[Tensor]`): what to find gradients for.
+        cotangents (`Gradients`): the outer gradient of each output.
+
+    Returns:
+        `Gradients`: one for each input.
+    """
     pairs = [
         (output, cotangent)
         for output, cotangent in zip(outputs, cotangents, strict=True)
@@ -71,41 +129,11 @@ def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents:
     )
 
 
-def _add(first: Gradients, second: Gradients) -> Gradients:
+def add(first: Gradients, second: Gradients) -> Gradients:
+    """The sum of two lists of gradients, one by one."""
     return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]
 
 
-class Replay:
-    """Runs a computation again under the autocast and random state of the first time (dropout draws the same mask)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        # A CUDA graph has no random state that could be read while it is captured.
-        self.fixed = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self.state = None if self.fixed else self._random_state()
-        self.drew = False
-        """Whether the first time drew random numbers."""
-
-    def _random_state(self) -> tuple[Tensor, list[int], list[Tensor]]:
-        return torch.get_rng_state(), *get_device_states(torch.empty(0, device=self.device))
-
-    def end(self) -> None:
-        """The first time is over."""
-        if self.state is not None:
-            now = self._random_state()
-            pairs = [(self.state[0], now[0]), *zip(self.state[2], now[2], strict=True)]
-            self.drew = not all(torch.equal(before, after) for before, after in pairs)
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        enabled, dtype = self.autocast
-        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-            if self.state is None:
-                yield
-                return
-            cpu, devices, states = self.state
-            with torch.random.fork_rng(devices, device_type=self.device.type) if devices else torch.random.fork_rng([]):
-                torch.set_rng_state(cpu)
-                set_device_states(devices, states, device_type=self.device.type)
-                yield
+def differentiated_once(writer: Writer) -> Writer:
+    """The writer for write losses that are differentiated once, for memory and weights."""
+    return writer if writer.trains_head else replace(writer, fused=FUSED)

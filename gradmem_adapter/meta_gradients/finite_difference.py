@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from gradmem_adapter.meta_gradients.base import Gradients, Step, _add, _vjp
-from gradmem_adapter.ops.cross_entropy import PLAIN
+from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step, add, differentiated_once, vjp
 from gradmem_adapter.write.context import Context
-from gradmem_adapter.write.loss import Writer
 
 RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """The finite difference's step by the type that the backbone computes in; measured in docs/meta_gradient.md."""
 
 
-class FiniteDifference:
+class FiniteDifference(MetaGradient):
     """Second order from first-order passes alone: works with fused attention, compiled models, checkpointing.
 
     With u = (dM'/dg)^T v, and because a Hessian is symmetric, (dg/d(M, w))^T u is the derivative of the ordinary
-    gradient of L_w along u. For each sample by itself that is
+    gradient of L_w along u (design, section 5). For each sample by itself that is
 
         [grad_{M,w} L_w(M + t u, w) - grad_{M,w} L_w(M - t u, w)] / 2t
 
@@ -31,31 +27,31 @@ class FiniteDifference:
 
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
         memory, gradient = step.state.memory.detach(), step.gradient.requires_grad_()
-        *numbers, u = _vjp(step.update(gradient), [*step.numbers, gradient], after)
+        *inputs, u = vjp(step.update(gradient), [*step.inputs, gradient], after)
         u = torch.zeros_like(memory) if u is None else u
         half = memory.new_zeros(len(memory)) if losses is None else losses / 2
 
         floor = step.writer.config.memory_init_std  # a memory of zeros has no scale of its own
         lengths = torch.linalg.vector_norm(memory, dim=2).clamp(min=floor)
-        speed = (torch.linalg.vector_norm(u, dim=2) / lengths).amax(dim=1)
-        t = self._relative_step(step) / speed
+        furthest = (torch.linalg.vector_norm(u, dim=2) / lengths).amax(dim=1)
+        t = self._relative_step(step) / furthest
         # Without an outer gradient there is no direction: both sides are M then, and weigh nothing.
-        offset = t.masked_fill(speed == 0, 0)[:, None, None] * u
-        slope = 1 / (2 * t)
+        offset = t.masked_fill(furthest == 0, 0)[:, None, None] * u
+        weight = 1 / (2 * t)
 
-        found = torch.zeros_like(memory)
-        weights: Gradients = [None] * len(step.weights)
+        of_memory = torch.zeros_like(memory)
+        of_weights: Gradients = [None] * len(step.weights)
         for rows, signs in self._passes(step):
             side, *more = self._loss_gradients(
                 step,
                 torch.cat([memory[rows] + sign * offset[rows] for sign in signs]),
                 Context(*(torch.cat([part[rows]] * len(signs)) for part in step.context)),
-                torch.cat([half[rows] + sign * slope[rows] for sign in signs]),
+                torch.cat([half[rows] + sign * weight[rows] for sign in signs]),
             )
             if side is not None:
-                found[rows] += side.unflatten(0, (len(signs), -1)).sum(0)
-            weights = _add(weights, more)
-        return [*_add(numbers, [found, None, None, None]), *weights]
+                of_memory[rows] += side.unflatten(0, (len(signs), -1)).sum(0)
+            of_weights = add(of_weights, more)
+        return [*add(inputs, [of_memory, *[None] * (len(inputs) - 1)]), *of_weights]
 
     @staticmethod
     def _relative_step(step: Step) -> float:
@@ -82,10 +78,5 @@ class FiniteDifference:
         """Ordinary gradients of sum_b cotangent_b L_w(M_b), for the memory and for the weights."""
         memory = memory.requires_grad_()
         with step.replay():
-            losses, _ = differentiable_once(step.writer).losses(memory, context)
-            return _vjp([losses], [memory, *step.weights], [cotangent])
-
-
-def differentiable_once(writer: Writer) -> Writer:
-    """The writer for losses that are differentiated once, for memory and weights."""
-    return writer if writer.trains_head else replace(writer, once=PLAIN)
+            losses, _ = differentiated_once(step.writer).losses(memory, context)
+            return vjp([losses], [memory, *step.weights], [cotangent])

@@ -10,22 +10,14 @@ import torch
 from torch import Tensor
 
 from gradmem_adapter.lora import backward_in_write
-from gradmem_adapter.meta_gradients.base import MetaGradient, Replay, Step
-from gradmem_adapter.meta_gradients.exact import Exact
-from gradmem_adapter.meta_gradients.finite_difference import FiniteDifference, differentiable_once
-from gradmem_adapter.meta_gradients.first_order import FirstOrder
-from gradmem_adapter.ops.attention import require_double_backward
-from gradmem_adapter.ops.cross_entropy import PLAIN
+from gradmem_adapter.meta_gradients import STRATEGIES
+from gradmem_adapter.meta_gradients.base import MetaGradient, Step, differentiated_once
+from gradmem_adapter.meta_gradients.replay import Replay
+from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import warn_diverged, write_memory
 from gradmem_adapter.write.loss import Writer, write_gradient
 from gradmem_adapter.write.optimizers import WriteState, rate_at, write_step
-
-STRATEGIES: dict[str, MetaGradient] = {
-    "exact": Exact(),
-    "finite_difference": FiniteDifference(),
-    "first_order": FirstOrder(),
-}
 
 
 class _WriteStep(torch.autograd.Function):
@@ -34,46 +26,50 @@ class _WriteStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, strategy: MetaGradient, writer: Writer, context: Context, step: int, *inputs: Tensor
+        ctx: Any, strategy: MetaGradient, writer: Writer, context: Context, buffers: int, step: int, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        memory, mean, square, lr, *weights = inputs
+        """`inputs` are the memory, the write optimizer's buffers, the learning rate and the trained weights."""
+        memory, *carried = inputs[: 1 + buffers]
+        lr = inputs[1 + buffers]
         ctx.set_materialize_grads(False)
-        ctx.strategy, ctx.writer, ctx.context, ctx.step = strategy, writer, context, step
+        ctx.strategy, ctx.writer, ctx.context, ctx.buffers, ctx.step = strategy, writer, context, buffers, step
         ctx.replay = Replay(memory.device)
         with torch.enable_grad():
-            once = replace(writer, once=PLAIN)  # for the memory alone
-            gradient, losses, _ = write_gradient(once, memory.detach().requires_grad_(), context)
+            fused = replace(writer, fused=FUSED)  # for the memory alone
+            gradient, losses, _ = write_gradient(fused, memory.detach().requires_grad_(), context)
         ctx.replay.end()
-        state = write_step(writer, WriteState(memory, mean, square, step), gradient, lr)
-        ctx.save_for_backward(memory, mean, square, lr, gradient, *weights)
-        return state.memory, state.mean, state.square, losses.detach()
+        state = write_step(writer, WriteState(memory, tuple(carried), step), gradient, lr)
+        ctx.save_for_backward(gradient, *inputs)
+        return losses.detach(), *state.tensors
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, gradient = ctx.saved_tensors[:5]
-        memory, mean, square, lr = (tensor.detach().requires_grad_() for tensor in tensors)
-        state = WriteState(memory, mean, square, ctx.step)
-        step = Step(ctx.writer, ctx.context, state, lr, gradient.detach(), ctx.saved_tensors[5:], ctx.replay)
+    def backward(ctx: Any, losses: Tensor | None, *after: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient, *inputs = ctx.saved_tensors
+        *tensors, lr = (tensor.detach().requires_grad_() for tensor in inputs[: 2 + ctx.buffers])
+        state = WriteState(tensors[0], tuple(tensors[1:]), ctx.step)
+        weights = inputs[2 + ctx.buffers :]
+        step = Step(ctx.writer, ctx.context, state, lr, gradient.detach(), weights, ctx.replay)
         # In this thread and inside WRITE throughout, also where a backward pass computes layers again.
         with ctx.replay(), torch.enable_grad(), backward_in_write():
-            return None, None, None, None, *ctx.strategy.pullback(step, cotangents[:3], cotangents[3])
+            return *[None] * 5, *ctx.strategy.pullback(step, after, losses)
 
 
 def differentiable_write(
     writer: Writer, memory: Tensor, context: Context, *, steps: int, lrs: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """WRITE on the tape: `steps` write steps that the outer loss is differentiated through.
+    """WRITE on the tape: write steps that the outer loss is differentiated through.
 
     Args:
-        memory: [B, m, d], the memory slots for each sample.
-        context: B contexts.
-        steps: K, from 0.
-        lrs: [n] or [n, m, d], the write learning rates of the first n steps; later ones use the last.
-        weights: the trained parameters that WRITE runs through.
+        writer (`Writer`): the model, and the configuration that names the strategy.
+        memory (`Tensor`): `[B, m, d]`, where each sample starts.
+        context (`Context`): B contexts.
+        steps (`int`): K, from 0.
+        lrs (`Tensor`): `[n]` or `[n, m, d]`, the write learning rates of the first n steps; later ones use the last.
+        weights (`Sequence[Tensor]`): the trained parameters that WRITE runs through.
 
     Returns:
-        memory [B, m, d] and losses [B, K], before each step; or [B, 1], that of the memory WRITE starts from,
-        where it starts from the context, K=0 and there is a reconstruction weight.
+        The memory `[B, m, d]` and write losses `[B, K]`, before each step; or `[B, 1]`, that of the memory WRITE starts
+        from, where it starts from the context, K=0 and there is a reconstruction weight.
     """
     config = writer.config
     start_recites = not steps and config.reconstruction_weight > 0 and config.start_from_context
@@ -84,16 +80,17 @@ def differentiable_write(
         )
         warn_diverged(diverged)
         return constant, history if start_recites else history[:, :-1]
-    if config.meta_gradient == "exact":
-        require_double_backward(writer.backbone)
+    chosen = STRATEGIES[config.meta_gradient]
+    chosen.check(writer.backbone)
     first_order_steps = 0 if config.second_order_steps is None else steps - config.second_order_steps
     rates = lrs.unbind()
-    state, losses = WriteState.start(memory), []
+    state, losses = WriteState.start(memory, config.write_optimizer), []
     for k in range(steps):
-        strategy = STRATEGIES["first_order" if k < first_order_steps else config.meta_gradient]
-        *tensors, before = _WriteStep.apply(strategy, writer, context, k, *state[:3], rate_at(rates, k), *weights)
-        state = WriteState(tensors[0], tensors[1], tensors[2], k + 1)
+        strategy = STRATEGIES["first_order"] if k < first_order_steps else chosen
+        inputs = [*state.tensors, rate_at(rates, k), *weights]
+        before, after, *buffers = _WriteStep.apply(strategy, writer, context, len(state.buffers), k, *inputs)
+        state = WriteState(after, tuple(buffers), k + 1)
         losses.append(before)
     if start_recites:
-        losses.append(differentiable_once(writer).losses(memory, context)[0])
+        losses.append(differentiated_once(writer).losses(memory, context)[0])
     return state.memory, torch.stack(losses, dim=1) if losses else memory.new_zeros(len(memory), 0)

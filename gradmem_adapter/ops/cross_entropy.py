@@ -17,139 +17,132 @@ MAX_LOGITS_IN_CACHE = 3 * 2**21
 """The same on a CPU where nothing is computed twice (24 MiB): less is given the same memory again and again."""
 
 Head: TypeAlias = Callable[[Tensor], Tensor]
-"""Hidden states [B, n, h] to logits [B, n, V]."""
+"""Hidden states `[B, n, h]` to logits `[B, n, V]`."""
 IGNORED = -100
 """The label of a token that no loss counts, as in Transformers."""
 
 
-class Once(NamedTuple):
-    """Cross entropy for hidden states that are differentiated at most once, by a head that is not.
+class FusedCrossEntropy(NamedTuple):
+    """Cross entropy that finds its gradient on the way forward, while the logits are there (as Liger's fused linear
+    cross entropy does): for hidden states that are differentiated at most once, by a head that is not.
 
-    Both take logits [B, n, V], targets [B, n], a mask [B, n], True where a target counts, and whether first choices are
-    wanted.
+    Both functions take logits `[B, n, V]`, targets `[B, n]`, a mask `[B, n]` (True where a target counts) and whether
+    to count the targets that are first choices.
+
+    Args:
+        nll (`Callable`): to negative log-likelihoods `[B]` and counts `[B]` (or `None`).
+        nll_and_gradient (`Callable`): the same, and the derivative for the logits: softmax minus one at the target.
     """
 
-    losses: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-    """Losses [B] and first choices [B]."""
-    losses_and_slope: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None, Tensor]]
-    """The same, and the losses' derivative for the logits: softmax minus one at the target."""
+    nll: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+    nll_and_gradient: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None, Tensor]]
 
     @classmethod
-    def compiled(cls) -> Once:
+    def compiled(cls) -> FusedCrossEntropy:
         """For a GPU, where operations on logits are bound by how often these are read and written."""
-        return cls(torch.compile(losses, dynamic=True), torch.compile(_fusable_losses_and_slope, dynamic=True))
+        return cls(
+            torch.compile(nll_of_logits, dynamic=True), torch.compile(_compilable_nll_and_gradient, dynamic=True)
+        )
 
 
-def token_losses(
-    hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, vocabulary: int, once: Once | None, first: bool = True
+def sequence_nll(
+    hidden: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    head: Head,
+    vocabulary: int,
+    fused: FusedCrossEntropy | None = None,
+    count_correct: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross entropy summed over each sample's tokens, and how many tokens are the first choice.
+    """The negative log-likelihood of each sequence, summed over its tokens, and how many tokens are first choices.
 
     Args:
-        hidden: [B, N, h], the states that predict the targets.
-        targets: [B, N]; mask: [B, N], True where a target counts.
-        vocabulary: V, the number of logits of a position.
-        once: `hidden` is differentiated once and the head is not, so that the gradient is computed while the logits are
-            there. None: everything may be differentiated, any number of times, and the logits are computed again in
-            the backward pass.
-        first: count the first choices, which reads all logits once more.
+        hidden (`Tensor`): `[B, N, h]`, the states that predict the targets.
+        targets (`Tensor`): `[B, N]`, token ids.
+        mask (`Tensor`): booleans `[B, N]`, True where a target counts.
+        head (`Callable`): from hidden states to logits.
+        vocabulary (`int`): V, the number of logits of a position.
+        fused (`FusedCrossEntropy`, *optional*): given where `hidden` is differentiated at most once and the head is
+            not. `None`: everything may be differentiated, any number of times, and the logits are computed again in the
+            backward pass.
+        count_correct (`bool`, *optional*, defaults to `True`): count the tokens that have the largest logit, which
+            reads all logits once more.
 
     Returns:
-        losses [B] and first choices [B], or None.
+        Negative log-likelihoods `[B]`, and counts `[B]` or `None`.
     """
     grad = torch.is_grad_enabled()
-    in_cache = hidden.device.type == "cpu" and (once or not grad)
+    in_cache = hidden.device.type == "cpu" and (fused or not grad)
     limit = min(MAX_LOGITS, MAX_LOGITS_IN_CACHE) if in_cache else MAX_LOGITS
     size = max(1, limit // (len(hidden) * vocabulary))
-    if once and grad:
-        return _OnceDifferentiable.apply(hidden, targets, mask, head, once, size, first)
-    pieces = _split(hidden, targets, mask, size)
-    of_logits = once.losses if once else losses
+    if fused and grad:
+        return _GradientInForward.apply(hidden, targets, mask, head, fused, size, count_correct)
+    chunks = _chunks(hidden, targets, mask, size)
+    of_logits = fused.nll if fused else nll_of_logits
 
-    def piece_losses(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        return of_logits(head(hidden), targets, mask, first)
+    def chunk_nll(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        return of_logits(head(hidden), targets, mask, count_correct)
 
     if size >= hidden.shape[1] or not grad:
-        sums = [piece_losses(*piece) for piece in pieces]
+        sums = [chunk_nll(*chunk) for chunk in chunks]
     else:
-        sums = [checkpoint(piece_losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-    nll, hits = zip(*sums, strict=True)
-    return torch.stack(nll).sum(0), torch.stack(hits).sum(0) if first else None
+        sums = [checkpoint(chunk_nll, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    nll, correct = zip(*sums, strict=True)
+    return torch.stack(nll).sum(0), torch.stack(correct).sum(0) if count_correct else None
 
 
-def target_losses(
-    hidden: Tensor, labels: Tensor, most: int, head: Head, vocabulary: int, once: Once | None
-) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of the tokens with a label, and for each row whether all of them are the first choice.
-
-    Of a query and its target most positions have no label: the head sees only those that have one.
-
-    Args:
-        hidden: [B, T, h], the last hidden states; the one before a token predicts it.
-        labels: [B, T], `IGNORED` where no loss counts.
-        most: of a row, at most so many labels count.
-
-    Returns:
-        a scalar and [B].
-    """
-    counts = labels != IGNORED
-    places = counts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    mask, targets = counts.gather(1, places), labels.gather(1, places).clamp(min=0)
-    before = (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
-    nll, hits = token_losses(hidden.gather(1, before), targets, mask, head, vocabulary, once)
-    assert hits is not None  # for the type checker
-    return nll.sum() / mask.sum(), hits == mask.sum(1)
+def _chunks(hidden: Tensor, targets: Tensor, mask: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    count = max(1, -(-hidden.shape[1] // size))  # of about one length: a short last chunk takes nearly as long
+    parts = (part.chunk(count, 1) for part in (hidden, targets, mask))
+    return ((chunk.contiguous(), target, counts) for chunk, target, counts in zip(*parts, strict=True))
 
 
-def _split(hidden: Tensor, targets: Tensor, mask: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    pieces = max(1, -(-hidden.shape[1] // size))  # of about one length: a short last piece takes nearly as long
-    parts = (part.chunk(pieces, 1) for part in (hidden, targets, mask))
-    return ((piece.contiguous(), target, counts) for piece, target, counts in zip(*parts, strict=True))
-
-
-def losses(logits: Tensor, targets: Tensor, mask: Tensor, first: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Losses [B] and first choices [B] of logits [B, n, V]; may be differentiated any number of times."""
+def nll_of_logits(
+    logits: Tensor, targets: Tensor, mask: Tensor, count_correct: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """`FusedCrossEntropy.nll` that may be differentiated any number of times."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    return nll.masked_fill(~mask, 0).sum(-1), first_choices(logits, targets, mask) if first else None
+    return nll.masked_fill(~mask, 0).sum(-1), correct_tokens(logits, targets, mask) if count_correct else None
 
 
-def first_choices(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """How many targets of each sample [B] have the largest of their logits [B, n, V]."""
+def correct_tokens(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """How many targets of each sample `[B]` are first choices: have the largest of their logits `[B, n, V]`."""
     return ((logits.detach().argmax(-1) == targets) & mask).sum(-1)
 
 
-def losses_and_slope(
-    logits: Tensor, targets: Tensor, mask: Tensor, first: bool = True
+def nll_and_gradient(
+    logits: Tensor, targets: Tensor, mask: Tensor, count_correct: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`Once.losses_and_slope`, in place as far as that goes."""
+    """`FusedCrossEntropy.nll_and_gradient`, in place as far as that goes."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=wide)
     nll = -log_probabilities.gather(-1, targets[..., None])[..., 0].masked_fill(~mask, 0).sum(-1)
-    hits = first_choices(logits, targets, mask) if first else None
-    slope = log_probabilities.exp_().scatter_add_(
+    correct = correct_tokens(logits, targets, mask) if count_correct else None
+    gradient = log_probabilities.exp_().scatter_add_(
         -1, targets[..., None], -torch.ones_like(targets, dtype=wide)[..., None]
     )
-    return nll, hits, (slope * mask[..., None]).to(logits.dtype)
+    return nll, correct, (gradient * mask[..., None]).to(logits.dtype)
 
 
-def _fusable_losses_and_slope(
-    logits: Tensor, targets: Tensor, mask: Tensor, first: bool = True
+def _compilable_nll_and_gradient(
+    logits: Tensor, targets: Tensor, mask: Tensor, count_correct: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The same without a scatter, which a compiler cannot fuse: compiled, nothing of the logits' size is written but
-    the slope; not compiled, it would be slower."""
+    the gradient; not compiled, it would be slower."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     normaliser = wide.logsumexp(-1, keepdim=True)
     nll = (normaliser - wide.gather(-1, targets[..., None]))[..., 0].masked_fill(~mask, 0).sum(-1)
-    hits = first_choices(logits, targets, mask) if first else None
+    correct = correct_tokens(logits, targets, mask) if count_correct else None
     at_target = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
-    return nll, hits, (((wide - normaliser).exp() - at_target) * mask[..., None]).to(logits.dtype)
+    return nll, correct, (((wide - normaliser).exp() - at_target) * mask[..., None]).to(logits.dtype)
 
 
-PLAIN = Once(losses, losses_and_slope)
+FUSED = FusedCrossEntropy(nll_of_logits, nll_and_gradient)
+"""`FusedCrossEntropy` in plain PyTorch."""
 
 
-class _OnceDifferentiable(torch.autograd.Function):
+class _GradientInForward(torch.autograd.Function):
     """The gradient of each sample's loss for its hidden states, found on the way forward.
 
     Samples do not interact, so the backward pass has but to scale each sample's gradient.
@@ -157,20 +150,27 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, mask: Tensor, head: Head, once: Once, size: int, first: bool
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        head: Head,
+        fused: FusedCrossEntropy,
+        size: int,
+        count_correct: bool,
     ) -> tuple[Tensor, Tensor | None]:
         gradients: list[Tensor] = []
         sums = []
-        for piece, target, counts in _split(hidden, targets, mask, size):
+        for chunk, target, counts in _chunks(hidden, targets, mask, size):
             with torch.enable_grad():
-                leaf = piece.detach().requires_grad_()
+                leaf = chunk.detach().requires_grad_()
                 logits = head(leaf)
-            *loss_and_hits, slope = once.losses_and_slope(logits.detach(), target, counts, first)
-            gradients += torch.autograd.grad(logits, leaf, slope)
-            sums.append(loss_and_hits)
+            *nll_and_correct, gradient = fused.nll_and_gradient(logits.detach(), target, counts, count_correct)
+            gradients += torch.autograd.grad(logits, leaf, gradient)
+            sums.append(nll_and_correct)
         ctx.save_for_backward(torch.cat(gradients, dim=1))
-        nll, hits = zip(*sums, strict=True)
-        found = torch.stack(hits).sum(0) if first else None
+        nll, correct = zip(*sums, strict=True)
+        found = torch.stack(correct).sum(0) if count_correct else None
         if found is not None:
             ctx.mark_non_differentiable(found)
         return torch.stack(nll).sum(0), found

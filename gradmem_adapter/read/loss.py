@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from gradmem_adapter.ops.cross_entropy import IGNORED, PLAIN, target_losses
+from gradmem_adapter.ops.cross_entropy import FUSED, IGNORED, FusedCrossEntropy, Head, sequence_nll
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.utils.capture import capturing
 
@@ -51,8 +52,33 @@ def forward_at_targets(
         raise ValueError(f"max_targets is {max_targets}, and a query has {found} labels that count.")
     output = backbone.base_model(**inputs)
     head = backbone.get_output_embeddings()
-    once = None if any(parameter.requires_grad for parameter in head.parameters()) else PLAIN
-    loss, correct = target_losses(
-        output.last_hidden_state, labels, max_targets, output_head(backbone), head.weight.shape[0], once
+    fused = None if any(parameter.requires_grad for parameter in head.parameters()) else FUSED
+    loss, correct = target_loss(
+        output.last_hidden_state, labels, max_targets, output_head(backbone), head.weight.shape[0], fused
     )
     return CausalLMOutputWithPast(loss=loss, past_key_values=output.get("past_key_values")), correct
+
+
+def target_loss(
+    hidden: Tensor, labels: Tensor, max_targets: int, head: Head, vocabulary: int, fused: FusedCrossEntropy | None
+) -> tuple[Tensor, Tensor]:
+    """The mean cross entropy of tokens with a label, and of each row whether all of them are first choices.
+
+    Of a query and its target most positions have no label: the head sees only those that have one.
+
+    Args:
+        hidden (`Tensor`): `[B, T, h]`, the last hidden states; the one before a token predicts it.
+        labels (`Tensor`): `[B, T]`, `IGNORED` where no loss counts.
+        max_targets (`int`): of a row, at most so many labels count.
+        head, vocabulary, fused: see `sequence_nll`.
+
+    Returns:
+        A scalar, and booleans `[B]`.
+    """
+    counts = labels != IGNORED
+    places = counts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :max_targets]
+    mask, targets = counts.gather(1, places), labels.gather(1, places).clamp(min=0)
+    before = (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
+    nll, correct = sequence_nll(hidden.gather(1, before), targets, mask, head, vocabulary, fused)
+    assert correct is not None  # for the type checker
+    return nll.sum() / mask.sum(), correct == mask.sum(1)

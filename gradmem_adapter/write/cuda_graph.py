@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import PhaseGated, in_phase
 from gradmem_adapter.ops.attention import CAUSAL
-from gradmem_adapter.ops.cross_entropy import PLAIN, Once
+from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy
 from gradmem_adapter.utils.capture import static_shapes
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import write_pass
@@ -67,30 +67,30 @@ class FastPass:
             for layer in backbone.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.compile(dynamic=True)
-        self.writer = replace(writer, backbone=backbone, once=Once.compiled() if compiled else PLAIN)
+        self.writer = replace(writer, backbone=backbone, fused=FusedCrossEntropy.compiled() if compiled else FUSED)
         self.compiled, self.graphed, self.trusted = compiled, graphed, False
         self._graphs: OrderedDict[tuple[Bucket, bool, bool], Callable[..., Any]] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if graphed else None
 
     def __call__(
-        self, bucket: Bucket, memory: Tensor, context: Context, gradient: bool, first: bool
+        self, bucket: Bucket, memory: Tensor, context: Context, gradient: bool, recovered: bool
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         if not self.graphed:
-            return write_pass(self.writer, memory, context, gradient, first)
+            return write_pass(self.writer, memory, context, gradient, recovered)
         padded = bucket.pad(memory, context)
-        key = bucket, gradient, first
+        key = bucket, gradient, recovered
         if key not in self._graphs:
             while len(self._graphs) >= 2 * MAX_GRAPHS:  # with and without a gradient
                 self._graphs.popitem(last=False)
-            self._graphs[key] = self._capture(*padded, gradient, first)
+            self._graphs[key] = self._capture(*padded, gradient, recovered)
         self._graphs.move_to_end(key)
-        slope, losses, recovered = self._graphs[key](*padded)
+        slope, losses, share = self._graphs[key](*padded)
 
         def own(part: Tensor | None) -> Tensor | None:
             """Without the bucket's other rows, and not where the graph writes next time."""
             return None if part is None else part[: len(memory)].clone()
 
-        return own(slope), losses[: len(memory)].clone(), own(recovered)
+        return own(slope), losses[: len(memory)].clone(), own(share)
 
     def clear(self) -> None:
         """Give the memory of all graphs back."""
@@ -109,18 +109,18 @@ class FastPass:
         self.trusted = same or not expected[0].isfinite().all()
         return self.trusted
 
-    def _capture(self, memory: Tensor, context: Context, gradient: bool, first: bool) -> Callable[..., Any]:
+    def _capture(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Callable[..., Any]:
         """A function that copies its arguments to where the graph reads them, and launches it."""
         memory, context = memory.clone(), Context(*(part.clone() for part in context))
         stream, graph = torch.cuda.Stream(memory.device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with static_shapes():
             with torch.cuda.stream(stream):  # once as it is: compiles, and sets up the libraries
-                write_pass(self.writer, memory, context, gradient, first)
+                write_pass(self.writer, memory, context, gradient, recovered)
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize(memory.device)
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                result = write_pass(self.writer, memory, context, gradient, first)
+                result = write_pass(self.writer, memory, context, gradient, recovered)
         used = torch.cuda.Event()
 
         def launch(new_memory: Tensor, new_context: Context) -> tuple[Tensor | None, Tensor, Tensor | None]:

@@ -127,15 +127,15 @@ class FastWrites:
         memory: Tensor,
         context: Context,
         gradient: bool,
-        first: bool,
+        recovered: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """A fast pass; the first one is compared with the plain one, which takes over where something is amiss."""
         with self._lock:
             if self._plain_only is not None:
-                return write_pass(writer, memory, context, gradient, first)
+                return write_pass(writer, memory, context, gradient, recovered)
             problem = ""
             try:
-                result = fast(bucket, memory, context, gradient, first)
+                result = fast(bucket, memory, context, gradient, recovered)
             except torch.cuda.OutOfMemoryError:
                 pass  # dealt with below: until the error is gone, its traceback holds what did not fit
             except Exception as error:
@@ -145,18 +145,18 @@ class FastWrites:
             else:
                 if fast.trusted or not gradient:
                     return result
-                expected = write_pass(writer, memory, context, gradient, first)
+                expected = write_pass(writer, memory, context, gradient, recovered)
                 if fast.agrees(result, expected):
                     return result
                 problem = "its write gradients or losses differ from the plain ones"
             if not problem:
                 fast.clear()
-                return write_pass(writer, memory, context, gradient, first)
+                return write_pass(writer, memory, context, gradient, recovered)
             self._plain_only, self._fast = f"a fast pass was tried, and {problem}", None
             if now:
                 raise ValueError(f"compile=True cannot be had: {self._plain_only}. Use compile=False.")
             warnings.warn(f"WRITE stays plain: {self._plain_only}. compile=False spares the try.", stacklevel=6)
-            return write_pass(writer, memory, context, gradient, first)
+            return write_pass(writer, memory, context, gradient, recovered)
 
 
 def signature(writer: Writer) -> Any:

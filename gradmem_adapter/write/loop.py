@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from gradmem_adapter.ops.cross_entropy import PLAIN
+from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer, write_gradient
@@ -25,19 +25,20 @@ WritePass: TypeAlias = Callable[[Tensor, Context, bool, bool], tuple[Tensor | No
 
 
 def write_pass(
-    writer: Writer, memory: Tensor, context: Context, gradient: bool, first: bool
+    writer: Writer, memory: Tensor, context: Context, gradient: bool, recovered: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """What one step of WRITE needs to know of a memory, with no graph kept.
 
     Returns:
-        the write gradient [B, m, d] (None unless `gradient`), losses [B] and recovered [B] (None unless `first`).
+        the write gradient [B, m, d] (None unless `gradient`), losses [B] and recovered [B] (None unless `recovered`).
     """
-    writer = replace(writer, once=writer.once or PLAIN)
+    writer = replace(writer, fused=writer.fused or FUSED)
     if gradient:
-        slope, losses, recovered = write_gradient(writer, memory.detach().requires_grad_(), context, first=first)
-        return slope, losses.detach(), recovered
+        leaf = memory.detach().requires_grad_()
+        slope, losses, share = write_gradient(writer, leaf, context, recovered=recovered)
+        return slope, losses.detach(), share
     with torch.no_grad():
-        return None, *writer.losses(memory, context, first)
+        return None, *writer.losses(memory, context, recovered)
 
 
 def write_memory(
@@ -73,11 +74,11 @@ def write_memory(
     """
     run = run or partial(write_pass, writer)
     may_stop = tolerance is not None or stop_when_recovered
-    first = stop_when_recovered or callback is not None
+    wants_recovered = stop_when_recovered or callback is not None
     with torch.inference_mode(False), torch.enable_grad():
         # Clones: tensors made under inference_mode cannot take part in autograd, clones made outside it can.
         context = Context(context.input_ids.clone(), context.lengths.clone())
-        state = WriteState.start(memory.detach().clone())
+        state = WriteState.start(memory.detach().clone(), optimizer)
         active = torch.ones(len(memory), dtype=torch.bool, device=memory.device)
         # What a sample keeps: its memory at the last loss that counted.
         kept, kept_loss = state.memory, torch.full((len(memory),), math.inf, device=memory.device)
@@ -90,7 +91,7 @@ def write_memory(
                 history.append(torch.full_like(kept_loss, math.nan))
                 diverged.append(active & ~written)
                 break
-            gradient, losses, recovered = run(state.memory, context, step < steps, first)
+            gradient, losses, recovered = run(state.memory, context, step < steps, wants_recovered)
             losses = losses.float()
             finite = losses.isfinite()
             diverged.append(active & ~finite)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import backward_in_write, write_phase
-from gradmem_adapter.ops.cross_entropy import Once, token_losses
+from gradmem_adapter.ops.cross_entropy import FusedCrossEntropy, sequence_nll
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.write.context import Context
 
@@ -24,8 +24,8 @@ class Writer:
     slots: MemorySlots
     adapter: str
     config: GradMemConfig
-    once: Once | None = None
-    """Given where the output head is not differentiated, and what is before it once."""
+    fused: FusedCrossEntropy | None = None
+    """Given where the output head is not differentiated, and what is before it at most once."""
 
     @property
     def prefix_length(self) -> int:
@@ -38,7 +38,7 @@ class Writer:
         head = self.slots.write_head(self.adapter) or self.backbone.get_output_embeddings()
         return any(parameter.requires_grad for parameter in head.parameters())
 
-    def losses(self, memory: Tensor, context: Context, first: bool = False) -> tuple[Tensor, Tensor | None]:
+    def losses(self, memory: Tensor, context: Context, recovered: bool = False) -> tuple[Tensor, Tensor | None]:
         """The write loss of each sample (GradMem, section 1 of the design):
 
             L_w(M; C) = -(1/N) sum_i log p(t_i | [M; t_<i])
@@ -46,7 +46,7 @@ class Writer:
         Args:
             memory: [B, m, d].
             context: B contexts.
-            first: whether `recovered` is wanted.
+            recovered: whether the share is wanted that is recovered.
 
         Returns:
             losses [B] and recovered [B], the share of tokens that are the model's first choice, or None.
@@ -60,16 +60,16 @@ class Writer:
                 inputs_embeds=torch.cat([prefix, embeddings], dim=1), use_cache=False, return_dict=True
             ).last_hidden_state
             # Position P-1, the last of the prefix, predicts t_1; the last token predicts nothing.
-            nll, hits = token_losses(
+            nll, correct = sequence_nll(
                 hidden[:, prefix.shape[1] - 1 : -1],
                 context.input_ids,
                 context.mask,
                 head=output_head(self.backbone, self.slots.write_head(self.adapter)),
                 vocabulary=self.backbone.get_output_embeddings().weight.shape[0],
-                once=self.once,
-                first=first,
+                fused=self.fused,
+                count_correct=recovered,
             )
-        return nll / context.lengths, None if hits is None else hits / context.lengths
+        return nll / context.lengths, None if correct is None else correct / context.lengths
 
     def clip(self, gradient: Tensor) -> Tensor:
         """Each sample's write gradient [B, m, d], clipped by element value, then by norm, as configured."""
@@ -82,7 +82,7 @@ class Writer:
 
 
 def write_gradient(
-    writer: Writer, memory: Tensor, context: Context, create_graph: bool = False, first: bool = False
+    writer: Writer, memory: Tensor, context: Context, create_graph: bool = False, recovered: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradient of each sample's write loss, with the losses and the share recovered it came with.
 
@@ -91,12 +91,12 @@ def write_gradient(
     Args:
         memory: [B, m, d], requires grad.
         create_graph: make the gradient differentiable.
-        first: whether `recovered` is wanted.
+        recovered: whether the share is wanted that is recovered.
 
     Returns:
         gradient [B, m, d], losses [B], recovered [B] or None.
     """
-    losses, recovered = writer.losses(memory, context, first)
+    losses, share = writer.losses(memory, context, recovered)
     with backward_in_write():
         (gradient,) = torch.autograd.grad(losses.sum(), memory, create_graph=create_graph)
-    return gradient, losses, recovered
+    return gradient, losses, share

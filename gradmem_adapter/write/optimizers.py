@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from gradmem_adapter.config import WRITE_OPTIMIZERS
 from gradmem_adapter.write.loss import Writer
 
 Rate: TypeAlias = Tensor | float
@@ -15,16 +16,56 @@ Rate: TypeAlias = Tensor | float
 
 
 class WriteState(NamedTuple):
-    """The memory [B, m, d] and what the write optimizer carries from step to step (zeros for sgd)."""
+    """Where WRITE is.
+
+    Args:
+        memory (`Tensor`): `[B, m, d]`.
+        buffers (`tuple[Tensor, ...]`): `[B, m, d]` each, what the write optimizer carries from step to step.
+        step (`int`): how many steps were taken.
+    """
 
     memory: Tensor
-    mean: Tensor
-    square: Tensor
+    buffers: tuple[Tensor, ...]
     step: int
 
     @classmethod
-    def start(cls, memory: Tensor) -> WriteState:
-        return cls(memory, torch.zeros_like(memory), torch.zeros_like(memory), 0)
+    def start(cls, memory: Tensor, optimizer: str) -> WriteState:
+        """Before the first step: buffers are zero."""
+        return cls(memory, tuple(torch.zeros_like(memory) for _ in range(OPTIMIZERS[optimizer].buffers)), 0)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The memory and the buffers."""
+        return [self.memory, *self.buffers]
+
+
+class WriteOptimizer(NamedTuple):
+    """The rule of a write step.
+
+    Args:
+        buffers (`int`): how many tensors `[B, m, d]` it carries from step to step.
+        update (`Callable`): from the state, the clipped write gradient `[B, m, d]` and the learning rate to the next
+            state. It is differentiated in meta-training, so it changes nothing in place.
+    """
+
+    buffers: int
+    update: Callable[[WriteState, Tensor, Rate], WriteState]
+
+
+OPTIMIZERS: dict[str, WriteOptimizer] = {}
+"""The write optimizers by the names that `GradMemConfig.write_optimizer` has for them."""
+
+
+def register_optimizer(name: str, optimizer: WriteOptimizer) -> None:
+    """Make a write optimizer known, so that `GradMemConfig(write_optimizer=name)` writes with it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in WRITE_OPTIMIZERS:
+        raise ValueError(f"There is a write optimizer {name!r} already; choose another name.")
+    WRITE_OPTIMIZERS.append(name)  # the configuration, which imports nothing of the package, checks names alone
+    OPTIMIZERS[name] = optimizer
 
 
 def sgd(state: WriteState, gradient: Tensor, lr: Rate) -> WriteState:
@@ -35,21 +76,23 @@ def sgd(state: WriteState, gradient: Tensor, lr: Rate) -> WriteState:
 def adam(state: WriteState, gradient: Tensor, lr: Rate) -> WriteState:
     """One write step by Adam (Kingma and Ba, 2015, algorithm 1), betas 0.9 and 0.999, per element of the memory."""
     step = state.step + 1
-    mean = 0.9 * state.mean + 0.1 * gradient
-    square = 0.999 * state.square + 0.001 * gradient**2
+    mean, square = state.buffers
+    mean = 0.9 * mean + 0.1 * gradient
+    square = 0.999 * square + 0.001 * gradient**2
     # The epsilon is inside the root so that the root has a derivative where a gradient is zero.
     scale = (square / (1 - 0.999**step) + 1e-16).sqrt()
-    return WriteState(state.memory - lr * mean / (1 - 0.9**step) / scale, mean, square, step)
+    return WriteState(state.memory - lr * mean / (1 - 0.9**step) / scale, (mean, square), step)
 
 
-_UPDATES: dict[str, Callable[[WriteState, Tensor, Tensor | float], WriteState]] = {"sgd": sgd, "adam": adam}
+register_optimizer("sgd", WriteOptimizer(0, sgd))
+register_optimizer("adam", WriteOptimizer(2, adam))
 
 
 def write_step(
     writer: Writer, state: WriteState, gradient: Tensor, lr: Rate, optimizer: str | None = None
 ) -> WriteState:
     """One write step with a gradient [B, m, d] as it came: clipped, then handed to the write optimizer."""
-    return _UPDATES[optimizer or writer.config.write_optimizer](state, writer.clip(gradient), lr)
+    return OPTIMIZERS[optimizer or writer.config.write_optimizer].update(state, writer.clip(gradient), lr)
 
 
 def rate_at(lrs: Sequence[Rate], step: int) -> Rate:
