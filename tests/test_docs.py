@@ -1,0 +1,101 @@
+"""README and docs: their code runs and prints what they show, their commands and links exist, their lines end."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gradmem_adapter.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", flags=re.DOTALL)
+"""A block of code, and what it prints where that is shown."""
+
+
+def examples(page):
+    return EXAMPLE.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(page):
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def of_all_pages(what):
+    # The lab log is of the past: what it shows need not run today.
+    return [
+        pytest.param(item, id=f"{page.stem}: {item}") for page in PAGES if page.stem != "LOG" for item in what(page)
+    ]
+
+
+@pytest.mark.smollm
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.stem != "LOG" and examples(page)], ids=lambda page: page.stem
+)
+def test_examples_run_and_print_what_is_shown(page, tmp_path):
+    """A page's blocks, one after another in one process, as a reader would paste them."""
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    blocks, shown = zip(*examples(page), strict=True)
+    script = tmp_path / "page.py"
+    script.write_text("\nprint('\\x1e')\n".join(blocks), encoding="utf-8")
+    result = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for block, printed, expected in zip(blocks, result.stdout.split("\x1e\n"), shown, strict=True):
+        if expected:
+            assert printed == expected, block
+
+
+@pytest.mark.parametrize("command", of_all_pages(commands))
+def test_commands_exist(command, monkeypatch):
+    """`make` targets resolve, modules are there, and `gradmem` knows its commands and options."""
+    program, *arguments = shlex.split(command.removeprefix(".venv/bin/"))
+    if program == "make":
+        if shutil.which("make") is None:
+            pytest.fail("make is needed for the documented commands")
+        subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+    elif program == "python" and arguments[0] == "-m":
+        monkeypatch.syspath_prepend(str(ROOT))
+        assert importlib.util.find_spec(arguments[1]) is not None
+    elif program == "python":
+        assert (ROOT / arguments[0]).is_file()
+    elif program == "gradmem":
+        options = [argument for argument in arguments if argument.startswith("--")]
+        help_text = CliRunner().invoke(app, [arguments[0], "--help"], env={"COLUMNS": "200"}).output
+        assert all(option in help_text for option in options), help_text
+    else:
+        assert program in {"pip", "pre-commit", ".ci/run"}
+
+
+def links(page):
+    """What a page's links and pictures point at in this repository."""
+    found = re.findall(r"\]\((?!https?:|#)([^)#]*)", page.read_text(encoding="utf-8"))
+    return [str((page.parent / target).resolve().relative_to(ROOT)) for target in found]
+
+
+@pytest.mark.parametrize("target", of_all_pages(links))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_lines_are_short(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 160 and not line.startswith("|")] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_change_log_knows_this_version():
+    from gradmem_adapter import __version__
+
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
