@@ -92,7 +92,7 @@ class GradMemConfig(PeftConfig):
         default=None,
         metadata={
             "help": "With 'finite_difference': how far the memory vector that moves most is moved, as a share of its "
-            "length. None: by the type the backbone computes in (see docs/meta_gradient.md)."
+            "length. None: by the type the backbone computes in (see docs/meta_gradients.md)."
         },
     )
     write_clip_norm: float | None = field(

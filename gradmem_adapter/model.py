@@ -154,7 +154,7 @@ class GradMemModel(BaseTuner):
         further steps go on as the last of them.
 
         For after training, in place: a model that was trained with more rates, some of whose numbers of steps training
-        never drew, does better with fewer (docs/meta_gradient.md, "Steps beyond those that were trained").
+        never drew, does better with fewer (docs/lab/LOG.md, "Steps beyond those that were trained").
 
         Raises:
             ValueError: n is not from 1 to `num_write_lrs`, or there are no learned rates.

@@ -9,7 +9,7 @@ from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step, a
 from gradmem_adapter.write.context import Context
 
 RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""The finite difference's step by the type that the backbone computes in; measured in docs/meta_gradient.md."""
+"""The finite difference's step by the type that the backbone computes in; measured in docs/meta_gradients.md."""
 
 
 class FiniteDifference(MetaGradient):
