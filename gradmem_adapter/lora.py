@@ -47,7 +47,15 @@ class PhaseGated:
 
 
 def in_phase(layer: PhaseGated, phase: str) -> Any:
-    """A layer that is in one phase what `layer` is, without asking: shares its modules."""
+    """A layer that is always what `layer` is in one phase, and shares its modules.
+
+    Args:
+        layer (`PhaseGated`): stays as it is.
+        phase (`str`): `"write"` or `"read"`.
+
+    Returns:
+        The LoRA layer, or its base layer where no active adapter acts in that phase.
+    """
     phases = {layer.gradmem_phases.get(name, "both") for name in layer.active_adapters}  # type: ignore[attr-defined]
     if not phases & {"both", phase}:
         return layer.base_layer  # type: ignore[attr-defined]
@@ -60,7 +68,13 @@ _gated_classes: dict[type, type] = {}
 
 
 def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
-    """Make `layer` act for `adapter` in `phase` alone; other adapters on the layer keep theirs."""
+    """Make a LoRA layer act in one phase alone, for one adapter; other adapters on the layer keep theirs.
+
+    Args:
+        layer (`LoraLayer`): gets another class, and keeps its modules.
+        adapter (`str`): the adapter's name.
+        phase (`str`): `"write"` or `"read"`.
+    """
     cls = type(layer)
     if not isinstance(layer, PhaseGated):
         if cls not in _gated_classes:

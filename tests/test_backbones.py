@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gradmem_adapter import backbones
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
+from gradmem_adapter.utils import gguf
 
 WORDS = ["<unk>", "</s>", "the", "heron", "reached", "an", "island"]
 
@@ -136,7 +136,7 @@ class TestCache:
             self.made += 1
             return Path(shutil.copytree(directory, target))
 
-        monkeypatch.setattr(backbones, "_dequantise", dequantise)
+        monkeypatch.setattr(gguf, "_dequantise", dequantise)
         monkeypatch.delenv("GRADMEM_CACHE", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(self.cache.parent))
 
@@ -190,14 +190,14 @@ class TestCache:
             self.open()
 
     def test_another_process_was_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        make = backbones._dequantise
+        make = gguf._dequantise
 
-        def overtaken(gguf: Path, target: Path) -> Path:
-            monkeypatch.setattr(backbones, "_dequantise", make)
+        def overtaken(file: Path, target: Path) -> Path:
+            monkeypatch.setattr(gguf, "_dequantise", make)
             load_backbone(self.reference)
-            return make(gguf, target)
+            return make(file, target)
 
-        monkeypatch.setattr(backbones, "_dequantise", overtaken)
+        monkeypatch.setattr(gguf, "_dequantise", overtaken)
         assert same(load_backbone(self.reference)[0], self.weights)
         assert self.made == 2
         assert len(list(self.cache.iterdir())) == 1
@@ -207,9 +207,9 @@ def test_special_tokens_are_those_of_the_config() -> None:
     tokenizer = tiny_tokenizer()
     ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
     tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None  # as Transformers 5.17 reads a GGUF file
-    backbones._mark_special_tokens(tokenizer, LlamaConfig(**{f"{name}_id": index for name, index in ids.items()}))
+    gguf._mark_special_tokens(tokenizer, LlamaConfig(**{f"{name}_id": index for name, index in ids.items()}))
     assert {name: getattr(tokenizer, f"{name}_id") for name in ids} == ids
-    backbones._mark_special_tokens(tokenizer, LlamaConfig(bos_token_id=None, eos_token_id=[2, 3], pad_token_id=None))
+    gguf._mark_special_tokens(tokenizer, LlamaConfig(bos_token_id=None, eos_token_id=[2, 3], pad_token_id=None))
     assert {name: getattr(tokenizer, f"{name}_id") for name in ids} == ids  # a config that names none changes nothing
 
 
@@ -228,7 +228,7 @@ def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model.state_dict())
 
-    monkeypatch.setattr(backbones, "_dequantise", None)  # the second load does without
+    monkeypatch.setattr(gguf, "_dequantise", None)  # the second load does without
     again, words = load_backbone(SMOLLM2)
     assert same(again, model.state_dict())
     assert again.config.to_dict() == model.config.to_dict()

@@ -43,11 +43,17 @@ def plain_attention(
     """`scaled_dot_product_attention` by its definition: softmax(q k^T * scale + mask) v.
 
     Args:
-        query: [..., heads, n, e]; key: [..., kv_heads, s, e]; value: [..., kv_heads, s, e'].
-        attn_mask: boolean (True: attend) or additive, broadcastable to [..., heads, n, s].
+        query (`Tensor`): `[..., heads, n, e]`.
+        key (`Tensor`): `[..., kv_heads, s, e]`.
+        value (`Tensor`): `[..., kv_heads, s, e']`.
+        attn_mask (`Tensor`, *optional*): boolean (True: attend) or additive, broadcastable to `[..., heads, n, s]`.
+        dropout_p (`float`, *optional*, defaults to 0.0): the share of attention weights that is dropped.
+        is_causal (`bool`, *optional*, defaults to `False`): place i attends to the places up to i, whatever the mask.
+        scale (`float`, *optional*, defaults to `e ** -0.5`): of the scores before the softmax.
+        enable_gqa (`bool`, *optional*, defaults to `False`): several heads share keys and values.
 
     Returns:
-        [..., heads, n, e'].
+        `Tensor`: `[..., heads, n, e']`.
     """
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
@@ -83,6 +89,18 @@ def causal_attention(
 
     Transformers makes no mask for an implementation it has none for. With "sdpa" it looks at positions whether it needs
     one, which cannot be done while a CUDA graph is captured: it makes one then, and attention with a mask is slow.
+
+    Args:
+        module (`nn.Module`): the attention layer that calls; not used.
+        query (`Tensor`): `[B, heads, n, e]`, the last n of s places.
+        key (`Tensor`): `[B, kv_heads, s, e]`.
+        value (`Tensor`): `[B, kv_heads, s, e']`.
+        attention_mask (`Tensor`, *optional*): not used.
+        dropout (`float`, *optional*, defaults to 0.0): the share of attention weights that is dropped.
+        scaling (`float`, *optional*, defaults to `e ** -0.5`): of the scores before the softmax.
+
+    Returns:
+        `[B, n, heads, e']`, and no attention weights.
     """
     grouped = query.shape[1] != key.shape[1]
     # A branch: torch.compile knows which side it takes whatever the length, and has no symbolic booleans as arguments.
@@ -102,6 +120,9 @@ def require_double_backward(backbone: PreTrainedModel) -> None:
     "eager" is plain PyTorch and SDPA is exchanged by `TwiceDifferentiableAttention`; any other implementation is
     tried out, because a kernel whose backward is not itself differentiable may return wrong second derivatives
     without an error.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM, with the attention implementation of its configuration.
 
     Raises:
         NotImplementedError: it cannot; the message says what to do.
@@ -138,6 +159,11 @@ def double_backward_problem(attention: Callable[..., Any], dtype: torch.dtype, d
 
     Compares the Hessian-vector product of a double backward with a central difference of first gradients on random
     queries, keys and values.
+
+    Args:
+        attention (`Callable`): as Transformers registers them in `ALL_ATTENTION_FUNCTIONS`.
+        dtype (`torch.dtype`): of queries, keys and values.
+        device (`str`): where they are.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, 2, 16, 64)  # (q k v), batch, heads, positions, head size

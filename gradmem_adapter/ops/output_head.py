@@ -31,7 +31,7 @@ class _GivenHiddenStates(nn.Module):
 
 
 def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
-    """The map from hidden states [..., n, h] to logits [..., n, V] of a causal LM.
+    """The map from hidden states `[..., n, h]` to logits `[..., n, V]` of a causal LM.
 
     Between the inner model and the logits a causal LM may also scale or cap (Gemma, Cohere, Granite). To stay right
     for all of them without a list of architectures, the model's own `forward` runs on a shallow copy of its top
@@ -39,8 +39,12 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
     not touched.
 
     Args:
-        backbone: the causal LM.
-        replacement: a linear layer to use in place of the model's output embeddings (the write head).
+        backbone (`PreTrainedModel`): the causal LM.
+        replacement (`nn.Module`, *optional*): a linear layer `[h]` to `[V]` in place of the model's output embeddings
+            (the write head).
+
+    Returns:
+        `Callable`: the map, which may be called for any part of the positions.
 
     Raises:
         NotImplementedError: the output embeddings are not a direct child of the model, so they cannot be replaced.

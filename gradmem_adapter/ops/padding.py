@@ -1,4 +1,4 @@
-"""Padding: rows of tokens as one tensor, tokens right behind them, and means of their parts."""
+"""Padding, in one place: rows as one tensor, padding moved to the right, tokens right behind others, means of parts."""
 
 from __future__ import annotations
 
@@ -8,35 +8,79 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gradmem_adapter.utils.capture import capturing
 
-def append(context: Tensor, lengths: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """`[context; tail; padding]` for each sample, so that a causal model needs no mask.
+
+def pad(rows: Sequence[Sequence[int] | Tensor], side: str, value: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one tensor, and its mask.
+
+    Pad token ids here and not in the tokenizer, which keeps its padding as state that threads would share.
 
     Args:
-        context: [B, N, ...], right padded; lengths: [B], tokens that count.
-        tail: [B, T, ...].
+        rows (`Sequence`): B rows, token ids `[n]` or tensors `[n, ...]`.
+        side (`str`): where the padding goes, `"left"` or `"right"`.
+        value (`int`, *optional*, defaults to 0): what to pad with.
 
     Returns:
-        joined [B, N + T, ...] and places [B, T], where the tail stands.
+        Rows `[B, N, ...]`, N being the longest, and a mask of integers `[B, N]`, 1 where a place counts.
     """
-    n, t = context.shape[1], tail.shape[1]
-    place = torch.arange(n + t, device=context.device)
+    tensors = [row if isinstance(row, Tensor) else torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in tensors]
+    return (
+        pad_sequence(tensors, batch_first=True, padding_value=float(value), padding_side=side),
+        pad_sequence(masks, batch_first=True, padding_side=side),
+    )
+
+
+def move_padding_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows with padding wherever it was, moved to the right.
+
+    Args:
+        input_ids (`Tensor`): `[B, N]`.
+        attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts. `None`: all do.
+
+    Returns:
+        Rows `[B, longest]`, and their lengths `[B]`.
+    """
+    if attention_mask is None:
+        return input_ids, torch.full_like(input_ids[:, 0], input_ids.shape[1])
+    mask = attention_mask.bool()
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    lengths = mask.sum(1)
+    longest = input_ids.shape[1] if capturing() else int(lengths.max())
+    return input_ids.gather(1, order)[:, :longest], lengths
+
+
+def append(rows: Tensor, lengths: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """`[row; tail; padding]` for each sample, so that a causal model needs no mask.
+
+    Args:
+        rows (`Tensor`): `[B, N, ...]`, right padded.
+        lengths (`Tensor`): `[B]`, places that count.
+        tail (`Tensor`): `[B, T, ...]`.
+
+    Returns:
+        Rows `[B, N + T, ...]`, and the places `[B, T]` where the tail stands.
+    """
+    n, t = rows.shape[1], tail.shape[1]
+    place = torch.arange(n + t, device=rows.device)
     length = lengths[:, None]
-    # Behind the tail comes what was padding: the first padded places of the context.
+    # Behind the tail comes what was padding: the first padded places of the row.
     source = torch.where(place < length, place, torch.where(place < length + t, place - length + n, place - t))
-    index = source.view(*source.shape, *[1] * (context.dim() - 2)).expand(-1, -1, *context.shape[2:])
-    return torch.cat([context, tail], dim=1).gather(1, index), length + torch.arange(t, device=context.device)
+    index = source.view(*source.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
+    return torch.cat([rows, tail], dim=1).gather(1, index), length + torch.arange(t, device=rows.device)
 
 
 def part_means(values: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """The means of `parts` equal parts of each sample's values, in order.
+    """The means of equal parts of each sample's values, in order.
 
     Args:
-        values: [B, N, d], right padded; lengths: [B], places that count.
-        parts: P; a sample of fewer values than this has as many parts as values.
+        values (`Tensor`): `[B, N, d]`, right padded.
+        lengths (`Tensor`): `[B]`, places that count.
+        parts (`int`): P; a sample of fewer values than this has as many parts as values.
 
     Returns:
-        means [B, P, d], zero behind the last part, and counts [B] of parts.
+        Means `[B, P, d]`, zero behind the last part, and the number of parts `[B]`.
     """
     places = torch.arange(values.shape[1], device=values.device)
     counts = lengths.clamp(max=parts)
@@ -45,16 +89,3 @@ def part_means(values: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Ten
     share = (part[:, None] == which[:, None]) & (places < lengths[:, None])[:, None]
     weights = share.to(values.dtype) / share.sum(-1, keepdim=True).clamp(min=1).to(values.dtype)
     return weights @ values, counts
-
-
-def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one tensor and its mask, [B, longest] each.
-
-    Pad here and not in the tokenizer, which keeps its padding as state that threads would share.
-    """
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    return (
-        pad_sequence(ids, batch_first=True, padding_value=float(value), padding_side=side),
-        pad_sequence(masks, batch_first=True, padding_side=side),
-    )

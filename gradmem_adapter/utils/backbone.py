@@ -7,7 +7,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 
 def check_backbone(model: object) -> None:
-    """Raise `TypeError` unless `model` is a causal language model of Transformers."""
+    """Raise `TypeError` unless a model is a causal language model of Transformers.
+
+    Args:
+        model (`object`): what an adapter is to be attached to.
+    """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"GradMem attaches to a causal language model of Transformers, got {type(model).__name__}. Load one with "

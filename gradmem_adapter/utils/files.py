@@ -15,6 +15,9 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place when the block ends; an error leaves `path` as it was.
 
+    Args:
+        path (`Path`): the file to make or to replace.
+
     Raises:
         FileNotFoundError: the directory does not exist.
     """
@@ -33,6 +36,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def read_text(path: Path) -> str:
     """A text in UTF-8, gzipped (`.gz`) or not.
 
+    Args:
+        path (`Path`): the file.
+
     Raises:
         OSError: the file cannot be opened.
         ValueError: it is damaged, or not in UTF-8; the message names it.
@@ -47,6 +53,9 @@ def read_text(path: Path) -> str:
 
 def check_writable(path: Path) -> None:
     """Find out before the work, not after it, that a file cannot be written.
+
+    Args:
+        path (`Path`): the file that will be written; it is left as it is.
 
     Raises:
         OSError: it cannot; the message says why.

@@ -27,6 +27,12 @@ def fingerprint(
 
     Values count as float32, so a bfloat16 checkpoint loaded in float32 is the same model. Of each backbone tensor
     the shape and `SAMPLES` evenly spaced values are read, of the adapter all values.
+
+    Args:
+        backbone (`Iterable[tuple[str, Tensor]]`): the backbone's named tensors, in any order.
+        adapter (`Iterable[tuple[str, Tensor]]`): the adapter's, under names without the adapter's own.
+        config (`GradMemConfig`): the adapter's configuration, of which the fields count that change what a memory
+            vector means.
     """
     lora: dict[str, Any] = config.to_dict()["lora_config"] or {}
     chosen = {name: getattr(config, name) for name in _FIELDS} | {name: lora.get(name) for name in _LORA_FIELDS}

@@ -10,12 +10,19 @@ SATURATED = {"cuda": 16_384, "cpu": 2_048}
 """Padded tokens a batch beyond which a device gets no faster, only fuller."""
 
 SHARE_OF_FREE_MEMORY = 0.6
+"""What WRITE may fill of it."""
 
 
 def token_budget(backbone: PreTrainedModel) -> int:
     """How many padded tokens to write at once, from the device's free memory.
 
     A frozen layer keeps about 16 hidden and 6 intermediate vectors of each token for WRITE's backward pass.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM, on its device and in its type.
+
+    Returns:
+        `int`: at least 1, at most what saturates the device.
     """
     config, device = backbone.config.get_text_config(), backbone.device
     hidden = config.hidden_size

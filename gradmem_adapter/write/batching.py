@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.write.loop import sample_names
 
@@ -53,7 +54,7 @@ def write_batches(
         rows = waiting.pop(0)
         try:
             with sample_names(rows):
-                written = write(*_padded([contexts[i] for i in rows]))
+                written = write(*pad([contexts[i] for i in rows], "right"))
         except torch.cuda.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise torch.cuda.OutOfMemoryError(
@@ -94,12 +95,6 @@ def token_ids(index: int, context: Tensor | Sequence[int], device: torch.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"Context {index} must be token ids, got {type(context).__name__} ({error}).") from error
     return ids if ids.numel() else ids.long()  # an empty list has no type of its own
-
-
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradmem_adapter.ops.padding import move_padding_right
 from gradmem_adapter.utils.capture import capturing
 
 
@@ -28,13 +29,7 @@ def right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> Context:
     Args:
         input_ids: [B, N]; attention_mask: [B, N], 1 where a token counts, or None where all do.
     """
-    if attention_mask is None:
-        return Context(input_ids, torch.full_like(input_ids[:, 0], input_ids.shape[1]))
-    mask = attention_mask.bool()
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-    lengths = mask.sum(1)
-    longest = input_ids.shape[1] if capturing() else int(lengths.max())
-    return Context(input_ids.gather(1, order)[:, :longest], lengths)
+    return Context(*move_padding_right(input_ids, attention_mask))
 
 
 def check_context(input_ids: Tensor, attention_mask: Tensor | None, prefix_length: int, positions: int | None) -> None:

@@ -1,0 +1,121 @@
+"""GGUF files, unpacked into ordinary checkpoints that are kept.
+
+Unpacking takes many seconds, so its result (float32, 4 bytes a weight) is kept under `$GRADMEM_CACHE`, by default
+`gradmem` in the user's cache folder. That folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_CACHE_FORMAT = 2
+"""Of what the cache holds; another number leaves what is there alone."""
+
+
+def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a GGUF file as an ordinary model of Transformers, from the cache or, where that fails, unpacked anew.
+
+    Args:
+        file (`Path`): the GGUF file.
+        dtype (`torch.dtype`): of the weights.
+
+    Returns:
+        The causal LM and its tokenizer.
+
+    Raises:
+        ModuleNotFoundError: it must be unpacked, and the package `gguf` is not installed.
+    """
+    name = f"{file.stem}-{_sha256(file)[:16]}-transformers-{transformers.__version__}-{_CACHE_FORMAT}"
+    cached = _cache_folder() / name
+    if cached.is_dir():
+        try:
+            return _open_plain(cached, dtype)
+        except Exception as error:  # any damage at all: the cache holds nothing that cannot be made again
+            warnings.warn(f"the cached backbone {cached} is damaged and is made again ({error})", stacklevel=3)
+            shutil.rmtree(cached, ignore_errors=True)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".new-", dir=cached.parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        warnings.warn(f"the backbone is not cached, the next load will be as slow as this one ({error})", stacklevel=3)
+        scratch = tempfile.TemporaryDirectory(prefix="gradmem-", ignore_cleanup_errors=True)
+    with scratch as folder:
+        plain = _dequantise(file, Path(folder) / "plain")
+        with contextlib.suppress(OSError):  # another process was faster, or there is no cache: use ours this once
+            os.replace(plain, cached)
+            plain = cached
+        return _open_plain(plain, dtype)
+
+
+def _dequantise(gguf: Path, target: Path) -> Path:
+    """Turn a GGUF file into a plain float32 checkpoint in the directory `target`."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError("reading a GGUF backbone needs the package 'gguf': pip install gguf", name="gguf")
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # newer Transformers may otherwise leave the weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
+    config = copy.deepcopy(source.config)
+    for leftover in ("quantization_config", "_model_name_or_path"):
+        if hasattr(config, leftover):
+            delattr(config, leftover)
+    # Transformers refuses to save a model that came from GGUF: its weights go into a new one of the same config.
+    auto: Any = AutoModelForCausalLM
+    plain = auto.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(source.state_dict(), strict=True)
+    plain.generation_config = source.generation_config
+    plain.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    _mark_special_tokens(tokenizer, config)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def _mark_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Give a tokenizer the special tokens that its GGUF file names, as the model's config has them.
+
+    Transformers 5.17 takes the token that begins a text for the one that ends it; training would end targets with it.
+    """
+    for name in ("bos_token", "eos_token", "pad_token"):
+        index = getattr(config, f"{name}_id", None)
+        if isinstance(index, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+
+
+def _open_plain(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a checkpoint made by `_dequantise`; unlike `from_pretrained` alone, refuse one that lacks a tensor."""
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    model, info = opened
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if kind.endswith("_keys") and keys}
+    if wrong:
+        raise ValueError(f"the tensors do not fit the model: {wrong}")
+    return model, AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+
+
+def _cache_folder() -> Path:
+    if os.environ.get("GRADMEM_CACHE"):
+        return Path(os.environ["GRADMEM_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradmem"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
