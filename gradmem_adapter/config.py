@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-WRITE_OPTIMIZERS: list[str] = []
-"""The names that `write_optimizer` may have; `write.optimizers.register_optimizer` adds to them."""
-META_GRADIENTS: list[str] = ["none"]
-"""The names that `meta_gradient` may have; `meta_gradients.register_strategy` adds to them."""
 MEMORY_PROJECTIONS = ("none", "shared")
 LORA_PHASES = ("both", "write", "read")
 MEMORY_INITS = ("normal", "vocab")
 POOLINGS = ("none", "embeddings", "hidden_states")
+
+REGISTRIES: dict[str, Collection[str]] = {}
+"""What `write_optimizer` and `meta_gradient` may be: the registries of both, which `registration` puts here."""
 
 # LoRA initialisations that leave the backbone's own weights alone: WRITE and READ must see the same backbone that
 # `disable_adapter` gives back, so the ones that rewrite it (PiSSA, OLoRA, LoftQ, ...) are refused.
@@ -201,8 +200,8 @@ class GradMemConfig(PeftConfig):
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        self._check_choice("write_optimizer", WRITE_OPTIMIZERS)
-        self._check_choice("meta_gradient", META_GRADIENTS)
+        self._check_choice("write_optimizer", REGISTRIES["write_optimizer"])
+        self._check_choice("meta_gradient", (*REGISTRIES["meta_gradient"], "none"))
         self._check_choice("memory_projection", MEMORY_PROJECTIONS)
         self._check_choice("lora_phase", LORA_PHASES)
         self._check_choice("memory_init", MEMORY_INITS)

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from gradmem_adapter.config import WRITE_OPTIMIZERS, GradMemConfig
+from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import gate, write_phase
 from gradmem_adapter.meta_gradients.tape import differentiable_write
@@ -34,7 +34,7 @@ from gradmem_adapter.write.context import Context, check_context, right_padded
 from gradmem_adapter.write.fast import FastWrites
 from gradmem_adapter.write.loop import warn_diverged, write_memory
 from gradmem_adapter.write.loss import Writer
-from gradmem_adapter.write.optimizers import Rate
+from gradmem_adapter.write.optimizers import OPTIMIZERS, Rate
 from gradmem_adapter.write.start import start_memory
 
 SLOTS = "memory_slots"
@@ -283,8 +283,8 @@ class GradMemModel(BaseTuner):
             raise ValueError(f"steps must be an integer from 0, got {steps!r}.")
         if lr is not None and not 0 < lr < float("inf"):
             raise ValueError(f"lr must be a finite positive number, got {lr!r}.")
-        if optimizer is not None and optimizer not in WRITE_OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {tuple(WRITE_OPTIMIZERS)}, got {optimizer!r}.")
+        if optimizer is not None and optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)}, got {optimizer!r}.")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be at least 0 and less than 1, got {tolerance!r}.")
         if not last_loss and tolerance is not None:

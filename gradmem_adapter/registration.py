@@ -6,8 +6,10 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from .config import GradMemConfig
+from .config import REGISTRIES, GradMemConfig
+from .meta_gradients import STRATEGIES
 from .model import GradMemModel
+from .write.optimizers import OPTIMIZERS
 
 NAME = "GRADMEM"
 
@@ -32,6 +34,7 @@ def _extend_peft_type() -> None:
 
 def register() -> None:
     """Register GradMem with PEFT; may be called any number of times."""
+    REGISTRIES.update(write_optimizer=OPTIMIZERS, meta_gradient=STRATEGIES)
     _extend_peft_type()
     if PeftType(NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradmem_adapter.config import META_GRADIENTS
 from gradmem_adapter.meta_gradients.replay import Replay
 from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.write.context import Context
@@ -84,26 +83,6 @@ class MetaGradient(ABC):
         Returns:
             `Gradients`: the outer gradients for `[*step.inputs, *step.weights]`.
         """
-
-
-STRATEGIES: dict[str, MetaGradient] = {}
-"""The strategies by the names that `GradMemConfig.meta_gradient` has for them."""
-
-
-def register_strategy(name: str, strategy: MetaGradient) -> None:
-    """Make a strategy known, so that `GradMemConfig(meta_gradient=name)` trains with it.
-
-    Args:
-        name (`str`): not taken yet.
-        strategy (`MetaGradient`): what pulls outer gradients back; it is shared by all models and keeps no state.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if name in META_GRADIENTS:
-        raise ValueError(f"There is a meta-gradient strategy {name!r} already; choose another name.")
-    META_GRADIENTS.append(name)  # the configuration, which imports nothing of the package, checks names alone
-    STRATEGIES[name] = strategy
 
 
 def vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Gradients) -> Gradients:

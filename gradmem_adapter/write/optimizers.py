@@ -8,7 +8,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmem_adapter.config import WRITE_OPTIMIZERS
 from gradmem_adapter.write.loss import Writer
 
 Rate: TypeAlias = Tensor | float
@@ -52,22 +51,6 @@ class WriteOptimizer(NamedTuple):
     update: Callable[[WriteState, Tensor, Rate], WriteState]
 
 
-OPTIMIZERS: dict[str, WriteOptimizer] = {}
-"""The write optimizers by the names that `GradMemConfig.write_optimizer` has for them."""
-
-
-def register_optimizer(name: str, optimizer: WriteOptimizer) -> None:
-    """Make a write optimizer known, so that `GradMemConfig(write_optimizer=name)` writes with it.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if name in WRITE_OPTIMIZERS:
-        raise ValueError(f"There is a write optimizer {name!r} already; choose another name.")
-    WRITE_OPTIMIZERS.append(name)  # the configuration, which imports nothing of the package, checks names alone
-    OPTIMIZERS[name] = optimizer
-
-
 def sgd(state: WriteState, gradient: Tensor, lr: Rate) -> WriteState:
     """One write step: M_{k+1} = M_k - a * grad_M L_w(M_k; C)."""
     return state._replace(memory=state.memory - lr * gradient, step=state.step + 1)
@@ -84,8 +67,8 @@ def adam(state: WriteState, gradient: Tensor, lr: Rate) -> WriteState:
     return WriteState(state.memory - lr * mean / (1 - 0.9**step) / scale, (mean, square), step)
 
 
-register_optimizer("sgd", WriteOptimizer(0, sgd))
-register_optimizer("adam", WriteOptimizer(2, adam))
+OPTIMIZERS = {"sgd": WriteOptimizer(0, sgd), "adam": WriteOptimizer(2, adam)}
+"""The write optimizers by the names that `GradMemConfig.write_optimizer` has for them."""
 
 
 def write_step(
