@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import Fidelity
 from gradmem_adapter.state import MemoryState
@@ -104,7 +105,9 @@ class GradMemPipeline:
         sequences = output if isinstance(output, Tensor) else output.sequences
         return self.tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
 
-    def stream(self, prompt: Prompt, *, memory: MemoryState | None = None, **options: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, memory: MemoryState | None = None, **options: Any
+    ) -> Generator[str, None, None]:
         """Answer one prompt from memory, piece by piece.
 
         An error in `generate` is raised here; closing the iterator stops the generation.
@@ -143,6 +146,12 @@ class GradMemPipeline:
             thread.join()
         if errors:
             raise errors[0]
+
+    @property
+    def max_context_tokens(self) -> int | None:
+        """Tokens of the longest text that can be written, special ones included; None: the backbone sets no limit."""
+        model = cast(GradMemModel, self.model.base_model)
+        return None if model.positions is None else model.positions - model.prefix_length
 
     def format_query(self, prompt: Prompt, tools: list[Any] | None = None) -> tuple[str, bool]:
         """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens."""

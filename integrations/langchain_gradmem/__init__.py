@@ -1,16 +1,16 @@
 """GradMem in LangChain: long contexts written once into memory states, and read many times inside chains.
 
-`langchain_gradmem.middleware` (agents) and `langchain_gradmem.classic` need `langchain` and `langchain-classic`; they
-are imported by themselves.
+`langchain_gradmem.middleware` (agents) needs `langchain`, and `langchain_gradmem.memory` (classic chains) needs
+`langchain-classic`; they are imported by themselves.
 """
 
-from .chat import ChatGradMem
-from .compressor import GradMemCompressor
-from .conversation import TurnMemory
-from .history import GradMemChatMessageHistory
+from .chat_message_histories import GradMemChatMessageHistory
+from .chat_models import ChatGradMem
+from .document_compressors import GradMemCompressor
 from .references import attach, attach_documents, marker, references_of
-from .retriever import GradMemRetriever
-from .store import MemoryStateStore, UnknownReferenceError
+from .retrievers import GradMemRetriever
+from .stores import MemoryStateStore, UnknownReferenceError
+from .writer import MemoryWriter, TurnMemory
 
 __all__ = [
     "ChatGradMem",
@@ -18,6 +18,7 @@ __all__ = [
     "GradMemCompressor",
     "GradMemRetriever",
     "MemoryStateStore",
+    "MemoryWriter",
     "TurnMemory",
     "UnknownReferenceError",
     "attach",

@@ -10,7 +10,7 @@ from langchain.agents.middleware.types import PrivateStateAttr
 from langchain_core.runnables.config import run_in_executor
 from typing_extensions import NotRequired
 
-from .conversation import TurnMemory
+from .writer import TurnMemory
 
 
 class GradMemState(AgentState):
@@ -24,8 +24,8 @@ class GradMemMiddleware(AgentMiddleware):
     """Shows the model old turns as memory and recent ones as text; the agent's messages stay as they are.
 
     Args:
-        memory: which turns stay text, and who writes the others. For an agent that outlives its process its store must,
-            too (`MemoryStateStore(LocalFileStore(...))`).
+        memory (`TurnMemory`): which turns stay text, and who writes the others. For an agent that outlives its process
+            its store must, too (`MemoryStateStore(LocalFileStore(...))`).
     """
 
     state_schema = GradMemState

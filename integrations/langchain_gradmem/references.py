@@ -28,6 +28,9 @@ def marker(reference: str) -> str:
 def check_references(value: object) -> list[str]:
     """References as a list.
 
+    Args:
+        value (`object`): a reference, or a list or tuple of them.
+
     Raises:
         ValueError: it is neither a reference nor a list of them.
     """
@@ -48,13 +51,22 @@ def references_of(item: BaseMessage | Document) -> list[str]:
 
 
 def attach(message: Message, references: Sequence[str]) -> Message:
-    """A copy of a message that carries references, beside those that it has."""
+    """A copy of a message that carries references, beside those that it has.
+
+    Args:
+        message (`BaseMessage`): of any kind.
+        references (`Sequence[str]`): what `MemoryStateStore.write` returned.
+    """
     both = list(dict.fromkeys([*references_of(message), *check_references(list(references))]))
     return message.model_copy(update={"additional_kwargs": message.additional_kwargs | {KEY: both}})
 
 
 def attach_documents(messages: Iterable[BaseMessage], documents: Iterable[Document]) -> list[BaseMessage]:
     """Messages of which the last human one carries the references of retrieved documents.
+
+    Args:
+        messages (`Iterable[BaseMessage]`): with a human message among them.
+        documents (`Iterable[Document]`): what `GradMemCompressor` or `GradMemRetriever` returned.
 
     Raises:
         ValueError: there is no human message to carry them.

@@ -5,14 +5,14 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import tiny_pipeline
+sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[2])])
 from langchain.agents import create_agent
 from langchain_classic.storage import LocalFileStore
 from langchain_core.messages import HumanMessage
 from langchain_gradmem import ChatGradMem, MemoryStateStore, TurnMemory
 from langchain_gradmem.middleware import GradMemMiddleware
 from langgraph.checkpoint.sqlite import SqliteSaver
+from tiny_pipeline import tiny_pipeline
 
 folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 pipeline = tiny_pipeline()

@@ -2,23 +2,30 @@ import sys
 from pathlib import Path
 
 import pytest
-from peft import get_peft_model
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_gradmem import ChatGradMem, TurnMemory
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for `tiny`
+sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[2])])  # for `tiny_pipeline` and `tiny`
 
-from tiny import tiny, tiny_tokenizer
-
-from gradmem_adapter import GradMemConfig, GradMemPipeline
-
-
-def tiny_pipeline(seed=0, **config):
-    """A random model whose answers do not end by themselves."""
-    backbone = tiny(seed=seed, max_position_embeddings=160)
-    backbone.generation_config.eos_token_id = None
-    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, write_steps=1, write_lr=0.3, **config)).eval()
-    return GradMemPipeline(model, tiny_tokenizer())
+from tiny_pipeline import tiny_pipeline
 
 
 @pytest.fixture(scope="session")
 def pipeline():
     return tiny_pipeline()
+
+
+@pytest.fixture
+def memory(pipeline):
+    return TurnMemory(pipeline=pipeline, max_turns=3, keep_turns=2)
+
+
+@pytest.fixture
+def chat(pipeline, memory):
+    return ChatGradMem(pipeline=pipeline, store=memory.store, max_tokens=3)
+
+
+@pytest.fixture
+def turn():
+    """The i-th turn of a conversation."""
+    return lambda i: [HumanMessage(f"w{i} w{i + 1}"), AIMessage(f"w{i + 2}")]

@@ -1,7 +1,6 @@
 """LangChain's own standard tests."""
 
 import pytest
-from conftest import tiny_pipeline
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_gradmem import ChatGradMem, GradMemCompressor, GradMemRetriever, MemoryStateStore
@@ -12,6 +11,7 @@ from langchain_tests.integration_tests import (
     RetrieversIntegrationTests,
 )
 from langchain_tests.unit_tests import ChatModelUnitTests
+from tiny_pipeline import tiny_pipeline
 
 PIPELINE = tiny_pipeline()
 

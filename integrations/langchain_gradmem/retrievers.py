@@ -9,16 +9,16 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from pydantic import Field
 
-from .compressor import GradMemCompressor
+from .document_compressors import GradMemCompressor
 
 
 class GradMemRetriever(BaseRetriever):
     """What another retriever finds, written into memory.
 
-    Attributes:
-        retriever: who finds the documents.
-        compressor: who writes them.
-        k: the most documents to return; default: all that are found.
+    Args:
+        retriever (`BaseRetriever`): who finds the documents.
+        compressor (`GradMemCompressor`): who writes them.
+        k (`int`, *optional*): the most documents to return; None: all that are found.
     """
 
     retriever: BaseRetriever

@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_gradmem import ChatGradMem, MemoryStateStore, UnknownReferenceError, attach, marker
+from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import MemoryStateError
 
@@ -27,6 +27,12 @@ def chat(pipeline, store):
 @pytest.fixture
 def reference(pipeline, store):
     return store.write(pipeline, ["w1 w2 w3 w4 w5 w6 w7 w8"])[0]
+
+
+@pytest.fixture
+def other(pipeline, store):
+    """The reference of another text."""
+    return store.write(pipeline, ["w9 w10 w11"])[0]
 
 
 def plain(pipeline, prompt, memory=None, tokens=6):
@@ -142,16 +148,14 @@ class TestReferences:
         chat.invoke([kind(f"w1 {marker(reference)}"), HumanMessage("w3")])
         assert seen == [None]
 
-    def test_several_are_read_side_by_side(self, chat, pipeline, store, reference):
-        other = store.write(pipeline, ["w9 w10 w11"])[0]
+    def test_several_are_read_side_by_side(self, chat, reference, other):
         usage = chat.invoke("w3", memory=[reference, other]).usage_metadata
         assert usage["input_token_details"] == {"memory_vectors": 6, "memory_saved": 11 - 6}
         limited = chat.model_copy(update={"max_states": 1})
         with pytest.raises(ValueError, match=r"2 memory states, and at most 1.*retrieve fewer"):
             limited.invoke("w3", memory=[reference, other])
 
-    def test_batches_of_different_memories_agree_with_single_calls(self, chat, pipeline, store, reference):
-        other = store.write(pipeline, ["w9 w10 w11"])[0]
+    def test_batches_of_different_memories_agree_with_single_calls(self, chat, reference, other):
         inputs = [
             [attach(HumanMessage("w3"), [reference])],
             [HumanMessage("w3")],
@@ -168,10 +172,11 @@ class TestReferences:
                 chat.invoke("w3", memory=wrong)
 
     def test_tenants_cannot_read_each_other(self, pipeline, store, reference):
-        other = MemoryStateStore(store.store, namespace="other")
+        tenant = MemoryStateStore(store.store, namespace="tenant")
         with pytest.raises(UnknownReferenceError):
-            ChatGradMem(pipeline=pipeline, store=other).invoke("w3", memory=reference)
-        assert other.write(pipeline, ["w1 w2 w3 w4 w5 w6 w7 w8"])[0] != reference
+            ChatGradMem(pipeline=pipeline, store=tenant).invoke("w3", memory=reference)
+        (own,) = tenant.write(pipeline, ["w1 w2 w3 w4 w5 w6 w7 w8"])
+        assert own != reference
         assert list(store.yield_keys()) == [reference]
 
     def test_states_of_another_model_are_refused(self, store, reference):
@@ -221,8 +226,7 @@ class TestInput:
 
 
 class TestConcurrency:
-    def test_threads(self, chat, pipeline, store, reference):
-        other = store.write(pipeline, ["w9 w10 w11"])[0]
+    def test_threads(self, chat, reference, other):
         expected = {r: chat.invoke("w3", memory=r).content for r in (reference, other)}
         wrong = []
 
@@ -273,7 +277,7 @@ class TestTools:
         caller = ChatGradMem(pipeline=tiny_pipeline(), max_tokens=4)
         caller.pipeline.tokenizer.chat_template = TOOLS_TEMPLATE
         said = []
-        monkeypatch.setattr("langchain_gradmem.chat._Watch.text", lambda self, tokens: said[-1])
+        monkeypatch.setattr("langchain_gradmem.chat_models.NewTokens.text", lambda self, tokens: said[-1])
         return caller, said
 
     def test_refused_where_the_template_does_not_know_them(self, chat):

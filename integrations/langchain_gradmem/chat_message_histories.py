@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import BaseMessage
 
-from .conversation import TurnMemory
+from .writer import TurnMemory
 
 
 class GradMemChatMessageHistory(BaseChatMessageHistory):
@@ -19,7 +19,7 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
     messages are in the history as text; the next call tries again.
 
     Args:
-        memory: which turns stay text, and who writes the others.
+        memory (`TurnMemory`): which turns stay text, and who writes the others.
     """
 
     def __init__(self, memory: TurnMemory) -> None:
@@ -38,7 +38,11 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
             return [*carrier, *self._recent]
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
-        """Add messages, and write old turns where there are too many."""
+        """Add messages, and write old turns where there are too many.
+
+        Args:
+            messages (`Sequence[BaseMessage]`): what came since the last call.
+        """
         with self._lock:
             self._recent += messages
             cut = self.memory.cut(self._recent)

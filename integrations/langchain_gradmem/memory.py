@@ -8,8 +8,8 @@ from langchain_classic.base_memory import BaseMemory
 from langchain_core.messages import AIMessage, HumanMessage
 from pydantic import PrivateAttr
 
-from .conversation import TurnMemory
-from .history import GradMemChatMessageHistory
+from .chat_message_histories import GradMemChatMessageHistory
+from .writer import TurnMemory
 
 
 class GradMemConversationMemory(BaseMemory):
@@ -17,10 +17,11 @@ class GradMemConversationMemory(BaseMemory):
 
     A prompt that is one string cannot carry memory: what references stand for would be lost in it.
 
-    Attributes:
-        memory: which turns stay text, and who writes the others.
-        memory_key: the prompt's variable.
-        input_key, output_key: of a chain with several; default: the only one.
+    Args:
+        memory (`TurnMemory`): which turns stay text, and who writes the others.
+        memory_key (`str`, *optional*, defaults to `"history"`): the prompt's variable.
+        input_key (`str`, *optional*): which of a chain's inputs is the question; None: the only one.
+        output_key (`str`, *optional*): which of its outputs is the answer; None: the only one.
     """
 
     memory: TurnMemory

@@ -3,57 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.callbacks.manager import dispatch_custom_event
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 
-from gradmem_adapter import GradMemModel, GradMemPipeline, MemoryState
+from gradmem_adapter import MemoryState
 
 from .references import KEY, marker, references_of
-from .store import MemoryStateStore
+from .writer import MemoryWriter
 
 EVENT = "gradmem_write"
 """The custom event of a write: {"documents", "contexts", "written"}."""
 
 
-class GradMemCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
+class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransformer):
     """Writes documents into memory states, those that are new in batches that fit into memory.
 
     A document comes back with the markers of its references as content and the references in `metadata["gradmem"]`,
     beside its own metadata. One that is longer than the model takes is split first and has a reference for each part.
     One that carries references already is left as it is.
 
-    Attributes:
-        pipeline: who writes.
-        store: where states are kept.
-        write_options: what `pipeline.write_many` takes: steps, lr, optimizer, tolerance.
-        fallback: "text" leaves a document as text where its fidelity is below `min_fidelity`.
-        min_fidelity: the share of tokens that greedy decoding from memory must get back.
+    Args:
+        pipeline (`GradMemPipeline`): who writes.
+        store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
+        write_options (`dict`, *optional*): what `pipeline.write_many` takes: steps, lr, optimizer, tolerance.
+        fallback (`str`, *optional*): `"text"` leaves a document as text where its fidelity is below `min_fidelity`.
+        min_fidelity (`float`, *optional*, defaults to `0.5`): the share of tokens that greedy decoding from memory must
+            get back.
     """
 
-    pipeline: GradMemPipeline = Field(exclude=True)
-    store: MemoryStateStore = Field(exclude=True, default_factory=MemoryStateStore)
-    write_options: dict[str, Any] = Field(default_factory=dict)
     fallback: Literal["text"] | None = None
     min_fidelity: float = Field(default=0.5, ge=0, le=1)
 
     _fidelity: dict[str, float] = PrivateAttr(default_factory=dict)
     """Greedy fidelity by reference, which decides both text and memory, so that it is measured once."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """Write documents into memory; `query` plays no part, so that a document is written once for all queries."""
+        """Write documents into memory.
+
+        Args:
+            documents (`Sequence[Document]`): empty ones are left as they are.
+            query (`str`): plays no part, so that a document is written once for all queries.
+            callbacks (`Callbacks`, *optional*): are told by the custom event `"gradmem_write"` what was written.
+
+        Returns:
+            `list[Document]`: new documents, in order; those passed in stay as they are.
+        """
         fresh = [d for d in documents if not references_of(d) and d.page_content.strip()]
-        parts = [self._split(document.page_content) for document in fresh]
+        parts = [self.split(document.page_content) for document in fresh]
         texts = [text for pieces in parts for text in pieces]
         before = self.store.writes
-        references = iter(self.store.write(self.pipeline, texts, **self.write_options) if texts else [])
+        references = iter(self.write_texts(texts) if texts else [])
         if callbacks:
             data = {"documents": len(fresh), "contexts": len(texts), "written": self.store.writes - before}
             dispatch_custom_event(EVENT, data, config={"callbacks": callbacks})
@@ -64,7 +69,12 @@ class GradMemCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
         return [done.get(id(document), document) for document in documents]
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
-        """The same, as a transformer."""
+        """The same, as a transformer.
+
+        Args:
+            documents (`Sequence[Document]`): as for `compress_documents`.
+            kwargs: play no part.
+        """
         return self.compress_documents(documents, "")
 
     def _compressed(self, document: Document, pieces: list[str], references: list[str]) -> Document:
@@ -81,16 +91,3 @@ class GradMemCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
             page_content=" ".join(marker(reference) for reference in references),
             metadata=document.metadata | {KEY: references},
         )
-
-    def _split(self, text: str) -> list[str]:
-        """Parts that fit the model, as equal as they can be, cut between tokens."""
-        model, tokenizer = cast(GradMemModel, self.pipeline.model.base_model), self.pipeline.tokenizer
-        if model.positions is None:
-            return [text]
-        extra = len(tokenizer("")["input_ids"])
-        limit = model.positions - model.prefix_length - extra
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        count = -(-len(offsets) // limit)
-        size = -(-len(offsets) // max(1, count))
-        starts = [offsets[i][0] for i in range(0, len(offsets), size)] or [0]
-        return [text[a:b] for a, b in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)]

@@ -26,8 +26,13 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
     """Memory states, content-addressed: the same text under the same model and options is written once.
 
     Args:
-        store: where the bytes go (default: into memory); `LocalFileStore` for a directory.
-        namespace: of a tenant. Stores of other namespaces do not see its states, nor do their references fit.
+        store (`ByteStore`, *optional*, defaults to one in memory): where the bytes go, such as a `LocalFileStore` for a
+            directory.
+        namespace (`str`, *optional*, defaults to `"default"`): of a tenant, made of letters, digits, `_` and `-`.
+            Stores of other namespaces do not see its states, nor do their references fit.
+
+    Raises:
+        ValueError: a namespace of other characters.
     """
 
     def __init__(self, store: ByteStore | None = None, *, namespace: str = "default") -> None:
@@ -44,6 +49,9 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
     def mget(self, keys: Sequence[str]) -> list[MemoryState | None]:
         """The states, None where there is none.
 
+        Args:
+            keys (`Sequence[str]`): references.
+
         Raises:
             MemoryStateError: what is stored is no memory state or is damaged.
         """
@@ -57,12 +65,27 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         return states
 
     def mset(self, key_value_pairs: Sequence[tuple[str, MemoryState]]) -> None:
+        """Put states in.
+
+        Args:
+            key_value_pairs (`Sequence[tuple[str, MemoryState]]`): references and their states.
+        """
         self.store.mset([(self._key(key), state.to_bytes()) for key, state in key_value_pairs])
 
     def mdelete(self, keys: Sequence[str]) -> None:
+        """Delete states.
+
+        Args:
+            keys (`Sequence[str]`): references; those that the store does not hold are passed over.
+        """
         self.store.mdelete([self._key(key) for key in keys])
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
+        """The references of this namespace.
+
+        Args:
+            prefix (`str`, *optional*): only those that begin so.
+        """
         own = self._key("")
         for key in self.store.yield_keys(prefix=self._key(prefix or "")):
             if key.startswith(own):
@@ -70,6 +93,10 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
 
     def get(self, reference: str, *, fingerprint: str | None = None) -> MemoryState:
         """The state of a reference.
+
+        Args:
+            reference (`str`): 32 hexadecimal digits.
+            fingerprint (`str`, *optional*): of the model that is to read it; None: any model's state.
 
         Raises:
             UnknownReferenceError: this store does not hold it.
@@ -89,7 +116,12 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         return state
 
     def reference(self, pipeline: GradMemPipeline, text: str, **options: Any) -> str:
-        """What `write` returns for a text, without writing: namespace, model, options and text decide it."""
+        """What `write` returns for a text, without writing: namespace, model, options and text decide it.
+
+        Args:
+            pipeline, options: as for `write`.
+            text (`str`): one text.
+        """
         identity = [self.namespace, pipeline.model.fingerprint(), sorted(options.items()), text]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
@@ -97,7 +129,12 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         """The references of texts; those not yet stored are written, in batches that fit into memory.
 
         Args:
+            pipeline (`GradMemPipeline`): who writes.
+            texts (`Sequence[str]`): of any number and lengths that the model takes.
             options: what `pipeline.write_many` takes and JSON can hold: `steps`, `lr`, `optimizer`, `tolerance`.
+
+        Returns:
+            `list[str]`: a reference for each text, in order.
 
         Raises:
             ValueError: a text cannot be written; none is stored then.

@@ -1,0 +1,128 @@
+"""LangChain's messages to chat templates, and answers back to messages: texts, tool calls, usage.
+
+A tool call is written as most open models write it: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Any, cast
+
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    HumanMessage,
+    InvalidToolCall,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+    UsageMetadata,
+)
+from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from transformers import PreTrainedTokenizerBase
+
+from .references import without_markers
+
+_ROLES: dict[type[BaseMessage], str] = {
+    HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system", ToolMessage: "tool",
+}  # fmt: skip
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", flags=re.DOTALL)
+
+
+def template_entry(message: BaseMessage, references: Sequence[str]) -> dict[str, Any]:
+    """A message as chat templates take it, without the markers of the references that it carries.
+
+    Raises:
+        ValueError: a message of another kind, or content that is not text.
+    """
+    entry: dict[str, Any] = {"role": _role(message), "content": without_markers(_text(message), references)}
+    if isinstance(message, AIMessage) and message.tool_calls:
+        entry["tool_calls"] = [
+            {"type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
+            for call in message.tool_calls
+        ]
+    return entry
+
+
+def _role(message: BaseMessage) -> str:
+    for kind, role in _ROLES.items():
+        if isinstance(message, kind):
+            return role
+    raise ValueError(f"ChatGradMem takes human, AI, system and tool messages, got {type(message).__name__}.")
+
+
+def _text(message: BaseMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    texts = []
+    for block in message.content:
+        if isinstance(block, str):
+            texts.append(block)
+        elif block.get("type") == "text":
+            texts.append(str(block["text"]))
+        else:
+            raise ValueError(f"ChatGradMem reads text alone, and a message has a block of type {block.get('type')!r}.")
+    return "".join(texts)
+
+
+def require_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `NotImplementedError` unless the tokenizer's chat template knows tools."""
+    if "tools" not in str(tokenizer.chat_template):
+        raise NotImplementedError(
+            "The backbone's chat template does not know tools, so the model would neither see nor call them. Use a "
+            "backbone whose template does, or leave tools and tool messages out."
+        )
+
+
+def parse_tool_calls(text: str) -> tuple[str, list[ToolCall], list[InvalidToolCall]]:
+    """The text without its tool calls, the calls, and what was meant as one but is none."""
+    calls, invalid = [], []
+    for body in _TOOL_CALL.findall(text):
+        identity = f"call_{uuid.uuid4().hex}"
+        try:
+            content = json.loads(body)
+            calls.append(tool_call(name=content["name"], args=dict(content.get("arguments") or {}), id=identity))
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            invalid.append(invalid_tool_call(name=None, args=body.strip(), id=identity, error=problem))
+    return _TOOL_CALL.sub("", text).strip() if calls or invalid else text, calls, invalid
+
+
+def usage_metadata(prompt_tokens: int, new_tokens: int, memory_vectors: int, context_tokens: int) -> UsageMetadata:
+    """Tokens of a call; `input_token_details` has the memory's vectors and how many tokens they save.
+
+    Args:
+        prompt_tokens (`int`): of the prompt as text.
+        new_tokens (`int`): of the answer.
+        memory_vectors (`int`): vectors that stood before the prompt, which count as input tokens; 0: no memory.
+        context_tokens (`int`): tokens of the contexts that these vectors stand for.
+    """
+    details: Any = {"memory_vectors": memory_vectors, "memory_saved": context_tokens - memory_vectors}
+    return UsageMetadata(
+        input_tokens=prompt_tokens + memory_vectors,
+        output_tokens=new_tokens,
+        total_tokens=prompt_tokens + memory_vectors + new_tokens,
+        input_token_details=details if memory_vectors else {},
+    )
+
+
+def as_chunk(result: ChatResult) -> ChatGenerationChunk:
+    """An answer as the one chunk of a stream."""
+    message = cast(AIMessage, result.generations[0].message)
+    return ChatGenerationChunk(
+        message=AIMessageChunk(
+            content=message.content,
+            tool_call_chunks=[
+                tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=i)
+                for i, call in enumerate(message.tool_calls)
+            ],
+            response_metadata=message.response_metadata,
+            usage_metadata=message.usage_metadata,
+            chunk_position="last",
+        )
+    )

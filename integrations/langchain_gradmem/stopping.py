@@ -1,0 +1,60 @@
+"""Texts that end an answer: stop strings, however tokens fall on them, in whole answers and in streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first stop, and whether there was one."""
+    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def pieces_until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Pieces up to a stop, and whether it came. What could be the beginning of a stop is held back until it is not."""
+    text, sent = "", 0
+    for piece in pieces:
+        text += piece
+        whole, stopped = cut_at_stop(text, stops)
+        if stopped:
+            yield whole[sent:], True
+            return
+        held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        safe = max(sent, len(text) - held)
+        yield text[sent:safe], False
+        sent = safe
+    yield text[sent:], False
+
+
+class NewTokens(StoppingCriteria):
+    """Keeps each row's new tokens, and ends a row that has a stop in its text.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): what decodes the tokens.
+        prompt_length (`int`): tokens of the padded prompts, after which the new ones begin.
+        stops (`Sequence[str]`): texts that end a row.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stops: Sequence[str]) -> None:
+        self.tokenizer, self.prompt_length, self.stops = tokenizer, prompt_length, stops
+        self.rows: dict[int, list[int]] = {}
+        """The new tokens of each row, padding after its end left out."""
+        self.stopped: set[int] = set()
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of new tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        for i, row in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            if i in self.stopped:
+                continue  # what comes now is padding, while other rows go on
+            self.rows[i] = row
+            if self.stops and cut_at_stop(self.text(row), self.stops)[1]:
+                self.stopped.add(i)
+        return torch.tensor([i in self.stopped for i in range(len(input_ids))], device=input_ids.device)

@@ -1,0 +1,69 @@
+"""MemoryStateStore: states by reference, each text written once, and what it refuses."""
+
+import pytest
+from langchain_classic.storage import LocalFileStore
+from langchain_gradmem import MemoryStateStore
+from tiny import tiny_text
+from tiny_pipeline import tiny_pipeline
+
+from gradmem_adapter import MemoryStateError
+
+TEXTS = [tiny_text(12, seed=i) for i in range(4)]
+REFERENCE = "0123456789abcdef" * 2
+
+
+@pytest.fixture
+def state(pipeline):
+    return pipeline.write(TEXTS[0])
+
+
+def test_damaged_states_raise(state):
+    store = MemoryStateStore()
+    store.mset([(REFERENCE, state)])
+    (key,) = store.store.yield_keys()
+    store.store.mset([(key, store.store.mget([key])[0][:-7])])
+    with pytest.raises(MemoryStateError, match=f"'{REFERENCE}' cannot be read"):
+        store.get(REFERENCE)
+
+
+@pytest.mark.parametrize("namespace", ["", "a/b", "../x", "a b"])
+def test_namespaces_that_could_reach_another_are_refused(namespace):
+    with pytest.raises(ValueError, match="namespace"):
+        MemoryStateStore(namespace=namespace)
+
+
+class TestWrite:
+    def test_the_same_text_is_written_once(self, pipeline):
+        store = MemoryStateStore()
+        first = store.write(pipeline, [TEXTS[0], TEXTS[1], TEXTS[0]])
+        assert first[0] == first[2] != first[1]
+        assert store.writes == 2
+        assert store.write(pipeline, [TEXTS[1], TEXTS[2]])[0] == first[1]
+        assert store.writes == 3
+        assert store.reference(pipeline, TEXTS[1]) == first[1]
+
+    def test_options_and_model_are_part_of_the_identity(self, pipeline):
+        store = MemoryStateStore()
+        references = {
+            store.write(pipeline, TEXTS[:1])[0],
+            store.write(pipeline, TEXTS[:1], steps=3)[0],
+            store.write(tiny_pipeline(seed=4), TEXTS[:1])[0],
+        }
+        assert len(references) == 3
+
+    def test_what_is_stored_is_what_write_gives(self, pipeline):
+        store = MemoryStateStore()
+        (reference,) = store.write(pipeline, TEXTS[:1])
+        assert store.get(reference) == pipeline.write(TEXTS[0]).cpu()
+
+    def test_a_directory_outlives_the_store(self, pipeline, tmp_path):
+        (reference,) = MemoryStateStore(LocalFileStore(tmp_path)).write(pipeline, TEXTS[:1])
+        again = MemoryStateStore(LocalFileStore(tmp_path))
+        assert again.write(pipeline, TEXTS[:1]) == [reference]
+        assert again.writes == 0
+
+    def test_a_text_that_cannot_be_written_stores_nothing(self, pipeline):
+        store = MemoryStateStore()
+        with pytest.raises(ValueError, match="tokens"):
+            store.write(pipeline, [TEXTS[0], tiny_text(500)])
+        assert list(store.yield_keys()) == []
