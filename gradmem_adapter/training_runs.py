@@ -137,7 +137,7 @@ def _train_rows(
     trainer.save_model(str(output / CHECKPOINT))
     console.print(f"Saved: {output / CHECKPOINT}", markup=False)
     if recipe.evaluate is not None:
-        _print_metrics({trainer.config.write_steps: trainer.evaluate()}, console)
+        _print_metrics({trainer.default_write_steps: trainer.evaluate()}, console)
     return output / CHECKPOINT
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from gradmem_adapter import load_checkpoint
 from gradmem_adapter.cli import app
 from gradmem_adapter.recipes import load_recipe
-from gradmem_adapter.tasks.rows import read_rows
+from gradmem_adapter.training import read_rows
 
 ROWS = [
     {"context": f"w{i} w{i + 1} w{i + 2}", "queries": [f"w{i}", f"w{i + 1}"], "targets": [f"w{i + 1}", f"w{i + 2}"]}
@@ -83,7 +83,7 @@ def test_settings_alone_are_a_recipe(files):
         ("train=nowhere.jsonl", "no file of rows 'nowhere.jsonl'"),
         ("colour=red", "colour"),
         ("memory.write_steps=-1", "write_steps must be at least 0"),
-        ("training.min_write_steps=9", "K would be drawn from 9"),
+        ("training.write_steps=[]", "write_steps must be a list"),
         ("memory.num_memory_token=3", "memory has no field num_memory_token"),
         ("memory={", "is not YAML"),
     ],

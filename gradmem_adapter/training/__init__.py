@@ -1,21 +1,23 @@
-"""Meta-training: rows of texts, a Trainer, a curriculum, and the scores of answers."""
+"""Meta-training: rows of texts or ready batches, a Trainer, and the scores of answers."""
 
 from .arguments import GradMemTrainingArguments
+from .batches import Batches, RowBatches
 from .collator import GradMemCollator
-from .curriculum import Curriculum, Stage
-from .errors import TrainingDiverged
 from .metrics import exact_match, normalize_answer, score_answer, token_f1
+from .rows import read_rows
+from .saving import TrainingDiverged
 from .trainer import GradMemTrainer
 
 __all__ = [
-    "Curriculum",
+    "Batches",
     "GradMemCollator",
     "GradMemTrainer",
     "GradMemTrainingArguments",
-    "Stage",
+    "RowBatches",
     "TrainingDiverged",
     "exact_match",
     "normalize_answer",
+    "read_rows",
     "score_answer",
     "token_f1",
 ]

@@ -2,58 +2,110 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 
 @dataclass
 class GradMemTrainingArguments(TrainingArguments):
     """Transformers' training arguments and those of GradMem.
 
+    Args:
+        remove_unused_columns (`bool`, *optional*, defaults to `False`): stays False: the columns of a dataset are
+            texts, which the collator turns into what the model takes.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): stays False: a loss that is not finite stops
+            the training instead of hiding.
+        write_steps (`list[int]`, *optional*): K of an optimizer step is drawn from these, each as likely (name one
+            twice and it comes twice as often); None: the config's `write_steps`.
+        eval_write_steps (`int`, *optional*): K in evaluation; None: the config's `write_steps`.
+        predict_with_generate (`bool`, *optional*, defaults to `True`): evaluation answers the queries greedily and
+            scores the texts.
+        generation_max_new_tokens (`int`, *optional*): most new tokens of an answer; None: a few more than the longest
+            target.
+        cuda_graphs (`bool`, *optional*, defaults to `False`): launch the forward and backward pass of a step as one
+            CUDA graph, which spares the time that Python takes to launch its kernels: small models train several times
+            as fast. Needs a model without dropout. Rows are padded to a few lengths then (`RowBatches`). On a CPU the
+            same steps run as they are.
+        torch_compile (`bool`, *optional*, defaults to `False`): compile the backbone's layers, one by one.
+        context_buckets (`list[int]`, *optional*): with `cuda_graphs` and rows: the lengths in tokens that contexts are
+            padded to; None: 64, 128, 256, ...
+        tokens_per_batch (`int`, *optional*): with `cuda_graphs` and rows: most context tokens of a batch, padding
+            counted, so that long contexts come in smaller batches than `per_device_train_batch_size`.
+        queries_per_context (`int`, *optional*, defaults to `2`): with `cuda_graphs` and rows: how many of a context's
+            queries are drawn for a batch.
+        max_minutes (`float`, *optional*): end the run after so many minutes (of all its parts together, where it was
+            interrupted), if `max_steps` are not done before. The learning rate warms up, stays, and falls in time to a
+            twentieth, whatever `lr_scheduler_type` says by default.
+        decay_share (`float`, *optional*, defaults to `0.5`): the last share of the run, over which the learning rate
+            falls with `max_minutes` or with `lr_scheduler_type="warmup_stable_decay"`.
+        write_lr_factor (`float`, *optional*, defaults to `1.0`): learned write learning rates are trained at so many
+            times the learning rate.
+        muon_lr_factor (`float`, *optional*): train the matrices inside the backbone's layers by Muon (Jordan et al.,
+            2024) at so many times the learning rate, with updates of the size that AdamW's have (arXiv 2502.16982);
+            None: AdamW, or what `optim` says, trains all.
+
     Raises:
         TypeError, ValueError: a value that cannot work; the message names it.
     """
 
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={
-            "help": "False: the dataset's columns are texts, which the collator turns into what the model takes."
-        },
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "False: a loss that is not finite stops the training instead of hiding."}
-    )
-    min_write_steps: int | None = field(
-        default=None, metadata={"help": "Least K of an optimizer step. None: the config's write_steps."}
-    )
-    max_write_steps: int | None = field(
-        default=None, metadata={"help": "Most K of an optimizer step, drawn uniformly. None: the config's write_steps."}
-    )
-    eval_write_steps: int | None = field(
-        default=None, metadata={"help": "K in evaluation. None: the config's write_steps."}
-    )
-    predict_with_generate: bool = field(
-        default=True, metadata={"help": "Evaluation answers the queries greedily and scores the texts."}
-    )
-    generation_max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Most new tokens of an answer. None: a few more than the longest target."}
-    )
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    write_steps: list[int] | None = None
+    eval_write_steps: int | None = None
+    predict_with_generate: bool = True
+    generation_max_new_tokens: int | None = None
+    cuda_graphs: bool = False
+    context_buckets: list[int] | None = None
+    tokens_per_batch: int | None = None
+    queries_per_context: int = 2
+    max_minutes: float | None = None
+    decay_share: float = 0.5
+    write_lr_factor: float = 1.0
+    muon_lr_factor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, minimum in (
-            ("min_write_steps", 0), ("max_write_steps", 0), ("eval_write_steps", 0), ("generation_max_new_tokens", 1),
-        ):  # fmt: skip
+        for name in ("write_steps", "context_buckets"):
+            values = getattr(self, name)
+            if values is not None and not (isinstance(values, list | tuple) and len(values)):
+                raise TypeError(f"{name} must be a list of integers or None, got {values!r}.")
+            for value in values or ():
+                _check_integer(f"Every one of {name}", value, 0 if name == "write_steps" else 1)
+        _check_integer("eval_write_steps", self.eval_write_steps, 0)
+        for name in ("generation_max_new_tokens", "tokens_per_batch", "queries_per_context"):
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("max_minutes", "write_lr_factor", "muon_lr_factor"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name} must be an integer or None, got {value!r}.")
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}.")
-        if None not in (self.min_write_steps, self.max_write_steps) and self.min_write_steps > self.max_write_steps:  # type: ignore[operator]
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}.")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"decay_share must be from 0 to 1, got {self.decay_share!r}.")
+        if self.max_minutes is not None:
+            self._go_by_the_clock()
+
+    def _go_by_the_clock(self) -> None:
+        if self.lr_scheduler_type not in (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY):
             raise ValueError(
-                f"min_write_steps is {self.min_write_steps} and max_write_steps {self.max_write_steps}: swap them."
+                f"max_minutes has a schedule of its own (warm-up, constant, decay), and lr_scheduler_type is "
+                f"{str(self.lr_scheduler_type)!r}: leave one of them out."
             )
+        self.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
+        self.restore_callback_states_from_checkpoint = True  # how much of the time is over
+        if self.max_steps <= 0:
+            self.max_steps = UNBOUNDED
+
+
+UNBOUNDED = 10**9
+"""`max_steps` of a run that ends by the clock."""
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} must be an integer or None, got {value!r}.")
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def with_defaults(args: TrainingArguments) -> GradMemTrainingArguments:

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.outputs import GradMemOutput
 
-FOR_GENERATION = ("query_input_ids", "query_attention_mask", "targets")
+NOT_FOR_THE_MODEL = ("query_input_ids", "query_attention_mask", "targets", "write_steps")
 """What a batch holds beside the arguments of the model."""
 MEANS = {
     "target_loss": "tokens",
+    "exact_match": "queries",
     "first_write_loss": "written",
     "last_write_loss": "written",
     "memory_norm": "contexts",
@@ -25,9 +26,11 @@ MEANS = {
 
 first_write_loss and last_write_loss are the write losses before the first and before the last write step; the latter is
 what `reconstruction_weight` weighs. With one step they are the same, and so they are without any, where both are that
-of the memory WRITE starts from.
+of the memory WRITE starts from. exact_match in training is the share of queries whose target is the first choice
+throughout, where batches say `max_targets`.
 """
 COUNTS = {*MEANS.values(), "queries"}
+NAMES = sorted({*MEANS, *COUNTS})
 
 
 class Count(NamedTuple):
@@ -46,23 +49,28 @@ def count(batch: dict[str, Any], device: torch.device) -> Count:
             f"{', '.join(batch)}. Use GradMemCollator."
         )
     tokens = (batch["labels"] != IGNORED).sum().to(device)
-    return Count(tokens, tokens.new_tensor(len(batch["context_input_ids"])))
+    return Count(tokens, torch.full_like(tokens, len(batch["context_input_ids"])))
 
 
 class Sums:
     """Sums since the last log, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = dict.fromkeys(sorted({*MEANS, *MEANS.values()}), torch.zeros((), device=device))
+        self.values = torch.zeros(len(NAMES), device=device)
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.values[name] = self.values[name] + value.detach().float()
+    def add(self, table: Tensor) -> None:
+        """Add a table [names], as `in_order` makes it."""
+        self.values = self.values + table
 
     def means(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes, each of which has to call this."""
-        table = accelerator.gather(torch.stack(list(self.values.values()))[None])
-        return means(dict(zip(self.values, table.sum(0).tolist(), strict=True)))
+        return means(dict(zip(NAMES, accelerator.gather(self.values[None]).sum(0).tolist(), strict=True)))
+
+
+def in_order(sums: dict[str, Tensor]) -> Tensor:
+    """Sums by name as a table [names], zero where there is none: one tensor, which a CUDA graph can hand over."""
+    zero = torch.zeros((), device=next(iter(sums.values())).device)
+    return torch.stack([sums[name].detach().float() if name in sums else zero for name in NAMES])
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
@@ -76,7 +84,7 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model's forward takes."""
-    return {name: value for name, value in batch.items() if name not in FOR_GENERATION}
+    return {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
 
 
 def context_index(batch: dict[str, Any]) -> Tensor:
@@ -90,9 +98,12 @@ def per_context(values: Tensor, batch: dict[str, Any]) -> Tensor:
     return values.new_zeros(len(batch["context_input_ids"])).index_add_(0, context_index(batch), values)
 
 
-def batch_sums(output: GradMemOutput, here: Count, steps: int) -> dict[str, Tensor]:
+def batch_sums(batch: dict[str, Any], output: GradMemOutput, here: Count, steps: int) -> dict[str, Tensor]:
     """What training sums up after K = `steps` write steps, scalars."""
-    sums = {name: value.sum() for name, value in _written(output, steps).items()}
+    sums = {name: value.sum() for name, value in _written(batch, output, steps).items()}
+    if output.correct is not None:
+        correct = output.correct.float()
+        sums |= {"exact_match": correct.sum(), "queries": torch.full_like(correct[0], len(correct))}
     return sums | {"target_loss": cast(Tensor, output.target_loss) * here.tokens, "tokens": here.tokens}
 
 
@@ -100,23 +111,25 @@ def context_sums(batch: dict[str, Any], output: GradMemOutput, steps: int) -> di
     """What evaluation sums up after K = `steps` write steps, [C] each."""
     logits, labels = cast(Tensor, output.logits)[:, :-1].float(), batch["labels"][:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
-    return _written(output, steps) | {
+    return _written(batch, output, steps) | {
         "target_loss": per_context(losses, batch),
         "tokens": per_context((labels != IGNORED).sum(1).float(), batch),
         "queries": per_context(torch.ones_like(losses), batch),
     }
 
 
-def _written(output: GradMemOutput, steps: int) -> dict[str, Tensor]:
-    """What WRITE did to each context, [C] each."""
-    memory, losses = (cast(Tensor, part).detach().float() for part in (output.memory, output.write_losses))
-    ones = memory.new_ones(len(memory))
-    known = losses.shape[1]
-    return {
-        "first_write_loss": losses[:, 0] if known else 0 * ones,
-        "last_write_loss": losses[:, -1] if known else 0 * ones,
-        "written": ones * (known > 0),
-        "memory_norm": memory.flatten(1).norm(dim=1),
-        "write_steps": ones * steps,
-        "contexts": ones,
-    }
+def _written(batch: dict[str, Any], output: GradMemOutput, steps: int) -> dict[str, Tensor]:
+    """What WRITE did to each context, [C] each; of a model without memory how many contexts there are."""
+    ones = torch.ones(len(batch["context_input_ids"]), device=batch["context_input_ids"].device)
+    found = {"write_steps": ones * steps, "contexts": ones}
+    if output.memory is not None:
+        found["memory_norm"] = output.memory.detach().float().flatten(1).norm(dim=1)
+    if output.write_losses is not None:
+        losses = output.write_losses.detach().float()
+        known = losses.shape[1]
+        found |= {
+            "first_write_loss": losses[:, 0] if known else 0 * ones,
+            "last_write_loss": losses[:, -1] if known else 0 * ones,
+            "written": ones * (known > 0),
+        }
+    return found

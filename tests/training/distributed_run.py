@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from test_trainer import LORA, Gradients, Poison, logs, make, rows, trainer, weights
+from tiny import tiny_tokenizer
 
-from gradmem_adapter.training import Curriculum, Stage, TrainingDiverged
+from gradmem_adapter.training import Batches, GradMemCollator, TrainingDiverged
 
 EVALUATED = ("eval_loss", "eval_target_loss", "eval_exact_match", "eval_f1", "eval_memory_norm")
 LOGGED = (
@@ -32,7 +33,7 @@ def train(output, processes, meta_gradient):
     run = trainer(
         model, output, rows(8, queries=3), rows(5, 30, queries=3), callbacks=[seen], score=score,
         per_device_train_batch_size=2 // processes, gradient_accumulation_steps=2, max_grad_norm=0,
-        train_sampling_strategy="sequential", min_write_steps=1, max_write_steps=3, generation_max_new_tokens=6,
+        train_sampling_strategy="sequential", write_steps=[1, 2, 3], generation_max_new_tokens=6,
         save_strategy="steps", save_steps=2, ddp_backend="gloo" if processes > 1 else None,
     )  # fmt: skip
     run.train()
@@ -45,17 +46,30 @@ def train(output, processes, meta_gradient):
     }
 
 
-def train_curriculum(output, processes):
-    """Over the border of two stages, with checkpointed layers."""
+def train_ready(output, processes):
+    """Ready batches through the path of CUDA graphs; of two processes each has half of a batch."""
     seen = Gradients()
-    curriculum = Curriculum([Stage(rows(3), 1), Stage(rows(5, 20, queries=3), 2, write_steps=(3, 3))])
     run = trainer(
-        make(meta_gradient="first_order", lora_config=LORA), output, curriculum, callbacks=[seen], max_steps=-1,
-        per_device_train_batch_size=4 // processes, max_grad_norm=0, gradient_checkpointing=True,
-        ddp_backend="gloo" if processes > 1 else None,
+        make(meta_gradient="first_order", lora_config=LORA, learn_write_lr=True), output, Halves(processes),
+        callbacks=[seen], max_steps=3, max_grad_norm=0, cuda_graphs=True, write_steps=[1, 2],
+        gradient_accumulation_steps=2, ddp_backend="gloo" if processes > 1 else None,
     )  # fmt: skip
     run.train()
-    return {"gradients": seen.steps, "logs": {name: logs(run, name) for name in (*LOGGED, "write_steps", "stage")}}
+    return {"gradients": seen.steps, "logs": {name: logs(run, name) for name in (*LOGGED, "write_steps")}}
+
+
+class Halves(Batches):
+    """Each process gets its part of the same rows."""
+
+    def __init__(self, processes):
+        super().__init__()
+        self.processes = processes
+
+    def batch(self, step, device):
+        batch = GradMemCollator(tiny_tokenizer())(rows(4, seed=10 * step))
+        part = slice(self.process * 4 // self.processes, (self.process + 1) * 4 // self.processes)
+        ready = {name: batch[name][part] for name in batch if not name.startswith("query_") and name != "targets"}
+        return ready | {"context_index": torch.arange(4 // self.processes), "max_targets": 4}
 
 
 def diverge(output):
@@ -77,7 +91,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[2])
     torch.set_num_threads(1)
     results = {name: train(folder / name, 2, name) for name in sys.argv[1].split(",")}
-    results["curriculum"] = train_curriculum(folder / "curriculum", 2)
+    results["ready"] = train_ready(folder / "ready", 2)
     results["diverged"] = diverge(folder / "diverged")
     torch.save(results, folder / f"results-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

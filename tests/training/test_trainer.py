@@ -14,13 +14,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from gradmem_adapter import GradMemConfig, GradMemPipeline, load_checkpoint
 from gradmem_adapter.checkpoint import load_weights
 from gradmem_adapter.training import (
-    Curriculum,
     GradMemCollator,
     GradMemTrainer,
     GradMemTrainingArguments,
-    Stage,
+    RowBatches,
     TrainingDiverged,
 )
+from gradmem_adapter.training.compiled import layers_of
 
 LORA = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.0}
 
@@ -127,8 +127,7 @@ class TestLoss:
         expected.loss.backward()
         direct = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found, run = gradients(
-            make(lora_config=LORA), tmp_path, rows(3, queries=3), per_device_train_batch_size=3, min_write_steps=3,
-            max_write_steps=3,
+            make(lora_config=LORA), tmp_path, rows(3, queries=3), per_device_train_batch_size=3, write_steps=[3],
         )  # fmt: skip
         close(found, direct)
         (entry,) = [entry for entry in run.state.log_history if "loss" in entry]
@@ -186,14 +185,14 @@ class TestLoss:
     def test_write_steps_are_drawn_per_optimizer_step(self, tmp_path):
         run = trainer(
             make(), tmp_path, rows(4), max_steps=12, per_device_train_batch_size=1, gradient_accumulation_steps=2,
-            min_write_steps=1, max_write_steps=3,
+            write_steps=[1, 2, 3],
         )  # fmt: skip
         run.train()
         drawn = logs(run, "write_steps")
         assert set(drawn) == {1, 2, 3}  # whole numbers: both micro-batches of a step have the same
 
         def at(seed):
-            other = trainer(make(), tmp_path, rows(4), seed=seed, min_write_steps=1, max_write_steps=3)
+            other = trainer(make(), tmp_path, rows(4), seed=seed, write_steps=[1, 2, 3])
             steps = []
             for other.state.global_step in range(12):
                 steps.append(other.write_steps())
@@ -203,7 +202,7 @@ class TestLoss:
         assert at(7) != drawn
 
     def test_no_write_steps(self, tmp_path):
-        run = trainer(make(), tmp_path, rows(2), rows(2), max_steps=1, min_write_steps=0, max_write_steps=0)
+        run = trainer(make(), tmp_path, rows(2), rows(2), max_steps=1, write_steps=[0])
         run.train()
         assert logs(run, "write_steps") == [0]
         assert not logs(run, "first_write_loss")
@@ -211,7 +210,7 @@ class TestLoss:
     def test_without_write_steps_the_start_recites(self, tmp_path):
         """It is logged as a write loss, weighs in training and evaluation alike, and is no write step."""
         model = make(start_from_context=True, reconstruction_weight=0.5)
-        options = {"min_write_steps": 0, "max_write_steps": 0, "eval_write_steps": 0}
+        options = {"write_steps": [0], "eval_write_steps": 0}
         run = trainer(model, tmp_path, rows(2), rows(2), max_steps=1, learning_rate=0.0, **options)
         run.train()
         found = run.evaluate()
@@ -244,7 +243,7 @@ class TestLoss:
         torch._dynamo.reset()
         compiled, two = gradients(model, tmp_path / "compiled", rows(2), torch_compile_backend="aot_eager")
         assert type(two.model_wrapped) is type(model)
-        assert model.get_base_model().base_model._compiled_call_impl is not None
+        assert all(layer._compiled_call_impl is None for layer in layers_of(model))  # as it was found
         close(compiled, plain)
         assert logs(one, "loss") == pytest.approx(logs(two, "loss"), rel=1e-5)
         two.save_model(str(tmp_path / "saved"))
@@ -259,8 +258,8 @@ class TestLoss:
 
 class TestResume:
     @pytest.mark.parametrize("trained", ["lora", "backbone"])
-    @pytest.mark.parametrize("curriculum", [False, True])
-    def test_equals_an_uninterrupted_run(self, tmp_path, trained, curriculum):
+    @pytest.mark.parametrize("ready", [False, True])
+    def test_equals_an_uninterrupted_run(self, tmp_path, trained, ready):
         """With dropout, in the backbone as in the LoRA."""
         config = {
             "lora": {"lora_config": LORA | {"lora_dropout": 0.3}}, "backbone": {"train_backbone": True}
@@ -268,10 +267,10 @@ class TestResume:
 
         def run(path, **options):
             model = make(backbone=tiny(attention_dropout=0.2), learn_write_lr=True, **config)
-            data = Curriculum([Stage(rows(5), 2), Stage(rows(4, 50), 4, write_steps=(2, 3))]) if curriculum else rows(7)
+            data = RowBatches(rows(7), GradMemCollator(tiny_tokenizer()), contexts=2) if ready else rows(7)
             return trainer(
-                model, path, data, max_steps=6, save_strategy="steps", save_steps=3, min_write_steps=1,
-                max_write_steps=3, gradient_accumulation_steps=2, lr_scheduler_type="cosine", **options,
+                model, path, data, max_steps=6, save_strategy="steps", save_steps=3, write_steps=[1, 2, 3],
+                gradient_accumulation_steps=2, lr_scheduler_type="cosine", **options,
             )  # fmt: skip
 
         whole = run(tmp_path / "whole")
@@ -606,7 +605,7 @@ class TestArguments:
             ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
             ({"torch_compile": True}, {}, "cannot be differentiated twice"),
             ({"accelerator_config": {"dispatch_batches": True}}, {}, "dispatch_batches"),
-            ({"min_write_steps": 3}, {}, "drawn from 3 to 2"),
+            ({"max_minutes": 1, "warmup_steps": 0.1}, {}, "Give a number of steps"),
             ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, {}, "use_reentrant"),
         ],
     )
@@ -617,9 +616,13 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"min_write_steps": 3, "max_write_steps": 2}, ValueError, "swap them"),
-            ({"min_write_steps": -1}, ValueError, "min_write_steps must be at least 0"),
-            ({"max_write_steps": 1.5}, TypeError, "max_write_steps must be an integer"),
+            ({"write_steps": [-1]}, ValueError, "Every one of write_steps must be at least 0"),
+            ({"write_steps": [1.5]}, TypeError, "Every one of write_steps must be an integer"),
+            ({"write_steps": []}, TypeError, "write_steps must be a list of integers"),
+            ({"eval_write_steps": -1}, ValueError, "eval_write_steps must be at least 0"),
+            ({"decay_share": 2.0}, ValueError, "decay_share must be from 0 to 1"),
+            ({"max_minutes": 0}, ValueError, "max_minutes must be positive"),
+            ({"max_minutes": 1, "lr_scheduler_type": "cosine"}, ValueError, "a schedule of its own"),
             ({"generation_max_new_tokens": 0}, ValueError, "generation_max_new_tokens must be at least 1"),
         ],
     )
@@ -651,77 +654,6 @@ class TestArguments:
         run = GradMemTrainer(make(), arguments(tmp_path), collate, rows(2), processing_class=tiny_tokenizer())
         with pytest.raises(ValueError, match="needs context_input_ids and labels"):
             run.train()
-
-
-class TestCurriculum:
-    def collected(self, path, curriculum, **options):
-        """The contexts of each optimizer step."""
-        seen = []
-
-        class Watching(GradMemCollator):
-            def __call__(self, batch):
-                seen.append([row["context"] for row in batch])
-                return super().__call__(batch)
-
-        run = GradMemTrainer(
-            make(), arguments(path, **{"max_steps": -1} | options), Watching(tiny_tokenizer()), curriculum,
-            processing_class=tiny_tokenizer(),
-        )  # fmt: skip
-        run.train()
-        return seen, run
-
-    def test_order(self, tmp_path):
-        first, second = rows(3), rows(8, 50)
-        curriculum = Curriculum([Stage(first, 2), Stage(second, 3, write_steps=(4, 4))])
-        seen, run = self.collected(tmp_path, curriculum, gradient_accumulation_steps=2, min_write_steps=1,
-                                   max_write_steps=1)  # fmt: skip
-        assert run.state.max_steps == curriculum.steps == 5
-        texts = [text for batch in seen for text in batch]
-        one, two = [row["context"] for row in first], [row["context"] for row in second]
-        assert sorted(texts[:3]) == sorted(texts[3:6]) == sorted(one)  # 8 rows of 3, in two rounds and a half
-        assert set(texts[6:8]) <= set(one)
-        assert sorted(texts[8:16]) == sorted(two)
-        assert set(texts[16:]) <= set(two)
-        assert texts[8:16] != two  # in another order
-        assert logs(run, "write_steps") == [1, 1, 4, 4, 4]
-        assert logs(run, "stage") == [0, 0, 1, 1, 1]
-        again, _ = self.collected(tmp_path, curriculum, gradient_accumulation_steps=2)
-        assert again == seen
-        other, _ = self.collected(tmp_path, curriculum, gradient_accumulation_steps=2, seed=3)
-        assert other != seen
-
-    def test_fewer_steps(self, tmp_path):
-        _, run = self.collected(tmp_path, Curriculum([Stage(rows(3), 2), Stage(rows(3), 2)]), max_steps=3)
-        assert run.state.global_step == 3
-
-    def test_too_many_steps(self, tmp_path):
-        with pytest.raises(ValueError, match="max_steps is 5, and the curriculum ends after 4"):
-            trainer(make(), tmp_path, Curriculum([Stage(rows(3), 4)]), max_steps=5)
-
-    def test_resuming_elsewhere_in_the_data(self, tmp_path):
-        with pytest.raises(ValueError, match="ignore_data_skip"):
-            trainer(make(), tmp_path, Curriculum([Stage(rows(3), 4)]), ignore_data_skip=True)
-
-    def test_workers(self, tmp_path):
-        _, run = self.collected(tmp_path, Curriculum([Stage(rows(3), 2), Stage(rows(3), 2)]))
-        other = trainer(
-            make(), tmp_path, Curriculum([Stage(rows(3), 2), Stage(rows(3), 2)]), max_steps=-1,
-            dataloader_num_workers=2, dataloader_multiprocessing_context="fork",
-        )  # fmt: skip
-        other.train()
-        assert logs(other, "loss") == logs(run, "loss")
-
-    def test_errors(self):
-        for stage, error, message in [
-            (lambda: Stage([], 1), ValueError, "empty"),
-            (lambda: Stage(iter([]), 1), TypeError, "with a length"),
-            (lambda: Stage(rows(1), 0), ValueError, "integer from 1"),
-            (lambda: Stage(rows(1), 1, write_steps=(3, 2)), ValueError, "min <= max"),
-            (lambda: Stage(rows(1), 1, write_steps=3), ValueError, "min, max"),
-            (lambda: Curriculum([]), ValueError, "one or more"),
-        ]:
-            with pytest.raises(error, match=message):
-                stage()
 
 
 def test_state_holds_what_was_logged(tmp_path):

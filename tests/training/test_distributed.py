@@ -16,7 +16,7 @@ META_GRADIENTS = ("exact", "finite_difference", "first_order")
 def two(tmp_path_factory):
     """What both processes saw, and the folder they wrote into; one start for all, because starting takes seconds."""
     folder = tmp_path_factory.mktemp("two")
-    results, _ = two_processes.start("distributed_run.py", ",".join(META_GRADIENTS), folder, folder=folder)
+    results, _ = two_processes.start("training/distributed_run.py", ",".join(META_GRADIENTS), folder, folder=folder)
     return results, folder
 
 
@@ -39,11 +39,11 @@ def test_two_processes_are_one(two, tmp_path, meta_gradient):
     assert all(torch.equal(saved[name], weight) for name, weight in first.items())
 
 
-def test_curriculum(two, tmp_path):
+def test_ready_batches(two, tmp_path):
     results, _ = two
-    one = distributed_run.train_curriculum(tmp_path, 1)
-    assert one["logs"]["stage"] == [0, 1, 1]
-    for result in (result["curriculum"] for result in results):
+    one = distributed_run.train_ready(tmp_path, 1)
+    assert set(one["logs"]["write_steps"]) == {1, 2}
+    for result in (result["ready"] for result in results):
         for shared, alone in zip(result["gradients"], one["gradients"], strict=True):
             close(shared, alone)
         for name, values in one["logs"].items():

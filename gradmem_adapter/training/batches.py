@@ -1,0 +1,141 @@
+"""Ready batches, drawn on the device by the number of a training step: few shapes, so that steps can be captured."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch.utils.data import Dataset
+
+from .collator import GradMemCollator
+from .pools import Pool, Rows, make_pools
+
+
+class Batches(Dataset[Any]):
+    """A `train_dataset` of `GradMemTrainer` that makes whole batches itself, in `batch`.
+
+    A batch is drawn by its number and the seed alone: a resumed run draws what it would have drawn, and stages of a
+    curriculum are a look at the number. Batches of one kind have the same shapes, which is what `cuda_graphs` needs.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`): of everything that is drawn.
+        steps (`int`, *optional*): how many batches there are (an epoch); None: as many as training asks for.
+    """
+
+    process = 0
+    """The number of this process among those that train together; set by the trainer."""
+
+    def __init__(self, *, seed: int = 0, steps: int | None = None) -> None:
+        self.seed, self.steps = seed, steps
+
+    def __len__(self) -> int:
+        if self.steps is None:
+            raise TypeError(f"{type(self).__name__} has no length: it makes batches for as long as training goes on.")
+        return self.steps
+
+    def batch(self, step: int, device: torch.device) -> dict[str, Any]:
+        """Batch number `step`, from 0.
+
+        With gradient accumulation an optimizer step takes several. Of several processes each draws rows of its own
+        (by `generator`) and all draw the same shapes and K (by `choices`).
+
+        Returns:
+            `context_input_ids`, `context_attention_mask` [C, N]; `input_ids`, `attention_mask`, `labels` [R, T];
+            `context_index` [R], or [R, S] for S states side by side; all right padded, on the device. And, if wanted,
+            the ints `write_steps` (K; default: as the trainer draws it) and `max_targets` (the most labels of a query,
+            which spares the logits of all other tokens).
+        """
+        raise NotImplementedError
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rate of optimizer step `step` is multiplied by, for stages with a rate of their own."""
+        return 1.0
+
+    def choices(self, step: int) -> random.Random:
+        """Draws what decides the kind of batch `step`; the same in all processes."""
+        return random.Random(f"{self.seed}:{step}")
+
+    def generator(self, step: int, device: torch.device | str) -> torch.Generator:
+        """Draws the contents of batch `step` on the device; another one in each process."""
+        number = random.Random(f"{self.seed}:{step}:{self.process}").getrandbits(63)
+        return torch.Generator(device).manual_seed(number)
+
+
+class RowBatches(Batches):
+    """Batches of rows of texts that are kept as tokens on the device, padded to a few lengths of context.
+
+    Args:
+        rows (`Sequence`): rows as `GradMemCollator` takes them, or several `(rows, share)`, where a share is how much
+            of training these rows get.
+        collator (`GradMemCollator`): makes tokens of the rows.
+        buckets (`Sequence[int]`, *optional*): contexts are padded to the smallest of these lengths that holds them;
+            None: 64, 128, 256, ... as far as needed.
+        tokens (`int`, *optional*): context tokens of a batch, padding counted; None: as `contexts` gives.
+        contexts (`int`, *optional*, defaults to `64`): most contexts of a batch.
+        queries (`int`, *optional*, defaults to `2`): queries on each context of a batch, but no more than the contexts
+            of this length have on average.
+        side_by_side (`Sequence[int]`, *optional*, defaults to `(1,)`): S of a batch is drawn from these: the states
+            that each query is asked of, its own context's in a random place among those of other contexts.
+        write_steps (`Sequence[int]`, *optional*): K of a batch is drawn from these; None: the trainer draws it.
+        drop_longer (`bool`, *optional*, defaults to `False`): leave out contexts longer than the largest bucket.
+        query_tokens (`int`, *optional*): leave out queries that have more tokens than this, with their targets.
+        seed (`int`, *optional*, defaults to `0`): of what is drawn.
+        steps (`int`, *optional*): batches of an epoch; None: as many as give each context one turn on average.
+
+    Raises:
+        ValueError: a row is wrong, a context is longer than the largest bucket, or a batch cannot hold the contexts
+            that a query is asked of; the message names what.
+    """
+
+    def __init__(
+        self,
+        rows: Rows | Sequence[tuple[Rows, float]],
+        collator: GradMemCollator,
+        *,
+        buckets: Sequence[int] | None = None,
+        tokens: int | None = None,
+        contexts: int = 64,
+        queries: int = 2,
+        side_by_side: Sequence[int] = (1,),
+        write_steps: Sequence[int] | None = None,
+        drop_longer: bool = False,
+        query_tokens: int | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+    ) -> None:
+        if not len(rows):
+            raise ValueError("There are no rows to make batches of.")
+        sources = cast(Any, rows if isinstance(rows[0], tuple) else [(rows, 1.0)])
+        self.pools = make_pools(sources, collator, buckets, drop_longer=drop_longer, query_tokens=query_tokens)
+        self.tokens, self.contexts, self.queries = tokens, contexts, queries
+        self.side_by_side, self.write_steps = side_by_side, write_steps
+        longest, most = max(pool.length for pool in self.pools), max(side_by_side)
+        if contexts < most or (tokens is not None and tokens < longest * most):
+            raise ValueError(
+                f"A batch must hold {most} contexts of {longest} tokens, those that a query is asked of, and may have "
+                f"{contexts} contexts and {tokens} tokens (None: any number). Raise the two, or use shorter buckets."
+            )
+        mean = sum(pool.share * self.batch_size(pool, 1) for pool in self.pools)
+        own = math.ceil(sum(len(pool.contexts) for pool in self.pools) / mean)
+        super().__init__(seed=seed, steps=own if steps is None else steps)
+
+    def batch_size(self, pool: Pool, side_by_side: int) -> int:
+        """The contexts of a batch."""
+        most = self.contexts if self.tokens is None else min(self.tokens // pool.length, self.contexts)
+        return max(side_by_side, most)
+
+    def batch(self, step: int, device: torch.device) -> dict[str, Any]:
+        draw = self.choices(step)
+        number = draw.choices(range(len(self.pools)), [pool.share for pool in self.pools])[0]
+        write_steps = None if self.write_steps is None else draw.choice(self.write_steps)
+        side_by_side = draw.choice(self.side_by_side)
+        pool = self.pools[number] = self.pools[number].to(device)
+        queries = min(self.queries, pool.most_queries)
+        batch = pool.sample(
+            self.batch_size(pool, side_by_side), queries, side_by_side, generator=self.generator(step, device)
+        )
+        steps = {} if write_steps is None else {"write_steps": write_steps}
+        return batch | steps | {"max_targets": pool.most_targets}

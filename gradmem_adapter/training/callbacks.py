@@ -1,0 +1,151 @@
+"""What ends a run early: the clock, or a signal. Both leave a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_wsd_schedule
+from transformers.trainer_callback import ExportableState
+
+LEAST_RATE = 0.05
+"""The share of the learning rate that is left at the end."""
+
+
+def schedule(optimizer: Any, warmup: int, stable: int, decay: int) -> LambdaLR:
+    """Warm-up, constant, linear decay; each for so many steps."""
+    return get_wsd_schedule(
+        optimizer, warmup, decay, num_stable_steps=stable, decay_type="linear", min_lr_ratio=LEAST_RATE
+    )
+
+
+def multiply(scheduler: LambdaLR, factor: Callable[[int], float]) -> None:
+    """Let a schedule's learning rates of each step be `factor(step)` times what they were."""
+
+    def both(before: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: before(step) * factor(step)
+
+    scheduler.lr_lambdas = [both(before) for before in scheduler.lr_lambdas]
+    for group, base, share in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * share(scheduler.last_epoch)
+
+
+LOOK_EVERY = 8
+"""Of several processes all look at what one of them knows every so many steps, because that waits for the GPUs."""
+
+
+class EndByClock(TrainerCallback, ExportableState):
+    """Ends a run after `max_minutes` of its parts together, and lets the learning rate fall in time.
+
+    When all but `decay_share` of the time is over, the decay is planned from the steps that the clock has seen.
+    Evaluation and saving count.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """That are over."""
+        self.mark: list[float] | None = None
+        """A step in the middle of the constant part, and the seconds then: the rate is measured from there."""
+        self.decay: list[int] | None = None
+        """The first and the last step of the decay, once it is planned."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"seconds": self.seconds, "mark": self.mark, "decay": self.decay}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._start = time.monotonic() - self.seconds
+        if self.decay is not None:
+            self._plan(state, lr_scheduler)
+
+    def on_step_end(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the clock: that of process 0, because clocks differ."""
+        if not due(args, state):
+            return
+        self.seconds = agreed(time.monotonic() - self._start, args)
+        limit, step = 60 * args.max_minutes, state.global_step
+        stable = (1 - args.decay_share) * limit
+        if self.mark is None and self.seconds >= stable / 2:
+            self.mark = [step, self.seconds]
+        if self.decay is None and args.decay_share and self.seconds >= stable:
+            first, then = self.mark if self.mark and step > self.mark[0] else (0, 0.0)
+            rate = (step - first) / (self.seconds - then)
+            self.decay = [step, step + max(1, round(rate * (limit - self.seconds)))]
+            self._plan(state, lr_scheduler)
+        if self.seconds >= limit:
+            control.should_training_stop = control.should_save = True
+
+    def _plan(self, state: TrainerState, scheduler: LambdaLR) -> None:
+        assert self.decay is not None  # for the type checker
+        first, last = self.decay
+        state.max_steps = min(state.max_steps, last)
+        (fall,) = schedule(torch.optim.SGD([torch.zeros(1)]), 0, first, last - first).lr_lambdas
+        multiply(scheduler, fall)
+
+
+def due(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether to look at this step."""
+    return args.world_size == 1 or state.global_step % LOOK_EVERY == 0
+
+
+def agreed(value: float, args: TrainingArguments) -> float:
+    """The number that process 0 has, in all processes: if they ended at different steps, they would wait for ever."""
+    if args.world_size == 1:
+        return value
+    number = torch.tensor(value, dtype=torch.float64, device=args.device)
+    torch.distributed.broadcast(number, 0)
+    return number.item()
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the step that is being computed, with a checkpoint to go on from.
+
+    ```python
+    with StopOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train()
+    finished = not stop.seen
+    ```
+
+    A second signal does what it always does. Outside the main thread, to which signals go, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        """Whether a signal has come."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.getsignal(number) or signal.SIG_DFL
+                signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, *_: Any) -> None:
+        self.seen = True
+        self.__exit__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End here if a signal has come to process 0."""
+        if due(args, state) and agreed(self.seen, args):
+            self.seen = control.should_training_stop = control.should_save = True

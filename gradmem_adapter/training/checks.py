@@ -1,0 +1,116 @@
+"""What cannot be trained, said before the training starts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, cast
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.model import GradMemModel
+
+from .arguments import GradMemTrainingArguments
+from .collator import GradMemCollator
+from .cuda_graph import check_no_dropout
+
+
+def check_model(model: Any) -> GradMemConfig | None:
+    """The config of the active GradMem adapter; None for a module that is trained in an adapter's place.
+
+    Raises:
+        TypeError: it is a language model without a GradMem adapter, or no module.
+        ValueError: nothing in it is trainable.
+    """
+    adapter = isinstance(model, PeftModel)
+    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel) or (
+        adapter and not isinstance(model.active_peft_config, GradMemConfig)
+    ):  # fmt: skip
+        raise TypeError(
+            f"GradMemTrainer needs a model with an active GradMem adapter, got {type(model).__name__}. Make one with "
+            "get_peft_model(backbone, GradMemConfig(...)) or load_checkpoint(path, is_trainable=True)."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "Nothing in the model is trainable. Open an adapter with load_checkpoint(path, is_trainable=True), or give "
+            "the model a lora_config."
+        )
+    return cast(GradMemConfig, model.active_peft_config) if adapter else None
+
+
+def check_arguments(args: GradMemTrainingArguments, model: nn.Module, config: GradMemConfig | None) -> None:
+    """Refuse what cannot work, and put right what would go wrong unseen."""
+    if args.remove_unused_columns:
+        warnings.warn(
+            "remove_unused_columns=True would take the contexts out of the rows, and the model would train without "
+            "them; it is set to False. GradMemTrainingArguments has that as its default.",
+            stacklevel=3,
+        )
+        args.remove_unused_columns = False
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor is not supported: the loss is the backbone's own. Set it to 0.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} devices and would split each batch over them, contexts and queries by the "
+            "same rule. Start one process per device (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES."
+        )
+    if args.torch_compile and config is not None and config.meta_gradient == "exact":
+        raise ValueError(
+            "torch_compile does not go with meta_gradient='exact': compiled code cannot be differentiated twice. "
+            "Choose meta_gradient='finite_difference' or 'first_order', or leave torch_compile off."
+        )
+    accelerator: Any = args.accelerator_config
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config.dispatch_batches cuts finished batches into equal parts, contexts and queries by the "
+            "same rule. Leave it at None."
+        )
+    accelerator.dispatch_batches = False
+    if args.max_minutes is not None and 0 < args.warmup_steps < 1:
+        raise ValueError(
+            f"warmup_steps is {args.warmup_steps}, a share of the steps, and how many there will be in max_minutes is "
+            "not known yet. Give a number of steps."
+        )
+    checkpointing = "activation_checkpointing"
+    if not hasattr(args, checkpointing):
+        checkpointing = "gradient_checkpointing"  # as it was called in Transformers 5.17
+    kwargs: Any = getattr(args, f"{checkpointing}_kwargs") or {}
+    if kwargs.get("use_reentrant"):
+        raise ValueError("use_reentrant=True does not go with write steps inside the forward pass; leave it out.")
+    setattr(args, f"{checkpointing}_kwargs", {"use_reentrant": False} | kwargs)
+    if args.cuda_graphs:
+        _check_graphs(args, model, getattr(args, checkpointing))
+
+
+def _check_graphs(args: GradMemTrainingArguments, model: nn.Module, checkpointing: bool) -> None:
+    check_no_dropout(model)
+    for name, there in (("fp16", args.fp16), ("gradient_checkpointing", checkpointing)):
+        if there:
+            raise ValueError(
+                f"cuda_graphs=True does not go with {name}=True. "
+                + ("Use bf16=True." if name == "fp16" else "Leave out one: checkpointing spares memory, graphs time.")
+            )
+
+
+def limited_collator(
+    collator: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module, config: GradMemConfig | None
+) -> Any:
+    """The collator, with the limits of the backbone where it has none."""
+    if collator is None:
+        collator = GradMemCollator(tokenizer, query_format="text" if config is None else config.query_format)
+    if isinstance(collator, GradMemCollator) and config is not None:
+        if collator.query_format != config.query_format:
+            raise ValueError(
+                f"The collator presents queries as {collator.query_format!r} and the adapter's config as "
+                f"{config.query_format!r}: training and inference would not agree. Give both the same query_format."
+            )
+        tuner = cast(GradMemModel, cast(PeftModel, model).base_model)
+        if tuner.positions is not None:
+            limit = tuner.positions - tuner.prefix_length
+            collator = copy.copy(collator)  # the caller's may go to another model, too
+            collator.max_context_length = limit if collator.max_context_length is None else collator.max_context_length
+            collator.max_query_length = limit if collator.max_query_length is None else collator.max_query_length
+    return collator

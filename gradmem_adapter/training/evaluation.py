@@ -1,0 +1,135 @@
+"""Evaluation during training: losses, and the scores of greedy answers from memory."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import EvalLoopOutput
+
+from gradmem_adapter.outputs import GradMemOutput
+from gradmem_adapter.state import MemoryState
+
+from .collator import GradMemCollator
+from .compiled import uncompiled_layers
+from .metrics import Score
+from .saving import SavingTrainer
+from .sums import context_index, context_sums, means, model_inputs, per_context
+
+SPARE_TOKENS = 8
+"""How many more tokens than the longest target an answer may have in evaluation."""
+
+
+class EvaluatingTrainer(SavingTrainer):
+    """The part of `GradMemTrainer` that evaluates; it is not used by itself."""
+
+    score: Score
+    _eval_sums: dict[str, float]
+    _new_tokens: int
+
+    @property
+    def reconstruction_weight(self) -> float:
+        """What the last write loss weighs in the outer loss."""
+        return float(getattr(self.model if self.config is None else self.config, "reconstruction_weight", 0.0))
+
+    @property
+    def default_write_steps(self) -> int:
+        """K where nothing else is said."""
+        return 1 if self.config is None else self.config.write_steps
+
+    @property
+    def answers_queries(self) -> bool:
+        """Whether evaluation generates: a module without an adapter is evaluated by its losses alone."""
+        return self.args.predict_with_generate and self.config is not None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate: losses and, with `predict_with_generate`, the scores of greedy answers, each a mean over all rows.
+
+        Answers are read from memory that is written once per context.
+        """
+        self._eval_sums = {}
+        self._new_tokens = self._max_new_tokens(dataloader.dataset)
+        with uncompiled_layers(self.model):
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        if not self._eval_sums:
+            raise ValueError("The dataset to evaluate on has no rows.")
+        found = means(self._eval_sums)
+        loss = found["target_loss"] + self.reconstruction_weight * found.get("last_write_loss", 0.0)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in ({"loss": loss} | found).items()}
+        return output._replace(metrics=(output.metrics or {}) | metrics)
+
+    def _max_new_tokens(self, dataset: Any) -> int:
+        if self.args.generation_max_new_tokens is not None or not self.answers_queries:
+            return self.args.generation_max_new_tokens or 0
+        collator = self.data_collator
+        if not isinstance(collator, GradMemCollator) or isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "How long an answer may be cannot be told from an iterable dataset or with a collator of your own: set "
+                "generation_max_new_tokens."
+            )
+        return SPARE_TOKENS + max((collator.longest_target(dataset[i]) for i in range(len(dataset))), default=0)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Add a batch to the sums of the evaluation: those of each context by itself, so that the contexts which fill
+        up the last batch of several processes can be left out."""
+        inputs = self._prepare_inputs(inputs)
+        steps = self.default_write_steps if self.args.eval_write_steps is None else self.args.eval_write_steps
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output: GradMemOutput = model(**model_inputs(inputs), write_steps=steps)
+            values = context_sums(inputs, output, steps)
+            if self.answers_queries:
+                with self.accelerator.autocast():
+                    answers = self._answers(inputs, cast(Tensor, output.memory))
+                scores = self._scores(inputs, answers)
+                if taken := scores.keys() & {"loss", *values}:
+                    raise ValueError(
+                        f"The score may not be named {', '.join(sorted(taken))}: that is reported already."
+                    )
+                values |= scores
+        table = self.accelerator.gather_for_metrics(torch.stack(list(values.values()), dim=1))
+        for name, value in zip(values, table.double().sum(0).tolist(), strict=True):
+            self._eval_sums[name] = self._eval_sums.get(name, 0.0) + value
+        return None, None, None
+
+    def _answers(self, inputs: dict[str, Any], memory: Tensor) -> list[str]:
+        """The greedy answer to each query of a batch, read from memory [C, m, d]."""
+        lengths = inputs["context_attention_mask"].sum(1)
+        queries = inputs["query_input_ids"]
+        sequences = cast(PeftModel, self.model).generate(
+            queries,
+            attention_mask=inputs["query_attention_mask"],
+            memory=MemoryState(memory, lengths, memory.new_zeros(len(memory), 1), fingerprint=""),
+            strict=False,  # it was written a moment ago
+            context_index=context_index(inputs),
+            max_new_tokens=self._new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.processing_class.pad_token_id,
+        )
+        return self.processing_class.batch_decode(sequences[:, queries.shape[1] :], skip_special_tokens=True)
+
+    def _scores(self, inputs: dict[str, Any], answers: list[str]) -> dict[str, Tensor]:
+        scores = [self.score(answer, references) for answer, references in zip(answers, inputs["targets"], strict=True)]
+        if any(score.keys() != scores[0].keys() for score in scores):
+            raise ValueError("The score must return the same names for every answer.")
+        device = inputs["input_ids"].device
+        return {
+            name: per_context(torch.tensor([float(score[name]) for score in scores], device=device), inputs)
+            for name in sorted(scores[0])
+        }

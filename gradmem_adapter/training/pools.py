@@ -1,0 +1,176 @@
+"""Rows of texts as tokens in a few tensors, by the length of their contexts; batches are drawn from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradmem_adapter.ops.cross_entropy import IGNORED
+
+from .collator import GradMemCollator
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+_NUMBERS = ("share", "most_queries", "most_targets")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The contexts of one bucket and the queries on them, as tokens.
+
+    Args:
+        contexts: [C, N], right padded.
+        lengths: [C], tokens of each context.
+        bounds: [C], the upper bounds of the parts of [0, 1) that draw each context.
+        first, count: [C], where each context's queries begin, and how many it has.
+        queries, masks, labels: [R, T], query and target, right padded; labels are -100 but for the targets.
+        share: of all training that falls to these contexts.
+        most_queries: more queries on a context than it has on average would be the same ones again.
+        most_targets: target tokens of the longest target.
+    """
+
+    contexts: Tensor
+    lengths: Tensor
+    bounds: Tensor
+    first: Tensor
+    count: Tensor
+    queries: Tensor
+    masks: Tensor
+    labels: Tensor
+    share: float
+    most_queries: int
+    most_targets: int
+
+    @property
+    def length(self) -> int:
+        """N, which contexts are padded to."""
+        return self.contexts.shape[1]
+
+    def to(self, device: torch.device | str) -> Pool:
+        """The same on a device."""
+        if self.contexts.device == torch.device(device):
+            return self
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NUMBERS}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def sample(
+        self, contexts: int, queries: int, side_by_side: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """A batch as `GradMemModel.forward` takes it.
+
+        Args:
+            contexts: C contexts, drawn with replacement.
+            queries: on each, drawn with replacement.
+            side_by_side: S, the states that each query is asked of: its own context's in a random place, and those of
+                the next S - 1 contexts of the batch.
+        """
+        device = self.contexts.device
+        options: dict[str, Any] = {"device": device, "generator": generator}
+        chosen = torch.searchsorted(self.bounds, torch.rand(contexts, **options)).clamp(max=len(self.bounds) - 1)
+        which = (torch.rand(contexts, queries, **options) * self.count[chosen, None]).long()
+        rows = (self.first[chosen, None] + which).flatten()
+        index = torch.arange(contexts, device=device).repeat_interleave(queries)
+        if side_by_side > 1:
+            neighbours = (index[:, None] + torch.arange(side_by_side, device=device)) % contexts
+            index = neighbours.gather(1, torch.rand(neighbours.shape, **options).argsort(1))
+        mask = torch.arange(self.length, device=device) < self.lengths[chosen, None]
+        return {
+            "context_input_ids": self.contexts[chosen],
+            "context_attention_mask": mask.long(),
+            "input_ids": self.queries[rows],
+            "attention_mask": self.masks[rows],
+            "labels": self.labels[rows],
+            "context_index": index,
+        }
+
+
+def make_pools(
+    sources: Sequence[tuple[Rows, float]],
+    collator: GradMemCollator,
+    buckets: Sequence[int] | None,
+    *,
+    drop_longer: bool = False,
+    query_tokens: int | None = None,
+) -> list[Pool]:
+    """Rows of several sources by the length of their contexts; for the arguments see `RowBatches`."""
+    encoded: list[tuple[str, dict[str, Tensor], float]] = []
+    total = sum(share for _, share in sources)
+    for number, (rows, share) in enumerate(sources):
+        for i, batch in enumerate(_encoded(number, rows, collator)):
+            kept = batch if query_tokens is None else _without_longer(batch, query_tokens)
+            if len(kept["input_ids"]):
+                encoded.append((f"Row {i} of source {number}", kept, share / total / len(rows)))
+    sizes = sorted(buckets or _powers_of_two(max((_length(batch) for _, batch, _ in encoded), default=1)))
+    found: dict[int, list[tuple[dict[str, Tensor], float]]] = {size: [] for size in sizes}
+    for name, batch, weight in encoded:
+        size = next((size for size in sizes if _length(batch) <= size), None)
+        if size is not None:
+            found[size].append((batch, weight))
+        elif not drop_longer:
+            raise ValueError(
+                f"{name} has a context of {_length(batch)} tokens, and the largest bucket holds {sizes[-1]}. Add a "
+                "larger one, or set drop_longer."
+            )
+    if not any(found.values()):
+        raise ValueError(f"No row is left: none has a context of at most {sizes[-1]} tokens, the largest bucket.")
+    return [_pool(batches, size) for size, batches in found.items() if batches]
+
+
+def _length(batch: dict[str, Tensor]) -> int:
+    return batch["context_input_ids"].shape[1]
+
+
+def _powers_of_two(longest: int) -> list[int]:
+    """64, 128, ... up to the first that holds the longest."""
+    return [64 << i for i in range(max(0, math.ceil(math.log2(longest / 64))) + 1)]
+
+
+def _encoded(number: int, rows: Rows, collator: GradMemCollator) -> Iterator[dict[str, Tensor]]:
+    """What the collator makes of each row of a source, without padding; many are tokenized at once."""
+    for start in range(0, len(rows), 512):
+        try:
+            batch = collator([rows[i] for i in range(start, min(start + 512, len(rows)))], first=start)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Source {number}: {error}") from error
+        counts = batch["context_index"].bincount().tolist()
+        parts = {name: batch[name].split(counts) for name in ("input_ids", "attention_mask", "labels")}
+        for row in range(len(counts)):
+            length = int(batch["context_attention_mask"][row].sum())
+            width = int(parts["attention_mask"][row].sum(1).max())
+            contexts = {"context_input_ids": batch["context_input_ids"][row, None, :length]}
+            yield contexts | {name: part[row][:, :width] for name, part in parts.items()}
+
+
+def _without_longer(batch: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """A row's batch without the queries that have more than so many tokens."""
+    kept = batch["attention_mask"].sum(1) <= tokens
+    return batch | {name: batch[name][kept, :tokens] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def _pool(batches: list[tuple[dict[str, Tensor], float]], size: int) -> Pool:
+    rows = [batch for batch, _ in batches]
+    weights = torch.tensor([weight for _, weight in batches], dtype=torch.float64)
+    counts = torch.tensor([len(row["input_ids"]) for row in rows])
+    longest = max(row["input_ids"].shape[1] for row in rows)
+
+    def padded(name: str, width: int, value: int) -> Tensor:
+        return torch.cat([F.pad(row[name], (0, width - row[name].shape[1]), value=value) for row in rows])
+
+    return Pool(
+        contexts=padded("context_input_ids", size, 0),
+        lengths=torch.tensor([_length(row) for row in rows]),
+        bounds=(weights.cumsum(0) / weights.sum()).float(),
+        first=counts.cumsum(0) - counts,
+        count=counts,
+        queries=padded("input_ids", longest, 0),
+        masks=padded("attention_mask", longest, 0),
+        labels=(labels := padded("labels", longest, IGNORED)),
+        share=weights.sum().item(),
+        most_queries=max(1, round(counts.float().mean().item())),
+        most_targets=int((labels != IGNORED).sum(1).max()),
+    )

@@ -1,0 +1,101 @@
+"""Checkpoints during training, which never hold weights that are not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from gradmem_adapter.checkpoint import load_weights, save_beside
+from gradmem_adapter.config import GradMemConfig
+
+from .arguments import GradMemTrainingArguments
+from .weights import load_trained_weights, save_trained_weights, trained_weights
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss, a gradient or a weight is no longer finite. The last good state is on disk where the message says."""
+
+
+class SavingTrainer(Trainer):
+    """The part of `GradMemTrainer` that saves and resumes; it is not used by itself."""
+
+    model: nn.Module
+    args: GradMemTrainingArguments
+    processing_class: PreTrainedTokenizerBase
+    config: GradMemConfig | None
+    _finite: Tensor
+    """Whether all losses and all gradients so far are finite, on the device."""
+
+    def check_finite(self) -> None:
+        """Raise `TrainingDiverged` in all processes if a loss or a gradient of one of them was not finite."""
+        losses, gradients = self.accelerator.gather(self._finite[None]).all(0).tolist()
+        if not (losses and gradients):
+            what = f"The {'gradient' if losses else 'loss'} is not finite "
+            # With CUDA graphs nobody looks at every step, which would wait for the GPU.
+            self._diverged(
+                f"{what}since the last log, at step {self.state.global_step}. The weights are of no use now"
+                if self.args.cuda_graphs
+                else f"{what}in step {self.state.global_step + 1}. The weights have not been changed by that step"
+            )
+
+    def _diverged(self, what: str) -> None:
+        last = self._last_checkpoint(self.state.global_step)
+        raise TrainingDiverged(
+            f"{what}. "
+            + (f"The last good checkpoint is {last!r}. " if last else "There is no checkpoint yet. ")
+            + "Try a lower learning rate (or a longer warmup), a lower write_lr, or write_clip_norm in GradMemConfig."
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_finite()
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write what `save_checkpoint` writes, beside the files that Transformers keeps in the same directory."""
+        for name, weight in trained_weights(self.model).items():
+            if not weight.isfinite().all():
+                raise TrainingDiverged(
+                    f"Weight {name!r} is not finite after step {self.state.global_step}; nothing was saved. The last "
+                    f"checkpoint is {self._last_checkpoint(self.state.global_step)!r}."
+                )
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or cast(str, self.args.output_dir)
+        if self.config is not None:
+            save_beside(cast(PeftModel, self.model), self.processing_class, output_dir)
+        else:
+            save_trained_weights(self.model, output_dir)
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    def _load_weights(self, path: str) -> None:
+        if self.config is not None:
+            load_weights(cast(PeftModel, self.model), path)
+        else:
+            load_trained_weights(self.model, path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_weights(cast(str, self.state.best_model_checkpoint))
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is one in the output directory to resume from."""
+        return self._last_checkpoint() is not None
+
+    def _last_checkpoint(self, step: int | None = None) -> str | None:
+        """The last checkpoint in the output directory (up to a step) that is whole: the state is written last."""
+        found = {
+            int(path.name.rpartition("-")[2]): str(path)
+            for path in Path(cast(str, self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+            if path.name.rpartition("-")[2].isdigit() and (path / TRAINER_STATE_NAME).is_file()
+        }
+        return max(((n, path) for n, path in found.items() if step is None or n <= step), default=(0, None))[1]

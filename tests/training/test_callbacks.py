@@ -1,0 +1,125 @@
+"""Runs that end by the clock or by a signal, and go on."""
+
+import os
+import signal
+
+import pytest
+from test_trainer import logs, make, rows, same, trainer, weights
+from transformers import TrainerCallback
+
+from gradmem_adapter.training import callbacks
+from gradmem_adapter.training.callbacks import StopOnSignal
+
+
+class Clock:
+    """A clock that says how many steps were trained: one step a second."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+class Tick(TrainerCallback):
+    def __init__(self, clock, seconds=1.0):
+        self.clock, self.seconds = clock, seconds
+
+    def on_step_begin(self, *args, **kwargs):
+        self.clock.now += self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(callbacks, "time", clock)
+    return clock
+
+
+class TestEndByClock:
+    def run(self, path, clock, **options):
+        defaults = {"max_steps": -1, "max_minutes": 20 / 60, "warmup_steps": 4, "learning_rate": 1.0}
+        return trainer(make(), path, rows(3), callbacks=[Tick(clock)], **defaults | options)
+
+    def test_the_rate_warms_up_stays_and_falls_in_time(self, tmp_path, clock):
+        run = self.run(tmp_path, clock)
+        run.train()
+        assert run.state.global_step == 20
+        rates = logs(run, "learning_rate")
+        assert rates[:4] == pytest.approx([0.05, 0.2875, 0.525, 0.7625])
+        assert rates[4:11] == pytest.approx([1.0] * 7)
+        assert rates[10:20] == pytest.approx([1 - 0.95 * i / 10 for i in range(10)])
+
+    def test_in_parts(self, tmp_path, clock):
+        """What is planned is as in one part, and what is done too."""
+        whole = self.run(tmp_path / "whole", clock)
+        whole.train()
+        for stop in (5, 13, 99):
+            part = self.run(tmp_path / "parts", clock, save_strategy="steps", save_steps=1)
+
+            class Stop(TrainerCallback):
+                def on_step_end(self, args, state, control, stop=stop, **kwargs):
+                    control.should_training_stop |= state.global_step >= stop
+
+            part.add_callback(Stop())
+            part.train(resume_from_checkpoint=part.has_checkpoint() or None)
+            clock.now += 1000  # between the parts
+        assert part.state.global_step == 20
+        assert logs(part, "learning_rate") == pytest.approx(logs(whole, "learning_rate"))
+        assert same(weights(part.model), weights(whole.model))
+
+    def test_a_rate_that_sinks_ends_it_in_time_all_the_same(self, tmp_path, clock):
+        run = self.run(tmp_path, clock)
+
+        class Slower(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                clock.now += 9.0 if state.global_step > 12 else 0.0
+
+        run.add_callback(Slower())
+        run.train()
+        assert run.state.global_step == 14
+
+    def test_max_steps_may_be_before(self, tmp_path, clock):
+        run = self.run(tmp_path, clock, max_steps=15)
+        run.train()
+        assert run.state.global_step == 15
+
+    def test_a_schedule_without_a_clock(self, tmp_path):
+        run = trainer(
+            make(), tmp_path, rows(3), max_steps=10, lr_scheduler_type="warmup_stable_decay", warmup_steps=2,
+            decay_share=0.5, learning_rate=1.0,
+        )  # fmt: skip
+        run.train()
+        rates = logs(run, "learning_rate")
+        assert rates[2:6] == pytest.approx([1.0] * 4)
+        assert rates[6:] == pytest.approx([0.81, 0.62, 0.43, 0.24])
+
+
+class Raise(TrainerCallback):
+    def __init__(self, number):
+        self.number = number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, number):
+    before = signal.getsignal(number)
+    run = trainer(make(), tmp_path, rows(3), callbacks=[Raise(number)], max_steps=9)
+    with StopOnSignal() as stop:
+        run.add_callback(stop)
+        run.train()
+    assert stop.seen
+    assert run.state.global_step == 2
+    assert run.has_checkpoint()
+    assert signal.getsignal(number) is before
+
+
+def test_without_a_signal(tmp_path):
+    run = trainer(make(), tmp_path, rows(3), max_steps=2)
+    with StopOnSignal() as stop:
+        run.add_callback(stop)
+        run.train()
+    assert not stop.seen
