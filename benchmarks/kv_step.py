@@ -27,7 +27,7 @@ def measure(
     recipe = KVRecipe(
         stages=(KVStage(1, (KVMix(args.pairs, args.contexts, args.queries),)),),
         memory={
-            "num_memory_tokens": 8, "learn_write_lr": True, "write_head": True, "reconstruction_weight": 0.25,
+            "num_memory_tokens": 8, "learn_write_lr": "scalar", "write_head": True, "reconstruction_weight": 0.25,
             "meta_gradient": meta_gradient,
         },
     )  # fmt: skip

@@ -143,7 +143,7 @@ def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
     tuner = cast(GradMemModel, model.base_model)
     slots, adapter = tuner.slots, model.active_adapter
     config = cast(GradMemConfig, model.peft_config[adapter])
-    if config.lora_config is not None or config.learn_write_lr:
+    if config.lora_config is not None or config.learn_write_lr != "no":
         raise ValueError("lora_config and learn_write_lr have no counterpart in the authors' code.")
     result: dict[str, nn.Parameter] = {}
     for theirs, name in _NAMES.items():

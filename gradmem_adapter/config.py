@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-MEMORY_PROJECTIONS = ("none", "shared")
-LORA_PHASES = ("both", "write", "read")
-MEMORY_INITS = ("normal", "vocab")
-POOLINGS = ("none", "embeddings", "hidden_states")
+LearnWriteLR: TypeAlias = Literal["no", "scalar", "per_element"]
+Start: TypeAlias = Literal["slots", "context", "pooled_context"]
+MemoryProjection: TypeAlias = Literal["none", "shared"]
+LoraPhase: TypeAlias = Literal["both", "write", "read"]
+MemoryInit: TypeAlias = Literal["normal", "vocab"]
+
+Config = TypeVar("Config", bound=PeftConfig)
 
 REGISTRIES: dict[str, Collection[str]] = {}
 """What `write_optimizer` and `meta_gradient` may be: the registries of both, which `registration` puts here."""
@@ -23,155 +27,120 @@ REGISTRIES: dict[str, Collection[str]] = {}
 _SAFE_LORA_INITS = (True, False, "gaussian", "orthogonal")
 
 
+def _refuse_unknown_fields(cls: type[Config]) -> type[Config]:
+    """PEFT, which reads configurations from files, would leave out what it does not know, with a warning."""
+    init, known = cls.__init__, [f.name for f in fields(cls)]
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if unknown := sorted(kwargs.keys() - set(known)):
+            raise TypeError(
+                f"{cls.__name__} has no field {', '.join(unknown)}. If it comes from a file (adapter_config.json, a "
+                "recipe), another version of gradmem-adapter or peft made that: use that version, or rename or remove "
+                f"the field there. The fields are {', '.join(known)}; help({cls.__name__}) explains them."
+            )
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked_init  # type: ignore[method-assign]
+    return cls
+
+
+@_refuse_unknown_fields
 @dataclass
 class GradMemConfig(PeftConfig):
     """How a backbone is given a gradient-written memory (GradMem, arXiv 2603.13875).
 
-    Use it like any PEFT configuration: `get_peft_model(backbone, GradMemConfig(...))`. Every field is checked when
-    the object is made; a value that cannot work raises `ValueError` or `TypeError` naming the field, the value and
-    what was expected.
+    Use it like any PEFT configuration: `get_peft_model(backbone, GradMemConfig(...))`. Below, m are memory vectors, d
+    the backbone's embedding size, K the write steps. PEFT's own fields (`base_model_name_or_path`, `inference_mode`,
+    ...) come besides.
+
+    Args:
+        num_memory_tokens (`int`, *optional*, defaults to `16`): m, the memory vectors that a context is written into.
+        write_steps (`int`, *optional*, defaults to `2`): K, the gradient steps of WRITE. Any other number may be used
+            at call time.
+        write_lr (`float`, *optional*, defaults to `1.0`): the write learning rate, applied to each sample by itself.
+            With `learn_write_lr` its value before training.
+        learn_write_lr (`str`, *optional*, defaults to `"no"`): whether the outer loss trains the write learning rate,
+            which stays positive. `"no"`, `"scalar"` (one rate for all elements of the memory) or `"per_element"` (one
+            rate for each element, a diagonal preconditioner: Meta-SGD, arXiv 1707.09835).
+        num_write_lrs (`int`, *optional*, defaults to `1`): with `learn_write_lr`, one rate (or one for each element)
+            for each of the first n write steps; later steps use the n-th. First steps profit from a large rate, which
+            in later steps overshoots.
+        write_lr_from_end (`bool`, *optional*, defaults to `False`): with `learn_write_lr`, factors for the first
+            `num_write_lrs` steps, counted from the end, so that WRITE ends as suits its number of steps.
+        write_optimizer (`str`, *optional*, defaults to `"sgd"`): the rule of a write step: `"sgd"` (the paper's) or
+            `"adam"`.
+        start (`str`, *optional*, defaults to `"slots"`): where WRITE starts from. `"slots"`: the memory slots M_0 (the
+            paper's). `"context"`: the slots plus what one forward pass over [context; slots] gives at their places,
+            times a learned gain. `"pooled_context"`: the same, and slot j is first moved by the mean of the embeddings
+            of the j-th of m equal parts of the context, times another learned gain.
+        meta_gradient (`str`, *optional*, defaults to `"exact"`): how outer gradients cross a write step: `"exact"`
+            (second order), `"finite_difference"` (second order at the cost and in the memory of first-order passes),
+            `"first_order"` (the write gradient counts as a constant) or `"none"` (WRITE as a whole counts as one).
+        second_order_steps (`int`, *optional*): only the last n write steps are second order, earlier ones first order.
+            `None`: all are.
+        finite_difference_step (`float`, *optional*): with `"finite_difference"`, how far the memory vector that moves
+            most is moved, as a share of its length. `None`: by the type that the backbone computes in.
+        write_clip_norm (`float`, *optional*): clip the norm of each sample's write gradient to this. `None`: do not.
+        memory_projection (`str`, *optional*, defaults to `"none"`): `"shared"`: one linear layer on the memory before
+            it enters the model, in WRITE and READ.
+        write_head (`bool`, *optional*, defaults to `False`): a separate output head for WRITE, which starts as a copy
+            of the backbone's.
+        num_control_tokens (`int`, *optional*, defaults to `0`): c, learned vectors on each side of the memory, one set
+            for WRITE and one for READ.
+        reconstruction_weight (`float`, *optional*, defaults to `0.0`): weight of the last write loss (before the last
+            step) in the outer loss. Without write steps it is the loss of the memory that WRITE starts from, where
+            this depends on the context.
+        lora_config (`LoraConfig` or `dict`, *optional*): a LoRA on the backbone, trained with the memory and saved with
+            it.
+        lora_phase (`str`, *optional*, defaults to `"both"`): where the LoRA is active: `"both"`, `"write"` or `"read"`
+            alone.
+        train_backbone (`bool`, *optional*, defaults to `False`): train all weights of the backbone. Save with
+            `save_checkpoint` then.
+        memory_init (`str`, *optional*, defaults to `"normal"`): memory slots start as `"normal"` noise or as the
+            embeddings of random `"vocab"` tokens.
+        memory_init_std (`float`, *optional*, defaults to `0.02`): standard deviation of normal initial values (slots,
+            control vectors).
+        init_weights (`bool`, *optional*, defaults to `True`): the projection starts as the identity, the write head as
+            a copy. `False`: all at random, for tests.
+        query_format (`str`, *optional*, defaults to `"text"`): how `GradMemPipeline` presents a query: `"text"` (as it
+            is), `"chat"` (the tokenizer's chat template) or a template that contains `"{query}"`.
+        trained_length (`int`, *optional*): tokens of the longest context that the adapter was trained to write. `None`:
+            unknown.
+
+    Raises:
+        TypeError, ValueError: a field is unknown, or its value cannot work; the message names the field, the value and
+            what was expected.
     """
 
     # PEFT reads this from every tuner's config; GradMem adds a layer instead of replacing some.
     target_modules: ClassVar[str] = DUMMY_TARGET_MODULES
 
-    task_type: str | TaskType | None = field(
-        default=TaskType.CAUSAL_LM, metadata={"help": "Always CAUSAL_LM: GradMem needs a language-model loss."}
-    )
-    num_memory_tokens: int = field(
-        default=16, metadata={"help": "m, the number of memory vectors a context is written into."}
-    )
-    write_steps: int = field(
-        default=2, metadata={"help": "K, the gradient steps of WRITE; any other number may be used at call time."}
-    )
-    write_lr: float = field(
-        default=1.0,
-        metadata={"help": "The write learning rate (its initial value if `learn_write_lr`), applied per sample."},
-    )
-    learn_write_lr: bool = field(
-        default=False, metadata={"help": "Train the write learning rate with the outer loss (it stays positive)."}
-    )
-    num_write_lrs: int = field(
-        default=1,
-        metadata={
-            "help": "With `learn_write_lr`: one rate for each of the first n write steps; later steps use the n-th. "
-            "First steps profit from a large rate, which in later steps overshoots."
-        },
-    )
-    write_lr_per_element: bool = field(
-        default=False,
-        metadata={
-            "help": "With `learn_write_lr`: one rate for each element of the memory instead of one for all, a diagonal "
-            "preconditioner (Meta-SGD, arXiv 1707.09835)."
-        },
-    )
-    write_lr_from_end: bool = field(
-        default=False,
-        metadata={
-            "help": "With `learn_write_lr`: the first `num_write_lrs` steps have factors too, counted from the "
-            "end, so that WRITE ends as suits its number of steps, and goes on as it ended beyond so many."
-        },
-    )
-    write_optimizer: str = field(
-        default="sgd", metadata={"help": "The rule of a write step: 'sgd' (the paper's) or 'adam'."}
-    )
-    meta_gradient: str = field(
-        default="exact",
-        metadata={
-            "help": "How outer gradients cross a write step: 'exact' (second order), 'finite_difference' (second order "
-            "at the cost and in the memory of first-order passes), 'first_order' (the write gradient counts as a "
-            "constant) or 'none' (WRITE as a whole counts as a constant)."
-        },
-    )
-    second_order_steps: int | None = field(
-        default=None,
-        metadata={"help": "Only the last n write steps are second order, earlier ones first order. None: all."},
-    )
-    finite_difference_step: float | None = field(
-        default=None,
-        metadata={
-            "help": "With 'finite_difference': how far the memory vector that moves most is moved, as a share of its "
-            "length. None: by the type the backbone computes in (see docs/meta_gradients.md)."
-        },
-    )
-    write_clip_norm: float | None = field(
-        default=None, metadata={"help": "Clip the norm of each sample's write gradient to this. None: do not."}
-    )
-    write_clip_value: float | None = field(
-        default=None, metadata={"help": "Clip each element of the write gradient to [-value, value]. None: do not."}
-    )
-    memory_projection: str = field(
-        default="none",
-        metadata={"help": "'shared': one linear layer on the memory before it enters the model, in WRITE and READ."},
-    )
-    write_head: bool = field(
-        default=False,
-        metadata={"help": "A separate output head for WRITE, which starts as a copy of the backbone's."},
-    )
-    num_control_tokens: int = field(
-        default=0,
-        metadata={"help": "c, learned vectors on each side of the memory, one set for WRITE and one for READ."},
-    )
-    reconstruction_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the last write loss (before the last step) in the outer loss. Without write steps it is "
-            "that of the memory WRITE starts from, with `start_from_context`."
-        },
-    )
-    lora_config: LoraConfig | dict[str, Any] | None = field(
-        default=None, metadata={"help": "A LoRA on the backbone, trained with the memory and saved with it."}
-    )
-    lora_phase: str = field(
-        default="both", metadata={"help": "Where the LoRA is active: 'both', 'write' or 'read' alone."}
-    )
-    train_backbone: bool = field(
-        default=False, metadata={"help": "Train all weights of the backbone. Save with `save_checkpoint`."}
-    )
-    start_from_context: bool = field(
-        default=False,
-        metadata={
-            "help": "WRITE starts from the slots plus what one forward pass over [context; slots] gives at their "
-            "places, times a learned gain, instead of from the slots alone."
-        },
-    )
-    start_gain: float = field(
-        default=0.1,
-        metadata={
-            "help": "With `start_from_context`: the gain before training. From 0 an optimizer needs as many steps as "
-            "it takes to get somewhere at its learning rate; 0.1 makes what the forward pass gives about twice as "
-            "large as slots from the vocabulary, in SmolLM2-135M."
-        },
-    )
-    start_pooling: str = field(
-        default="none",
-        metadata={
-            "help": "With `start_from_context`: vector j also begins at the mean of the j-th of m equal parts of the "
-            "context. 'embeddings': what the forward pass reads is moved by the means of the embeddings, times a "
-            "learned gain that starts at 1. 'hidden_states': and the means of the last hidden states are added to what "
-            "it gives."
-        },
-    )
-    memory_init: str = field(
-        default="normal",
-        metadata={"help": "Memory slots start as 'normal' noise or as the embeddings of random 'vocab' tokens."},
-    )
-    memory_init_std: float = field(
-        default=0.02, metadata={"help": "Standard deviation of normal initial values (slots, control vectors)."}
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={
-            "help": "True: projection starts as the identity, write head as a copy. False: all at random, for tests."
-        },
-    )
-    query_format: str = field(
-        default="text",
-        metadata={
-            "help": "How `GradMemPipeline` presents a query: 'text' (as it is), 'chat' (the tokenizer's chat "
-            "template) or a template that contains '{query}'."
-        },
-    )
+    task_type: str | TaskType | None = TaskType.CAUSAL_LM
+    num_memory_tokens: int = 16
+    write_steps: int = 2
+    write_lr: float = 1.0
+    learn_write_lr: LearnWriteLR = "no"
+    num_write_lrs: int = 1
+    write_lr_from_end: bool = False
+    write_optimizer: str = "sgd"
+    start: Start = "slots"
+    meta_gradient: str = "exact"
+    second_order_steps: int | None = None
+    finite_difference_step: float | None = None
+    write_clip_norm: float | None = None
+    memory_projection: MemoryProjection = "none"
+    write_head: bool = False
+    num_control_tokens: int = 0
+    reconstruction_weight: float = 0.0
+    lora_config: LoraConfig | dict[str, Any] | None = None
+    lora_phase: LoraPhase = "both"
+    train_backbone: bool = False
+    memory_init: MemoryInit = "normal"
+    memory_init_std: float = 0.02
+    init_weights: bool = True
+    query_format: str = "text"
+    trained_length: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,37 +156,34 @@ class GradMemConfig(PeftConfig):
         self._check_int("num_write_lrs", minimum=1)
         if self.second_order_steps is not None:
             self._check_int("second_order_steps", minimum=0)
+        if self.trained_length is not None:
+            self._check_int("trained_length", minimum=1)
         self._check_float("write_lr", positive=True)
         self._check_float("memory_init_std", positive=True)
         self._check_float("reconstruction_weight", positive=False)
-        self._check_float("start_gain", positive=False)
-        for name in ("write_clip_norm", "write_clip_value", "finite_difference_step"):
+        for name in ("write_clip_norm", "finite_difference_step"):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
-        for name in (
-            "learn_write_lr", "write_lr_per_element", "write_lr_from_end", "write_head", "start_from_context",
-            "train_backbone", "init_weights",
-        ):  # fmt: skip
+        for name in ("write_lr_from_end", "write_head", "train_backbone", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("write_optimizer", REGISTRIES["write_optimizer"])
         self._check_choice("meta_gradient", (*REGISTRIES["meta_gradient"], "none"))
-        self._check_choice("memory_projection", MEMORY_PROJECTIONS)
-        self._check_choice("lora_phase", LORA_PHASES)
-        self._check_choice("memory_init", MEMORY_INITS)
-        self._check_choice("start_pooling", POOLINGS)
+        self._check_choice("learn_write_lr", get_args(LearnWriteLR))
+        self._check_choice("start", get_args(Start))
+        self._check_choice("memory_projection", get_args(MemoryProjection))
+        self._check_choice("lora_phase", get_args(LoraPhase))
+        self._check_choice("memory_init", get_args(MemoryInit))
         if self.query_format not in ("text", "chat") and "{query}" not in str(self.query_format):
             raise ValueError(
                 f"query_format must be 'text', 'chat' or a template that contains '{{query}}', "
                 f"got {self.query_format!r}."
             )
-        if (self.num_write_lrs > 1 or self.write_lr_per_element or self.write_lr_from_end) and not self.learn_write_lr:
+        if (self.num_write_lrs > 1 or self.write_lr_from_end) and self.learn_write_lr == "no":
             raise ValueError(
-                "num_write_lrs, write_lr_per_element and write_lr_from_end have no effect without learn_write_lr=True: "
-                "a rate that is not learned is the same in every step and for every element."
+                "num_write_lrs and write_lr_from_end have no effect with learn_write_lr='no': a rate that is not "
+                "learned is the same in every step. Use learn_write_lr='scalar' or 'per_element'."
             )
-        if self.start_pooling != "none" and not self.start_from_context:
-            raise ValueError("start_pooling has no effect without start_from_context=True: set both or neither.")
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(
                 "reconstruction_weight has no effect with meta_gradient='none', where WRITE is a constant: set it to "

@@ -14,8 +14,10 @@ from .config import GradMemConfig
 
 Phase = Literal["write", "read"]
 
-NEUTRAL = ("gradmem_log_write_lr_end",)
-"""What changes nothing before it is trained: weights trained without it can be trained further with it."""
+START_GAIN = 0.1
+"""The gain of the forward pass that WRITE starts from, before training. From 0 an optimizer needs as many steps as it
+takes to get somewhere at its learning rate; 0.1 makes what the forward pass gives about twice as large as slots from
+the vocabulary, in SmolLM2-135M."""
 
 
 class MemorySlots(nn.Module, BaseTunerLayer):
@@ -27,8 +29,8 @@ class MemorySlots(nn.Module, BaseTunerLayer):
             write steps, one for all elements of the memory or one for each.
         gradmem_log_write_lr_end: the same of the factors of those n steps, counted from the last that is taken
             (`write_lr_from_end`).
-        gradmem_start_gain: [d], the gain of the forward pass that WRITE starts from (`start_from_context`).
-        gradmem_pool_gain: [d], the gain of the means of the context's parts (`start_pooling`).
+        gradmem_start_gain: [d], the gain of the forward pass that WRITE starts from (`start`).
+        gradmem_pool_gain: [d], the gain of the means of the context's parts (`start`).
         gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end: [c, d], control vectors.
         gradmem_projection: Linear(d, d), on the memory before it enters the model.
         gradmem_write_head: Linear(hidden, V), the output head of WRITE.
@@ -81,16 +83,16 @@ class MemorySlots(nn.Module, BaseTunerLayer):
                 self.gradmem_memory[adapter] = nn.Parameter(embedding(tokens).to(**factory, copy=True))
         else:
             self.gradmem_memory[adapter] = normal(m, d)
-        if config.learn_write_lr:
-            shape = (config.num_write_lrs, m, d) if config.write_lr_per_element else (config.num_write_lrs,)
+        if config.learn_write_lr != "no":
+            shape = (config.num_write_lrs, *([m, d] if config.learn_write_lr == "per_element" else []))
             self.gradmem_log_write_lr[adapter] = nn.Parameter(torch.full(shape, math.log(config.write_lr), **factory))
             if config.write_lr_from_end:
                 self.gradmem_log_write_lr_end[adapter] = nn.Parameter(torch.zeros(shape, **factory))
-        if config.start_from_context:
+        if config.start != "slots":
             self.gradmem_start_gain[adapter] = normal(d)
             if config.init_weights:
-                nn.init.constant_(self.gradmem_start_gain[adapter], config.start_gain)
-        if config.start_pooling != "none":
+                nn.init.constant_(self.gradmem_start_gain[adapter], START_GAIN)
+        if config.start == "pooled_context":
             self.gradmem_pool_gain[adapter] = normal(d)
             if config.init_weights:
                 nn.init.ones_(self.gradmem_pool_gain[adapter])
@@ -143,38 +145,6 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         start = starts[adapter].expand(len(memory), -1, -1)
         end = ends[adapter].expand(len(memory), -1, -1)
         return torch.cat([start, memory, end], dim=1)
-
-    def write_lrs(self, adapter: str, steps: int, taken: int = 0) -> Tensor | None:
-        """The learned write learning rates of K steps, on the tape, from those of the first n steps, a_k, and the
-        factors that are counted from the last of them, f_i (`write_lr_from_end`):
-
-            a_k f_{K-1-k}    of step k = 0 .. K-1,    K <= n.
-
-        What ends well goes on well: more than n steps are those n and then the last of them again and again.
-
-        Args:
-            adapter: the adapter's name.
-            steps: K.
-            taken: steps that were taken before these, which count as the first of them all.
-
-        Returns:
-            [K] or [K, m, d]; None: not learned.
-        """
-        if adapter not in self.gradmem_log_write_lr:
-            return None
-        logs = self.gradmem_log_write_lr[adapter][: taken + steps]
-        if adapter in self.gradmem_log_write_lr_end:
-            logs = logs + self.gradmem_log_write_lr_end[adapter][: len(logs)].flip(0)
-        rates = logs.exp()
-        own = rates[taken:]
-        return torch.cat([own, rates[-1:].expand(steps - len(own), *rates.shape[1:])])
-
-    def keep_write_lrs(self, adapter: str, n: int) -> None:
-        """Drop the rates (and factors) of all but the first n write steps; n is at most as many as there are."""
-        for rates in (self.gradmem_log_write_lr, self.gradmem_log_write_lr_end):
-            if adapter in rates:
-                kept = rates[adapter].detach()[:n].clone()
-                rates[adapter] = nn.Parameter(kept, requires_grad=rates[adapter].requires_grad)
 
     def write_head(self, adapter: str) -> nn.Module | None:
         """The output head of WRITE; None where WRITE uses the backbone's."""

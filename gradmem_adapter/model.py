@@ -34,7 +34,8 @@ from gradmem_adapter.write.context import Context, check_context, right_padded
 from gradmem_adapter.write.fast import FastWrites
 from gradmem_adapter.write.loop import warn_diverged, write_memory
 from gradmem_adapter.write.loss import Writer
-from gradmem_adapter.write.optimizers import OPTIMIZERS, Rate
+from gradmem_adapter.write.optimizers import OPTIMIZERS
+from gradmem_adapter.write.rates import Rate, write_lrs
 from gradmem_adapter.write.start import start_memory
 
 SLOTS = "memory_slots"
@@ -148,26 +149,6 @@ class GradMemModel(BaseTuner):
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in adapters:
                 yield name.replace(".base_layer.", "."), parameter
-
-    def keep_write_lrs(self, n: int) -> None:
-        """Keep the learned write learning rates of the first n steps alone: WRITE of up to n steps stays as it is, and
-        further steps go on as the last of them.
-
-        For after training, in place: a model that was trained with more rates, some of whose numbers of steps training
-        never drew, does better with fewer (docs/lab/LOG.md, "Steps beyond those that were trained").
-
-        Raises:
-            ValueError: n is not from 1 to `num_write_lrs`, or there are no learned rates.
-        """
-        config = self.peft_config[self._adapter]
-        if not config.learn_write_lr:
-            raise ValueError(
-                "keep_write_lrs() needs learned write learning rates; this adapter has learn_write_lr=False."
-            )
-        if not 1 <= n <= config.num_write_lrs:
-            raise ValueError(f"n must be from 1 to num_write_lrs, {config.num_write_lrs}, got {n}.")
-        self.slots.keep_write_lrs(self._adapter, n)
-        config.num_write_lrs = n
 
     # ---------------------------------------------------------------- parts
 
@@ -301,7 +282,9 @@ class GradMemModel(BaseTuner):
             with torch.no_grad():
                 memory = start_memory(writer, context)
         # On a memory that was written before, further steps are late ones.
-        learned = self._write_lrs(writer, steps, taken=0 if initial is None else config.num_write_lrs)
+        learned = write_lrs(
+            self.slots, writer.adapter, config, steps, taken=0 if initial is None else config.num_write_lrs
+        )
         lrs: Sequence[Rate] = learned.detach().unbind() if lr is None else [lr]
         longest = None if self.positions is None else self.positions - writer.prefix_length
         with self._fast_writes.of(writer, context, compile, longest) as run:
@@ -477,17 +460,9 @@ class GradMemModel(BaseTuner):
         context = self._context("context_input_ids", input_ids, attention_mask)
         steps = writer.config.write_steps if steps is None else steps
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        lrs = self._write_lrs(writer, steps)
+        lrs = write_lrs(self.slots, writer.adapter, writer.config, steps)
         start = start_memory(writer, context)
         return differentiable_write(writer, start, context, steps=steps, lrs=lrs, weights=weights)
-
-    @staticmethod
-    def _write_lrs(writer: Writer, steps: int, taken: int = 0) -> Tensor:
-        """The write learning rates [K] or [K, m, d] of K steps: the learned ones, or [1] of the config's."""
-        learned = writer.slots.write_lrs(writer.adapter, steps, taken)
-        if learned is None:
-            return writer.slots.gradmem_memory[writer.adapter].new_full((1,), writer.config.write_lr)
-        return learned
 
     def generate(
         self,

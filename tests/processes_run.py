@@ -20,7 +20,7 @@ from gradmem_adapter.tasks.saved import claim_run
 from gradmem_adapter.training import TrainingDiverged, graphed_run
 from gradmem_adapter.training.processes import joined, rank
 
-MEMORY = {"num_memory_tokens": 4, "learn_write_lr": True, "meta_gradient": "exact"}
+MEMORY = {"num_memory_tokens": 4, "learn_write_lr": "scalar", "meta_gradient": "exact"}
 
 
 def plan(**fields) -> KVRecipe:

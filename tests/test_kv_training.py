@@ -28,10 +28,11 @@ from gradmem_adapter.training.graphed_step import GraphedStep
 from gradmem_adapter.training.optimizers import Optimizers, layer_matrices
 from gradmem_adapter.training.speed import compiled_layers, maskless_attention
 from gradmem_adapter.training_runs import train
+from gradmem_adapter.write.rates import keep_write_lrs
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("kv_*.yaml"))
 MEMORY = {
-    "num_memory_tokens": 4, "learn_write_lr": True, "write_head": True, "reconstruction_weight": 0.2,
+    "num_memory_tokens": 4, "learn_write_lr": "scalar", "write_head": True, "reconstruction_weight": 0.2,
     "meta_gradient": "finite_difference",
 }  # fmt: skip
 
@@ -348,7 +349,7 @@ def test_training_goes_on_from_a_checkpoint(method, tmp_path):
 
 
 def test_weights_without_factors_of_the_last_steps_are_trained_further_with_them(tmp_path):
-    memory = {"num_memory_tokens": 2, "learn_write_lr": True, "num_write_lrs": 2}
+    memory = {"num_memory_tokens": 2, "learn_write_lr": "scalar", "num_write_lrs": 2}
     model, _ = run(recipe(memory=memory), tmp_path / "first")
     save_kv(model, recipe(memory=memory), tmp_path / "checkpoint")
     further = recipe(memory=memory | {"write_lr_from_end": True}, init_from=str(tmp_path / "checkpoint")).build()
@@ -359,7 +360,7 @@ def test_weights_without_factors_of_the_last_steps_are_trained_further_with_them
 
 
 def test_a_recipe_can_keep_fewer_write_rates_than_it_trains(tmp_path):
-    memory = {"num_memory_tokens": 2, "learn_write_lr": True, "num_write_lrs": 3, "write_lr_from_end": True}
+    memory = {"num_memory_tokens": 2, "learn_write_lr": "scalar", "num_write_lrs": 3, "write_lr_from_end": True}
     plan = recipe(memory=memory, keep_write_lrs=2)
     model, _ = run(plan, tmp_path / "run")
     with torch.no_grad():
@@ -379,13 +380,13 @@ def test_a_recipe_can_keep_fewer_write_rates_than_it_trains(tmp_path):
 
 
 def test_keep_write_lrs_refuses_what_it_cannot_keep():
-    memory = {"num_memory_tokens": 2, "learn_write_lr": True, "num_write_lrs": 3}
+    memory = {"num_memory_tokens": 2, "learn_write_lr": "scalar", "num_write_lrs": 3}
     model = recipe(memory=memory).build()
     for n in (0, 4):
         with pytest.raises(ValueError, match="from 1 to num_write_lrs, 3"):
-            model.keep_write_lrs(n)
-    with pytest.raises(ValueError, match="learn_write_lr=False"):
-        recipe(memory={"num_memory_tokens": 2}).build().keep_write_lrs(1)
+            keep_write_lrs(model, n)
+    with pytest.raises(ValueError, match="learn_write_lr='no'"):
+        keep_write_lrs(recipe(memory={"num_memory_tokens": 2}).build(), 1)
 
 
 def test_a_recipe_by_the_clock_ends_in_time_and_says_how_far_it_came(tmp_path, monkeypatch):

@@ -92,13 +92,13 @@ def test_equals_autograd_through_all_steps(architecture, second_order_steps, met
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("clip", [{}, {"write_clip_norm": 0.05}, {"write_clip_value": 0.01}])
+@pytest.mark.parametrize("clip", [{}, {"write_clip_norm": 0.05}])
 def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradient):
     """Slots, LoRA, write head, control vectors, projection and learned rate, each against a central difference."""
     config = GradMemConfig(
-        num_memory_tokens=2, write_steps=2, write_lr=0.1, write_optimizer=optimizer, learn_write_lr=True,
-        num_write_lrs=2, write_lr_per_element=True, write_lr_from_end=True, memory_projection="shared", write_head=True,
-        num_control_tokens=1, reconstruction_weight=0.3, start_from_context=True, start_pooling="hidden_states",
+        num_memory_tokens=2, write_steps=2, write_lr=0.1, write_optimizer=optimizer, learn_write_lr="per_element",
+        num_write_lrs=2, write_lr_from_end=True, memory_projection="shared", write_head=True,
+        num_control_tokens=1, reconstruction_weight=0.3, start="pooled_context",
         lora_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False),
         meta_gradient=meta_gradient, **clip,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradien
 def test_without_write_steps_the_start_is_what_recites(meta_gradient):
     """The outer loss has the write loss of the memory that WRITE starts from, and its gradient."""
     config = GradMemConfig(
-        num_memory_tokens=2, start_from_context=True, start_pooling="hidden_states", reconstruction_weight=0.3,
+        num_memory_tokens=2, start="pooled_context", reconstruction_weight=0.3,
         meta_gradient=meta_gradient, train_backbone=True,
     )  # fmt: skip
     model = get_peft_model(tiny("gpt2", scale=2.0).double(), config)

@@ -224,7 +224,7 @@ def test_training_learns(folder, tmp_path):
 
 
 def test_the_start_from_the_context_is_trained_without_write_steps_too(folder, tmp_path):
-    memory = recipe(folder).memory | {"start_from_context": True}
+    memory = recipe(folder).memory | {"start": "context"}
     plan, seen = recipe(folder, memory=memory, write_steps=[0, 1], side_by_side=[1], steps=8), []
     model, tokenizer = plan.build()
     gain = model.base_model.slots.gradmem_start_gain["default"]
@@ -273,7 +273,7 @@ def record(function, results):
         ({"queries": 0}, "queries"),
         ({"write_steps": [0]}, "after which memory knows nothing of the context"),
         (
-            {"write_steps": [0], "method": "forward_memory", "memory": {"start_from_context": True}},
+            {"write_steps": [0], "method": "forward_memory", "memory": {"start": "context"}},
             "after which memory knows nothing of the context",
         ),
         ({"write_steps": [-1]}, "write_steps"),

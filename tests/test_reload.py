@@ -26,7 +26,7 @@ def saved(request, tmp_path):
     """A backbone and an adapter with every trained tensor of the method, on disk, and what the adapter gives."""
     tiny(request.param).save_pretrained(tmp_path / "backbone")
     config = GradMemConfig(
-        num_memory_tokens=3, write_lr=0.3, learn_write_lr=True, memory_projection="shared", write_head=True,
+        num_memory_tokens=3, write_lr=0.3, learn_write_lr="scalar", memory_projection="shared", write_head=True,
         num_control_tokens=1, init_weights=False, lora_phase="write",
         lora_config=LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from tiny import ARCHITECTURES, VOCABULARY, tiny, tokens
 
 import gradmem_adapter.ops.cross_entropy
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.layer import START_GAIN
 from gradmem_adapter.utils.capture import static_shapes
 from gradmem_adapter.write.context import right_padded
 
@@ -60,22 +61,22 @@ def test_alone_equals_in_a_padded_batch(architecture, side):
         assert together.context_tokens[i] == len(row)
 
 
-@pytest.mark.parametrize("pooling", ["none", "embeddings", "hidden_states"])
+@pytest.mark.parametrize("start", ["context", "pooled_context"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_starting_from_the_context_equals_the_equation(architecture, pooling):
-    model = make(architecture, start_from_context=True, start_gain=0.25, start_pooling=pooling)
+def test_starting_from_the_context_equals_the_equation(architecture, start):
+    model = make(architecture, start=start)
     slots = model.base_model.slots
-    assert (slots.gradmem_start_gain["default"] == 0.25).all()
+    assert (slots.gradmem_start_gain["default"] == START_GAIN).all()
     rows = [tokens(1, n, seed=n)[0] for n in (7, 2)]
     batch = padded(rows, "left")
     with torch.no_grad():
         gain = slots.gradmem_start_gain["default"].normal_()
-        if pooling != "none":
+        if start == "pooled_context":
             assert (slots.gradmem_pool_gain["default"] == 1).all()
             pool_gain = slots.gradmem_pool_gain["default"].normal_()
     state = model.write(*batch, steps=0)
     for vectors, row in zip(state.vectors, rows, strict=True):
-        start = slots.gradmem_memory["default"].detach()
+        slot = slots.gradmem_memory["default"].detach()
         embeddings = model.get_input_embeddings()(row)
         # Three vectors: parts of 3, 2 and 2 tokens of seven; of two tokens each has a vector.
         parts = (slice(0, 3), slice(3, 5), slice(5, 7)) if len(row) == 7 else (slice(0, 1), slice(1, 2), slice(0))
@@ -83,12 +84,11 @@ def test_starting_from_the_context_equals_the_equation(architecture, pooling):
         def means(values, parts=parts):
             return torch.stack([values[part].sum(0) / max(1, len(values[part])) for part in parts])
 
-        if pooling != "none":
-            start = start + pool_gain * means(embeddings)
-        tokens_in = torch.cat([embeddings, start])
+        if start == "pooled_context":
+            slot = slot + pool_gain * means(embeddings)
+        tokens_in = torch.cat([embeddings, slot])
         hidden = model.get_base_model().base_model(inputs_embeds=tokens_in[None]).last_hidden_state[0]
-        read = hidden[len(row) :] + (means(hidden[: len(row)]) if pooling == "hidden_states" else 0)
-        torch.testing.assert_close(vectors, (start + gain * read).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vectors, (slot + gain * hidden[len(row) :]).detach(), rtol=1e-4, atol=1e-5)
     on = model.write(*batch, initial=state, steps=2)
     torch.testing.assert_close(model.write(*batch).vectors, on.vectors, rtol=1e-4, atol=1e-5)
 
@@ -140,7 +140,7 @@ def test_adam_equals_torch():
 
 
 def test_each_of_the_first_steps_has_its_learned_rate_and_later_steps_the_last():
-    model, context = make(learn_write_lr=True, num_write_lrs=2), tokens(2, 9)
+    model, context = make(learn_write_lr="scalar", num_write_lrs=2), tokens(2, 9)
     with torch.no_grad():
         model.base_model.slots.gradmem_log_write_lr["default"].copy_(torch.tensor([0.5, 0.1]).log())
     state = model.write(context, steps=1, lr=0.5)
@@ -153,12 +153,11 @@ def test_each_of_the_first_steps_has_its_learned_rate_and_later_steps_the_last()
     torch.testing.assert_close(model.write(context, steps=2, initial=first).vectors, state.vectors)
 
 
-@pytest.mark.parametrize("per_element", [False, True])
-def test_steps_have_factors_counted_from_the_end_and_go_on_as_they_ended(per_element):
-    options = {"write_lr_per_element": per_element, "write_lr_from_end": True}
-    model, context = make(learn_write_lr=True, num_write_lrs=2, **options), tokens(2, 9)
+@pytest.mark.parametrize("kind", ["scalar", "per_element"])
+def test_steps_have_factors_counted_from_the_end_and_go_on_as_they_ended(kind):
+    model, context = make(learn_write_lr=kind, num_write_lrs=2, write_lr_from_end=True), tokens(2, 9)
     slots = model.base_model.slots
-    shape = (2, 1, 1) if per_element else (2,)
+    shape = (2, 1, 1) if kind == "per_element" else (2,)
     with torch.no_grad():
         slots.gradmem_log_write_lr["default"].copy_(torch.tensor([0.5, 0.1]).log().view(shape))
         slots.gradmem_log_write_lr_end["default"].copy_(torch.tensor([0.2, 3.0]).log().view(shape))
@@ -179,7 +178,7 @@ def test_steps_have_factors_counted_from_the_end_and_go_on_as_they_ended(per_ele
 
 
 def test_a_learned_rate_for_each_element():
-    model, context = make(learn_write_lr=True, write_lr_per_element=True), tokens(2, 9)
+    model, context = make(learn_write_lr="per_element"), tokens(2, 9)
     before = model.write(context, steps=0).vectors
     whole = model.write(context, steps=1).vectors
     with torch.no_grad():

@@ -17,7 +17,8 @@ from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import warn_diverged, write_memory
 from gradmem_adapter.write.loss import Writer, write_gradient
-from gradmem_adapter.write.optimizers import WriteState, rate_at, write_step
+from gradmem_adapter.write.optimizers import WriteState, write_step
+from gradmem_adapter.write.rates import rate_at
 
 
 class _WriteStep(torch.autograd.Function):
@@ -72,7 +73,7 @@ def differentiable_write(
         from, where it starts from the context, K=0 and there is a reconstruction weight.
     """
     config = writer.config
-    start_recites = not steps and config.reconstruction_weight > 0 and config.start_from_context
+    start_recites = not steps and config.reconstruction_weight > 0 and config.start != "slots"
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
         optimizer = config.write_optimizer
         constant, history, diverged = write_memory(

@@ -115,7 +115,7 @@ class KVRecipe:
         if not self.stages:
             raise ValueError("A recipe needs at least one stage.")
         check_memory(self.memory)
-        rates = self.memory.get("num_write_lrs", 1) if self.memory.get("learn_write_lr") else 0
+        rates = self.memory.get("num_write_lrs", 1) if self.memory.get("learn_write_lr", "no") != "no" else 0
         if self.keep_write_lrs is not None and (self.method != "gradmem" or self.keep_write_lrs > rates):
             raise ValueError(
                 f"keep_write_lrs must be at most the number of learned write rates, {rates}, got {self.keep_write_lrs} "

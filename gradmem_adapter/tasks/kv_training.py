@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.training.graphed_run import run_graphed, scalars
+from gradmem_adapter.write.rates import keep_write_lrs
 
 from .kv_recipe import Kind, KVRecipe
 from .kv_retrieval import KVRetrieval, kv_hits, kv_tokenizer
@@ -48,7 +49,7 @@ def save_kv(model: nn.Module, recipe: KVRecipe, path: Path) -> None:
     With `recipe.keep_write_lrs` the model loses its further write rates here.
     """
     if recipe.keep_write_lrs is not None:
-        cast(GradMemModel, model.base_model).keep_write_lrs(recipe.keep_write_lrs)
+        keep_write_lrs(cast(PeftModel, model), recipe.keep_write_lrs)
     save_model(model, kv_tokenizer(), recipe, path)
 
 

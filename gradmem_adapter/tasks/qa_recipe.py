@@ -150,11 +150,11 @@ class QARecipe:
         if not self.sources:
             raise ValueError("A recipe needs at least one source.")
         check_memory(self.memory)
-        starts = self.method != "forward_memory" and self.memory.get("start_from_context")
+        starts = self.method != "forward_memory" and self.memory.get("start", "slots") != "slots"
         if 0 in self.write_steps and not starts:
             raise ValueError(
                 "write_steps holds 0, after which memory knows nothing of the context: leave it out, or use method "
-                "gradmem with memory.start_from_context."
+                "gradmem with memory.start='context' or 'pooled_context'."
             )
         if self.contexts < max(self.side_by_side):
             raise ValueError(

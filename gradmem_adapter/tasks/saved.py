@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.checkpoint import check_tensors, load_weights, save_checkpoint
-from gradmem_adapter.layer import NEUTRAL
 from gradmem_adapter.training.graphed_run import trained
 from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.write.rates import NEUTRAL
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.json"

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.outputs import GradMemOutput
+from gradmem_adapter.write.rates import write_lrs
 
 from .arguments import GradMemTrainingArguments, with_defaults
 from .batches import Batches, RowBatches
@@ -306,11 +307,10 @@ class GradMemTrainer(EvaluatingTrainer):
 
     def _write_lrs(self) -> dict[str, float]:
         """The learned write learning rates, each the mean over the memory."""
-        if self.slots is None or self.config is None:
+        if self.slots is None or self.config is None or self.config.learn_write_lr == "no":
             return {}
-        rates = self.slots.write_lrs(cast(PeftModel, self.model).active_adapter, steps=self.config.num_write_lrs)
-        if rates is None:
-            return {}
+        adapter = cast(PeftModel, self.model).active_adapter
+        rates = write_lrs(self.slots, adapter, self.config, steps=self.config.num_write_lrs)
         means = (rates.flatten(1).mean(1) if rates.dim() > 1 else rates).tolist()
         return {f"write_lr_{k}" if len(means) > 1 else "write_lr": rate for k, rate in enumerate(means)}
 

@@ -18,7 +18,8 @@ from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer, write_gradient
-from gradmem_adapter.write.optimizers import Rate, WriteState, rate_at, write_step
+from gradmem_adapter.write.optimizers import WriteState, write_step
+from gradmem_adapter.write.rates import Rate, rate_at
 
 WritePass: TypeAlias = Callable[[Tensor, Context, bool, bool], tuple[Tensor | None, Tensor, Tensor | None]]
 """`write_pass` for one writer: memory [B, m, d], contexts, whether the gradient and `recovered` are wanted."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradmem_adapter.write.loss import Writer
-
-Rate: TypeAlias = Tensor | float
-"""A write learning rate: a number, or one for each element of the memory [m, d]."""
+from gradmem_adapter.write.rates import Rate
 
 
 class WriteState(NamedTuple):
@@ -76,8 +74,3 @@ def write_step(
 ) -> WriteState:
     """One write step with a gradient [B, m, d] as it came: clipped, then handed to the write optimizer."""
     return OPTIMIZERS[optimizer or writer.config.write_optimizer].update(state, writer.clip(gradient), lr)
-
-
-def rate_at(lrs: Sequence[Rate], step: int) -> Rate:
-    """The write learning rate of a step: its own, or the last where there are fewer."""
-    return lrs[min(step, len(lrs) - 1)]

@@ -13,33 +13,30 @@ from gradmem_adapter.write.loss import Writer
 
 
 def start_memory(writer: Writer, context: Context) -> Tensor:
-    """The memory [B, m, d] that WRITE of B contexts starts from: the slots M_0, or with `start_from_context`
+    """The memory [B, m, d] that WRITE of B contexts starts from: the slots M_0, or with `start="context"`
 
         M_0(C) = S + gain * h_S,    [h_C; h_S] = backbone([C; S]),    S = M_0,
 
     h being the last hidden states; so that the gradient steps begin at what a forward-only writer knows (Bulatov et
-    al., 2022). With `start_pooling` the j-th of m equal parts of C, P_j, is averaged into vector j:
+    al., 2022). With `start="pooled_context"` the j-th of m equal parts of C, P_j, is averaged into slot j:
 
-        S_j = M_0j + pool_gain * mean(embeddings of P_j),
-        M_0(C)_j = S_j + gain * (h_Sj + mean(h_C of P_j))    the last term with "hidden_states" alone.
+        S_j = M_0j + pool_gain * mean(embeddings of P_j).
     """
     slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
-    if not writer.config.start_from_context:
+    if writer.config.start == "slots":
         return slots
     if writer.config.lora_phase != "both" and torch.is_grad_enabled() and uses_checkpointing(writer.backbone):
         # What the outer backward pass computes again is READ, and there is no hook to say otherwise.
         raise NotImplementedError(
-            "start_from_context cannot be trained with gradient checkpointing and a LoRA of one phase together: "
-            "use lora_phase='both', or do without checkpointing."
+            f"start={writer.config.start!r} cannot be trained with gradient checkpointing and a LoRA of one phase "
+            "together: use lora_phase='both', or do without checkpointing."
         )
     with write_phase():
         embeddings = writer.backbone.get_input_embeddings()(context.input_ids)
-        if writer.config.start_pooling != "none":
+        if writer.config.start == "pooled_context":
             means, _ = part_means(embeddings.to(slots.dtype), context.lengths, slots.shape[1])
             slots = slots + writer.slots.gradmem_pool_gain[writer.adapter] * means
         tokens, places = append(embeddings, context.lengths, slots.to(embeddings.dtype))
         hidden = writer.backbone.base_model(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
     read = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).to(slots.dtype)
-    if writer.config.start_pooling == "hidden_states":
-        read = read + part_means(hidden.to(slots.dtype), context.lengths, slots.shape[1])[0]
     return slots + writer.slots.gradmem_start_gain[writer.adapter] * read

@@ -29,7 +29,7 @@ def score(answer, references):
 def train(output, processes, meta_gradient):
     """Two optimizer steps on the same rows, however many processes share them; then an uneven evaluation."""
     seen = Gradients()
-    model = make(meta_gradient=meta_gradient, lora_config=LORA, learn_write_lr=True, write_head=True)
+    model = make(meta_gradient=meta_gradient, lora_config=LORA, learn_write_lr="scalar", write_head=True)
     run = trainer(
         model, output, rows(8, queries=3), rows(5, 30, queries=3), callbacks=[seen], score=score,
         per_device_train_batch_size=2 // processes, gradient_accumulation_steps=2, max_grad_norm=0,
@@ -50,7 +50,7 @@ def train_ready(output, processes):
     """Ready batches through the path of CUDA graphs; of two processes each has half of a batch."""
     seen = Gradients()
     run = trainer(
-        make(meta_gradient="first_order", lora_config=LORA, learn_write_lr=True), output, Halves(processes),
+        make(meta_gradient="first_order", lora_config=LORA, learn_write_lr="scalar"), output, Halves(processes),
         callbacks=[seen], max_steps=3, max_grad_norm=0, cuda_graphs=True, write_steps=[1, 2],
         gradient_accumulation_steps=2, ddp_backend="gloo" if processes > 1 else None,
     )  # fmt: skip

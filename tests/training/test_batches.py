@@ -208,7 +208,7 @@ class TestTraining:
         def run(path, **options):
             data = RowBatches(rows(7, 9), COLLATOR, contexts=3, side_by_side=[1, 2])
             return trainer(
-                make(lora_config=LORA, learn_write_lr=True), path, data, max_steps=6, save_strategy="steps",
+                make(lora_config=LORA, learn_write_lr="scalar"), path, data, max_steps=6, save_strategy="steps",
                 save_steps=2, gradient_accumulation_steps=2, write_steps=[1, 2], cuda_graphs=cuda_graphs, **options,
             )  # fmt: skip
 

@@ -21,7 +21,7 @@ class Fixed(Batches):
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_gradients_are_those_of_the_plain_step(tmp_path, meta_gradient, accumulated):
-    config = {"lora_config": LORA, "learn_write_lr": True, "meta_gradient": meta_gradient, "write_head": True}
+    config = {"lora_config": LORA, "learn_write_lr": "scalar", "meta_gradient": meta_gradient, "write_head": True}
     config["finite_difference_step"] = 0.1  # a long step leaves little of the rounding
     options = {"write_steps": [2], "gradient_accumulation_steps": accumulated}
     plain, one = gradients(make(**config), tmp_path, Fixed(), **options)

@@ -70,7 +70,7 @@ class TestWithMuon:
 
 
 class TestTraining:
-    CONFIG = {"train_backbone": True, "learn_write_lr": True}
+    CONFIG = {"train_backbone": True, "learn_write_lr": "scalar"}
 
     def test_groups(self, tmp_path):
         run = trainer(
@@ -86,7 +86,7 @@ class TestTraining:
     def test_write_rates_move_as_much_faster(self, tmp_path):
         moved = []
         for factor in (1.0, 10.0):
-            run = trainer(make(learn_write_lr=True), tmp_path, rows(3), max_steps=1, write_lr_factor=factor)
+            run = trainer(make(learn_write_lr="scalar"), tmp_path, rows(3), max_steps=1, write_lr_factor=factor)
             run.train()
             moved.append(abs(torch.tensor(logs(run, "write_lr")[0] / 0.3).log().item()))
         assert moved[1] == pytest.approx(10 * moved[0], rel=1e-2)

@@ -113,7 +113,7 @@ def logs(run, name):
 class TestLoss:
     @pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
     def test_decreases(self, tmp_path, meta_gradient):
-        model = make(meta_gradient=meta_gradient, train_backbone=True, learn_write_lr=True)
+        model = make(meta_gradient=meta_gradient, train_backbone=True, learn_write_lr="scalar")
         run = trainer(model, tmp_path, rows(4), max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3)
         run.train()
         losses = logs(run, "loss")
@@ -143,7 +143,7 @@ class TestLoss:
         assert "write_lr" not in entry
 
     def test_logs_the_learned_write_lr(self, tmp_path):
-        run = trainer(make(learn_write_lr=True), tmp_path, rows(2), max_steps=1)
+        run = trainer(make(learn_write_lr="scalar"), tmp_path, rows(2), max_steps=1)
         run.train()
         assert logs(run, "write_lr")[0] == pytest.approx(0.3, rel=0.05)
 
@@ -157,7 +157,7 @@ class TestLoss:
     @pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
     @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
     def test_accumulation(self, tmp_path, architecture, meta_gradient):
-        config = {"lora_config": LORA, "learn_write_lr": True, "meta_gradient": meta_gradient}
+        config = {"lora_config": LORA, "learn_write_lr": "scalar", "meta_gradient": meta_gradient}
         data = rows(4, queries=3)
         whole, one = gradients(make(architecture, **config), tmp_path, data, per_device_train_batch_size=4)
         halves, two = gradients(make(architecture, **config), tmp_path, data, gradient_accumulation_steps=2)
@@ -209,7 +209,7 @@ class TestLoss:
 
     def test_without_write_steps_the_start_recites(self, tmp_path):
         """It is logged as a write loss, weighs in training and evaluation alike, and is no write step."""
-        model = make(start_from_context=True, reconstruction_weight=0.5)
+        model = make(start="context", reconstruction_weight=0.5)
         options = {"write_steps": [0], "eval_write_steps": 0}
         run = trainer(model, tmp_path, rows(2), rows(2), max_steps=1, learning_rate=0.0, **options)
         run.train()
@@ -266,7 +266,7 @@ class TestResume:
         }[trained]  # fmt: skip
 
         def run(path, **options):
-            model = make(backbone=tiny(attention_dropout=0.2), learn_write_lr=True, **config)
+            model = make(backbone=tiny(attention_dropout=0.2), learn_write_lr="scalar", **config)
             data = RowBatches(rows(7), GradMemCollator(tiny_tokenizer()), contexts=2) if ready else rows(7)
             return trainer(
                 model, path, data, max_steps=6, save_strategy="steps", save_steps=3, write_steps=[1, 2, 3],
