@@ -1,6 +1,5 @@
 """The weights that ship for key-value retrieval, and the commands that use them."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,13 @@ from typer.testing import CliRunner
 
 from gradmem_adapter import GradMemPipeline, load_checkpoint
 from gradmem_adapter.cli import app
-from gradmem_adapter.kv_demo import CHECKPOINT, run_kv_demo
+from gradmem_adapter.cli.options import CHECKPOINTS
 from gradmem_adapter.tasks.kv_results import TASK, KVRecord
 from gradmem_adapter.tasks.kv_retrieval import KVRetrieval, kv_exact_match, kv_hits
 from gradmem_adapter.tasks.kv_training import evaluate_kv, load_kv
 from gradmem_adapter.tasks.records import load_records
 
+CHECKPOINT = CHECKPOINTS / "kv-retrieval"
 RESULTS = Path(__file__).parent.parent / "results" / "kv_retrieval.json"
 
 
@@ -73,25 +73,6 @@ def test_compiled_layers_retrieve_the_same():
         for state in (plain, fast)
     ]
     assert answers[0] == answers[1]
-
-
-def test_demo():
-    result = run_kv_demo(pairs=8, steps=5)
-    assert result.exact_match > 0.8
-    assert (result.pairs, result.memory_tokens, result.context_tokens) == (8, 8, 57)
-
-
-def test_demo_command_prints_its_figures_last():
-    result = CliRunner().invoke(app, ["demo", "--task", "kv", "--pairs", "4", "--steps", "3"])
-    assert result.exit_code == 0, result.output
-    figures = json.loads(result.output.strip().splitlines()[-1].removeprefix("demo: "))
-    assert figures["pairs"] == 4
-    assert figures["write_steps"] == 3
-
-
-def test_demo_command_without_weights_says_so(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--task", "kv", "--checkpoint", str(tmp_path)])
-    assert result.exit_code == 2
 
 
 def test_eval_and_plot_commands(tmp_path):

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from rich.console import Console
 
 from gradmem_adapter import SMOLLM2, GradMemConfig, GradMemPipeline, MemoryState, load_backbone
-from gradmem_adapter.demo import demo_text, run_demo
+from gradmem_adapter.cli.demos.recite import demo_text, run_recite_demo
 
 pytestmark = pytest.mark.smollm
 TEXTS = ["The lighthouse keeper of Orm counts 14 ships each night.", "Two foxes sleep."]
@@ -54,6 +54,6 @@ def test_answers_a_chat_question_with_and_without_memory(pipeline):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_demo_recites_whatever_the_seed(seed):
-    result = run_demo(demo_text(), seed=seed, console=Console(quiet=True))
+    result = run_recite_demo(demo_text(), seed=seed, console=Console(quiet=True))
     assert result.reconstructed
     assert result.memory_tokens * 4 <= result.context_tokens

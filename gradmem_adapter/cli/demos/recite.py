@@ -1,11 +1,10 @@
-"""The demonstration: a language model takes in a paragraph, forgets it, and recites it from a few vectors."""
+"""Recital: a language model takes in a paragraph, forgets it, and recites it from a few vectors."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,21 +16,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 from transformers import set_seed
 
+from gradmem_adapter.backbones import SMOLLM2, load_backbone
+from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.outputs import WriteProgress
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.files import read_text
-
-from .backbones import SMOLLM2, load_backbone
-from .config import GradMemConfig
-from .pipeline import GradMemPipeline
-from .state import MemoryState
 
 MIN_TOKENS = 40
 """A text of fewer tokens would show little."""
 
 
 @dataclass(frozen=True)
-class DemoResult:
-    """The figures of the last line."""
+class RecitalFigures:
+    """What came of it."""
 
     reconstructed: bool
     context_tokens: int
@@ -55,7 +53,7 @@ def kv_cache_bytes(model: PeftModel, input_ids: torch.Tensor) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def run_demo(
+def run_recite_demo(
     text: str,
     *,
     backbone: str = SMOLLM2,
@@ -64,15 +62,18 @@ def run_demo(
     lr: float = 0.03,
     seed: int = 0,
     console: Console | None = None,
-) -> DemoResult:
+) -> RecitalFigures:
     """Write `text` into a memory state, save it, load it, and decode it greedily with the text gone.
 
     Args:
-        backbone: see `load_backbone`.
-        memory_tokens: m, at most a quarter of the text's tokens; default: a fifth.
-        steps: write steps at most; WRITE stops when every token is recovered.
-        lr: of Adam. The slots are not trained, so this takes the steps that meta-training saves.
-        console: where to print.
+        text (`str`): of at least 40 tokens.
+        backbone (`str`, *optional*, defaults to `SMOLLM2`): see `load_backbone`.
+        memory_tokens (`int`, *optional*): m, at most a quarter of the text's tokens; None: a fifth.
+        steps (`int`, *optional*, defaults to `300`): write steps at most; WRITE stops when every token is recovered.
+        lr (`float`, *optional*, defaults to `0.03`): of Adam. The slots are not trained, so this takes the steps that
+            meta-training saves.
+        seed (`int`, *optional*, defaults to `0`): of the first memory.
+        console (`Console`, *optional*): where to print.
 
     Raises:
         ValueError: a text that is too short or too long, or more vectors than a quarter of its tokens.
@@ -113,7 +114,7 @@ def run_demo(
         f"The state on disk takes {state_bytes:,} bytes; the KV cache of the same text takes {cache_bytes:,} bytes "
         f"({cache_bytes / state_bytes:.1f} times as many)."
     )
-    result = DemoResult(
+    return RecitalFigures(
         reconstructed=recited == original,
         context_tokens=count,
         memory_tokens=memory_tokens,
@@ -121,8 +122,6 @@ def run_demo(
         kv_cache_bytes=cache_bytes,
         write_seconds=round(write_seconds, 1),
     )
-    console.print(f"demo: {json.dumps(asdict(result))}", soft_wrap=True, highlight=False, markup=False)
-    return result
 
 
 def _write_with_progress(pipeline: GradMemPipeline, text: str, steps: int, lr: float, console: Console) -> MemoryState:

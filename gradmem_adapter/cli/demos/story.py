@@ -1,9 +1,9 @@
-"""`gradmem demo --ask`: questions about a story of a test set, answered from memory and, beside it, from its text."""
+"""Questions about a story of a test set, answered from memory and, beside it, from its text."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .checkpoint import load_checkpoint
-from .demo import kv_cache_bytes
-from .pipeline import GradMemPipeline
+from gradmem_adapter.checkpoint import load_checkpoint
+from gradmem_adapter.cli.demos.recite import kv_cache_bytes
+from gradmem_adapter.pipeline import GradMemPipeline
 
 
 @dataclass(frozen=True)
-class AskDemoResult:
-    """What the demo printed."""
+class StoryFigures:
+    """What came of it."""
 
     from_memory: list[str]
     from_text: list[str]
@@ -31,11 +31,12 @@ class AskDemoResult:
     kv_cache_bytes: int
 
 
-def run_ask_demo(checkpoint: Path, *, console: Console | None = None) -> AskDemoResult:
+def run_story_demo(checkpoint: Path, *, console: Console | None = None) -> StoryFigures:
     """Answer the questions that ship with the package from memory, beside the backbone's answers from the whole text.
 
     Args:
-        checkpoint: what `load_checkpoint` opens, an adapter trained on questions.
+        checkpoint (`Path`): what `load_checkpoint` opens, an adapter trained on questions.
+        console (`Console`, *optional*): where to print.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -54,7 +55,7 @@ def run_ask_demo(checkpoint: Path, *, console: Console | None = None) -> AskDemo
         prompts = [[{"role": "user", "content": f"{story['context']}\n\n{question}"}] for question in questions]
         from_text = pipeline.generate(prompts, **options)
     ids = pipeline.tokenizer(story["context"], return_tensors="pt")["input_ids"].to(model.device)
-    result = AskDemoResult(
+    result = StoryFigures(
         from_memory=[answer.strip() for answer in from_memory],
         from_text=[answer.strip() for answer in from_text],
         targets=story["targets"],
@@ -72,5 +73,4 @@ def run_ask_demo(checkpoint: Path, *, console: Console | None = None) -> AskDemo
         f"where the KV cache of the story takes {result.kv_cache_bytes:,} bytes "
         f"({result.kv_cache_bytes / result.state_bytes:.0f} times as many)."
     )
-    console.print(f"ask: {json.dumps(asdict(result))}", soft_wrap=True, highlight=False, markup=False)
     return result

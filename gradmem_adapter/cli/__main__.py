@@ -1,0 +1,5 @@
+"""As torchrun starts the command: `torchrun -m gradmem_adapter.cli train ...`."""
+
+from gradmem_adapter.cli.main import app
+
+app()

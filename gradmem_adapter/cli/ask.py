@@ -1,0 +1,81 @@
+"""`gradmem ask`: a text and questions in, answers from memory out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradmem_adapter.checkpoint import load_checkpoint
+from gradmem_adapter.cli.options import CHECKPOINTS, DEVICE, chosen_device, context_of, errors_of
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.files import check_writable
+
+CHECKPOINT = CHECKPOINTS / "smollm2-135m-qa"
+"""An adapter trained on questions."""
+
+
+def ask(
+    questions: Annotated[list[str], typer.Argument(help="Questions, each answered by itself.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="A file to ask about; several are read side by side."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A trained adapter; default: checkpoints/smollm2-135m-qa of the source tree.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Keep the memory in this file, or ask the one that was kept, without the text.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Write steps; default: the adapter's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Write texts into memory, drop them, and answer questions from the memory alone."""
+    with errors_of("ask"):
+        texts = [context_of(file).strip() for file in text or ()]
+        _check_files(texts, state)
+        pipeline = GradMemPipeline(*load_checkpoint(checkpoint or CHECKPOINT, device=chosen_device(device)))
+        start = time.perf_counter()
+        memory = _memory(pipeline, texts, state, steps)
+        seconds = time.perf_counter() - start
+        answers = pipeline.generate(questions, memory=memory, max_new_tokens=max_new_tokens, do_sample=False)
+    console = Console()
+    console.print(
+        f"{int(memory.context_tokens[0])} tokens are in {memory.num_memory_tokens} vectors, "
+        f"{len(memory.to_bytes()):,} bytes ({'written' if texts else 'read'} in {seconds:.2f} s)."
+    )
+    table = Table("asked", "answered from memory")
+    for question, answer in zip(questions, answers, strict=True):
+        table.add_row(Text(question), Text(answer.strip()))
+    console.print(table)
+
+
+def _check_files(texts: Sequence[str], state: Path | None) -> None:
+    """Raise unless there is either a text to write or a state to read, before the work begins."""
+    kept = state is not None and state.exists()
+    if texts and kept:
+        raise ValueError(
+            f"{state} exists and holds what was written before. Leave the texts out, or name another file."
+        )
+    if not texts and not kept:
+        raise ValueError("There is nothing to ask about: pass a text, or --state with a file that was written before.")
+    if texts and state is not None:
+        check_writable(state)
+
+
+def _memory(pipeline: GradMemPipeline, texts: Sequence[str], state: Path | None, steps: int | None) -> MemoryState:
+    """The states of all texts side by side: written, and kept in a file if there is one, or read from it."""
+    if not texts and state is not None:
+        return MemoryState.concat(list(MemoryState.load(state)))
+    memory = MemoryState.concat(list(pipeline.write_many(texts, steps=steps)))
+    if state is not None:
+        memory.save(state)
+    return memory

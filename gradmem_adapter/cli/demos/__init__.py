@@ -1,0 +1,1 @@
+"""What `gradmem demo` shows, one demonstration a file."""

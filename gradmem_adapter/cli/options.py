@@ -1,0 +1,57 @@
+"""What commands share: options, the texts of files, and how wrong input ends a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+
+from gradmem_adapter.utils.files import read_text
+
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
+"""Trained adapters of the source tree; the wheel does not carry them."""
+
+DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
+
+
+@contextmanager
+def errors_of(command: str) -> Iterator[None]:
+    """Wrong input ends the command with a line and exit status 2, not with a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, torch.cuda.OutOfMemoryError) as error:
+        Console(stderr=True).print(f"gradmem {command}: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of a name; None: the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {name!r}; use cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA GPU here; use --device cpu.")
+    return device
+
+
+def context_of(file: Path) -> str:
+    """The text of a file that is to be written into memory.
+
+    Raises:
+        ValueError: it is empty, or no text in UTF-8.
+    """
+    text = read_text(file)
+    if not text.strip():
+        raise ValueError(f"{file} is empty: there is nothing to write.")
+    return text

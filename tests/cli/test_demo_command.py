@@ -1,0 +1,186 @@
+"""`gradmem demo`: what it prints, and with which exit status it ends."""
+
+import io
+
+import pytest
+import torch
+from commands import figures, invoke
+from peft import get_peft_model
+from rich.console import Console
+from tiny import tiny, tiny_text, tiny_tokenizer
+
+from gradmem_adapter import GradMemConfig, save_checkpoint
+from gradmem_adapter.cli.demos.key_values import draw_pairs, run_key_value_demo
+from gradmem_adapter.cli.demos.recite import demo_text, run_recite_demo
+from gradmem_adapter.cli.demos.story import run_story_demo
+from gradmem_adapter.cli.options import CHECKPOINTS
+
+KEYS = ["reconstructed", "context_tokens", "memory_tokens", "state_bytes", "kv_cache_bytes", "write_seconds"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(tiny_text(48) + "\n", encoding="utf-8")
+    return path
+
+
+def test_text_that_does_not_come_back(backbone, text):
+    result = invoke("demo", "--text", text, "--backbone", backbone, "--steps", 2)
+    assert result.exit_code == 1, result.output
+    values = figures(result.stdout)
+    assert list(values) == KEYS
+    assert values["reconstructed"] is False
+    assert values["context_tokens"] == 48
+    assert values["memory_tokens"] == 9
+    assert values["state_bytes"] > 9 * 32 * 4
+    assert values["kv_cache_bytes"] == 48 * 2 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, heads, width, bytes
+    assert values["write_seconds"] >= 0
+
+
+def test_text_that_comes_back(backbone, tmp_path):
+    parrot = tiny()  # a model that says each token again
+    with torch.no_grad():
+        for name, parameter in parrot.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+        parrot.lm_head.weight.copy_(parrot.get_input_embeddings().weight)
+    parrot.save_pretrained(backbone)
+    path = tmp_path / "easy.txt"
+    path.write_text("w1 " * 48, encoding="utf-8")
+    result = invoke("demo", "--text", path, "--backbone", backbone, "--memory-tokens", 12, "--lr", 0.1)
+    assert result.exit_code == 0, result.output
+    assert figures(result.stdout)["reconstructed"] is True
+
+
+def test_brackets_are_text_and_no_markup(backbone, tmp_path):
+    text = "[/bold] [red] " + tiny_text(46)
+    output = io.StringIO()
+    result = run_recite_demo(text, backbone=backbone, steps=1, console=Console(file=output, width=120))
+    assert "[/bold] [red]" in output.getvalue()
+    assert result.context_tokens == 48
+
+
+def test_same_seed_same_outcome(backbone, capsys):
+    quiet = {"backbone": backbone, "steps": 1}
+    first, second = (run_recite_demo(tiny_text(40), seed=seed, **quiet) for seed in (0, 0))
+    assert (first.reconstructed, first.state_bytes) == (second.reconstructed, second.state_bytes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory-tokens", "13"], "13 memory tokens for 48 text tokens: the demo takes 1 to 12, a quarter"),
+        (["--memory-tokens", "0"], "0 memory tokens for 48 text tokens"),
+        (["--lr", "0"], "lr must be a finite positive number"),
+        (["--steps", "-1"], "steps must be an integer from 0"),
+    ],
+)
+def test_numbers_that_cannot_work(backbone, text, arguments, message):
+    result = invoke("demo", "--text", text, "--backbone", backbone, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (39, "The text has 39 tokens; the demo needs at least 40"),
+        (0, "The text has 0 tokens"),
+        (200, "Context 0 has 200 tokens"),
+    ],
+)
+def test_text_of_a_wrong_length(backbone, text, count, message):
+    text.write_text(tiny_text(count), encoding="utf-8")
+    result = invoke("demo", "--text", text, "--backbone", backbone)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+
+
+def test_missing_files(text, tmp_path):
+    missing = f"{tmp_path}/none"
+    result = invoke("demo", "--text", text, "--backbone", missing)
+    assert result.exit_code == 2
+    assert "there is no such directory" in " ".join(result.stderr.split())
+    assert invoke("demo", "--text", missing).exit_code == 2
+
+
+def test_file_that_is_no_text(backbone, text):
+    text.write_bytes(b"\xff\xfe\xff" * 20)
+    result = invoke("demo", "--text", text, "--backbone", backbone)
+    assert result.exit_code == 2
+    assert "utf-8" in result.stderr
+
+
+def test_text_that_ships():
+    assert len(demo_text().split()) >= 40
+    assert demo_text() == demo_text().strip()
+
+
+@pytest.mark.smollm
+def test_demo():
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    values = figures(result.stdout)
+    assert values["reconstructed"] is True
+    assert values["memory_tokens"] * 4 <= values["context_tokens"]
+
+
+class TestKeyValues:
+    def test_values_come_back(self):
+        result = run_key_value_demo(CHECKPOINTS / "kv-retrieval", pairs=8, steps=5, console=Console(quiet=True))
+        assert result.exact_match > 0.8
+        assert (result.pairs, result.memory_tokens, result.context_tokens) == (8, 8, 57)
+
+    def test_pairs_are_random_and_keys_unique(self):
+        pairs = draw_pairs(3000, seed=0)
+        assert len(pairs) == 3000
+        assert all(len(key) == len(value) == 2 for key, value in pairs.items())
+        assert pairs == draw_pairs(3000, seed=0) != draw_pairs(3000, seed=1)
+
+    def test_command_prints_its_figures_last(self):
+        result = invoke("demo", "--task", "kv", "--pairs", 4, "--steps", 3)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.splitlines()[-1].startswith("demo: ")
+        values = figures(result.stdout)
+        assert (values["pairs"], values["write_steps"]) == (4, 3)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--checkpoint", "nowhere"), "nowhere"),
+            (("--pairs", 0), "pairs must be from 1 to 3844"),
+            (("--pairs", 500), "Context 0 has 3501 tokens"),
+            (("--ask",), "--ask belongs to the task recite"),
+        ],
+    )
+    def test_what_cannot_work(self, arguments, message):
+        result = invoke("demo", "--task", "kv", *arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+
+
+class TestStory:
+    @pytest.mark.smollm
+    def test_answers_from_memory(self):
+        result = run_story_demo(CHECKPOINTS / "smollm2-135m-qa", console=Console(quiet=True))
+        assert result.from_memory == result.targets
+        assert (result.context_tokens, result.memory_tokens) == (67, 32)
+        assert result.kv_cache_bytes == 67 * 30 * 2 * 3 * 64 * 4
+        assert result.state_bytes < result.kv_cache_bytes / 41
+
+    def test_is_asked_after_the_recital(self, tmp_path, text):
+        backbone = tiny(max_position_embeddings=256)
+        backbone.save_pretrained(tmp_path / "backbone")
+        tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+        backbone.name_or_path = str(tmp_path / "backbone")
+        model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=4, query_format="chat"))
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "adapter")
+        command = ["demo", "--ask", "--checkpoint", tmp_path / "adapter", "--backbone", tmp_path / "backbone"]
+        result = invoke(*command, "--steps", 1, "--text", text)
+        assert result.exit_code == 1, result.output  # one step recites nothing
+        values = figures(result.stdout, "ask")
+        assert len(values["from_memory"]) == len(values["from_text"]) == len(values["targets"]) == 3
+        assert values["memory_tokens"] == 4
+        assert result.stdout.splitlines()[-1].startswith("demo: ")

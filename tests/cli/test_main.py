@@ -1,0 +1,39 @@
+"""The command as a whole."""
+
+import subprocess
+import sys
+
+import pytest
+from commands import invoke
+
+
+def test_help():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "GradMem" in result.output
+    for command in ("write", "ask", "train", "demo"):
+        assert command in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            "demo",
+            ("--text", "--backbone", "--memory-tokens", "--steps", "--lr", "--seed", "--task", "--pairs", "--ask"),
+        ),
+        ("write", ("--checkpoint", "--output", "--steps", "--max-tokens", "--device")),
+        ("ask", ("--text", "--checkpoint", "--state", "--steps", "--max-new-tokens", "--device")),
+    ],
+)
+def test_help_of_commands(command, options):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    for option in options:
+        assert option in result.output
+
+
+def test_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "gradmem_adapter.cli", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout
