@@ -10,6 +10,7 @@ from gradmem_adapter.registration import register
 from .backbones import SMOLLM2, load_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import GradMemConfig
+from .peft_model import GradMemPeftModel, get_peft_model
 from .pipeline import GradMemPipeline
 from .state import MemoryState, MemoryStateError
 
@@ -24,11 +25,13 @@ __all__ = [
     "GradMemConfig",
     "GradMemModel",
     "GradMemOutput",
+    "GradMemPeftModel",
     "GradMemPipeline",
     "MemoryState",
     "MemoryStateError",
     "WriteProgress",
     "__version__",
+    "get_peft_model",
     "load_backbone",
     "load_checkpoint",
     "register",

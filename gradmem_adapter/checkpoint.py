@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .backbones import load_backbone
 from .config import GradMemConfig
 from .model import GradMemModel
+from .peft_model import GradMemPeftModel
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -162,7 +163,7 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     is_trainable: bool = False,
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
     """Open a checkpoint: a model that writes and reads, and its tokenizer.
 
     Args:
@@ -208,4 +209,4 @@ def load_checkpoint(
         model = PeftModel.from_pretrained(backbone, str(directory), is_trainable=is_trainable)
     except SafetensorError as error:
         raise ValueError(f"The weights in {directory} are damaged: {error}.") from error
-    return model.eval(), tokenizer
+    return cast(GradMemPeftModel, model.eval()), tokenizer

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from gradmem_adapter.config import GradMemConfig
-from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import Fidelity
+from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.state import MemoryState
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
@@ -47,7 +47,7 @@ class GradMemPipeline:
             )
         if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
-        self.model = model
+        self.model = cast(GradMemPeftModel, model)
         self.tokenizer = tokenizer
 
     def write(self, texts: str | Sequence[str], **options: Any) -> MemoryState:
@@ -150,8 +150,8 @@ class GradMemPipeline:
     @property
     def max_context_tokens(self) -> int | None:
         """Tokens of the longest text that can be written, special ones included; None: the backbone sets no limit."""
-        model = cast(GradMemModel, self.model.base_model)
-        return None if model.positions is None else model.positions - model.prefix_length
+        positions = self.model.positions
+        return None if positions is None else positions - self.model.prefix_length
 
     def format_query(self, prompt: Prompt, tools: list[Any] | None = None) -> tuple[str, bool]:
         """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens."""
