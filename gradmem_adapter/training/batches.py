@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import Dataset
 
+from .arguments import GradMemTrainingArguments
 from .collator import GradMemCollator
 from .pools import Pool, Rows, make_pools
 
@@ -121,6 +122,28 @@ class RowBatches(Batches):
         mean = sum(pool.share * self.batch_size(pool, 1) for pool in self.pools)
         own = math.ceil(sum(len(pool.contexts) for pool in self.pools) / mean)
         super().__init__(seed=seed, steps=own if steps is None else steps)
+
+    @classmethod
+    def of(cls, rows: Any, collator: Any, args: GradMemTrainingArguments) -> RowBatches:
+        """Batches of rows as the arguments of a run with `cuda_graphs` say.
+
+        Raises:
+            ValueError: the rows have no length, or another collator makes batches of them.
+        """
+        if not isinstance(collator, GradMemCollator) or not hasattr(rows, "__len__"):
+            raise ValueError(
+                "cuda_graphs=True needs batches of few shapes: rows with a length and a GradMemCollator, which "
+                "RowBatches are made of, or a train_dataset of Batches of your own."
+            )
+        return cls(
+            rows,
+            collator,
+            buckets=args.context_buckets,
+            tokens=args.tokens_per_batch,
+            contexts=args.per_device_train_batch_size,
+            queries=args.queries_per_context,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
 
     def batch_size(self, pool: Pool, side_by_side: int) -> int:
         """The contexts of a batch."""

@@ -5,37 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_wsd_schedule
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-LEAST_RATE = 0.05
-"""The share of the learning rate that is left at the end."""
-
-
-def schedule(optimizer: Any, warmup: int, stable: int, decay: int) -> LambdaLR:
-    """Warm-up, constant, linear decay; each for so many steps."""
-    return get_wsd_schedule(
-        optimizer, warmup, decay, num_stable_steps=stable, decay_type="linear", min_lr_ratio=LEAST_RATE
-    )
-
-
-def multiply(scheduler: LambdaLR, factor: Callable[[int], float]) -> None:
-    """Let a schedule's learning rates of each step be `factor(step)` times what they were."""
-
-    def both(before: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda step: before(step) * factor(step)
-
-    scheduler.lr_lambdas = [both(before) for before in scheduler.lr_lambdas]
-    for group, base, share in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * share(scheduler.last_epoch)
-
+from .schedule import multiply, warmup_stable_decay
 
 LOOK_EVERY = 8
 """Of several processes all look at what one of them knows every so many steps, because that waits for the GPUs."""
@@ -94,7 +71,7 @@ class EndByClock(TrainerCallback, ExportableState):
         assert self.decay is not None  # for the type checker
         first, last = self.decay
         state.max_steps = min(state.max_steps, last)
-        (fall,) = schedule(torch.optim.SGD([torch.zeros(1)]), 0, first, last - first).lr_lambdas
+        (fall,) = warmup_stable_decay(torch.optim.SGD([torch.zeros(1)]), 0, first, last - first).lr_lambdas
         multiply(scheduler, fall)
 
 

@@ -82,6 +82,12 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
+def write_lr_means(rates: Tensor) -> dict[str, float]:
+    """The learned write learning rates [n] or [n, m, d] of the first steps by name, each the mean over the memory."""
+    means = (rates.flatten(1).mean(1) if rates.dim() > 1 else rates).tolist()
+    return {f"write_lr_{k}" if len(means) > 1 else "write_lr": rate for k, rate in enumerate(means)}
+
+
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model's forward takes."""
     return {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}

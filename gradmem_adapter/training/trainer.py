@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, SchedulerType, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from gradmem_adapter.layer import MemorySlots
@@ -22,17 +22,17 @@ from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.write.rates import write_lrs
 
-from .arguments import GradMemTrainingArguments, with_defaults
+from .arguments import with_defaults
 from .batches import Batches, RowBatches
-from .callbacks import EndByClock, multiply, schedule
+from .callbacks import EndByClock
 from .checks import check_arguments, check_model, limited_collator
-from .collator import GradMemCollator
 from .compiled import compiled_layers
 from .cuda_graph import Batch, GraphedBackward, maskless_attention
 from .evaluation import EvaluatingTrainer
 from .metrics import Score, score_answer
 from .optimizer import with_own_rates
-from .sums import Count, Sums, batch_sums, count, in_order, model_inputs
+from .schedule import multiply, own_schedule
+from .sums import Count, Sums, batch_sums, count, in_order, model_inputs, write_lr_means
 
 
 class GradMemTrainer(EvaluatingTrainer):
@@ -90,7 +90,7 @@ class GradMemTrainer(EvaluatingTrainer):
         check_arguments(args, model, self.config)
         collator = limited_collator(data_collator, processing_class, model, self.config)
         if args.cuda_graphs and train_dataset is not None and not isinstance(train_dataset, Batches):
-            train_dataset = _ready_batches(train_dataset, collator, args)
+            train_dataset = RowBatches.of(train_dataset, collator, args)
         super().__init__(
             model=model,
             args=args,
@@ -144,6 +144,9 @@ class GradMemTrainer(EvaluatingTrainer):
         self._sums = Sums(self.args.device)
         self._finite = torch.tensor([True, True], device=self.args.device)
         self._graphed = None  # it holds the addresses of an earlier optimizer's gradients
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
+            # As Transformers sets it; torch.compile also asks PyTorch's older switch, and refuses if the two differ.
+            torch.set_float32_matmul_precision("high")
         with ExitStack() as stack:
             if self.args.torch_compile:
                 static = isinstance(self.train_dataset, Batches)
@@ -273,14 +276,9 @@ class GradMemTrainer(EvaluatingTrainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is not None:
             return self.lr_scheduler
-        args = self.args
-        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
-            warmup = args.get_warmup_steps(num_training_steps)
-            # By the clock nobody knows yet when it will end: EndByClock adds the decay.
-            decay = 0 if args.max_minutes is not None else round(args.decay_share * num_training_steps)
-            stable = max(0, num_training_steps - warmup - decay)
-            self.lr_scheduler = schedule(self.optimizer if optimizer is None else optimizer, warmup, stable, decay)
-            self._created_lr_scheduler = True
+        own = own_schedule(self.optimizer if optimizer is None else optimizer, self.args, num_training_steps)
+        if own is not None:
+            self.lr_scheduler, self._created_lr_scheduler = own, True
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if isinstance(self.train_dataset, Batches) and isinstance(scheduler, LambdaLR):
             multiply(scheduler, self.train_dataset.lr_factor)
@@ -302,32 +300,7 @@ class GradMemTrainer(EvaluatingTrainer):
             self.check_finite()
             logs = logs | self._sums.means(self.accelerator)
             self._sums = Sums(self.args.device)
-            logs |= self._write_lrs()
+            if self.slots is not None and self.config is not None and self.config.learn_write_lr != "no":
+                adapter = cast(PeftModel, self.model).active_adapter
+                logs |= write_lr_means(write_lrs(self.slots, adapter, self.config, steps=self.config.num_write_lrs))
         super().log(logs, start_time)
-
-    def _write_lrs(self) -> dict[str, float]:
-        """The learned write learning rates, each the mean over the memory."""
-        if self.slots is None or self.config is None or self.config.learn_write_lr == "no":
-            return {}
-        adapter = cast(PeftModel, self.model).active_adapter
-        rates = write_lrs(self.slots, adapter, self.config, steps=self.config.num_write_lrs)
-        means = (rates.flatten(1).mean(1) if rates.dim() > 1 else rates).tolist()
-        return {f"write_lr_{k}" if len(means) > 1 else "write_lr": rate for k, rate in enumerate(means)}
-
-
-def _ready_batches(rows: Any, collator: Any, args: GradMemTrainingArguments) -> RowBatches:
-    """Batches of few shapes from rows, as the arguments say."""
-    if not isinstance(collator, GradMemCollator) or not hasattr(rows, "__len__"):
-        raise ValueError(
-            "cuda_graphs=True needs batches of few shapes: rows with a length and a GradMemCollator, which RowBatches "
-            "are made of, or a train_dataset of Batches of your own."
-        )
-    return RowBatches(
-        rows,
-        collator,
-        buckets=args.context_buckets,
-        tokens=args.tokens_per_batch,
-        contexts=args.per_device_train_batch_size,
-        queries=args.queries_per_context,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-    )

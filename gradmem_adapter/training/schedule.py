@@ -1,0 +1,45 @@
+"""Learning rates over a run: Transformers' schedules, and factors for stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import SchedulerType, get_wsd_schedule
+
+from .arguments import GradMemTrainingArguments
+
+LEAST_RATE = 0.05
+"""The share of the learning rate that is left at the end."""
+
+
+def own_schedule(optimizer: Any, args: GradMemTrainingArguments, steps: int) -> LambdaLR | None:
+    """Warm-up, constant and decay as `decay_share` says, in a run of so many steps; None: the arguments say another.
+
+    By the clock nobody knows yet when the run will end: `EndByClock` adds the decay.
+    """
+    if args.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY or args.lr_scheduler_kwargs:
+        return None
+    warmup = args.get_warmup_steps(steps)
+    decay = 0 if args.max_minutes is not None else round(args.decay_share * steps)
+    return warmup_stable_decay(optimizer, warmup, max(0, steps - warmup - decay), decay)
+
+
+def warmup_stable_decay(optimizer: Any, warmup: int, stable: int, decay: int) -> LambdaLR:
+    """Warm-up, constant, linear decay; each for so many steps."""
+    return get_wsd_schedule(
+        optimizer, warmup, decay, num_stable_steps=stable, decay_type="linear", min_lr_ratio=LEAST_RATE
+    )
+
+
+def multiply(scheduler: LambdaLR, factor: Callable[[int], float]) -> None:
+    """Let a schedule's learning rate at each step be `factor(step)` times what it was."""
+
+    def both(before: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: before(step) * factor(step)
+
+    scheduler.lr_lambdas = [both(before) for before in scheduler.lr_lambdas]
+    groups = scheduler.optimizer.param_groups
+    for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * share(scheduler.last_epoch)
