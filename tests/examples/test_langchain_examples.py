@@ -1,34 +1,8 @@
-"""The examples run: on a tiny random model, and (slow) on SmolLM2 as the documentation shows them."""
+"""The LangChain examples run: on a tiny random model, and (slow) on SmolLM2 as the documentation shows them."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from peft import get_peft_model
-from tiny import tiny, tiny_tokenizer
-
-from gradmem_adapter import GradMemConfig, save_checkpoint
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A tiny model with room for the examples' texts."""
-    folder = tmp_path_factory.mktemp("tiny")
-    backbone = tiny(max_position_embeddings=512)
-    config = GradMemConfig(num_memory_tokens=3, write_steps=1, write_lr=0.3, train_backbone=True)
-    save_checkpoint(get_peft_model(backbone, config), tiny_tokenizer(), folder / "checkpoint")
-    return folder / "checkpoint"
-
-
-def run(name, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def check_rag(output):
@@ -58,21 +32,21 @@ def check_agent(output):
 
 
 @pytest.mark.smollm  # its embedding comes with that package's installation
-def test_rag(checkpoint):
+def test_rag(run, checkpoint):
     check_rag(run("langchain_rag.py", "--checkpoint", checkpoint))
 
 
-def test_conversation(checkpoint):
+def test_conversation(run, checkpoint):
     check_conversation(run("langchain_conversation.py", "--checkpoint", checkpoint), 30)
 
 
-def test_agent(checkpoint):
+def test_agent(run, checkpoint):
     check_agent(run("langchain_agent.py", "--checkpoint", checkpoint))
 
 
 @pytest.mark.slow
 @pytest.mark.smollm
-def test_on_smollm():
+def test_on_smollm(run):
     check_rag(run("langchain_rag.py"))
     check_conversation(run("langchain_conversation.py"), 30)
     check_agent(run("langchain_agent.py"))
