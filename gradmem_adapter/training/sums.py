@@ -18,7 +18,7 @@ MEANS = {
     "exact_match": "queries",
     "first_write_loss": "written",
     "last_write_loss": "written",
-    "memory_norm": "contexts",
+    "memory_norm": "memories",
     "write_steps": "contexts",
     "memory_grad_norm": "steps",
 }
@@ -129,7 +129,7 @@ def _written(batch: dict[str, Any], output: GradMemOutput, steps: int) -> dict[s
     ones = torch.ones(len(batch["context_input_ids"]), device=batch["context_input_ids"].device)
     found = {"write_steps": ones * steps, "contexts": ones}
     if output.memory is not None:
-        found["memory_norm"] = output.memory.detach().float().flatten(1).norm(dim=1)
+        found |= {"memory_norm": output.memory.detach().float().flatten(1).norm(dim=1), "memories": ones}
     if output.write_losses is not None:
         losses = output.write_losses.detach().float()
         known = losses.shape[1]
