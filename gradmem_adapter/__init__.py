@@ -13,6 +13,7 @@ from .config import GradMemConfig
 from .peft_model import GradMemPeftModel, get_peft_model
 from .pipeline import GradMemPipeline
 from .state import MemoryState, MemoryStateError
+from .write.options import WriteOptions
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "GradMemPipeline",
     "MemoryState",
     "MemoryStateError",
+    "WriteOptions",
     "WriteProgress",
     "__version__",
     "get_peft_model",

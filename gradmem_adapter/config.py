@@ -191,6 +191,11 @@ class GradMemConfig(PeftConfig):
             )
         self.lora_config = self._as_lora_config(self.lora_config)
 
+    @property
+    def prefix_length(self) -> int:
+        """How many positions the memory takes with its control vectors, m + 2c."""
+        return self.num_memory_tokens + 2 * self.num_control_tokens
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; the nested LoRA as its own dict, its sets as sorted lists."""
         result = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -9,7 +9,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+
+from gradmem_adapter.config import GradMemConfig
 
 # READ is the default, so that everything that runs outside WRITE (generate, its worker threads, the recomputation of
 # gradient checkpointing in a backward pass) is READ without having to say so.
@@ -82,3 +86,28 @@ def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
         layer.__class__ = _gated_classes[cls]
     phases: dict[str, str] = layer.__dict__.setdefault("gradmem_phases", {})
     phases[adapter] = phase
+
+
+def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_mem_usage: bool) -> None:
+    """Put the layers of a configuration's nested LoRA into a backbone with PEFT's own LoRA tuner.
+
+    Args:
+        model (`nn.Module`): the backbone.
+        adapter (`str`): the adapter's name.
+        config (`GradMemConfig`): without a `lora_config` nothing is done.
+        low_cpu_mem_usage (`bool`): make the layers on the meta device, for weights that are loaded next.
+    """
+    if not isinstance(config.lora_config, LoraConfig):
+        return
+    config.lora_config.inference_mode = config.inference_mode
+    outer = model.__dict__.pop("peft_config", None)  # or the LoRA tuner would take our configurations for its own
+    try:
+        LoraModel(model, {adapter: config.lora_config}, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+    finally:
+        model.__dict__.pop("peft_config", None)
+        if outer is not None:
+            model.__dict__["peft_config"] = outer
+    if config.lora_phase != "both":
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and adapter in layer._get_available_adapters():
+                gate(layer, adapter, config.lora_phase)

@@ -273,6 +273,35 @@ class MemoryState:
             raise MemoryStateError(f"{os.fspath(path)}: {error}") from error.__cause__
 
 
+def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> None:
+    """Raise unless a model can read states.
+
+    Args:
+        memory (`MemoryState`): the states.
+        width (`int`): d, the size of the model's memory vectors.
+        fingerprint (`str`, *optional*): the model's. `None`: states of another model are read, too.
+
+    Raises:
+        TypeError: `memory` is no state.
+        ValueError: another model wrote it.
+    """
+    if not isinstance(memory, MemoryState):
+        raise TypeError(
+            f"memory must be a MemoryState, as write() and MemoryState.load() return, got {type(memory).__name__}."
+        )
+    if memory.width != width:
+        raise ValueError(
+            f"The memory state has vectors of width {memory.width}, the model's are {width} wide: it was written by "
+            "another model. Write the context again with this one."
+        )
+    if fingerprint is not None and memory.fingerprint != fingerprint:
+        raise ValueError(
+            f"The memory state was written by model {memory.fingerprint}, and this is model {fingerprint} "
+            "(backbone and adapter). Another model reads it as noise: write the context again with this one. "
+            "strict=False reads it all the same, at your own risk."
+        )
+
+
 def _compatible(states: Sequence[MemoryState], what: str, names: Sequence[str]) -> list[MemoryState]:
     """The states as a list, if they agree in the named properties."""
     states = list(states)

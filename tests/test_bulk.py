@@ -173,10 +173,18 @@ def test_what_ends_a_later_batch_leaves_the_model_as_it_was(model, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_tokens": 0}, {"max_tokens": True}, {"max_tokens": 2.5}, {"initial": 1}, {"callback": print}]
+    ("options", "error"),
+    [
+        ({"max_tokens": 0}, ValueError),
+        ({"max_tokens": True}, ValueError),
+        ({"max_tokens": 2.5}, ValueError),
+        ({"steps": -1}, ValueError),
+        ({"initial": 1}, TypeError),
+        ({"callback": print}, TypeError),
+    ],
 )
-def test_options_that_cannot_work(model, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+def test_options_that_cannot_work(model, options, error):
+    with pytest.raises(error, match=next(iter(options))):
         model.write_many([[1, 2, 3]], **options)
     with pytest.raises(ValueError, match="no context"):
         model.write_many([])

@@ -399,7 +399,7 @@ def test_reconstruct_equals_argmax_of_the_write_model(architecture, write_head):
     context = tokens(2, 5)
     state = model.write(context, steps=4)
     got = model.reconstruct(state, 5)
-    writer = model.base_model._writer()
+    writer = model.base_model._writer
     for i in range(2):
         prefix = writer.slots.prefix(state.vectors[i : i + 1], "write", "default")
         ids = torch.zeros(1, 0, dtype=torch.long)

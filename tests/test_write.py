@@ -15,7 +15,7 @@ import gradmem_adapter.ops.cross_entropy
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.layer import START_GAIN
 from gradmem_adapter.utils.capture import static_shapes
-from gradmem_adapter.write.context import right_padded
+from gradmem_adapter.write.context import Context
 
 
 def make(architecture="llama", **config):
@@ -209,9 +209,9 @@ def test_without_a_last_loss_a_last_step_that_is_not_finite_is_not_kept():
 
 def test_shapes_do_not_follow_from_values_where_a_graph_will_be_captured():
     ids, mask = tokens(2, 9), torch.tensor([[1] * 5 + [0] * 4] * 2)
-    assert right_padded(ids, mask).input_ids.shape == (2, 5)
+    assert Context.from_tokens(ids, mask, tiny(), 3).input_ids.shape == (2, 5)
     with static_shapes():
-        context = right_padded(ids, mask)
+        context = Context.from_tokens(ids, mask, tiny(), 3)
     assert context.input_ids.shape == (2, 9)
     assert context.lengths.tolist() == [5, 5]
 
@@ -379,7 +379,7 @@ def test_divergence_names_the_step_and_keeps_the_memory_before():
         ({"input_ids": tokens(1, 3), "lr": float("nan")}, ValueError, "lr must be"),
         ({"input_ids": tokens(1, 3), "optimizer": "lion"}, ValueError, "optimizer must be"),
         ({"input_ids": tokens(1, 3), "tolerance": 2.0}, ValueError, "tolerance must be"),
-        ({"input_ids": tokens(1, 3), "step": 3}, TypeError, "unexpected arguments: step"),
+        ({"input_ids": tokens(1, 3), "step": 3}, TypeError, "unexpected keyword argument 'step'"),
         ({"input_ids": tokens(1, 3), "initial": torch.zeros(1, 3, 32)}, TypeError, "must be a MemoryState"),
     ],
 )

@@ -18,7 +18,9 @@ from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import warn_diverged, write_memory
 from gradmem_adapter.write.loss import Writer, write_gradient
 from gradmem_adapter.write.optimizers import WriteState, write_step
-from gradmem_adapter.write.rates import rate_at
+from gradmem_adapter.write.options import WriteOptions
+from gradmem_adapter.write.rates import rate_at, write_lrs
+from gradmem_adapter.write.start import start_memory
 
 
 class _WriteStep(torch.autograd.Function):
@@ -56,16 +58,14 @@ class _WriteStep(torch.autograd.Function):
 
 
 def differentiable_write(
-    writer: Writer, memory: Tensor, context: Context, *, steps: int, lrs: Tensor, weights: Sequence[Tensor]
+    writer: Writer, context: Context, steps: int | None, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """WRITE on the tape: write steps that the outer loss is differentiated through.
 
     Args:
         writer (`Writer`): the model, and the configuration that names the strategy.
-        memory (`Tensor`): `[B, m, d]`, where each sample starts.
         context (`Context`): B contexts.
-        steps (`int`): K, from 0.
-        lrs (`Tensor`): `[n]` or `[n, m, d]`, the write learning rates of the first n steps; later ones use the last.
+        steps (`int`, *optional*): K, from 0. `None`: the configuration's.
         weights (`Sequence[Tensor]`): the trained parameters that WRITE runs through.
 
     Returns:
@@ -73,18 +73,17 @@ def differentiable_write(
         from, where it starts from the context, K=0 and there is a reconstruction weight.
     """
     config = writer.config
+    steps = config.write_steps if steps is None else steps
+    rates = write_lrs(writer.slots, writer.adapter, config, steps).unbind()
+    memory = start_memory(writer, context)
     start_recites = not steps and config.reconstruction_weight > 0 and config.start != "slots"
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
-        optimizer = config.write_optimizer
-        constant, history, diverged = write_memory(
-            writer, memory, context, steps=steps, lrs=lrs.unbind(), optimizer=optimizer
-        )
+        constant, history, diverged = write_memory(writer, memory, context, rates, WriteOptions(steps=steps))
         warn_diverged(diverged)
         return constant, history if start_recites else history[:, :-1]
     chosen = STRATEGIES[config.meta_gradient]
     chosen.check(writer.backbone)
     first_order_steps = 0 if config.second_order_steps is None else steps - config.second_order_steps
-    rates = lrs.unbind()
     state, losses = WriteState.start(memory, config.write_optimizer), []
     for k in range(steps):
         strategy = STRATEGIES["first_order"] if k < first_order_steps else chosen

@@ -34,6 +34,11 @@ def check_backbone(model: object) -> None:
         )
 
 
+def max_positions(backbone: PreTrainedModel) -> int | None:
+    """How many positions a backbone has, `None` where it does not say."""
+    return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+
+
 def uses_checkpointing(backbone: PreTrainedModel) -> bool:
     """Whether the backbone's layers are computed again in backward passes (gradient checkpointing)."""
     return backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())

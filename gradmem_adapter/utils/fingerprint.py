@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters
 
 SAMPLES = 64
 """Values read from each backbone tensor: enough to tell two trainings apart, few enough for a model of any size."""
@@ -69,3 +70,28 @@ def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
         for p in part._parameters.values()
         if p is not None and not p.is_meta
     )
+
+
+class FingerprintCache:
+    """The fingerprint of a model, computed anew when a weight has changed or another adapter is active."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, str] | None = None
+
+    def get(self, model: nn.Module, adapter: str, config: GradMemConfig) -> str:
+        """The fingerprint of a model with one adapter.
+
+        Args:
+            model (`nn.Module`): the backbone with its adapters.
+            adapter (`str`): the name of the one that counts; it is no part of the fingerprint.
+            config (`GradMemConfig`): the adapter's.
+        """
+        key = adapter, versions(model)
+        if self._last is None or self._last[0] != key:
+            own = [
+                (f"{name}.".replace(f".{adapter}.", "."), parameter)
+                for name, parameter in adapter_parameters(model)
+                if f".{adapter}." in f"{name}."
+            ]
+            self._last = key, fingerprint(backbone_parameters(model), own, config)
+        return self._last[1]

@@ -9,16 +9,20 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import sample_names
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of contexts in batches of similar length, the longest first: what cannot fit shows at once.
 
-    A batch has at most `budget` tokens, padding counted, or is a single context.
+    Args:
+        lengths (`Sequence[int]`): tokens of each context.
+        budget (`int`): how many tokens a batch may have, padding counted, unless it is a single context.
     """
     result: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -38,12 +42,13 @@ def write_batches(
     """WRITE contexts in batches within a token budget, which is halved where memory does not suffice.
 
     Args:
-        write: right-padded token ids [B, N] and their mask to B states.
-        contexts: token ids [n] each.
-        done: told the size of each batch after it.
+        write (`Callable`): from right-padded token ids `[B, N]` and their mask to B states.
+        contexts (`Sequence[Tensor]`): token ids `[n]` each.
+        budget (`int`): how many tokens a batch may have, padding counted.
+        done (`Callable`, *optional*): told the size of each batch after it.
 
     Returns:
-        One state per context, in the order of `contexts`.
+        `MemoryState`: one state per context, in the order of `contexts`.
 
     Raises:
         torch.cuda.OutOfMemoryError: a single context does not fit; the message names it.
@@ -82,12 +87,34 @@ def write_batches(
     return MemoryState.stack([states[i] for i in range(len(contexts))])
 
 
-def token_ids(index: int, context: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """A context as a tensor.
+def check_rows(
+    contexts: Sequence[Tensor | Sequence[int]], backbone: PreTrainedModel, prefix_length: int
+) -> list[Tensor]:
+    """Contexts as tensors of token ids that can be written.
+
+    Args:
+        contexts (`Sequence`): token ids `[n]` of each.
+        backbone (`PreTrainedModel`): whose tokens they are, and on whose device they will be.
+        prefix_length (`int`): the positions that the memory takes of the backbone's.
 
     Raises:
-        TypeError: it is none; the message names it by its index.
+        TypeError, ValueError: one of them cannot be written; the message names it by its index.
     """
+    rows = [_token_ids(index, context, backbone.device) for index, context in enumerate(contexts)]
+    if not rows:
+        raise ValueError("There is no context to write.")
+    for index, row in enumerate(rows):
+        if row.dim() != 1:
+            raise ValueError(f"Context {index} must be token ids of shape [n], got shape {tuple(row.shape)}.")
+        try:
+            Context.from_tokens(row[None], None, backbone, prefix_length)
+        except (TypeError, ValueError) as error:
+            message = str(error).replace("Context 0", "It").replace("input_ids", "It")
+            raise type(error)(f"Context {index} of {len(rows)} cannot be written. {message}") from None
+    return rows
+
+
+def _token_ids(index: int, context: Tensor | Sequence[int], device: torch.device) -> Tensor:
     try:
         ids = torch.as_tensor(context, device=device)
     except torch.cuda.OutOfMemoryError:
@@ -99,7 +126,12 @@ def token_ids(index: int, context: Tensor | Sequence[int], device: torch.device)
 
 @contextmanager
 def progress_bar(total: int, wanted: bool | None) -> Iterator[Callable[[int], None]]:
-    """Shows how many contexts are written. Args: wanted: None: where a person is looking on."""
+    """Show how many contexts are written, and give the function that is told of more of them.
+
+    Args:
+        total (`int`): how many there are.
+        wanted (`bool`, *optional*): `None`: where stderr is a terminal.
+    """
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield lambda contexts: None
         return

@@ -6,49 +6,70 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.padding import move_padding_right
+from gradmem_adapter.utils.backbone import max_positions
 from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.tokens import check_tokens
 
 
 class Context(NamedTuple):
-    """A batch of contexts, right padded: `input_ids` [B, N], `lengths` [B] (tokens that count)."""
+    """A batch of contexts, right padded.
+
+    Args:
+        input_ids (`Tensor`): `[B, N]` token ids.
+        lengths (`Tensor`): `[B]`, how many tokens of each count.
+    """
 
     input_ids: Tensor
     lengths: Tensor
 
     @property
     def mask(self) -> Tensor:
-        """[B, N], True where a token counts."""
+        """`[B, N]`, True where a token counts."""
         return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
+    @classmethod
+    def from_tokens(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        backbone: PreTrainedModel,
+        prefix_length: int,
+        name: str = "input_ids",
+    ) -> Context:
+        """Contexts from token ids with padding on either side.
 
-def right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> Context:
-    """Contexts with padding wherever it was, moved to the right.
+        Args:
+            input_ids (`Tensor`): `[B, N]` token ids.
+            attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts. `None`: all do.
+            backbone (`PreTrainedModel`): whose tokens they are, and on whose device the contexts will be.
+            prefix_length (`int`): the positions that the memory takes of the backbone's.
+            name (`str`, *optional*, defaults to `"input_ids"`): what the caller named the ids, for messages.
 
-    Args:
-        input_ids: [B, N]; attention_mask: [B, N], 1 where a token counts, or None where all do.
-    """
-    return Context(*move_padding_right(input_ids, attention_mask))
+        Raises:
+            TypeError: the ids are no tensor of integers.
+            ValueError: ids are not the model's, or a context is empty or too long.
+        """
+        check_tokens(name, input_ids, attention_mask, backbone)
+        if len(input_ids) == 0:
+            raise ValueError("There is no context to write: input_ids has batch size 0.")
+        if not capturing():
+            batch, width = input_ids.shape
+            lengths = [width] * batch if attention_mask is None else attention_mask.bool().sum(1).tolist()
+            _check_lengths(lengths, max_positions(backbone), prefix_length)
+        mask = None if attention_mask is None else attention_mask.to(backbone.device)
+        return cls(*move_padding_right(input_ids.to(backbone.device), mask))
 
 
-def check_context(input_ids: Tensor, attention_mask: Tensor | None, prefix_length: int, positions: int | None) -> None:
-    """Raise `ValueError` unless every context has a token and fits behind the prefix in the model's positions."""
-    if len(input_ids) == 0:
-        raise ValueError("There is no context to write: input_ids has batch size 0.")
-    if capturing():
-        return
-    lengths = (
-        attention_mask.bool().sum(1)
-        if attention_mask is not None
-        else torch.full((len(input_ids),), input_ids.shape[1])
-    )
-    if (lengths == 0).any():
-        empty = ", ".join(str(i) for i in (lengths == 0).nonzero().flatten().tolist())
-        raise ValueError(f"Context {empty} is empty: there is nothing to write. Leave it out of the batch.")
-    if positions is not None and int(lengths.max()) + prefix_length > positions:
+def _check_lengths(lengths: list[int], positions: int | None, prefix_length: int) -> None:
+    if empty := [str(i) for i, length in enumerate(lengths) if not length]:
+        raise ValueError(f"Context {', '.join(empty)} is empty: there is nothing to write. Leave it out of the batch.")
+    longest = max(lengths)
+    if positions is not None and longest + prefix_length > positions:
         raise ValueError(
-            f"Context {int(lengths.argmax())} has {int(lengths.max())} tokens, and at most {positions - prefix_length} "
-            f"are allowed: the model has {positions} positions, {prefix_length} of them for the memory. Split it, "
-            "write the parts as separate contexts and join their states with MemoryState.concat."
+            f"Context {lengths.index(longest)} has {longest} tokens, and at most {positions - prefix_length} are "
+            f"allowed: the model has {positions} positions, {prefix_length} of them for the memory. Split it, write "
+            "the parts as separate contexts and join their states with MemoryState.concat."
         )

@@ -39,7 +39,7 @@ def unsuited(writer: Writer, context: Context) -> str | None:
         return "the model is on several devices"
     config = backbone.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    places = context.input_ids.shape[1] + writer.prefix_length
+    places = context.input_ids.shape[1] + writer.config.prefix_length
     if any(window is not None and window < places for window in windows):
         return f"the contexts are longer than the model's attention window ({windows})"
     return None
@@ -67,7 +67,7 @@ class FastWrites:
         self._fast: FastPass | None = None
 
     @contextmanager
-    def of(self, writer: Writer, context: Context, compile: bool | str, longest: int | None) -> Iterator[WritePass]:
+    def of(self, writer: Writer, context: Context, compile: bool | str) -> Iterator[WritePass]:
         """The pass to use for a batch of contexts, and, after it, the time that it took.
 
         Raises:
@@ -76,7 +76,7 @@ class FastWrites:
         plain = partial(write_pass, writer)
         start = time.perf_counter()
         try:
-            yield plain if compile is False else self._choose(writer, context, compile is True, longest) or plain
+            yield plain if compile is False else self._choose(writer, context, compile is True) or plain
         finally:
             self._seconds += time.perf_counter() - start
 
@@ -95,7 +95,7 @@ class FastWrites:
             if free < SPARE_MEMORY * total:
                 self._fast.clear()
 
-    def _choose(self, writer: Writer, context: Context, now: bool, longest: int | None) -> WritePass | None:
+    def _choose(self, writer: Writer, context: Context, now: bool) -> WritePass | None:
         cuda = context.input_ids.device.type == "cuda"
         if not (now or cuda):
             return None  # on a CPU compiling saves a seventh of the time: not worth the stall unless asked for
@@ -109,7 +109,7 @@ class FastWrites:
                 if now:
                     raise ValueError(f"compile=True cannot be had: {reason}. Use compile='auto' or compile=False.")
                 return None
-            bucket = Bucket.of(context, longest)
+            bucket = Bucket.of(context, writer.longest_context)
             if not now and bucket not in self._seen:
                 self._seen.add(bucket)
                 return None
@@ -155,7 +155,7 @@ class FastWrites:
             self._plain_only, self._fast = f"a fast pass was tried, and {problem}", None
             if now:
                 raise ValueError(f"compile=True cannot be had: {self._plain_only}. Use compile=False.")
-            warnings.warn(f"WRITE stays plain: {self._plain_only}. compile=False spares the try.", stacklevel=6)
+            warnings.warn(f"WRITE stays plain: {self._plain_only}. compile=False spares the try.", stacklevel=7)
             return write_pass(writer, memory, context, gradient, recovered)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer, write_gradient
 from gradmem_adapter.write.optimizers import WriteState, write_step
-from gradmem_adapter.write.rates import Rate, rate_at
+from gradmem_adapter.write.options import WriteOptions
+from gradmem_adapter.write.rates import Rate, rate_at, write_lrs
+from gradmem_adapter.write.start import start_memory
 
 WritePass: TypeAlias = Callable[[Tensor, Context, bool, bool], tuple[Tensor | None, Tensor, Tensor | None]]
 """`write_pass` for one writer: memory [B, m, d], contexts, whether the gradient and `recovered` are wanted."""
@@ -30,8 +32,15 @@ def write_pass(
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """What one step of WRITE needs to know of a memory, with no graph kept.
 
+    Args:
+        writer (`Writer`): the model.
+        memory (`Tensor`): `[B, m, d]`.
+        context (`Context`): B contexts.
+        gradient (`bool`): whether the write gradient is wanted.
+        recovered (`bool`): whether the share of tokens is wanted that are the model's first choice.
+
     Returns:
-        the write gradient [B, m, d] (None unless `gradient`), losses [B] and recovered [B] (None unless `recovered`).
+        The write gradient `[B, m, d]`, or `None`; the write losses `[B]`; and the share recovered `[B]`, or `None`.
     """
     writer = replace(writer, fused=writer.fused or FUSED)
     if gradient:
@@ -42,40 +51,82 @@ def write_pass(
         return None, *writer.losses(memory, context, recovered)
 
 
+class Written(NamedTuple):
+    """What WRITE gives.
+
+    Args:
+        memory (`Tensor`): `[B, m, d]`, M_K.
+        losses (`Tensor`): `[B, steps + 1]`, before each step and after the last that was run for any sample.
+        diverged (`Tensor`): `[B, steps + 1]`, True where a sample's loss was first not finite, for `warn_diverged`.
+    """
+
+    memory: Tensor
+    losses: Tensor
+    diverged: Tensor
+
+
+def write_contexts(
+    writer: Writer,
+    context: Context,
+    options: WriteOptions,
+    initial: Tensor | None = None,
+    callback: Callable[[WriteProgress], None] | None = None,
+    run: WritePass | None = None,
+) -> Written:
+    """WRITE contexts, from where the configuration says or from a memory that was written before.
+
+    Args:
+        writer (`Writer`): the model.
+        context (`Context`): B contexts.
+        options (`WriteOptions`): how to write them.
+        initial (`Tensor`, *optional*): `[B, m, d]`, a memory to go on from.
+        callback (`Callable`, *optional*): told of each step.
+        run (`WritePass`, *optional*): a faster `write_pass`.
+    """
+    memory = initial
+    if memory is None:
+        with torch.no_grad():
+            memory = start_memory(writer, context)
+    lrs: Sequence[Rate] = [options.lr] if options.lr is not None else []
+    if not lrs:
+        # On a memory that was written before, further steps are late ones.
+        taken = 0 if initial is None else writer.config.num_write_lrs
+        steps = writer.config.write_steps if options.steps is None else options.steps
+        lrs = write_lrs(writer.slots, writer.adapter, writer.config, steps, taken).detach().unbind()
+    wide = memory.to(torch.promote_types(memory.dtype, torch.float32))
+    return write_memory(writer, wide, context, lrs, options, callback, run)
+
+
 def write_memory(
     writer: Writer,
     memory: Tensor,
     context: Context,
-    *,
-    steps: int,
     lrs: Sequence[Rate],
-    optimizer: str,
-    tolerance: float | None = None,
-    stop_when_recovered: bool = False,
-    last_loss: bool = True,
+    options: WriteOptions,
     callback: Callable[[WriteProgress], None] | None = None,
     run: WritePass | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """WRITE: `steps` write steps from `memory`, with no graph kept.
+) -> Written:
+    """The loop over write steps, with no graph kept: M_{k+1} = M_k - a * grad_M L_w(M_k; C), k = 0 .. K-1.
 
-    A sample stops early, at the best of its last two memories, when a step lowered its loss by less than `tolerance`
+    A sample stops early, at the best of its last two memories, when a step lowered its loss by less than the tolerance
     times the loss, when every token is recovered (if asked for), or when its loss is no longer finite. The others go
     on. On a GPU nothing is waited for unless samples may stop.
 
     Args:
-        memory: [B, m, d], where to start.
-        context: B contexts.
-        lrs: write learning rates of the first steps; later ones use the last.
-        last_loss: False spares the forward pass over what the last step wrote, whose loss is NaN then.
-        run: a faster `write_pass`.
-
-    Returns:
-        memory [B, m, d]; losses [B, steps + 1], before each step and after the last that was run for any sample; and
-        diverged [B, steps + 1], True where a sample's loss was first not finite, for `warn_diverged`.
+        writer (`Writer`): the model.
+        memory (`Tensor`): `[B, m, d]`, where to start, M_0.
+        context (`Context`): B contexts, C.
+        lrs (`Sequence`): a, the write learning rates of the first steps; later ones use the last.
+        options (`WriteOptions`): how to write them; the learning rate in it does not count.
+        callback (`Callable`, *optional*): told of each step.
+        run (`WritePass`, *optional*): a faster `write_pass`.
     """
+    steps = writer.config.write_steps if options.steps is None else options.steps
+    optimizer = options.optimizer or writer.config.write_optimizer
+    tolerance = options.tolerance
     run = run or partial(write_pass, writer)
-    may_stop = tolerance is not None or stop_when_recovered
-    wants_recovered = stop_when_recovered or callback is not None
+    may_stop = tolerance is not None or options.stop_when_recovered
+    wants_recovered = options.stop_when_recovered or callback is not None
     with torch.inference_mode(False), torch.enable_grad():
         # Clones: tensors made under inference_mode cannot take part in autograd, clones made outside it can.
         context = Context(context.input_ids.clone(), context.lengths.clone())
@@ -86,7 +137,7 @@ def write_memory(
         history: list[Tensor] = []
         diverged: list[Tensor] = []
         for step in range(steps + 1):
-            if step == steps and not last_loss:
+            if step == steps and not options.last_loss:
                 written = active & state.memory.isfinite().all(dim=2).all(dim=1)
                 kept = torch.where(written[:, None, None], state.memory, kept)
                 history.append(torch.full_like(kept_loss, math.nan))
@@ -105,13 +156,13 @@ def write_memory(
             if recovered is not None:
                 if callback is not None:
                     callback(WriteProgress(step, steps, kept_loss, recovered.float()))
-                if stop_when_recovered:
+                if options.stop_when_recovered:
                     active = active & (recovered < 1)
             # Reading `active` waits for the GPU, so it is read only where samples may stop.
             if gradient is None or (may_stop and not active.any()):
                 break
             state = write_step(writer, state, gradient, rate_at(lrs, step), optimizer)
-        return kept, torch.stack(history, dim=1), torch.stack(diverged, dim=1)
+        return Written(kept, torch.stack(history, dim=1), torch.stack(diverged, dim=1))
 
 
 _names: ContextVar[Sequence[int] | None] = ContextVar("gradmem_sample_names", default=None)
@@ -128,7 +179,11 @@ def sample_names(names: Sequence[int]) -> Iterator[None]:
 
 
 def warn_diverged(diverged: Tensor) -> None:
-    """Name the samples and steps at which losses were no longer finite. Args: as `write_memory` returns it."""
+    """Name the samples and steps at which losses were no longer finite.
+
+    Args:
+        diverged (`Tensor`): as `Written` has it.
+    """
     if not diverged.any():
         return
     called = _names.get() or range(len(diverged))

@@ -13,6 +13,7 @@ from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import backward_in_write, write_phase
 from gradmem_adapter.ops.cross_entropy import FusedCrossEntropy, sequence_nll
 from gradmem_adapter.ops.output_head import output_head
+from gradmem_adapter.utils.backbone import max_positions
 from gradmem_adapter.write.context import Context
 
 
@@ -28,9 +29,10 @@ class Writer:
     """Given where the output head is not differentiated, and what is before it at most once."""
 
     @property
-    def prefix_length(self) -> int:
-        """How many positions the memory takes with its control vectors, m + 2c."""
-        return self.config.num_memory_tokens + 2 * self.config.num_control_tokens
+    def longest_context(self) -> int | None:
+        """How many tokens a context may have: what memory leaves of the backbone's positions. `None`: any number."""
+        positions = max_positions(self.backbone)
+        return None if positions is None else positions - self.config.prefix_length
 
     @property
     def trains_head(self) -> bool:

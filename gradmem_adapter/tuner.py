@@ -1,0 +1,127 @@
+"""GradMem in PEFT's life cycle: adapters that are added to a backbone, switched, deleted and taken away again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.layer import MemorySlots
+from gradmem_adapter.lora import inject_lora
+from gradmem_adapter.utils.backbone import check_backbone, max_positions
+from gradmem_adapter.utils.fingerprint import FingerprintCache
+from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters
+
+SLOTS = "memory_slots"
+"""The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
+
+
+class GradMemTuner(BaseTuner):
+    """A PEFT tuner that adds one layer, the memory slots, to a backbone, and a nested LoRA where one is configured."""
+
+    peft_config: dict[str, GradMemConfig]  # type: ignore[assignment] # PEFT's own type, narrowed
+    prefix = "gradmem_"
+    uses_shared_state = True
+    # LoRA layers belong to the adapter as the slots do: PEFT switches, deletes and freezes both by this class.
+    tuner_layer_cls = BaseTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fingerprint = FingerprintCache()
+
+    @property
+    def slots(self) -> MemorySlots:
+        """The layer that holds every trained tensor of the method."""
+        return getattr(self.model, SLOTS)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("GradMem replaces no modules; it adds one.")
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter's slots (and its LoRA) to the backbone. Called by PEFT."""
+        check_backbone(model)
+        config = self.peft_config[adapter_name]
+        # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        inject_lora(model, adapter_name, config, low_cpu_mem_usage)
+        if not hasattr(model, SLOTS):
+            model.add_module(SLOTS, MemorySlots())
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            getattr(model, SLOTS).add(adapter_name, config, model)
+        inference_mode = all(self.peft_config[name].inference_mode for name in self.active_adapters)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one; the backbone is trainable where its config says `train_backbone`."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if any(config.train_backbone for config in self.peft_config.values()):
+            train = any(self.peft_config[name].train_backbone for name in self.active_adapters)
+            for _, parameter in self.backbone_parameters():
+                parameter.requires_grad_(train and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's slots and LoRA."""
+        super().delete_adapter(adapter_name)
+        # PEFT takes the new active adapter from the first layer it meets, which may be a LoRA the others do not have.
+        self.set_adapter(self.slots.active_adapters, inference_mode=False)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Not possible; raises `NotImplementedError`."""
+        raise NotImplementedError(
+            "A GradMem adapter cannot be merged into the backbone: memory is written per context, by gradients through "
+            "the adapter's tensors. Use unload() for the backbone alone, or keep the adapter."
+        )
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters and return the backbone."""
+        super().unload()
+        delattr(self.model, SLOTS)
+        return self.model
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters of all adapters: slots and LoRA layers, without what these wrap."""
+        return adapter_parameters(self.model)
+
+    def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters of the backbone itself, under the names they have without an adapter."""
+        return backbone_parameters(self.model)
+
+    @property
+    def prefix_length(self) -> int:
+        """How many positions the memory takes with its control vectors, m + 2c."""
+        return self.peft_config[self._adapter].prefix_length
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the backbone has, `None` where it does not say."""
+        return max_positions(self.model)
+
+    def fingerprint(self) -> str:
+        """The identity of the backbone and the active adapter; states carry it, and READ compares it."""
+        return self._fingerprint.get(self.model, self._adapter, self.peft_config[self._adapter])
+
+    @property
+    def _adapter(self) -> str:
+        """The one active adapter."""
+        if self.slots.disable_adapters:
+            raise ValueError("The adapter is disabled: memory cannot be written or read inside disable_adapter().")
+        active = self.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"Memory needs exactly one active adapter, and there are {len(active)}: {active}. Use "
+                "set_adapter(name)."
+            )
+        return active[0]

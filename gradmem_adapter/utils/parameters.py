@@ -1,0 +1,26 @@
+"""Which of a model's parameters are an adapter's, and which the backbone's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The named parameters of all adapters in a model: those of tuner layers, without what these wrap."""
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):  # a mixin of modules
+            for name, child in cast(nn.Module, layer).named_children():
+                if name != "base_layer":
+                    yield from child.named_parameters(prefix=f"{layer_name}.{name}")
+
+
+def backbone_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The named parameters of the backbone itself, under the names they have without an adapter."""
+    adapters = {id(parameter) for _, parameter in adapter_parameters(model)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in adapters:
+            yield name.replace(".base_layer.", "."), parameter

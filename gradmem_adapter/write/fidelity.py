@@ -1,0 +1,61 @@
+"""What a memory state has kept of its context, decoded as WRITE sees it: with its head, control vectors and LoRA."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from gradmem_adapter.lora import write_phase
+from gradmem_adapter.ops.output_head import output_head
+from gradmem_adapter.outputs import Fidelity
+from gradmem_adapter.write.context import Context
+from gradmem_adapter.write.loss import Writer
+
+
+@torch.no_grad()
+def reconstruct(writer: Writer, memory: Tensor, length: int) -> Tensor:
+    """Decode contexts greedily from memory alone.
+
+    Args:
+        writer (`Writer`): the model.
+        memory (`Tensor`): `[B, m, d]`.
+        length (`int`): how many tokens, n.
+
+    Returns:
+        `Tensor`: `[B, n]` token ids.
+    """
+    embedding = writer.backbone.get_input_embeddings()
+    head = output_head(writer.backbone, writer.slots.write_head(writer.adapter))
+    tokens: list[Tensor] = []
+    cache = None
+    with write_phase():
+        step = writer.slots.prefix(memory, "write", writer.adapter).to(cast(Tensor, embedding.weight).dtype)
+        for _ in range(length):
+            output = writer.backbone.base_model(
+                inputs_embeds=step, past_key_values=cache, use_cache=True, return_dict=True
+            )
+            cache = output.past_key_values
+            tokens.append(head(output.last_hidden_state[:, -1:])[:, -1].argmax(-1))
+            step = embedding(tokens[-1][:, None])
+    return torch.stack(tokens, dim=1) if tokens else torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
+
+
+@torch.no_grad()
+def fidelity(writer: Writer, memory: Tensor, context: Context) -> Fidelity:
+    """How much of each context its memory gives back.
+
+    Args:
+        writer (`Writer`): the model.
+        memory (`Tensor`): `[B, m, d]`.
+        context (`Context`): what was written, B contexts.
+
+    Returns:
+        `Fidelity`: `[B]` shares of context tokens.
+    """
+    decoded = reconstruct(writer, memory, context.input_ids.shape[1])
+    same = ((decoded == context.input_ids) & context.mask).sum(1) / context.lengths
+    _, recovered = writer.losses(memory, context, recovered=True)
+    assert recovered is not None  # for the type checker
+    return Fidelity(greedy=same, teacher_forced=recovered)

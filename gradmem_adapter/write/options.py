@@ -1,0 +1,72 @@
+"""How WRITE is run: one checked object that goes through every layer above it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from gradmem_adapter.write.optimizers import OPTIMIZERS
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a context is written. What is `None` is as the adapter's configuration says.
+
+    Args:
+        steps (`int`, *optional*): K, the write steps, any number from 0.
+        lr (`float`, *optional*): the write learning rate of every step, in place of the configuration's or the learned
+            ones.
+        optimizer (`str`, *optional*): the write optimizer, `"sgd"` or `"adam"`.
+        tolerance (`float`, *optional*): a sample stops when a step lowers its write loss by less than this share of it.
+            `None`: all steps are taken.
+        stop_when_recovered (`bool`, *optional*, defaults to `False`): a sample stops when each of its tokens is the
+            model's first choice, given the true tokens before it.
+        last_loss (`bool`, *optional*, defaults to `True`): `False` leaves the last of `write_losses` NaN and spares the
+            forward pass that it takes, of 2K + 1 passes in all; a last step that overshoots goes unseen then.
+        compile (`bool` or `"auto"`, *optional*, defaults to `"auto"`): `True`: compile the model's layers for WRITE
+            now, and launch each pass as a CUDA graph. `False`: do neither. `"auto"`: on a GPU, graphs for shapes that
+            come again, and compiled layers once WRITE has taken long enough for them to pay; on a CPU, neither. The
+            states are the same up to rounding.
+
+    Raises:
+        ValueError: a value that cannot work; the message says what was expected.
+    """
+
+    steps: int | None = None
+    lr: float | None = None
+    optimizer: str | None = None
+    tolerance: float | None = None
+    stop_when_recovered: bool = False
+    last_loss: bool = True
+    compile: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and (
+            isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0
+        ):
+            raise ValueError(f"steps must be an integer from 0, got {self.steps!r}.")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be a finite positive number, got {self.lr!r}.")
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)}, got {self.optimizer!r}.")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and less than 1, got {self.tolerance!r}.")
+        if not self.last_loss and self.tolerance is not None:
+            raise ValueError("tolerance needs the loss after the last step: leave last_loss at True, or tolerance out.")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}.")
+
+    @classmethod
+    def of(cls, options: WriteOptions | None = None, **keywords: Any) -> WriteOptions:
+        """Options, with keywords that are not `None` in place of their fields.
+
+        Args:
+            options (`WriteOptions`, *optional*): what to start from. `None`: the defaults.
+            keywords: fields by name.
+
+        Raises:
+            TypeError: `options` is something else, or a keyword is no field.
+        """
+        if options is not None and not isinstance(options, WriteOptions):
+            raise TypeError(f"options must be WriteOptions, got {type(options).__name__}.")
+        return replace(options or cls(), **{name: value for name, value in keywords.items() if value is not None})

@@ -1,0 +1,73 @@
+"""WriteOptions: checked where they are made, passed on as one object."""
+
+import dataclasses
+import inspect
+
+import pytest
+from peft import get_peft_model
+from tiny import tiny, tokens
+
+from gradmem_adapter import GradMemConfig, GradMemModel, WriteOptions
+
+FIELDS = [field.name for field in dataclasses.fields(WriteOptions)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": -1}, "steps must be an integer from 0"),
+        ({"steps": True}, "steps must be an integer from 0"),
+        ({"steps": 1.0}, "steps must be an integer from 0"),
+        ({"lr": 0.0}, "lr must be a finite positive number"),
+        ({"lr": float("inf")}, "lr must be a finite positive number"),
+        ({"optimizer": "lion"}, "optimizer must be one of"),
+        ({"tolerance": 1.0}, "tolerance must be at least 0"),
+        ({"tolerance": 0.1, "last_loss": False}, "tolerance needs the loss after the last step"),
+        ({"compile": "yes"}, "compile must be True, False or 'auto'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_where_it_is_made(fields, message):
+    with pytest.raises(ValueError, match=message):
+        WriteOptions(**fields)
+
+
+def test_options_are_values():
+    assert WriteOptions(steps=2) == WriteOptions(steps=2) != WriteOptions()
+    assert len({WriteOptions(steps=2), WriteOptions(steps=2)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        WriteOptions().steps = 3
+
+
+def test_keywords_take_the_place_of_fields():
+    options = WriteOptions(steps=2, lr=0.1)
+    assert WriteOptions.of(options, steps=0, lr=None) == WriteOptions(steps=0, lr=0.1)
+    assert WriteOptions.of() == WriteOptions()
+    with pytest.raises(TypeError, match="stesp"):
+        WriteOptions.of(options, stesp=3)
+    with pytest.raises(TypeError, match="options must be WriteOptions, got dict"):
+        WriteOptions.of({"steps": 2})
+    with pytest.raises(ValueError, match="tolerance needs the loss"):
+        WriteOptions.of(WriteOptions(tolerance=0.1), last_loss=False)
+
+
+def test_options_say_what_keywords_say(model):
+    ids = tokens(2, 7)
+    expected = model.write(ids, steps=3, lr=0.2, optimizer="adam", last_loss=False)
+    options = WriteOptions(steps=3, lr=0.2, optimizer="adam", last_loss=False)
+    assert model.write(ids, options=options).to_bytes() == expected.to_bytes()
+    assert model.write_many(list(ids), options=options).to_bytes() == expected.to_bytes()
+    assert model.write(ids, options=options, steps=1).write_losses.shape == (2, 2)
+
+
+@pytest.mark.parametrize("method", ["write", "write_many"])
+def test_methods_take_every_option_by_name(method, model):
+    parameters = inspect.signature(getattr(GradMemModel, method)).parameters
+    assert [name for name in parameters if name in FIELDS] == FIELDS
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stesp'"):
+        getattr(model, method)(tokens(1, 4), stesp=3)
