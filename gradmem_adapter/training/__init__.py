@@ -3,7 +3,7 @@
 from .arguments import GradMemTrainingArguments
 from .batches import Batches, RowBatches
 from .collator import GradMemCollator
-from .metrics import exact_match, normalize_answer, score_answer, token_f1
+from .metrics import score_answer
 from .rows import read_rows
 from .saving import TrainingDiverged
 from .trainer import GradMemTrainer
@@ -15,9 +15,6 @@ __all__ = [
     "GradMemTrainingArguments",
     "RowBatches",
     "TrainingDiverged",
-    "exact_match",
-    "normalize_answer",
     "read_rows",
     "score_answer",
-    "token_f1",
 ]

@@ -7,7 +7,7 @@ from tiny import tiny, tiny_tokenizer
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline
 from gradmem_adapter.ops.cross_entropy import IGNORED
-from gradmem_adapter.training import GradMemCollator, exact_match, normalize_answer, score_answer, token_f1
+from gradmem_adapter.training import GradMemCollator
 
 ROW = {"context": "w1 w2 w3", "query": "user :", "target": "w4"}
 TWO = {"context": "w5", "queries": ["w6", "w7 w8 w9"], "targets": ["w10 w11", "w12"]}
@@ -151,25 +151,3 @@ class TestErrors:
     def test_no_chat_template(self):
         with pytest.raises(ValueError, match="no chat template"):
             GradMemCollator(tiny_tokenizer(chat_template=None), query_format="chat")([ROW])
-
-
-class TestScores:
-    def test_normalize(self):
-        assert normalize_answer("  The  Town-hall, a ROOF! ") == "townhall roof"
-        assert normalize_answer("The A!", lower=False, articles=False) == "The A"
-        assert normalize_answer("the a!", punctuation=False, articles=False) == "the a!"
-
-    def test_exact_match(self):
-        assert exact_match("The bees.", ["wasps", "bees"]) == 1
-        assert exact_match("bees and wasps", ["wasps", "bees"]) == 0
-        assert exact_match("The bees", ["bees"], normalize=str.strip) == 0
-
-    def test_f1(self):
-        assert token_f1("Ada keeps bees", ["bees"]) == pytest.approx(0.5)  # precision 1/3, recall 1
-        assert token_f1("bees bees", ["the bees", "nine wasps"]) == pytest.approx(2 / 3)
-        assert token_f1("wasps", ["bees"]) == 0
-        assert token_f1("", ["the"]) == 1
-        assert token_f1("", ["bees"]) == 0
-
-    def test_both(self):
-        assert score_answer("Bees!", ["wasps", "bees"]) == {"exact_match": 1, "f1": 1}
