@@ -10,9 +10,16 @@ import argparse
 from typing import Any
 
 import torch
-from peft import get_peft_model
 
-from gradmem_adapter import SMOLLM2, GradMemConfig, GradMemPipeline, load_backbone, load_checkpoint
+from gradmem_adapter import (
+    SMOLLM2,
+    GradMemConfig,
+    GradMemPipeline,
+    WriteOptions,
+    get_peft_model,
+    load_backbone,
+    load_checkpoint,
+)
 
 
 def arguments(description: str | None, **options: Any) -> argparse.Namespace:
@@ -24,12 +31,12 @@ def arguments(description: str | None, **options: Any) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_pipeline(checkpoint: str | None) -> tuple[GradMemPipeline, dict[str, Any]]:
+def open_pipeline(checkpoint: str | None) -> tuple[GradMemPipeline, WriteOptions]:
     """The pipeline, and how it writes."""
     if checkpoint is not None:
-        return GradMemPipeline(*load_checkpoint(checkpoint)), {}
+        return GradMemPipeline(*load_checkpoint(checkpoint)), WriteOptions()
     torch.manual_seed(0)
     backbone, tokenizer = load_backbone(SMOLLM2)
     config = GradMemConfig(num_memory_tokens=8, memory_init="vocab", query_format="chat")
     model = get_peft_model(backbone, config).eval()
-    return GradMemPipeline(model, tokenizer), {"steps": 10, "lr": 0.03, "optimizer": "adam"}
+    return GradMemPipeline(model, tokenizer), WriteOptions(steps=10, lr=0.03, optimizer="adam")

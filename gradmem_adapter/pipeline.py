@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -13,14 +13,11 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.ops.padding import pad
-from gradmem_adapter.outputs import Fidelity
+from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
+from gradmem_adapter.prompts import Prompt, format_query, prompt_list
 from gradmem_adapter.state import MemoryState
-
-Chat: TypeAlias = Sequence[Mapping[str, Any]]
-"""Messages as chat templates take them: `[{"role": "user", "content": "..."}]`."""
-
-Prompt: TypeAlias = str | Chat
+from gradmem_adapter.write.options import WriteOptions
 
 
 class GradMemPipeline:
@@ -35,8 +32,12 @@ class GradMemPipeline:
     May be used by several threads at once.
 
     Args:
-        model: a `PeftModel` with an active GradMem adapter.
-        tokenizer: the backbone's tokenizer.
+        model (`PeftModel`): with an active GradMem adapter.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer, with a pad or an end token.
+
+    Raises:
+        TypeError: `model` has no GradMem adapter.
+        ValueError: the tokenizer has neither a pad nor an end token.
     """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -50,36 +51,110 @@ class GradMemPipeline:
         self.model = cast(GradMemPeftModel, model)
         self.tokenizer = tokenizer
 
-    def write(self, texts: str | Sequence[str], **options: Any) -> MemoryState:
+    # ---------------------------------------------------------------- WRITE
+
+    def write(
+        self,
+        texts: str | Sequence[str],
+        *,
+        options: WriteOptions | None = None,
+        steps: int | None = None,
+        lr: float | None = None,
+        optimizer: str | None = None,
+        tolerance: float | None = None,
+        stop_when_recovered: bool | None = None,
+        last_loss: bool | None = None,
+        compile: bool | Literal["auto"] | None = None,
+        initial: MemoryState | None = None,
+        callback: Callable[[WriteProgress], None] | None = None,
+        strict: bool = True,
+    ) -> MemoryState:
         """WRITE texts into one memory state each, in one batch.
 
         Args:
-            texts: one text or several.
-            options: what `model.write` takes: `steps`, `lr`, `initial`, `callback`, ...
+            texts (`str` or `Sequence[str]`): one text or several.
+            options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
+            steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile (*optional*): fields of
+                `WriteOptions` by themselves, in place of those of `options`.
+            initial (`MemoryState`, *optional*): states to go on from, one per text, in place of the memory slots.
+            callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
+            strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
+
+        Returns:
+            `MemoryState`: one state per text, on the model's device.
 
         Raises:
             ValueError: no text, or one without tokens or too long for the model.
         """
-        return self.model.write(*self._encode_contexts(texts), **options)
+        return self.model.write(
+            *self.encode_contexts(texts),
+            options=options, steps=steps, lr=lr, optimizer=optimizer, tolerance=tolerance,
+            stop_when_recovered=stop_when_recovered, last_loss=last_loss, compile=compile,
+            initial=initial, callback=callback, strict=strict,
+        )  # fmt: skip
 
     def write_many(
-        self, texts: Sequence[str], *, max_tokens: int | None = None, progress: bool | None = None, **options: Any
+        self,
+        texts: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        progress: bool | None = None,
+        options: WriteOptions | None = None,
+        steps: int | None = None,
+        lr: float | None = None,
+        optimizer: str | None = None,
+        tolerance: float | None = None,
+        stop_when_recovered: bool | None = None,
+        last_loss: bool | None = None,
+        compile: bool | Literal["auto"] | None = None,
     ) -> MemoryState:
         """WRITE any number of texts of any lengths into one memory state each, in batches that fit into memory.
 
         Args:
-            max_tokens, progress, options: as for `model.write_many`.
+            texts (`Sequence[str]`): the texts.
+            max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
+            progress (`bool`, *optional*): show a progress bar; None: where stderr is a terminal.
+            options, steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile (*optional*): as for
+                `write`.
+
+        Returns:
+            `MemoryState`: one state per text, in order.
+
+        Raises:
+            ValueError: no text, or one without tokens or too long for the model; the message names it.
+            torch.cuda.OutOfMemoryError: a single text does not fit; the message names it.
         """
-        return self.model.write_many(self._context_ids(texts), max_tokens=max_tokens, progress=progress, **options)
+        return self.model.write_many(
+            self._context_ids(texts), max_tokens=max_tokens, progress=progress,
+            options=options, steps=steps, lr=lr, optimizer=optimizer, tolerance=tolerance,
+            stop_when_recovered=stop_when_recovered, last_loss=last_loss, compile=compile,
+        )  # fmt: skip
+
+    @property
+    def max_context_tokens(self) -> int | None:
+        """Tokens of the longest text that can be written, special ones included; None: the backbone sets no limit."""
+        positions = self.model.positions
+        return None if positions is None else positions - self.model.prefix_length
 
     def fidelity(self, texts: str | Sequence[str], memory: MemoryState) -> Fidelity:
-        """How much of each text its state gives back."""
-        return self.model.fidelity(memory, *self._encode_contexts(texts))
+        """How much of each text its state gives back.
+
+        Args:
+            texts (`str` or `Sequence[str]`): what was written.
+            memory (`MemoryState`): one state per text.
+        """
+        return self.model.fidelity(memory, *self.encode_contexts(texts))
 
     def reconstruct(self, memory: MemoryState) -> list[str]:
-        """The text that greedy decoding gets from each state alone."""
+        """The text that greedy decoding gets from each state alone.
+
+        Args:
+            memory (`MemoryState`): any number of states.
+        """
         rows = zip(self.model.reconstruct(memory), memory.context_tokens.tolist(), strict=True)
         return [str(self.tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in rows]
+
+    # ---------------------------------------------------------------- READ
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState | None = None, **options: Any
@@ -87,15 +162,18 @@ class GradMemPipeline:
         """Answer prompts from memory, in one batch.
 
         Args:
-            prompts: one prompt or several; a prompt is a text, put into the adapter's `query_format`, or a list of
-                chat messages, put into the tokenizer's chat template.
-            memory: one state for all prompts, or one per prompt; None: the backbone alone.
+            prompts (`str`, `list[dict]` or a list of either): one prompt or several; a prompt is a text, put into the
+                adapter's `query_format`, or a list of chat messages, put into the tokenizer's chat template.
+            memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt; None: the backbone alone.
             options: what `model.generate` takes: `max_new_tokens`, `do_sample`, `stop_strings`, `context_index`, ...
 
         Returns:
-            The new text of each prompt, without the prompt.
+            `list[str]`: the new text of each prompt, without the prompt.
+
+        Raises:
+            ValueError: states that do not fit the prompts or the model; chat messages without a chat template.
         """
-        batch = _as_batch(prompts)
+        batch = prompt_list(prompts)
         if not batch:
             return []
         input_ids, mask = self.encode_prompts(batch)
@@ -112,7 +190,10 @@ class GradMemPipeline:
 
         An error in `generate` is raised here; closing the iterator stops the generation.
 
-        Args: as for `generate`.
+        Args:
+            prompt (`str` or `list[dict]`): a text or chat messages.
+            memory (`MemoryState`, *optional*): one state; None: the backbone alone.
+            options: as for `generate`.
         """
         input_ids, mask = self.encode_prompts([prompt])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -147,17 +228,41 @@ class GradMemPipeline:
         if errors:
             raise errors[0]
 
-    @property
-    def max_context_tokens(self) -> int | None:
-        """Tokens of the longest text that can be written, special ones included; None: the backbone sets no limit."""
-        positions = self.model.positions
-        return None if positions is None else positions - self.model.prefix_length
+    # ---------------------------------------------------------------- texts to tokens
 
     def format_query(self, prompt: Prompt, tools: list[Any] | None = None) -> tuple[str, bool]:
-        """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens."""
+        """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens.
+
+        Args:
+            prompt (`str` or `list[dict]`): a text or chat messages.
+            tools (`list[dict]`, *optional*): what chat templates that know tools are given, as JSON schemas.
+        """
         return format_query(prompt, self.model.active_peft_config.query_format, self.tokenizer, tools)
 
-    def _encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, prompts: Sequence[Prompt], tools: list[Any] | None = None) -> tuple[Tensor, Tensor]:
+        """Prompts as the model sees them.
+
+        Args:
+            prompts (`Sequence`): texts or chat messages.
+            tools (`list[dict]`, *optional*): as for `format_query`.
+
+        Returns:
+            Token ids `[B, T]`, left padded, and their mask.
+        """
+        formatted = [self.format_query(prompt, tools) for prompt in prompts]
+        return self._pad(
+            [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted], "left"
+        )
+
+    def encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts as WRITE reads them.
+
+        Args:
+            texts (`str` or `Sequence[str]`): one text or several.
+
+        Returns:
+            Token ids `[B, N]`, right padded, and their mask.
+        """
         return self._pad(self._context_ids(texts), "right")
 
     def _context_ids(self, texts: str | Sequence[str]) -> list[list[int]]:
@@ -167,17 +272,6 @@ class GradMemPipeline:
         if empty := [i for i, text in enumerate(texts) if not text]:
             raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
         return [self.tokenizer(text)["input_ids"] for text in texts]
-
-    def encode_prompts(self, prompts: Sequence[Prompt], tools: list[Any] | None = None) -> tuple[Tensor, Tensor]:
-        """Token ids [B, T] of prompts as the model sees them, left padded, and their mask.
-
-        Args:
-            tools: what chat templates that know tools are given, as JSON schemas.
-        """
-        formatted = [self.format_query(prompt, tools) for prompt in prompts]
-        return self._pad(
-            [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted], "left"
-        )
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
         input_ids, mask = pad(rows, side, self._pad_token_id)
@@ -190,7 +284,11 @@ class GradMemPipeline:
         return cast(int, self.tokenizer.eos_token_id if pad is None else pad)
 
     def generation_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options for `model.generate`, with the tokenizer and the pad token where they are needed."""
+        """Options for `model.generate`, with the tokenizer and the pad token where they are needed.
+
+        Args:
+            options (`dict`): what `generate` was given; it is left as it is.
+        """
         options = dict(options)
         if options.get("stop_strings") is not None:
             options.setdefault("tokenizer", self.tokenizer)
@@ -205,37 +303,3 @@ class _Cancelled(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-def format_query(
-    prompt: Prompt, query_format: str, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None
-) -> tuple[str, bool]:
-    """The text a model sees for a prompt, and whether it still needs the tokenizer's special tokens.
-
-    Args:
-        query_format: as in `GradMemConfig`.
-
-    Raises:
-        ValueError: chat messages or "chat", and the tokenizer has no chat template.
-    """
-    if isinstance(prompt, str) and query_format == "text":
-        return prompt, True
-    if isinstance(prompt, str) and query_format != "chat":
-        return query_format.replace("{query}", prompt), True
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "The tokenizer has no chat template, which chat messages and query_format='chat' need. Pass the "
-            "prompt as text, or set tokenizer.chat_template."
-        )
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-    return str(text), False
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt as a list of one; several as a list."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], Mapping):
-        return [cast(Chat, prompts)]
-    return cast(list[Prompt], list(prompts))

@@ -34,7 +34,9 @@ follow_imports = skip
 """
 
 
-@pytest.mark.parametrize(("arguments", "error"), [("steps=3", None), ("stesp=3", 'Unexpected keyword argument "stesp"')])
+@pytest.mark.parametrize(
+    ("arguments", "error"), [("steps=3", None), ("stesp=3", 'Unexpected keyword argument "stesp"')]
+)
 def test_mypy_sees_a_typing_error(tmp_path, arguments, error, pytestconfig):
     program, configuration = tmp_path / "program.py", tmp_path / "mypy.ini"
     program.write_text(PROGRAM.format(arguments=arguments))

@@ -1,8 +1,10 @@
 """Texts in, texts out: the pipeline equals tokenizer and model by hand, alone, in batches, in streams and threads."""
 
+import inspect
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer
 from transformers import StoppingCriteria
 
-from gradmem_adapter import GradMemConfig
-from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter import GradMemConfig, GradMemModel, GradMemPipeline, WriteOptions
 
 CONTEXTS = [tiny_text(9, 1), tiny_text(5, 2), tiny_text(12, 3)]
 PROMPTS = [tiny_text(6, 4), tiny_text(2, 5), tiny_text(4, 6)]
@@ -66,6 +67,29 @@ class TestWrite:
         first = pipeline.write(CONTEXTS, steps=2)
         second = pipeline.write(CONTEXTS, steps=1, initial=first)
         torch.testing.assert_close(second.vectors, pipeline.write(CONTEXTS, steps=3).vectors)
+
+    def test_takes_what_the_model_takes(self):
+        """Same names, same defaults, and every field of WriteOptions among them."""
+
+        def keywords(method, *without):
+            parameters = inspect.signature(method).parameters.values()
+            return {p.name: p.default for p in parameters if p.name not in ("self", *without)}
+
+        tokens = ("input_ids", "attention_mask", "token_type_ids")
+        assert keywords(GradMemPipeline.write, "texts") == keywords(GradMemModel.write, *tokens)
+        assert keywords(GradMemPipeline.write_many, "texts") == keywords(GradMemModel.write_many, "contexts")
+        assert {field.name for field in fields(WriteOptions)} <= keywords(GradMemPipeline.write_many).keys()
+
+    def test_options_as_one_object(self, pipeline):
+        options = WriteOptions(steps=3, lr=0.1)
+        state = pipeline.write(CONTEXTS, steps=3, lr=0.1)
+        assert pipeline.write(CONTEXTS, options=options).equal(state)
+        assert pipeline.write_many(CONTEXTS, options=options).write_losses.shape == (3, 4)
+        assert pipeline.write(CONTEXTS, options=options, steps=1).write_losses.shape == (3, 2)
+
+    def test_the_longest_text(self, pipeline):
+        assert pipeline.max_context_tokens == 91
+        assert len(pipeline.write(tiny_text(91), steps=0)) == 1
 
     def test_nothing_to_write(self, pipeline):
         with pytest.raises(ValueError, match="no text to write"):

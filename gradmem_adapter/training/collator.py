@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
-from gradmem_adapter.pipeline import Prompt, format_query, pad
+from gradmem_adapter.ops.padding import pad
+from gradmem_adapter.prompts import Prompt, format_query
 
 _FORMS = (
     "A row has 'context', 'query' and 'target', or 'context', 'queries' and 'targets' (lists), and may have 'answers', "

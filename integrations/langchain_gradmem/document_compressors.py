@@ -29,7 +29,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
     Args:
         pipeline (`GradMemPipeline`): who writes.
         store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
-        write_options (`dict`, *optional*): what `pipeline.write_many` takes: steps, lr, optimizer, tolerance.
+        write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
         fallback (`str`, *optional*): `"text"` leaves a document as text where its fidelity is below `min_fidelity`.
         min_fidelity (`float`, *optional*, defaults to `0.5`): the share of tokens that greedy decoding from memory must
             get back.

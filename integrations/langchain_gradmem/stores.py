@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from langchain_core.stores import BaseStore, ByteStore, InMemoryByteStore
 
-from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError
+from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, WriteOptions
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -115,23 +116,24 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             )
         return state
 
-    def reference(self, pipeline: GradMemPipeline, text: str, **options: Any) -> str:
+    def reference(self, pipeline: GradMemPipeline, text: str, options: WriteOptions | None = None) -> str:
         """What `write` returns for a text, without writing: namespace, model, options and text decide it.
 
         Args:
-            pipeline, options: as for `write`.
+            pipeline (`GradMemPipeline`): who would write.
             text (`str`): one text.
+            options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
-        identity = [self.namespace, pipeline.model.fingerprint(), sorted(options.items()), text]
+        identity = [self.namespace, pipeline.model.fingerprint(), _chosen(options or WriteOptions()), text]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
-    def write(self, pipeline: GradMemPipeline, texts: Sequence[str], **options: Any) -> list[str]:
+    def write(self, pipeline: GradMemPipeline, texts: Sequence[str], options: WriteOptions | None = None) -> list[str]:
         """The references of texts; those not yet stored are written, in batches that fit into memory.
 
         Args:
             pipeline (`GradMemPipeline`): who writes.
             texts (`Sequence[str]`): of any number and lengths that the model takes.
-            options: what `pipeline.write_many` takes and JSON can hold: `steps`, `lr`, `optimizer`, `tolerance`.
+            options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
 
         Returns:
             `list[str]`: a reference for each text, in order.
@@ -139,13 +141,19 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         Raises:
             ValueError: a text cannot be written; none is stored then.
         """
-        references = [self.reference(pipeline, text, **options) for text in texts]
+        references = [self.reference(pipeline, text, options) for text in texts]
         known = self.mget(references)
         missing = {
             reference: text for reference, text, state in zip(references, texts, known, strict=True) if state is None
         }
         if missing:
-            states = pipeline.write_many(list(missing.values()), progress=False, **options)
+            states = pipeline.write_many(list(missing.values()), progress=False, options=options)
             self.mset(list(zip(missing, states.cpu(), strict=True)))
             self.writes += len(missing)
         return references
+
+
+def _chosen(options: WriteOptions) -> list[tuple[str, Any]]:
+    """The fields that are not at their defaults, by name: a new field changes no reference."""
+    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
+    return sorted((name, value) for name, value in chosen.items() if value != getattr(WriteOptions(), name))

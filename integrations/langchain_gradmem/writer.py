@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
-from gradmem_adapter import GradMemPipeline
+from gradmem_adapter import GradMemPipeline, WriteOptions
 
 from .references import attach, marker
 from .stores import MemoryStateStore
+
+
+def _as_write_options(value: Any) -> Any:
+    return WriteOptions(**value) if isinstance(value, Mapping) else value
 
 
 class MemoryWriter(BaseModel):
@@ -20,12 +24,12 @@ class MemoryWriter(BaseModel):
     Args:
         pipeline (`GradMemPipeline`): who writes.
         store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
-        write_options (`dict`, *optional*): what `pipeline.write_many` takes: steps, lr, optimizer, tolerance.
+        write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
     """
 
     pipeline: GradMemPipeline = Field(exclude=True)
     store: MemoryStateStore = Field(exclude=True, default_factory=MemoryStateStore)
-    write_options: dict[str, Any] = Field(default_factory=dict)
+    write_options: Annotated[InstanceOf[WriteOptions], BeforeValidator(_as_write_options)] = WriteOptions()
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -38,7 +42,7 @@ class MemoryWriter(BaseModel):
         Raises:
             ValueError: a text cannot be written; none is stored then.
         """
-        return self.store.write(self.pipeline, texts, **self.write_options)
+        return self.store.write(self.pipeline, texts, self.write_options)
 
     def split(self, text: str) -> list[str]:
         """Parts of a text that fit the model, as equal as they can be, cut between tokens."""
@@ -71,7 +75,7 @@ class TurnMemory(MemoryWriter):
     Args:
         pipeline (`GradMemPipeline`): who writes.
         store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
-        write_options (`dict`, *optional*): what `pipeline.write_many` takes: steps, lr, optimizer, tolerance.
+        write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
         max_turns (`int`, *optional*, defaults to `8`): with more turns (human messages) than that, old ones are
             written.
         keep_turns (`int`, *optional*, defaults to `4`): so many of the last turns stay text then.

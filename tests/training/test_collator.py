@@ -72,7 +72,7 @@ class TestBatch:
         ids, mask = pipeline.encode_prompts(["user :", "w6", "w7 w8 w9"])
         assert torch.equal(batch["query_input_ids"], ids)
         assert torch.equal(batch["query_attention_mask"], mask)
-        ids, mask = pipeline._encode_contexts(["w1 w2 w3", "w5"])
+        ids, mask = pipeline.encode_contexts(["w1 w2 w3", "w5"])
         assert torch.equal(batch["context_input_ids"], ids)
         assert torch.equal(batch["context_attention_mask"], mask)
         first = batch["query_attention_mask"][0].bool()

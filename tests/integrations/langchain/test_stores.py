@@ -1,12 +1,15 @@
 """MemoryStateStore: states by reference, each text written once, and what it refuses."""
 
+import hashlib
+import json
+
 import pytest
 from langchain_classic.storage import LocalFileStore
 from langchain_gradmem import MemoryStateStore
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
-from gradmem_adapter import MemoryStateError
+from gradmem_adapter import MemoryStateError, WriteOptions
 
 TEXTS = [tiny_text(12, seed=i) for i in range(4)]
 REFERENCE = "0123456789abcdef" * 2
@@ -46,10 +49,18 @@ class TestWrite:
         store = MemoryStateStore()
         references = {
             store.write(pipeline, TEXTS[:1])[0],
-            store.write(pipeline, TEXTS[:1], steps=3)[0],
+            store.write(pipeline, TEXTS[:1], WriteOptions(steps=3))[0],
             store.write(tiny_pipeline(seed=4), TEXTS[:1])[0],
         }
         assert len(references) == 3
+
+    def test_fields_at_their_defaults_change_no_reference(self, pipeline):
+        """So that stored states are found again when WRITE has a new option."""
+        store = MemoryStateStore()
+        identity = [store.namespace, pipeline.model.fingerprint(), [("lr", 0.1), ("steps", 3)], TEXTS[0]]
+        expected = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+        assert store.reference(pipeline, TEXTS[0], WriteOptions(steps=3, lr=0.1)) == expected
+        assert store.reference(pipeline, TEXTS[0]) == store.reference(pipeline, TEXTS[0], WriteOptions())
 
     def test_what_is_stored_is_what_write_gives(self, pipeline):
         store = MemoryStateStore()

@@ -2,8 +2,10 @@
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
-from langchain_gradmem import MemoryWriter, TurnMemory
+from langchain_gradmem import GradMemCompressor, MemoryWriter, TurnMemory
 from tiny import tiny_text
+
+from gradmem_adapter import WriteOptions
 
 TEXTS = [tiny_text(12, seed=i) for i in range(4)]
 
@@ -13,12 +15,28 @@ def writer(pipeline):
     return MemoryWriter(pipeline=pipeline)
 
 
-def test_the_options_reach_the_store(writer):
-    other = writer.model_copy(update={"write_options": {"steps": 3}})
+@pytest.mark.parametrize("options", [WriteOptions(steps=3), {"steps": 3}])
+def test_the_options_reach_the_store(writer, options):
+    other = MemoryWriter(pipeline=writer.pipeline, store=writer.store, write_options=options)
+    assert other.write_options == WriteOptions(steps=3)
     (reference,) = other.write_texts(TEXTS[:1])
     assert reference != writer.write_texts(TEXTS[:1])[0]
-    assert reference == writer.store.reference(writer.pipeline, TEXTS[0], steps=3)
+    assert reference == writer.store.reference(writer.pipeline, TEXTS[0], WriteOptions(steps=3))
     assert writer.store.get(reference).write_losses.shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"stesp": 3}, TypeError, "stesp"),
+        ({"steps": -1}, ValueError, "steps must be an integer from 0"),
+        (3, ValueError, "WriteOptions"),
+    ],
+)
+def test_options_are_checked_where_they_are_given(pipeline, options, error, message):
+    for kind in (MemoryWriter, TurnMemory, GradMemCompressor):
+        with pytest.raises(error, match=message):
+            kind(pipeline=pipeline, write_options=options)
 
 
 def test_a_text_is_split_into_equal_parts_that_fit(writer):

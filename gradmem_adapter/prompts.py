@@ -1,0 +1,51 @@
+"""Prompts: what a model is asked, as a text or as chat messages, and the text that it sees for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+from transformers import PreTrainedTokenizerBase
+
+Chat: TypeAlias = Sequence[Mapping[str, Any]]
+"""Messages as chat templates take them: `[{"role": "user", "content": "..."}]`."""
+
+Prompt: TypeAlias = str | Chat
+
+
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt as a list of one; several as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], Mapping):
+        return [cast(Chat, prompts)]
+    return cast(list[Prompt], list(prompts))
+
+
+def format_query(
+    prompt: Prompt, query_format: str, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None
+) -> tuple[str, bool]:
+    """The text a model sees for a prompt, and whether it still needs the tokenizer's special tokens.
+
+    Args:
+        prompt (`str` or `list[dict]`): a text, which `query_format` is for, or chat messages, which are put into the
+            tokenizer's chat template whatever `query_format` says.
+        query_format (`str`): as in `GradMemConfig`.
+        tokenizer (`PreTrainedTokenizerBase`): whose chat template is taken.
+        tools (`list[dict]`, *optional*): what chat templates that know tools are given, as JSON schemas.
+
+    Raises:
+        ValueError: chat messages or `"chat"`, and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str) and query_format == "text":
+        return prompt, True
+    if isinstance(prompt, str) and query_format != "chat":
+        return query_format.replace("{query}", prompt), True
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The tokenizer has no chat template, which chat messages and query_format='chat' need. Pass the "
+            "prompt as text, or set tokenizer.chat_template."
+        )
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    return str(text), False
