@@ -26,7 +26,8 @@ from gradmem_adapter.meta_gradients.replay import Replay
 from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
-from gradmem_adapter.write.optimizers import WriteState, write_step
+from gradmem_adapter.write.optimizers import WriteState
+from gradmem_adapter.write.step import write_step
 
 Gradients: TypeAlias = Sequence[Tensor | None]
 """Outer gradients, `None` for zero."""
@@ -56,7 +57,7 @@ class Step:
 
     def update(self, gradient: Tensor) -> list[Tensor]:
         """The memory after the step, and what the write optimizer carries on, with a write gradient `[B, m, d]`."""
-        return write_step(self.writer, self.state, gradient, self.lr).tensors
+        return write_step(self.writer.config, self.state, gradient, self.lr).tensors
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -17,10 +17,11 @@ from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import warn_diverged, write_memory
 from gradmem_adapter.write.loss import Writer, write_gradient
-from gradmem_adapter.write.optimizers import WriteState, write_step
+from gradmem_adapter.write.optimizers import OPTIMIZERS, WriteState
 from gradmem_adapter.write.options import WriteOptions
 from gradmem_adapter.write.rates import rate_at, write_lrs
 from gradmem_adapter.write.start import start_memory
+from gradmem_adapter.write.step import write_step
 
 
 class _WriteStep(torch.autograd.Function):
@@ -41,7 +42,7 @@ class _WriteStep(torch.autograd.Function):
             fused = replace(writer, fused=FUSED)  # for the memory alone
             gradient, losses, _ = write_gradient(fused, memory.detach().requires_grad_(), context)
         ctx.replay.end()
-        state = write_step(writer, WriteState(memory, tuple(carried), step), gradient, lr)
+        state = write_step(writer.config, WriteState(memory, tuple(carried), step), gradient, lr)
         ctx.save_for_backward(gradient, *inputs)
         return losses.detach(), *state.tensors
 
@@ -84,7 +85,7 @@ def differentiable_write(
     chosen = STRATEGIES[config.meta_gradient]
     chosen.check(writer.backbone)
     first_order_steps = 0 if config.second_order_steps is None else steps - config.second_order_steps
-    state, losses = WriteState.start(memory, config.write_optimizer), []
+    state, losses = OPTIMIZERS[config.write_optimizer].start(memory), []
     for k in range(steps):
         strategy = STRATEGIES["first_order"] if k < first_order_steps else chosen
         inputs = [*state.tensors, rate_at(rates, k), *weights]

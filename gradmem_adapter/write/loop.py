@@ -18,10 +18,11 @@ from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer, write_gradient
-from gradmem_adapter.write.optimizers import WriteState, write_step
+from gradmem_adapter.write.optimizers import OPTIMIZERS
 from gradmem_adapter.write.options import WriteOptions
 from gradmem_adapter.write.rates import Rate, rate_at, write_lrs
 from gradmem_adapter.write.start import start_memory
+from gradmem_adapter.write.step import write_step
 
 WritePass: TypeAlias = Callable[[Tensor, Context, bool, bool], tuple[Tensor | None, Tensor, Tensor | None]]
 """`write_pass` for one writer: memory [B, m, d], contexts, whether the gradient and `recovered` are wanted."""
@@ -130,7 +131,7 @@ def write_memory(
     with torch.inference_mode(False), torch.enable_grad():
         # Clones: tensors made under inference_mode cannot take part in autograd, clones made outside it can.
         context = Context(context.input_ids.clone(), context.lengths.clone())
-        state = WriteState.start(memory.detach().clone(), optimizer)
+        state = OPTIMIZERS[optimizer].start(memory.detach().clone())
         active = torch.ones(len(memory), dtype=torch.bool, device=memory.device)
         # What a sample keeps: its memory at the last loss that counted.
         kept, kept_loss = state.memory, torch.full((len(memory),), math.inf, device=memory.device)
@@ -161,7 +162,7 @@ def write_memory(
             # Reading `active` waits for the GPU, so it is read only where samples may stop.
             if gradient is None or (may_stop and not active.any()):
                 break
-            state = write_step(writer, state, gradient, rate_at(lrs, step), optimizer)
+            state = write_step(writer.config, state, gradient, rate_at(lrs, step), optimizer)
         return Written(kept, torch.stack(history, dim=1), torch.stack(diverged, dim=1))
 
 

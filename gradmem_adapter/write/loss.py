@@ -73,13 +73,6 @@ class Writer:
             )
         return nll / context.lengths, None if correct is None else correct / context.lengths
 
-    def clip(self, gradient: Tensor) -> Tensor:
-        """Each sample's write gradient [B, m, d], clipped by its norm where configured."""
-        if (limit := self.config.write_clip_norm) is not None:
-            norm = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True)
-            gradient = gradient * (limit / (norm + 1e-6)).clamp(max=1.0)
-        return gradient
-
 
 def write_gradient(
     writer: Writer, memory: Tensor, context: Context, create_graph: bool = False, recovered: bool = False
