@@ -1,6 +1,7 @@
 """GradMem as a textbook has it: WRITE written out, its graph kept, one double backward through all its steps.
 
-For comparison alone. It uses the model's own forward and loss of Transformers and nothing of gradmem_adapter.
+What ours is compared with, in benchmarks and in tests. It uses the model's own forward of Transformers and nothing of
+gradmem_adapter.
 """
 
 from __future__ import annotations
@@ -11,37 +12,55 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 
-def loss(backbone: PreTrainedModel, memory: Tensor, tokens: Tensor) -> Tensor:
-    """The loss [B] of tokens [B, N] behind a memory [B, m, d]."""
+def loss(backbone: PreTrainedModel, memory: Tensor, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The mean loss of tokens behind a memory: L_w(M; C) of a context, or -log p(labels | [M; query]) of a query.
+
+    Args:
+        memory: [B, m, d].
+        tokens: [B, N].
+        labels: [B, N], -100 where no loss counts; None: every token does.
+
+    Returns:
+        [B].
+    """
+    labels = tokens if labels is None else labels
     embeddings = backbone.get_input_embeddings()(tokens)
     inputs = torch.cat([memory.to(embeddings), embeddings], dim=1)
     logits = backbone(inputs_embeds=inputs, use_cache=False).logits
-    logits = logits[:, memory.shape[1] - 1 : -1].float()
-    nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-    return nll.mean(1)
+    logits = logits[:, memory.shape[1] - 1 : -1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    return nll.sum(1) / (labels != -100).sum(1)
 
 
 def write(
-    backbone: PreTrainedModel, slots: Tensor, context: Tensor, steps: int, lr: float, keep_graph: bool = True
+    backbone: PreTrainedModel,
+    slots: Tensor,
+    context: Tensor,
+    steps: int,
+    lr: float,
+    second_order_steps: int | None = None,
+    clip: float | None = None,
 ) -> Tensor:
-    """The memory [B, m, d] of contexts [B, N], from slots [m, d]."""
-    memory = slots.expand(len(context), -1, -1).clone()
-    if not memory.requires_grad:
-        memory.requires_grad_()
-    for _ in range(steps):
-        (gradient,) = torch.autograd.grad(loss(backbone, memory, context).sum(), memory, create_graph=keep_graph)
+    """The memory [B, m, d] of contexts [B, N], from slots [m, d], differentiable.
+
+    Args:
+        second_order_steps: only the last so many write steps are second order; None: all are.
+        clip: the longest write gradient of a sample.
+    """
+    memory = slots.expand(len(context), -1, -1)
+    memory = memory if memory.requires_grad else memory.clone().requires_grad_()
+    for k in range(steps):
+        constant = second_order_steps is not None and k < steps - second_order_steps
+        (gradient,) = torch.autograd.grad(loss(backbone, memory, context).sum(), memory, create_graph=not constant)
+        if clip is not None:
+            gradient = gradient * (clip / (gradient.norm(dim=(1, 2), keepdim=True) + 1e-6)).clamp(max=1)
         memory = memory - lr * gradient
-        if not keep_graph:
-            memory = memory.detach().requires_grad_()
     return memory
 
 
 def outer_loss(
     backbone: PreTrainedModel, slots: Tensor, context: Tensor, query: Tensor, steps: int, lr: float
 ) -> Tensor:
-    """The loss of `query` given the memory of `context`, with the graph of all write steps.
-
-    Args:
-        slots: [m, d]; context: [B, N]; query: [B, T], every token of which is a target.
-    """
+    """The loss of queries [B, T] given the memory of contexts [B, N], with the graph of all write steps."""
     return loss(backbone, write(backbone, slots, context, steps, lr), query).mean()

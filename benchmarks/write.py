@@ -47,7 +47,15 @@ def writing(method: str, args: argparse.Namespace, context: Tensor, steps: int) 
     if method.startswith("textbook"):
         backbone = common.backbone(args, attention="eager")
         slots = 0.02 * torch.randn(args.memory, backbone.config.hidden_size, device=args.device)
-        return partial(textbook.write, backbone, slots, context, steps, 0.03, keep_graph=method == "textbook")
+        return partial(
+            textbook.write,
+            backbone,
+            slots,
+            context,
+            steps,
+            0.03,
+            second_order_steps=None if method == "textbook" else 0,
+        )
     model = adapter(args, common.backbone(args))
     compile = method.startswith("compiled")
     return lambda: model.write(context, steps=steps, compile=compile, last_loss=method in WITH_LAST_LOSS)

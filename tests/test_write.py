@@ -4,7 +4,6 @@ import math
 import warnings
 
 import pytest
-import textbook
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, VOCABULARY, tiny, tokens
 
 import gradmem_adapter.ops.cross_entropy
+from benchmarks import textbook
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.layer import START_GAIN
 from gradmem_adapter.utils.capture import static_shapes
@@ -40,11 +40,11 @@ def test_equals_the_equation(architecture):
     state = model.write(context)
     slots = model.base_model.slots.gradmem_memory["default"].detach()
     backbone = model.get_base_model()
-    expected = textbook.write(backbone, slots.clone(), context[0], 2, 0.3).detach()
-    torch.testing.assert_close(state.vectors[0], expected, rtol=1e-4, atol=1e-6)
+    expected = textbook.write(backbone, slots, context, 2, 0.3).detach()
+    torch.testing.assert_close(state.vectors, expected, rtol=1e-4, atol=1e-6)
     for k, loss in enumerate(state.write_losses[0]):
-        memory = textbook.write(backbone, slots.clone(), context[0], k, 0.3).detach()
-        torch.testing.assert_close(loss, textbook.write_loss(backbone, memory, context[0]).detach())
+        memory = textbook.write(backbone, slots, context, k, 0.3).detach()
+        torch.testing.assert_close(loss[None], textbook.loss(backbone, memory, context).detach())
     assert state.context_tokens.tolist() == [11]
 
 
@@ -133,7 +133,7 @@ def test_adam_equals_torch():
     optimizer = torch.optim.Adam([memory], lr=0.05, eps=1e-8)
     for _ in range(4):
         optimizer.zero_grad()
-        memory.grad = torch.autograd.grad(textbook.write_loss(model.get_base_model(), memory, context[0]), memory)[0]
+        memory.grad = torch.autograd.grad(textbook.loss(model.get_base_model(), memory[None], context), memory)[0]
         optimizer.step()
     state = model.write(context, steps=4, lr=0.05)
     torch.testing.assert_close(state.vectors[0], memory.detach(), rtol=1e-3, atol=1e-5)

@@ -7,7 +7,6 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
@@ -95,7 +94,7 @@ class GradMemCollator:
         context_ids, context_mask = self._pad(contexts, "right")
         sequences = [query + target for query, target in zip(queries, targets, strict=True)]
         input_ids, attention_mask = self._pad(sequences, "right")
-        labels = [torch.tensor([IGNORED] * len(query) + target) for query, target in zip(queries, targets, strict=True)]
+        labels = [[IGNORED] * len(query) + target for query, target in zip(queries, targets, strict=True)]
         query_ids, query_mask = self._pad(queries, "left")
         return {
             # The contexts come first: Transformers takes the size of a batch from its first tensor.
@@ -103,7 +102,7 @@ class GradMemCollator:
             "context_attention_mask": context_mask,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "labels": pad(labels, "right", IGNORED)[0],
             "context_index": torch.tensor(context_index),
             "query_input_ids": query_ids,
             "query_attention_mask": query_mask,

@@ -1,0 +1,158 @@
+"""READ as a forward pass: the equation, padding on either side, several queries and states."""
+
+import pytest
+import torch
+from reading import ROWS, make, pad_left, pad_right
+from tiny import ARCHITECTURES, VOCABULARY, tokens
+
+from benchmarks import textbook
+from gradmem_adapter import MemoryState
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_forward_equals_the_equation(architecture):
+    model = make(architecture)
+    state = model.write(tokens(1, 9))
+    query = tokens(1, 5, seed=1)
+    output = model(input_ids=query, labels=query, memory=state)
+    prefix = model.prefix_embeddings(state)
+    assert prefix.shape == (1, 3 + 2, state.width)
+    expected = textbook.loss(model.get_base_model(), prefix, query)
+    torch.testing.assert_close(output.loss, expected[0], rtol=1e-4, atol=1e-6)
+    assert output.logits.shape == (1, 5, VOCABULARY)
+    whole = torch.cat([prefix, model.get_input_embeddings()(query)], dim=1)
+    torch.testing.assert_close(
+        output.logits, model.get_base_model()(inputs_embeds=whole).logits[:, 5:], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_forward_of_a_padded_batch_equals_one_by_one(architecture, side):
+    model = make(architecture)
+    state = model.write(tokens(3, 9))
+    ids, mask = pad_left(ROWS, 8) if side == "left" else pad_right(ROWS, 8)
+    labels = ids.masked_fill(mask == 0, -100)
+    output = model(input_ids=ids, attention_mask=mask, labels=labels, memory=state)
+    losses = []
+    for i, row in enumerate(ROWS):
+        alone = model(input_ids=row[None], labels=row[None], memory=state[i])
+        torch.testing.assert_close(output.logits[i][mask[i] == 1], alone.logits[0], rtol=1e-3, atol=1e-4)
+        losses.append(alone.loss * len(row))
+    torch.testing.assert_close(output.loss, sum(losses) / sum(map(len, ROWS)), rtol=1e-4, atol=1e-5)
+
+
+def test_one_state_for_all_queries_and_context_index():
+    model = make()
+    states = model.write(tokens(2, 9))
+    query = tokens(4, 5, seed=1)
+    index = torch.tensor([1, 0, 0, 1])
+    by_index = model(input_ids=query, memory=states, context_index=index).logits
+    torch.testing.assert_close(by_index, model(input_ids=query, memory=states[index]).logits)
+    one = model(input_ids=query, memory=states[0]).logits
+    torch.testing.assert_close(one[1:3], by_index[1:3])
+    generated = model.generate(query, memory=states, context_index=index, max_new_tokens=3)
+    assert torch.equal(generated, model.generate(query, memory=states[index], max_new_tokens=3))
+
+
+def test_a_query_reads_several_states_side_by_side():
+    model = make()
+    states, query = model.write(tokens(3, 9)), tokens(2, 4)
+    index = torch.tensor([[2, 0], [1, 1]])
+    side_by_side = MemoryState.concat([states[[2, 1]], states[[0, 1]]])
+    expected = model(input_ids=query, memory=side_by_side).logits
+    torch.testing.assert_close(model(input_ids=query, memory=states, context_index=index).logits, expected)
+    generated = model.generate(query, memory=states, context_index=index, max_new_tokens=3)
+    assert torch.equal(generated, model.generate(query, memory=side_by_side, max_new_tokens=3))
+    written = model(input_ids=query, context_input_ids=tokens(3, 9), context_index=index).logits
+    torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_states_read_side_by_side():
+    model = make(num_control_tokens=0, memory_projection="none")
+    a, b = model.write(tokens(1, 9)), model.write(tokens(1, 9, seed=3))
+    both = type(a).concat([a, b])
+    query = tokens(1, 5, seed=1)
+    prefix = torch.cat([model.prefix_embeddings(a), model.prefix_embeddings(b)], dim=1)
+    assert torch.equal(model.prefix_embeddings(both), prefix)
+    whole = torch.cat([prefix, model.get_input_embeddings()(query)], dim=1)
+    expected = model.get_base_model()(inputs_embeds=whole).logits[:, 6:]
+    torch.testing.assert_close(model(input_ids=query, memory=both).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_write_and_read_in_one_pass_equal_two():
+    model = make()
+    context, query = tokens(2, 9), tokens(3, 5, seed=1)
+    index = torch.tensor([0, 1, 1])
+    inputs = {"input_ids": query, "labels": query, "context_index": index}
+    one = model(context_input_ids=context, **inputs)
+    state = model.write(context)
+    two = model(memory=state, **inputs)
+    torch.testing.assert_close(one.logits, two.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.target_loss, two.loss)
+    torch.testing.assert_close(one.memory, state.vectors)
+    torch.testing.assert_close(one.write_losses, state.write_losses[:, :-1])
+    with torch.no_grad():
+        evaluated = model(context_input_ids=context, **inputs)
+    torch.testing.assert_close(evaluated.loss, one.loss)
+    three = model(context_input_ids=context, write_steps=3, **inputs)
+    assert three.write_losses.shape == (2, 3)
+    zero = model(context_input_ids=context, write_steps=0, **inputs)
+    torch.testing.assert_close(zero.memory[0], model.base_model.slots.gradmem_memory["default"])
+
+
+def test_without_memory_it_is_the_backbone():
+    model = make()
+    query = tokens(2, 5, seed=1)
+    torch.testing.assert_close(model(input_ids=query).logits, model.get_base_model()(input_ids=query).logits)
+
+
+def test_return_dict_false_and_logits_to_keep():
+    model = make()
+    state, query = model.write(tokens(1, 9)), tokens(1, 5, seed=1)
+    full = model(input_ids=query, memory=state)
+    assert torch.equal(model(input_ids=query, memory=state, return_dict=False)[0], full.logits)
+    kept = model(input_ids=query, memory=state, logits_to_keep=2).logits
+    torch.testing.assert_close(kept, full.logits[:, -2:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"memory": "two"}, ValueError, "3 queries for 2 memory states"),
+        ({"memory": torch.zeros(3, 3, 32)}, TypeError, "must be a MemoryState"),
+        ({"memory": "other model"}, ValueError, "written by model .* and this is model"),
+        ({"memory": "narrow"}, ValueError, "width 16, the model's are 32 wide"),
+        ({"memory": "one", "context_index": torch.tensor([0, 0, 1])}, ValueError, "must lie in 0 to 0"),
+        ({"memory": "one", "context_index": torch.tensor([0])}, ValueError, "one integer per query"),
+        ({"memory": "one", "context_input_ids": tokens(1, 4)}, ValueError, "not both"),
+        ({"memory": "one", "input_ids": None}, ValueError, "one of the two"),
+        ({"memory": "one", "input_ids": tokens(1, 4) + 100}, ValueError, "the model knows 0 to"),
+        ({"memory": "one", "position_ids": torch.arange(4)[None]}, ValueError, "position_ids cannot be combined"),
+        ({"context_index": torch.tensor([0])}, ValueError, "need a memory"),
+    ],
+)
+def test_bad_input_is_named(arguments, error, message):
+    model = make()
+    one = model.write(tokens(1, 9))
+    named = {
+        "one": one,
+        "two": model.write(tokens(2, 9)),
+        "other model": make(num_control_tokens=0).write(tokens(1, 9)),
+        "narrow": type(one)(one.vectors[..., :16], one.context_tokens, one.write_losses, one.fingerprint),
+    }
+    arguments = {"input_ids": tokens(3, 4)} | arguments
+    if isinstance(arguments.get("memory"), str):
+        arguments["memory"] = named[arguments["memory"]]
+    with pytest.raises(error, match=message):
+        model(**arguments)
+
+
+def test_strict_false_reads_a_state_of_another_model():
+    model, other = make(), make(num_control_tokens=0)
+    state = other.write(tokens(1, 9))
+    query = tokens(1, 4)
+    assert model(input_ids=query, memory=state, strict=False).logits.isfinite().all()
+    with pytest.raises(ValueError, match="strict=False"):
+        model.generate(query, memory=state)
+    assert model.generate(query, memory=state, strict=False, max_new_tokens=2).shape == (1, 6)

@@ -1,0 +1,161 @@
+"""`generate` from memory, with everything that Transformers takes."""
+
+import pytest
+import torch
+from reading import ROWS, greedy_without_cache, make, pad_left
+from tiny import ARCHITECTURES, tiny, tokens
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_generation_equals_argmax_without_cache(architecture):
+    model = make(architecture)
+    states = model.write(tokens(3, 9))
+    ids, mask = pad_left(ROWS, 7)
+    kwargs = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    output = model.generate(ids, memory=states, **kwargs)
+    assert torch.equal(output[:, :7], ids)
+    for i, row in enumerate(ROWS):
+        expected = greedy_without_cache(model, states[i], row, 6)
+        assert torch.equal(output[i, 7 - len(row) :], expected)
+    without = model.generate(ids, **kwargs)
+    assert not torch.equal(output, without)  # the memory matters
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "temperature": 1.3, "top_k": 20},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 2, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_generate_equals_the_same_call_on_real_tokens(architecture, options):
+    """With the embeddings of real tokens as memory, generate must do what it does with those tokens as prompt."""
+    model = make(architecture, num_control_tokens=0, memory_projection="none")
+    hidden = tokens(1, 3, seed=7)
+    with torch.no_grad():
+        vectors = model.get_input_embeddings()(hidden)
+        model.base_model.slots.gradmem_memory["default"].copy_(vectors[0])
+    state = model.write(tokens(1, 4), steps=0)
+    prompt = tokens(1, 4, seed=1)
+    options = options | {"max_new_tokens": 5, "eos_token_id": None}
+    torch.manual_seed(5)
+    ours = model.generate(prompt, memory=state, **options)
+    assert ours.shape == (options.get("num_return_sequences", 1), 9)
+    torch.manual_seed(5)
+    theirs = model.get_base_model().generate(torch.cat([hidden, prompt], dim=1), **options)
+    assert torch.equal(ours[:, 4:], theirs[:, 7:])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_second_turn_on_the_returned_cache(architecture):
+    model = make(architecture)
+    states = model.write(tokens(2, 9))
+    ids, mask = pad_left([tokens(1, 5, seed=2)[0], tokens(1, 3, seed=3)[0]])
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 4}
+    first = model.generate(ids, attention_mask=mask, memory=states, return_dict_in_generate=True, **options)
+    turn = tokens(2, 3, seed=4)
+    full = torch.cat([first.sequences, turn], dim=1)
+    full_mask = torch.cat([mask, torch.ones(2, full.shape[1] - mask.shape[1], dtype=torch.long)], dim=1)
+    fresh = model.generate(full, attention_mask=full_mask, memory=states, **options)
+    cached = model.generate(
+        full, attention_mask=full_mask, memory=states, past_key_values=first.past_key_values, **options
+    )
+    assert torch.equal(cached, fresh)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_streamer_gets_prompt_and_new_tokens(architecture):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.pieces = []
+
+        def put(self, value):
+            self.pieces.append(value.flatten())
+
+        def end(self):
+            self.pieces.append(None)
+
+    model, streamer, prompt = make(architecture), Collect(), tokens(1, 4, seed=1)
+    state = model.write(tokens(1, 9))
+    output = model.generate(prompt, memory=state, max_new_tokens=5, eos_token_id=None, streamer=streamer)
+    assert streamer.pieces[-1] is None
+    assert torch.equal(torch.cat(streamer.pieces[:-1]), output[0])
+
+
+@pytest.mark.parametrize("how", ["keyword", "config", "model"])
+def test_max_and_min_length_count_prompt_and_new_tokens(how):
+    model = make()
+    state, prompt = model.write(tokens(1, 9)), tokens(1, 4, seed=1)
+    lengths = {"max_length": 11, "min_length": 11}
+    if how == "keyword":
+        output = model.generate(prompt, memory=state, **lengths)
+    elif how == "config":
+        config = GenerationConfig(pad_token_id=0, eos_token_id=2, **lengths)
+        output = model.generate(prompt, memory=state, generation_config=config)
+        assert config.max_length == 11
+    else:
+        for name, value in lengths.items():
+            setattr(model.get_base_model().generation_config, name, value)
+        output = model.generate(prompt, memory=state)
+        assert model.get_base_model().generation_config.max_length == 11
+    assert output.shape == (1, 11)
+
+
+def test_min_new_tokens_and_default_length():
+    model = make()
+    state, prompt = model.write(tokens(1, 9)), tokens(1, 4, seed=1)
+    assert model.generate(prompt, memory=state, min_new_tokens=6, max_new_tokens=6).shape == (1, 10)
+    assert model.generate(prompt, memory=state, eos_token_id=None).shape == (1, 24)  # Transformers' default of 20
+
+
+def test_padding_is_inferred_without_a_mask_as_transformers_does():
+    model = make()
+    states = model.write(tokens(3, 9))
+    ids, mask = pad_left(ROWS)
+    options = {"memory": states, "max_new_tokens": 4, "eos_token_id": 2}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, attention_mask=mask, **options))
+
+
+def test_static_cache_and_no_cache_give_the_same_text():
+    model = make()
+    state, prompt = model.write(tokens(1, 9)), tokens(1, 6, seed=1)
+    options = {"memory": state, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, cache_implementation="static", disable_compile=True, **options), expected)
+    assert torch.equal(model.generate(prompt, use_cache=False, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny()}, {"prefill_chunk_size": 2}],
+    ids=lambda o: next(iter(o)),
+)
+@pytest.mark.parametrize("how", ["keyword", "config"])
+def test_decoding_that_would_lose_the_memory_is_refused(options, how):
+    """Transformers gives other text than the model's with these and input embeddings, without an error."""
+    model = make()
+    state, name = model.write(tokens(1, 9)), next(iter(options))
+    if how == "config" and name != "assistant_model":  # which is no field of a GenerationConfig
+        options = {"generation_config": GenerationConfig(**options)}
+    with pytest.raises(NotImplementedError, match=f"cannot be combined with {name}"):
+        model.generate(tokens(1, 6), memory=state, max_new_tokens=4, **options)
+    assert model.generate(tokens(1, 6), memory=state, max_new_tokens=4, eos_token_id=None).shape == (1, 10)
+
+
+def test_what_a_passed_configuration_leaves_open_comes_from_the_models():
+    """As in Transformers: the pad token for the inferred mask, and options that are refused."""
+    model = make()
+    states = model.write(tokens(3, 9))
+    ids, mask = pad_left(ROWS)
+    config = GenerationConfig(max_new_tokens=4, eos_token_id=2)
+    with_mask = model.generate(ids, memory=states, attention_mask=mask, generation_config=config)
+    assert torch.equal(model.generate(ids, memory=states, generation_config=config), with_mask)
+    model.get_base_model().generation_config.prompt_lookup_num_tokens = 3
+    with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens"):
+        model.generate(ids[:1], memory=states[0], generation_config=config)
