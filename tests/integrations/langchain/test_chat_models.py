@@ -1,4 +1,4 @@
-"""ChatGradMem: what people left other local-model wrappers over, references, security, batches, streams."""
+"""ChatGradMem: what people left other local-model wrappers over, references, security, streams."""
 
 import asyncio
 import threading
@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_gradmem import ChatGradMem, MemoryStateStore, UnknownReferenceError, attach, marker
 from tiny_pipeline import tiny_pipeline
 
@@ -91,42 +90,6 @@ class TestComplaints:
         assert [c.usage_metadata for c in chunks if c.usage_metadata] == [usage]
         assert chunks[-1].chunk_position == "last"
 
-    def test_a_batch_is_one_batch(self, chat, pipeline, reference, monkeypatch):
-        one_by_one = [chat.invoke(f"w{i} w1", memory=reference).content for i in range(4)]
-        sizes = []
-        generate = pipeline.model.generate
-
-        def count(*args, **kwargs):
-            sizes.append(len(kwargs["input_ids"]))
-            return generate(*args, **kwargs)
-
-        monkeypatch.setattr(pipeline.model, "generate", count)
-        calls = []
-
-        class Handler(BaseCallbackHandler):
-            def on_llm_end(self, response, **kwargs):
-                calls.append(response.generations[0][0].text)
-
-        messages = chat.batch([f"w{i} w1" for i in range(4)], {"callbacks": [Handler()]}, memory=reference)
-        assert [m.content for m in messages] == one_by_one
-        assert sizes == [4]
-        assert sorted(calls) == sorted(one_by_one)
-
-    def test_rows_of_a_batch_that_stop_early_count_no_padding(self, chat):
-        stop = [chat.invoke("w3 w4", max_tokens=8).content.split()[3]]
-        inputs = ["w3 w4", "w5", "w6 w7 w8"]
-        single = [chat.invoke(value, stop=stop, max_tokens=8) for value in inputs]
-        assert len({message.usage_metadata["output_tokens"] for message in single}) > 1
-        for message, expected in zip(chat.batch(inputs, stop=stop, max_tokens=8), single, strict=True):
-            assert message.content == expected.content
-            assert message.usage_metadata == expected.usage_metadata
-            assert message.response_metadata == expected.response_metadata
-
-    def test_a_batch_with_an_error_gives_the_others_their_answers(self, chat):
-        good, bad = chat.batch(["w3", [SystemMessage("w1")]], return_exceptions=True)
-        assert good.content == chat.invoke("w3").content
-        assert isinstance(bad, ValueError)
-
 
 class TestReferences:
     def test_bound_and_attached(self, chat, pipeline, store, reference):
@@ -155,15 +118,6 @@ class TestReferences:
         with pytest.raises(ValueError, match=r"2 memory states, and at most 1.*retrieve fewer"):
             limited.invoke("w3", memory=[reference, other])
 
-    def test_batches_of_different_memories_agree_with_single_calls(self, chat, reference, other):
-        inputs = [
-            [attach(HumanMessage("w3"), [reference])],
-            [HumanMessage("w3")],
-            [attach(HumanMessage("w5"), [other])],
-            [attach(HumanMessage("w5"), [reference, other])],
-        ]
-        assert [m.content for m in chat.batch(inputs)] == [chat.invoke(value).content for value in inputs]
-
     def test_unknown_references_raise(self, chat):
         with pytest.raises(UnknownReferenceError, match=r"no memory state 'f{32}' in namespace 'default'"):
             chat.invoke("w3", memory="f" * 32)
@@ -185,26 +139,7 @@ class TestReferences:
             stranger.invoke("w3", memory=reference)
 
 
-class TestInput:
-    @pytest.mark.parametrize(
-        ("messages", "message"),
-        [
-            ([], "no human message"),
-            ([SystemMessage("w1")], "no human message"),
-            (
-                [HumanMessage([{"type": "text", "text": "w1"}, {"type": "image_url", "image_url": {"url": "x"}}])],
-                "block of type 'image_url'",
-            ),
-        ],
-    )
-    def test_refused_by_name(self, chat, messages, message):
-        with pytest.raises(ValueError, match=message):
-            chat.invoke(messages)
-
-    def test_text_blocks_are_text(self, chat):
-        blocks = HumanMessage([{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}])
-        assert chat.invoke([blocks]).content == chat.invoke("w3 w4").content
-
+class TestOptions:
     def test_unexpected_arguments(self, chat):
         with pytest.raises(TypeError, match="max_token"):
             chat.invoke("w3", max_token=3)
@@ -252,73 +187,3 @@ class TestConcurrency:
         next(stream)
         stream.close()
         assert not [t for t in threading.enumerate() if t.name == "gradmem-stream"]
-
-
-TOOLS_TEMPLATE = (
-    "{% if tools %}{% for tool in tools %}{{ tool['function']['name'] }} {% endfor %}{% endif %}"
-    "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} "
-    "{% for call in message.get('tool_calls', []) %}{{ call['function']['name'] }} {% endfor %}{% endfor %}"
-)
-
-
-def w5(w6: int) -> int:
-    """Adds one.
-
-    Args:
-        w6: a number.
-    """
-    return w6 + 1
-
-
-class TestTools:
-    @pytest.fixture
-    def caller(self, monkeypatch):
-        """A model whose template knows tools and that says what a test wants it to say."""
-        caller = ChatGradMem(pipeline=tiny_pipeline(), max_tokens=4)
-        caller.pipeline.tokenizer.chat_template = TOOLS_TEMPLATE
-        said = []
-        monkeypatch.setattr("langchain_gradmem.chat_models.NewTokens.text", lambda self, tokens: said[-1])
-        return caller, said
-
-    def test_refused_where_the_template_does_not_know_them(self, chat):
-        with pytest.raises(NotImplementedError, match="chat template does not know tools"):
-            chat.bind_tools([w5])
-        for messages in (
-            [HumanMessage("w1"), ToolMessage("w2", tool_call_id="1")],
-            [HumanMessage("w1"), AIMessage("", tool_calls=[{"name": "w5", "args": {}, "id": "1"}])],
-        ):
-            with pytest.raises(NotImplementedError, match="leave tools and tool messages out"):
-                chat.invoke(messages)
-
-    def test_tools_reach_the_prompt(self, caller):
-        chat, said = caller
-        said.append("w1")
-        without, bound = chat.invoke("w3"), chat.bind_tools([w5]).invoke("w3")
-        assert bound.usage_metadata["input_tokens"] == without.usage_metadata["input_tokens"] + 1
-        messages = [
-            HumanMessage("w3"),
-            AIMessage("", tool_calls=[{"name": "w5", "args": {"w6": 1}, "id": "1"}]),
-            ToolMessage("w7", tool_call_id="1"),
-        ]
-        assert chat.bind_tools([w5]).invoke(messages).content == "w1"
-
-    def test_calls_are_read(self, caller):
-        chat, said = caller
-        said.append('w1 <tool_call>{"name": "w5", "arguments": {"w6": 1}}</tool_call>')
-        message = chat.bind_tools([w5]).invoke("w3")
-        assert message.content == "w1"
-        assert [(call["name"], call["args"]) for call in message.tool_calls] == [("w5", {"w6": 1})]
-        (chunk,) = chat.bind_tools([w5]).stream("w3")
-        assert chunk.tool_calls[0]["args"] == {"w6": 1}
-        assert chat.invoke("w3").tool_calls == [], "without tools it is text"
-
-    def test_broken_calls_are_reported_as_such(self, caller):
-        chat, said = caller
-        said.append("<tool_call>{broken</tool_call>")
-        message = chat.bind_tools([w5]).invoke("w3")
-        assert message.tool_calls == []
-        assert message.invalid_tool_calls[0]["args"] == "{broken"
-
-    def test_a_choice_cannot_be_enforced(self, caller):
-        with pytest.raises(NotImplementedError, match="tool_choice='any'"):
-            caller[0].bind_tools([w5], tool_choice="any")

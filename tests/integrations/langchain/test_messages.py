@@ -1,0 +1,102 @@
+"""What chat templates are given, and tool calls there and back."""
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_gradmem import ChatGradMem
+from tiny_pipeline import tiny_pipeline
+
+
+@pytest.fixture
+def chat(pipeline):
+    return ChatGradMem(pipeline=pipeline, max_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "no human message"),
+        ([SystemMessage("w1")], "no human message"),
+        (
+            [HumanMessage([{"type": "text", "text": "w1"}, {"type": "image_url", "image_url": {"url": "x"}}])],
+            "block of type 'image_url'",
+        ),
+    ],
+)
+def test_refused_by_name(chat, messages, message):
+    with pytest.raises(ValueError, match=message):
+        chat.invoke(messages)
+
+
+def test_text_blocks_are_text(chat):
+    blocks = HumanMessage([{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}])
+    assert chat.invoke([blocks]).content == chat.invoke("w3 w4").content
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}{% for tool in tools %}{{ tool['function']['name'] }} {% endfor %}{% endif %}"
+    "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} "
+    "{% for call in message.get('tool_calls', []) %}{{ call['function']['name'] }} {% endfor %}{% endfor %}"
+)
+
+
+def w5(w6: int) -> int:
+    """Adds one.
+
+    Args:
+        w6: a number.
+    """
+    return w6 + 1
+
+
+class TestTools:
+    @pytest.fixture
+    def caller(self, monkeypatch):
+        """A model whose template knows tools and that says what a test wants it to say."""
+        caller = ChatGradMem(pipeline=tiny_pipeline(), max_tokens=4)
+        caller.pipeline.tokenizer.chat_template = TOOLS_TEMPLATE
+        said = []
+        monkeypatch.setattr("langchain_gradmem.chat_models.NewTokens.text", lambda self, tokens: said[-1])
+        return caller, said
+
+    def test_refused_where_the_template_does_not_know_them(self, chat):
+        with pytest.raises(NotImplementedError, match="chat template does not know tools"):
+            chat.bind_tools([w5])
+        for messages in (
+            [HumanMessage("w1"), ToolMessage("w2", tool_call_id="1")],
+            [HumanMessage("w1"), AIMessage("", tool_calls=[{"name": "w5", "args": {}, "id": "1"}])],
+        ):
+            with pytest.raises(NotImplementedError, match="leave tools and tool messages out"):
+                chat.invoke(messages)
+
+    def test_tools_reach_the_prompt(self, caller):
+        chat, said = caller
+        said.append("w1")
+        without, bound = chat.invoke("w3"), chat.bind_tools([w5]).invoke("w3")
+        assert bound.usage_metadata["input_tokens"] == without.usage_metadata["input_tokens"] + 1
+        messages = [
+            HumanMessage("w3"),
+            AIMessage("", tool_calls=[{"name": "w5", "args": {"w6": 1}, "id": "1"}]),
+            ToolMessage("w7", tool_call_id="1"),
+        ]
+        assert chat.bind_tools([w5]).invoke(messages).content == "w1"
+
+    def test_calls_are_read(self, caller):
+        chat, said = caller
+        said.append('w1 <tool_call>{"name": "w5", "arguments": {"w6": 1}}</tool_call>')
+        message = chat.bind_tools([w5]).invoke("w3")
+        assert message.content == "w1"
+        assert [(call["name"], call["args"]) for call in message.tool_calls] == [("w5", {"w6": 1})]
+        (chunk,) = chat.bind_tools([w5]).stream("w3")
+        assert chunk.tool_calls[0]["args"] == {"w6": 1}
+        assert chat.invoke("w3").tool_calls == [], "without tools it is text"
+
+    def test_broken_calls_are_reported_as_such(self, caller):
+        chat, said = caller
+        said.append("<tool_call>{broken</tool_call>")
+        message = chat.bind_tools([w5]).invoke("w3")
+        assert message.tool_calls == []
+        assert message.invalid_tool_calls[0]["args"] == "{broken"
+
+    def test_a_choice_cannot_be_enforced(self, caller):
+        with pytest.raises(NotImplementedError, match="tool_choice='any'"):
+            caller[0].bind_tools([w5], tool_choice="any")
