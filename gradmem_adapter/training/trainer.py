@@ -143,11 +143,11 @@ class GradMemTrainer(EvaluatingTrainer):
                 raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir!r}.")
         self._sums = Sums(self.args.device)
         self._finite = torch.tensor([True, True], device=self.args.device)
-        self._graphed = None  # it holds the addresses of an earlier optimizer's gradients
         if torch.backends.cuda.matmul.fp32_precision == "tf32":
             # As Transformers sets it; torch.compile also asks PyTorch's older switch, and refuses if the two differ.
             torch.set_float32_matmul_precision("high")
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_graphed", None)  # graphs hold the memory of a step
             if self.args.torch_compile:
                 static = isinstance(self.train_dataset, Batches)
                 backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode

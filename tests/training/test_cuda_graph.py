@@ -1,5 +1,7 @@
 """The path of CUDA graphs, on a CPU, where it runs as it is; test_cuda.py has what needs a GPU."""
 
+import math
+
 import pytest
 import torch
 from test_trainer import LORA, Poison, close, gradients, logs, make, rows, trainer, weights
@@ -7,6 +9,7 @@ from tiny import tiny, tiny_tokenizer
 from torch import nn
 
 from gradmem_adapter.training import Batches, GradMemCollator, RowBatches, TrainingDiverged
+from gradmem_adapter.training.compiled import layers_of
 from gradmem_adapter.training.cuda_graph import GraphedBackward, check_no_dropout, maskless_attention
 
 
@@ -38,6 +41,18 @@ def test_bf16(tmp_path):
     graphed, _ = gradients(make(**config), tmp_path, Fixed(), bf16=True, cuda_graphs=True)
     for name, value in plain.items():
         assert torch.nn.functional.cosine_similarity(value.flatten(), graphed[name].flatten(), dim=0) > 0.98, name
+
+
+def test_compiled_layers(tmp_path):
+    """For the shapes of ready batches alone, and only while training lasts."""
+    config = {"lora_config": LORA, "meta_gradient": "first_order"}
+    plain, _ = gradients(make(backbone=tiny(num_hidden_layers=1), **config), tmp_path, Fixed())
+    torch._dynamo.reset()
+    model = make(backbone=tiny(num_hidden_layers=1), **config)
+    compiled, run = gradients(model, tmp_path, Fixed(), cuda_graphs=True, torch_compile_backend="aot_eager")
+    close(compiled, plain)
+    assert math.isfinite(run.evaluate(rows(2))["eval_loss"])
+    assert all(layer._compiled_call_impl is None for layer in layers_of(model))
 
 
 class TestGraphedBackward:
