@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from torch import distributed
 from torch.utils.data import Dataset
 
 from .arguments import GradMemTrainingArguments
@@ -25,9 +26,6 @@ class Batches(Dataset[Any]):
         seed (`int`, *optional*, defaults to `0`): of everything that is drawn.
         steps (`int`, *optional*): how many batches there are (an epoch); None: as many as training asks for.
     """
-
-    process = 0
-    """The number of this process among those that train together; set by the trainer."""
 
     def __init__(self, *, seed: int = 0, steps: int | None = None) -> None:
         self.seed, self.steps = seed, steps
@@ -50,6 +48,11 @@ class Batches(Dataset[Any]):
             which spares the logits of all other tokens).
         """
         raise NotImplementedError
+
+    @property
+    def process(self) -> int:
+        """The number of this process among those that train together."""
+        return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate of optimizer step `step` is multiplied by, for stages with a rate of their own."""

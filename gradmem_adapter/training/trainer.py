@@ -156,7 +156,6 @@ class GradMemTrainer(EvaluatingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, Batches):
-            self.train_dataset.process = self.args.process_index
             return DataLoader(self.train_dataset, shuffle=False)  # its length alone counts, see get_batch_samples
         return super().get_train_dataloader()
 

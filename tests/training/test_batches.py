@@ -122,11 +122,12 @@ class TestRowBatches:
         assert all(equal(first.batch(n, CPU), second.batch(n, CPU)) for n in (5, 3, 5))
         assert not all(equal(first.batch(n, CPU), other.batch(n, CPU)) for n in range(4))
 
-    def test_processes_draw_other_rows_of_the_same_kind(self):
-        first, second = self.make(), self.make()
-        second.process = 1
+    def test_processes_draw_other_rows_of_the_same_kind(self, monkeypatch):
         for n in range(8):
-            one, two = first.batch(n, CPU), second.batch(n, CPU)
+            one = self.make().batch(n, CPU)
+            with monkeypatch.context() as patch:
+                patch.setattr(Batches, "process", 1)
+                two = self.make().batch(n, CPU)
             assert one["write_steps"] == two["write_steps"]
             assert {name: torch.as_tensor(one[name]).shape for name in one} == {
                 name: torch.as_tensor(two[name]).shape for name in two
