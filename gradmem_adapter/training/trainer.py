@@ -245,7 +245,8 @@ class GradMemTrainer(EvaluatingTrainer):
             self._graphed = GraphedBackward(self._passes, weights)
         whole = cast(Count, self._window)
         inputs = self._prepare_inputs({"write_steps": self.write_steps()} | inputs)
-        loss, table = self._graphed(inputs | {"all_tokens": whole.tokens, "all_contexts": whole.contexts})
+        with maskless_attention(self.model):  # throughout: the backward pass runs the model, too
+            loss, table = self._graphed(inputs | {"all_tokens": whole.tokens, "all_contexts": whole.contexts})
         self._sums.add(table)
         if self.accelerator.sync_gradients and self.args.world_size > 1:
             self._graphed.average(self.args.world_size)
@@ -255,8 +256,7 @@ class GradMemTrainer(EvaluatingTrainer):
         """What is captured: the loss, and the table of what is logged."""
         inputs = dict(inputs)
         whole = Count(inputs.pop("all_tokens"), inputs.pop("all_contexts"))
-        with maskless_attention(self.model):
-            loss, _, table = self._loss(self.model, inputs, whole)
+        loss, _, table = self._loss(self.model, inputs, whole)
         return loss, table
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ from test_trainer import LORA, Poison, close, gradients, logs, make, rows, train
 from tiny import tiny, tiny_tokenizer
 from torch import nn
 
+from gradmem_adapter.ops.attention import CAUSAL
 from gradmem_adapter.training import Batches, GradMemCollator, RowBatches, TrainingDiverged
 from gradmem_adapter.training.compiled import layers_of
 from gradmem_adapter.training.cuda_graph import GraphedBackward, check_no_dropout, maskless_attention
@@ -32,6 +33,22 @@ def test_gradients_are_those_of_the_plain_step(tmp_path, meta_gradient, accumula
     close(graphed, plain)
     for name in ("loss", "target_loss", "last_write_loss", "memory_norm", "memory_grad_norm", "grad_norm"):
         assert logs(two, name) == pytest.approx(logs(one, name), rel=1e-4), name
+
+
+def test_the_backward_pass_runs_without_masks_too(tmp_path, monkeypatch):
+    """A capture in which the finite difference made masks failed on a GPU."""
+    model = make(lora_config=LORA, meta_gradient="finite_difference")
+    seen = []
+    backbone = model.get_base_model()
+    forward = type(backbone.base_model).forward
+
+    def spy(self, *args, **kwargs):
+        seen.append(self.config._attn_implementation)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(backbone.base_model), "forward", spy)
+    gradients(model, tmp_path, Fixed(), cuda_graphs=True, write_steps=[1])
+    assert set(seen) == {CAUSAL}
 
 
 def test_bf16(tmp_path):
