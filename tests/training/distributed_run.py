@@ -1,13 +1,19 @@
 """What each of two processes runs for test_distributed.py: `distributed_run.py META_GRADIENT,... FOLDER`."""
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from test_trainer import LORA, Gradients, Poison, logs, make, rows, trainer, weights
 from tiny import tiny_tokenizer
+from transformers import TrainerCallback
 
-from gradmem_adapter.training import Batches, GradMemCollator, TrainingDiverged
+from gradmem_adapter.training import Batches, GradMemCollator, TrainingDiverged, callbacks
+from gradmem_adapter.training.callbacks import StopOnSignal
 
 EVALUATED = ("eval_loss", "eval_target_loss", "eval_exact_match", "eval_f1", "eval_memory_norm")
 LOGGED = (
@@ -87,11 +93,33 @@ def diverge(output):
         return str(error)
 
 
+def ended(output, **options):
+    """The step at which a run ends in each process, and its weights."""
+    model = make(meta_gradient="first_order")
+    run = trainer(model, output, Halves(2), ddp_backend="gloo", cuda_graphs=True, **options)
+    with StopOnSignal() as stop:
+        run.add_callback(stop)
+        run.train()
+    return {"step": run.state.global_step, "seen": stop.seen, "weights": weights(model), "saved": run.has_checkpoint()}
+
+
+class Interrupt(TrainerCallback):
+    """A signal that process 0 alone gets."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and torch.distributed.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
     torch.set_num_threads(1)
     results = {name: train(folder / name, 2, name) for name in sys.argv[1].split(",")}
     results["ready"] = train_ready(folder / "ready", 2)
+    results["interrupted"] = ended(folder / "interrupted", callbacks=[Interrupt()], max_steps=99)
+    if torch.distributed.get_rank():  # a clock that runs differently
+        callbacks.time = SimpleNamespace(monotonic=lambda: 1000 * time.monotonic())
+    results["clock"] = ended(folder / "clock", max_minutes=1.5 / 60, max_steps=-1, logging_steps=100)
     results["diverged"] = diverge(folder / "diverged")
     torch.save(results, folder / f"results-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

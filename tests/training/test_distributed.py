@@ -8,6 +8,7 @@ from test_trainer import close
 from tiny import tiny
 
 from gradmem_adapter import load_checkpoint
+from gradmem_adapter.training.callbacks import LOOK_EVERY
 
 META_GRADIENTS = ("exact", "finite_difference", "first_order")
 
@@ -48,6 +49,20 @@ def test_ready_batches(two, tmp_path):
             close(shared, alone)
         for name, values in one["logs"].items():
             assert result["logs"][name] == pytest.approx(values, rel=1e-4), name
+
+
+@pytest.mark.parametrize("why", ["interrupted", "clock"])
+def test_what_one_process_knows_ends_both_at_the_same_step(two, why):
+    """A signal that one of them got, or the clock of the first."""
+    first, second = (result[why] for result in two[0])
+    assert first["step"] == second["step"]
+    assert first["seen"] is second["seen"] is (why == "interrupted")
+    assert first["saved"]
+    assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+    if why == "interrupted":
+        assert first["step"] == LOOK_EVERY
+    else:
+        assert first["step"] > 2 * LOOK_EVERY
 
 
 def test_all_stop_where_one_diverges(two):
