@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gradmem_adapter.layer import MemorySlots
-from gradmem_adapter.lora import PhaseGated, in_phase
-from gradmem_adapter.ops.attention import CAUSAL
 from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy
 from gradmem_adapter.utils.capture import static_shapes
 from gradmem_adapter.write.context import Context
-from gradmem_adapter.write.loop import write_pass
-from gradmem_adapter.write.loss import Writer
+from gradmem_adapter.write.loss import Pass, Writer, write_pass
+from gradmem_adapter.write.twin import frozen_twin
 
 MAX_GRAPHS = 16
 """How many buckets have a CUDA graph; the one used longest ago makes room."""
 
 
 class Bucket(NamedTuple):
-    """The shape that a batch of contexts is padded to: at most an eighth more than it has, or 63 tokens."""
+    """The shape that a batch of contexts is padded to: at most an eighth more than it has, or 63 tokens.
+
+    Args:
+        batch (`int`): B.
+        length (`int`): N, tokens.
+    """
 
     batch: int
     length: int
 
     @classmethod
     def of(cls, context: Context, longest: int | None) -> Bucket:
-        """Args: longest: how many tokens a context may have at all."""
+        """The bucket of contexts, none of which may have more than `longest` tokens."""
         batch, length = context.input_ids.shape
         length = _round_up(length, max(64, _power_above(length) // 16))
         return cls(
@@ -42,7 +42,7 @@ class Bucket(NamedTuple):
         )
 
     def pad(self, memory: Tensor, context: Context) -> tuple[Tensor, Context]:
-        """With copies of the first sample and tokens that do not count."""
+        """A memory `[B, m, d]` and contexts, padded with copies of the first sample and tokens that do not count."""
         rows = torch.arange(self.batch, device=memory.device)
         rows = rows.where(rows < len(memory), 0)
         width = self.length - context.input_ids.shape[1]
@@ -59,7 +59,13 @@ def _round_up(n: int, step: int) -> int:
 
 
 class FastPass:
-    """`write_pass` on a twin of the model: without gradients for weights, compiled, one CUDA graph per bucket."""
+    """`write_pass` on a twin of the model, without gradients for weights.
+
+    Args:
+        writer (`Writer`): the model.
+        compiled (`bool`): compile the layers of the twin.
+        graphed (`bool`): launch each pass as a CUDA graph, one per bucket.
+    """
 
     def __init__(self, writer: Writer, *, compiled: bool, graphed: bool) -> None:
         backbone = frozen_twin(writer.backbone)
@@ -69,12 +75,10 @@ class FastPass:
                     layer.compile(dynamic=True)
         self.writer = replace(writer, backbone=backbone, fused=FusedCrossEntropy.compiled() if compiled else FUSED)
         self.compiled, self.graphed, self.trusted = compiled, graphed, False
-        self._graphs: OrderedDict[tuple[Bucket, bool, bool], Callable[..., Any]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Bucket, bool, bool], Callable[[Tensor, Context], Pass]] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if graphed else None
 
-    def __call__(
-        self, bucket: Bucket, memory: Tensor, context: Context, gradient: bool, recovered: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def __call__(self, bucket: Bucket, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
         if not self.graphed:
             return write_pass(self.writer, memory, context, gradient, recovered)
         padded = bucket.pad(memory, context)
@@ -84,13 +88,17 @@ class FastPass:
                 self._graphs.popitem(last=False)
             self._graphs[key] = self._capture(*padded, gradient, recovered)
         self._graphs.move_to_end(key)
-        slope, losses, share = self._graphs[key](*padded)
+        found = self._graphs[key](*padded)
 
-        def own(part: Tensor | None) -> Tensor | None:
+        def own(part: Tensor) -> Tensor:
             """Without the bucket's other rows, and not where the graph writes next time."""
-            return None if part is None else part[: len(memory)].clone()
+            return part[: len(memory)].clone()
 
-        return own(slope), losses[: len(memory)].clone(), own(share)
+        return Pass(
+            None if found.gradient is None else own(found.gradient),
+            own(found.losses),
+            None if found.recovered is None else own(found.recovered),
+        )
 
     def clear(self) -> None:
         """Give the memory of all graphs back."""
@@ -98,18 +106,21 @@ class FastPass:
         self._pool = torch.cuda.graph_pool_handle() if self.graphed else None
         torch.cuda.empty_cache()
 
-    def agrees(self, result: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
-        """Whether a fast pass is the plain one, up to what its precision costs: write gradients and losses."""
-        error = torch.linalg.vector_norm(result[0] - expected[0]) / torch.linalg.vector_norm(expected[0])
-        exact = self.writer.backbone.dtype.itemsize >= 4 and not torch.is_autocast_enabled(expected[0].device.type)
+    def agrees(self, found: Pass, expected: Pass) -> bool:
+        """Whether a fast pass, with its gradient, is the plain one, up to what its precision costs."""
+        gradient, right = cast(Tensor, found.gradient), cast(Tensor, expected.gradient)
+        error = torch.linalg.vector_norm(gradient - right) / torch.linalg.vector_norm(right)
+        exact = self.writer.backbone.dtype.itemsize >= 4 and not torch.is_autocast_enabled(right.device.type)
         # At untrained slots gradients in bf16 are apart by a tenth to a quarter and losses by a thousandth: it is the
-        # losses that tell rounding from a pass of something else (docs/performance.md).
-        gradients, losses = (1e-3, 1e-3) if exact else (0.5, 1e-2)
-        same = bool(error <= gradients) and torch.allclose(result[1], expected[1], rtol=losses, atol=losses)
-        self.trusted = same or not expected[0].isfinite().all()
+        # losses that tell rounding from a pass of something else (docs/lab/LOG.md).
+        of_gradient, of_loss = (1e-3, 1e-3) if exact else (0.5, 1e-2)
+        same = bool(error <= of_gradient) and torch.allclose(found.losses, expected.losses, rtol=of_loss, atol=of_loss)
+        self.trusted = same or not right.isfinite().all()
         return self.trusted
 
-    def _capture(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Callable[..., Any]:
+    def _capture(
+        self, memory: Tensor, context: Context, gradient: bool, recovered: bool
+    ) -> Callable[[Tensor, Context], Pass]:
         """A function that copies its arguments to where the graph reads them, and launches it."""
         memory, context = memory.clone(), Context(*(part.clone() for part in context))
         stream, graph = torch.cuda.Stream(memory.device), torch.cuda.CUDAGraph()
@@ -123,7 +134,7 @@ class FastPass:
                 result = write_pass(self.writer, memory, context, gradient, recovered)
         used = torch.cuda.Event()
 
-        def launch(new_memory: Tensor, new_context: Context) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        def launch(new_memory: Tensor, new_context: Context) -> Pass:
             used.wait()  # another thread's stream may still read
             memory.copy_(new_memory)
             for part, new in zip(context, new_context, strict=True):
@@ -133,37 +144,3 @@ class FastPass:
             return result
 
         return launch
-
-
-def frozen_twin(backbone: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in other modules, which can be compiled and configured without a change of the model itself.
-
-    Nothing in it requires a gradient, and its attention is causal without a mask.
-    """
-    configs: dict[int, PreTrainedConfig] = {}
-
-    def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
-        if id(config) not in configs:
-            configs[id(config)] = copy.copy(config)
-            configs[id(config)]._attn_implementation = CAUSAL
-        return configs[id(config)]
-
-    def twin(module: nn.Module) -> nn.Module:
-        if isinstance(module, MemorySlots):
-            return module
-        if isinstance(module, PhaseGated):
-            module = in_phase(module, "write")
-        result = copy.copy(module)
-        result.__dict__["_parameters"] = {
-            name: None if value is None else nn.Parameter(value.detach(), requires_grad=False)
-            for name, value in module._parameters.items()
-        }
-        result.__dict__["_modules"] = {
-            name: None if child is None else twin(child) for name, child in module._modules.items()
-        }
-        for name, value in module.__dict__.items():
-            if isinstance(value, PreTrainedConfig):
-                result.__dict__[name] = own_config(value)
-        return result
-
-    return twin(backbone)  # type: ignore[return-value]

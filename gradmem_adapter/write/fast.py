@@ -17,8 +17,8 @@ from torch import Tensor
 from gradmem_adapter.utils.fingerprint import walk
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.cuda_graph import Bucket, FastPass
-from gradmem_adapter.write.loop import WritePass, write_pass
-from gradmem_adapter.write.loss import Writer
+from gradmem_adapter.write.loop import RunPass
+from gradmem_adapter.write.loss import Pass, Writer, write_pass
 
 COMPILE_SECONDS = 20.0
 """`compile="auto"` compiles once WRITE has taken this long, about as long as compiling takes: however much is written
@@ -29,7 +29,12 @@ SPARE_MEMORY = 0.25
 
 
 def unsuited(writer: Writer, context: Context) -> str | None:
-    """Why a fast pass could give other numbers than the plain one for this model and these contexts, or None."""
+    """Why a fast pass could give other numbers than the plain one, or `None`.
+
+    Args:
+        writer (`Writer`): the model.
+        context (`Context`): what is to be written.
+    """
     backbone = writer.backbone
     if backbone.training:
         return "the model is in training mode, where dropout draws anew in every pass; call model.eval()"
@@ -67,8 +72,13 @@ class FastWrites:
         self._fast: FastPass | None = None
 
     @contextmanager
-    def of(self, writer: Writer, context: Context, compile: bool | str) -> Iterator[WritePass]:
-        """The pass to use for a batch of contexts, and, after it, the time that it took.
+    def of(self, writer: Writer, context: Context, compile: bool | str) -> Iterator[RunPass]:
+        """Choose the pass for a batch of contexts, and measure the time that WRITE takes inside.
+
+        Args:
+            writer (`Writer`): the model.
+            context (`Context`): B contexts.
+            compile (`bool` or `"auto"`): as in `WriteOptions`.
 
         Raises:
             ValueError: `compile=True`, and the model cannot be compiled for these contexts.
@@ -95,9 +105,9 @@ class FastWrites:
             if free < SPARE_MEMORY * total:
                 self._fast.clear()
 
-    def _choose(self, writer: Writer, context: Context, now: bool) -> WritePass | None:
+    def _choose(self, writer: Writer, context: Context, demanded: bool) -> RunPass | None:
         cuda = context.input_ids.device.type == "cuda"
-        if not (now or cuda):
+        if not (demanded or cuda):
             return None  # on a CPU compiling saves a seventh of the time: not worth the stall unless asked for
         reason = unsuited(writer, context)
         with self._lock:
@@ -106,29 +116,29 @@ class FastWrites:
                 self._forget(key)
             reason = reason or self._plain_only
             if reason is not None:
-                if now:
+                if demanded:
                     raise ValueError(f"compile=True cannot be had: {reason}. Use compile='auto' or compile=False.")
                 return None
             bucket = Bucket.of(context, writer.longest_context)
-            if not now and bucket not in self._seen:
+            if not demanded and bucket not in self._seen:
                 self._seen.add(bucket)
                 return None
-            compiled = now or self._seconds > COMPILE_SECONDS
+            compiled = demanded or self._seconds > COMPILE_SECONDS
             if self._fast is None or (compiled and not self._fast.compiled):
                 self._fast = FastPass(writer, compiled=compiled, graphed=cuda)
-            return partial(self._checked, self._fast, writer, bucket, now)
+            return partial(self._checked, self._fast, writer, bucket, demanded)
 
     def _checked(
         self,
         fast: FastPass,
         writer: Writer,
         bucket: Bucket,
-        now: bool,
+        demanded: bool,
         memory: Tensor,
         context: Context,
         gradient: bool,
         recovered: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    ) -> Pass:
         """A fast pass; the first one is compared with the plain one, which takes over where something is amiss."""
         with self._lock:
             if self._plain_only is not None:
@@ -139,7 +149,7 @@ class FastWrites:
             except torch.cuda.OutOfMemoryError:
                 pass  # dealt with below: until the error is gone, its traceback holds what did not fit
             except Exception as error:
-                if now:
+                if demanded:
                     raise
                 problem = f"it failed ({type(error).__name__}: {error})"
             else:
@@ -153,7 +163,7 @@ class FastWrites:
                 fast.clear()
                 return write_pass(writer, memory, context, gradient, recovered)
             self._plain_only, self._fast = f"a fast pass was tried, and {problem}", None
-            if now:
+            if demanded:
                 raise ValueError(f"compile=True cannot be had: {self._plain_only}. Use compile=False.")
             warnings.warn(f"WRITE stays plain: {self._plain_only}. compile=False spares the try.", stacklevel=7)
             return write_pass(writer, memory, context, gradient, recovered)

@@ -7,49 +7,23 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradmem_adapter.ops.cross_entropy import FUSED
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.write.context import Context
-from gradmem_adapter.write.loss import Writer, write_gradient
+from gradmem_adapter.write.loss import Pass, Writer, write_pass
 from gradmem_adapter.write.optimizers import OPTIMIZERS
 from gradmem_adapter.write.options import WriteOptions
 from gradmem_adapter.write.rates import Rate, rate_at, write_lrs
 from gradmem_adapter.write.start import start_memory
 from gradmem_adapter.write.step import write_step
 
-WritePass: TypeAlias = Callable[[Tensor, Context, bool, bool], tuple[Tensor | None, Tensor, Tensor | None]]
-"""`write_pass` for one writer: memory [B, m, d], contexts, whether the gradient and `recovered` are wanted."""
-
-
-def write_pass(
-    writer: Writer, memory: Tensor, context: Context, gradient: bool, recovered: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """What one step of WRITE needs to know of a memory, with no graph kept.
-
-    Args:
-        writer (`Writer`): the model.
-        memory (`Tensor`): `[B, m, d]`.
-        context (`Context`): B contexts.
-        gradient (`bool`): whether the write gradient is wanted.
-        recovered (`bool`): whether the share of tokens is wanted that are the model's first choice.
-
-    Returns:
-        The write gradient `[B, m, d]`, or `None`; the write losses `[B]`; and the share recovered `[B]`, or `None`.
-    """
-    writer = replace(writer, fused=writer.fused or FUSED)
-    if gradient:
-        leaf = memory.detach().requires_grad_()
-        slope, losses, share = write_gradient(writer, leaf, context, recovered=recovered)
-        return slope, losses.detach(), share
-    with torch.no_grad():
-        return None, *writer.losses(memory, context, recovered)
+RunPass: TypeAlias = Callable[[Tensor, Context, bool, bool], Pass]
+"""`write_pass` for one writer: of a memory `[B, m, d]` and contexts, with or without gradient and share recovered."""
 
 
 class Written(NamedTuple):
@@ -72,7 +46,7 @@ def write_contexts(
     options: WriteOptions,
     initial: Tensor | None = None,
     callback: Callable[[WriteProgress], None] | None = None,
-    run: WritePass | None = None,
+    run: RunPass | None = None,
 ) -> Written:
     """WRITE contexts, from where the configuration says or from a memory that was written before.
 
@@ -82,7 +56,7 @@ def write_contexts(
         options (`WriteOptions`): how to write them.
         initial (`Tensor`, *optional*): `[B, m, d]`, a memory to go on from.
         callback (`Callable`, *optional*): told of each step.
-        run (`WritePass`, *optional*): a faster `write_pass`.
+        run (`RunPass`, *optional*): a faster `write_pass`.
     """
     memory = initial
     if memory is None:
@@ -105,7 +79,7 @@ def write_memory(
     lrs: Sequence[Rate],
     options: WriteOptions,
     callback: Callable[[WriteProgress], None] | None = None,
-    run: WritePass | None = None,
+    run: RunPass | None = None,
 ) -> Written:
     """The loop over write steps, with no graph kept: M_{k+1} = M_k - a * grad_M L_w(M_k; C), k = 0 .. K-1.
 
@@ -120,7 +94,7 @@ def write_memory(
         lrs (`Sequence`): a, the write learning rates of the first steps; later ones use the last.
         options (`WriteOptions`): how to write them; the learning rate in it does not count.
         callback (`Callable`, *optional*): told of each step.
-        run (`WritePass`, *optional*): a faster `write_pass`.
+        run (`RunPass`, *optional*): a faster `write_pass`.
     """
     steps = writer.config.write_steps if options.steps is None else options.steps
     optimizer = options.optimizer or writer.config.write_optimizer

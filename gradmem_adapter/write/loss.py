@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import backward_in_write, write_phase
-from gradmem_adapter.ops.cross_entropy import FusedCrossEntropy, sequence_nll
+from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy, sequence_nll
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.utils.backbone import max_positions
 from gradmem_adapter.write.context import Context
@@ -19,14 +20,22 @@ from gradmem_adapter.write.context import Context
 
 @dataclass(frozen=True)
 class Writer:
-    """What a write step needs beside the memory and the context."""
+    """What writes: a backbone with one of its adapters.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        slots (`MemorySlots`): the layer with the adapter's tensors.
+        adapter (`str`): the adapter's name.
+        config (`GradMemConfig`): its configuration.
+        fused (`FusedCrossEntropy`, *optional*): given where the output head is not differentiated, and what is before
+            it at most once.
+    """
 
     backbone: PreTrainedModel
     slots: MemorySlots
     adapter: str
     config: GradMemConfig
     fused: FusedCrossEntropy | None = None
-    """Given where the output head is not differentiated, and what is before it at most once."""
 
     @property
     def longest_context(self) -> int | None:
@@ -41,17 +50,17 @@ class Writer:
         return any(parameter.requires_grad for parameter in head.parameters())
 
     def losses(self, memory: Tensor, context: Context, recovered: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The write loss of each sample (GradMem, section 1 of the design):
+        """The write loss of each sample (GradMem, arXiv 2603.13875):
 
             L_w(M; C) = -(1/N) sum_i log p(t_i | [M; t_<i])
 
         Args:
-            memory: [B, m, d].
-            context: B contexts.
-            recovered: whether the share is wanted that is recovered.
+            memory (`Tensor`): `[B, m, d]`, M.
+            context (`Context`): B contexts of N tokens t, C.
+            recovered (`bool`, *optional*, defaults to `False`): whether the share recovered is wanted.
 
         Returns:
-            losses [B] and recovered [B], the share of tokens that are the model's first choice, or None.
+            Losses `[B]` in nats per token, and the share `[B]` of tokens that are the model's first choice, or `None`.
         """
         with write_phase():
             embeddings = self.backbone.get_input_embeddings()(context.input_ids)
@@ -74,22 +83,58 @@ class Writer:
         return nll / context.lengths, None if correct is None else correct / context.lengths
 
 
+class Pass(NamedTuple):
+    """What one pass through the model finds of a memory.
+
+    Args:
+        gradient (`Tensor`, *optional*): `[B, m, d]`, grad_M L_w(M; C), where it was asked for.
+        losses (`Tensor`): `[B]`, L_w(M; C).
+        recovered (`Tensor`, *optional*): `[B]`, the share of tokens that are the model's first choice, where it was
+            asked for.
+    """
+
+    gradient: Tensor | None
+    losses: Tensor
+    recovered: Tensor | None
+
+
 def write_gradient(
     writer: Writer, memory: Tensor, context: Context, create_graph: bool = False, recovered: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradient of each sample's write loss, with the losses and the share recovered it came with.
+    """The write gradient grad_M L_w(M; C), with the losses and the share recovered that it came with.
 
     Samples do not interact, so the gradient of the summed losses is every sample's own.
 
     Args:
-        memory: [B, m, d], requires grad.
-        create_graph: make the gradient differentiable.
-        recovered: whether the share is wanted that is recovered.
+        writer (`Writer`): the model.
+        memory (`Tensor`): `[B, m, d]`, requires a gradient.
+        context (`Context`): B contexts.
+        create_graph (`bool`, *optional*, defaults to `False`): make the gradient differentiable.
+        recovered (`bool`, *optional*, defaults to `False`): whether the share recovered is wanted.
 
     Returns:
-        gradient [B, m, d], losses [B], recovered [B] or None.
+        The gradient `[B, m, d]`, losses `[B]`, and the share recovered `[B]` or `None`.
     """
     losses, share = writer.losses(memory, context, recovered)
     with backward_in_write():
         (gradient,) = torch.autograd.grad(losses.sum(), memory, create_graph=create_graph)
     return gradient, losses, share
+
+
+def write_pass(writer: Writer, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
+    """What one step of WRITE needs to know of a memory, with no graph kept.
+
+    Args:
+        writer (`Writer`): the model.
+        memory (`Tensor`): `[B, m, d]`.
+        context (`Context`): B contexts.
+        gradient (`bool`): whether the write gradient is wanted.
+        recovered (`bool`): whether the share recovered is wanted.
+    """
+    writer = replace(writer, fused=writer.fused or FUSED)
+    if gradient:
+        leaf = memory.detach().requires_grad_()
+        slope, losses, share = write_gradient(writer, leaf, context, recovered=recovered)
+        return Pass(slope, losses.detach(), share)
+    with torch.no_grad():
+        return Pass(None, *writer.losses(memory, context, recovered))

@@ -21,7 +21,7 @@ from gradmem_adapter.write import fast
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.cuda_graph import Bucket, FastPass
 from gradmem_adapter.write.fast import FastWrites, unsuited
-from gradmem_adapter.write.loop import write_pass
+from gradmem_adapter.write.loss import Pass, write_pass
 
 
 def make(backbone=None, **kwargs):
@@ -186,7 +186,7 @@ def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
 
     def broken(self, bucket, memory, context, gradient, first):
         slope, losses, recovered = write_pass(self.writer, memory, context, gradient, first)
-        return None if slope is None else -slope, losses, recovered
+        return Pass(None if slope is None else -slope, losses, recovered)
 
     monkeypatch.setattr(FastPass, "__call__", broken)
     with pytest.raises(ValueError, match="its write gradients or losses differ"):
@@ -210,8 +210,8 @@ def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
 def test_rounding_is_told_from_a_pass_of_something_else(dtype, gradient, loss, same):
     """In bf16 a compiled pass of SmolLM2 at untrained slots differs by 0.1 to 0.3, and its losses by 0.001."""
     model = make(tiny().to(dtype))
-    expected = torch.randn(2, 3, 4), torch.tensor([4.0, 3.0])
-    found = expected[0] * (1 + gradient), expected[1] * (1 + loss)
+    expected = Pass(torch.randn(2, 3, 4), torch.tensor([4.0, 3.0]), None)
+    found = Pass(expected[0] * (1 + gradient), expected[1] * (1 + loss), None)
     assert FastPass(model.base_model._writer, compiled=False, graphed=False).agrees(found, expected) is same
 
 
