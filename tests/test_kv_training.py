@@ -28,7 +28,6 @@ from gradmem_adapter.training.graphed_step import GraphedStep
 from gradmem_adapter.training.optimizers import Optimizers, layer_matrices
 from gradmem_adapter.training.speed import compiled_layers, maskless_attention
 from gradmem_adapter.training_runs import train
-from gradmem_adapter.write.rates import keep_write_lrs
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("kv_*.yaml"))
 MEMORY = {
@@ -377,16 +376,6 @@ def test_a_recipe_can_keep_fewer_write_rates_than_it_trains(tmp_path):
     last = kept.write(ids, steps=2)
     assert not torch.equal(kept.write(ids, steps=3).vectors, before[3])
     assert torch.equal(kept.write(ids, steps=3).vectors, kept.write(ids, steps=1, initial=last).vectors)
-
-
-def test_keep_write_lrs_refuses_what_it_cannot_keep():
-    memory = {"num_memory_tokens": 2, "learn_write_lr": "scalar", "num_write_lrs": 3}
-    model = recipe(memory=memory).build()
-    for n in (0, 4):
-        with pytest.raises(ValueError, match="from 1 to num_write_lrs, 3"):
-            keep_write_lrs(model, n)
-    with pytest.raises(ValueError, match="learn_write_lr='no'"):
-        keep_write_lrs(recipe(memory={"num_memory_tokens": 2}).build(), 1)
 
 
 def test_a_recipe_by_the_clock_ends_in_time_and_says_how_far_it_came(tmp_path, monkeypatch):

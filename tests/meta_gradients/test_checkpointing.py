@@ -1,0 +1,48 @@
+"""Gradient checkpointing: what a backward pass computes again belongs to the phase of its forward pass."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny, tokens
+
+from gradmem_adapter import GradMemConfig
+
+
+def make(architecture="llama", **config):
+    defaults = {"num_memory_tokens": 3, "write_steps": 2, "write_lr": 0.3}
+    return get_peft_model(tiny(architecture), GradMemConfig(**defaults | config))
+
+
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
+@pytest.mark.parametrize("phase", ["write", "read", "both"])
+def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
+    """What a backward pass computes again belongs to the phase that its forward pass was in."""
+    results = {}
+    for checkpointing in (False, True):
+        config = GradMemConfig(
+            num_memory_tokens=3,
+            meta_gradient=meta_gradient,
+            reconstruction_weight=0.5,
+            lora_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+            lora_phase=phase,
+        )
+        model = get_peft_model(tiny(attn_implementation="eager"), config)
+        model.train()
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        ids = tokens(2, 9)
+        model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids).loss.backward()
+        results[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert results[True].keys() == results[False].keys()
+    for name, value in results[True].items():
+        torch.testing.assert_close(value, results[False][name], rtol=1e-4, atol=1e-6)
+
+
+def test_exact_with_fused_attention_and_gradient_checkpointing_is_refused():
+    model = make()
+    model.train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 9)
+    model.write(ids)
+    with pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
+        model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids)

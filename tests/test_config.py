@@ -1,0 +1,98 @@
+"""The configuration: round trips, help, and values that are refused."""
+
+import dataclasses
+import inspect
+import json
+import re
+
+import pytest
+from peft import LoraConfig, PeftConfig
+
+from gradmem_adapter import GradMemConfig
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", {"k_proj"}])
+def test_config_round_trip(tmp_path, targets):
+    config = GradMemConfig(num_memory_tokens=5, lora_config={"r": 3, "target_modules": targets}, query_format="chat")
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(again, GradMemConfig)
+    assert isinstance(again.lora_config, LoraConfig)
+    assert again.to_dict() == config.to_dict()
+
+
+def test_help_explains_every_field_with_its_default():
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    own = [field for field in dataclasses.fields(GradMemConfig) if field.name not in inherited]
+    assert len(own) <= 24
+    for field in own:
+        default = "" if field.default is None else f", defaults to `{json.dumps(field.default).capitalize()}`"
+        if isinstance(field.default, str):
+            default = f', defaults to `"{field.default}"`'
+        assert re.search(
+            rf"^        {field.name} \(`[^)]+\*optional\*{re.escape(default)}\): \S", GradMemConfig.__doc__, re.M
+        ), field.name
+    documented = re.findall(r"^        (\w+) \(`", GradMemConfig.__doc__, re.M)
+    assert documented == [field.name for field in own]
+
+
+def test_the_signature_says_the_fields():
+    assert list(inspect.signature(GradMemConfig).parameters) == [f.name for f in dataclasses.fields(GradMemConfig)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"task_type": "SEQ_CLS"}, ValueError),
+        ({"task_type": None}, ValueError),
+        ({"num_memory_tokens": 0}, ValueError),
+        ({"num_memory_tokens": 2.0}, TypeError),
+        ({"num_memory_tokens": True}, TypeError),
+        ({"write_steps": -1}, ValueError),
+        ({"num_control_tokens": -1}, ValueError),
+        ({"second_order_steps": -1}, ValueError),
+        ({"write_lr": 0}, ValueError),
+        ({"write_lr": float("nan")}, ValueError),
+        ({"write_lr": "1"}, TypeError),
+        ({"memory_init_std": -0.1}, ValueError),
+        ({"reconstruction_weight": -1.0}, ValueError),
+        ({"write_clip_norm": 0.0}, ValueError),
+        ({"start": "sum"}, ValueError),
+        ({"start": True}, ValueError),
+        ({"trained_length": 0}, ValueError),
+        ({"trained_length": 8.0}, TypeError),
+        ({"learn_write_lr": True}, ValueError),
+        ({"num_write_lrs": 0, "learn_write_lr": "scalar"}, ValueError),
+        ({"num_write_lrs": 2}, ValueError),
+        ({"write_lr_from_end": True}, ValueError),
+        ({"write_head": "yes"}, TypeError),
+        ({"train_backbone": None}, TypeError),
+        ({"init_weights": 0}, TypeError),
+        ({"write_optimizer": "lion"}, ValueError),
+        ({"meta_gradient": "second"}, ValueError),
+        ({"memory_projection": "proj"}, ValueError),
+        ({"lora_phase": "never"}, ValueError),
+        ({"memory_init": "zeros"}, ValueError),
+        ({"query_format": "Q: "}, ValueError),
+        ({"meta_gradient": "none", "reconstruction_weight": 0.1}, ValueError),
+        ({"lora_config": 3}, TypeError),
+        ({"lora_config": {"bias": "all"}}, ValueError),
+        ({"lora_config": {"modules_to_save": ["lm_head"]}}, ValueError),
+        ({"lora_config": {"init_lora_weights": "pissa"}}, ValueError),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_named(fields, error):
+    with pytest.raises(error, match=next(iter(fields))):
+        GradMemConfig(**fields)
+
+
+def test_an_unknown_field_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"has no field memory_slots.*The fields are .*num_memory_tokens"):
+        GradMemConfig(memory_slots=3)
+    GradMemConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"start_from_context": False}))
+    for cls in (PeftConfig, GradMemConfig):
+        with pytest.raises(TypeError, match=r"has no field start_from_context.*rename or remove"):
+            cls.from_pretrained(tmp_path)

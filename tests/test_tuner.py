@@ -1,0 +1,110 @@
+"""A well-behaved PEFT tuner: several adapters, disabling, unloading, status, what is trained."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import ARCHITECTURES, tiny, tokens
+
+from gradmem_adapter import GradMemConfig
+
+IDS = tokens(2, 9)
+
+
+def lora(**options):
+    return LoraConfig(**{"r": 2, "target_modules": "all-linear", "init_lora_weights": False} | options)
+
+
+def make(architecture="llama", **config):
+    defaults = {"num_memory_tokens": 3, "write_lr": 0.3, "memory_init_std": 0.5}
+    return get_peft_model(tiny(architecture), GradMemConfig(**defaults | config)).eval()
+
+
+@pytest.mark.parametrize("first", [None, lora()])
+@pytest.mark.parametrize("second", [None, lora(r=3)])
+def test_switching_and_deleting(first, second):
+    model = make(lora_config=copy.deepcopy(first))
+    a = model.write(IDS)
+    config = GradMemConfig(num_memory_tokens=4, write_lr=0.3, lora_config=copy.deepcopy(second), memory_init_std=0.5)
+    model.add_adapter("other", config)
+    assert model.write(IDS).equal(a)  # the new one is not active yet
+    model.set_adapter("other")
+    b = model.write(IDS)
+    assert b.num_memory_tokens == 4
+    assert b.fingerprint != a.fingerprint
+    with pytest.raises(ValueError, match=f"written by model {a.fingerprint}, and this is model {b.fingerprint}"):
+        model(input_ids=IDS, memory=a)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(".other" in name for name in trainable)
+    model.set_adapter("default")
+    assert model.write(IDS).equal(a)
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters) == (True, ["default"])
+    assert status.peft_types == {"default": "GRADMEM", "other": "GRADMEM"}
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert model.write(IDS).equal(b)
+    model.add_adapter("third", GradMemConfig(num_memory_tokens=2))
+    model.delete_adapter("third")  # one that is not active
+    assert model.write(IDS).equal(b)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_disabled_or_unloaded_is_the_backbone(architecture, with_lora):
+    backbone = tiny(architecture)
+    model = make(architecture, lora_config=lora() if with_lora else None)
+    state = model.write(IDS)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected, text = backbone(IDS).logits, backbone.generate(IDS, **options)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+        assert torch.equal(model.generate(IDS, **options), text)
+        with pytest.raises(ValueError, match="adapter is disabled"):
+            model(input_ids=IDS, memory=state)
+        with pytest.raises(ValueError, match="adapter is disabled"):
+            model.write(IDS)
+    assert model.write(IDS).equal(state)
+    unloaded = model.unload()
+    assert torch.equal(unloaded(IDS).logits, expected)
+    assert {name for name, _ in unloaded.named_modules()} == {name for name, _ in backbone.named_modules()}
+    assert not hasattr(unloaded, "peft_config")
+    assert unloaded.state_dict().keys() == backbone.state_dict().keys()
+
+
+def test_merging_is_refused():
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        make().merge_and_unload()
+
+
+def test_trainable_parameters_are_counted(capsys):
+    model = make(memory_projection="shared", num_control_tokens=2, learn_write_lr="scalar")
+    assert model.get_nb_trainable_parameters()[0] == 3 * 32 + 32 * 32 + 32 + 4 * 2 * 32 + 1
+    model.print_trainable_parameters()
+    assert "trainable params: 1,409" in capsys.readouterr().out
+
+
+def test_only_what_is_asked_for_is_trainable():
+    frozen = make(lora_config=lora())
+    for name, parameter in frozen.named_parameters():
+        assert parameter.requires_grad == ("gradmem_" in name or "lora_" in name), name
+    full = make(lora_config=lora(), train_backbone=True)
+    assert all(parameter.requires_grad for parameter in full.parameters())
+    full.add_adapter("other", GradMemConfig(num_memory_tokens=2))
+    full.set_adapter("other")
+    assert [name for name, p in full.named_parameters() if p.requires_grad] == [
+        "base_model.model.memory_slots.gradmem_memory.other"
+    ]
+    full.set_adapter("default")
+    assert all(p.requires_grad for name, p in full.named_parameters() if "other" not in name)
+
+
+def test_half_precision_backbone():
+    model = get_peft_model(tiny().bfloat16(), GradMemConfig(num_memory_tokens=3, write_head=True)).eval()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "gradmem_" in name else torch.bfloat16), name
+    assert model.generate(IDS, memory=model.write(IDS), max_new_tokens=2).shape == (2, 11)
+    model.to(torch.float64)
+    assert model.write(IDS).dtype == torch.float64
