@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from gradmem_adapter.backbones import SMOLLM2, load_backbone
+from gradmem_adapter.backbones import SMOLLM2, check_end_token, load_backbone
 
 
 def test_local_directory(llama_directory: Path) -> None:
@@ -75,3 +76,15 @@ def test_file_missing_in_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"has no 'wanted.gguf', only \['other.gguf'\]"):
         load_backbone("package:holds_a_model/wanted.gguf")
+
+
+def test_an_end_token_that_generation_does_not_stop_at_is_refused() -> None:
+    backbone, tokenizer = tiny(), tiny_tokenizer()
+    check_end_token(backbone, tokenizer)
+    backbone.generation_config.eos_token_id = [7, tokenizer.eos_token_id]
+    check_end_token(backbone, tokenizer)
+    backbone.generation_config.eos_token_id = 7
+    with pytest.raises(ValueError, match=r"end token is '</s>' \(2\), and the backbone's generation stops at 7"):
+        check_end_token(backbone, tokenizer)
+    tokenizer.eos_token = None
+    check_end_token(backbone, tokenizer)

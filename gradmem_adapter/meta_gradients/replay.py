@@ -23,8 +23,8 @@ class Replay:
         self.device = device
         self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         # A CUDA graph has no random state that could be read while it is captured.
-        self.fixed = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self.state = None if self.fixed else self._random_state()
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.state = None if captured else self._random_state()
         self.drew = False
         """Whether the first time drew random numbers."""
 
