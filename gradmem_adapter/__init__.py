@@ -3,17 +3,17 @@
 Importing this package makes "GRADMEM" a PEFT method (arXiv 2603.13875).
 """
 
+from gradmem_adapter import compat
+from gradmem_adapter.backbones import SMOLLM2, load_backbone
+from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
+from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import Fidelity, GradMemModel
 from gradmem_adapter.outputs import GradMemOutput, WriteProgress
+from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
+from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.registration import register
-
-from .backbones import SMOLLM2, load_backbone
-from .checkpoint import load_checkpoint, save_checkpoint
-from .config import GradMemConfig
-from .peft_model import GradMemPeftModel, get_peft_model
-from .pipeline import GradMemPipeline
-from .state import MemoryState, MemoryStateError
-from .write.options import WriteOptions
+from gradmem_adapter.state import MemoryState, MemoryStateError
+from gradmem_adapter.write.options import WriteOptions
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "WriteOptions",
     "WriteProgress",
     "__version__",
+    "compat",
     "get_peft_model",
     "load_backbone",
     "load_checkpoint",

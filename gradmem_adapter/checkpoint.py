@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbones import load_backbone
-from .config import GradMemConfig
-from .model import GradMemModel
-from .peft_model import GradMemPeftModel
+from gradmem_adapter.backbones import load_backbone
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.peft_model import GradMemPeftModel
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -40,8 +40,11 @@ def save_checkpoint(
     The directory appears whole or not at all; a checkpoint that is there already is replaced.
 
     Args:
-        lora_dtype: what the LoRA's weights are rounded to in the file (bfloat16 halves it). What is loaded from it has
-            another fingerprint than `model`.
+        model (`PeftModel`): a model with an active GradMem adapter.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
+        path (`str` or `Path`): the directory.
+        lora_dtype (`torch.dtype`, *optional*): what the LoRA's weights are rounded to in the file; bfloat16 halves it.
+            What is loaded from it has another fingerprint than `model`.
 
     Raises:
         FileExistsError: there is something else at `path`, which is left alone.
@@ -76,6 +79,11 @@ def save_beside(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str 
     """Save as `save_checkpoint` does, but into a directory that holds other files, which stay.
 
     The files are written elsewhere first and moved in when all are there.
+
+    Args:
+        model (`PeftModel`): a model with an active GradMem adapter.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
+        path (`str` or `Path`): the directory.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -116,7 +124,10 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
     """Load a checkpoint's weights into the active adapter of a model, and into its backbone where that is trained.
 
     Args:
-        may_lack: tensors of the slots that stay as they are where the checkpoint has none.
+        model (`PeftModel`): a model with an active GradMem adapter.
+        path (`str` or `Path`): the checkpoint's directory.
+        may_lack (`Collection[str]`, *optional*): tensors of the slots that stay as they are where the checkpoint has
+            none.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or it has no trained backbone and the model needs one.
@@ -145,7 +156,13 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
 
 
 def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raise `ValueError` unless both have the same tensors, shape by shape."""
+    """Raise `ValueError` unless both have the same tensors, shape by shape.
+
+    Args:
+        path (`Path`): the checkpoint, for messages.
+        saved (`dict[str, Tensor]`): its tensors.
+        own (`dict[str, Tensor]`): the model's.
+    """
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, own))
         if there != here:
@@ -167,12 +184,14 @@ def load_checkpoint(
     """Open a checkpoint: a model that writes and reads, and its tokenizer.
 
     Args:
-        path: a directory made by `save_checkpoint` (or by PEFT's `save_pretrained`), or the name of one on the hub.
-        backbone: the backbone, or where to find it (see `load_backbone`). Default: the one inside the checkpoint if
-            it was trained, otherwise the one the adapter was made for.
-        dtype: of the backbone; the adapter stays in float32.
-        device: where to put it.
-        is_trainable: leave the adapter trainable.
+        path (`str` or `Path`): a directory made by `save_checkpoint` (or by PEFT's `save_pretrained`), or the name of
+            one on the hub.
+        backbone (`str`, `Path` or `PreTrainedModel`, *optional*): the backbone, or where to find it (see
+            `load_backbone`). `None`: the one inside the checkpoint if it was trained, otherwise the one that the
+            adapter was made for.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the backbone; the adapter stays in float32.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where to put both.
+        is_trainable (`bool`, *optional*, defaults to `False`): leave the adapter trainable.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

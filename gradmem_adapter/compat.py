@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from .config import GradMemConfig
-from .model import GradMemModel
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.model import GradMemModel
 
 _BACKBONE = "model."
 # The authors' name of each tensor of the method, and ours.
@@ -46,6 +46,9 @@ _DESCRIPTIONS = {"architecture", "base_config", "tied_embeddings"}  # what a con
 
 def config_from_authors_options(options: Mapping[str, Any]) -> GradMemConfig:
     """The `GradMemConfig` that says what the authors' options say, all weights trained.
+
+    Args:
+        options (`Mapping`): the GradMem options under the authors' names (`n_mem_tokens`, `K`, `lr`, `grad_mode`, ...).
 
     Raises:
         ValueError: an option that is not known, a missing one, or a wrong value of one.
@@ -87,10 +90,11 @@ def load_authors_checkpoint(
     """Open a checkpoint of the authors' code, trainable as theirs is: slots and all weights.
 
     Args:
-        state_dict: tensors under the authors' names: `mem`, `mem_proj.*`, `write_head.weight`, `write_st`,
-            `write_end`, `read_st`, `read_end`, and the backbone under `model.`.
-        base_config: the backbone's Transformers config, or its dict with `model_type`.
-        options: the GradMem options under the authors' names (`n_mem_tokens`, `K`, `lr`, `grad_mode`, ...).
+        state_dict (`Mapping[str, Tensor]`): tensors under the authors' names: `mem`, `mem_proj.*`, `write_head.weight`,
+            `write_st`, `write_end`, `read_st`, `read_end`, and the backbone under `model.`.
+        base_config (`PretrainedConfig` or `Mapping`): the backbone's Transformers config, or its dict with
+            `model_type`.
+        options (`Mapping`): the GradMem options under the authors' names (`n_mem_tokens`, `K`, `lr`, `grad_mode`, ...).
 
     Returns:
         The backbone with a GradMem adapter, in the checkpoint's dtype and in eval mode.
@@ -134,8 +138,11 @@ def load_authors_checkpoint(
 def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
     """The parameters of the active adapter and the backbone under the names of the authors' code.
 
-    Tied weights appear once, under the first of their names. A LoRA and a learned write learning rate have no
-    counterpart there.
+    Tied weights appear once, under the first of their names. A LoRA, a learned write learning rate and a start from the
+    context have no counterpart there.
+
+    Args:
+        model (`PeftModel`): a model with an active GradMem adapter.
 
     Raises:
         ValueError: the adapter has a part without a name in the authors' code.
@@ -143,8 +150,8 @@ def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
     tuner = cast(GradMemModel, model.base_model)
     slots, adapter = tuner.slots, model.active_adapter
     config = cast(GradMemConfig, model.peft_config[adapter])
-    if config.lora_config is not None or config.learn_write_lr != "no":
-        raise ValueError("lora_config and learn_write_lr have no counterpart in the authors' code.")
+    if config.lora_config is not None or config.learn_write_lr != "no" or config.start != "slots":
+        raise ValueError("lora_config, learn_write_lr and start have no counterpart in the authors' code.")
     result: dict[str, nn.Parameter] = {}
     for theirs, name in _NAMES.items():
         container = getattr(slots, name)

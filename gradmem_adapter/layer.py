@@ -23,17 +23,20 @@ the vocabulary, in SmolLM2-135M."""
 class MemorySlots(nn.Module, BaseTunerLayer):
     """The memory slots M_0 and the method's optional parts, per adapter name.
 
-    Shapes (m memory tokens, c control tokens, d embedding size, V vocabulary):
-        gradmem_memory: [m, d], the initial memory M_0.
-        gradmem_log_write_lr: [n] or [n, m, d], natural logarithm of the learned write learning rates of the first n
-            write steps, one for all elements of the memory or one for each.
-        gradmem_log_write_lr_end: the same of the factors of those n steps, counted from the last that is taken
-            (`write_lr_from_end`).
-        gradmem_start_gain: [d], the gain of the forward pass that WRITE starts from (`start`).
-        gradmem_pool_gain: [d], the gain of the means of the context's parts (`start`).
-        gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end: [c, d], control vectors.
-        gradmem_projection: Linear(d, d), on the memory before it enters the model.
-        gradmem_write_head: Linear(hidden, V), the output head of WRITE.
+    m are memory tokens, c control tokens, d is the embedding size, V the vocabulary.
+
+    Attributes:
+        gradmem_memory (`Parameter`): `[m, d]`, the memory slots M_0.
+        gradmem_log_write_lr (`Parameter`): `[n]` or `[n, m, d]`, natural logarithm of the learned write learning rates
+            of the first n write steps, one for all elements of the memory or one for each.
+        gradmem_log_write_lr_end (`Parameter`): the same of the factors of those n steps, counted from the last that is
+            taken; see `write/rates.py`.
+        gradmem_start_gain (`Parameter`): `[d]`, the gain of the forward pass that WRITE starts from.
+        gradmem_pool_gain (`Parameter`): `[d]`, the gain of the means of the context's parts.
+        gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end (`Parameter`): `[c, d]`, control
+            vectors.
+        gradmem_projection (`Linear`): `[d, d]`, on the memory before it enters the model.
+        gradmem_write_head (`Linear`): `[V, hidden]`, the output head of WRITE.
     """
 
     adapter_layer_names = (
@@ -67,7 +70,13 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         self._devices: dict[str, torch.device] = {}
 
     def add(self, adapter: str, config: GradMemConfig, backbone: PreTrainedModel) -> None:
-        """Create the tensors of one adapter, on the device of the backbone's embeddings, float32 or wider."""
+        """Create the tensors of one adapter, on the device of the backbone's embeddings, float32 or wider.
+
+        Args:
+            adapter (`str`): the adapter's name.
+            config (`GradMemConfig`): which parts it has.
+            backbone (`PreTrainedModel`): where embeddings and output head come from.
+        """
         embedding = backbone.get_input_embeddings()
         table = cast(Tensor, embedding.weight)
         factory: dict[str, Any] = {"device": table.device, "dtype": torch.promote_types(table.dtype, torch.float32)}
@@ -129,12 +138,12 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         """What stands before the tokens: `[start; projection(M); end]`.
 
         Args:
-            memory: [B, m, d].
-            phase: whose control vectors.
-            adapter: the adapter's name.
+            memory (`Tensor`): `[B, m, d]`, M.
+            phase (`str`): whose control vectors, `"write"` or `"read"`.
+            adapter (`str`): the adapter's name.
 
         Returns:
-            [B, m + 2c, d].
+            `Tensor`: `[B, m + 2c, d]`.
         """
         if adapter in self.gradmem_projection:
             memory = self.gradmem_projection[adapter](memory)
@@ -147,5 +156,5 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         return torch.cat([start, memory, end], dim=1)
 
     def write_head(self, adapter: str) -> nn.Module | None:
-        """The output head of WRITE; None where WRITE uses the backbone's."""
+        """The output head of WRITE, `None` where WRITE uses the backbone's."""
         return self.gradmem_write_head[adapter] if adapter in self.gradmem_write_head else None  # noqa: SIM401 - no get

@@ -10,27 +10,36 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class WriteProgress(NamedTuple):
-    """What a callback of `write` is given before each step and after the last."""
+    """What a callback of `write` is given before each step and after the last.
+
+    Args:
+        step (`int`): how many steps were taken.
+        steps (`int`): K, how many there are to take.
+        losses (`Tensor`): `[B]`, the write loss of each sample in nats per token.
+        recovered (`Tensor`): `[B]`, the share of context tokens that are the model's first choice given the true tokens
+            before them.
+    """
 
     step: int
     steps: int
     losses: Tensor
-    """[B], the write loss of each sample."""
     recovered: Tensor
-    """[B], the share of context tokens that are the model's first choice given the true tokens before them."""
 
 
 @dataclass
 class GradMemOutput(CausalLMOutputWithPast):
     """What `forward` returns: the backbone's output for the query positions, and what WRITE did.
 
-    Attributes:
-        loss: the outer loss: target loss + reconstruction_weight x mean last write loss.
-        target_loss: the loss on `labels` alone.
-        write_losses: [contexts, K], the write losses before each step, where a context was written;
-            [contexts, 1] with K=0, that of the memory WRITE starts from, where this has a weight in the loss.
-        memory: [contexts, m, d], the memory after WRITE, where a context was written.
-        correct: [B], with `max_targets`: whether every target token of a query is the model's first choice.
+    Args:
+        loss (`Tensor`, *optional*): a scalar, the outer loss: target loss + reconstruction_weight x mean last write
+            loss.
+        logits (`Tensor`, *optional*): `[B, T, V]` of the query positions.
+        target_loss (`Tensor`, *optional*): a scalar, the loss on `labels` alone.
+        write_losses (`Tensor`, *optional*): `[C, K]`, the write losses before each step, where C contexts were written;
+            `[C, 1]` with K=0, that of the memory WRITE starts from, where this has a weight in the loss.
+        memory (`Tensor`, *optional*): `[C, m, d]`, the memory after WRITE, where contexts were written.
+        correct (`Tensor`, *optional*): `[B]`, with `max_targets`: whether every target token of a query is the model's
+            first choice.
     """
 
     target_loss: Tensor | None = None
@@ -40,12 +49,16 @@ class GradMemOutput(CausalLMOutputWithPast):
 
 
 class Fidelity(NamedTuple):
-    """How much of each context its state gives back, [B] each, between 0 and 1.
+    """How much of each context its state gives back, between 0 and 1.
 
     `teacher_forced` says how good the write loss got and can be near 1 where `greedy` is near 0.
+
+    Args:
+        greedy (`Tensor`): `[B]`, the share of context tokens that greedy decoding from memory gets back, place by
+            place.
+        teacher_forced (`Tensor`): `[B]`, the share of context tokens that are the model's first choice when shown the
+            true tokens before them.
     """
 
     greedy: Tensor
-    """Share of context tokens that greedy decoding from memory gets back, place by place."""
     teacher_forced: Tensor
-    """Share of context tokens that are the model's first choice when shown the true tokens before them."""

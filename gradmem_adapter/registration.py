@@ -6,10 +6,10 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from .config import REGISTRIES, GradMemConfig
-from .meta_gradients import STRATEGIES
-from .model import GradMemModel
-from .write.optimizers import OPTIMIZERS
+from gradmem_adapter.config import REGISTRIES, GradMemConfig
+from gradmem_adapter.meta_gradients import STRATEGIES
+from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.write.optimizers import OPTIMIZERS
 
 NAME = "GRADMEM"
 

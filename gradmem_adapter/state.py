@@ -30,14 +30,15 @@ class MemoryStateError(ValueError):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MemoryState:
-    """A batch of written contexts.
+    """A batch of written contexts: what WRITE makes and READ takes.
 
-    Attributes:
-        vectors: [B, m, d], the memory itself, before projection and control vectors, so that WRITE can go on from it.
-        context_tokens: [B], how many tokens each context had.
-        write_losses: [B, steps + 1], the write loss in nats per token before each step and after the last; a sample
-            that stopped early repeats its last.
-        fingerprint: the identity of the backbone and adapter that wrote it.
+    Args:
+        vectors (`Tensor`): `[B, m, d]`, the memory itself, before projection and control vectors, so that WRITE can go
+            on from it.
+        context_tokens (`Tensor`): `[B]` integers, how many tokens each context had.
+        write_losses (`Tensor`): `[B, steps + 1]`, the write loss in nats per token before each step and after the last;
+            a sample that stopped early repeats its last.
+        fingerprint (`str`): the identity of the backbone and adapter that wrote it.
 
     Raises:
         TypeError, ValueError: tensors of a wrong kind or shape.
@@ -106,7 +107,15 @@ class MemoryState:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> MemoryState:
-        """A state (an integer gives a batch of one) or several (slice, list, integer or boolean tensor)."""
+        """Some of the states.
+
+        Args:
+            index (`int`, `slice`, `Sequence[int]` or `Tensor`): an integer gives a batch of one; a tensor holds
+                integers or booleans.
+
+        Raises:
+            IndexError: there is no such state, or none is selected.
+        """
         if isinstance(index, SupportsIndex) and not (isinstance(index, Tensor) and index.dim()):
             number = index.__index__()
             if not -len(self) <= number < len(self):
@@ -129,6 +138,9 @@ class MemoryState:
     def stack(states: Sequence[MemoryState]) -> MemoryState:
         """States as one batch, in order.
 
+        Args:
+            states (`Sequence[MemoryState]`): of the same model and shape.
+
         Raises:
             ValueError: no states, or states of different models, shapes or dtypes.
         """
@@ -148,6 +160,9 @@ class MemoryState:
 
         `context_tokens` add up; `write_losses` are the mean over all their tokens.
 
+        Args:
+            states (`Sequence[MemoryState]`): of the same model, with the same number of states each.
+
         Raises:
             ValueError: no states, or states of different models, widths, dtypes or batch sizes.
         """
@@ -166,7 +181,12 @@ class MemoryState:
     # ---------------------------------------------------------------- place
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
-        """On another device, or with the vectors in another floating dtype (bfloat16 halves their bytes)."""
+        """The states elsewhere, or narrower.
+
+        Args:
+            device (`torch.device` or `str`, *optional*): where to. `None`: where they are.
+            dtype (`torch.dtype`, *optional*): a floating dtype for the vectors; bfloat16 halves their bytes.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None and not dtype.is_floating_point:
@@ -209,6 +229,10 @@ class MemoryState:
     @classmethod
     def from_bytes(cls, data: bytes, device: torch.device | str = "cpu") -> MemoryState:
         """Read what `to_bytes` made. Never unpickles.
+
+        Args:
+            data (`bytes`): one safetensors file.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put the tensors.
 
         Raises:
             MemoryStateError: the data is truncated, foreign, damaged or of a newer version.
@@ -253,6 +277,9 @@ class MemoryState:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file, whole or not at all: a file that is there already stays until the new one is complete.
 
+        Args:
+            path (`str` or `PathLike`): where to.
+
         Raises:
             FileNotFoundError: the directory does not exist.
         """
@@ -262,6 +289,10 @@ class MemoryState:
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MemoryState:
         """Read a file that `save` made. Never unpickles.
+
+        Args:
+            path (`str` or `PathLike`): the file.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put the tensors.
 
         Raises:
             MemoryStateError: the file is truncated, foreign, damaged or of a newer version.

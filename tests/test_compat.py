@@ -161,7 +161,10 @@ class TestOptions:
             config_from_authors_options({key: value for key, value in OPTIONS.items() if key != name})
 
 
-@pytest.mark.parametrize("part", [{"lora_config": LoraConfig(target_modules=["q_proj"])}, {"learn_write_lr": "scalar"}])
+@pytest.mark.parametrize(
+    "part",
+    [{"lora_config": LoraConfig(target_modules=["q_proj"])}, {"learn_write_lr": "scalar"}, {"start": "context"}],
+)
 def test_parts_without_a_name(part):
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2, **part))
     with pytest.raises(ValueError, match="no counterpart in the authors' code"):

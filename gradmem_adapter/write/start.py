@@ -13,7 +13,7 @@ from gradmem_adapter.write.loss import Writer
 
 
 def start_memory(writer: Writer, context: Context) -> Tensor:
-    """The memory [B, m, d] that WRITE of B contexts starts from: the slots M_0, or with `start="context"`
+    """The memory that WRITE starts from: the slots M_0, or with `start="context"`
 
         M_0(C) = S + gain * h_S,    [h_C; h_S] = backbone([C; S]),    S = M_0,
 
@@ -21,6 +21,16 @@ def start_memory(writer: Writer, context: Context) -> Tensor:
     al., 2022). With `start="pooled_context"` the j-th of m equal parts of C, P_j, is averaged into slot j:
 
         S_j = M_0j + pool_gain * mean(embeddings of P_j).
+
+    Args:
+        writer (`Writer`): the model, whose configuration says which.
+        context (`Context`): B contexts, C.
+
+    Returns:
+        `Tensor`: `[B, m, d]`.
+
+    Raises:
+        NotImplementedError: it is to be trained, with gradient checkpointing and a LoRA of one phase together.
     """
     slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
     if writer.config.start == "slots":
