@@ -131,7 +131,9 @@ class ChatGradMem(BatchingChatModel):
         tokens = sum(int(state.context_tokens.sum()) for state in states)
         return Request(chat, MemoryState.concat(states), tokens)
 
-    def _generation(self, stop: list[str] | None, kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any], Any]:
+    def _generation(
+        self, stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> tuple[list[str], dict[str, Any], int | None]:
         """Stop texts, options of `generate`, and the seed, of a call."""
         unknown = kwargs.keys() - {*_OPTIONS, "memory", "stream", "tools"}
         if unknown:
