@@ -1,0 +1,164 @@
+"""The commands of `python -m evaluation`, thin over its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+
+from gradmem_adapter.training import TrainingDiverged
+from gradmem_adapter.utils.files import check_writable
+
+from .compare import compare as compare_answers
+from .config import Evaluation, RunConfig, task_of
+from .models import load_config
+from .plots import draw_all
+from .results import RESULTS
+from .run import evaluate
+from .tables import ROOT, fill, markdown, results_table
+from .tasks import KVRetrieval, Reconstruction, Task
+from .train import train as train_run
+
+app = typer.Typer(
+    help="Reproduce every number: train from a recipe, measure, compare, and make the tables and plots.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+F = TypeVar("F", bound=Callable[..., Any])
+DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
+SETTING = typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated.")
+
+
+def _plain_errors(command: F) -> F:
+    """Wrong input ends a command with a line and exit status 2, training that diverged with 1; no traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ImportError, torch.cuda.OutOfMemoryError, TrainingDiverged) as error:
+            typer.secho(f"evaluation {command.__name__}: {error}", fg="red", err=True)
+            raise typer.Exit(1 if isinstance(error, TrainingDiverged) else 2) from error
+
+    return run  # type: ignore[return-value]
+
+
+@app.command()
+@_plain_errors
+def train(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file of evaluation/recipes.")],
+    output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
+    settings: Annotated[list[str] | None, SETTING] = None,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Train a model as a recipe says."""
+    checkpoint = train_run(RunConfig.load(recipe, settings or ()), output, _device(device))
+    typer.echo(f"Saved: {checkpoint}. Measure it: python -m evaluation run {checkpoint}")
+
+
+@app.command()
+@_plain_errors
+def run(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `train` made.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help='"{name: babi, source: data/babi, number: 2}". Repeatable; default: as the checkpoint says.'),
+    ] = None,
+    pairs: Annotated[str | None, typer.Option(help="Key-value retrieval with these numbers of pairs, as 16,32.")] = None,
+    contexts: Annotated[int, typer.Option(min=1, help="--pairs: contexts for each number of pairs.")] = 128,
+    text: Annotated[Path | None, typer.Option(exists=True, help="How much of this text comes back from memory.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help='Only this data set, as tables name it ("babi 2").')] = None,
+    steps: Annotated[str | None, typer.Option(help="Numbers of write steps, as 1,2,5.")] = None,
+    states: Annotated[str | None, typer.Option(help="How many contexts a question is asked of, as 1,2.")] = None,
+    split: Annotated[str | None, typer.Option(help="The part of the data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many contexts of each data set.")] = None,
+    results: Annotated[Path | None, typer.Option(dir_okay=False, help="A file that the results are added to.")] = None,
+    answers: Annotated[Path | None, typer.Option(dir_okay=False, help="A file for every answer.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the other contexts with --states.")] = 0,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Measure a trained model, and print a table."""
+    config = load_config(checkpoint)
+    tasks: list[Task] = [task_of(fields) for fields in task or ()]
+    tasks += [KVRetrieval(pairs=n, contexts=contexts) for n in _numbers("--pairs", pairs) or ()]
+    tasks += [] if text is None else [Reconstruction(text=str(text))]
+    tasks = tasks or [t for t in config.evaluation.tasks or config.tasks if t.measured]
+    if unknown := sorted(set(only or ()) - {t.dataset for t in tasks}):
+        raise ValueError(f"There is no data set {', '.join(unknown)}; there are {', '.join(t.dataset for t in tasks)}.")
+    evaluation = Evaluation(
+        tasks=tuple(t for t in tasks if not only or t.dataset in only),
+        write_steps=_numbers("--steps", steps) or config.evaluation.write_steps,
+        states=_numbers("--states", states) or config.evaluation.states,
+        split=split or config.evaluation.split,
+    )
+    for path in (results, answers):
+        if path is not None:
+            check_writable(path)
+    found = evaluate(
+        checkpoint, device=_device(device), evaluation=evaluation, limit=limit, seed=seed, results=results,
+        answers=answers, show=typer.echo,
+    )  # fmt: skip
+    typer.echo("\n" + markdown(results_table(found)))
+
+
+@app.command()
+@_plain_errors
+def compare(
+    first: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `run --answers` made.")],
+    second: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The same of another model.")],
+) -> None:
+    """How much better a model answers the same questions than another, in pairs, with standard errors."""
+    typer.echo(markdown(compare_answers(first, second)))
+
+
+@app.command()
+@_plain_errors
+def tables(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit status 1 if a table differs.")] = False,
+    root: Annotated[Path, typer.Option(help="Where README.md and docs/ are.")] = ROOT,
+) -> None:
+    """Fill every `<!-- table: NAME -->` block of README.md and docs/ from the result files."""
+    changed = fill(root, write=not check)
+    for place in changed:
+        typer.echo(f"{'differs' if check else 'filled'}: {place}")
+    if check and changed:
+        typer.secho("Run `python -m evaluation tables`.", fg="red", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+@_plain_errors
+def plots(
+    output: Annotated[Path, typer.Option(help="Directory of the PNG files.")] = RESULTS / "plots",
+) -> None:
+    """Draw all plots from the result files."""
+    for path in draw_all(output):
+        typer.echo(f"Drawn: {path}")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {name!r}; use cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA GPU here; use --device cpu.")
+    return device
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{option} takes integers with commas between them, as in 1,2,5, got {text!r}.") from error
+    if min(numbers) < 0:
+        raise ValueError(f"{option} cannot be negative, got {text!r}.")
+    return numbers

@@ -1,0 +1,180 @@
+"""What a run is made of: tasks, method, model, training and evaluation, as YAML says it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import yaml
+
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.training import GradMemTrainingArguments, RowBatches
+from gradmem_adapter.utils.files import read_text
+
+from .methods import METHODS, Method
+from .tasks import TASKS, Task
+
+T = TypeVar("T")
+STRICT = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+def _by_name(what: str, kinds: Mapping[str, type[T]]) -> Callable[[Any], T]:
+    """Makes {"name": ..., options} to an object of the kind of that name."""
+
+    def build(value: Any) -> T:
+        if not isinstance(value, Mapping):
+            return value
+        options = dict(value)
+        name = options.pop("name", None)
+        if name not in kinds:
+            raise ValueError(f"A {what}'s name must be one of {', '.join(sorted(kinds))}, got {name!r}.")
+        return pydantic.TypeAdapter(kinds[name]).validate_python(options)
+
+    return build
+
+
+AnyTask = Annotated[Task, pydantic.PlainValidator(_by_name("task", TASKS))]
+AnyMethod = Annotated[Method, pydantic.PlainValidator(_by_name("method", METHODS))]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Evaluation:
+    """What is measured of a trained model: every task at every number of write steps and of states.
+
+    Args:
+        tasks (`tuple[Task, ...]`, *optional*): as in `RunConfig`; none: those that were trained.
+        write_steps (`tuple[int, ...]`, *optional*, defaults to `(1,)`): numbers of write steps, or of passes.
+        states (`tuple[int, ...]`, *optional*, defaults to `(1,)`): how many contexts a question is asked of.
+        split (`str`, *optional*, defaults to `"test"`): of the data.
+    """
+
+    tasks: tuple[AnyTask, ...] = ()
+    write_steps: tuple[pydantic.NonNegativeInt, ...] = (1,)
+    states: tuple[pydantic.PositiveInt, ...] = (1,)
+    split: str = "test"
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """Everything that a trained model is made of, and what is measured of it.
+
+    Args:
+        tasks (`tuple[Task, ...]`): what is trained, `{name: ..., share: ..., ...}` each, with the options of its class.
+        backbone (`str` or `dict`): a local directory, a hub id or package:<package>/<file>.gguf; or the shape of a Llama
+            that is trained from scratch (`scratch_llama`).
+        method (`Method`, *optional*, defaults to `gradmem`): `{name: ..., ...}`.
+        memory (`dict`, *optional*): fields of `GradMemConfig`; baselines read num_memory_tokens, lora_config and a few.
+        batches (`dict`, *optional*): arguments of `RowBatches`, where tasks do not make batches of their own.
+        training (`dict`, *optional*): fields of `GradMemTrainingArguments`.
+        init_from (`str`, *optional*): a checkpoint of a run with the same model, whose weights are trained further.
+        evaluation (`Evaluation`, *optional*): what `python -m evaluation run` measures.
+
+    Raises:
+        ValueError: a field is unknown or has a value that cannot work; the message names it.
+    """
+
+    tasks: Annotated[tuple[AnyTask, ...], pydantic.Field(min_length=1)]
+    backbone: str | dict[str, Any]
+    method: AnyMethod = field(default_factory=METHODS["gradmem"])
+    memory: dict[str, Any] = field(default_factory=dict)
+    batches: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("memory", _fields(GradMemConfig)),
+            ("training", _fields(GradMemTrainingArguments)),
+            ("batches", inspect.signature(RowBatches).parameters),
+        ):
+            if unknown := sorted(set(getattr(self, name)) - set(kind)):
+                raise ValueError(f"{name} has no field {', '.join(unknown)}.")
+        if 0 in self.training.get("write_steps", ()) and self.memory.get("start", "slots") == "slots":
+            raise ValueError(
+                "training.write_steps holds 0, after which memory knows nothing of the context: leave it out, or let "
+                "memory.start be context or pooled_context."
+            )
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> RunConfig:
+        """The configuration with these fields, as YAML or JSON has them."""
+        return pydantic.TypeAdapter(cls).validate_python(fields)
+
+    @classmethod
+    def load(cls, path: Path | None, settings: Sequence[str] = ()) -> RunConfig:
+        """The configuration of a YAML file, with some of its fields set anew.
+
+        Args:
+            path (`Path`, *optional*): a file with a mapping of fields.
+            settings (`Sequence[str]`, *optional*): "field=value" or "outer.inner=value"; values are YAML.
+
+        Raises:
+            ValueError: the file or a setting cannot be read, or a field is unknown or wrong; the message names it.
+        """
+        fields = {} if path is None else _yaml(read_text(path), str(path))
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} must hold a mapping of fields, got {type(fields).__name__}.")
+        for setting in settings:
+            _set(fields, setting)
+        return cls.of(fields)
+
+    def fields(self) -> dict[str, Any]:
+        """What `of` takes, as JSON."""
+        result = dataclasses.asdict(self)
+        result["tasks"], result["method"] = _named(self.tasks), _named([self.method])[0]
+        result["evaluation"]["tasks"] = _named(self.evaluation.tasks)
+        return result
+
+    @property
+    def write_steps(self) -> tuple[int, ...]:
+        """The numbers of write steps that training draws from; none where the method has no steps."""
+        if self.method.step is None:
+            return ()
+        drawn = self.training.get("write_steps") or [k for task in self.tasks for k in task.write_steps]
+        return tuple(sorted(set(drawn or [self.memory.get("write_steps", GradMemConfig().write_steps)])))
+
+    @property
+    def query_format(self) -> str:
+        """As in `GradMemConfig`."""
+        return str(self.memory.get("query_format", GradMemConfig().query_format))
+
+
+def task_of(text: str) -> Task:
+    """A task from YAML, as `{name: kv_retrieval, pairs: 16}`."""
+    return _by_name("task", TASKS)(_yaml(text, text))
+
+
+def _fields(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _named(objects: Iterable[Task | Method]) -> list[dict[str, Any]]:
+    return [{"name": value.name, **dataclasses.asdict(value)} for value in objects]
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not YAML: {error}") from error
+
+
+def _set(fields: dict[str, Any], setting: str) -> None:
+    name, equals, value = setting.partition("=")
+    if not equals or not name:
+        raise ValueError(f"A setting is written field=value or outer.inner=value, got {setting!r}.")
+    *outer, last = name.split(".")
+    place: Any = fields
+    for key in outer:
+        place = place[int(key)] if isinstance(place, list) and key.isdigit() else place.setdefault(key, {})
+        if not isinstance(place, dict | list):
+            raise ValueError(f"{setting!r}: {key!r} has no fields of its own.")
+    if not isinstance(place, dict):
+        raise ValueError(f"{setting!r}: {outer[-1]!r} is a list; say which of its entries, as in tasks.0.share=2.")
+    place[last] = _yaml(value, f"The value of {setting!r}")

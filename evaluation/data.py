@@ -1,0 +1,174 @@
+"""Where texts and questions come from: files, datasets on the hub, and the forms their records have."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from gradmem_adapter.utils.files import read_text
+
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+"""Contexts with queries and targets, as `GradMemCollator` takes them."""
+_CONTEXT = ("context", "passage", "content", "story_section")
+_QUERY = ("query", "question")
+
+
+def qa_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[str, Any]]:
+    """Passages with all questions on them, as `GradMemCollator` takes them, in order of first appearance.
+
+    Args:
+        source: a directory with `<split>.jsonl` (or `.jsonl.gz`), one question a line, or with SQuAD's own
+            `<split>.json`, `<split>-v1.1.json` or `<split>-v2.0.json`; otherwise what `datasets.load_dataset` takes.
+        split: "train", "valid", "test", or as the dataset calls it.
+        hub_options: for `datasets.load_dataset`: name, revision, ...
+
+    Returns:
+        {"context", "queries", "targets", "answers": the accepted answers of each query}. Questions without an answer
+        (SQuAD 2.0 has some) are left out.
+
+    Raises:
+        FileNotFoundError: the directory has no such split; the message lists its files.
+        ValueError: records of a form that is not known; the message names their fields. Or no question has an answer.
+        ImportError: the hub is needed, and the package `datasets` is not installed.
+    """
+    rows = group(parse(record) for record in records(source, split, **hub_options))
+    if not rows:
+        raise ValueError(f"No question of {str(source)!r} has an answer in its split {split!r}.")
+    return rows
+
+
+def records(source: str | Path, split: str, **hub_options: Any) -> Iterable[Mapping[str, Any]]:
+    """The questions of a directory or of the hub one by one, in the form they have there."""
+    directory = Path(source)
+    if not directory.is_dir():
+        return load_from_hub(str(source), split, **hub_options)
+    for suffix in (".jsonl", ".jsonl.gz"):
+        if (file := directory / f"{split}{suffix}").is_file():
+            return [record for _, record in json_lines(file)]
+    for suffix in (".json", "-v1.1.json", "-v2.0.json"):
+        if (file := directory / f"{split}{suffix}").is_file():
+            return squad_file(file)
+    if has_tables(directory):
+        return load_from_hub(str(source), split, **hub_options)
+    there = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
+    raise FileNotFoundError(f"{directory} has no {split}.jsonl, {split}.jsonl.gz or {split}.json. It has {there}.")
+
+
+def has_tables(directory: Path) -> bool:
+    """Whether it is a dataset as the hub keeps them, which `datasets` loads by its path."""
+    return any(directory.glob("*.parquet")) or any(directory.glob("*/*.parquet"))
+
+
+def load_from_hub(source: str, split: str, **options: Any) -> Iterable[Mapping[str, Any]]:
+    """A split of a dataset, by the package `datasets`."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"{source!r} is no directory here, and the hub needs: pip install 'gradmem-adapter[hub]'."
+        ) from error
+    return load_dataset(source, split=split, **options)
+
+
+def squad_file(path: Path) -> Iterable[dict[str, Any]]:
+    """The questions of a file as SQuAD is distributed: articles, paragraphs, questions."""
+    try:
+        articles = json.loads(read_text(path))["data"]
+        return [
+            {"context": paragraph["context"], "question": question["question"],
+             "answers": {"text": [answer["text"] for answer in question["answers"]]}}
+            for article in articles for paragraph in article["paragraphs"] for question in paragraph["qas"]
+        ]  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file in SQuAD's form: {type(error).__name__} {error}.") from error
+
+
+def parse(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
+    """Context, question and accepted answers of a record in any of the known forms.
+
+    Raises:
+        ValueError: it has another form; the message names its fields.
+    """
+    context, query = (next((name for name in names if record.get(name)), None) for names in (_CONTEXT, _QUERY))
+    if context is not None and query is not None:
+        found = _answers(record, own_form=query == "query")
+        if found is not None:
+            return str(record[context]), str(record[query]), [text for text in dict.fromkeys(found) if text.strip()]
+    raise ValueError(
+        f"A record has the fields {', '.join(record) or 'none'}; needed are a context ({', '.join(_CONTEXT)}), a "
+        f"question ({', '.join(_QUERY)}) and answers (answers, answer, answer1, or target beside query)."
+    )
+
+
+def _answers(record: Mapping[str, Any], own_form: bool) -> list[str] | None:
+    """All answers of a record, none if it is unanswered; None if it has no field for them."""
+    # The target comes first: it is what is trained on. (Elsewhere a "target" may be something else.)
+    forms = [("target", "answers") if own_form else ("answers",), ("answer", "answer1", "answer2")]
+    for names in forms:
+        if any(record.get(name) is not None for name in names):
+            return [text for name in names for text in _texts(record.get(name))]
+    return [] if any(name in record for names in forms for name in names) else None
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a field of answers: a text, a list, {"text": ...}, or these in one another."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        if "text" not in value:
+            raise ValueError(f"An answer has the fields {', '.join(value) or 'none'}; needed is text.")
+        return _texts(value["text"])
+    if isinstance(value, str) or not isinstance(value, Iterable):  # a text is iterable too, but not a list of answers
+        return [str(value)]
+    return [text for item in value for text in _texts(item)]
+
+
+def group(questions: Iterable[tuple[str, str, list[str]]]) -> list[dict[str, Any]]:
+    """Questions on the same context as one row."""
+    rows: dict[str, dict[str, Any]] = {}
+    for context, query, answers in questions:
+        if not answers:
+            continue
+        row = rows.setdefault(context, {"context": context, "queries": [], "targets": [], "answers": []})
+        row["queries"].append(query)
+        row["targets"].append(answers[0])
+        row["answers"].append(answers)
+    return list(rows.values())
+
+
+def questions(rows: Rows) -> tuple[list[str], list[str], list[int], list[list[str]]]:
+    """Contexts, queries, the context of each query, and its accepted answers."""
+    contexts: list[str] = []
+    queries: list[str] = []
+    index: list[int] = []
+    references: list[list[str]] = []
+    for i, row in enumerate(rows):
+        contexts.append(row["context"])
+        several = "queries" in row
+        asked = row["queries"] if several else [row["query"]]
+        targets = row["targets"] if several else [row["target"]]
+        accepted = row.get("answers") if several else ([row["answers"]] if row.get("answers") else None)
+        queries += asked
+        index += [i] * len(asked)
+        references += accepted or [[target] for target in targets]
+    return contexts, queries, index, references
+
+
+def distractors(index: Sequence[int], contexts: int, states: int, seed: int) -> list[list[int]]:
+    """For each query the contexts it is asked of: its own in a random place among `states` - 1 others.
+
+    Raises:
+        ValueError: there are fewer contexts than states.
+    """
+    if states > contexts:
+        raise ValueError(f"There are {contexts} contexts; a question cannot be asked of {states}.")
+    draw, reads = random.Random(seed), []
+    for own in index:
+        others = draw.sample([i for i in range(contexts) if i != own], states - 1)
+        others.insert(draw.randrange(states), own)
+        reads.append(others)
+    return reads

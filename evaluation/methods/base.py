@@ -1,0 +1,130 @@
+"""What a method is: how a model knows a context, what of it is trained, and how it answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.ops.padding import pad
+from gradmem_adapter.pipeline import format_query
+from gradmem_adapter.write.batching import batches
+
+OPTIONS = pydantic.ConfigDict(extra="forbid")
+TOKENS = 16_384
+"""Of queries, and of what stands before them, that are answered at a time."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class Method(ABC):
+    """A method; its fields are its options in a run's YAML. `memory` are fields of `GradMemConfig` everywhere."""
+
+    name: ClassVar[str]
+    """As YAML and result files name it."""
+    title: ClassVar[str]
+    """As tables and legends name it."""
+    step: ClassVar[str | None] = None
+    """What is done K times, as "step" or "pass"; None: there is no K."""
+    context_per_query: ClassVar[bool] = False
+    """Whether the whole context stands before every query, so that batches must be smaller."""
+
+    @abstractmethod
+    def build(self, backbone: PreTrainedModel, memory: Mapping[str, Any]) -> nn.Module:
+        """The model before training, with the `forward` of `GradMemModel`."""
+
+    @abstractmethod
+    def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+        """Save what was trained."""
+
+    @abstractmethod
+    def load_weights(self, model: nn.Module, path: Path) -> None:
+        """Give a model that `build` made the weights that `save` saved."""
+
+    def load(
+        self, path: Path, device: torch.device | str, build: Callable[[], tuple[nn.Module, PreTrainedTokenizerBase]]
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """A model that `save` saved and its tokenizer.
+
+        Args:
+            build: makes the model before training.
+        """
+        model, tokenizer = build()
+        self.load_weights(model, path)
+        return model.to(device).eval(), tokenizer
+
+    def memory_tokens(self, memory: Mapping[str, Any]) -> int:
+        """m; 0 where there is no memory of fixed size."""
+        return int(memory.get("num_memory_tokens", GradMemConfig().num_memory_tokens))
+
+    def bytes_per_context(self, backbone: PreTrainedModel, memory: Mapping[str, Any], tokens: float) -> float:
+        """What is kept of a context of so many tokens, in float32."""
+        return 4.0 * self.memory_tokens(memory) * backbone.config.get_text_config().hidden_size
+
+    # ---------------------------------------------------------------- answers
+
+    @abstractmethod
+    def read(self, model: Any, contexts: list[list[int]], steps: int) -> Any:
+        """What is kept of contexts (token ids) to answer from."""
+
+    @abstractmethod
+    def length(self, model: Any, context: list[int]) -> int:
+        """How many positions a context takes before a query."""
+
+    @abstractmethod
+    def generate(
+        self, model: Any, kept: Any, reads: list[list[int]], query: Tensor, mask: Tensor, **options: Any
+    ) -> Tensor:
+        """New tokens [R, new] behind queries [R, T], left padded, each asked of the contexts that `reads` names."""
+
+    def answer(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        contexts: Sequence[str],
+        queries: Sequence[str],
+        reads: Sequence[Sequence[int]],
+        *,
+        steps: int,
+        query_format: str,
+        max_new_tokens: int,
+        tokens: int = TOKENS,
+    ) -> list[str]:
+        """Greedy answers.
+
+        Args:
+            contexts: texts, each read once.
+            reads: for each query the contexts that it is asked of, side by side, in order.
+            steps: K, where there is one.
+            query_format: as in `GradMemConfig`.
+        """
+        ids = [list(row) for row in tokenizer(list(contexts))["input_ids"]]
+        kept = self.read(model, ids, steps)
+        lengths = [self.length(model, row) for row in ids]
+        device = next(model.parameters()).device
+        answers: dict[int, str] = {}
+        for rows in batches([sum(lengths[i] for i in row) + 64 for row in reads], tokens):
+            texts = [format_query(queries[i], query_format, tokenizer) for i in rows]
+            prompts = [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
+            query, mask = (tensor.to(device) for tensor in pad(prompts, "left", int(tokenizer.pad_token_id)))
+            with torch.no_grad():
+                new = self.generate(
+                    model, kept, [list(reads[i]) for i in rows], query, mask,
+                    max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
+            answers |= zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
+        return [answers[i].strip() for i in range(len(queries))]
+
+
+def cache_bytes(backbone: PreTrainedModel, tokens: float) -> float:
+    """Of the keys and values of so many tokens, in float32."""
+    config: Any = backbone.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return float(4 * 2 * config.num_hidden_layers * heads * size * tokens)

@@ -1,0 +1,59 @@
+"""Memory written by forward passes: a recurrent memory transformer (Bulatov et al., 2022) that reads one segment."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pydantic
+import torch
+from torch import Tensor
+
+from gradmem_adapter.ops.cross_entropy import IGNORED
+from gradmem_adapter.ops.padding import append
+from gradmem_adapter.read.loss import targets_only
+
+from .base import OPTIONS
+from .prefix import Prefix, PrefixMethod, PrefixModel
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class ForwardMemory(PrefixMethod):
+    """The context is run with memory slots before and behind it; the outputs behind it are the memory.
+
+        M_{k+1} = backbone([M_k; C; M_k]) at the last m places,   M_0 learned
+
+    K passes; one is the usual writer, several are the repeated forward writes of the paper's comparison. The loss of
+    the context given its memory has the weight `reconstruction_weight`, as for GradMem.
+    """
+
+    name = "forward_memory"
+    title = "forward-only memory"
+    step = "pass"
+    slots = True
+
+    def prefix(self, model: PrefixModel, context: Tensor, lengths: Tensor, steps: int) -> Prefix:
+        """The memory [C, m, d] after `steps` passes.
+
+        Raises:
+            ValueError: there is no pass.
+        """
+        if steps < 1:
+            raise ValueError(f"Memory of no pass knows nothing of the context: make at least 1 pass, not {steps}.")
+        memory = cast(Tensor, model.slots).expand(len(context), -1, -1)
+        embeddings = model.embed(context)
+        for _ in range(steps):
+            tokens, places = append(torch.cat([memory, embeddings], dim=1), lengths + memory.shape[1], memory)
+            hidden = model.backbone.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
+            memory = hidden.gather(1, places[..., None].expand_as(memory))
+        return Prefix(memory, torch.full_like(lengths, memory.shape[1]))
+
+    def auxiliary_loss(self, model: PrefixModel, prefix: Prefix, context: Tensor, mask: Tensor) -> Tensor | float:
+        """The loss of the contexts given their memory."""
+        if not model.reconstruction_weight:
+            return 0.0
+        places = prefix.embeddings.shape[:2]
+        labels = torch.cat([context.new_full(places, IGNORED), context.masked_fill(mask == 0, IGNORED)], dim=1)
+        tokens = torch.cat([prefix.embeddings, model.embed(context)], dim=1)
+        inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
+        recited, _ = targets_only(model.backbone, labels, context.shape[1], **inputs)
+        return model.reconstruction_weight * cast(Tensor, recited.loss)

@@ -1,0 +1,75 @@
+"""Memory written by gradient steps: what this package is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pydantic
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.layer import NEUTRAL
+from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.state import MemoryState
+
+from .base import OPTIONS, Method
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class GradMem(Method):
+    """A GradMem adapter.
+
+    Args:
+        lora_dtype (`str`, *optional*): what the LoRA's weights are rounded to when the model is saved.
+        keep_write_lrs (`int`, *optional*): keep so many of the `num_write_lrs` when the model is saved; None: all.
+    """
+
+    lora_dtype: Literal["bfloat16", "float16"] | None = None
+    keep_write_lrs: pydantic.PositiveInt | None = None
+
+    name = "gradmem"
+    title = "GradMem"
+    step = "step"
+
+    def build(self, backbone: PreTrainedModel, memory: Mapping[str, Any]) -> nn.Module:
+        """See `Method.build`."""
+        return get_peft_model(backbone, GradMemConfig(**memory))
+
+    def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+        """A checkpoint that opens with `load_checkpoint`; with `keep_write_lrs` the model loses further write rates."""
+        if self.keep_write_lrs is not None:
+            cast(GradMemModel, model.base_model).keep_write_lrs(self.keep_write_lrs)
+        dtype = None if self.lora_dtype is None else getattr(torch, self.lora_dtype)
+        save_checkpoint(cast(PeftModel, model), tokenizer, path, lora_dtype=dtype)
+
+    def load_weights(self, model: nn.Module, path: Path) -> None:
+        """See `Method.load_weights`; tensors that change nothing before they are trained may be missing."""
+        load_weights(cast(PeftModel, model), path, may_lack=NEUTRAL)
+
+    def load(
+        self, path: Path, device: torch.device | str, build: Callable[[], tuple[nn.Module, PreTrainedTokenizerBase]]
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """See `Method.load`; the checkpoint says itself what the model is."""
+        return load_checkpoint(path, device=device)
+
+    def read(self, model: Any, contexts: list[list[int]], steps: int) -> MemoryState:
+        """The memory states of contexts."""
+        return cast(MemoryState, model.write_many(contexts, steps=steps, progress=False, last_loss=False))
+
+    def length(self, model: Any, context: list[int]) -> int:
+        """m."""
+        return int(model.active_peft_config.num_memory_tokens)
+
+    def generate(
+        self, model: Any, kept: Any, reads: list[list[int]], query: Tensor, mask: Tensor, **options: Any
+    ) -> Tensor:
+        """See `Method.generate`."""
+        memory = MemoryState.concat([kept[[row[j] for row in reads]] for j in range(len(reads[0]))])
+        output: Tensor = model.generate(input_ids=query, attention_mask=mask, memory=memory, **options)
+        return output[:, query.shape[1] :]

@@ -1,0 +1,172 @@
+"""What all baselines have in common: they answer from something before the query."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import pydantic
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.checkpoint import check_tensors
+from gradmem_adapter.ops.cross_entropy import IGNORED
+from gradmem_adapter.ops.padding import append, pad
+from gradmem_adapter.outputs import GradMemOutput
+from gradmem_adapter.read.loss import targets_only
+from gradmem_adapter.utils.files import replacing
+
+from .base import OPTIONS, Method
+
+WEIGHTS = "model.safetensors"
+
+
+class Prefix(NamedTuple):
+    """What stands before the queries on C contexts."""
+
+    embeddings: Tensor
+    """[C, P, d], right padded."""
+    lengths: Tensor
+    """[C], how many of the P places count."""
+
+    def rows(self, index: Tensor) -> Prefix:
+        """The prefix of each query, for index [R]; for index [R, S] those of S contexts side by side."""
+        if index.dim() == 1:
+            return Prefix(self.embeddings[index], self.lengths[index])
+        first, *others = (self.rows(column) for column in index.unbind(1))
+        embeddings, lengths = first
+        for other in others:
+            embeddings, _ = append(embeddings, lengths, other.embeddings)
+            lengths = lengths + other.lengths
+        return Prefix(embeddings, lengths)
+
+
+class PrefixModel(nn.Module):
+    """A causal LM on `[prefix(context); query]`, with the `forward` of `GradMemModel`.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM; what in it is trainable is trained.
+        method (`PrefixMethod`): says what the prefix is.
+        memory (`Mapping`): fields of `GradMemConfig`; read are num_memory_tokens, memory_init_std and
+            reconstruction_weight.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, method: PrefixMethod, memory: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.backbone, self.method = backbone, method
+        self.num_memory_tokens = method.memory_tokens(memory)
+        self.reconstruction_weight = float(memory.get("reconstruction_weight", 0.0))
+        width = self.embed.weight.shape[1]
+        deviation = memory.get("memory_init_std", 0.02)
+        self.slots = nn.Parameter(torch.randn(self.num_memory_tokens, width) * deviation) if method.slots else None
+
+    @property
+    def embed(self) -> nn.Embedding:
+        """The backbone's input embeddings."""
+        return cast(nn.Embedding, self.backbone.get_input_embeddings())
+
+    def prefix(self, context: Tensor, lengths: Tensor, steps: int) -> Prefix:
+        """The prefix for right-padded contexts [C, N] of lengths [C]."""
+        return self.method.prefix(self, context, lengths, steps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        context_input_ids: Tensor,
+        context_attention_mask: Tensor,
+        context_index: Tensor,
+        labels: Tensor,
+        write_steps: int = 1,
+        attention_mask: Tensor | None = None,
+        max_targets: int | None = None,
+    ) -> GradMemOutput:
+        """Queries [R, T], right padded, on contexts [C, N], as `GradMemModel.forward` has them."""
+        prefix = self.prefix(context_input_ids, context_attention_mask.sum(1), write_steps)
+        embeddings, lengths = prefix.rows(context_index)
+        tokens, places = append(embeddings, lengths, self.embed(input_ids))
+        targets, _ = append(labels.new_full(embeddings.shape[:2], IGNORED), lengths, labels)
+        inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
+        logits = correct = None
+        if max_targets is None:
+            output = self.backbone(labels=targets, **inputs)
+            logits = output.logits.gather(1, places[..., None].expand(-1, -1, output.logits.shape[-1]))
+        else:
+            output, correct = targets_only(self.backbone, targets, max_targets, **inputs)
+        loss = output.loss
+        if torch.is_grad_enabled():
+            loss = loss + self.method.auxiliary_loss(self, prefix, context_input_ids, context_attention_mask)
+        return GradMemOutput(loss=loss, target_loss=output.loss, logits=logits, correct=correct)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class PrefixMethod(Method):
+    """A baseline: it says what stands before the query."""
+
+    slots = False
+    """Whether the model has m learned vectors."""
+
+    @abstractmethod
+    def prefix(self, model: PrefixModel, context: Tensor, lengths: Tensor, steps: int) -> Prefix:
+        """The prefix for right-padded contexts [C, N] of lengths [C]."""
+
+    def auxiliary_loss(self, model: PrefixModel, prefix: Prefix, context: Tensor, mask: Tensor) -> Tensor | float:
+        """What is added to the loss in training."""
+        return 0.0
+
+    def build(self, backbone: PreTrainedModel, memory: Mapping[str, Any]) -> PrefixModel:
+        """See `Method.build`; a `lora_config` in `memory` is trained, or else what `train_backbone` says."""
+        lora = memory.get("lora_config")
+        if lora is None:
+            backbone.requires_grad_(bool(memory.get("train_backbone")))
+        else:
+            inject_adapter_in_model(LoraConfig(**lora), backbone)
+        return PrefixModel(backbone, self, memory)
+
+    def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+        """The trained weights, by name."""
+        path.mkdir(parents=True, exist_ok=True)
+        with replacing(path / WEIGHTS) as temporary:
+            save_file({name: value.contiguous() for name, value in _trained(model).items()}, temporary)
+
+    def load_weights(self, model: nn.Module, path: Path) -> None:
+        """See `Method.load_weights`."""
+        weights = load_file(path / WEIGHTS)
+        check_tensors(path / WEIGHTS, weights, _trained(model))
+        model.load_state_dict(weights, strict=False)
+
+    def read(self, model: Any, contexts: list[list[int]], steps: int) -> Any:
+        """The contexts themselves: prefixes are made for those that are asked of at a time."""
+        return contexts, steps
+
+    def length(self, model: Any, context: list[int]) -> int:
+        """All of it, for a method that keeps all."""
+        return len(context)
+
+    def generate(
+        self, model: Any, kept: Any, reads: list[list[int]], query: Tensor, mask: Tensor, **options: Any
+    ) -> Tensor:
+        """See `Method.generate`."""
+        contexts, steps = kept
+        used = sorted({i for row in reads for i in row})
+        context, counts = (t.to(query.device) for t in pad([contexts[i] for i in used], "right", 0))
+        index = torch.tensor([[used.index(i) for i in row] for row in reads], device=query.device)
+        prefix = model.prefix(context, counts.sum(1), steps).rows(index)
+        rows = [
+            torch.cat([before[:length], row[count.bool()]])
+            for before, length, row, count in zip(*prefix, model.embed(query), mask, strict=True)
+        ]
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        places = torch.arange(padded.shape[1], device=mask.device)
+        counts = torch.tensor([len(row) for row in rows], device=mask.device)[:, None]
+        attention = (places >= padded.shape[1] - counts).to(mask.dtype)
+        output: Tensor = model.backbone.generate(inputs_embeds=padded, attention_mask=attention, **options)
+        return output
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}

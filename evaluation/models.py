@@ -1,0 +1,129 @@
+"""Models of runs, GradMem's and baselines alike: built, and as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.backbones import load_backbone
+from gradmem_adapter.utils.checks import check_end_token
+from gradmem_adapter.utils.files import replacing
+
+from .config import RunConfig
+
+RECIPE = "recipe.json"
+"""The configuration of the run that a checkpoint came from, beside its weights."""
+
+
+def scratch_llama(
+    tokenizer: PreTrainedTokenizerBase, *, layers: int = 4, width: int = 128, heads: int = 4, positions: int = 1024
+) -> PreTrainedModel:
+    """A Llama with random weights (standard deviation 0.02), by default of the size the paper uses for retrieval.
+
+    The output embeddings start as a copy of the input embeddings and are trained apart.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with its pad and end tokens.
+        layers, width, heads, positions (`int`, *optional*): the shape; the gated MLP is four times as wide.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    return model
+
+
+def build_model(config: RunConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model before training, and its tokenizer.
+
+    Raises:
+        ValueError: the tokenizer's end token is not one that the backbone stops at.
+    """
+    torch.manual_seed(config.training.get("seed", 0))
+    memory = dict(config.memory)
+    if isinstance(config.backbone, str):
+        backbone, tokenizer = load_backbone(config.backbone)
+        check_end_token(backbone, tokenizer)
+        torch.manual_seed(config.training.get("seed", 0))
+    else:
+        tokenizer = config.tasks[0].tokenizer()
+        backbone, memory = scratch_llama(tokenizer, **config.backbone), {"train_backbone": True} | memory
+    model = config.method.build(backbone, memory)
+    if config.init_from is not None:
+        config.method.load_weights(model, Path(config.init_from))
+    return model, tokenizer
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RunConfig, path: Path) -> None:
+    """Save a trained model and the configuration it was made by."""
+    config.method.save(model, tokenizer, path)
+    _write_config(config, path)
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, PreTrainedTokenizerBase, RunConfig]:
+    """A model that `save_model` saved, its tokenizer, and how it was trained.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    config = load_config(path)
+    start = dataclasses.replace(config, init_from=None)
+    return *config.method.load(path, device, lambda: build_model(start)), config
+
+
+def load_config(path: Path) -> RunConfig:
+    """The configuration that a model was made by.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    return RunConfig.of(_fields(path))
+
+
+def claim_run(config: RunConfig, path: Path) -> None:
+    """Keep the configuration in the directory of its run, which no other one may go on in.
+
+    Raises:
+        ValueError: a run by another configuration is there; the message names the fields that differ.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / RECIPE).is_file() or list(path.iterdir()) == [path / RECIPE]:  # nothing has been trained there
+        _write_config(config, path)
+        return
+    wanted, there = json.loads(json.dumps(config.fields())), _fields(path)
+    names = sorted(name for name in wanted | there if wanted.get(name) != there.get(name))
+    if names:
+        raise ValueError(
+            f"{path} holds a run by another configuration: {', '.join(names)} differ{'s' if len(names) == 1 else ''}. "
+            f"Give --output another directory, or delete that one; its configuration is in {path / RECIPE}."
+        )
+
+
+def _write_config(config: RunConfig, path: Path) -> None:
+    with replacing(path / RECIPE) as temporary:
+        temporary.write_text(json.dumps(config.fields(), indent=1), encoding="utf-8")
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    if not (path / RECIPE).is_file():
+        raise FileNotFoundError(f"There is no model trained by a recipe in {str(path)!r}: no {RECIPE}.")
+    return dict(json.loads((path / RECIPE).read_text(encoding="utf-8")))

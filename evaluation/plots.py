@@ -1,0 +1,234 @@
+"""Every plot, made from the result files: a method has one colour and one marker in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .methods import METHODS
+from .paper import KV_METHODS, KV_RETRIEVAL
+from .tables.cells import line_title, read
+
+STYLES = {
+    "gradmem": ("#0072b2", "o"),
+    "forward_memory": ("#d55e00", "s"),
+    "mean_pooling": ("#009e73", "D"),
+    "truncated_text": ("#cc79a7", "v"),
+    "full_context": ("#333333", "^"),
+}
+"""Colour and marker of each method (Okabe and Ito's palette, which colour-blind readers can tell apart)."""
+OTHERS = (("#e69f00", "P"), ("#56b4e9", "X"), ("#999933", "*"))
+"""For methods that have no style of their own."""
+NAMES = {"memory_tokens": "memory vectors m", "write_steps": "write steps K"}
+
+
+def pyplot() -> Any:
+    """Matplotlib's, for files alone.
+
+    Raises:
+        ImportError: it is not installed; the message says how.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'gradmem-adapter[plot]'.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def style(method: str) -> dict[str, str]:
+    """The colour and the marker of a method."""
+    unknown = sorted(set(METHODS) - set(STYLES))
+    color, marker = STYLES[method] if method in STYLES else OTHERS[unknown.index(method) % len(OTHERS)]
+    return {"color": color, "marker": marker}
+
+
+def shades(count: int) -> list[float]:
+    """How solid each of several lines of one method is, the last one whole."""
+    return [0.35 + 0.65 * (i + 1) / count for i in range(count)] if count > 1 else [1.0]
+
+
+def draw_all(output: Path) -> list[Path]:
+    """Draw every plot into a directory; returns the files."""
+    output.mkdir(parents=True, exist_ok=True)
+    return [file for draw in PLOTS for file in draw(output)]
+
+
+def _finish(figure: Any, file: Path, columns: int = 0) -> list[Path]:
+    """Put the legend below the axes, where no data are, and save."""
+    if columns:
+        entries = [axes.get_legend_handles_labels() for axes in figure.axes]
+        lines = {label: handle for handles, labels in entries for handle, label in zip(handles, labels, strict=True)}
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize="small")
+    figure.savefig(file, dpi=130)
+    pyplot().close(figure)
+    return [file]
+
+
+def _axes(panels: int = 1, size: tuple[float, float] = (6, 4.4), **options: Any) -> tuple[Any, Sequence[Any]]:
+    plt = pyplot()
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False, **options)
+    for panel in axes[0]:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def _ticks(axis: Any, values: Sequence[int], base: int = 2) -> None:
+    """A logarithmic axis (0 has a place) with these numbers on it."""
+    axis.axes.set_xscale("symlog", base=base, linthresh=1) if 0 in values else axis.axes.set_xscale("log", base=base)
+    axis.set_ticks(values, [f"{value:,}" for value in values])
+    axis.set_ticks([], minor=True)
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def kv_retrieval(output: Path) -> list[Path]:
+    """Exact match against pairs, ours and the paper's; and write steps trained against write steps measured."""
+    table = read("kv_retrieval").sort_values("pairs")
+    figure, (axes,) = _axes(size=(7.2, 5.2))
+    several = (table["method"] != "gradmem") | (
+        table["trained_steps"].str.contains("-") & table["write_steps"].isin([1, 2, 5, 10])
+    )
+    for method in METHODS:
+        mine = table[several & (table["method"] == method)]
+        groups = list(mine.groupby("write_steps"))
+        for (steps, line), alpha in zip(groups, shades(len(groups)), strict=True):
+            axes.plot(line["pairs"], 100 * line["exact_match"], label=line_title(method, int(steps)), alpha=alpha,
+                      **style(method))  # fmt: skip
+    gradmem = [name for name, _ in KV_RETRIEVAL if KV_METHODS[name] == "gradmem"]
+    solid = dict(zip(gradmem, shades(len(gradmem)), strict=True))
+    for name, values in KV_RETRIEVAL:
+        axes.plot(values.keys(), values.values(), "--", label=f"paper: {name}", alpha=solid.get(name, 1), markersize=4,
+                  **style(KV_METHODS[name]))  # fmt: skip
+    axes.set(xlabel="pairs in the context", ylabel="exact match %", ylim=(0, 103), title="Key-value retrieval, 8 vectors")
+    _ticks(axes.xaxis, sorted(set(table["pairs"])))
+    return [*_finish(figure, output / "kv_retrieval.png", 3), *_kv_steps(table[table["method"] == "gradmem"], output)]
+
+
+def _kv_steps(table: pd.DataFrame, output: Path) -> list[Path]:
+    order = table["trained_steps"].map(lambda text: [int(number) for number in reversed(text.split("-"))])
+    table = table.assign(order=order, row=[
+        f"{pairs} pairs, K={trained}" for pairs, trained in zip(table["pairs"], table["trained_steps"], strict=True)
+    ]).sort_values(["pairs", "order"])  # fmt: skip
+    cells = table.pivot_table(index="row", columns="write_steps", values="exact_match", sort=False)
+    cells = 100 * cells[sorted(cells.columns)]
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(2 + 0.7 * cells.shape[1], 1.4 + 0.4 * len(cells)), layout="constrained")
+    image = axes.imshow(cells.to_numpy(), vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for (i, j), value in ((place, cells.iat[place]) for place in pd.MultiIndex.from_product(map(range, cells.shape))):
+        if not pd.isna(value):
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value < 60 else "black", size=8)
+    axes.set_xticks(range(cells.shape[1]), [str(k) for k in cells.columns])
+    axes.set_yticks(range(len(cells)), list(cells.index))
+    axes.set(xlabel="write steps measured", ylabel="trained", title="Exact match %")
+    figure.colorbar(image)
+    return _finish(figure, output / "kv_retrieval_steps.png")
+
+
+def answers(output: Path) -> list[Path]:
+    """F1 against m and against K for each data set."""
+    table = read("answers", states=1, split="test")
+    files: list[Path] = []
+    for dataset, mine in table.groupby("dataset"):
+        figure, panels = _axes(2, (9.6, 4.8), sharey=True)
+        for panel, name, other in zip(panels, NAMES, reversed(NAMES), strict=True):
+            _against(panel, mine, name, other)
+        panels[0].set_ylabel(f"{str(dataset).replace('babi', 'bAbI')}: token F1 %")
+        files += _finish(figure, output / f"answers_{str(dataset).replace(' ', '_')}.png", 3)
+    return files
+
+
+def _against(panel: Any, table: pd.DataFrame, name: str, other: str) -> None:
+    """A line joins what was trained alike; a method that does not vary in `name` is a level line."""
+    values: set[int] = set()
+    for method, mine in table.groupby("method"):
+        for level in (row for _, row in mine.iterrows() if not _varies(row, name)):
+            title = "no context" if method == "truncated_text" and not level["memory_tokens"] else METHODS[str(method)].title
+            panel.axhline(100 * level["f1"], linestyle=":", color=style(str(method))["color"], label=title)
+        varied = mine[[_varies(row, name) for _, row in mine.iterrows()]]
+        groups = list(varied.groupby([other, "trained_steps"]))
+        for ((fixed, trained), line), alpha in zip(groups, shades(len(groups)), strict=True):
+            line = line.sort_values(name)
+            title = METHODS[str(method)].title + (f", trained with K={trained}" if trained else "")
+            panel.errorbar(line[name], 100 * line["f1"], 100 * line["f1_error"], capsize=2, alpha=alpha, label=title,
+                           **style(str(method)))  # fmt: skip
+            if len(line) > 1 and _varies(line.iloc[0], other):
+                mark = {"memory_tokens": "m", "write_steps": "K"}[other]
+                panel.annotate(f" {mark}={fixed}", (line[name].iloc[-1], 100 * line["f1"].iloc[-1]), size="small")
+            values |= set(line[name])
+    panel.set(xlabel=NAMES[name])
+    _ticks(panel.xaxis, sorted(values))
+
+
+def _varies(row: Any, name: str) -> bool:
+    """Whether a method has a number of write steps (0 is one), or of memory vectors."""
+    return METHODS[row["method"]].step is not None if name == "write_steps" else row["memory_tokens"] > 0
+
+
+def reconstruction(output: Path) -> list[Path]:
+    """Tokens that greedy decoding gets back against K."""
+    table = read("reconstruction").sort_values("write_steps")
+    figure, (axes,) = _axes(size=(6, 4))
+    for (checkpoint, m), line in table.groupby(["checkpoint", "memory_tokens"]):
+        axes.errorbar(line["write_steps"], line["greedy_tokens"], line["greedy_tokens_error"], capsize=2,
+                      label=f"{checkpoint}, m={m}", **style("gradmem"))  # fmt: skip
+    tokens = int(table["tokens"].iloc[0])
+    axes.axhline(tokens, linestyle=":", color="gray", label=f"all {tokens} tokens of a passage")
+    axes.set(xlabel=NAMES["write_steps"], ylabel="tokens that greedy decoding gets back", ylim=(0, 1.08 * tokens))
+    _ticks(axes.xaxis, sorted(set(table["write_steps"])))
+    return _finish(figure, output / "reconstruction.png", 2)
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def write_growth(output: Path) -> list[Path]:
+    """Time and memory of WRITE against write steps and tokens."""
+    table = read("write_growth", batch=1).dropna(subset=["milliseconds"])
+    plt = pyplot()
+    figure, grid = plt.subplots(2, 2, figsize=(8, 6), sharex="col", layout="constrained")
+    for column, (name, where) in enumerate((("write_steps", {"length": 1024}), ("length", {"write_steps": 1}))):
+        line = table[table[next(iter(where))] == next(iter(where.values()))].sort_values(name)
+        for axes, (value, title) in zip(grid[:, column], (("milliseconds", "milliseconds"), ("peak_gib", "peak GiB")),
+                                        strict=True):  # fmt: skip
+            axes.plot(line[name].astype(int), line[value], **style("gradmem"))
+            axes.set(ylim=(0, None), ylabel=title)
+            axes.grid(alpha=0.25)
+        grid[1, column].set_xlabel({"write_steps": "write steps K, of 1,024 tokens", "length": "tokens, K=1"}[name])
+    figure.suptitle("WRITE of one context, compiled, one H100")
+    return _finish(figure, output / "write_growth.png")
+
+
+def versus_prompting(output: Path) -> list[Path]:
+    """Bytes kept and time to the first token against context tokens, on two CPU cores."""
+    table = read("versus_prompting", kind="answer", hardware="Intel(R) Xeon(R) Processor, 2 threads")
+    table = table.sort_values("context_tokens")
+    lines = (
+        ("bytes kept for a context", "log", {"from memory": "state_bytes", "context, its cache kept": "context_kv_bytes"}),
+        ("milliseconds to the first token", "linear", {
+            "from memory": "first_token_memory_ms", "context, its cache kept": "first_token_kept_ms",
+            "context, read anew": "first_token_prefill_ms",
+        }),
+    )  # fmt: skip
+    styles = {
+        "from memory": style("gradmem"), "context, its cache kept": style("full_context"),
+        "context, read anew": style("full_context") | {"linestyle": "--"},
+    }  # fmt: skip
+    figure, panels = _axes(2, (9.6, 4.4))
+    for panel, (title, scale, columns) in zip(panels, lines, strict=True):
+        for name, column in columns.items():
+            panel.plot(table["context_tokens"], table[column], label=name, **styles[name])
+        panel.set(yscale=scale, xlabel="context tokens", ylabel=title)
+        _ticks(panel.xaxis, list(table["context_tokens"]))
+    panels[1].set_ylim(bottom=0)
+    return _finish(figure, output / "versus_prompting.png", 3)
+
+
+PLOTS: tuple[Callable[[Path], list[Path]], ...] = (kv_retrieval, answers, reconstruction, write_growth, versus_prompting)

@@ -1,0 +1,156 @@
+"""The evaluator: a trained model on every task, at every number of write steps and of states."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.utils.files import replacing
+
+from .config import Evaluation, RunConfig
+from .methods.base import cache_bytes
+from .models import load_model
+from .results import Record, add_records, device_name
+from .scores import standard_error
+from .tasks import Measurement, Task
+from .train import CHECKPOINT
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A trained model that reads contexts at K = `steps` and answers questions on them."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    config: RunConfig
+    steps: int
+    checkpoint: str = ""
+    """Its name."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The language model in it."""
+        return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+
+    def answer(
+        self, contexts: Sequence[str], queries: Sequence[str], reads: Sequence[Sequence[int]], max_new_tokens: int = 32
+    ) -> list[str]:
+        """Greedy answers; see `Method.answer`."""
+        return self.config.method.answer(
+            self.model, self.tokenizer, contexts, queries, reads,
+            steps=self.steps, query_format=self.config.query_format, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+
+
+def evaluate(
+    checkpoint: Path,
+    *,
+    device: torch.device,
+    evaluation: Evaluation | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    results: Path | None = None,
+    answers: Path | None = None,
+    show: Callable[[str], None] = print,
+) -> list[Record]:
+    """Measure a trained model.
+
+    Args:
+        checkpoint (`Path`): what training made.
+        device (`torch.device`): where.
+        evaluation (`Evaluation`, *optional*): what; None: as the checkpoint's configuration says.
+        limit (`int`, *optional*): only so many contexts of each task; a part of the data is no result to be kept.
+        seed (`int`, *optional*, defaults to `0`): of the other contexts where several are asked side by side.
+        results (`Path`, *optional*): a file that each record is added to at once.
+        answers (`Path`, *optional*): a file for every query with its answer and its scores, one JSON object a line; the
+            same queries come in the same order for every checkpoint, so that two can be compared in pairs.
+        show (`Callable`, *optional*): told a line after each measurement.
+
+    Raises:
+        ValueError: nothing can be measured so; the message says why.
+    """
+    if results is not None and limit is not None:
+        raise ValueError(f"{results} keeps results on all of the data: leave --limit or --results out.")
+    model, tokenizer, config = load_model(checkpoint, device)
+    evaluation = evaluation or config.evaluation
+    tasks = [task for task in evaluation.tasks or config.tasks if task.measured]
+    if not tasks:
+        raise ValueError(f"{checkpoint} was trained on nothing that can be measured: name a task.")
+    steps = evaluation.write_steps if config.method.step else (0,)  # otherwise there is nothing to write
+    records: list[Record] = []
+    lines: list[str] = []
+    for task, k, states in ((t, k, s) for t in tasks for k in steps for s in evaluation.states):
+        answerer = Answerer(model, tokenizer, config, k, _name_of(checkpoint))
+        found = task.measure(answerer, evaluation.split, states=states, limit=limit, seed=seed)
+        records.append(_record(task, answerer, found, evaluation.split, states, seed))
+        if results is not None:
+            add_records(results, records[-1:])
+        if answers is not None:
+            lines += _answer_lines(records[-1], found)
+            with replacing(answers) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+        show(_summary(records[-1]))
+    return records
+
+
+def _record(
+    task: Task, answerer: Answerer, found: Measurement, split: str, states: int, seed: int
+) -> Record:
+    config, values = answerer.config, {name: value.double() for name, value in found.values.items()}
+    method, tokens = config.method, float(found.facts["context_tokens"])
+    drawn = config.write_steps
+    return Record(
+        task=task.name,
+        method=method.name,
+        dataset=task.dataset,
+        split=split,
+        memory_tokens=method.memory_tokens(config.memory),
+        trained_steps="" if not drawn else f"{drawn[0]}-{drawn[-1]}" if len(drawn) > 1 else str(drawn[0]),
+        write_steps=answerer.steps,
+        states=states,
+        settings=task.settings | found.settings,
+        metrics={name: value.mean().item() for name, value in values.items()},
+        errors={name: standard_error(value) for name, value in values.items()},
+        n=max(len(value) for value in values.values()),
+        device=device_name(answerer.device),
+        training_steps=config.training.get("max_steps"),
+        seed=seed,
+        facts=found.facts
+        | {
+            "bytes_per_context": method.bytes_per_context(answerer.backbone, config.memory, tokens),
+            "full_bytes": cache_bytes(answerer.backbone, tokens),
+        },
+    )
+
+
+def _answer_lines(record: Record, found: Measurement) -> Iterator[str]:
+    what: dict[str, Any] = {
+        "dataset": record.dataset, "split": record.split, "write_steps": record.write_steps, "states": record.states,
+    }  # fmt: skip
+    for line in found.answers:
+        yield json.dumps(what | line, ensure_ascii=False) + "\n"
+
+
+def _summary(record: Record) -> str:
+    settings = "".join(f", {name} {value}" for name, value in record.settings.items() if value is not None)
+    side = "" if record.states == 1 else f", {record.states} contexts side by side"
+    means = ", ".join(f"{name} {value:.3f}" for name, value in record.metrics.items() if value is not None)
+    return f"{record.dataset}{settings}, K={record.write_steps}{side}: {means} ({record.n})"
+
+
+def _name_of(checkpoint: Path) -> str:
+    """The name of a checkpoint's directory; with that of its run, where all runs give their checkpoints the same."""
+    path = checkpoint.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name.startswith(CHECKPOINT) else path.name

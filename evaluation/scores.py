@@ -1,0 +1,29 @@
+"""What an answer is worth, and how sure the mean over many is."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from gradmem_adapter.training.metrics import score_answer
+
+
+def score_texts(answer: str, accepted: list[str]) -> dict[str, float]:
+    """Exact match and token F1 as SQuAD has them, and ROUGE-L (F-measure), each for the best reference.
+
+    Raises:
+        ImportError: the package rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("ROUGE-L needs: pip install 'gradmem-adapter[eval]'.") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    rouge = max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in accepted)
+    return score_answer(answer, accepted) | {"rouge_l": rouge}
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values [n]; 0 for a single one, which says nothing of how they spread."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0

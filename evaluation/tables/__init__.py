@@ -1,0 +1,71 @@
+"""Every table that README and docs show, made from the result files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from .benchmarks import (
+    kv_step,
+    meta_gradient_accuracy,
+    meta_gradient_accuracy_earlier,
+    meta_gradient_cost,
+    read_time,
+    train_step,
+    training_speed,
+    versus_prompting,
+    versus_prompting_decoding,
+    versus_prompting_gpu,
+    write_growth,
+    write_many,
+    write_time,
+    write_time_cpu,
+)
+from .cells import Frame, markdown
+from .tasks import answers, answers_all, kv_retrieval, reconstruction, results_table
+
+ROOT = Path(__file__).parent.parent.parent
+TABLES: dict[str, Callable[[], Frame]] = {
+    table.__name__: table
+    for table in (
+        answers, answers_all, kv_retrieval, kv_step, meta_gradient_accuracy, meta_gradient_accuracy_earlier,
+        meta_gradient_cost, read_time, reconstruction, train_step, training_speed, versus_prompting,
+        versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many, write_time, write_time_cpu,
+    )
+}  # fmt: skip
+"""By the name that a block has in README and docs."""
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+__all__ = ["ROOT", "TABLES", "fill", "markdown", "results_table"]
+
+
+def fill(root: Path = ROOT, write: bool = True) -> list[str]:
+    """Fill the `<!-- table: NAME -->` ... `<!-- /table -->` blocks of README.md and docs/*.md.
+
+    Args:
+        root (`Path`): where they are.
+        write (`bool`, *optional*, defaults to `True`): False: change nothing.
+
+    Returns:
+        The blocks that differed, as "README.md: answers".
+
+    Raises:
+        ValueError: a block names a table that there is not.
+    """
+    differed = []
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        new = BLOCK.sub(lambda block, page=page: block[1] + _table(block[2], page) + block[3], text)  # type: ignore[misc]
+        old, made = ([block[2] + block[0] for block in BLOCK.finditer(content)] for content in (text, new))
+        names = [block[2] for block in BLOCK.finditer(text)]
+        differed += [f"{page.name}: {name}" for name, a, b in zip(names, old, made, strict=True) if a != b]
+        if write and new != text:
+            page.write_text(new, encoding="utf-8")
+    return differed
+
+
+def _table(name: str, page: Path) -> str:
+    if name not in TABLES:
+        raise ValueError(f"{page} has a block for the table {name!r}; there are {', '.join(sorted(TABLES))}.")
+    return markdown(TABLES[name]())

@@ -1,0 +1,211 @@
+"""Tables of what things cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from .cells import Frame, grid, read, time_and_memory
+
+H100 = "NVIDIA H100 80GB HBM3"
+HOW = {
+    "textbook": "textbook (its graph kept)", "textbook, no graph": "textbook, no graph kept",
+    "plain": "plain (launched kernel by kernel)", "compiled": "compiled, one CUDA graph per pass",
+    "compiled, no last loss": "the same with `last_loss=False`",
+}  # fmt: skip
+"""What the ways of WRITE are called."""
+STEPS = {"graph": "compiled, one CUDA graph", "compiled": "layers compiled", "eager": ""}
+
+
+def shape(row: Any) -> str:
+    """As "8 x 1,024 tokens, K=5"."""
+    return f"{row['batch']} x {row['length']:,} tokens, K={row['write_steps']:.0f}"
+
+
+def shapes(table: Frame) -> list[str]:
+    """That of each row."""
+    return [shape(row) for _, row in table.iterrows()]
+
+
+def megabytes(value: float) -> str:
+    """Bytes, as "11.8 MB" or "37 kB"."""
+    return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+
+
+def spans(milliseconds: float) -> str:
+    """A time, as "63 ms", "2.39 s" or "50.2 s"."""
+    if milliseconds < 1000:
+        return f"{math.floor(milliseconds + 0.5)} ms"
+    return f"{milliseconds / 1000:,.{1 if milliseconds >= 10_000 else 2}f} s"
+
+
+def in_order(table: Frame, names: Sequence[str], column: str = "method") -> Frame:
+    """Rows whose column has one of the names, in the order of these."""
+    kept = table[table[column].isin(list(names))]
+    return kept.sort_values(column, key=lambda c: c.map(list(names).index), kind="stable")
+
+
+# ---------------------------------------------------------------- WRITE and READ
+
+
+def write_time() -> Frame:
+    """WRITE on one H100, bf16; several figures are of several GPUs of the kind."""
+    table = in_order(read("write_compare", hardware=H100, dtype="bfloat16"), list(HOW))
+    return grid(table, [HOW[name] for name in table["method"]], shapes(table), time_and_memory, "one H100, bf16")
+
+
+def write_time_cpu() -> Frame:
+    """WRITE on two cores of several processors."""
+    table = read("write_compare")
+    table = in_order(table[table["hardware"] != H100], list(HOW))
+    heads = [f"{row['hardware'].partition(',')[0]}, torch {row['torch'].partition('+')[0]}, {row['dtype']}, {shape(row)}"
+             for _, row in table.iterrows()]  # fmt: skip
+    return grid(table, [HOW[name] for name in table["method"]], heads, time_and_memory, "two cores")
+
+
+def write_many() -> Frame:
+    """100 contexts of mixed lengths, first calls and compiling included."""
+    table = read("write_many")
+    return grid(table, table["method"].tolist(), ["time, peak memory"] * len(table), lambda rows: (
+        f"{rows['milliseconds'].iloc[-1] / 1000:.1f} s, {rows['peak_gib'].iloc[-1]:.1f} GiB"
+    ), "100 contexts of 200 to 1,000 tokens, K=5, one H100")  # fmt: skip
+
+
+def write_growth() -> Frame:
+    """Time and memory of the compiled WRITE against tokens and write steps."""
+    table = read("write_growth").dropna(subset=["milliseconds"])
+    rows = [f"{batch} context{'s' * (batch > 1)}" for batch in table["batch"]]
+    heads = [f"{row['length']:,} tokens, K={row['write_steps']:.0f}" for _, row in table.iterrows()]
+    return grid(table, rows, heads, lambda found: (
+        f"{found['milliseconds'].iloc[-1]:.0f} ms, {found['peak_gib'].iloc[-1]:.2f} GiB"
+    ), "one H100, bf16")  # fmt: skip
+
+
+def read_time() -> Frame:
+    """Time to the first token of an answer, from memory and without."""
+    names = {"plain": "no memory", "memory": "memory, its prefix computed anew", "kept prefix": "memory, its prefix kept"}
+    table = in_order(read("read", hardware=H100, new_tokens=32), list(names))
+    heads = [f"{row['query_tokens']} tokens, {row['batch']} at a time" for _, row in table.iterrows()]
+    return grid(table, [names[name] for name in table["method"]], heads,
+                lambda rows: f"{rows['first_token_ms'].iloc[-1]:.0f} ms", "one H100, bf16")  # fmt: skip
+
+
+def _prompting(table: Frame) -> Frame:
+    rows = []
+    for _, row in table.drop_duplicates("context_tokens", keep="last").sort_values("context_tokens").iterrows():
+        pays = row.get("break_even_prefill")
+        rows.append({
+            "context tokens": f"{row['context_tokens']:,}",
+            "kept: state": megabytes(row["state_bytes"]),
+            "kept: KV cache": megabytes(row["context_kv_bytes"]),
+            "WRITE": spans(row["write_ms"]),
+            "prefill": spans(row["prefill_ms"]),
+            "first token from memory": spans(row["first_token_memory_ms"]),
+            "its prefix kept": spans(row["first_token_memory_kept_ms"]),
+            "context's cache kept": spans(row["first_token_kept_ms"]),
+            "context read anew": spans(row["first_token_prefill_ms"]),
+            "pays after": f"{pays:.0f} questions" if isinstance(pays, int | float) and pays == pays else None,
+        })  # fmt: skip
+    return Frame(rows)
+
+
+def versus_prompting() -> Frame:
+    """Memory against the whole context before the question, on two CPU cores."""
+    return _prompting(read("versus_prompting", kind="answer", hardware="Intel(R) Xeon(R) Processor, 2 threads"))
+
+
+def versus_prompting_gpu() -> Frame:
+    """The same on one H100 that ran nothing else."""
+    table = read("versus_prompting", kind="answer", hardware=H100)
+    return _prompting(table[table["date"] == table["date"].min()]).drop(columns="pays after")
+
+
+def versus_prompting_decoding() -> Frame:
+    """Tokens a second and memory of several answers at a time."""
+    table = read("versus_prompting", kind="decode", hardware=H100)
+    table = table[(table["date"] == table["date"].max()) & table["batch"].isin([1, 8, 64])].dropna(
+        subset=["tokens_per_second"]
+    )
+    rows = ["from memory" if row["method"] == "memory" else f"context of {row['context_tokens']:,} tokens"
+            for _, row in table.iterrows()]  # fmt: skip
+    heads = [f"{batch:.0f} at a time" for batch in table["batch"]]
+    return grid(table, rows, heads, lambda found: (
+        f"{found['tokens_per_second'].iloc[-1]:,.0f} tokens/s, {found['peak_gib'].iloc[-1]:.2g} GiB"
+    ))  # fmt: skip
+
+
+# ---------------------------------------------------------------- training
+
+
+def _strategy(method: str) -> str:
+    name, _, how = method.partition(", ")
+    return "textbook" if name == "textbook" else f"`{name}`" + (f", {STEPS[how]}" if STEPS[how] else "")
+
+
+def _costs(table: Frame) -> Frame:
+    names = ["textbook", *(f"{s}, {h}" for s in ("exact", "finite_difference", "first_order") for h in reversed(STEPS))]
+    table = in_order(table.sort_values(["batch", "write_steps"], kind="stable"), names)
+    table = table.assign(head=shapes(table))
+    heads = table.sort_values(["batch", "write_steps"])["head"].drop_duplicates()
+    found = grid(table, [_strategy(name) for name in table["method"]], table["head"].tolist(), time_and_memory)
+    return found[["", *heads]]
+
+
+def train_step() -> Frame:
+    """What a training step costs, at all sizes."""
+    return _costs(read("train_step"))
+
+
+def meta_gradient_cost() -> Frame:
+    """What a training step costs by every strategy, beside a textbook's."""
+    return _costs(read("train_step", batch=4))
+
+
+def _accuracy(table: Frame) -> Frame:
+    table = table[table["method"] != "write"].sort_values("write_lr", kind="stable")
+    steps = table.get("relative_step", pd.Series(index=table.index, dtype=float))
+    heads = [name.replace(" float32", ", float32").replace(" bf16", ", bf16").replace(" TF32", ", TF32")
+             + ("" if pd.isna(step) else f", step {step:g}")
+             for name, step in zip(table["method"], steps, strict=True)]  # fmt: skip
+    return grid(table, [f"{lr:g}" for lr in table["write_lr"]], heads,
+                lambda rows: f"{rows['cosine'].iloc[-1]:.5f}", "write lr")  # fmt: skip
+
+
+def meta_gradient_accuracy() -> Frame:
+    """Cosine with the exact gradient in float32, present rule of the finite difference's step."""
+    table = read("meta_gradient_accuracy", hardware=H100)
+    names = ["first order float32", "double backward bf16 by the textbook", "exact bf16", "finite difference bf16",
+             "finite difference TF32", "finite difference float32"]  # fmt: skip
+    single = ~table["method"].isin(names[4:]) | (table["relative_step"] == 0.005)
+    table = in_order(table[single].sort_values("relative_step", kind="stable"), names)
+    return _accuracy(table)
+
+
+def meta_gradient_accuracy_earlier() -> Frame:
+    """The same by an earlier rule, a share of the norm of the whole memory."""
+    table = read("meta_gradient_accuracy", hardware="NVIDIA H200")
+    names = ["first order float32", "double backward bf16 by the textbook", "finite difference bf16",
+             "finite difference TF32", "finite difference float32"]  # fmt: skip
+    return _accuracy(in_order(table[table["relative_step"].isna() | (table["relative_step"] == 0.003)], names))
+
+
+def kv_step() -> Frame:
+    """Training steps per second on key-value retrieval."""
+    table = read("kv_step")
+    rows = [f"{row['pairs']} pairs, K={row['write_steps']:.0f}: `{row['method']}`, {'bf16' if row['bf16'] else 'TF32'}"
+            for _, row in table.iterrows()]  # fmt: skip
+    names = {(False, False): "eager", (False, True): "CUDA graph", (True, False): "layers compiled",
+             (True, True): "compiled, CUDA graph"}  # fmt: skip
+    heads = [names[bool(compiled), bool(graph)] for compiled, graph in zip(table["compiled"], table["graph"], strict=True)]
+    found = grid(table, rows, heads, lambda cell: f"{cell['steps_per_second'].iloc[-1]:.1f}", "steps a second")
+    return found[["steps a second", *names.values()]]
+
+
+def training_speed() -> Frame:
+    """Steps per second of the Trainer, and of the loop that came before it."""
+    table = read("training_speed")
+    return grid(table, table["what"].tolist(), table["method"].tolist(),
+                lambda cell: f"{cell['steps_per_second'].iloc[-1]:.1f}", "steps a second")  # fmt: skip

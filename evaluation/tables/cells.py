@@ -1,0 +1,70 @@
+"""What tables are made of: rows of result files, cells, and Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from evaluation.methods import METHODS
+from evaluation.results import RESULTS, frame, load_records
+
+Frame = pd.DataFrame
+
+
+def markdown(table: Frame) -> str:
+    """A table as Markdown; what is missing is left empty."""
+    rows = [["" if value is None or value != value else str(value) for value in row] for row in table.to_numpy()]
+    heads = [str(column) for column in table.columns]
+    lines = [heads, *rows]
+    lines.insert(1, ["---"] * len(heads))
+    return "".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|\n" for line in lines)
+
+
+def percent(value: float, error: float = math.nan) -> str:
+    """A share in %, with its standard error where there is one."""
+    return f"{100 * value:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
+
+
+def time_and_memory(rows: Frame) -> str:
+    """As "127 ms, 5.8 GiB"; several measurements of the same as "121, 120 ms, 4.8 GiB"."""
+    times = ", ".join(dict.fromkeys(f"{math.floor(value + 0.5):,}" for value in rows["milliseconds"].dropna()))
+    memory = rows["peak_gib"].dropna()
+    return "" if not times else f"{times} ms" + (f", {memory.max():.1f} GiB" if len(memory) else "")
+
+
+def read(name: str, **where: Any) -> Frame:
+    """The rows of a result file in which columns have the given values."""
+    table = frame(load_records(RESULTS / f"{name}.jsonl"))
+    for column, value in where.items():
+        table = table[table[column] == value]
+    return table
+
+
+def grid(
+    table: Frame, rows: Sequence[str], columns: Sequence[str], cell: Callable[[Frame], str], corner: str = ""
+) -> Frame:
+    """A row for each label and a column for each heading, in order of first appearance.
+
+    Args:
+        rows, columns: the label and the heading of each row of `table`.
+        cell: what stands where the two meet, from the rows of `table` there.
+    """
+    table = table.assign(_row=list(rows), _column=list(columns))
+    heads = list(dict.fromkeys(columns))
+    lines = []
+    for label in dict.fromkeys(rows):
+        here = [table[(table["_row"] == label) & (table["_column"] == head)] for head in heads]
+        lines.append([label, *(cell(found) if len(found) else None for found in here)])
+    return Frame(lines, columns=[corner, *heads])
+
+
+def line_title(method: str, steps: int | None) -> str:
+    """A method and its write steps, as "GradMem, 2 steps"."""
+    kind = METHODS[method]
+    if kind.step is None or steps is None:
+        return kind.title
+    plural = "" if steps == 1 else "es" if kind.step.endswith("s") else "s"
+    return f"{kind.title}, {steps} {kind.step}{plural}"

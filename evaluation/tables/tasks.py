@@ -1,0 +1,120 @@
+"""Tables of what models answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from evaluation.methods import METHODS
+from evaluation.paper import KV_RETRIEVAL
+from evaluation.results import Record
+
+from .cells import Frame, grid, line_title, percent, read
+
+SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole"}
+"""Metrics that are shown in %."""
+
+
+def results_table(records: Iterable[Record]) -> Frame:
+    """Any measurements of tasks, a row each."""
+    rows = []
+    for record in records:
+        steps = None if METHODS[record.method].step is None else record.write_steps
+        settings = {name: value for name, value in record.settings.items() if value is not None}
+        where: dict[str, Any] = {"data": record.dataset, **settings, "method": METHODS[record.method].title, "K": steps}
+        where |= {"m": record.memory_tokens, "contexts": record.states}
+        scores = {
+            name: percent(value, record.errors.get(name, math.nan)) if name in SHARES else f"{value:.3f}"
+            for name, value in record.metrics.items()
+            if value is not None
+        }
+        rows.append(where | scores | {"n": record.n})
+    return Frame(rows).astype(object)
+
+
+def kv_retrieval() -> Frame:
+    """Exact match % of one set of weights for all pairs and steps, of the baselines, and of the paper."""
+    table = read("kv_retrieval")
+    table = table[(table["method"] != "gradmem") | table["trained_steps"].str.contains("-")]
+    order = {"gradmem": 0, "forward_memory": 1, "full_context": 2}
+    table = table.sort_values(["method", "write_steps", "pairs"], key=lambda c: c.map(order) if c.name == "method" else c)
+    titles = [line_title(method, steps) for method, steps in zip(table["method"], table["write_steps"], strict=True)]
+
+    def cell(found: Frame) -> str:
+        return percent(found["exact_match"].iloc[-1]).replace("100.0", "100")
+
+    own = grid(table, titles, [str(n) for n in table["pairs"]], cell, "pairs")
+    lines = [{"pairs": f"paper: {name}"} | {str(n): f"{v:g}" for n, v in values.items()} for name, values in KV_RETRIEVAL]
+    return pd.concat([own, Frame(lines)])
+
+
+ANSWERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("bAbI adapter, from 16 vectors", {"method": "gradmem", "memory_tokens": 16, "write_steps": 0}),
+    (
+        "general adapter, from 32 vectors, no gradient step",
+        {"method": "gradmem", "memory_tokens": 32, "trained_steps": "0-1", "write_steps": 0},
+    ),
+    (
+        "general adapter, one gradient step (its default)",
+        {"method": "gradmem", "memory_tokens": 32, "trained_steps": "0-1", "write_steps": 1},
+    ),
+    ("the whole context before the question", {"method": "full_context"}),
+    ("mean-pooled hidden states, 32 vectors", {"method": "mean_pooling"}),
+    ("forward-only memory, 32 vectors", {"method": "forward_memory"}),
+    ("the first 32 tokens of the text", {"method": "truncated_text", "memory_tokens": 32}),
+    ("from the questions alone", {"method": "truncated_text", "memory_tokens": 0}),
+)
+"""The rows of the table `answers`, and the measurements that they show."""
+
+
+def answers() -> Frame:
+    """Exact match % on bAbI and F1 on passages, of the adapters that ship and of the baselines."""
+    lines = []
+    for label, where in ANSWERS:
+        for _, row in read("answers", split="test", states=1, **where).sort_values("dataset").iterrows():
+            passages = row["task"] == "passages"
+            head = f"{row['dataset'].replace('babi', 'bAbI').replace('fairytaleqa', 'FairytaleQA')}" + " (F1)" * passages
+            minutes = "" if where["method"] == "gradmem" else f", trained for {row['training_minutes']:g} minutes"
+            lines.append((label + minutes, head, percent(row["f1" if passages else "exact_match"])))
+    cells = Frame(lines, columns=["label", "head", "value"])
+    return grid(cells, cells["label"].tolist(), cells["head"].tolist(), lambda found: found["value"].iloc[-1],
+                "exact match %")  # fmt: skip
+
+
+def answers_all() -> Frame:
+    """Every measurement of answers: exact match, on passages also F1 and ROUGE-L, with standard errors."""
+    table = read("answers").sort_values(["method", "memory_tokens", "trained_steps", "states", "write_steps", "dataset"])
+
+    def label(row: Any) -> str:
+        parts = [METHODS[row["method"]].title if row["memory_tokens"] or row["method"] == "full_context" else "no context"]
+        parts += [f"m={row['memory_tokens']}"] if row["memory_tokens"] else []
+        parts += [f"K={row['write_steps']}, trained with K={row['trained_steps']}"] if row["trained_steps"] else []
+        parts += [f"of {row['states']} contexts side by side"] if row["states"] > 1 else []
+        return ", ".join([*parts, f"{row['training_steps']:,} steps"])
+
+    def cell(found: Frame) -> str:
+        row = found.iloc[-1]
+        names = ("exact_match", "f1", "rouge_l") if row["task"] == "passages" else ("exact_match",)
+        return " / ".join(percent(row[name], row[f"{name}_error"]) for name in names)
+
+    return grid(table, [label(row) for _, row in table.iterrows()], table["dataset"].tolist(), cell)
+
+
+def reconstruction() -> Frame:
+    """What comes back of passages from memory alone, by write steps."""
+    rows = []
+    for _, row in read("reconstruction").sort_values("write_steps").iterrows():
+        nats = (row["next_memory"], row["next_nothing"], row["next_text"])
+        rows.append({
+            "K": row["write_steps"],
+            f"greedy tokens of {row['tokens']}": f"{row['greedy_tokens']:.1f} ± {row['greedy_tokens_error']:.1f}",
+            "passages that come back whole": f"{row['whole'] * row['passages']:.0f} of {row['passages']}",
+            "teacher-forced %": percent(row["teacher_forced"]),
+            "write loss, nats a token": f"{row['write_loss']:.2f}",
+            "perplexity of the next passage: with memory / with nothing / with the text":
+                " / ".join(f"{math.exp(value):.0f}" for value in nats),
+        })  # fmt: skip
+    return Frame(rows)

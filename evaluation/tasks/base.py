@@ -1,0 +1,127 @@
+"""What a task is: texts to train on, questions to answer, and what an answer is worth."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pydantic
+import torch
+from torch import Tensor
+
+from evaluation.data import Rows, distractors, questions
+from evaluation.scores import score_texts
+
+if TYPE_CHECKING:
+    from evaluation.run import Answerer
+    from gradmem_adapter.training import Batches
+
+OPTIONS = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass
+class Measurement:
+    """What a task finds out about a model."""
+
+    values: dict[str, Tensor]
+    """By name, one number for each item, [n]; their means are the results."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What is good to know of the data, as the mean length of a context."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What makes it another measurement, beside the task's own settings."""
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """Every query with its answer, what is accepted, and its scores."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class Task(ABC):
+    """A task; its fields are its options in a run's YAML.
+
+    Args:
+        share (`float`, *optional*, defaults to `1.0`): of training, against the other tasks of the run.
+    """
+
+    share: pydantic.NonNegativeFloat = 1.0
+
+    name: ClassVar[str]
+    """As YAML names it."""
+    measured: ClassVar[bool] = True
+    """Whether there is something to be right about; otherwise it is for training alone."""
+    max_new_tokens: ClassVar[int] = 32
+    """Most tokens of an answer."""
+
+    @property
+    @abstractmethod
+    def dataset(self) -> str:
+        """The data, as tables name them."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes a measurement on the same data set another one."""
+        return {}
+
+    @property
+    def write_steps(self) -> tuple[int, ...]:
+        """The numbers of write steps that batches of the task's own making draw from."""
+        return ()
+
+    @property
+    def steps(self) -> int | None:
+        """How many batches of its own making there are; None: as many as training asks for."""
+        return None
+
+    @abstractmethod
+    def rows(self, split: str) -> Rows:
+        """Contexts with questions of the split "train", "valid" or "test"."""
+
+    def training_rows(self) -> Rows:
+        """What is trained on, each context once."""
+        return self.rows("train")
+
+    def batches(self, seed: int, write_steps: tuple[int, ...]) -> Batches | None:
+        """Batches that the task draws itself; None: they are made of `training_rows`, mixed with other tasks'.
+
+        Args:
+            seed (`int`): of all draws.
+            write_steps (`tuple[int, ...]`): draw the write steps from these, whatever the task says; empty: as it says.
+        """
+        return None
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of a backbone that is trained from scratch.
+
+        Raises:
+            ValueError: the task needs a backbone that knows language.
+        """
+        raise ValueError(f"The task {self.name} needs a trained backbone: name a directory or a model on the hub.")
+
+    def score(self, answer: str, accepted: list[str]) -> dict[str, float]:
+        """The scores of an answer, by name."""
+        return score_texts(answer, accepted)
+
+    def measure(
+        self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
+    ) -> Measurement:
+        """Answer all questions greedily and score them.
+
+        Args:
+            answerer (`Answerer`): the model.
+            split (`str`): of the data.
+            states (`int`, *optional*, defaults to `1`): how many contexts each question is asked of, side by side.
+            limit (`int`, *optional*): only so many contexts.
+            seed (`int`, *optional*, defaults to `0`): of the other contexts.
+        """
+        contexts, queries, index, references = questions(self.rows(split)[:limit])
+        reads = distractors(index, len(contexts), states, seed)
+        answers = answerer.answer(contexts, queries, reads, max_new_tokens=self.max_new_tokens)
+        scores = [self.score(answer, accepted) for answer, accepted in zip(answers, references, strict=True)]
+        lengths = [len(ids) for ids in answerer.tokenizer(contexts)["input_ids"]]
+        return Measurement(
+            {name: torch.tensor([s[name] for s in scores], dtype=torch.float64) for name in scores[0]},
+            {"context_tokens": sum(lengths) / len(lengths)},
+            answers=[
+                {"query": query, "answer": answer, "accepted": accepted, **values}
+                for query, answer, accepted, values in zip(queries, answers, references, scores, strict=True)
+            ],
+        )

@@ -1,0 +1,85 @@
+"""Plain text to train on: passages of it to be written, and what comes after some of their words to be asked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from evaluation.data import Rows, qa_rows
+from gradmem_adapter.utils.files import read_text
+
+from .base import OPTIONS, Task
+
+SHORTEST, LONGEST = 16, 256
+"""Words of a passage."""
+CUE, CONTINUATION = 6, 8
+"""Words that a question quotes, and words of its answer."""
+QUESTIONS = 4
+"""On a passage."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class PlainText(Task):
+    """Passages with questions about what comes next in them; the same texts give the same rows.
+
+    Args:
+        source (`str`): a directory with `<split>.txt` or `<split>.txt.gz`, a text a line, or what `qa_rows` takes, whose
+            contexts are the texts then.
+        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides.
+    """
+
+    source: str
+    hub: dict[str, Any] = field(default_factory=dict)
+
+    name = "plain_text"
+    measured = False
+
+    @property
+    def dataset(self) -> str:
+        """The last part of the source, said to be text."""
+        return f"{self.source.rstrip('/').rpartition('/')[2]}, text"
+
+    def rows(self, split: str) -> Rows:
+        """See `Task.rows`.
+
+        Raises:
+            ValueError: no text has SHORTEST words.
+        """
+        texts = self._texts(split)
+        rows = [_row(words) for text in texts for words in _passages(text.split())]
+        if not rows:
+            raise ValueError(f"None of the {len(texts)} texts of {self.source!r} has {SHORTEST} words.")
+        return rows
+
+    def _texts(self, split: str) -> list[str]:
+        for suffix in (".txt", ".txt.gz"):
+            if (file := Path(self.source) / f"{split}{suffix}").is_file():
+                return [line for line in read_text(file).split("\n") if line.strip()]
+        return [row["context"] for row in qa_rows(self.source, split, **self.hub)]
+
+
+def _passages(words: list[str]) -> Iterator[list[str]]:
+    """A text's words cut to passages of various lengths: short ones are learned first."""
+    draw = random.Random(" ".join(words[:LONGEST]))
+    while len(words) >= SHORTEST:
+        count = draw.randint(SHORTEST, LONGEST)
+        if len(words) - count < SHORTEST:
+            count = min(len(words), LONGEST)
+        yield words[:count]
+        words = words[count:]
+
+
+def _row(words: list[str]) -> dict[str, Any]:
+    draw = random.Random(" ".join(words))
+    places = range(len(words) - CUE)
+    starts = sorted(draw.sample(places, min(QUESTIONS, len(places))))
+    return {
+        "context": " ".join(words),
+        "queries": [f'What comes after "{" ".join(words[i : i + CUE])}"?' for i in starts],
+        "targets": [" ".join(words[i + CUE : i + CUE + CONTINUATION]) for i in starts],
+    }

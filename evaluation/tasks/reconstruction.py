@@ -1,0 +1,166 @@
+"""Natural text: how much of a passage comes back from memory, and what memory is worth for the text that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import pydantic
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.data import Rows
+from gradmem_adapter.ops.padding import pad
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.files import read_text
+
+from .base import OPTIONS, Measurement, Task
+
+if TYPE_CHECKING:
+    from evaluation.run import Answerer
+
+Passage: TypeAlias = list[int]
+"""Token ids."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class Reconstruction(Task):
+    """The first passages of a text are written, decoded greedily from memory alone, and what follows them is predicted.
+
+    Args:
+        text (`str`): a file, gzipped or not.
+        tokens (`int`, *optional*, defaults to `128`): of a passage.
+        passages (`int`, *optional*, defaults to `64`): one after another.
+        optimizer (`str`, *optional*): of WRITE, "sgd" or "adam"; None: the adapter's own.
+        lr (`float`, *optional*): of every write step; None: the adapter's own.
+    """
+
+    text: str
+    tokens: pydantic.PositiveInt = pydantic.Field(default=128, ge=2)
+    passages: pydantic.PositiveInt = 64
+    optimizer: Literal["sgd", "adam"] | None = None
+    lr: pydantic.PositiveFloat | None = None
+
+    name = "reconstruction"
+
+    @property
+    def dataset(self) -> str:
+        """The name of the text's file."""
+        return Path(self.text).name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Passages and how they are written."""
+        return {"tokens": self.tokens, "passages": self.passages, "optimizer": self.optimizer, "lr": self.lr}
+
+    def rows(self, split: str) -> Rows:
+        """Raises `ValueError`: nothing is asked."""
+        raise ValueError("The task reconstruction is measured, not trained: train on plain_text.")
+
+    def measure(
+        self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
+    ) -> Measurement:
+        """WRITE the passages, decode them, and predict each from the memory of the one before.
+
+        The latter is left out for a single passage, and where two do not fit into the model's positions.
+
+        Raises:
+            TypeError: the model has no memory states.
+        """
+        model = answerer.model
+        if not isinstance(model, PeftModel):
+            raise TypeError("reconstruction asks what comes back from memory states: it needs the method gradmem.")
+        texts = cut_passages(read_text(Path(self.text)), answerer.tokenizer, self.tokens, limit or self.passages)
+        state = model.write_many(
+            texts, progress=False, steps=answerer.steps, optimizer=self.optimizer, lr=self.lr
+        )
+        values = recited(model, texts, state)
+        if len(texts) > 1 and (model.positions is None or 2 * self.tokens <= model.positions):
+            values |= predicted(model, list(pairwise(texts)), state[:-1])
+        return Measurement(values, {"context_tokens": self.tokens}, {"checkpoint": answerer.checkpoint})
+
+
+def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int | None = None) -> list[Passage]:
+    """Passages of exactly `tokens` tokens of running prose, one after another; headings (` = Title = `) are left out.
+
+    A passage lies within one paragraph or goes over into the next; what is left at the end is dropped.
+
+    Raises:
+        ValueError: the text is too short for `count` passages, or for one.
+    """
+    lines = (line.strip() for line in text.splitlines())
+    prose = "\n".join(line for line in lines if line and not (line.startswith("= ") and line.endswith(" =")))
+    ids = list(tokenizer(prose, add_special_tokens=False)["input_ids"])
+    found = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)][:count]
+    if len(found) < (1 if count is None else count):
+        raise ValueError(
+            f"The text has {len(ids)} tokens: {len(ids) // tokens} passages of {tokens}, not {count or 'one'}."
+        )
+    return found
+
+
+def recited(model: PeftModel, texts: Sequence[Passage], state: MemoryState) -> dict[str, Tensor]:
+    """What greedy decoding from the memory of each passage gives back, [n] each.
+
+    Returns:
+        greedy_tokens and greedy, the number and the share of tokens that are right, place by place; teacher_forced, the
+        share that are the first choice given the true ones before (which flatters); whole, whether there is no
+        mistake; write_loss after the last write step, nats a token.
+    """
+    parts = [model.fidelity(state[rows], *pad([texts[i] for i in rows], "right", 0)) for rows in _batches(len(texts))]
+    greedy = torch.cat([part.greedy for part in parts])
+    lengths = torch.tensor([len(text) for text in texts], device=greedy.device)
+    return {
+        "greedy_tokens": (greedy * lengths).round(),
+        "greedy": greedy,
+        "teacher_forced": torch.cat([part.teacher_forced for part in parts]),
+        "whole": (greedy == 1).double(),
+        "write_loss": state.write_losses[:, -1],
+    }
+
+
+@torch.no_grad()
+def predicted(model: PeftModel, texts: Sequence[tuple[Passage, Passage]], state: MemoryState) -> dict[str, Tensor]:
+    """How well the second passage of each pair is predicted with the first in memory, without it, and as text.
+
+    All tokens of the second passage but its first count, for which there is nothing to predict it from without memory.
+
+    Args:
+        state: of the first passages.
+
+    Returns:
+        next_memory, next_nothing and next_text, nats a token, [n] each: perplexity is their exponential.
+
+    Raises:
+        ValueError: a second passage has fewer than two tokens, so none that counts; the message names the pair.
+    """
+    for i, (_, second) in enumerate(texts):
+        if len(second) < 2:
+            raise ValueError(f"The second passage of pair {i} has {len(second)} tokens; at least 2 are needed.")
+    losses: dict[str, list[Tensor]] = {"next_memory": [], "next_nothing": [], "next_text": []}
+    for rows in _batches(len(texts)):
+        firsts, seconds = zip(*(texts[i] for i in rows), strict=True)
+        whole = [[*first, *second] for first, second in zip(firsts, seconds, strict=True)]
+        losses["next_memory"].append(_nats(model, seconds, [0] * len(rows), state[rows]))
+        losses["next_nothing"].append(_nats(model, seconds, [0] * len(rows)))
+        losses["next_text"].append(_nats(model, whole, [len(first) for first in firsts]))
+    return {name: torch.cat(parts) for name, parts in losses.items()}
+
+
+def _batches(count: int, size: int = 16) -> Iterator[list[int]]:
+    for start in range(0, count, size):
+        yield list(range(start, min(start + size, count)))
+
+
+def _nats(model: PeftModel, rows: Sequence[Passage], begin: Sequence[int], memory: MemoryState | None = None) -> Tensor:
+    """[B] mean loss of the tokens of each row after the one at `begin`."""
+    ids, mask = (tensor.to(model.device) for tensor in pad(rows, "right", 0))
+    logits = model(input_ids=ids, attention_mask=mask, memory=memory).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    place = torch.arange(1, ids.shape[1], device=ids.device)
+    counts = mask[:, 1:].bool() & (place > torch.tensor(begin, device=ids.device)[:, None])
+    return losses.masked_fill(~counts, 0).sum(1) / counts.sum(1)

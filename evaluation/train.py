@@ -1,0 +1,75 @@
+"""Training: a run from its configuration, by `GradMemTrainer`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, GradMemTrainingArguments, RowBatches
+
+from .config import RunConfig
+from .models import build_model, claim_run, save_model
+
+CHECKPOINT = "checkpoint"
+"""The folder of the finished model in the directory of a run."""
+DEFAULTS: dict[str, Any] = {
+    "report_to": "none", "logging_steps": 50, "save_total_limit": 1, "lr_scheduler_type": "warmup_stable_decay",
+}  # fmt: skip
+
+
+def train(config: RunConfig, output: Path, device: torch.device) -> Path:
+    """Run a configuration, or go on with it where it was interrupted, and save the model.
+
+    Processes that torchrun or accelerate launch started train one model together, each on a GPU of its own.
+
+    Returns:
+        Where the finished model is.
+
+    Raises:
+        ValueError: `output` holds a run by another configuration, or this one cannot work.
+        TrainingDiverged: a loss or a gradient is not finite; the last good checkpoint is in `output`.
+    """
+    arguments = training_arguments(config, output, device)
+    with PartialState().main_process_first():
+        claim_run(config, output)
+    model, tokenizer = build_model(config)
+    data = training_batches(config, tokenizer)
+    trainer = GradMemTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
+    if trainer.is_world_process_zero():
+        done = dataclasses.replace(config, training=config.training | {"max_steps": trainer.state.global_step})
+        save_model(model, tokenizer, done, output / CHECKPOINT)
+    return output / CHECKPOINT
+
+
+def training_arguments(config: RunConfig, output: Path, device: torch.device) -> GradMemTrainingArguments:
+    """The arguments of a run; on a CPU nothing is compiled."""
+    cpu = device.type == "cpu"
+    own: dict[str, Any] = {"torch_compile": False} if cpu else {"tf32": True}
+    steps = {} if config.tasks[0].steps is None else {"max_steps": config.tasks[0].steps}
+    return GradMemTrainingArguments(output_dir=str(output), use_cpu=cpu, **(DEFAULTS | steps | config.training | own))
+
+
+def training_batches(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Batches:
+    """What a run trains on: the batches that its task makes, or those of the rows of all its tasks.
+
+    Raises:
+        ValueError: a task makes its own batches and is not the only one.
+    """
+    seed = config.training.get("seed", 0)
+    write_steps = tuple(config.training.get("write_steps", ()))
+    own = [made for task in config.tasks if (made := task.batches(seed, write_steps)) is not None]
+    if own and len(config.tasks) > 1:
+        raise ValueError("A task that makes its own batches cannot be mixed with others: leave one in `tasks`.")
+    if own:
+        return own[0]
+    options = {"seed": seed} | config.batches
+    if config.method.context_per_query and "tokens" in options:
+        options["tokens"] //= options.get("queries", 2)
+    rows = [(task.training_rows(), task.share) for task in config.tasks]
+    return RowBatches(rows, GradMemCollator(tokenizer, query_format=config.query_format), **options)
