@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from gradmem_adapter.training.rows import json_lines
 from gradmem_adapter.utils.files import read_text
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradmem_adapter.backbones import load_backbone
-from gradmem_adapter.utils.checks import check_end_token
+from gradmem_adapter.backbones import check_end_token, load_backbone
 from gradmem_adapter.utils.files import replacing
 
 from .config import RunConfig

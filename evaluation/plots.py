@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pandas as pd
 
 from .methods import METHODS
 from .paper import KV_METHODS, KV_RETRIEVAL
-from .tables.cells import line_title, read
+from .tables.cells import data_title, line_title, read
 
 STYLES = {
     "gradmem": ("#0072b2", "o"),
@@ -50,7 +51,7 @@ def style(method: str) -> dict[str, str]:
 
 def shades(count: int) -> list[float]:
     """How solid each of several lines of one method is, the last one whole."""
-    return [0.35 + 0.65 * (i + 1) / count for i in range(count)] if count > 1 else [1.0]
+    return [0.35 + 0.65 * (i + 1) / count for i in range(count)] if count != 1 else [1.0]
 
 
 def draw_all(output: Path) -> list[Path]:
@@ -113,7 +114,7 @@ def kv_retrieval(output: Path) -> list[Path]:
 
 
 def _kv_steps(table: pd.DataFrame, output: Path) -> list[Path]:
-    order = table["trained_steps"].map(lambda text: [int(number) for number in reversed(text.split("-"))])
+    order = table["trained_steps"].map(lambda text: tuple(int(number) for number in reversed(text.split("-"))))
     table = table.assign(order=order, row=[
         f"{pairs} pairs, K={trained}" for pairs, trained in zip(table["pairs"], table["trained_steps"], strict=True)
     ]).sort_values(["pairs", "order"])  # fmt: skip
@@ -122,8 +123,8 @@ def _kv_steps(table: pd.DataFrame, output: Path) -> list[Path]:
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(2 + 0.7 * cells.shape[1], 1.4 + 0.4 * len(cells)), layout="constrained")
     image = axes.imshow(cells.to_numpy(), vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    for (i, j), value in ((place, cells.iat[place]) for place in pd.MultiIndex.from_product(map(range, cells.shape))):
-        if not pd.isna(value):
+    for i, j in product(*map(range, cells.shape)):
+        if not pd.isna(value := cells.iat[i, j]):
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value < 60 else "black", size=8)
     axes.set_xticks(range(cells.shape[1]), [str(k) for k in cells.columns])
     axes.set_yticks(range(len(cells)), list(cells.index))
@@ -140,7 +141,7 @@ def answers(output: Path) -> list[Path]:
         figure, panels = _axes(2, (9.6, 4.8), sharey=True)
         for panel, name, other in zip(panels, NAMES, reversed(NAMES), strict=True):
             _against(panel, mine, name, other)
-        panels[0].set_ylabel(f"{str(dataset).replace('babi', 'bAbI')}: token F1 %")
+        panels[0].set_ylabel(f"{data_title(str(dataset))}: token F1 %")
         files += _finish(figure, output / f"answers_{str(dataset).replace(' ', '_')}.png", 3)
     return files
 
@@ -149,20 +150,24 @@ def _against(panel: Any, table: pd.DataFrame, name: str, other: str) -> None:
     """A line joins what was trained alike; a method that does not vary in `name` is a level line."""
     values: set[int] = set()
     for method, mine in table.groupby("method"):
-        for level in (row for _, row in mine.iterrows() if not _varies(row, name)):
-            title = "no context" if method == "truncated_text" and not level["memory_tokens"] else METHODS[str(method)].title
-            panel.axhline(100 * level["f1"], linestyle=":", color=style(str(method))["color"], label=title)
-        varied = mine[[_varies(row, name) for _, row in mine.iterrows()]]
-        groups = list(varied.groupby([other, "trained_steps"]))
-        for ((fixed, trained), line), alpha in zip(groups, shades(len(groups)), strict=True):
-            line = line.sort_values(name)
-            title = METHODS[str(method)].title + (f", trained with K={trained}" if trained else "")
-            panel.errorbar(line[name], 100 * line["f1"], 100 * line["f1_error"], capsize=2, alpha=alpha, label=title,
-                           **style(str(method)))  # fmt: skip
-            if len(line) > 1 and _varies(line.iloc[0], other):
+        look = style(str(method))
+        varies = mine.apply(_varies, axis=1, name=name)
+        for _, level in mine[~varies].iterrows():
+            empty = method == "truncated_text" and not level["memory_tokens"]
+            panel.axhline(100 * level["f1"], linestyle="-." if empty else ":", color=look["color"],
+                          label="no context" if empty else METHODS[str(method)].title)  # fmt: skip
+        varied = mine[varies].sort_values(name)
+        trained = sorted(set(varied["trained_steps"]))
+        solid = dict(zip(trained, shades(len(trained)), strict=True))
+        for (fixed, drawn, _), line in varied.groupby([other, "trained_steps", "training_steps"]):
+            title = METHODS[str(method)].title + (f", trained with K={drawn}" if drawn else "")
+            panel.errorbar(line[name], 100 * line["f1"], 100 * line["f1_error"], capsize=2, alpha=solid[drawn],
+                           label=title, **look)  # fmt: skip
+            if METHODS[str(method)].step is not None and (len(line) > 1 or other == "memory_tokens"):
                 mark = {"memory_tokens": "m", "write_steps": "K"}[other]
-                panel.annotate(f" {mark}={fixed}", (line[name].iloc[-1], 100 * line["f1"].iloc[-1]), size="small")
-            values |= set(line[name])
+                last = (line[name].iloc[-1], 100 * line["f1"].iloc[-1])
+                panel.annotate(f"{mark}={fixed}", last, (6, -3), textcoords="offset points", size="small")
+        values |= set(varied[name])
     panel.set(xlabel=NAMES[name])
     _ticks(panel.xaxis, sorted(values))
 
@@ -191,18 +196,21 @@ def reconstruction(output: Path) -> list[Path]:
 
 def write_growth(output: Path) -> list[Path]:
     """Time and memory of WRITE against write steps and tokens."""
-    table = read("write_growth", batch=1).dropna(subset=["milliseconds"])
-    plt = pyplot()
-    figure, grid = plt.subplots(2, 2, figsize=(8, 6), sharex="col", layout="constrained")
-    for column, (name, where) in enumerate((("write_steps", {"length": 1024}), ("length", {"write_steps": 1}))):
-        line = table[table[next(iter(where))] == next(iter(where.values()))].sort_values(name)
-        for axes, (value, title) in zip(grid[:, column], (("milliseconds", "milliseconds"), ("peak_gib", "peak GiB")),
-                                        strict=True):  # fmt: skip
+    table = read("write_growth").dropna(subset=["milliseconds"])
+    panels = (
+        ("write_steps", table[(table["batch"] == 2) & (table["length"] == 1024)], "write steps K, 2 x 1,024 tokens"),
+        ("length", table[(table["batch"] == 1) & (table["write_steps"] == 1)], "tokens, one context, K=1"),
+    )
+    figure, grid = pyplot().subplots(2, 2, figsize=(8, 5.6), sharex="col", layout="constrained")
+    for column, (name, rows, label) in zip(grid.T, panels, strict=True):
+        line = rows.sort_values(name)
+        for axes, value, title in zip(column, ("milliseconds", "peak_gib"), ("milliseconds", "peak GiB"), strict=True):
             axes.plot(line[name].astype(int), line[value], **style("gradmem"))
-            axes.set(ylim=(0, None), ylabel=title)
+            axes.set(ylim=(0, 1.08 * line[value].max()), ylabel=title)
             axes.grid(alpha=0.25)
-        grid[1, column].set_xlabel({"write_steps": "write steps K, of 1,024 tokens", "length": "tokens, K=1"}[name])
-    figure.suptitle("WRITE of one context, compiled, one H100")
+            axes.spines[["top", "right"]].set_visible(False)
+        column[-1].set_xlabel(label)
+    figure.suptitle("WRITE, compiled, one H100")
     return _finish(figure, output / "write_growth.png")
 
 
@@ -211,8 +219,8 @@ def versus_prompting(output: Path) -> list[Path]:
     table = read("versus_prompting", kind="answer", hardware="Intel(R) Xeon(R) Processor, 2 threads")
     table = table.sort_values("context_tokens")
     lines = (
-        ("bytes kept for a context", "log", {"from memory": "state_bytes", "context, its cache kept": "context_kv_bytes"}),
-        ("milliseconds to the first token", "linear", {
+        ("bytes kept for a context", {"from memory": "state_bytes", "context, its cache kept": "context_kv_bytes"}),
+        ("milliseconds to the first token", {
             "from memory": "first_token_memory_ms", "context, its cache kept": "first_token_kept_ms",
             "context, read anew": "first_token_prefill_ms",
         }),
@@ -222,12 +230,11 @@ def versus_prompting(output: Path) -> list[Path]:
         "context, read anew": style("full_context") | {"linestyle": "--"},
     }  # fmt: skip
     figure, panels = _axes(2, (9.6, 4.4))
-    for panel, (title, scale, columns) in zip(panels, lines, strict=True):
+    for panel, (title, columns) in zip(panels, lines, strict=True):
         for name, column in columns.items():
             panel.plot(table["context_tokens"], table[column], label=name, **styles[name])
-        panel.set(yscale=scale, xlabel="context tokens", ylabel=title)
+        panel.set(yscale="log", xlabel="context tokens", ylabel=title)
         _ticks(panel.xaxis, list(table["context_tokens"]))
-    panels[1].set_ylim(bottom=0)
     return _finish(figure, output / "versus_prompting.png", 3)
 
 

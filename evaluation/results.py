@@ -77,7 +77,9 @@ def load_records(*paths: Path) -> list[Record]:
     """
     found = []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else (), 1):
+            if not line:
+                continue
             try:
                 found.append(Record(**json.loads(line)))
             except (ValueError, TypeError) as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.ops.padding import append
-from gradmem_adapter.read.loss import targets_only
+from gradmem_adapter.read.loss import forward_at_targets
 
 from .base import OPTIONS
 from .prefix import Prefix, PrefixMethod, PrefixModel
@@ -55,5 +55,5 @@ class ForwardMemory(PrefixMethod):
         labels = torch.cat([context.new_full(places, IGNORED), context.masked_fill(mask == 0, IGNORED)], dim=1)
         tokens = torch.cat([prefix.embeddings, model.embed(context)], dim=1)
         inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
-        recited, _ = targets_only(model.backbone, labels, context.shape[1], **inputs)
+        recited, _ = forward_at_targets(model.backbone, labels, context.shape[1], **inputs)
         return model.reconstruction_weight * cast(Tensor, recited.loss)

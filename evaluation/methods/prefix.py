@@ -18,7 +18,7 @@ from gradmem_adapter.checkpoint import check_tensors
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.ops.padding import append, pad
 from gradmem_adapter.outputs import GradMemOutput
-from gradmem_adapter.read.loss import targets_only
+from gradmem_adapter.read.loss import forward_at_targets
 from gradmem_adapter.utils.files import replacing
 
 from .base import OPTIONS, Method
@@ -96,7 +96,7 @@ class PrefixModel(nn.Module):
             output = self.backbone(labels=targets, **inputs)
             logits = output.logits.gather(1, places[..., None].expand(-1, -1, output.logits.shape[-1]))
         else:
-            output, correct = targets_only(self.backbone, targets, max_targets, **inputs)
+            output, correct = forward_at_targets(self.backbone, targets, max_targets, **inputs)
         loss = output.loss
         if torch.is_grad_enabled():
             loss = loss + self.method.auxiliary_loss(self, prefix, context_input_ids, context_attention_mask)

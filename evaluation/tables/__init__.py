@@ -23,13 +23,13 @@ from .benchmarks import (
     write_time_cpu,
 )
 from .cells import Frame, markdown
-from .tasks import answers, answers_all, kv_retrieval, reconstruction, results_table
+from .tasks import answers, answers_all, answers_side_by_side, kv_retrieval, reconstruction, results_table
 
 ROOT = Path(__file__).parent.parent.parent
 TABLES: dict[str, Callable[[], Frame]] = {
     table.__name__: table
     for table in (
-        answers, answers_all, kv_retrieval, kv_step, meta_gradient_accuracy, meta_gradient_accuracy_earlier,
+        answers, answers_all, answers_side_by_side, kv_retrieval, kv_step, meta_gradient_accuracy, meta_gradient_accuracy_earlier,
         meta_gradient_cost, read_time, reconstruction, train_step, training_speed, versus_prompting,
         versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many, write_time, write_time_cpu,
     )

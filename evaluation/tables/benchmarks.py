@@ -87,7 +87,7 @@ def write_growth() -> Frame:
 def read_time() -> Frame:
     """Time to the first token of an answer, from memory and without."""
     names = {"plain": "no memory", "memory": "memory, its prefix computed anew", "kept prefix": "memory, its prefix kept"}
-    table = in_order(read("read", hardware=H100, new_tokens=32), list(names))
+    table = in_order(read("read", hardware=H100, new_tokens=8), list(names))
     heads = [f"{row['query_tokens']} tokens, {row['batch']} at a time" for _, row in table.iterrows()]
     return grid(table, [names[name] for name in table["method"]], heads,
                 lambda rows: f"{rows['first_token_ms'].iloc[-1]:.0f} ms", "one H100, bf16")  # fmt: skip
@@ -155,8 +155,8 @@ def _costs(table: Frame) -> Frame:
 
 
 def train_step() -> Frame:
-    """What a training step costs, at all sizes."""
-    return _costs(read("train_step"))
+    """What a training step costs at the size that a GPU is best used with."""
+    return _costs(read("train_step", batch=8))
 
 
 def meta_gradient_cost() -> Frame:

@@ -61,6 +61,11 @@ def grid(
     return Frame(lines, columns=[corner, *heads])
 
 
+def data_title(dataset: str) -> str:
+    """A data set, as tables and plots show it."""
+    return dataset.replace("babi", "bAbI").replace("fairytaleqa", "FairytaleQA").replace("squad", "SQuAD")
+
+
 def line_title(method: str, steps: int | None) -> str:
     """A method and its write steps, as "GradMem, 2 steps"."""
     kind = METHODS[method]

@@ -12,7 +12,7 @@ from evaluation.methods import METHODS
 from evaluation.paper import KV_RETRIEVAL
 from evaluation.results import Record
 
-from .cells import Frame, grid, line_title, percent, read
+from .cells import Frame, data_title, grid, line_title, percent, read
 
 SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole"}
 """Metrics that are shown in %."""
@@ -72,16 +72,29 @@ ANSWERS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def answers() -> Frame:
     """Exact match % on bAbI and F1 on passages, of the adapters that ship and of the baselines."""
-    lines = []
+    found = []
     for label, where in ANSWERS:
-        for _, row in read("answers", split="test", states=1, **where).sort_values("dataset").iterrows():
-            passages = row["task"] == "passages"
-            head = f"{row['dataset'].replace('babi', 'bAbI').replace('fairytaleqa', 'FairytaleQA')}" + " (F1)" * passages
-            minutes = "" if where["method"] == "gradmem" else f", trained for {row['training_minutes']:g} minutes"
-            lines.append((label + minutes, head, percent(row["f1" if passages else "exact_match"])))
-    cells = Frame(lines, columns=["label", "head", "value"])
-    return grid(cells, cells["label"].tolist(), cells["head"].tolist(), lambda found: found["value"].iloc[-1],
-                "exact match %")  # fmt: skip
+        table = read("answers", split="test", states=1, **where)
+        minutes = "" if where["method"] == "gradmem" else f", trained for {table['training_minutes'].iloc[0]:g} minutes"
+        found.append(table.assign(label=label + minutes))
+    return _by_dataset(pd.concat(found), "exact match %")
+
+
+def answers_side_by_side() -> Frame:
+    """The general adapter without a gradient step, each question asked of several contexts."""
+    table = read("answers", split="test", method="gradmem", memory_tokens=32, trained_steps="0-1", write_steps=0)
+    table = table.sort_values("states")
+    return _by_dataset(table.assign(label=table["states"].astype(str)), "contexts")
+
+
+def _by_dataset(table: Frame, corner: str) -> Frame:
+    """A column for each data set: exact match, and for passages F1."""
+    table = table.sort_values("dataset", kind="stable")
+    passages = table["task"] == "passages"
+    heads = [data_title(name) + " (F1)" * bool(long) for name, long in zip(table["dataset"], passages, strict=True)]
+    scores = table["f1"].where(passages, table["exact_match"])
+    cells = Frame({"score": scores.map(percent)})
+    return grid(cells, table["label"].tolist(), heads, lambda found: str(found["score"].iloc[-1]), corner)
 
 
 def answers_all() -> Frame:

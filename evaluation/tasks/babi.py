@@ -11,6 +11,7 @@ from typing import Any
 import pydantic
 
 from evaluation.data import Rows, group, has_tables, load_from_hub, parse
+from gradmem_adapter.training.rows import json_lines
 from gradmem_adapter.utils.files import read_text
 
 from .base import OPTIONS, Task

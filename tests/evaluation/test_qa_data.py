@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradmem_adapter.tasks.babi import babi_rows, read_babi
-from gradmem_adapter.tasks.qa import group, parse, qa_rows, score_qa
+from evaluation.data import distractors, group, parse, qa_rows
+from evaluation.scores import score_texts
+from evaluation.tasks.babi import babi_rows, read_babi
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 
 @pytest.fixture
@@ -117,13 +118,13 @@ def test_without_the_package_datasets_the_error_says_what_to_install(monkeypatch
 
 
 def test_scores():
-    scores = score_qa("The golden hair.", ["golden hair", "no one"])
+    scores = score_texts("The golden hair.", ["golden hair", "no one"])
     assert scores["exact_match"] == scores["f1"] == 1
     assert scores["rouge_l"] == pytest.approx(0.8)
-    partly = score_qa("hair of gold", ["golden hair"])
+    partly = score_texts("hair of gold", ["golden hair"])
     assert 0 < partly["rouge_l"] < 1
     assert partly["exact_match"] == 0
-    assert score_qa("", ["a b"]) == {"exact_match": 0, "f1": 0, "rouge_l": 0}
+    assert score_texts("", ["a b"]) == {"exact_match": 0, "f1": 0, "rouge_l": 0}
 
 
 # -------------------------------------------------------------------- bAbI
@@ -146,7 +147,7 @@ def test_babi_on_the_hub(monkeypatch):
         asked.append((*args, options))
         return found
 
-    monkeypatch.setattr("gradmem_adapter.tasks.babi.load_from_hub", load)
+    monkeypatch.setattr("evaluation.tasks.babi.load_from_hub", load)
     assert babi_rows("some/babi", 2, "test", revision="r") == [{"context": "c2", "query": "q", "target": "a"}]
     assert asked == [("some/babi", "test", {"revision": "r"})]
     assert len(babi_rows("some/babi", 1, "test")) == 2
@@ -176,3 +177,13 @@ def test_babis_original_files(tmp_path):
     (tmp_path / "qa1_x_test.txt").write_text("no number\n")
     with pytest.raises(ValueError, match="line 1: expected a number"):
         read_babi(tmp_path / "qa1_x_test.txt")
+
+
+def test_distractors():
+    reads = distractors([0, 1, 2, 2], 5, 3, seed=0)
+    assert all(own in row and len(set(row)) == 3 for own, row in zip([0, 1, 2, 2], reads, strict=True))
+    assert reads == distractors([0, 1, 2, 2], 5, 3, seed=0)
+    assert {row.index(7) for row in distractors([7] * 50, 9, 4, seed=0)} == {0, 1, 2, 3}
+    assert distractors([3], 9, 1, seed=0) == [[3]]
+    with pytest.raises(ValueError, match="There are 2 contexts"):
+        distractors([0], 2, 3, seed=0)

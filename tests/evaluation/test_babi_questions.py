@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gradmem_adapter.tasks.babi import babi_rows
-from gradmem_adapter.tasks.babi_questions import with_every_question
-from gradmem_adapter.tasks.qa_recipe import QASource
+from evaluation.tasks.babi import Babi, babi_rows, with_every_question
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 
 def answers(number, context, query, target):
@@ -81,8 +79,8 @@ def test_data_of_another_kind_are_refused():
         with_every_question([row | {"query": "Why?"}], 1)
     with pytest.raises(ValueError, match=r"bAbI tasks \(1, 2, 5\), not for 4"):
         with_every_question([row], 4)
-    with pytest.raises(ValueError, match=r"bAbI tasks \(1, 2, 5\), not for babi 4"):
-        QASource(source="data", babi=4, every_question=True)
+    with pytest.raises(ValueError, match=r"bAbI tasks \(1, 2, 5\), not for 4"):
+        Babi(source="data", number=4, every_question=True)
 
 
 def test_a_source_asks_every_question_in_training_alone(tmp_path):
@@ -90,7 +88,7 @@ def test_a_source_asks_every_question_in_training_alone(tmp_path):
     line = f'{{"context": "{story}", "query": "Where is Bob?", "target": "attic"}}\n'
     for split in ("train", "test"):
         (tmp_path / f"qa1_{split}.jsonl").write_text(2 * line)
-    every, own = (QASource(source=str(tmp_path), babi=1, every_question=every) for every in (True, False))
+    every, own = (Babi(source=str(tmp_path), number=1, every_question=every) for every in (True, False))
     assert [row["queries"] for row in every.training_rows()] == [["Where is Bob?", "Where is Ann?"]]
     assert [row["queries"] for row in own.training_rows()] == [["Where is Bob?", "Where is Bob?"]]
     assert [row["query"] for row in every.rows("test")] == ["Where is Bob?"] * 2

@@ -1,6 +1,6 @@
 """Texts that a model writes itself, to train WRITE on: each goes on from some words of given texts.
 
-    python examples/write_texts.py data/fairytaleqa data/texts/train.txt.gz --count 20000
+    python -m evaluation.write_texts data/fairytaleqa data/texts/train.txt.gz --count 20000
 
 A small set of texts is learned by heart; what a language model writes is as various as one likes, and is what it knows
 how to read. One text a line.
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from evaluation.tasks import PlainText
 from gradmem_adapter import SMOLLM2, load_backbone
-from gradmem_adapter.tasks.plain_text import text_rows
 from gradmem_adapter.utils.files import check_writable, replacing
 
 OPENING = 12
@@ -25,7 +25,7 @@ OPENING = 12
 
 def openings(sources: list[str], count: int, draw: random.Random) -> list[str]:
     """The first words of the texts: of any of their passages, from any word on."""
-    passages = [row["context"].split() for source in sources for row in text_rows(source, "train")]
+    passages = [row["context"].split() for source in sources for row in PlainText(source=source).rows("train")]
     found = []
     for words in draw.choices(passages, [len(words) for words in passages], k=count):
         start = draw.randrange(max(1, len(words) - OPENING))

@@ -2,17 +2,15 @@
 
 import gzip
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny, tiny_text, tiny_tokenizer
 
-from gradmem_adapter.tasks import plain_text
-from gradmem_adapter.tasks.plain_text import CONTINUATION, CUE, LONGEST, QUESTIONS, SHORTEST, text_rows
-from gradmem_adapter.tasks.qa_recipe import QASource
+from evaluation import write_texts
+from evaluation.tasks import Passages, PlainText, plain_text
+from evaluation.tasks.plain_text import CONTINUATION, CUE, LONGEST, QUESTIONS, SHORTEST
 
 
 def words(count, first=0):
@@ -21,7 +19,7 @@ def words(count, first=0):
 
 def test_every_answer_is_what_comes_next(tmp_path):
     (tmp_path / "train.txt").write_text(" ".join(words(40)) + "\n\n" + " ".join(words(30, 50)) + "\n", "utf-8")
-    rows = text_rows(tmp_path, "train")
+    rows = PlainText(source=str(tmp_path)).rows("train")
     assert [row["context"].split()[0] for row in rows if row["context"].startswith(("w0 ", "w50 "))] == ["w0", "w50"]
     for row in rows:
         text = row["context"].split()
@@ -31,7 +29,7 @@ def test_every_answer_is_what_comes_next(tmp_path):
             place = text.index(cue[0])
             assert text[place : place + CUE] == cue
             assert text[place + CUE : place + CUE + CONTINUATION] == target.split() != []
-    assert text_rows(tmp_path, "train") == rows
+    assert PlainText(source=str(tmp_path)).rows("train") == rows
 
 
 @given(st.integers(0, 2000))
@@ -47,31 +45,25 @@ def test_passages_are_the_text_in_order(count):
 def test_contexts_of_questions_are_texts_too(tmp_path):
     record = {"context": " ".join(words(20)), "query": "Why?", "target": "So."}
     (tmp_path / "train.jsonl").write_text(json.dumps(record))
-    source = QASource(str(tmp_path), text=True)
-    (row,) = source.training_rows()
+    (row,) = PlainText(source=str(tmp_path)).training_rows()
     assert row["context"] == record["context"]
     assert "Why?" not in row["queries"]
-    assert [row["queries"] for row in source.rows("train")] == [["Why?"]]
+    assert [row["queries"] for row in Passages(source=str(tmp_path)).rows("train")] == [["Why?"]]
 
 
 def test_a_gzipped_text_is_read_and_a_short_one_refused(tmp_path):
     with gzip.open(tmp_path / "train.txt.gz", "wt") as file:
         file.write(" ".join(words(SHORTEST)))
-    (row,) = text_rows(tmp_path, "train")
+    (row,) = PlainText(source=str(tmp_path)).rows("train")
     assert row["context"].split() == words(SHORTEST)
     (tmp_path / "valid.txt").write_text("too short\n")
     with pytest.raises(ValueError, match=f"None of the 1 texts of .* has {SHORTEST} words"):
-        text_rows(tmp_path, "valid")
+        PlainText(source=str(tmp_path)).rows("valid")
     with pytest.raises(FileNotFoundError, match=r"has no test\.jsonl"):
-        text_rows(tmp_path, "test")
+        PlainText(source=str(tmp_path)).rows("test")
 
 
-def test_bad_sources_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="text is for texts, not for babi 2"):
-        QASource(str(tmp_path), babi=2, text=True)
-
-
-def test_the_example_writes_texts_that_are_read_again(tmp_path, monkeypatch):
+def test_texts_that_a_model_writes_are_read_again(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path / "backbone")
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
     (tmp_path / "given").mkdir()
@@ -81,8 +73,8 @@ def test_the_example_writes_texts_that_are_read_again(tmp_path, monkeypatch):
     output = tmp_path / "own" / "train.txt.gz"
     command = ["--count", "5", "--batch", "2", "--tokens", "30", "--backbone", tmp_path / "backbone"]
     monkeypatch.setattr("sys.argv", list(map(str, ["write_texts.py", tmp_path / "given", output, *command])))
-    runpy.run_path(str(Path("examples") / "write_texts.py"), run_name="__main__")
+    write_texts.main()
     texts = gzip.decompress(output.read_bytes()).decode().splitlines()
     assert len(texts) == 5
     assert all(" ".join(text.split()[:12]) in given for text in texts)
-    assert any(len(row["context"].split()) > 12 for row in text_rows(output.parent, "train"))
+    assert any(len(row["context"].split()) > 12 for row in PlainText(source=str(output.parent)).rows("train"))
