@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from gradmem_adapter.config import GradMemConfig
-from gradmem_adapter.layer import NEUTRAL
-from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.write.rates import NEUTRAL, keep_write_lrs
 
 from .base import OPTIONS, Method
 
@@ -44,7 +43,7 @@ class GradMem(Method):
     def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         """A checkpoint that opens with `load_checkpoint`; with `keep_write_lrs` the model loses further write rates."""
         if self.keep_write_lrs is not None:
-            cast(GradMemModel, model.base_model).keep_write_lrs(self.keep_write_lrs)
+            keep_write_lrs(cast(PeftModel, model), self.keep_write_lrs)
         dtype = None if self.lora_dtype is None else getattr(torch, self.lora_dtype)
         save_checkpoint(cast(PeftModel, model), tokenizer, path, lora_dtype=dtype)
 

@@ -6,7 +6,6 @@ import typer
 
 from gradmem_adapter.cli.ask import ask
 from gradmem_adapter.cli.demo import demo
-from gradmem_adapter.cli.evaluate import compare, evaluate, plot
 from gradmem_adapter.cli.train import train
 from gradmem_adapter.cli.write import write
 
@@ -15,6 +14,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, write, ask, train, plot, compare):
+for command in (demo, write, ask, train):
     app.command()(command)
-app.command(name="eval")(evaluate)

@@ -4,33 +4,42 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny, tokens
 
-from gradmem_adapter.baselines import ForwardMemory, FullContext, MeanPooling, Prefix, TruncatedText
-from gradmem_adapter.ops.padding import append
-from gradmem_adapter.tasks.kv_retrieval import KVRetrieval, kv_backbone
-from gradmem_adapter.training.speed import maskless_attention
+from evaluation.key_values import pairs_tokenizer, sample_pairs
+from evaluation.methods import ForwardMemory, FullContext, MeanPooling, TruncatedText
+from evaluation.methods.prefix import Prefix
+from evaluation.models import scratch_llama
+from gradmem_adapter.training.cuda_graph import maskless_attention
 
 BASELINES = {
-    "full context": FullContext,
-    "no context": lambda backbone: TruncatedText(backbone, 0),
-    "truncated text": lambda backbone: TruncatedText(backbone, 4),
-    "mean pooling": lambda backbone: MeanPooling(backbone, 4),
-    "forward memory": lambda backbone: ForwardMemory(backbone, 4),
+    "full context": FullContext(),
+    "no context": TruncatedText(tokens=0),
+    "truncated text": TruncatedText(),
+    "mean pooling": MeanPooling(),
+    "forward memory": ForwardMemory(),
 }
-baselines = pytest.mark.parametrize("make", BASELINES.values(), ids=BASELINES)
+baselines = pytest.mark.parametrize("method", BASELINES.values(), ids=BASELINES)
 
 
-def kv_model(make, scale=5):
+def sampled(*numbers, seed=0):
+    return sample_pairs(*numbers, generator=torch.Generator().manual_seed(seed))
+
+
+def built(method, backbone, **memory):
+    return method.build(backbone, {"num_memory_tokens": 4, "train_backbone": True} | memory).eval()
+
+
+def kv_model(method, scale=5):
     torch.manual_seed(0)
-    backbone = kv_backbone(layers=2, width=32, heads=4)
+    backbone = scratch_llama(pairs_tokenizer(), layers=2, width=32, heads=4)
     for parameter in backbone.parameters():
         parameter.data.mul_(scale if parameter.dim() == 2 else 1)
-    return make(backbone).eval()
+    return built(method, backbone)
 
 
 @baselines
-def test_padding_changes_nothing(make):
+def test_padding_changes_nothing(method):
     """Each context alone and unpadded gives what it gives in a batch, with or without masks."""
-    model, batch = kv_model(make), KVRetrieval(6, 2).sample(5, 3, seed=0).as_dict()
+    model, batch = kv_model(method), sampled(5, 3, 6, 2)
     with torch.no_grad():
         together = model(**batch).logits
         with maskless_attention(model):
@@ -52,7 +61,7 @@ def test_full_context_is_the_model_on_context_and_query(architecture):
     backbone = tiny(architecture).eval()
     context, query = tokens(1, 5, seed=1), tokens(1, 3, seed=2)
     with torch.no_grad():
-        out = FullContext(backbone)(
+        out = built(FullContext(), backbone)(
             input_ids=query, labels=query, context_input_ids=context,
             context_attention_mask=torch.ones_like(context), context_index=torch.tensor([0]),
         )  # fmt: skip
@@ -65,10 +74,10 @@ def test_full_context_is_the_model_on_context_and_query(architecture):
 def test_no_context_sees_none_and_truncated_text_the_first_tokens():
     backbone = tiny().eval()
     context, lengths = tokens(2, 6), torch.tensor([6, 3])
-    nothing = TruncatedText(backbone, 0).prefix(context, lengths, 1)
+    nothing = built(TruncatedText(tokens=0), backbone).prefix(context, lengths, 1)
     assert nothing.embeddings.shape[1] == 0
     assert nothing.lengths.tolist() == [0, 0]
-    some = TruncatedText(backbone, 4).prefix(context, lengths, 1)
+    some = built(TruncatedText(), backbone).prefix(context, lengths, 1)
     assert some.lengths.tolist() == [4, 3]
     assert torch.equal(some.embeddings, backbone.get_input_embeddings()(context[:, :4]))
 
@@ -78,7 +87,7 @@ def test_mean_pooling_takes_the_mean_of_equal_parts():
     context, lengths = tokens(3, 9), torch.tensor([8, 9, 2])
     with torch.no_grad():
         hidden = backbone.base_model(context).last_hidden_state
-        vectors, counts = MeanPooling(backbone, 4).prefix(context, lengths, 1)
+        vectors, counts = built(MeanPooling(), backbone).prefix(context, lengths, 1)
     assert counts.tolist() == [4, 4, 2]
     torch.testing.assert_close(vectors[0], hidden[0, :8].unflatten(0, (4, 2)).mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vectors[1, 0], hidden[1, :3].mean(0), rtol=1e-4, atol=1e-5)
@@ -87,7 +96,7 @@ def test_mean_pooling_takes_the_mean_of_equal_parts():
 
 def test_forward_memory_sees_the_context_through_its_memory_alone():
     model = kv_model(BASELINES["forward memory"], scale=1)
-    batch, other = (KVRetrieval(3).sample(2, 2, seed=seed).as_dict() for seed in (0, 1))
+    batch, other = (sampled(2, 2, 3, seed=seed) for seed in (0, 1))
     changed = batch | {"context_input_ids": other["context_input_ids"]}
     with torch.no_grad():
         before = model(**batch).logits
@@ -98,25 +107,25 @@ def test_forward_memory_sees_the_context_through_its_memory_alone():
 
 
 def test_several_passes_differ_from_one():
-    model, batch = kv_model(BASELINES["forward memory"], scale=1), KVRetrieval(3).sample(2, 2, seed=0)
+    model, batch = kv_model(BASELINES["forward memory"], scale=1), sampled(2, 2, 3)
     with torch.no_grad():
-        lengths = batch.context_attention_mask.sum(1)
-        memories = [model.prefix(batch.context_input_ids, lengths, k).embeddings for k in (1, 2, 3)]
+        lengths = batch["context_attention_mask"].sum(1)
+        memories = [model.prefix(batch["context_input_ids"], lengths, k).embeddings for k in (1, 2, 3)]
     assert not torch.allclose(memories[0], memories[1], atol=1e-3)
     assert not torch.allclose(memories[1], memories[2], atol=1e-4)
 
 
 def test_memory_of_no_pass_is_refused():
-    batch = KVRetrieval(4).sample(2, 1, seed=0)
+    batch = sampled(2, 1, 4)
     with pytest.raises(ValueError, match="at least 1 pass, not 0"):
-        kv_model(BASELINES["forward memory"])(**batch.as_dict(), write_steps=0)
+        kv_model(BASELINES["forward memory"])(**batch, write_steps=0)
 
 
 def test_the_reconstruction_loss_is_that_of_the_context_given_its_memory():
     torch.manual_seed(0)
     backbone = tiny().eval()
-    plain, weighted = (ForwardMemory(backbone, 3, reconstruction_weight=w).eval() for w in (0.0, 0.5))
-    weighted.memory = plain.memory
+    plain, weighted = (built(ForwardMemory(), backbone, num_memory_tokens=3, reconstruction_weight=w) for w in (0.0, 0.5))
+    weighted.slots = plain.slots
     context = tokens(2, 6)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     batch = {
@@ -134,15 +143,16 @@ def test_the_reconstruction_loss_is_that_of_the_context_given_its_memory():
 
 
 @baselines
-def test_generation_is_what_forward_would_choose(make):
+def test_generation_is_what_forward_would_choose(method):
     """Greedy tokens, one by one, of queries of different lengths on contexts of different lengths."""
     torch.manual_seed(0)
-    model = make(tiny().eval()).eval()
+    model = built(method, tiny().eval())
     contexts, mask = tokens(2, 7, seed=1), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     queries, counts = tokens(2, 4, seed=2), torch.tensor([[1] * 4, [0, 1, 1, 1]])
+    kept = method.read(model, [contexts[0].tolist(), contexts[1, :5].tolist()], 1)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     with torch.no_grad():
-        prefix = model.prefix(contexts, mask.sum(1), 1)
-        new = model.generate(prefix, queries, counts, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        new = method.generate(model, kept, [[0], [1]], queries, counts, **options)
     for i in range(2):
         ids = queries[i][counts[i].bool()][None]
         for _ in range(3):
@@ -155,16 +165,21 @@ def test_generation_is_what_forward_would_choose(make):
         assert new[i].tolist() == ids[0, -3:].tolist()
 
 
+BYTES_PER_TOKEN = 4 * 2 * 2 * 2 * 8  # keys and values of 2 layers with 2 heads of 8, in float32
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("full context", 9 * BYTES_PER_TOKEN), ("truncated text", 4 * BYTES_PER_TOKEN), ("no context", 0),
+     ("mean pooling", 4 * 32 * 4), ("forward memory", 4 * 32 * 4)],
+)  # fmt: skip
+def test_bytes_that_are_kept(name, kept):
+    assert BASELINES[name].bytes_per_context(tiny(), {"num_memory_tokens": 4}, 9) == kept
+
+
 def test_contexts_side_by_side():
     embeddings, lengths = torch.arange(1.0, 7).view(3, 2, 1), torch.tensor([2, 1, 2])
     joined = Prefix(embeddings, lengths).rows(torch.tensor([[1, 0], [2, 1]]))
     assert joined.lengths.tolist() == [3, 3]
     assert joined.embeddings[0, :3, 0].tolist() == [3, 1, 2]
     assert joined.embeddings[1, :3, 0].tolist() == [5, 6, 3]
-
-
-def test_append():
-    context, tail = torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([[8, 9], [8, 9]])
-    joined, places = append(context, torch.tensor([2, 3]), tail)
-    assert joined.tolist() == [[1, 2, 8, 9, 0], [3, 4, 5, 8, 9]]
-    assert joined.gather(1, places).tolist() == tail.tolist()

@@ -1,51 +1,39 @@
-"""The adapters that ship for questions."""
+"""The adapters that ship for questions: small, and their cards say what the result files say."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from gradmem_adapter.cli.ask import CHECKPOINT
-from gradmem_adapter.recipes import load_recipe
-from gradmem_adapter.tasks.qa_recipe import QARecipe
-from gradmem_adapter.tasks.qa_results import TASK, QARecord
-from gradmem_adapter.tasks.records import load_records
+from evaluation.config import Evaluation
+from evaluation.results import RESULTS, load_records
+from evaluation.run import evaluate
+from evaluation.tasks import Babi
 
-ROOT = Path(__file__).parent.parent
-BABI = CHECKPOINT.with_name("smollm2-135m-babi")
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "example"), [(CHECKPOINT, "qa_passages_longer"), (BABI, "qa_babi_all_questions")]
-)
-def test_was_made_by_the_example(checkpoint, example):
-    made = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
-    assert QARecipe.of(made) == load_recipe(ROOT / "examples" / f"{example}.yaml")
-
-
-@pytest.mark.parametrize("checkpoint", [CHECKPOINT, BABI])
-def test_is_small(checkpoint):
-    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 10_000_000
-
-
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
+DATA = Path(__file__).parents[1] / "data"
 TASKS = {"babi 1", "babi 2", "babi 4", "babi 5"}
+both = pytest.mark.parametrize("checkpoint", ["smollm2-135m-qa", "smollm2-135m-babi"])
+
+
+@both
+def test_is_small(checkpoint):
+    assert (CHECKPOINTS / checkpoint / "adapter_model.safetensors").stat().st_size < 10_000_000
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "memory_tokens", "datasets", "columns"),
+    ("checkpoint", "datasets", "columns"),
     [
-        (CHECKPOINT, 32, TASKS | {"fairytaleqa"}, [(0, 1), (1, 1), (2, 1), (0, 2), (0, 4)]),
-        (BABI, 16, TASKS, [(0, 1), (1, 1), (2, 1)]),
+        ("smollm2-135m-qa", TASKS | {"fairytaleqa"}, [(0, 1), (1, 1), (2, 1), (0, 2), (0, 4)]),
+        ("smollm2-135m-babi", TASKS, [(0, 1), (1, 1), (2, 1)]),
     ],
 )
-def test_its_card_says_what_the_results_say(checkpoint, memory_tokens, datasets, columns):
+def test_its_card_says_what_the_results_say(checkpoint, datasets, columns):
     """A row for each test set, a column for write steps and contexts: exact match, and F1 where it is another."""
-    lines = (checkpoint / "README.md").read_text(encoding="utf-8").lower().splitlines()
-    records = load_records(ROOT / "results" / "answers.json", TASK, QARecord)
+    lines = (CHECKPOINTS / checkpoint / "README.md").read_text(encoding="utf-8").lower().splitlines()
     mine = {
-        (r.dataset, r.write_steps, r.states): r
-        for r in records
-        if r.method == "gradmem" and r.memory_tokens == memory_tokens
+        (r.dataset, r.write_steps, r.states): r.metrics
+        for r in load_records(RESULTS / "answers.jsonl")
+        if r.facts.get("checkpoint") == checkpoint
     }
     assert {dataset for dataset, _, _ in mine} == datasets
     assert {(steps, states) for _, steps, states in mine} == set(columns)
@@ -55,9 +43,18 @@ def test_its_card_says_what_the_results_say(checkpoint, memory_tokens, datasets,
         assert any(line.startswith(row) for line in lines), row
 
 
-def score(record):
+def score(metrics):
     """In %; empty where nothing was measured."""
-    if record is None:
+    if metrics is None:
         return ""
-    scores = dict.fromkeys(f"{100 * value:.1f}" for value in (record.exact_match, record.f1))
-    return " / ".join(scores)
+    return " / ".join(dict.fromkeys(f"{100 * metrics[name]:.1f}" for name in ("exact_match", "f1")))
+
+
+@pytest.mark.smollm
+@both
+def test_answers_stories(checkpoint):
+    """Six questions each, of bAbI 1, which both answer nearly always."""
+    evaluation = Evaluation(tasks=(Babi(source=str(DATA), number=1),), write_steps=(0, 1))
+    records = evaluate(CHECKPOINTS / checkpoint, device="cpu", evaluation=evaluation)
+    assert [record.metrics["exact_match"] for record in records] == [1, 1]
+    assert records[0].facts["bytes_per_context"] == 4 * records[0].memory_tokens * 576

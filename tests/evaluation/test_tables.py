@@ -1,46 +1,79 @@
-"""Results on key-value retrieval: which measurements stand in one line."""
+"""Tables from result files, and the blocks of pages that they fill."""
 
-from gradmem_adapter.tasks.kv_results import KVRecord, by_line, plot, table
-from gradmem_adapter.tasks.records import pyplot
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
 
-
-def record(method="gradmem", trained_steps="1-20", pairs=16, write_steps=1, exact_match=0.5):
-    return KVRecord(method, trained_steps, pairs, write_steps, exact_match, 512, 0, 100, "CPU")
-
-
-RECORDS = [
-    record("full_context", "0", write_steps=0, exact_match=1.0),
-    record(trained_steps="2", write_steps=10, exact_match=0.9),
-    record(trained_steps="2", write_steps=2, exact_match=0.8),
-    record(trained_steps="1", exact_match=0.7),
-    record(write_steps=10, exact_match=0.6),
-    record(),
-    record(pairs=32, exact_match=0.4),
-    record("forward_memory", "1-5", exact_match=0.3),
-]
+from evaluation import tables
+from evaluation.cli import app
+from evaluation.paper import KV_RETRIEVAL
+from evaluation.results import RESULTS, load_records
+from evaluation.tables import ROOT, TABLES, fill, markdown
+from evaluation.tables.cells import grid, line_title, percent
 
 
-def test_models_trained_with_one_number_of_steps_have_lines_of_their_own():
-    assert by_line(RECORDS) == {
-        "GradMem, 1 step": {16: 50, 32: 40},
-        "GradMem, 10 steps": {16: 60},
-        "GradMem trained with K=1, 1 step": {16: 70},
-        "GradMem trained with K=2, 2 steps": {16: 80},
-        "GradMem trained with K=2, 10 steps": {16: 90},
-        "forward-only memory, 1 pass": {16: 30},
-        "full context": {16: 100},
-    }
-    assert list(by_line(RECORDS)) == list(by_line(reversed(RECORDS)))
-    assert table(RECORDS).row_count == 7
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_every_table_can_be_made(name):
+    table = TABLES[name]()
+    assert len(table) > 1
+    lines = markdown(table).splitlines()
+    assert len(lines) == len(table) + 2
+    assert {line.count("|") for line in lines} == {len(table.columns) + 1}
 
 
-def test_plots_leave_their_lines_to_the_heat_map(tmp_path, monkeypatch):
-    closed = []
-    monkeypatch.setattr(pyplot(), "close", closed.append)
-    files = plot(RECORDS, tmp_path)
-    assert [file.stat().st_size > 0 for file in files] == [True, True]
-    labels = closed[0].axes[0].get_legend_handles_labels()[1]
-    assert not [label for label in labels if "trained" in label]
-    assert "GradMem, 1 step" in labels
-    rows = [label.get_text() for label in closed[1].axes[0].get_yticklabels()]
-    assert rows == ["16 pairs, K=1", "16 pairs, K=2", "16 pairs, K=1-20", "32 pairs, K=1-20"]
+def test_readme_and_docs_show_what_the_result_files_say():
+    assert fill(ROOT, write=False) == [], "run `python -m evaluation tables`"
+
+
+def test_every_result_file_is_readable_and_has_no_measurement_twice():
+    files = sorted(RESULTS.glob("*.jsonl"))
+    assert len(files) > 5
+    for file in files:
+        keys = [record.key for record in load_records(file)]
+        assert len(set(keys)) == len(keys), file
+
+
+def test_key_value_retrieval_has_a_line_for_each_number_of_steps_and_the_papers():
+    table = TABLES["kv_retrieval"]().set_index("pairs")
+    assert table.loc["GradMem, 1 step", "16"] == "97.0"
+    assert table.loc["GradMem, 5 steps", "64"] == "100"
+    assert table.loc["forward-only memory, 2 passes", "32"] == "25.1"
+    assert table.loc[f"paper: {KV_RETRIEVAL[0][0]}", "32"] == "86.9"
+    assert not [name for name in table.index if "trained" in name]
+
+
+def test_answers_are_of_the_adapters_that_ship():
+    table = TABLES["answers"]().set_index("exact match %")
+    assert table.loc["general adapter, one gradient step (its default)", "FairytaleQA (F1)"] == "34.4"
+    assert table.loc["bAbI adapter, from 16 vectors", "bAbI 2"] == "98.5"
+    assert pd.isna(table.loc["bAbI adapter, from 16 vectors", "FairytaleQA (F1)"])
+
+
+def test_blocks_are_filled_and_checked(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    page, readme = tmp_path / "docs" / "page.md", tmp_path / "README.md"
+    readme.write_text("Nothing here.\n")
+    page.write_text("Before.\n\n<!-- table: small -->\nold\n<!-- /table -->\n\nAfter.\n")
+    monkeypatch.setitem(tables.TABLES, "small", lambda: pd.DataFrame({"a": [1, None], "b": ["x", "y"]}, dtype=object))
+    command = ["tables", "--root", str(tmp_path)]
+    result = CliRunner().invoke(app, [*command, "--check"])
+    assert result.exit_code == 1
+    assert "differs: page.md: small" in result.output
+    assert "old" in page.read_text()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert page.read_text() == (
+        "Before.\n\n<!-- table: small -->\n| a | b |\n| --- | --- |\n| 1 | x |\n| | y |\n<!-- /table -->\n\nAfter.\n"
+    )
+    assert CliRunner().invoke(app, [*command, "--check"]).exit_code == 0
+    page.write_text("<!-- table: none -->\n<!-- /table -->\n")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "a block for the table 'none'" in " ".join(result.stderr.split())
+
+
+def test_cells():
+    assert (percent(0.3333), percent(0.5, 0.01)) == ("33.3", "50.0 ± 1.0")
+    titles = [line_title("gradmem", 1), line_title("forward_memory", 2), line_title("full_context", 0)]
+    assert titles == ["GradMem, 1 step", "forward-only memory, 2 passes", "full context"]
+    table = grid(pd.DataFrame({"v": [1, 2, 3]}), ["a", "b", "a"], ["x", "x", "y"], lambda found: str(found["v"].iloc[0]))
+    assert table.to_numpy().tolist() == [["a", "1", "3"], ["b", "2", None]]

@@ -1,0 +1,96 @@
+"""Configurations of runs: YAML, settings, what ships, and what cannot work."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from small_runs import kv_fields, qa_fields
+
+from evaluation.config import RunConfig, task_of
+from evaluation.models import load_config
+from evaluation.tasks import Babi
+from gradmem_adapter.config import GradMemConfig
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "evaluation" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_ship_are_sound(path):
+    config = RunConfig.load(path)
+    GradMemConfig(**config.memory)
+    assert config.training["cuda_graphs"]
+    assert config.evaluation.tasks or any(task.measured for task in config.tasks)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "recipe"),
+    [
+        ("kv-retrieval", "kv_retrieval_longer"),
+        ("smollm2-135m-qa", "qa_passages_longer"),
+        ("smollm2-135m-babi", "qa_babi_all_questions"),
+    ],
+)
+def test_the_shipped_weights_were_trained_by_the_shipped_recipes(checkpoint, recipe):
+    made, ships = load_config(ROOT / "checkpoints" / checkpoint), RunConfig.load(ROOT / f"evaluation/recipes/{recipe}.yaml")
+    fields = made.fields()
+    fields["training"].pop("max_minutes", None)  # timed by the clock, which came to the steps of the recipe
+    assert RunConfig.of(fields) == ships
+
+
+def test_settings_take_the_place_of_fields(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(kv_fields()), encoding="utf-8")
+    settings = ["training.seed=3", "memory.num_memory_tokens=2", "method={name: full_context}", "tasks.0.pairs=5"]
+    config = RunConfig.load(path, settings)
+    assert (config.training["seed"], config.memory["num_memory_tokens"]) == (3, 2)
+    assert (config.method.name, config.tasks[0].pairs) == ("full_context", 5)
+    for setting, message in (
+        ("seed", "field=value"), ("=1", "field=value"), ("init_from.x.y=1", "no fields of its own"),
+        ("tasks=[", "is not YAML"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            RunConfig.load(path, ["init_from=a", setting])
+    path.write_text("- a list", encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold a mapping"):
+        RunConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": {"name": "magic"}}, "method's name must be one of forward_memory, .*got 'magic'"),
+        ({"method": {"name": "full_context", "lora_dtype": "bfloat16"}}, "lora_dtype"),
+        ({"tasks": []}, "tasks"),
+        ({"tasks": [{"name": "passages"}]}, "source"),
+        ({"tasks": [{"name": "riddles"}]}, "task's name must be one of babi"),
+        ({"tasks": [{"name": "babi", "source": "x", "number": 4, "every_question": True}]}, "not for 4"),
+        ({"stepz": 3}, "stepz"),
+        ({"memory": {"slots": 3}}, "memory has no field slots"),
+        ({"batches": {"bucket": [3]}}, "batches has no field bucket"),
+        ({"training": {"lr": 3}}, "training has no field lr"),
+        ({"training": {"write_steps": [0, 1]}}, "after which memory knows nothing of the context"),
+        ({"evaluation": {"write_steps": [-1]}}, "write_steps"),
+    ],
+)
+def test_what_cannot_work_is_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.of(qa_fields(tmp_path) | change)
+
+
+def test_no_write_step_is_trained_where_memory_starts_from_the_context(tmp_path):
+    fields = qa_fields(tmp_path)
+    fields["training"]["write_steps"], fields["memory"]["start"] = [0, 0, 1], "context"
+    assert RunConfig.of(fields).write_steps == (0, 1)
+
+
+def test_the_write_steps_that_were_trained(tmp_path):
+    assert RunConfig.of(kv_fields()).write_steps == (1, 2)
+    assert RunConfig.of(kv_fields(training={"write_steps": [5]})).write_steps == (5,)
+    assert RunConfig.of(kv_fields({"name": "full_context"})).write_steps == ()
+
+
+def test_a_task_on_one_line():
+    assert task_of("{name: babi, source: data, number: 2}") == Babi(source="data", number=2)
+    with pytest.raises(ValueError, match="is not YAML"):
+        task_of("{name: ")
