@@ -22,11 +22,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from evaluation.key_values import pairs_tokenizer, sample_pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from evaluation.key_values import pairs_tokenizer, sample_pairs
 from gradmem_adapter import GradMemConfig
 
 ROOT = Path(__file__).parent.parent

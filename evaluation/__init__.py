@@ -1,1 +1,1 @@
-"""Everything that reproduces a number: tasks, methods, training recipes, results, and the tables and plots made of them."""
+"""Everything that reproduces a number: tasks, methods, recipes, results, and the tables and plots made of them."""

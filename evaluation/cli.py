@@ -68,9 +68,13 @@ def run(
         list[str] | None,
         typer.Option(help='"{name: babi, source: data/babi, number: 2}". Repeatable; default: as the checkpoint says.'),
     ] = None,
-    pairs: Annotated[str | None, typer.Option(help="Key-value retrieval with these numbers of pairs, as 16,32.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="Key-value retrieval with these numbers of pairs, as 16,32.")
+    ] = None,
     contexts: Annotated[int, typer.Option(min=1, help="--pairs: contexts for each number of pairs.")] = 128,
-    text: Annotated[Path | None, typer.Option(exists=True, help="How much of this text comes back from memory.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(exists=True, help="How much of this text comes back from memory.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help='Only this data set, as tables name it ("babi 2").')] = None,
     steps: Annotated[str | None, typer.Option(help="Numbers of write steps, as 1,2,5.")] = None,
     states: Annotated[str | None, typer.Option(help="How many contexts a question is asked of, as 1,2.")] = None,

@@ -65,8 +65,8 @@ class RunConfig:
 
     Args:
         tasks (`tuple[Task, ...]`): what is trained, `{name: ..., share: ..., ...}` each, with the options of its class.
-        backbone (`str` or `dict`): a local directory, a hub id or package:<package>/<file>.gguf; or the shape of a Llama
-            that is trained from scratch (`scratch_llama`).
+        backbone (`str` or `dict`): a local directory, a hub id or package:<package>/<file>.gguf; or the shape of a
+            Llama that is trained from scratch (`scratch_llama`).
         method (`Method`, *optional*, defaults to `gradmem`): `{name: ..., ...}`.
         memory (`dict`, *optional*): fields of `GradMemConfig`; baselines read num_memory_tokens, lora_config and a few.
         batches (`dict`, *optional*): arguments of `RowBatches`, where tasks do not make batches of their own.

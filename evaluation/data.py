@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from gradmem_adapter.training.rows import json_lines
 from gradmem_adapter.utils.files import read_text
 
-
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 """Contexts with queries and targets, as `GradMemCollator` takes them."""
 _CONTEXT = ("context", "passage", "content", "story_section")

@@ -76,9 +76,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Run
     _write_config(config, path)
 
 
-def load_model(
-    path: Path, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, PreTrainedTokenizerBase, RunConfig]:
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase, RunConfig]:
     """A model that `save_model` saved, its tokenizer, and how it was trained.
 
     Raises:

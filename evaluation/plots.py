@@ -108,7 +108,9 @@ def kv_retrieval(output: Path) -> list[Path]:
     for name, values in KV_RETRIEVAL:
         axes.plot(values.keys(), values.values(), "--", label=f"paper: {name}", alpha=solid.get(name, 1), markersize=4,
                   **style(KV_METHODS[name]))  # fmt: skip
-    axes.set(xlabel="pairs in the context", ylabel="exact match %", ylim=(0, 103), title="Key-value retrieval, 8 vectors")
+    axes.set(
+        xlabel="pairs in the context", ylabel="exact match %", ylim=(0, 103), title="Key-value retrieval, 8 vectors"
+    )
     _ticks(axes.xaxis, sorted(set(table["pairs"])))
     return [*_finish(figure, output / "kv_retrieval.png", 3), *_kv_steps(table[table["method"] == "gradmem"], output)]
 
@@ -238,4 +240,10 @@ def versus_prompting(output: Path) -> list[Path]:
     return _finish(figure, output / "versus_prompting.png", 3)
 
 
-PLOTS: tuple[Callable[[Path], list[Path]], ...] = (kv_retrieval, answers, reconstruction, write_growth, versus_prompting)
+PLOTS: tuple[Callable[[Path], list[Path]], ...] = (
+    kv_retrieval,
+    answers,
+    reconstruction,
+    write_growth,
+    versus_prompting,
+)

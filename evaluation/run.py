@@ -105,9 +105,7 @@ def evaluate(
     return records
 
 
-def _record(
-    task: Task, answerer: Answerer, found: Measurement, split: str, states: int, seed: int
-) -> Record:
+def _record(task: Task, answerer: Answerer, found: Measurement, split: str, states: int, seed: int) -> Record:
     config, values = answerer.config, {name: value.double() for name, value in found.values.items()}
     method, tokens = config.method, float(found.facts["context_tokens"])
     drawn = config.write_steps

@@ -12,6 +12,7 @@ import argparse
 import gzip
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     check_writable(args.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone: Any
     backbone, tokenizer = load_backbone(args.backbone)
     backbone.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     tokenizer.padding_side = "left"

@@ -61,8 +61,10 @@ def write_time_cpu() -> Frame:
     """WRITE on two cores of several processors."""
     table = read("write_compare")
     table = in_order(table[table["hardware"] != H100], list(HOW))
-    heads = [f"{row['hardware'].partition(',')[0]}, torch {row['torch'].partition('+')[0]}, {row['dtype']}, {shape(row)}"
-             for _, row in table.iterrows()]  # fmt: skip
+    heads = [
+        f"{row['hardware'].partition(',')[0]}, torch {row['torch'].partition('+')[0]}, {row['dtype']}, {shape(row)}"
+        for _, row in table.iterrows()
+    ]
     return grid(table, [HOW[name] for name in table["method"]], heads, time_and_memory, "two cores")
 
 
@@ -86,7 +88,11 @@ def write_growth() -> Frame:
 
 def read_time() -> Frame:
     """Time to the first token of an answer, from memory and without."""
-    names = {"plain": "no memory", "memory": "memory, its prefix computed anew", "kept prefix": "memory, its prefix kept"}
+    names = {
+        "plain": "no memory",
+        "memory": "memory, its prefix computed anew",
+        "kept prefix": "memory, its prefix kept",
+    }
     table = in_order(read("read", hardware=H100, new_tokens=8), list(names))
     heads = [f"{row['query_tokens']} tokens, {row['batch']} at a time" for _, row in table.iterrows()]
     return grid(table, [names[name] for name in table["method"]], heads,
@@ -199,13 +205,16 @@ def kv_step() -> Frame:
             for _, row in table.iterrows()]  # fmt: skip
     names = {(False, False): "eager", (False, True): "CUDA graph", (True, False): "layers compiled",
              (True, True): "compiled, CUDA graph"}  # fmt: skip
-    heads = [names[bool(compiled), bool(graph)] for compiled, graph in zip(table["compiled"], table["graph"], strict=True)]
+    heads = [
+        names[bool(compiled), bool(graph)] for compiled, graph in zip(table["compiled"], table["graph"], strict=True)
+    ]
     found = grid(table, rows, heads, lambda cell: f"{cell['steps_per_second'].iloc[-1]:.1f}", "steps a second")
     return found[["steps a second", *names.values()]]
 
 
 def training_speed() -> Frame:
-    """Steps per second of the Trainer, and of the loop that came before it."""
+    """Steps per second of the Trainer, and of the loop that came before it, on one H200."""
     table = read("training_speed")
-    return grid(table, table["what"].tolist(), table["method"].tolist(),
-                lambda cell: f"{cell['steps_per_second'].iloc[-1]:.1f}", "steps a second")  # fmt: skip
+    return grid(table, table["what"].tolist(), table["method"].tolist(), lambda cell: (
+        f"{cell['steps_per_second'].iloc[-1]:.1f}, {cell['peak_gib'].iloc[-1]:.1f} GiB"
+    ), "steps a second, peak memory")  # fmt: skip

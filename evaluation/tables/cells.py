@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
 from evaluation.methods import METHODS
 from evaluation.results import RESULTS, frame, load_records
 
-Frame = pd.DataFrame
+Frame: TypeAlias = pd.DataFrame
 
 
 def markdown(table: Frame) -> str:

@@ -40,14 +40,18 @@ def kv_retrieval() -> Frame:
     table = read("kv_retrieval")
     table = table[(table["method"] != "gradmem") | table["trained_steps"].str.contains("-")]
     order = {"gradmem": 0, "forward_memory": 1, "full_context": 2}
-    table = table.sort_values(["method", "write_steps", "pairs"], key=lambda c: c.map(order) if c.name == "method" else c)
+    table = table.sort_values(
+        ["method", "write_steps", "pairs"], key=lambda c: c.map(order) if c.name == "method" else c
+    )
     titles = [line_title(method, steps) for method, steps in zip(table["method"], table["write_steps"], strict=True)]
 
     def cell(found: Frame) -> str:
         return percent(found["exact_match"].iloc[-1]).replace("100.0", "100")
 
     own = grid(table, titles, [str(n) for n in table["pairs"]], cell, "pairs")
-    lines = [{"pairs": f"paper: {name}"} | {str(n): f"{v:g}" for n, v in values.items()} for name, values in KV_RETRIEVAL]
+    lines = [
+        {"pairs": f"paper: {name}"} | {str(n): f"{v:g}" for n, v in values.items()} for name, values in KV_RETRIEVAL
+    ]
     return pd.concat([own, Frame(lines)])
 
 
@@ -99,10 +103,14 @@ def _by_dataset(table: Frame, corner: str) -> Frame:
 
 def answers_all() -> Frame:
     """Every measurement of answers: exact match, on passages also F1 and ROUGE-L, with standard errors."""
-    table = read("answers").sort_values(["method", "memory_tokens", "trained_steps", "states", "write_steps", "dataset"])
+    table = read("answers").sort_values(
+        ["method", "memory_tokens", "trained_steps", "states", "write_steps", "dataset"]
+    )
 
     def label(row: Any) -> str:
-        parts = [METHODS[row["method"]].title if row["memory_tokens"] or row["method"] == "full_context" else "no context"]
+        parts = [
+            METHODS[row["method"]].title if row["memory_tokens"] or row["method"] == "full_context" else "no context"
+        ]
         parts += [f"m={row['memory_tokens']}"] if row["memory_tokens"] else []
         parts += [f"K={row['write_steps']}, trained with K={row['trained_steps']}"] if row["trained_steps"] else []
         parts += [f"of {row['states']} contexts side by side"] if row["states"] > 1 else []

@@ -28,8 +28,8 @@ class PlainText(Task):
     """Passages with questions about what comes next in them; the same texts give the same rows.
 
     Args:
-        source (`str`): a directory with `<split>.txt` or `<split>.txt.gz`, a text a line, or what `qa_rows` takes, whose
-            contexts are the texts then.
+        source (`str`): a directory with `<split>.txt` or `<split>.txt.gz`, a text a line, or what `qa_rows` takes,
+            whose contexts are the texts then.
         hub (`dict`, *optional*): what `datasets.load_dataset` takes besides.
     """
 

@@ -75,9 +75,7 @@ class Reconstruction(Task):
         if not isinstance(model, PeftModel):
             raise TypeError("reconstruction asks what comes back from memory states: it needs the method gradmem.")
         texts = cut_passages(read_text(Path(self.text)), answerer.tokenizer, self.tokens, limit or self.passages)
-        state = model.write_many(
-            texts, progress=False, steps=answerer.steps, optimizer=self.optimizer, lr=self.lr
-        )
+        state = model.write_many(texts, progress=False, steps=answerer.steps, optimizer=self.optimizer, lr=self.lr)
         values = recited(model, texts, state)
         if len(texts) > 1 and (model.positions is None or 2 * self.tokens <= model.positions):
             values |= predicted(model, list(pairwise(texts)), state[:-1])

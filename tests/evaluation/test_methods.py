@@ -124,7 +124,9 @@ def test_memory_of_no_pass_is_refused():
 def test_the_reconstruction_loss_is_that_of_the_context_given_its_memory():
     torch.manual_seed(0)
     backbone = tiny().eval()
-    plain, weighted = (built(ForwardMemory(), backbone, num_memory_tokens=3, reconstruction_weight=w) for w in (0.0, 0.5))
+    plain, weighted = (
+        built(ForwardMemory(), backbone, num_memory_tokens=3, reconstruction_weight=w) for w in (0.0, 0.5)
+    )
     weighted.slots = plain.slots
     context = tokens(2, 6)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])

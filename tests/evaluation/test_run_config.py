@@ -32,7 +32,10 @@ def test_the_recipes_that_ship_are_sound(path):
     ],
 )
 def test_the_shipped_weights_were_trained_by_the_shipped_recipes(checkpoint, recipe):
-    made, ships = load_config(ROOT / "checkpoints" / checkpoint), RunConfig.load(ROOT / f"evaluation/recipes/{recipe}.yaml")
+    made, ships = (
+        load_config(ROOT / "checkpoints" / checkpoint),
+        RunConfig.load(ROOT / f"evaluation/recipes/{recipe}.yaml"),
+    )
     fields = made.fields()
     fields["training"].pop("max_minutes", None)  # timed by the clock, which came to the steps of the recipe
     assert RunConfig.of(fields) == ships

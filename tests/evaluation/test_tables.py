@@ -75,5 +75,7 @@ def test_cells():
     assert (percent(0.3333), percent(0.5, 0.01)) == ("33.3", "50.0 ± 1.0")
     titles = [line_title("gradmem", 1), line_title("forward_memory", 2), line_title("full_context", 0)]
     assert titles == ["GradMem, 1 step", "forward-only memory, 2 passes", "full context"]
-    table = grid(pd.DataFrame({"v": [1, 2, 3]}), ["a", "b", "a"], ["x", "x", "y"], lambda found: str(found["v"].iloc[0]))
-    assert table.to_numpy().tolist() == [["a", "1", "3"], ["b", "2", None]]
+    table = grid(
+        pd.DataFrame({"v": [1, 2, 3]}), ["a", "b", "a"], ["x", "x", "y"], lambda found: str(found["v"].iloc[0])
+    )
+    assert table.fillna("").to_numpy().tolist() == [["a", "1", "3"], ["b", "2", ""]]

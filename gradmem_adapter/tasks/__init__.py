@@ -1,1 +1,0 @@
-"""What memory is trained and measured on: one file per task, with its data, prompt format and metric."""
