@@ -21,7 +21,11 @@ Message = TypeVar("Message", bound=BaseMessage)
 
 
 def marker(reference: str) -> str:
-    """How a reference is shown in a text."""
+    """How a reference is shown in a text.
+
+    Args:
+        reference (`str`): 32 hexadecimal digits.
+    """
     return f"[[gradmem:{reference}]]"
 
 
@@ -45,7 +49,14 @@ def check_references(value: object) -> list[str]:
 
 
 def references_of(item: BaseMessage | Document) -> list[str]:
-    """The references that the application attached to a message or a document."""
+    """The references that the application attached to a message or a document.
+
+    Args:
+        item (`BaseMessage` or `Document`): what may carry some.
+
+    Raises:
+        ValueError: what it carries is none.
+    """
     carrier = item.metadata if isinstance(item, Document) else item.additional_kwargs
     return check_references(carrier.get(KEY, []))
 
