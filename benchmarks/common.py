@@ -1,9 +1,8 @@
-"""What all benchmarks share: models, measuring, tables, CSV files and plots."""
+"""What all benchmarks share: models, tokens, measuring, and records of what was measured."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import importlib.metadata
 import os
@@ -14,18 +13,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from evaluation.results import RESULTS, Record, add_records
 from gradmem_adapter import load_backbone
 
-RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"
 SMOLLM2_135M = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
@@ -48,12 +48,13 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
         "random weights (what things cost does not depend on the weights)",
     )
     result.add_argument("--layers", type=int, help="of a random model, to try the benchmark out")
-    result.add_argument("--output", type=Path, default=RESULTS / f"{name}.csv", help="a CSV file that rows go to")
+    result.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result files")
+    result.add_argument("--repeats", type=int, default=5, help="calls that are timed")
     return result
 
 
 def backbone(args: argparse.Namespace, attention: str = "sdpa") -> PreTrainedModel:
-    """The model that `--model`, `--dtype` and `--device` ask for."""
+    """The frozen model that `--model`, `--dtype` and `--device` ask for."""
     dtype = DTYPES[args.dtype]
     if args.model == "random":
         torch.manual_seed(0)
@@ -65,12 +66,18 @@ def backbone(args: argparse.Namespace, attention: str = "sdpa") -> PreTrainedMod
     return model.to(args.device, dtype).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- measuring
+def random_tokens(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Token ids [batch, length]: what things cost does not depend on them, and they are the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
 def fitting(lengths: Sequence[int], room: int) -> list[int]:
     """The lengths in order, those beyond `room` cut to it."""
     return sorted({min(length, room) for length in lengths})
+
+
+# ---------------------------------------------------------------- measuring
 
 
 def synchronize(device: str) -> None:
@@ -83,13 +90,13 @@ def synchronize(device: str) -> None:
 def peak_memory(device: str) -> Iterator[dict[str, float]]:
     """What was allocated at most beyond what there was, in GiB: of the GPU, or of this process (sampled)."""
     gc.collect()
-    result = {"gib": float("nan")}
+    result = {"peak_gib": float("nan")}
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield result
-        result["gib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
+        result["peak_gib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
         return
     process, over = psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
@@ -106,23 +113,26 @@ def peak_memory(device: str) -> Iterator[dict[str, float]]:
     finally:
         over.set()
         thread.join()
-        result["gib"] = (peak - before) / 2**30
+        result["peak_gib"] = (peak - before) / 2**30
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call costs."""
+    """What a call costs.
+
+    Args:
+        milliseconds (`float`): the median of the calls after the first ones.
+        first_milliseconds (`float`): the first call, with whatever is compiled or captured in it.
+        peak_gib (`float`): memory beyond what was allocated before the first call, over all calls.
+    """
 
     milliseconds: float
-    """The median of the calls after the first ones."""
     first_milliseconds: float
-    """The first call, with whatever is compiled or captured in it."""
     peak_gib: float
-    """Beyond what was allocated before the first call, over all calls."""
 
 
 def measure(function: Callable[[], Any], device: str, repeats: int = 5, warm_up: int = 2) -> Cost:
-    """Call `function` `warm_up` + `repeats` times."""
+    """Call a function `warm_up` + `repeats` times."""
     times = []
     with peak_memory(device) as peak:
         for _ in range(warm_up + repeats):
@@ -131,21 +141,7 @@ def measure(function: Callable[[], Any], device: str, repeats: int = 5, warm_up:
             function()
             synchronize(device)
             times.append(1000 * (time.perf_counter() - start))
-    return Cost(statistics.median(times[warm_up:]), times[0], peak["gib"])
-
-
-def attempt(function: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The values, or what went wrong: the other rows are still worth knowing."""
-    try:
-        return dict(function())
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        return {"error": "out of memory"}
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error)[-200:]}"}
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    return Cost(statistics.median(times[warm_up:]), times[0], **peak)
 
 
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:
@@ -155,56 +151,76 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / 1e9 / measure(lambda: a @ b, device, repeats=10, warm_up=3).milliseconds
 
 
-def write_flops(model: PreTrainedModel, tokens: int, length: int, steps: int, last_loss: bool = True) -> float:
-    """Floating-point operations of WRITE: `steps` forward and backward passes without weight gradients.
+# ---------------------------------------------------------------- records
 
-    One more forward pass finds the loss after the last step.
 
-    A matrix product of n parameters takes 2n operations a token forward, and as many backward (for activations alone).
-    Causal attention over N tokens takes 2 N d a token and layer forward, 2.5 times that backward.
+def record(
+    args: argparse.Namespace,
+    task: str,
+    method: str,
+    function: Callable[[], Cost | Mapping[str, float | None]],
+    *,
+    memory_tokens: int | None = None,
+    write_steps: int | None = None,
+    **settings: Any,
+) -> Record:
+    """Measure, print, and append to `<results>/<task>.jsonl` at once: who stops a benchmark keeps what was measured.
+
+    Args:
+        args (`Namespace`): the options of `parser`.
+        task (`str`): what is measured, which names the file.
+        method (`str`): of what.
+        function (`Callable`): returns what was measured. Its errors are recorded: other records are still worth having.
+        memory_tokens, write_steps, settings: what makes it another measurement.
     """
-    config = model.config.get_text_config()
-    table = model.get_input_embeddings().weight
-    products = sum(p.numel() for p in model.parameters() if p.dim() == 2) - (
-        0 if config.tie_word_embeddings else table.numel()
-    )
-    attention = 2 * length * config.hidden_size * config.num_hidden_layers
-    forward = tokens * (2 * products + attention)
-    backward = tokens * (2 * products + 2.5 * attention)
-    return steps * (forward + backward) + (forward if last_loss else 0)
+    metrics: dict[str, float | None] = {}
+    facts = versions()
+    try:
+        found = function()
+        metrics = asdict(found) if isinstance(found, Cost) else dict(found)
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        facts["error"] = "out of memory"
+    except Exception as error:
+        facts["error"] = f"{type(error).__name__}: {str(error)[-200:]}"
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    result = Record(
+        task=task, method=method, memory_tokens=memory_tokens, write_steps=write_steps,
+        settings=environment(args) | settings, metrics=metrics, facts=facts,
+    )  # fmt: skip
+    add_records(args.results / f"{task}.jsonl", [result])
+    shown = settings | {"K": write_steps} | {name: _short(value) for name, value in metrics.items()}
+    print(f"{task}, {method}:", ", ".join(f"{k} {v}" for k, v in shown.items() if v is not None), flush=True)
+    if "error" in facts:
+        print(f"    {facts['error']}", flush=True)
+    return result
 
 
-# ---------------------------------------------------------------- reports
-
-
-def environment(device: str) -> dict[str, str]:
-    """Hardware, versions and commit."""
-    cuda = torch.device(device).type == "cuda"
-    names = ("transformers", "peft", "gradmem-adapter")
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """What tells runs apart: hardware, model, type, commit and date."""
+    cuda = torch.device(args.device).type == "cuda"
     commit = os.environ.get("GRADMEM_COMMIT") or _output("git", "rev-parse", "--short", "HEAD")
     return {
-        "hardware": torch.cuda.get_device_name(device)
-        if cuda
-        else f"{_processor()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        **{name: _version(name) for name in names},
+        "hardware": torch.cuda.get_device_name(args.device) if cuda else _processor(),
+        "model": args.model,
+        "dtype": args.dtype,
         "commit": commit + ("+" if _output("git", "status", "--porcelain") else ""),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
+    } | ({"layers": args.layers} if args.layers else {})
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def versions() -> dict[str, Any]:
+    """Of the libraries that decide what things cost."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def _output(*command: str) -> str:
@@ -216,34 +232,5 @@ def _output(*command: str) -> str:
         return ""
 
 
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file, which may get new columns by them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    everything = [*read(path), *rows]
-    columns = list(dict.fromkeys(name for row in everything for name in row))
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: _short(value) for name, value in row.items()} for row in everything)
-    temporary.replace(path)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _short(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print a Markdown table."""
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(str(_short(row.get(name, ""))) for name in columns) + " |", flush=True)

@@ -1,6 +1,6 @@
 """Whether the finite difference's step biases the meta-gradient of key-value retrieval with a trained checkpoint.
 
-    python -m benchmarks.kv_meta_gradient --pairs 96 --steps 5
+    python -m benchmarks.kv_meta_gradient --pairs 96 --write-steps 5
 
 Single gradients hardly tell: near the end of training those of different batches have little in common. So the means
 over many batches are compared, and what their noise adds to a squared length is taken off. A bias as long as the exact
@@ -9,16 +9,16 @@ gradient stops training where the one cancels the other.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
+from benchmarks import common
+from evaluation.key_values import sample_pairs
+from gradmem_adapter import load_checkpoint
 
 
 def length_of_mean(vectors: Sequence[Tensor]) -> float:
@@ -30,10 +30,10 @@ def length_of_mean(vectors: Sequence[Tensor]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/kv-retrieval"))
+    parser = common.parser(__doc__, "kv_meta_gradient")
+    parser.add_argument("--checkpoint", default="checkpoints/kv-retrieval")
     parser.add_argument("--pairs", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=5, help="write steps")
+    parser.add_argument("--write-steps", type=int, default=5)
     parser.add_argument("--contexts", type=int, default=4, help="of a batch")
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--relative-steps", type=float, nargs="*", default=[0.03, 0.01])
@@ -43,24 +43,33 @@ def main(argv: list[str] | None = None) -> None:
     config = model.active_peft_config
     weights = [weight for weight in model.parameters() if weight.requires_grad]
 
-    def gradient(seed: int, meta_gradient: str, relative_step: float | None = None) -> Tensor:
+    def gradients(meta_gradient: str, relative_step: float | None = None) -> list[Tensor]:
         config.meta_gradient, config.finite_difference_step = meta_gradient, relative_step
-        task = KVRetrieval(args.pairs)
-        batch = task.sample(args.contexts, args.pairs, torch.device("cpu"), seed)
-        loss = model(**batch.as_dict(), write_steps=args.steps).loss
-        found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        return torch.cat([g.flatten() for g in found])
+        found = []
+        for seed in range(args.batches):
+            batch = sample_pairs(args.contexts, args.pairs, args.pairs, generator=torch.Generator().manual_seed(seed))
+            loss = model(**batch, write_steps=args.write_steps).loss
+            parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            found.append(torch.cat([part.flatten() for part in parts]))
+        return found
 
-    exact = [gradient(seed, "exact") for seed in range(args.batches)]
-    one = sum(v.norm().item() for v in exact) / len(exact)
-    print(f"the exact gradient: of one batch {one:.3f}, of all {length_of_mean(exact):.3f}", flush=True)
+    exact = gradients("exact")
+
+    def lengths() -> dict[str, float]:
+        return {"length": sum(v.norm().item() for v in exact) / len(exact), "length_of_mean": length_of_mean(exact)}
+
+    def against_exact(step: float) -> dict[str, float]:
+        pairs = list(zip(gradients("finite_difference", step), exact, strict=True))
+        return {
+            "cosine": sum(F.cosine_similarity(a, b, dim=0).item() for a, b in pairs) / len(pairs),
+            "bias": length_of_mean([a - b for a, b in pairs]),
+        }
+
+    shape = {"write_steps": args.write_steps, "pairs": args.pairs, "contexts": args.contexts, "batches": args.batches}
+    common.record(args, "kv_meta_gradient", "exact", lengths, **shape)
     for step in args.relative_steps:
-        found = [gradient(seed, "finite_difference", step) for seed in range(args.batches)]
-        pairs = list(zip(found, exact, strict=True))
-        cosine = sum(F.cosine_similarity(a, b, dim=0).item() for a, b in pairs) / len(pairs)
-        print(
-            f"step {step}: cosine with it {cosine:.4f}, bias of all {length_of_mean([a - b for a, b in pairs]):.3f}",
-            flush=True,
+        common.record(
+            args, "kv_meta_gradient", "finite_difference", partial(against_exact, step), relative_step=step, **shape
         )
 
 

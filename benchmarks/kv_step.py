@@ -1,84 +1,64 @@
 """Training steps per second on key-value retrieval: strategies, compiled layers, CUDA graphs.
 
-python -m benchmarks.kv_step [--pairs 16] [--contexts 512] [--queries 8] [--write-steps 1] [--steps 30]
+python -m benchmarks.kv_step [--pairs 16] [--contexts 512] [--queries 8] [--write-steps 1]
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import time
+from functools import partial
+from typing import Any
 
 import torch
+from peft import get_peft_model
+from torch import Tensor
 
-from gradmem_adapter.tasks.kv_recipe import KVMix, KVRecipe, KVStage
-from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
-from gradmem_adapter.training.graphed_step import GraphedStep
-from gradmem_adapter.training.speed import compiled_layers, fast_matmul, maskless_attention
+from benchmarks import common
+from benchmarks.training import HOW, cost_of_a_step
+from evaluation.key_values import pairs_tokenizer, sample_pairs
+from evaluation.models import scratch_llama
+from gradmem_adapter import GradMemConfig
 
 
-def measure(
-    meta_gradient: str, compiled: bool, graphed: bool, bf16: bool, args: argparse.Namespace
-) -> dict[str, object]:
-    """Steps per second and peak memory of one variant, after the steps that compile and capture."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    recipe = KVRecipe(
-        stages=(KVStage(1, (KVMix(args.pairs, args.contexts, args.queries),)),),
-        memory={
-            "num_memory_tokens": 8, "learn_write_lr": "scalar", "write_head": True, "reconstruction_weight": 0.25,
-            "meta_gradient": meta_gradient,
-        },
+def measure(args: argparse.Namespace, meta_gradient: str, how: str, bf16: bool) -> dict[str, Any]:
+    """What a step of one variant costs, on a batch that stays the same."""
+    config = GradMemConfig(
+        num_memory_tokens=8, write_steps=args.write_steps, learn_write_lr="scalar", write_head=True,
+        reconstruction_weight=0.25, meta_gradient=meta_gradient, train_backbone=True,
     )  # fmt: skip
-    model = recipe.build().cuda().eval()
-    task = KVRetrieval(args.pairs)
+    model = get_peft_model(scratch_llama(pairs_tokenizer()), config).to(args.device).eval()
+    batch = sample_pairs(args.contexts, args.queries, args.pairs, device=args.device)
 
-    def loss(kind: int) -> dict[str, torch.Tensor]:
-        batch = task.sample(args.contexts, args.queries, "cuda")
-        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            return {"loss": model(**batch.as_dict(), write_steps=kind).loss}
+    def loss() -> Tensor:
+        return model(**batch).loss
 
-    step = GraphedStep(loss, [p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98))
-    step.graphed = graphed
-    with fast_matmul(), maskless_attention(model), compiled_layers(model, compiled):
-        started = time.perf_counter()
-        for _ in range(3):
-            step(args.write_steps, 1e-4)
-        torch.cuda.synchronize()
-        ready = time.perf_counter()
-        for _ in range(args.steps):
-            step(args.write_steps, 1e-4)
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - ready) / args.steps
-    return {
-        "meta_gradient": meta_gradient, "compiled": compiled, "graph": graphed, "bf16": bf16, "pairs": args.pairs,
-        "contexts": args.contexts, "queries": args.queries, "write_steps": args.write_steps,
-        "steps_per_second": round(1 / seconds, 2), "preparation_seconds": round(ready - started, 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "gpu": torch.cuda.get_device_name(),
-        "loss": step.means()[args.write_steps]["loss"],
-    }  # fmt: skip
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        cost = cost_of_a_step(loss, model, how, bf16, args)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return {"steps_per_second": 1000 / cost.milliseconds, **vars(cost)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "kv_step")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--contexts", type=int, default=512)
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--write-steps", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--meta-gradients", nargs="*", default=["finite_difference", "exact"])
+    parser.add_argument("--how", nargs="*", choices=HOW, default=HOW if torch.cuda.is_available() else HOW[:2])
     parser.add_argument("--bf16", action="store_true", help="also under autocast")
     args = parser.parse_args(argv)
-    for name, graphed, compiled, bf16 in itertools.product(
-        args.meta_gradients, (True, False), (True, False), (False, True) if args.bf16 else (False,)
-    ):
-        if name == "exact" and compiled:
+    for name, how, bf16 in itertools.product(args.meta_gradients, args.how, (False, True) if args.bf16 else (False,)):
+        if name == "exact" and how != "eager":
             continue  # compiled layers have no double backward
-        try:
-            print(json.dumps(measure(name, compiled, graphed, bf16, args)), flush=True)
-        except Exception as error:  # the others are still worth knowing
-            print(json.dumps({"variant": [name, compiled, graphed, bf16], "error": str(error)[-500:]}), flush=True)
+        common.record(
+            args, "kv_step", name, partial(measure, args, name, how, bf16), memory_tokens=8,
+            write_steps=args.write_steps, compiled=how != "eager", graph=how == "graph", bf16=bf16, pairs=args.pairs,
+            contexts=args.contexts, queries=args.queries,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,22 +14,18 @@ import itertools
 from functools import partial
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model
 
 from benchmarks import common
 from gradmem_adapter import GradMemConfig
 
-COLUMNS = (
-    "way", "query_tokens", "batch", "first_token_ms", "tokens_per_second", "peak_gib", "kept_mib", "error",
-)  # fmt: skip
 WAYS = ("plain", "memory", "kept prefix")
 
 
 def measure(model: PeftModel, way: str, length: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """What one way of answering costs: `batch` prompts of `length` tokens, one memory state each."""
-    query = torch.randint(model.get_base_model().config.vocab_size, (batch, length), device=args.device)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(query), "do_sample": False}
+    query = common.random_tokens(model.get_base_model(), batch, length)
+    options: dict[str, Any] = {"do_sample": False}
     if way != "plain":
         options["memory"] = model.write(query[:, :1], steps=0)  # what is in it does not change what it costs
     cache = model.base_model.prefix_cache
@@ -52,25 +48,19 @@ def measure(model: PeftModel, way: str, length: int, batch: int, args: argparse.
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "read")
     parser.add_argument("--memory", type=int, default=16, help="memory vectors")
-    parser.add_argument("--queries", type=int, nargs="*", default=[16, 64, 256], help="tokens of a prompt")
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="prompts per call")
+    parser.add_argument("--queries", type=int, nargs="+", default=[16, 64, 256], help="tokens of a prompt")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="prompts per call")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--kept-mib", type=int, default=64, help="the bound on kept prefixes")
-    parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args(argv)
     backbone = common.backbone(args)
     backbone.generation_config.eos_token_id = None  # so that each call makes all the tokens it is asked for
     model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=args.memory)).eval()
-    shape = common.environment(args.device) | {
-        "model": args.model, "layers": backbone.config.num_hidden_layers, "dtype": args.dtype,
-        "memory_tokens": args.memory, "new_tokens": args.new_tokens,
-    }  # fmt: skip
-    rows = []
     for length, batch, way in itertools.product(args.queries, args.batches, WAYS):
-        row = {"way": way, "query_tokens": length, "batch": batch}
-        rows.append(row | common.attempt(partial(measure, model, way, length, batch, args)))
-        common.append(args.output, [shape | rows[-1]])  # as they come: whoever stops it keeps what was measured
-    common.show(rows, COLUMNS)
+        common.record(
+            args, "read", way, partial(measure, model, way, length, batch, args),
+            memory_tokens=args.memory, query_tokens=length, batch=batch, new_tokens=args.new_tokens,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

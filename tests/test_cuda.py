@@ -3,19 +3,17 @@
 import threading
 from pathlib import Path
 
-import processes_run
 import pytest
 import torch
+import two_processes
 from peft import LoraConfig, get_peft_model
 from tiny import tiny, tokens
 
+from evaluation.config import Evaluation, RunConfig
+from evaluation.run import evaluate
+from evaluation.tasks import KVRetrieval
+from evaluation.train import train
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.recipes import load_recipe
-from gradmem_adapter.tasks.kv_recipe import KVRecipe
-from gradmem_adapter.tasks.kv_retrieval import KVRetrieval
-from gradmem_adapter.tasks.kv_training import evaluate_kv, train_kv
-from gradmem_adapter.training.graphed_step import GraphedStep
-from gradmem_adapter.training.speed import maskless_attention
 from gradmem_adapter.write.cuda_graph import FastPass
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -125,55 +123,25 @@ def test_memory_of_a_training_step_is_flat_in_the_write_steps(meta_gradient):
     assert peaks[6] < 1.25 * peaks[1]
 
 
-@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
-def test_captured_training_steps_equal_steps_as_they_are(meta_gradient):
-    """The same data, drawn by the device's generator, through graphs and without."""
-    results = []
-    for graphed in (False, True):
-        recipe = KVRecipe.of(
-            {
-                "backbone": {"layers": 2, "width": 32, "heads": 2},
-                "memory": {"num_memory_tokens": 4, "meta_gradient": meta_gradient, "reconstruction_weight": 0.2},
-                "stages": [{"steps": 1, "mix": [{"max_pairs": 4, "contexts": 8, "queries": 2}]}],
-            }
-        )
-        model = recipe.build().cuda().eval()
-        task = KVRetrieval(4, 2)
-
-        def loss(kind, model=model, task=task):
-            return {"loss": model(**task.sample(8, 2, "cuda").as_dict(), write_steps=kind).loss}
-
-        step = GraphedStep(loss, [p for p in model.parameters() if p.requires_grad])
-        step.graphed = graphed
-        torch.manual_seed(1)
-        with maskless_attention(model):
-            for kind in (1, 2, 1, 1, 2, 2, 1):
-                step(kind, 1e-3)
-        results.append((step.means(), model.state_dict()))
-    for kind in (1, 2):
-        assert results[1][0][kind]["loss"] == pytest.approx(results[0][0][kind]["loss"], rel=1e-4)
-    for name, value in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], value, rtol=1e-2, atol=1e-4)
-
-
 @pytest.mark.slow
 def test_one_write_step_alone_learns_and_does_not_diverge(tmp_path):
     """With a finite difference of 0.03 instead of 0.01 most runs end below 90 %."""
-    plan = load_recipe(Path(__file__).parent.parent / "examples" / "kv_16_pairs.yaml")
-    model = plan.build()
-    assert train_kv(model, plan, tmp_path, device="cuda")
-    assert evaluate_kv(model, 16, 1) > 0.95
+    config = RunConfig.load(Path(__file__).parents[1] / "evaluation" / "recipes" / "kv_16_pairs.yaml")
+    checkpoint = train(config, tmp_path, torch.device("cuda"))
+    measured = Evaluation(tasks=(KVRetrieval(pairs=16),), write_steps=(1,))
+    (record,) = evaluate(checkpoint, device=torch.device("cuda"), evaluation=measured)
+    assert record.metrics["exact_match"] > 0.95
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 def test_two_processes_capture_the_mean_of_their_gradients(tmp_path):
-    """Over NCCL in the graphs; test_processes.py has what does not depend on the device."""
-    results, _ = processes_run.start(tmp_path, "cuda")
-    for name in ("whole", "resumed", "interrupted", "within", "max_seconds"):
-        first, second = (result[name] for result in results)
-        assert first["logs"] == second["logs"], name
-        assert all(torch.equal(value, second["weights"][key]) for key, value in first["weights"].items()), name
-    assert [result["command"] for result in results] == [0, 0]
+    """Over NCCL; tests/training/test_distributed.py has what does not depend on the device."""
+    (first, second), _ = two_processes.start(
+        "training/distributed_run.py", "finite_difference", tmp_path, folder=tmp_path, cuda=True
+    )
+    assert first["ready"]["logs"] == second["ready"]["logs"]
+    for name, weight in first["finite_difference"]["weights"].items():
+        assert torch.equal(weight, second["finite_difference"]["weights"][name]), name
 
 
 @pytest.mark.parametrize("compile", [True, "auto"])

@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 from gradmem_adapter.training import Batches, GradMemCollator, TrainingDiverged, callbacks
 from gradmem_adapter.training.callbacks import StopOnSignal
 
+SHARED = {"ddp_backend": "gloo"} if not torch.cuda.is_available() else {"ddp_backend": "nccl", "use_cpu": False}
+"""The options of a trainer that shares its work; CUDA_VISIBLE_DEVICES hides GPUs that are not to be used."""
 EVALUATED = ("eval_loss", "eval_target_loss", "eval_exact_match", "eval_f1", "eval_memory_norm")
 LOGGED = (
     "loss",
@@ -40,7 +42,7 @@ def train(output, processes, meta_gradient):
         model, output, rows(8, queries=3), rows(5, 30, queries=3), callbacks=[seen], score=score,
         per_device_train_batch_size=2 // processes, gradient_accumulation_steps=2, max_grad_norm=0,
         train_sampling_strategy="sequential", write_steps=[1, 2, 3], generation_max_new_tokens=6,
-        save_strategy="steps", save_steps=2, ddp_backend="gloo" if processes > 1 else None,
+        save_strategy="steps", save_steps=2, **(SHARED if processes > 1 else {}),
     )  # fmt: skip
     run.train()
     metrics = run.evaluate()
@@ -58,7 +60,7 @@ def train_ready(output, processes):
     run = trainer(
         make(meta_gradient="first_order", lora_config=LORA, learn_write_lr="scalar"), output, Halves(processes),
         callbacks=[seen], max_steps=3, max_grad_norm=0, cuda_graphs=True, write_steps=[1, 2],
-        gradient_accumulation_steps=2, ddp_backend="gloo" if processes > 1 else None,
+        gradient_accumulation_steps=2, **(SHARED if processes > 1 else {}),
     )  # fmt: skip
     run.train()
     return {"gradients": seen.steps, "logs": {name: logs(run, name) for name in (*LOGGED, "write_steps")}}
@@ -86,7 +88,7 @@ def diverge(output):
             if torch.distributed.get_rank() == 1:
                 super().on_step_begin(args, state, control, **kwargs)
 
-    run = trainer(make(), output, rows(8), callbacks=[PoisonOne(1)], max_steps=3, ddp_backend="gloo")
+    run = trainer(make(), output, rows(8), callbacks=[PoisonOne(1)], max_steps=3, **SHARED)
     try:
         run.train()
     except TrainingDiverged as error:
