@@ -140,12 +140,13 @@ class FastWrites:
         recovered: bool,
     ) -> Pass:
         """A fast pass; the first one is compared with the plain one, which takes over where something is amiss."""
+        plain = partial(write_pass, writer, memory, context, gradient, recovered)
         with self._lock:
             if self._plain_only is not None:
-                return write_pass(writer, memory, context, gradient, recovered)
+                return plain()
             problem = ""
             try:
-                result = fast(bucket, memory, context, gradient, recovered)
+                found = fast(bucket, memory, context, gradient, recovered)
             except torch.cuda.OutOfMemoryError:
                 pass  # dealt with below: until the error is gone, its traceback holds what did not fit
             except Exception as error:
@@ -154,23 +155,23 @@ class FastWrites:
                 problem = f"it failed ({type(error).__name__}: {error})"
             else:
                 if fast.trusted or not gradient:
-                    return result
-                expected = write_pass(writer, memory, context, gradient, recovered)
-                if fast.agrees(result, expected):
-                    return result
+                    return found
+                expected = plain()
+                if fast.agrees(found, expected):
+                    return found
                 problem = "its write gradients or losses differ from the plain ones"
             if not problem:
                 fast.clear()
-                return write_pass(writer, memory, context, gradient, recovered)
+                return plain()
             self._plain_only, self._fast = f"a fast pass was tried, and {problem}", None
             if demanded:
                 raise ValueError(f"compile=True cannot be had: {self._plain_only}. Use compile=False.")
             warnings.warn(f"WRITE stays plain: {self._plain_only}. compile=False spares the try.", stacklevel=7)
-            return write_pass(writer, memory, context, gradient, recovered)
+            return plain()
 
 
 def signature(writer: Writer) -> Any:
-    """What a fast pass was made for: it holds addresses of weights and what the layers were set to."""
+    """What a fast pass of a writer is made for: it holds addresses of weights and what the layers were set to."""
     device = writer.slots.gradmem_memory[writer.adapter].device.type
     weights, layers = [], []
     for module in walk(writer.backbone):

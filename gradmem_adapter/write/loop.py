@@ -81,7 +81,7 @@ def write_memory(
     callback: Callable[[WriteProgress], None] | None = None,
     run: RunPass | None = None,
 ) -> Written:
-    """The loop over write steps, with no graph kept: M_{k+1} = M_k - a * grad_M L_w(M_k; C), k = 0 .. K-1.
+    """The loop over write steps, from M_0 to M_K, with no graph kept.
 
     A sample stops early, at the best of its last two memories, when a step lowered its loss by less than the tolerance
     times the loss, when every token is recovered (if asked for), or when its loss is no longer finite. The others go
