@@ -2,7 +2,7 @@
 
 The factors that are counted from the end (`write_lr_from_end`), `keep_write_lrs` and `NEUTRAL` serve the shipped
 retrieval weights alone. They go from here, from the configuration and from `MemorySlots` once those weights are trained
-without them.
+without them, and `may_lack` of `load_weights` with them.
 """
 
 from __future__ import annotations
