@@ -160,11 +160,8 @@ class PrefixMethod(Method):
             torch.cat([before[:length], row[count.bool()]])
             for before, length, row, count in zip(*prefix, model.embed(query), mask, strict=True)
         ]
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        places = torch.arange(padded.shape[1], device=mask.device)
-        counts = torch.tensor([len(row) for row in rows], device=mask.device)[:, None]
-        attention = (places >= padded.shape[1] - counts).to(mask.dtype)
-        output: Tensor = model.backbone.generate(inputs_embeds=padded, attention_mask=attention, **options)
+        embeddings, attention = pad(rows, "left")
+        output: Tensor = model.backbone.generate(inputs_embeds=embeddings, attention_mask=attention, **options)
         return output
 
 
