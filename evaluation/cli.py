@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 
+from gradmem_adapter.cli.options import DEVICE, chosen_device
 from gradmem_adapter.training import TrainingDiverged
 from gradmem_adapter.utils.files import check_writable
 
@@ -29,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 F = TypeVar("F", bound=Callable[..., Any])
-DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
 SETTING = typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated.")
 
 
@@ -56,7 +56,10 @@ def train(
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Train a model as a recipe says."""
-    checkpoint = train_run(RunConfig.load(recipe, settings or ()), output, _device(device))
+    checkpoint = train_run(RunConfig.load(recipe, settings or ()), output, chosen_device(device))
+    if checkpoint is None:
+        typer.echo(f"Interrupted; the same command goes on from {output}.")
+        raise typer.Exit(130)
     typer.echo(f"Saved: {checkpoint}. Measure it: python -m evaluation run {checkpoint}")
 
 
@@ -103,7 +106,7 @@ def run(
         if path is not None:
             check_writable(path)
     found = evaluate(
-        checkpoint, device=_device(device), evaluation=evaluation, limit=limit, seed=seed, results=results,
+        checkpoint, device=chosen_device(device), evaluation=evaluation, limit=limit, seed=seed, results=results,
         answers=answers, show=typer.echo,
     )  # fmt: skip
     typer.echo("\n" + markdown(results_table(found)))
@@ -142,18 +145,6 @@ def plots(
     """Draw all plots from the result files."""
     for path in draw_all(output):
         typer.echo(f"Drawn: {path}")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"There is no device {name!r}; use cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("There is no CUDA GPU here; use --device cpu.")
-    return device
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -10,19 +10,9 @@ from typing import Any
 import pandas as pd
 
 from .methods import METHODS
-from .paper import KV_METHODS, KV_RETRIEVAL
+from .paper import KV_RETRIEVAL
 from .tables.cells import data_title, line_title, read
 
-STYLES = {
-    "gradmem": ("#0072b2", "o"),
-    "forward_memory": ("#d55e00", "s"),
-    "mean_pooling": ("#009e73", "D"),
-    "truncated_text": ("#cc79a7", "v"),
-    "full_context": ("#333333", "^"),
-}
-"""Colour and marker of each method (Okabe and Ito's palette, which colour-blind readers can tell apart)."""
-OTHERS = (("#e69f00", "P"), ("#56b4e9", "X"), ("#999933", "*"))
-"""For methods that have no style of their own."""
 NAMES = {"memory_tokens": "memory vectors m", "write_steps": "write steps K"}
 
 
@@ -44,9 +34,7 @@ def pyplot() -> Any:
 
 def style(method: str) -> dict[str, str]:
     """The colour and the marker of a method."""
-    unknown = sorted(set(METHODS) - set(STYLES))
-    color, marker = STYLES[method] if method in STYLES else OTHERS[unknown.index(method) % len(OTHERS)]
-    return {"color": color, "marker": marker}
+    return {"color": METHODS[method].color, "marker": METHODS[method].marker}
 
 
 def shades(count: int) -> list[float]:
@@ -103,11 +91,11 @@ def kv_retrieval(output: Path) -> list[Path]:
         for (steps, line), alpha in zip(groups, shades(len(groups)), strict=True):
             axes.plot(line["pairs"], 100 * line["exact_match"], label=line_title(method, int(steps)), alpha=alpha,
                       **style(method))  # fmt: skip
-    gradmem = [name for name, _ in KV_RETRIEVAL if KV_METHODS[name] == "gradmem"]
-    solid = dict(zip(gradmem, shades(len(gradmem)), strict=True))
-    for name, values in KV_RETRIEVAL:
-        axes.plot(values.keys(), values.values(), "--", label=f"paper: {name}", alpha=solid.get(name, 1), markersize=4,
-                  **style(KV_METHODS[name]))  # fmt: skip
+    for method in METHODS:
+        paper = [(name, values) for name, kind, values in KV_RETRIEVAL if kind == method]
+        for (name, values), alpha in zip(paper, shades(len(paper)), strict=True):
+            axes.plot(values.keys(), values.values(), "--", label=f"paper: {name}", alpha=alpha, markersize=4,
+                      **style(method))  # fmt: skip
     axes.set(
         xlabel="pairs in the context", ylabel="exact match %", ylim=(0, 103), title="Key-value retrieval, 8 vectors"
     )
@@ -155,9 +143,9 @@ def _against(panel: Any, table: pd.DataFrame, name: str, other: str) -> None:
         look = style(str(method))
         varies = mine.apply(_varies, axis=1, name=name)
         for _, level in mine[~varies].iterrows():
-            empty = method == "truncated_text" and not level["memory_tokens"]
-            panel.axhline(100 * level["f1"], linestyle="-." if empty else ":", color=look["color"],
-                          label="no context" if empty else METHODS[str(method)].title)  # fmt: skip
+            title = METHODS[str(method)].title_at(level["memory_tokens"])
+            line = ":" if title == METHODS[str(method)].title else "-."
+            panel.axhline(100 * level["f1"], linestyle=line, color=look["color"], label=title)
         varied = mine[varies].sort_values(name)
         trained = sorted(set(varied["trained_steps"]))
         solid = dict(zip(trained, shades(len(trained)), strict=True))

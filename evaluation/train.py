@@ -11,6 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, GradMemTrainingArguments, RowBatches
+from gradmem_adapter.training.callbacks import StopOnSignal
 
 from .config import RunConfig
 from .models import build_model, claim_run, save_model
@@ -22,25 +23,29 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def train(config: RunConfig, output: Path, device: torch.device) -> Path:
+def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
     """Run a configuration, or go on with it where it was interrupted, and save the model.
 
     Processes that torchrun or accelerate launch started train one model together, each on a GPU of its own.
 
     Returns:
-        Where the finished model is.
+        Where the finished model is; None if Ctrl-C or SIGTERM ended the run before, with a checkpoint to go on from.
 
     Raises:
         ValueError: `output` holds a run by another configuration, or this one cannot work.
         TrainingDiverged: a loss or a gradient is not finite; the last good checkpoint is in `output`.
     """
     arguments = training_arguments(config, output, device)
-    with PartialState().main_process_first():
+    with PartialState(cpu=device.type == "cpu").main_process_first():
         claim_run(config, output)
     model, tokenizer = build_model(config)
     data = training_batches(config, tokenizer)
     trainer = GradMemTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
+    with StopOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
+    if stop.seen:
+        return None
     if trainer.is_world_process_zero():
         done = dataclasses.replace(config, training=config.training | {"max_steps": trainer.state.global_step})
         save_model(model, tokenizer, done, output / CHECKPOINT)

@@ -8,11 +8,12 @@ from .mean_pooling import MeanPooling
 from .truncated_text import TruncatedText
 
 METHODS: dict[str, type[Method]] = {
-    ForwardMemory.name: ForwardMemory,
-    FullContext.name: FullContext,
     GradMem.name: GradMem,
+    ForwardMemory.name: ForwardMemory,
     MeanPooling.name: MeanPooling,
     TruncatedText.name: TruncatedText,
+    FullContext.name: FullContext,
 }
+"""By name, in the order of tables and legends."""
 
 __all__ = ["METHODS", "ForwardMemory", "FullContext", "GradMem", "MeanPooling", "Method", "TruncatedText"]

@@ -30,10 +30,19 @@ class Method(ABC):
     """As YAML and result files name it."""
     title: ClassVar[str]
     """As tables and legends name it."""
+    color: ClassVar[str]
+    """In every plot (ours are of Okabe and Ito's palette, which colour-blind readers can tell apart)."""
+    marker: ClassVar[str]
+    """In every plot, as Matplotlib names it."""
     step: ClassVar[str | None] = None
     """What is done K times, as "step" or "pass"; None: there is no K."""
     context_per_query: ClassVar[bool] = False
     """Whether the whole context stands before every query, so that batches must be smaller."""
+
+    @classmethod
+    def title_at(cls, memory_tokens: int) -> str:
+        """The title with m = `memory_tokens`, for methods that are another thing with none."""
+        return cls.title
 
     @abstractmethod
     def build(self, backbone: PreTrainedModel, memory: Mapping[str, Any]) -> nn.Module:

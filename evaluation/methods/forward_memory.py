@@ -28,6 +28,7 @@ class ForwardMemory(PrefixMethod):
 
     name = "forward_memory"
     title = "forward-only memory"
+    color, marker = "#d55e00", "s"
     step = "pass"
     slots = True
 

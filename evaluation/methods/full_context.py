@@ -19,6 +19,7 @@ class FullContext(PrefixMethod):
 
     name = "full_context"
     title = "full context"
+    color, marker = "#333333", "^"
     context_per_query = True
 
     def memory_tokens(self, memory: Mapping[str, Any]) -> int:

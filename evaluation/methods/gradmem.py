@@ -34,6 +34,7 @@ class GradMem(Method):
 
     name = "gradmem"
     title = "GradMem"
+    color, marker = "#0072b2", "o"
     step = "step"
 
     def build(self, backbone: PreTrainedModel, memory: Mapping[str, Any]) -> nn.Module:

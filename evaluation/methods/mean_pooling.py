@@ -20,6 +20,7 @@ class MeanPooling(PrefixMethod):
 
     name = "mean_pooling"
     title = "mean pooling"
+    color, marker = "#009e73", "D"
 
     def prefix(self, model: PrefixModel, context: Tensor, lengths: Tensor, steps: int) -> Prefix:
         """One pass over the context, whatever `steps`."""

@@ -25,6 +25,12 @@ class TruncatedText(PrefixMethod):
 
     name = "truncated_text"
     title = "text cut to m tokens"
+    color, marker = "#cc79a7", "v"
+
+    @classmethod
+    def title_at(cls, memory_tokens: int) -> str:
+        """With no token of it there is no context."""
+        return cls.title if memory_tokens else "no context"
 
     def memory_tokens(self, memory: Mapping[str, Any]) -> int:
         """m."""

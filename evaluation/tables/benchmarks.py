@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from .cells import Frame, grid, read, time_and_memory
+from .cells import Frame, grid, in_order, read, time_and_memory
 
 H100 = "NVIDIA H100 80GB HBM3"
 HOW = {
@@ -40,12 +39,6 @@ def spans(milliseconds: float) -> str:
     if milliseconds < 1000:
         return f"{math.floor(milliseconds + 0.5)} ms"
     return f"{milliseconds / 1000:,.{1 if milliseconds >= 10_000 else 2}f} s"
-
-
-def in_order(table: Frame, names: Sequence[str], column: str = "method") -> Frame:
-    """Rows whose column has one of the names, in the order of these."""
-    kept = table[table[column].isin(list(names))]
-    return kept.sort_values(column, key=lambda c: c.map(list(names).index), kind="stable")
 
 
 # ---------------------------------------------------------------- WRITE and READ

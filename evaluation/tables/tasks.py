@@ -12,7 +12,7 @@ from evaluation.methods import METHODS
 from evaluation.paper import KV_RETRIEVAL
 from evaluation.results import Record
 
-from .cells import Frame, data_title, grid, line_title, percent, read
+from .cells import Frame, data_title, grid, in_order, line_title, percent, read
 
 SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole"}
 """Metrics that are shown in %."""
@@ -39,10 +39,7 @@ def kv_retrieval() -> Frame:
     """Exact match % of one set of weights for all pairs and steps, of the baselines, and of the paper."""
     table = read("kv_retrieval")
     table = table[(table["method"] != "gradmem") | table["trained_steps"].str.contains("-")]
-    order = {"gradmem": 0, "forward_memory": 1, "full_context": 2}
-    table = table.sort_values(
-        ["method", "write_steps", "pairs"], key=lambda c: c.map(order) if c.name == "method" else c
-    )
+    table = in_order(table.sort_values(["write_steps", "pairs"]), METHODS)
     titles = [line_title(method, steps) for method, steps in zip(table["method"], table["write_steps"], strict=True)]
 
     def cell(found: Frame) -> str:
@@ -50,7 +47,7 @@ def kv_retrieval() -> Frame:
 
     own = grid(table, titles, [str(n) for n in table["pairs"]], cell, "pairs")
     lines = [
-        {"pairs": f"paper: {name}"} | {str(n): f"{v:g}" for n, v in values.items()} for name, values in KV_RETRIEVAL
+        {"pairs": f"paper: {name}"} | {str(n): f"{v:g}" for n, v in values.items()} for name, _, values in KV_RETRIEVAL
     ]
     return pd.concat([own, Frame(lines)])
 
@@ -103,14 +100,11 @@ def _by_dataset(table: Frame, corner: str) -> Frame:
 
 def answers_all() -> Frame:
     """Every measurement of answers: exact match, on passages also F1 and ROUGE-L, with standard errors."""
-    table = read("answers").sort_values(
-        ["method", "memory_tokens", "trained_steps", "states", "write_steps", "dataset"]
-    )
+    columns = ["memory_tokens", "trained_steps", "states", "write_steps", "dataset"]
+    table = in_order(read("answers").sort_values(columns), METHODS)
 
     def label(row: Any) -> str:
-        parts = [
-            METHODS[row["method"]].title if row["memory_tokens"] or row["method"] == "full_context" else "no context"
-        ]
+        parts = [METHODS[row["method"]].title_at(row["memory_tokens"])]
         parts += [f"m={row['memory_tokens']}"] if row["memory_tokens"] else []
         parts += [f"K={row['write_steps']}, trained with K={row['trained_steps']}"] if row["trained_steps"] else []
         parts += [f"of {row['states']} contexts side by side"] if row["states"] > 1 else []

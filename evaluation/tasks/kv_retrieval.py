@@ -15,6 +15,8 @@ from gradmem_adapter.training import Batches
 
 from .base import OPTIONS, Task
 
+TARGETS = 4
+"""Tokens of a target: a value of two characters, `!` and `|`."""
 Several = Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)]
 
 
@@ -72,7 +74,7 @@ class KVRetrieval(Task):
     stages: tuple[Stage, ...] = ()
 
     name = "kv_retrieval"
-    max_new_tokens = 4
+    max_new_tokens = TARGETS
 
     def __post_init__(self) -> None:
         _check_pairs(self.pairs)
@@ -159,7 +161,7 @@ class PairBatches(Batches):
         pairs = sample_pairs(
             mix.contexts, mix.queries, mix.max_pairs, mix.min_pairs, device=device, generator=generator
         )
-        return pairs | {"write_steps": write_steps}
+        return pairs | {"write_steps": write_steps, "max_targets": TARGETS}
 
 
 def _check_pairs(pairs: int) -> None:

@@ -37,6 +37,7 @@ class LastToken(PrefixMethod):
 
     name = "last_token"
     title = "the last token"
+    color, marker = "#e69f00", "P"
 
     def prefix(self, model: Any, context: torch.Tensor, lengths: torch.Tensor, steps: int) -> Prefix:
         """One vector."""
