@@ -73,6 +73,7 @@ class RunConfig:
         training (`dict`, *optional*): fields of `GradMemTrainingArguments`.
         init_from (`str`, *optional*): a checkpoint of a run with the same model, whose weights are trained further.
         evaluation (`Evaluation`, *optional*): what `python -m evaluation run` measures.
+        trained_minutes (`float`, *optional*): written into the configuration of a finished model: how long it took.
 
     Raises:
         ValueError: a field is unknown or has a value that cannot work; the message names it.
@@ -86,6 +87,7 @@ class RunConfig:
     training: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
+    trained_minutes: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -130,6 +132,11 @@ class RunConfig:
         result["tasks"], result["method"] = _named(self.tasks), _named([self.method])[0]
         result["evaluation"]["tasks"] = _named(self.evaluation.tasks)
         return result
+
+    @property
+    def steps(self) -> int | None:
+        """Training steps: those that are set, or those of a task that makes its own batches; None: epochs count."""
+        return self.training.get("max_steps") or self.tasks[0].steps
 
     @property
     def write_steps(self) -> tuple[int, ...]:

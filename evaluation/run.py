@@ -123,7 +123,8 @@ def _record(task: Task, answerer: Answerer, found: Measurement, split: str, stat
         errors={name: standard_error(value) for name, value in values.items()},
         n=max(len(value) for value in values.values()),
         device=device_name(answerer.device),
-        training_steps=config.training.get("max_steps"),
+        training_steps=config.steps,
+        training_minutes=config.trained_minutes,
         seed=seed,
         facts=found.facts
         | {

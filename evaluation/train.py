@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, GradMemTrainingArguments, RowBatches
-from gradmem_adapter.training.callbacks import StopOnSignal
+from gradmem_adapter.training.callbacks import EndByClock, StopOnSignal
 
 from .config import RunConfig
 from .models import build_model, claim_run, save_model
@@ -43,11 +43,18 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
     trainer = GradMemTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
+        resumed = trainer.has_checkpoint()
+        runtime = trainer.train(resume_from_checkpoint=True if resumed else None).metrics["train_runtime"]
     if stop.seen:
         return None
     if trainer.is_world_process_zero():
-        done = dataclasses.replace(config, training=config.training | {"max_steps": trainer.state.global_step})
+        clock = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EndByClock)]
+        seconds = clock[0].seconds if clock else None if resumed else runtime  # who was interrupted did not look
+        done = dataclasses.replace(
+            config,
+            training=config.training | {"max_steps": trainer.state.global_step},
+            trained_minutes=None if seconds is None else round(seconds / 60, 2),
+        )
         save_model(model, tokenizer, done, output / CHECKPOINT)
     return output / CHECKPOINT
 
@@ -56,7 +63,7 @@ def training_arguments(config: RunConfig, output: Path, device: torch.device) ->
     """The arguments of a run; on a CPU nothing is compiled."""
     cpu = device.type == "cpu"
     own: dict[str, Any] = {"torch_compile": False} if cpu else {"tf32": True}
-    steps = {} if config.tasks[0].steps is None else {"max_steps": config.tasks[0].steps}
+    steps = {} if config.steps is None else {"max_steps": config.steps}
     return GradMemTrainingArguments(output_dir=str(output), use_cpu=cpu, **(DEFAULTS | steps | config.training | own))
 
 
