@@ -46,3 +46,15 @@ def test_exact_with_fused_attention_and_gradient_checkpointing_is_refused():
     model.write(ids)
     with pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
         model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids)
+
+
+@pytest.mark.parametrize("start", ["context", "pooled_context"])
+def test_a_start_from_the_context_with_a_lora_of_one_phase_and_checkpointing_is_refused(start):
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    model = make(start=start, lora_config=lora, lora_phase="write", meta_gradient="finite_difference")
+    model.train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 9)
+    model.write(ids)
+    with pytest.raises(NotImplementedError, match=f"start='{start}' cannot be trained"):
+        model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids)
