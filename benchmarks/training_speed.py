@@ -5,7 +5,7 @@
 kv: key-value retrieval with 16 pairs, 512 contexts and 8 queries on each, in float32 (TF32), 4 layers of width 128, 8
 memory vectors. smollm2: SmolLM2-135M's shape with random weights, 8,192 context tokens a step in contexts of 224, LoRA
 of rank 16, 64 memory vectors, in bf16. Both by one write step, a finite difference and AdamW. Each measurement is a
-process of its own. The older loop comes from another checkout of this repository, with `training/graphed_run.py`.
+process of its own. The older loop comes from a checkout of this repository that still has `training/graphed_run.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,7 +31,11 @@ from evaluation.key_values import pairs_tokenizer, sample_pairs
 from gradmem_adapter import GradMemConfig
 
 ROOT = Path(__file__).parent.parent
-LOOPS = ("trainer", "plain trainer", "old")
+LOOPS = {"trainer": "Trainer, compiled, CUDA graphs", "plain": "Trainer as it is", "old": "the loop before it"}
+WHAT = {
+    "kv": "key-value retrieval, 16 pairs, K=1, 512 contexts",
+    "smollm2": "SmolLM2-135M's shape, 8,192 tokens a step",
+}
 STEPS = {"kv": (100, 400), "smollm2": (30, 120), "toy": (2, 4)}
 """Steps before the clock is started, in which everything is compiled and captured, and steps that count."""
 SMOLLM2 = {
@@ -147,10 +152,12 @@ def measure(work: Work, loop: str) -> dict[str, Any]:
     else:
         seconds = seconds_of_trainer(work, warm_up, steps, device, fast=loop == "trainer")
     cuda = device.type == "cuda"
+    hardware, date = torch.cuda.get_device_name() if cuda else "CPU", datetime.now(timezone.utc).date().isoformat()
+    peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if cuda else {}
     return {
-        "work": work.name, "loop": loop, "steps_per_second": steps / seconds, "toy": work.toy,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+        "task": "training_speed", "method": LOOPS[loop], "write_steps": 1,
+        "settings": {"what": WHAT[work.name], "hardware": hardware, "date": date},
+        "metrics": {"steps_per_second": steps / seconds} | peak, "facts": {"torch": torch.__version__},
     }  # fmt: skip
 
 
@@ -158,23 +165,22 @@ def main() -> None:
     """Measure, each in a process of its own, and show a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, help="a checkout with the older loop")
-    parser.add_argument("--works", nargs="+", choices=["kv", "smollm2"], default=["kv", "smollm2"])
+    parser.add_argument("--works", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--toy", action="store_true", help="a few small steps on the CPU, to try it out")
-    parser.add_argument("--output", type=Path, help="a file that JSON lines are added to")
+    parser.add_argument("--output", type=Path, help="a file of records that lines are added to")
     parser.add_argument("--one", nargs=2, metavar=("WORK", "LOOP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(Work(args.one[0], args.toy), args.one[1])))
         return
     for work in args.works:
-        for loop in LOOPS[: 3 if args.old else 2]:
+        for loop in LOOPS if args.old else list(LOOPS)[:-1]:
             path = [str(args.old)] if loop == "old" else []
             environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
-            command = [sys.executable, __file__, "--one", work, loop, *(["--toy"] if args.toy else [])]
+            command = [sys.executable, __file__, "--one", work, loop, *["--toy"] * args.toy]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             line = done.stdout.strip().splitlines()[-1]
-            found = json.loads(line)
-            print(f"{work:8} {loop:14} {found['steps_per_second']:8.2f} steps/s  {found['peak_gib'] or 0:6.1f} GiB")
+            print(f"{WHAT[work]}; {LOOPS[loop]}: {json.loads(line)['metrics']}", flush=True)
             if args.output is not None:
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pydantic
-import yaml
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.training import GradMemTrainingArguments, RowBatches
-from gradmem_adapter.utils.files import read_text
+from gradmem_adapter.utils.fields import from_yaml, read_fields
 
 from .methods import METHODS, Method
 from .tasks import TASKS, Task
@@ -119,12 +118,7 @@ class RunConfig:
         Raises:
             ValueError: the file or a setting cannot be read, or a field is unknown or wrong; the message names it.
         """
-        fields = {} if path is None else _yaml(read_text(path), str(path))
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} must hold a mapping of fields, got {type(fields).__name__}.")
-        for setting in settings:
-            _set(fields, setting)
-        return cls.of(fields)
+        return cls.of(read_fields(path, settings))
 
     def fields(self) -> dict[str, Any]:
         """What `of` takes, as JSON."""
@@ -154,7 +148,7 @@ class RunConfig:
 
 def task_of(text: str) -> Task:
     """A task from YAML, as `{name: kv_retrieval, pairs: 16}`."""
-    return _by_name("task", TASKS)(_yaml(text, text))
+    return _by_name("task", TASKS)(from_yaml(text, text))
 
 
 def _fields(kind: Any) -> set[str]:
@@ -163,25 +157,3 @@ def _fields(kind: Any) -> set[str]:
 
 def _named(objects: Iterable[Task | Method]) -> list[dict[str, Any]]:
     return [{"name": value.name, **dataclasses.asdict(value)} for value in objects]
-
-
-def _yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {error}") from error
-
-
-def _set(fields: dict[str, Any], setting: str) -> None:
-    name, equals, value = setting.partition("=")
-    if not equals or not name:
-        raise ValueError(f"A setting is written field=value or outer.inner=value, got {setting!r}.")
-    *outer, last = name.split(".")
-    place: Any = fields
-    for key in outer:
-        place = place[int(key)] if isinstance(place, list) and key.isdigit() else place.setdefault(key, {})
-        if not isinstance(place, dict | list):
-            raise ValueError(f"{setting!r}: {key!r} has no fields of its own.")
-    if not isinstance(place, dict):
-        raise ValueError(f"{setting!r}: {outer[-1]!r} is a list; say which of its entries, as in tasks.0.share=2.")
-    place[last] = _yaml(value, f"The value of {setting!r}")

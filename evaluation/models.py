@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.backbones import check_end_token, load_backbone
+from gradmem_adapter.utils.fields import claim_directory
 from gradmem_adapter.utils.files import replacing
 
 from .config import RunConfig
@@ -102,17 +103,7 @@ def claim_run(config: RunConfig, path: Path) -> None:
     Raises:
         ValueError: a run by another configuration is there; the message names the fields that differ.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / RECIPE).is_file() or list(path.iterdir()) == [path / RECIPE]:  # nothing has been trained there
-        _write_config(config, path)
-        return
-    wanted, there = json.loads(json.dumps(config.fields())), _fields(path)
-    names = sorted(name for name in wanted | there if wanted.get(name) != there.get(name))
-    if names:
-        raise ValueError(
-            f"{path} holds a run by another configuration: {', '.join(names)} differ{'s' if len(names) == 1 else ''}. "
-            f"Give --output another directory, or delete that one; its configuration is in {path / RECIPE}."
-        )
+    claim_directory(path / RECIPE, config.fields())
 
 
 def _write_config(config: RunConfig, path: Path) -> None:

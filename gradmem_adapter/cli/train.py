@@ -1,36 +1,142 @@
-"""`gradmem train`: a recipe in, a checkpoint out."""
+"""`gradmem train`: rows in, an adapter out."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
+from accelerate import PartialState
 from rich.console import Console
+from rich.table import Table
 
+from gradmem_adapter.backbones import SMOLLM2
 from gradmem_adapter.cli.options import DEVICE, chosen_device, errors_of
+from gradmem_adapter.utils.fields import claim_directory, read_fields
+
+if TYPE_CHECKING:
+    from gradmem_adapter.training import GradMemTrainer
+
+RUN, CHECKPOINT = "run.json", "checkpoint"
+"""In the directory of a run: how it was made, and the folder of the finished adapter."""
+MEMORY: dict[str, Any] = {
+    "num_memory_tokens": 32, "write_steps": 1, "write_lr": 0.6, "learn_write_lr": "per_element", "write_clip_norm": 0.5,
+    "start": "pooled_context", "meta_gradient": "finite_difference", "reconstruction_weight": 0.5,
+    "lora_config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+}  # fmt: skip
+TRAINING: dict[str, Any] = {
+    "learning_rate": 1e-3, "warmup_steps": 50, "lr_scheduler_type": "warmup_stable_decay",
+    "write_lr_factor": 10.0, "per_device_train_batch_size": 16, "tokens_per_batch": 8192, "num_train_epochs": 3,
+    "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
+}  # fmt: skip
+ON_GPU: dict[str, Any] = {"bf16": True, "cuda_graphs": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run is made of.
+
+    Args:
+        rows (`str`): a file of rows to train on, see `read_rows`.
+        eval_rows (`str`, *optional*): a file of rows that are not trained on.
+        backbone (`str`, *optional*, defaults to `SMOLLM2`): a local directory, a hub id, or
+            package:<package>/<file>.gguf.
+        memory (`dict`, *optional*): fields of `GradMemConfig`, in the place of those in `MEMORY`.
+        training (`dict`, *optional*): fields of `GradMemTrainingArguments`, in the place of those in `TRAINING`, and
+            in `ON_GPU` on a GPU.
+    """
+
+    rows: str
+    eval_rows: str | None = None
+    backbone: str = SMOLLM2
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> TrainConfig:
+        """The configuration with these fields; `ValueError` names one that is unknown."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(fields.keys() - known):
+            raise ValueError(f"There is no field {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
+        for name in ("memory", "training"):
+            if not isinstance(fields.get(name, {}), dict):
+                raise ValueError(f"{name} must be a mapping of fields, got {fields[name]!r}.")
+        return cls(**fields)
+
+    def trainer(self, output: Path, device: torch.device) -> GradMemTrainer:
+        """The trainer of this run, which keeps its checkpoints in `output`."""
+        from peft import get_peft_model
+        from transformers import set_seed
+
+        from gradmem_adapter import GradMemConfig, load_backbone
+        from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments, read_rows
+
+        memory = MEMORY | self.memory
+        steps = {} if memory["start"] == "slots" else {"write_steps": [0, memory["write_steps"]]}  # 0 trains the start
+        own = TRAINING | steps | ({} if device.type == "cpu" else ON_GPU) | self.training
+        arguments = GradMemTrainingArguments(output_dir=str(output), use_cpu=device.type == "cpu", **own)
+        rows = read_rows(self.rows)
+        held_out = None if self.eval_rows is None else read_rows(self.eval_rows)
+        set_seed(arguments.seed)
+        backbone, tokenizer = load_backbone(self.backbone)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        found = {
+            "query_format": "text" if tokenizer.chat_template is None else "chat",
+            "trained_length": max(map(len, tokenizer([row["context"] for row in rows])["input_ids"])),
+        }
+        model = get_peft_model(backbone, GradMemConfig(**(found | memory)))
+        return GradMemTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
 
 
 def train(
+    rows: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines: context, query, target.")],
     output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
-    recipe: Annotated[
-        Path | None, typer.Argument(exists=True, dir_okay=False, help="A YAML file, as in examples/.")
+    backbone: Annotated[str | None, typer.Option(help=f"Default: {SMOLLM2}.", show_default=False)] = None,
+    eval_rows: Annotated[
+        Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="Rows to measure the adapter on.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A YAML file: backbone, memory, training.")
     ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated."),
     ] = None,
     device: Annotated[str | None, DEVICE] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop and save after so much training.")] = None,
 ) -> None:
-    """Meta-train a model as a recipe says; `task` in it is kv_retrieval, answers or rows (texts in a file)."""
-    from gradmem_adapter.recipes import load_recipe
-    from gradmem_adapter.training.errors import TrainingDiverged
-    from gradmem_adapter.training_runs import train as run
+    """Train an adapter on rows of your own: contexts with what is asked about them."""
+    from gradmem_adapter.training import TrainingDiverged
+    from gradmem_adapter.training.callbacks import StopOnSignal
 
+    console = Console()
     with errors_of("train"):
-        try:
-            run(load_recipe(recipe, setting or ()), output, device=chosen_device(device), max_minutes=max_minutes)
-        except TrainingDiverged as error:
-            Console(stderr=True).print(f"gradmem train: {error}", style="red", markup=False)
-            raise typer.Exit(1) from error
+        given = {"rows": rows, "eval_rows": eval_rows, "backbone": backbone}
+        fields = {name: str(value) for name, value in given.items() if value is not None}
+        plan = TrainConfig.of(read_fields(config, setting or ()) | fields)
+        place = chosen_device(device)
+        with PartialState(cpu=place.type == "cpu").main_process_first():
+            claim_directory(output / RUN, dataclasses.asdict(plan))
+        trainer = plan.trainer(output, place)
+        with StopOnSignal() as stop:
+            trainer.add_callback(stop)
+            try:
+                trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
+            except TrainingDiverged as error:
+                Console(stderr=True).print(f"gradmem train: {error}", style="red", markup=False)
+                raise typer.Exit(1) from error
+        if stop.seen:
+            console.print(f"Interrupted; the same command goes on from {output}.", markup=False)
+            raise typer.Exit(130)
+        trainer.save_model(str(output / CHECKPOINT))
+        metrics = trainer.evaluate() if plan.eval_rows is not None else {}
+        if trainer.is_world_process_zero():
+            console.print(f"Saved: {output / CHECKPOINT}", markup=False)
+            if metrics:
+                shown = ("loss", "exact_match", "f1", "first_write_loss", "last_write_loss")
+                names = [name for name in shown if f"eval_{name}" in metrics]
+                table = Table(*(name.replace("_", " ") for name in names), title=str(plan.eval_rows))
+                table.add_row(*(f"{metrics[f'eval_{name}']:.4f}" for name in names))
+                console.print(table)

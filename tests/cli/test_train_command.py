@@ -1,0 +1,123 @@
+"""`gradmem train` on a file of rows: an adapter that opens, a run that goes on, and what cannot be trained."""
+
+import gzip
+import json
+import os
+import signal
+
+import pytest
+import yaml
+from commands import invoke
+from tiny import tiny, tiny_tokenizer
+from transformers import TrainerCallback
+
+from gradmem_adapter import load_checkpoint
+from gradmem_adapter.cli import train as command
+from gradmem_adapter.training import GradMemTrainer
+
+ROWS = [
+    {"context": f"w{i} w{i + 1} w{i + 2}", "queries": [f"w{i}", f"w{i + 1}"], "targets": [f"w{i + 1}", f"w{i + 2}"]}
+    for i in range(12)
+]
+CONFIG = {
+    "memory": {"num_memory_tokens": 2, "lora_config": {"r": 2, "target_modules": ["q_proj"]}},
+    "training": {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1},
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    tiny(num_hidden_layers=1).save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:8]), encoding="utf-8")
+    with gzip.open(tmp_path / "test.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(row) for row in ROWS[8:]))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    return tmp_path
+
+
+def train(files, *more):
+    return invoke(
+        "train", files / "train.jsonl", "--output", files / "run", "--backbone", files / "backbone", "--config",
+        files / "config.yaml", "--device", "cpu", *more,
+    )  # fmt: skip
+
+
+def test_makes_an_adapter_that_opens(files):
+    result = train(files, "--eval", files / "test.jsonl.gz")
+    assert result.exit_code == 0, result.output
+    assert "exact match" in result.output
+    model, _ = load_checkpoint(files / "run" / "checkpoint")
+    config = model.active_peft_config
+    assert (config.num_memory_tokens, config.start, config.query_format) == (2, "pooled_context", "chat")
+    assert config.trained_length == 3
+
+
+def test_the_defaults_train(files):
+    """Those on a GPU, too, whose steps run on a CPU as they are."""
+    (files / "config.yaml").write_text("training: {max_steps: 2, cuda_graphs: true, bf16: true}", encoding="utf-8")
+    result = train(files)
+    assert result.exit_code == 0, result.output
+    state = json.loads((files / "run" / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["global_step"] == 2
+
+
+class Interrupt(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_goes_on(files, monkeypatch):
+    with monkeypatch.context() as patch:
+        original = command.TrainConfig.trainer
+
+        def interrupted(*arguments):
+            made = original(*arguments)
+            made.add_callback(Interrupt())
+            return made
+
+        patch.setattr(command.TrainConfig, "trainer", interrupted)
+        result = train(files)
+    assert result.exit_code == 130, result.output
+    assert "the same command goes on" in " ".join(result.output.split())
+    assert [path.name for path in (files / "run").glob("checkpoint*")] == ["checkpoint-1"]
+    result = train(files)
+    assert result.exit_code == 0, result.output
+    state = json.loads((files / "run" / "checkpoint-4" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_another_run_is_refused(files):
+    assert train(files).exit_code == 0
+    result = train(files, "--set", "memory.num_memory_tokens=3")
+    assert result.exit_code == 2
+    assert "holds a run by another configuration: memory differs" in " ".join(result.stderr.split())
+
+
+def test_a_run_that_diverges(files, monkeypatch):
+    monkeypatch.setattr(GradMemTrainer, "check_finite", lambda self: self._diverged("The loss is not finite"))
+    result = train(files)
+    assert result.exit_code == 1
+    assert "There is no checkpoint yet" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("eval_rows=nowhere.jsonl", "no file of rows 'nowhere.jsonl'"),
+        ("colour=red", "There is no field colour"),
+        ("memory=3", "memory must be a mapping"),
+        ("memory.write_steps=-1", "write_steps must be at least 0"),
+        ("training.write_steps=[]", "write_steps must be a list"),
+        ("training.step=1", "unexpected keyword argument 'step'"),
+        ("memory.num_memory_token=3", "has no field num_memory_token"),
+        ("memory={", "is not YAML"),
+        ("memory", "is written field=value"),
+        ("rows.first=3", "'rows' has no fields of its own"),
+    ],
+)
+def test_what_cannot_be_trained(files, setting, message):
+    more = ["--set", setting] if setting != "rows.first=3" else ["--set", "rows=a", "--set", setting]
+    result = train(files, *more)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
