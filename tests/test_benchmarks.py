@@ -16,6 +16,7 @@ from benchmarks import (
     textbook,
     train_step,
     training,
+    training_speed,
     versus_prompting,
     write,
 )
@@ -156,6 +157,14 @@ def test_kv_step(run, monkeypatch):
     assert [record.method for record in records] == ["exact", "first_order", "first_order"]
     assert settings(records, "graph") == [(False,), (False,), (True,)]
     assert all(record.metrics["steps_per_second"] > 0 for record in records)
+
+
+@pytest.mark.parametrize("loop", ["trainer", "plain"])
+def test_training_speed(loop, monkeypatch):
+    monkeypatch.setitem(training_speed.STEPS, "toy", (1, 1))
+    found = training_speed.measure(training_speed.Work("kv", True), loop)
+    assert found["method"] == training_speed.LOOPS[loop]
+    assert found["metrics"]["steps_per_second"] > 0
 
 
 def test_a_bias_is_told_from_noise():

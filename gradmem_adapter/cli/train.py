@@ -27,7 +27,7 @@ MEMORY: dict[str, Any] = {
     "lora_config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
-    "learning_rate": 1e-3, "warmup_steps": 50, "lr_scheduler_type": "warmup_stable_decay",
+    "learning_rate": 1e-3, "lr_scheduler_type": "warmup_stable_decay",
     "write_lr_factor": 10.0, "per_device_train_batch_size": 16, "tokens_per_batch": 8192, "num_train_epochs": 3,
     "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
 }  # fmt: skip
@@ -74,7 +74,9 @@ class TrainConfig:
         from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments, read_rows
 
         memory = MEMORY | self.memory
-        steps = {} if memory["start"] == "slots" else {"write_steps": [0, memory["write_steps"]]}  # 0 trains the start
+        steps: dict[str, Any] = {"warmup_steps": 50 if "max_minutes" in self.training else 0.05}  # a share, or a number
+        if memory["start"] != "slots":
+            steps["write_steps"] = [0, memory["write_steps"]]  # 0 trains the start
         own = TRAINING | steps | ({} if device.type == "cpu" else ON_GPU) | self.training
         arguments = GradMemTrainingArguments(output_dir=str(output), use_cpu=device.type == "cpu", **own)
         rows = read_rows(self.rows)

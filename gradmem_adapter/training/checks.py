@@ -14,6 +14,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 
 from .arguments import GradMemTrainingArguments
+from .batches import Batches
 from .collator import GradMemCollator
 from .cuda_graph import check_no_dropout
 
@@ -93,6 +94,14 @@ def _check_graphs(args: GradMemTrainingArguments, model: nn.Module, checkpointin
                 f"cuda_graphs=True does not go with {name}=True. "
                 + ("Use bf16=True." if name == "fp16" else "Leave out one: checkpointing spares memory, graphs time.")
             )
+
+
+def check_eval_dataset(dataset: Any) -> None:
+    """Raise `TypeError` for ready batches, which have no texts that answers could be compared with."""
+    if any(isinstance(part, Batches) for part in (dataset.values() if isinstance(dataset, dict) else [dataset])):
+        raise TypeError(
+            "eval_dataset must be rows of texts, not Batches: answers are generated and compared with texts."
+        )
 
 
 def limited_collator(

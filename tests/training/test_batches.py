@@ -228,3 +228,8 @@ class TestTraining:
         )  # fmt: skip
         run.train()
         assert run.state.global_step == 6
+
+    def test_evaluation_is_of_rows(self, tmp_path):
+        for dataset in (Stages(), {"some": rows(2, 9), "ready": Stages()}):
+            with pytest.raises(TypeError, match="rows of texts, not Batches"):
+                trainer(make(), tmp_path, rows(2, 9), dataset)
