@@ -16,7 +16,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage
 
 KEY = "gradmem"
-_REFERENCE = re.compile(r"[0-9a-f]{32}")
+REFERENCE = re.compile(r"[0-9a-f]{32}")
 Message = TypeVar("Message", bound=BaseMessage)
 
 
@@ -40,7 +40,7 @@ def check_references(value: object) -> list[str]:
     """
     references = [value] if isinstance(value, str) else value
     if not isinstance(references, list | tuple) or not all(
-        isinstance(reference, str) and _REFERENCE.fullmatch(reference) for reference in references
+        isinstance(reference, str) and REFERENCE.fullmatch(reference) for reference in references
     ):
         raise ValueError(
             f"A reference is a text of 32 hexadecimal digits, as MemoryStateStore.write returns it, got {value!r}."

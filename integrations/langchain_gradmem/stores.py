@@ -13,7 +13,9 @@ from langchain_core.stores import BaseStore, ByteStore, InMemoryByteStore
 
 from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, WriteOptions
 
-_NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
+from .references import REFERENCE, check_references
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class UnknownReferenceError(KeyError):
@@ -29,7 +31,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
     Args:
         store (`ByteStore`, *optional*, defaults to one in memory): where the bytes go, such as a `LocalFileStore` for a
             directory.
-        namespace (`str`, *optional*, defaults to `"default"`): of a tenant, made of letters, digits, `_` and `-`.
+        namespace (`str`, *optional*, defaults to `"default"`): of a tenant, at most 64 letters, digits, `_` and `-`.
             Stores of other namespaces do not see its states, nor do their references fit.
 
     Raises:
@@ -37,15 +39,24 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
     """
 
     def __init__(self, store: ByteStore | None = None, *, namespace: str = "default") -> None:
-        if not _NAMESPACE.fullmatch(namespace):
-            raise ValueError(f"A namespace is made of letters, digits, _ and -, got {namespace!r}.")
+        if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
+            raise ValueError(f"A namespace is made of at most 64 letters, digits, _ and -, got {namespace!r}.")
         self.store = InMemoryByteStore() if store is None else store
-        self.namespace = namespace
+        self._namespace = namespace
         self.writes = 0
         """How many contexts have been written, as opposed to found."""
 
-    def _key(self, reference: str) -> str:
-        return f"{self.namespace}/{reference}"
+    @property
+    def namespace(self) -> str:
+        """The tenant's."""
+        return self._namespace
+
+    def _keys(self, references: Sequence[str]) -> list[str]:
+        """Where states are in the store of bytes: the one way there, which nothing but a reference can go.
+
+        A store of files takes keys for paths; any other text could lead into another namespace.
+        """
+        return [f"{self.namespace}/{reference}" for reference in check_references(list(references))]
 
     def mget(self, keys: Sequence[str]) -> list[MemoryState | None]:
         """The states, None where there is none.
@@ -54,9 +65,10 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             keys (`Sequence[str]`): references.
 
         Raises:
+            ValueError: a key that is no reference.
             MemoryStateError: what is stored is no memory state or is damaged.
         """
-        found = self.store.mget([self._key(key) for key in keys])
+        found = self.store.mget(self._keys(keys))
         states: list[MemoryState | None] = []
         for key, data in zip(keys, found, strict=True):
             try:
@@ -70,16 +82,23 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
 
         Args:
             key_value_pairs (`Sequence[tuple[str, MemoryState]]`): references and their states.
+
+        Raises:
+            ValueError: a key that is no reference; nothing is stored then.
         """
-        self.store.mset([(self._key(key), state.to_bytes()) for key, state in key_value_pairs])
+        keys = self._keys([reference for reference, _ in key_value_pairs])
+        self.store.mset([(key, state.to_bytes()) for key, (_, state) in zip(keys, key_value_pairs, strict=True)])
 
     def mdelete(self, keys: Sequence[str]) -> None:
         """Delete states.
 
         Args:
             keys (`Sequence[str]`): references; those that the store does not hold are passed over.
+
+        Raises:
+            ValueError: a key that is no reference; nothing is deleted then.
         """
-        self.store.mdelete([self._key(key) for key in keys])
+        self.store.mdelete(self._keys(keys))
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
         """The references of this namespace.
@@ -87,10 +106,11 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         Args:
             prefix (`str`, *optional*): only those that begin so.
         """
-        own = self._key("")
-        for key in self.store.yield_keys(prefix=self._key(prefix or "")):
-            if key.startswith(own):
-                yield key.removeprefix(own)
+        own = f"{self.namespace}/"
+        for key in self.store.yield_keys(prefix=own):
+            reference = key.removeprefix(own)
+            if key.startswith(own) and REFERENCE.fullmatch(reference) and reference.startswith(prefix or ""):
+                yield reference
 
     def get(self, reference: str, *, fingerprint: str | None = None) -> MemoryState:
         """The state of a reference.
@@ -100,6 +120,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             fingerprint (`str`, *optional*): of the model that is to read it; None: any model's state.
 
         Raises:
+            ValueError: it is no reference.
             UnknownReferenceError: this store does not hold it.
             MemoryStateError: it is damaged, or another model than `fingerprint` wrote it.
         """
