@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.metadata
 import os
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from evaluation.results import RESULTS, Record, add_records
-from gradmem_adapter import load_backbone
+from gradmem_adapter import GradMemConfig, load_backbone
+from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
 
 SMOLLM2_135M = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -59,11 +61,20 @@ def backbone(args: argparse.Namespace, attention: str = "sdpa") -> PreTrainedMod
     if args.model == "random":
         torch.manual_seed(0)
         fields: dict[str, Any] = SMOLLM2_135M | ({"num_hidden_layers": args.layers} if args.layers else {})
-        model = LlamaForCausalLM(LlamaConfig(**fields, attn_implementation=attention))
+        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**fields))
     else:
         model, _ = load_backbone(args.model)
-        model.set_attn_implementation(attention)
-    return model.to(args.device, dtype).eval().requires_grad_(False)
+    model.set_attn_implementation(attention)
+    cast(torch.nn.Module, model).to(args.device, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def adapter(args: argparse.Namespace, **options: Any) -> tuple[GradMemPeftModel, PreTrainedModel]:
+    """That model with an adapter of `--memory` vectors, and the backbone in it."""
+    model = backbone(args)
+    torch.manual_seed(0)
+    config = GradMemConfig(num_memory_tokens=args.memory, **options)
+    return get_peft_model(model, config).eval(), model
 
 
 def random_tokens(model: PreTrainedModel, batch: int, length: int) -> Tensor:
@@ -182,10 +193,9 @@ def record(
         facts["error"] = "out of memory"
     except Exception as error:
         facts["error"] = f"{type(error).__name__}: {str(error)[-200:]}"
-    finally:
+    if "error" in facts:  # not before: the traceback holds what did not fit
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     result = Record(
         task=task, method=method, memory_tokens=memory_tokens, write_steps=write_steps,
         settings=environment(args) | settings, metrics=metrics, facts=facts,
@@ -223,6 +233,7 @@ def _processor() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def _output(*command: str) -> str:
     try:
         return subprocess.run(

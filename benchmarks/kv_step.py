@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
 
 from benchmarks import common
@@ -19,6 +18,7 @@ from benchmarks.training import HOW, cost_of_a_step
 from evaluation.key_values import pairs_tokenizer, sample_pairs
 from evaluation.models import scratch_llama
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.peft_model import get_peft_model
 
 
 def measure(args: argparse.Namespace, meta_gradient: str, how: str, bf16: bool) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import common, textbook
 from gradmem_adapter import SMOLLM2, GradMemConfig, load_backbone
+from gradmem_adapter.peft_model import get_peft_model
 
 
 class Gradients:
@@ -52,7 +52,7 @@ class Gradients:
         with torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=bf16):
             if name == "textbook":
                 self.backbone.set_attn_implementation("eager")
-                slots = self.model.base_model.slots.gradmem_memory["default"]
+                slots = self.model.slots.gradmem_memory["default"]
                 steps = self.args.write_steps
                 loss = textbook.outer_loss(self.backbone, slots, self.context, self.query, steps, lr)
             else:

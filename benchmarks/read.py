@@ -14,22 +14,23 @@ import itertools
 from functools import partial
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from benchmarks import common
-from gradmem_adapter import GradMemConfig
+from gradmem_adapter.peft_model import GradMemPeftModel
 
 WAYS = ("plain", "memory", "kept prefix")
 
 
-def measure(model: PeftModel, way: str, length: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: GradMemPeftModel, backbone: PreTrainedModel, way: str, length: int, batch: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """What one way of answering costs: `batch` prompts of `length` tokens, one memory state each."""
-    query = common.random_tokens(model.get_base_model(), batch, length)
+    query = common.random_tokens(backbone, batch, length)
     options: dict[str, Any] = {"do_sample": False}
     if way != "plain":
         options["memory"] = model.write(query[:, :1], steps=0)  # what is in it does not change what it costs
-    cache = model.base_model.prefix_cache
-    cache.max_bytes = args.kept_mib * 2**20 if way == "kept prefix" else 0
+    model.prefix_cache.max_bytes = args.kept_mib * 2**20 if way == "kept prefix" else 0
 
     def cost(new: int) -> common.Cost:
         return common.measure(
@@ -41,7 +42,7 @@ def measure(model: PeftModel, way: str, length: int, batch: int, args: argparse.
         "first_token_ms": first.milliseconds,
         "tokens_per_second": 1000 * batch * args.new_tokens / whole.milliseconds,
         "peak_gib": whole.peak_gib,
-        "kept_mib": cache.nbytes / 2**20,
+        "kept_mib": model.prefix_cache.nbytes / 2**20,
     }
 
 
@@ -53,12 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--kept-mib", type=int, default=64, help="the bound on kept prefixes")
     args = parser.parse_args(argv)
-    backbone = common.backbone(args)
-    backbone.generation_config.eos_token_id = None  # so that each call makes all the tokens it is asked for
-    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=args.memory)).eval()
+    model, backbone = common.adapter(args)
+    backbone.generation_config.eos_token_id = None  # each call makes all the tokens it is to
     for length, batch, way in itertools.product(args.queries, args.batches, WAYS):
         common.record(
-            args, "read", way, partial(measure, model, way, length, batch, args),
+            args, "read", way, partial(measure, model, backbone, way, length, batch, args),
             memory_tokens=args.memory, query_tokens=length, batch=batch, new_tokens=args.new_tokens,
         )  # fmt: skip
 

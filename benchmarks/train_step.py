@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 
 from benchmarks import common, textbook
 from benchmarks.training import HOW, cost_of_a_step
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.meta_gradients import STRATEGIES
+from gradmem_adapter.peft_model import get_peft_model
 
 
 def tokens(args: argparse.Namespace, model: Any, batch: int) -> tuple[Tensor, Tensor]:

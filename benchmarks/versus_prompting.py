@@ -29,12 +29,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import common
-from gradmem_adapter import GradMemConfig
+from gradmem_adapter.peft_model import GradMemPeftModel
 
 
 @torch.no_grad()
@@ -54,7 +53,8 @@ def reopened(cache: DynamicCache) -> DynamicCache:
 
 def kv_bytes(cache: DynamicCache) -> int:
     """Bytes of all keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers: list[Any] = cache.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def break_even(once_ms: float, saved_ms: float) -> float | None:
@@ -62,9 +62,8 @@ def break_even(once_ms: float, saved_ms: float) -> float | None:
     return None if saved_ms <= 0 else max(0.0, once_ms) / saved_ms
 
 
-def answer(model: PeftModel, length: int, args: argparse.Namespace) -> dict[str, Any]:
+def answer(model: GradMemPeftModel, backbone: PreTrainedModel, length: int, args: argparse.Namespace) -> dict[str, Any]:
     """Bytes, times and break-even of one context of `length` tokens."""
-    backbone = model.get_base_model()
     context, question = (common.random_tokens(backbone, 1, tokens) for tokens in (length, args.question))
     state = model.write(context, steps=0)
     embed = backbone.get_input_embeddings()
@@ -92,9 +91,10 @@ def answer(model: PeftModel, length: int, args: argparse.Namespace) -> dict[str,
     return found | {"break_even_prefill": break_even(found["write_ms"], saved)}
 
 
-def decode(model: PeftModel, way: str, length: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+def decode(
+    model: GradMemPeftModel, backbone: PreTrainedModel, way: str, length: int, batch: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """Tokens per second of `batch` answers behind the repeated cache of one context and a question."""
-    backbone = model.get_base_model()
     context, question = (common.random_tokens(backbone, 1, tokens) for tokens in (length, args.question))
     inputs = context if way == "prompt" else model.prefix_embeddings(model.write(context[:, :1], steps=0)).detach()
     repeated = prefill(backbone, question, prefill(backbone, inputs)[1])[1]
@@ -122,8 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--max-batch", type=int, default=256, help="answers at a time, at most")
     args = parser.parse_args(argv)
-    backbone = common.backbone(args)
-    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=args.memory)).eval()
+    model, backbone = common.adapter(args)
     reserved = max(args.question + args.new_tokens, model.prefix_length)
     lengths = common.fitting(args.lengths, backbone.config.max_position_embeddings - reserved)
 
@@ -135,11 +134,11 @@ def main(argv: list[str] | None = None) -> None:
         return "error" not in found.facts
 
     for length in lengths:
-        record("answer", partial(answer, model, length, args), kind="answer", context_tokens=length)
+        record("answer", partial(answer, model, backbone, length, args), kind="answer", context_tokens=length)
     for way, length in (("memory", lengths[0]), *(("prompt", length) for length in lengths)):
         batch, fits = 1, True
         while fits and batch <= args.max_batch:
-            function = partial(decode, model, way, length, batch, args)
+            function = partial(decode, model, backbone, way, length, batch, args)
             fits = record(way, function, kind="decode", context_tokens=length, batch=batch)
             batch *= 2
 

@@ -15,31 +15,30 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from benchmarks import common, textbook
-from gradmem_adapter import GradMemConfig
 
 METHODS = ("textbook", "textbook, no graph", "plain", "compiled, no last loss", "compiled")
 WAYS = ("one by one, plain", "one by one, auto", "write_many, plain", "write_many, auto", "write_many, compiled")
+LR = 0.03
 COMPILE: dict[str, Any] = {"plain": False, "auto": "auto", "compiled": True}
 
 
-def adapter(args: argparse.Namespace, backbone: PreTrainedModel) -> Any:
-    torch.manual_seed(0)
-    return get_peft_model(backbone, GradMemConfig(num_memory_tokens=args.memory, write_lr=0.03)).eval()
-
-
-def writing(method: str, backbone: PreTrainedModel, args: argparse.Namespace, length: int, steps: int) -> Callable:
-    """A function that writes once."""
-    context = common.random_tokens(backbone, args.batch, length)
+def writing(
+    method: str, args: argparse.Namespace, length: int, steps: int
+) -> tuple[Callable[[], Any], PreTrainedModel]:
+    """A function that writes once, and the model that it does it with."""
     if method.startswith("textbook"):
+        backbone = common.backbone(args, attention="eager")
+        context = common.random_tokens(backbone, args.batch, length)
         slots = 0.02 * torch.randn(args.memory, backbone.config.hidden_size, device=args.device)
         kept = 0 if method == "textbook, no graph" else None
-        return partial(textbook.write, backbone, slots, context, steps, 0.03, second_order_steps=kept)
-    model, compile = adapter(args, backbone), method.startswith("compiled")
-    return lambda: model.write(context, steps=steps, compile=compile, last_loss=method != "compiled, no last loss")
+        return partial(textbook.write, backbone, slots, context, steps, LR, second_order_steps=kept), backbone
+    model, backbone = common.adapter(args, write_lr=LR)
+    context, compile = common.random_tokens(backbone, args.batch, length), method.startswith("compiled")
+    last_loss = method != "compiled, no last loss"
+    return lambda: model.write(context, steps=steps, compile=compile, last_loss=last_loss), backbone
 
 
 def flops(model: PreTrainedModel, tokens: int, length: int, steps: int, last_loss: bool = True) -> float:
@@ -50,10 +49,9 @@ def flops(model: PreTrainedModel, tokens: int, length: int, steps: int, last_los
     Causal attention over N tokens takes 2 N d a token and layer forward, 2.5 times that backward.
     """
     config = model.config.get_text_config()
-    table = model.get_input_embeddings().weight
-    products = sum(p.numel() for p in model.parameters() if p.dim() == 2) - (
-        0 if config.tie_word_embeddings else table.numel()
-    )
+    matrices = [p.numel() for p in model.parameters() if p.dim() == 2]
+    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    products = sum(matrices) - table
     attention = 2 * length * config.hidden_size * config.num_hidden_layers
     forward = tokens * (2 * products + attention)
     backward = tokens * (2 * products + 2.5 * attention)
@@ -62,8 +60,7 @@ def flops(model: PreTrainedModel, tokens: int, length: int, steps: int, last_los
 
 def cost(args: argparse.Namespace, method: str, length: int, steps: int, matmul: float) -> dict[str, Any]:
     """Time and memory of one WRITE, and its share of what a large matrix product reaches."""
-    backbone = common.backbone(args, attention="eager" if method.startswith("textbook") else "sdpa")
-    function = writing(method, backbone, args, length, steps)
+    function, backbone = writing(method, args, length, steps)
     found = common.measure(function, args.device, args.repeats)
     operations = flops(backbone, args.batch * (length + args.memory), length, steps, method in ("plain", "compiled"))
     rate = operations / found.milliseconds / 1e9
@@ -84,10 +81,10 @@ def write_all(args: argparse.Namespace, way: str, steps: int) -> dict[str, float
     """Contexts of 200 to 1,000 tokens, one by one as they come or all at once. First calls included."""
     calls, how = way.split(", ")
     torch.compiler.reset()
-    model = adapter(args, common.backbone(args))
+    model, backbone = common.adapter(args, write_lr=LR)
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(200, 1001, (args.contexts,), generator=generator).tolist()
-    contexts = [common.random_tokens(model.get_base_model(), 1, size)[0] for size in sizes]
+    contexts = [common.random_tokens(backbone, 1, size)[0] for size in sizes]
     model.write(contexts[0][None, :8], steps=1, compile=False)  # CUDA's own start is nobody's
     common.synchronize(args.device)
     with common.peak_memory(args.device) as peak:
