@@ -1,4 +1,4 @@
-"""What ends a run early: the clock, or a signal. Both leave a checkpoint to go on from."""
+"""What ends a run early: the clock, in which it is done, or a signal, after which it can go on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .schedule import multiply, warmup_stable_decay
@@ -43,14 +44,7 @@ class EndByClock(TrainerCallback, ExportableState):
         if self.decay is not None:
             self._plan(state, lr_scheduler)
 
-    def on_step_end(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         """Look at the clock: that of process 0, because clocks differ."""
         if not due(args, state):
             return
@@ -84,9 +78,7 @@ def agreed(value: float, args: TrainingArguments) -> float:
     """The number that process 0 has, in all processes: if they ended at different steps, they would wait for ever."""
     if args.world_size == 1:
         return value
-    number = torch.tensor(value, dtype=torch.float64, device=args.device)
-    torch.distributed.broadcast(number, 0)
-    return number.item()
+    return float(broadcast(torch.tensor(float(value), dtype=torch.float64, device=args.device)).item())
 
 
 class StopOnSignal(TrainerCallback):
@@ -122,7 +114,7 @@ class StopOnSignal(TrainerCallback):
         self.seen = True
         self.__exit__()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End here if a signal has come to process 0."""
         if due(args, state) and agreed(self.seen, args):
             self.seen = control.should_training_stop = control.should_save = True

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
@@ -102,14 +103,13 @@ class GraphedBackward:
             loss, table, reached = self._passes(batch | inputs)
         return _Graph(graph, inputs, (loss, table), reached)
 
-    def average(self, processes: int) -> None:
+    def average(self) -> None:
         """Give all processes the mean of their gradients, in one message for each type of number."""
         own = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         for dtype in {gradient.dtype for gradient in own}:
             gradients = [gradient for gradient in own if gradient.dtype == dtype]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            distributed.all_reduce(flat)
-            parts = (flat / processes).split([gradient.numel() for gradient in gradients])
+            flat = cast(Tensor, reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean"))
+            parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 

@@ -250,7 +250,7 @@ class GradMemTrainer(EvaluatingTrainer):
             loss, table = self._graphed(inputs | {"all_tokens": whole.tokens, "all_contexts": whole.contexts})
         self._sums.add(table)
         if self.accelerator.sync_gradients and self.args.world_size > 1:
-            self._graphed.average(self.args.world_size)
+            self._graphed.average()
         return loss
 
     def _passes(self, inputs: Batch) -> tuple[Tensor, Tensor]:
