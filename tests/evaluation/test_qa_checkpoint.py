@@ -54,7 +54,7 @@ def score(metrics):
 @both
 def test_answers_stories(checkpoint):
     """Six questions each, of bAbI 1, which both answer nearly always."""
-    evaluation = Evaluation(tasks=(Babi(source=str(DATA), number=1),), write_steps=(0, 1))
+    evaluation = Evaluation(tasks=(Babi(source=str(DATA), number=1),), write_steps=(1,))
     records = evaluate(CHECKPOINTS / checkpoint, device="cpu", evaluation=evaluation)
-    assert [record.metrics["exact_match"] for record in records] == [1, 1]
+    assert [record.metrics["exact_match"] for record in records] == [1]
     assert records[0].facts["bytes_per_context"] == 4 * records[0].memory_tokens * 576
