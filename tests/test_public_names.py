@@ -36,8 +36,17 @@ def test_public_methods_explain_their_arguments():
     functions += [
         function for name, function in vars(pipeline).items() if inspect.isfunction(function) and name[0] != "_"
     ]
+    functions += [training.read_rows, training.score_answer, training.Batches.batch, training.GradMemCollator.__call__]
     classes = [gradmem_adapter.WriteOptions, gradmem_adapter.MemoryState]
+    classes += [training.GradMemTrainer, training.GradMemCollator, training.RowBatches]
     for function in functions + classes:
         for name in inspect.signature(function).parameters:
             if name != "self":
                 assert re.search(rf"\b{name}\b", function.__doc__ or ""), (function.__qualname__, name)
+
+
+def test_training_arguments_are_explained():
+    """Those of our own; Transformers explains its own."""
+    arguments = training.GradMemTrainingArguments
+    for name in vars(arguments)["__annotations__"]:
+        assert re.search(rf"^        {name} \(`", arguments.__doc__, re.MULTILINE), name

@@ -41,6 +41,10 @@ class Batches(Dataset[Any]):
         With gradient accumulation an optimizer step takes several. Of several processes each draws rows of its own
         (by `generator`) and all draw the same shapes and K (by `choices`).
 
+        Args:
+            step (`int`): the number of the batch.
+            device (`torch.device`): where its tensors are.
+
         Returns:
             `context_input_ids`, `context_attention_mask` [C, N]; `input_ids`, `attention_mask`, `labels` [R, T];
             `context_index` [R], or [R, S] for S states side by side; all right padded, on the device. And, if wanted,

@@ -36,25 +36,19 @@ class GradMemCollator:
     context, which is then written once. A query is a text or a list of chat messages. `answers` are the references
     that evaluation accepts (default: the target): a list of texts, with `queries` a list of such lists.
 
-    Called with C rows that have R queries in all, it returns
+    Nothing is cut off, ever, and the tokenizer's state (its padding side) is neither read nor changed. A target ends
+    with the tokenizer's end token, where it has one.
 
-        context_input_ids, context_attention_mask: [C, N], right padded.
-        input_ids, attention_mask, labels: [R, T], query and target, right padded; labels count on the target alone.
-        context_index: [R], the context of each query.
-        query_input_ids, query_attention_mask: [R, Tq], the query alone, left padded, to generate from.
-        targets: R lists of accepted references.
-
-    Nothing is cut off, ever, and the tokenizer's state (its padding side) is neither read nor changed.
-
-    Attributes:
-        tokenizer: the backbone's, with a pad token.
-        max_context_length: most tokens of a context; None: `GradMemTrainer` fills in what fits the backbone.
-        max_query_length: most tokens of a query with its target; None: the same.
-        query_format: as in `GradMemConfig`, whose query_format it must be for training and inference to agree.
-        add_eos: end a target with the tokenizer's end token, where it has one.
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's, with a pad token.
+        max_context_length (`int`, *optional*): most tokens of a context; None: `GradMemTrainer` fills in what fits the
+            backbone.
+        max_query_length (`int`, *optional*): most tokens of a query with its target; None: the same.
+        query_format (`str`, *optional*, defaults to `"text"`): as in `GradMemConfig`, whose `query_format` it must be
+            for training and inference to agree.
 
     Raises:
-        ValueError: the tokenizer cannot pad, or a row cannot be used; the message names the row.
+        ValueError: the tokenizer cannot pad.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -62,7 +56,6 @@ class GradMemCollator:
     max_context_length: int | None = None
     max_query_length: int | None = None
     query_format: str = "text"
-    add_eos: bool = True
 
     def __post_init__(self) -> None:
         if self.tokenizer.pad_token_id is None:
@@ -72,7 +65,22 @@ class GradMemCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], first: int = 0) -> dict[str, Any]:
-        """The batch. Args: first: what messages call the first row's number."""
+        """A batch.
+
+        Args:
+            rows (`Sequence[Mapping[str, Any]]`): C rows, with R queries in all.
+            first (`int`, *optional*, defaults to `0`): what messages call the first row's number.
+
+        Returns:
+            context_input_ids, context_attention_mask: [C, N], right padded.
+            input_ids, attention_mask, labels: [R, T], query and target, right padded; labels count on the target alone.
+            context_index: [R], the context of each query.
+            query_input_ids, query_attention_mask: [R, Tq], the query alone, left padded, to generate from.
+            targets: R lists of accepted references.
+
+        Raises:
+            TypeError, ValueError: a row cannot be used; the message names it.
+        """
         if not rows:
             raise ValueError("There are no rows to make a batch of.")
         names = [f"Row {i}" for i in range(first, first + len(rows))]
@@ -110,7 +118,11 @@ class GradMemCollator:
         }
 
     def longest_target(self, row: Mapping[str, Any]) -> int:
-        """How many tokens the longest text has that a query of the row may be answered with."""
+        """How many tokens the longest text has that a query of the row may be answered with.
+
+        Args:
+            row (`Mapping[str, Any]`): as a batch is made of.
+        """
         example = read_row("The row", row)
         texts = [*example.targets, *(text for accepted in example.references for text in accepted)]
         return max(map(len, self._targets(texts)))
@@ -133,7 +145,7 @@ class GradMemCollator:
     def _targets(self, targets: list[str]) -> list[list[int]]:
         """The tokens that are to follow the queries."""
         eos = self.tokenizer.eos_token_id
-        end = [eos] if self.add_eos and eos is not None else []
+        end = [eos] if eos is not None else []
         return [ids + end if ids else ids for ids in self._encode(targets, special=False)]
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +156,8 @@ def read_row(name: str, row: Mapping[str, Any]) -> Example:
     """A row as it is meant, in one form. Keys that are None count as absent, as `datasets` fills them in.
 
     Args:
-        name: what messages call it.
+        name (`str`): what messages call it.
+        row (`Mapping[str, Any]`): what should be one.
 
     Raises:
         TypeError, ValueError: it is no row, or lacks something, or is contradictory; the message says which and what.

@@ -14,6 +14,9 @@ from .collator import read_row
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Rows as `GradMemCollator` takes them from JSON lines, gzipped or not.
 
+    Args:
+        path (`str` or `Path`): the file.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line is no row, or there is none; the message names the line.

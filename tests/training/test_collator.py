@@ -58,7 +58,6 @@ class TestBatch:
             return labels[labels != IGNORED].tolist()
 
         assert target(GradMemCollator(tokenizer)) == [*tokenizer("w4")["input_ids"], tokenizer.eos_token_id]
-        assert target(GradMemCollator(tokenizer, add_eos=False)) == tokenizer("w4")["input_ids"]
         tokenizer.eos_token = None
         assert target(GradMemCollator(tokenizer)) == tokenizer("w4")["input_ids"]
 
