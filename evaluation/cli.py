@@ -109,7 +109,8 @@ def run(
         checkpoint, device=chosen_device(device), evaluation=evaluation, limit=limit, seed=seed, results=results,
         answers=answers, show=typer.echo,
     )  # fmt: skip
-    typer.echo("\n" + markdown(results_table(found)))
+    for name in dict.fromkeys(record.task for record in found):
+        typer.echo("\n" + markdown(results_table(record for record in found if record.task == name)))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import is_torch_tf32_available
 
 from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, GradMemTrainingArguments, RowBatches
 from gradmem_adapter.training.callbacks import EndByClock, StopOnSignal
@@ -62,7 +63,7 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
 def training_arguments(config: RunConfig, output: Path, device: torch.device) -> GradMemTrainingArguments:
     """The arguments of a run; on a CPU nothing is compiled."""
     cpu = device.type == "cpu"
-    own: dict[str, Any] = {"torch_compile": False} if cpu else {"tf32": True}
+    own: dict[str, Any] = {"torch_compile": False} if cpu else {"tf32": is_torch_tf32_available()}
     steps = {} if config.steps is None else {"max_steps": config.steps}
     return GradMemTrainingArguments(output_dir=str(output), use_cpu=cpu, **(DEFAULTS | steps | config.training | own))
 
