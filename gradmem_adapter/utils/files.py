@@ -4,33 +4,69 @@ from __future__ import annotations
 
 import gzip
 import os
-import uuid
+import stat
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from gradmem_adapter.utils.temporary import temporary_directory
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when the block ends; an error leaves `path` as it was.
+    """A path to write to, whose file takes the place of `path` when the block ends; an error leaves `path` as it was.
+
+    A file that is replaced keeps its permissions and, where that is allowed, its owner; a new one takes the umask's.
+    Of a symbolic link the target is replaced.
 
     Args:
         path (`Path`): the file to make or to replace.
 
     Raises:
         FileNotFoundError: the directory does not exist.
+        OSError: `path` is something else than a file, or cannot be written.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no directory {str(path.parent)!r} to save {path.name!r} in; make it first.")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    target = Path(os.path.realpath(path))
+    _check_target(target)
+    with _beside(target) as folder:
+        temporary = folder / target.name
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if target.exists():
+            _take_over(temporary, target.stat())
+        os.replace(temporary, target)
+
+
+def _check_target(path: Path) -> None:
+    """Raise unless a file may be made or replaced there."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a directory; name a file.")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{str(path)!r} is no regular file but a device, a pipe or a socket, and is not replaced.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no directory {str(path.parent)!r} to save {path.name!r} in; make it first.")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary folder beside a file, or the file's name in the error."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary_directory(path.parent))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+        yield folder
+
+
+def _take_over(file: Path, replaced: os.stat_result) -> None:
+    """Give a file the owner and the permissions of the one that it replaces."""
+    own = file.stat()
+    if hasattr(os, "chown") and (own.st_uid, own.st_gid) != (replaced.st_uid, replaced.st_gid):
+        with suppress(PermissionError):
+            os.chown(file, replaced.st_uid, replaced.st_gid)
+    file.chmod(stat.S_IMODE(replaced.st_mode))
 
 
 def read_text(path: Path) -> str:
@@ -51,22 +87,21 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is damaged, or not gzipped: {error}.") from error
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, inputs: Iterable[Path] = ()) -> None:
     """Find out before the work, not after it, that a file cannot be written.
 
     Args:
         path (`Path`): the file that will be written; it is left as it is.
+        inputs (`Iterable[Path]`, *optional*): the files that are read, none of which it may be.
 
     Raises:
         OSError: it cannot; the message says why.
+        ValueError: it is one of the inputs, by whatever name.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a directory; name a file.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no directory {str(path.parent)!r} to save {path.name!r} in; make it first.")
-    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        probe.touch()
-    except OSError as error:
-        raise OSError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
-    probe.unlink()
+    target = Path(os.path.realpath(path))
+    _check_target(target)
+    for file in inputs:
+        if target.exists() and file.exists() and target.samefile(file):
+            raise ValueError(f"{str(path)!r} is read, too ({str(file)!r}): writing it would destroy what it holds.")
+    with _beside(target):
+        pass
