@@ -69,7 +69,7 @@ def load_from_hub(source: str, split: str, **options: Any) -> Iterable[Mapping[s
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"{source!r} is no directory here, and the hub needs: pip install 'gradmem-adapter[hub]'."
+            f"{source!r} is no directory here, and the hub needs: pip install 'gradmem-adapter[evaluation]'."
         ) from error
     return load_dataset(source, split=split, **options)
 

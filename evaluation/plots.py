@@ -25,7 +25,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'gradmem-adapter[plot]'.") from error
+        raise ImportError("Plots need matplotlib: pip install 'gradmem-adapter[evaluation]'.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

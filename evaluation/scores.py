@@ -18,7 +18,7 @@ def score_texts(answer: str, accepted: list[str]) -> dict[str, float]:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError("ROUGE-L needs: pip install 'gradmem-adapter[eval]'.") from error
+        raise ImportError("ROUGE-L needs: pip install 'gradmem-adapter[evaluation]'.") from error
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     rouge = max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in accepted)
     return score_answer(answer, accepted) | {"rouge_l": rouge}

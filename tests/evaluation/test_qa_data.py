@@ -113,7 +113,7 @@ def test_the_hub_by_a_local_dataset(own):
 
 def test_without_the_package_datasets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"gradmem-adapter\[hub\]"):
+    with pytest.raises(ImportError, match=r"gradmem-adapter\[evaluation\]"):
         qa_rows("someone/some-dataset", "train")
 
 
