@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step, vjp
-from gradmem_adapter.ops.attention import TwiceDifferentiableAttention, require_double_backward
+from gradmem_adapter.ops.attention import CAUSAL, TwiceDifferentiableAttention, double_backward_problem
+from gradmem_adapter.utils.backbone import uses_checkpointing
 from gradmem_adapter.write.loss import write_gradient
 
 
@@ -17,7 +19,28 @@ class Exact(MetaGradient):
     """
 
     def check(self, backbone: PreTrainedModel) -> None:
-        require_double_backward(backbone)
+        """Raise unless the backbone's attention can be differentiated twice.
+
+        "eager" is plain PyTorch and SDPA is exchanged by `TwiceDifferentiableAttention`; any other implementation is
+        tried out, because a kernel whose backward is not itself differentiable may return wrong second derivatives
+        without an error.
+        """
+        name = backbone.config._attn_implementation
+        if uses_checkpointing(backbone) and name not in (None, "eager"):
+            # PyTorch leaves function modes while it runs a backward pass, so layers computed again there are fused.
+            raise NotImplementedError(
+                f"meta_gradient='exact' works with gradient checkpointing only where the attention is 'eager', not "
+                f"{name!r}. Load the backbone with attn_implementation='eager', or do without checkpointing: 'exact' "
+                "already needs the memory of one write step alone, whatever their number."
+            )
+        if name in (None, "eager", "sdpa", CAUSAL):
+            return
+        problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, backbone.device.type)
+        if problem:
+            raise NotImplementedError(
+                f"meta_gradient='exact' differentiates the attention twice, and {name!r} cannot be: {problem}. Load "
+                "the backbone with attn_implementation='sdpa', or choose meta_gradient='first_order'."
+            )
 
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
         with TwiceDifferentiableAttention():

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from gradmem_adapter.utils.backbone import uses_checkpointing
 
 
 class TwiceDifferentiableAttention(TorchFunctionMode):
@@ -112,37 +109,6 @@ def causal_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(CAUSAL, causal_attention)
-
-
-def require_double_backward(backbone: PreTrainedModel) -> None:
-    """Raise unless the backbone's attention can be differentiated twice.
-
-    "eager" is plain PyTorch and SDPA is exchanged by `TwiceDifferentiableAttention`; any other implementation is
-    tried out, because a kernel whose backward is not itself differentiable may return wrong second derivatives
-    without an error.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM, with the attention implementation of its configuration.
-
-    Raises:
-        NotImplementedError: it cannot; the message says what to do.
-    """
-    name = backbone.config._attn_implementation
-    if uses_checkpointing(backbone) and name not in (None, "eager"):
-        # PyTorch leaves function modes while it runs a backward pass, so layers computed again there would be fused.
-        raise NotImplementedError(
-            f"meta_gradient='exact' works with gradient checkpointing only where the attention is 'eager', not "
-            f"{name!r}. Load the backbone with attn_implementation='eager', or do without checkpointing: 'exact' "
-            "already needs the memory of one write step alone, whatever their number."
-        )
-    if name in (None, "eager", "sdpa", CAUSAL):
-        return
-    problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, backbone.device.type)
-    if problem:
-        raise NotImplementedError(
-            f"meta_gradient='exact' differentiates the attention twice, and {name!r} cannot be: {problem}. Load the "
-            "backbone with attn_implementation='sdpa', or choose meta_gradient='first_order'."
-        )
 
 
 class _AttentionModule(nn.Module):
