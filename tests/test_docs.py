@@ -85,7 +85,10 @@ def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+CARDS = [ROOT / "evaluation" / "README.md", *sorted((ROOT / "checkpoints").glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_lines_are_short(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if len(line) > 160 and not line.startswith("|")] == []
