@@ -18,10 +18,10 @@ from peft.utils import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.backbones import load_backbone
 from gradmem_adapter.config import GradMemConfig
@@ -98,7 +98,7 @@ def save_beside(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str 
 def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Write the files of a checkpoint into a new folder; returns where they are."""
     adapter = model.active_adapter
-    model.save_pretrained(str(folder), selected_adapters=[adapter])
+    model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=_is_resized(model))
     if adapter != "default":  # which PEFT puts into a folder of its own
         folder = folder / adapter
     tokenizer.save_pretrained(str(folder))
@@ -106,6 +106,34 @@ def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -
         backbone = cast(PreTrainedModel, model.get_base_model())
         backbone.save_pretrained(str(folder / BACKBONE), state_dict=backbone_state_dict(model))
     return folder
+
+
+def _is_resized(model: PeftModel) -> bool:
+    """Whether the backbone has more or fewer embeddings than the one that an adapter's reference opens."""
+    reference = model.active_peft_config.base_model_name_or_path
+    try:
+        there = AutoConfig.from_pretrained(reference).get_text_config().vocab_size
+    except (OSError, ValueError, TypeError, AttributeError):  # no directory, not on the hub: nothing to compare with
+        return False
+    return there != _embeddings(model).num_embeddings
+
+
+def _embeddings(model: PreTrainedModel | PeftModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def _resize(backbone: PreTrainedModel, directory: Path) -> None:
+    """Give a backbone as many embeddings as a checkpoint holds, if it holds any: they are loaded with the adapter."""
+    file = directory / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return
+    table = _embeddings(backbone)
+    name = next(name for name, module in backbone.named_modules() if module is table)
+    with safe_open(file, "pt") as tensors:
+        key = f"base_model.model.{name}.weight"
+        rows = tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else table.num_embeddings  # noqa: SIM118
+    if rows != table.num_embeddings:
+        backbone.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
@@ -225,6 +253,7 @@ def load_checkpoint(
     if tokenizer is None:
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
     try:
+        _resize(backbone, directory)
         model = PeftModel.from_pretrained(backbone, str(directory), is_trainable=is_trainable)
     except SafetensorError as error:
         raise ValueError(f"The weights in {directory} are damaged: {error}.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
@@ -43,6 +44,21 @@ def _refuse_unknown_fields(cls: type[Config]) -> type[Config]:
 
     cls.__init__ = checked_init  # type: ignore[method-assign]
     return cls
+
+
+def _lora_config_of(values: dict[str, Any]) -> LoraConfig:
+    """A `LoraConfig` from its dict; what a newer PEFT saved besides is left out with a warning, as PEFT does it."""
+    known = {f.name for f in fields(LoraConfig) if f.init}
+    unknown = sorted(values.keys() - known)
+    if unknown and "peft_type" not in values:  # written by hand: a slip of the pen
+        raise TypeError(f"lora_config has no field {', '.join(unknown)}; help(LoraConfig) explains those it has.")
+    if unknown:
+        warnings.warn(
+            f"lora_config was saved with the fields {', '.join(unknown)}, which this version of PEFT does not know; "
+            "they are left out. Where they matter, upgrade PEFT.",
+            stacklevel=2,
+        )
+    return LoraConfig(**{name: value for name, value in values.items() if name in known})
 
 
 @_refuse_unknown_fields
@@ -225,7 +241,7 @@ class GradMemConfig(PeftConfig):
     @staticmethod
     def _as_lora_config(value: LoraConfig | dict[str, Any] | None) -> LoraConfig | None:
         if isinstance(value, dict):
-            value = LoraConfig(**value)
+            value = _lora_config_of(value)
         if value is None:
             return None
         if type(value) is not LoraConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -127,12 +128,16 @@ class MemorySlots(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT calls this after loading on the meta device. There is no base layer; the embeddings take its place."""
+        for parameter in self.parameters_of(adapter_name):
+            parameter.data = parameter.data.to(device or self._devices[adapter_name])
+
+    def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
+        """Every tensor of one adapter."""
         for name in self.adapter_layer_names:
             container = getattr(self, name)
-            if adapter_name in container:
-                entry = container[adapter_name]
-                for parameter in entry.parameters() if isinstance(entry, nn.Module) else [entry]:
-                    parameter.data = parameter.data.to(device or self._devices[adapter_name])
+            if adapter in container:
+                entry = container[adapter]
+                yield from entry.parameters() if isinstance(entry, nn.Module) else [entry]
 
     def prefix(self, memory: Tensor, phase: Phase, adapter: str) -> Tensor:
         """What stands before the tokens: `[start; projection(M); end]`.
@@ -146,7 +151,8 @@ class MemorySlots(nn.Module, BaseTunerLayer):
             `Tensor`: `[B, m + 2c, d]`.
         """
         if adapter in self.gradmem_projection:
-            memory = self.gradmem_projection[adapter](memory)
+            projection = cast(nn.Linear, self.gradmem_projection[adapter])
+            memory = projection(memory.to(projection.weight.dtype))
         starts: nn.ParameterDict = getattr(self, f"gradmem_{phase}_start")
         if adapter not in starts:
             return memory

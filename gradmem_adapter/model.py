@@ -52,7 +52,7 @@ class GradMemModel(GradMemTuner):
         """The vectors `[B, m, d]` on the model's device, if this model can read them."""
         slots = self.slots.gradmem_memory[self._adapter]
         check_readable(memory, slots.shape[1], self.fingerprint() if strict else None)
-        return memory.vectors.to(self.model.device, slots.dtype)
+        return memory.vectors.to(self.model.device, torch.promote_types(slots.dtype, torch.float32))
 
     def _prefix(self, vectors: Tensor) -> Tensor:
         return self.slots.prefix(vectors, "read", self._adapter).to(self.model.get_input_embeddings().weight.dtype)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -21,6 +21,14 @@ SLOTS = "memory_slots"
 """The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
 
 
+class _NoneLeft(dict[str, GradMemConfig]):
+    """Configurations after the last adapter was deleted: `PeftModel` goes on asking for that of the one it thinks is
+    active, though it only wants to know that it is no prompt learning."""
+
+    def __missing__(self, adapter: str) -> GradMemConfig:
+        return GradMemConfig()
+
+
 class GradMemTuner(BaseTuner):
     """A PEFT tuner that adds one layer, the memory slots, to a backbone, and a nested LoRA where one is configured."""
 
@@ -31,8 +39,9 @@ class GradMemTuner(BaseTuner):
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_backbone(model)
+        super().__init__(model, *args, **kwargs)
         self._fingerprint = FingerprintCache()
 
     @property
@@ -52,7 +61,6 @@ class GradMemTuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Add an adapter's slots (and its LoRA) to the backbone. Called by PEFT."""
-        check_backbone(model)
         config = self.peft_config[adapter_name]
         # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -72,18 +80,50 @@ class GradMemTuner(BaseTuner):
             for _, parameter in self.backbone_parameters():
                 parameter.requires_grad_(train and not inference_mode)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's `autocast_adapter_dtype=False`: the adapter has the backbone's type. Memory stays float32."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            dtype = cast(Tensor, self.model.get_input_embeddings().weight).dtype
+            for parameter in self.slots.parameters_of(adapter_name):
+                parameter.data = parameter.data.to(dtype)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's slots and LoRA."""
         super().delete_adapter(adapter_name)
+        if not self.peft_config:
+            self.peft_config = self.model.peft_config = _NoneLeft()
         # PEFT takes the new active adapter from the first layer it meets, which may be a LoRA the others do not have.
         self.set_adapter(self.slots.active_adapters, inference_mode=False)
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Not possible; raises `NotImplementedError`."""
+    def _check_merge_allowed(self) -> None:
+        """PEFT asks this before it merges anything."""
         raise NotImplementedError(
             "A GradMem adapter cannot be merged into the backbone: memory is written per context, by gradients through "
             "the adapter's tensors. Use unload() for the backbone alone, or keep the adapter."
         )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible; raises `NotImplementedError` before a weight is touched."""
+        self._check_merge_allowed()
+
+    unmerge_adapter = merge_adapter
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Not possible; raises `NotImplementedError`."""
+        self._check_merge_allowed()
+        return self.model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around `forward` and `generate`, and then drops the arguments that are its own."""
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(
+                    f"{name} cannot be used with a GradMem adapter, which is one for all rows of a batch. Choose it "
+                    "with set_adapter(name), and run the rows of each adapter by themselves."
+                )
+        yield
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the backbone."""

@@ -277,3 +277,18 @@ def test_what_is_no_checkpoint_is_not_replaced(backbone, tmp_path):
     with pytest.raises(FileExistsError, match="is no adapter checkpoint"):
         save_checkpoint(make(backbone), tiny_tokenizer(), folder)
     assert [entry.name for entry in folder.iterdir()] == ["checkpoint-10"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_tokens_are_saved_and_opened(tmp_path, tied):
+    """The backbone's reference knows nothing of them."""
+    tiny(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    backbone, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tiny_tokenizer()
+    tokenizer.add_tokens(["<note>"])
+    backbone.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, write_head=True)).eval()
+    inputs = tokenizer("w1 <note> w2", return_tensors="pt")
+    save_checkpoint(model, tokenizer, tmp_path / "checkpoint")
+    opened, tokenizer = load_checkpoint(tmp_path / "checkpoint")
+    assert opened.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert opened.write(**tokenizer("w1 <note> w2", return_tensors="pt")).equal(model.write(**inputs))

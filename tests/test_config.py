@@ -96,3 +96,12 @@ def test_an_unknown_field_is_refused(tmp_path):
     for cls in (PeftConfig, GradMemConfig):
         with pytest.raises(TypeError, match=r"has no field start_from_context.*rename or remove"):
             cls.from_pretrained(tmp_path)
+
+
+def test_a_lora_that_a_newer_peft_saved():
+    saved = GradMemConfig(lora_config={"r": 3, "target_modules": "all-linear"}).to_dict()
+    newer = saved["lora_config"] | {"field_of_next_year": None}
+    with pytest.warns(UserWarning, match="field_of_next_year"):
+        assert GradMemConfig(lora_config=newer).to_dict() == saved
+    with pytest.raises(TypeError, match="lora_config has no field rank"):
+        GradMemConfig(lora_config={"rank": 3})

@@ -74,9 +74,50 @@ def test_disabled_or_unloaded_is_the_backbone(architecture, with_lora):
     assert unloaded.state_dict().keys() == backbone.state_dict().keys()
 
 
-def test_merging_is_refused():
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])
+def test_merging_is_refused_before_a_weight_is_touched(how):
+    model = make(lora_config=lora(), lora_phase="write")
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with pytest.raises(NotImplementedError, match="cannot be merged"):
-        make().merge_and_unload()
+        getattr(model, how)()
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_without_its_last_adapter_the_model_is_the_backbone(with_lora):
+    backbone, options = tiny(), {"max_new_tokens": 5, "do_sample": False}
+    model = make(lora_config=lora() if with_lora else None)
+    model.delete_adapter("default")
+    assert torch.equal(model(input_ids=IDS).logits, backbone(IDS).logits)
+    assert torch.equal(model.generate(IDS, **options), backbone.generate(IDS, **options))
+    with pytest.raises(ValueError, match="there are 0"):
+        model.write(IDS)
+    model.add_adapter("other", GradMemConfig(num_memory_tokens=2))
+    model.set_adapter("other")
+    assert model.write(IDS).num_memory_tokens == 2
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_an_adapter_for_each_row_is_refused(call):
+    model = make()
+    state = model.write(IDS)
+    with pytest.raises(NotImplementedError, match=r"adapter_names cannot be used.*set_adapter"):
+        getattr(model, call)(input_ids=IDS, memory=state, adapter_names=["default", "__base__"])
+
+
+def test_an_adapter_of_the_backbones_type():
+    config = GradMemConfig(
+        num_memory_tokens=3, num_control_tokens=1, memory_projection="shared", write_head=True, start="pooled_context",
+        learn_write_lr="scalar", lora_config=lora(),
+    )  # fmt: skip
+    model = get_peft_model(tiny().bfloat16(), config, autocast_adapter_dtype=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model(input_ids=IDS, labels=IDS, context_input_ids=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    state = model.eval().write(IDS)
+    assert state.dtype == torch.float32
+    assert model.write(IDS, initial=state, steps=0).vectors.equal(state.vectors)
+    assert model.generate(IDS, memory=state, max_new_tokens=2).shape == (2, 11)
 
 
 def test_trainable_parameters_are_counted(capsys):

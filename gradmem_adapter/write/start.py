@@ -33,6 +33,7 @@ def start_memory(writer: Writer, context: Context) -> Tensor:
         NotImplementedError: it is to be trained, with gradient checkpointing and a LoRA of one phase together.
     """
     slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
+    slots = slots.to(torch.promote_types(slots.dtype, torch.float32))  # what gradient steps are taken in
     if writer.config.start == "slots":
         return slots
     if writer.config.lora_phase != "both" and torch.is_grad_enabled() and uses_checkpointing(writer.backbone):

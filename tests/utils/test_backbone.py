@@ -1,7 +1,7 @@
 """What an adapter can be attached to."""
 
 import pytest
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import tiny
 from torch import nn
 from transformers import (
@@ -31,3 +31,15 @@ def test_what_is_no_causal_lm_is_refused(kind):
     }[kind]()
     with pytest.raises(TypeError, match=message):
         get_peft_model(model, GradMemConfig())
+
+
+@pytest.mark.parametrize("how", ["by PEFT", "by Transformers"])
+def test_a_backbone_that_carries_an_adapter_is_refused(how):
+    """PEFT would take both for adapters of one method."""
+    lora, backbone = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), tiny()
+    if how == "by PEFT":
+        get_peft_model(backbone, lora, adapter_name="style")
+    else:
+        backbone.add_adapter(lora, adapter_name="style")
+    with pytest.raises(ValueError, match=r"carries an adapter already \(style\).*merge_and_unload"):
+        get_peft_model(backbone, GradMemConfig())
