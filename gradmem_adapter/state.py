@@ -1,8 +1,7 @@
-"""The memory state: what WRITE makes and READ takes, and its file format."""
+"""The memory state: what WRITE makes and READ takes."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,22 +9,11 @@ from pathlib import Path
 from typing import SupportsIndex
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
+from gradmem_adapter.utils import state_file
 from gradmem_adapter.utils.files import replacing
-
-FORMAT = "gradmem-memory-state"
-VERSION = 1
-_KEY = "gradmem"
-"""The one metadata key: with several, safetensors writes them in no fixed order and equal states differ in bytes."""
-_TENSORS = ("vectors", "context_tokens", "write_losses")
-
-
-class MemoryStateError(ValueError):
-    """A file or bytes that cannot be read as a memory state."""
+from gradmem_adapter.utils.state_file import TENSORS, MemoryStateError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,7 +38,7 @@ class MemoryState:
     fingerprint: str
 
     def __post_init__(self) -> None:
-        for name in _TENSORS:
+        for name in TENSORS:
             if not isinstance(getattr(self, name), Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(getattr(self, name)).__name__}.")
         if not self.vectors.is_floating_point():
@@ -131,7 +119,7 @@ class MemoryState:
         return self._map(lambda tensor: tensor[rows])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
-        vectors, context_tokens, write_losses = (function(getattr(self, name)) for name in _TENSORS)
+        vectors, context_tokens, write_losses = (function(getattr(self, name)) for name in TENSORS)
         return MemoryState(vectors, context_tokens, write_losses, self.fingerprint)
 
     @staticmethod
@@ -202,13 +190,13 @@ class MemoryState:
 
     def equal(self, other: MemoryState) -> bool:
         """The same values bit for bit, dtypes and fingerprint, whatever the device."""
-        return self.to_bytes() == other.to_bytes()
+        return self._encoded() == other._encoded()
 
     def __eq__(self, other: object) -> bool:
         return self.equal(other) if isinstance(other, MemoryState) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.to_bytes())
+        return hash(self._encoded())
 
     def __repr__(self) -> str:
         batch, m, d = self.vectors.shape
@@ -221,14 +209,24 @@ class MemoryState:
     # ---------------------------------------------------------------- files
 
     def to_bytes(self) -> bytes:
-        """One safetensors file; equal states give equal bytes."""
-        metadata = json.dumps({"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}, sort_keys=True)
-        tensors = {name: getattr(self, name).detach().cpu().contiguous().clone() for name in _TENSORS}
-        return safetensors_save(tensors, metadata={_KEY: metadata})
+        """One safetensors file with a digest of what it holds; equal states give equal bytes.
+
+        Raises:
+            ValueError: vectors that are not finite, which `from_bytes` would refuse.
+        """
+        if not self.vectors.isfinite().all():
+            raise ValueError(
+                "The memory state has vectors that are not finite, because WRITE diverged, and no model can read it. "
+                "Write the context again with a smaller write learning rate."
+            )
+        return self._encoded()
+
+    def _encoded(self) -> bytes:
+        return state_file.encode({name: getattr(self, name) for name in TENSORS}, self.fingerprint)
 
     @classmethod
     def from_bytes(cls, data: bytes, device: torch.device | str = "cpu") -> MemoryState:
-        """Read what `to_bytes` made. Never unpickles.
+        """Read what `to_bytes` made. Never unpickles. States saved before there were digests come with a warning.
 
         Args:
             data (`bytes`): one safetensors file.
@@ -237,40 +235,10 @@ class MemoryState:
         Raises:
             MemoryStateError: the data is truncated, foreign, damaged or of a newer version.
         """
-        # A safetensors file starts with the length of its JSON header in 8 bytes, which may begin like a pickle (0x80).
-        if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
-            raise MemoryStateError(
-                "This looks like a pickle (torch.save), which can run code when it is read and is never opened. Save "
-                "memory states with MemoryState.save."
-            )
-        header_end = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < 10 or data[8:9] != b"{":
-            raise MemoryStateError("This is not a memory state: it is no safetensors file.")
-        if len(data) < header_end:
-            raise MemoryStateError(f"The data ends after {len(data)} bytes, inside its header: it is truncated.")
+        tensors, fingerprint = state_file.decode(data)
         try:
-            metadata = json.loads(data[8:header_end]).get("__metadata__", {})
-            description = json.loads(metadata[_KEY])
-            found = (description["format"], int(description["version"]), str(description["fingerprint"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MemoryStateError(
-                "This is not a memory state: it is a safetensors file without the description that MemoryState.save "
-                "puts in."
-            ) from error
-        if found[0] != FORMAT:
-            raise MemoryStateError(f"This is not a memory state but {found[0]!r}.")
-        if found[1] > VERSION:
-            raise MemoryStateError(
-                f"This memory state has format version {found[1]}, and this gradmem_adapter knows versions up to "
-                f"{VERSION}: upgrade gradmem-adapter to read it."
-            )
-        try:
-            tensors = safetensors_load(data)
-        except SafetensorError as error:
-            raise MemoryStateError(f"The data is truncated or damaged: {error}.") from error
-        try:
-            state = cls(tensors[_TENSORS[0]], tensors[_TENSORS[1]], tensors[_TENSORS[2]], found[2])
-        except (KeyError, TypeError, ValueError) as error:
+            state = cls(**tensors, fingerprint=fingerprint)
+        except (TypeError, ValueError) as error:
             raise MemoryStateError(f"The memory state lacks a tensor or has a wrong one: {error}") from error
         return state.to(device)
 
@@ -282,6 +250,8 @@ class MemoryState:
 
         Raises:
             FileNotFoundError: the directory does not exist.
+            OSError: the file cannot be written, or `path` is something else than a file.
+            ValueError: vectors that are not finite.
         """
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(self.to_bytes())
@@ -297,9 +267,10 @@ class MemoryState:
         Raises:
             MemoryStateError: the file is truncated, foreign, damaged or of a newer version.
             FileNotFoundError: there is no such file.
+            OSError: it cannot be opened, or is a device or a pipe.
         """
         try:
-            return cls.from_bytes(Path(path).read_bytes(), device)
+            return cls.from_bytes(state_file.read(Path(path)), device)
         except MemoryStateError as error:
             raise MemoryStateError(f"{os.fspath(path)}: {error}") from error.__cause__
 

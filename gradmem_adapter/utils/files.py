@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from gradmem_adapter.utils.temporary import temporary_directory
 
@@ -27,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         FileNotFoundError: the directory does not exist.
         OSError: `path` is something else than a file, or cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = _followed(path)
     _check_target(target)
     with _beside(target) as folder:
         temporary = folder / target.name
@@ -37,6 +38,10 @@ def replacing(path: Path) -> Iterator[Path]:
         if target.exists():
             _take_over(temporary, target.stat())
         os.replace(temporary, target)
+
+
+def _followed(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _check_target(path: Path) -> None:
@@ -69,6 +74,20 @@ def _take_over(file: Path, replaced: os.stat_result) -> None:
     file.chmod(stat.S_IMODE(replaced.st_mode))
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, and nothing that only looks like one: a pipe could wait, and a device go on, for ever.
+
+    Args:
+        path (`Path`): the file, or a link to it.
+
+    Raises:
+        OSError: it is not there, cannot be opened or is no regular file.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(f"{str(path)!r} is no regular file but a device, a pipe or a socket, and is not read.")
+    return path.open("rb")
+
+
 def read_text(path: Path) -> str:
     """A text in UTF-8, gzipped (`.gz`) or not.
 
@@ -98,7 +117,7 @@ def check_writable(path: Path, *, inputs: Iterable[Path] = ()) -> None:
         OSError: it cannot; the message says why.
         ValueError: it is one of the inputs, by whatever name.
     """
-    target = Path(os.path.realpath(path))
+    target = _followed(path)
     _check_target(target)
     for file in inputs:
         if target.exists() and file.exists() and target.samefile(file):
