@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 import typer
 from rich.console import Console
 
-from gradmem_adapter.utils.files import read_text
+from gradmem_adapter.utils.files import check_writable, read_text
+from gradmem_adapter.utils.state_file import is_memory_state
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 """Trained adapters of the source tree; the wheel does not carry them."""
@@ -55,3 +57,27 @@ def context_of(file: Path) -> str:
     if not text.strip():
         raise ValueError(f"{file} is empty: there is nothing to write.")
     return text
+
+
+def check_output(path: Path, *, inputs: Iterable[Path], force: bool) -> None:
+    """Raise before the work unless memory states may be saved there; on a terminal, ask before states are replaced.
+
+    Args:
+        path (`Path`): the file that will be written.
+        inputs (`Iterable[Path]`): the files that are read, none of which it may be, forced or not.
+        force (`bool`): replace what is there, whatever it is, without asking.
+
+    Raises:
+        OSError, ValueError: it may not; the message says why.
+        typer.Abort: the answer was no.
+    """
+    check_writable(path, inputs=inputs)
+    if force or not path.exists():
+        return
+    if not is_memory_state(path):
+        raise FileExistsError(f"{path} exists and is no memory state. Name another file, or replace it with --force.")
+    if not sys.stdin.isatty():
+        raise FileExistsError(
+            f"{path} exists and holds what was written before. Name another file, or replace it with --force."
+        )
+    typer.confirm(f"{path} holds what was written before. Replace it?", abort=True)

@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.cli.options import DEVICE, chosen_device, context_of, errors_of
+from gradmem_adapter.cli.options import DEVICE, check_output, chosen_device, context_of, errors_of
 from gradmem_adapter.pipeline import GradMemPipeline
-from gradmem_adapter.utils.files import check_writable
 
 
 def write(
@@ -22,11 +21,13 @@ def write(
     output: Annotated[Path, typer.Option(dir_okay=False, help="The file for the memory states, in order.")],
     steps: Annotated[int | None, typer.Option(help="Write steps; default: the checkpoint's.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens at once; default: what memory allows.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what the output file holds, whatever it is.")] = False,
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Write texts into one memory state each, all in one file."""
     with errors_of("write"):
-        check_writable(output)
+        own = (file for file in checkpoint.rglob("*") if file.is_file())
+        check_output(output, inputs=[*files, *own], force=force)
         texts = [context_of(file) for file in files]
         pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
         states = pipeline.write_many(texts, steps=steps, max_tokens=max_tokens)
