@@ -19,6 +19,7 @@ from gradmem_adapter.read.prefix_cache import KeptPrefix, PrefixCache, prefix_ke
 from gradmem_adapter.state import MemoryState, check_readable
 from gradmem_adapter.tuner import GradMemTuner
 from gradmem_adapter.utils.hardware import token_budget
+from gradmem_adapter.utils.tokens import check_token_types
 from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.fast import FastWrites
@@ -95,7 +96,7 @@ class GradMemModel(GradMemTuner):
                 The write optimizer starts anew; of the first steps' learned rates the last is used.
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
-            token_type_ids (`Tensor`, *optional*): ignored, so that `**tokenizer(...)` can be passed.
+            token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
 
         Returns:
             `MemoryState`: B states, detached, in float32 (or float64) on the model's device.
@@ -107,6 +108,7 @@ class GradMemModel(GradMemTuner):
             options, steps=steps, lr=lr, optimizer=optimizer, tolerance=tolerance,
             stop_when_recovered=stop_when_recovered, last_loss=last_loss, compile=compile,
         )  # fmt: skip
+        check_token_types(token_type_ids)
         writer = self._writer
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
         start = None if initial is None else self._vectors(initial, strict)
@@ -236,8 +238,8 @@ class GradMemModel(GradMemTuner):
             )
         if memory is not None and context_input_ids is not None:
             raise ValueError("Pass a memory to read or a context to write, not both.")
-        check_forward_options(kwargs)
         query = query_embeddings(self.model, input_ids, inputs_embeds, attention_mask)
+        check_forward_options(kwargs, query)
         losses = None
         if context_input_ids is not None:
             kwargs.setdefault("use_cache", False)  # a cache serves decoding, and whoever decodes writes first
@@ -274,25 +276,22 @@ class GradMemModel(GradMemTuner):
         is passed. As after any change of shapes, logits then agree up to rounding.
 
         Args:
-            inputs (`Tensor`): `[B, T]` prompts (or `input_ids=`).
+            inputs (`Tensor`): `[B, T]` prompts (or `input_ids=`). Padding on the right is moved to the left.
             memory (`MemoryState`, *optional*): one state for all prompts or one per prompt. `None`: plain `generate`
                 of the backbone (with its LoRA).
-            context_index (`Tensor`, *optional*): `[B]`, the state of each prompt, or `[B, S]`, those that it reads side
-                by side.
+            context_index (`Tensor`, *optional*): `[B]`, the state of each prompt, or `[B, S]`, those read side by side.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
             kwargs: what Transformers' `generate` takes: `attention_mask`, sampling and beam options, `streamer`,
                 `past_key_values` of an earlier turn (with the full sequence as prompt), ...
 
         Returns:
-            What Transformers returns: prompts and new tokens `[B, T + new]`. `max_length` and `min_length` count both,
-            as without memory.
+            What Transformers returns: prompts and new tokens `[B, T + new]`. `max_length` and `min_length` count both.
 
         Raises:
             NotImplementedError: assisted decoding or chunked prefill, which Transformers does for tokens alone.
             TypeError, ValueError: a prompt or a state that the model cannot read.
         """
-        if inputs is None:
-            inputs = kwargs.pop("input_ids", None)
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if memory is None:
             if context_index is not None:
                 raise ValueError("context_index needs a memory.")
@@ -337,11 +336,12 @@ class GradMemModel(GradMemTuner):
             input_ids (`Tensor`): `[B, N]`, the contexts.
             attention_mask (`Tensor`, *optional*): `[B, N]`, padding on either side.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
-            token_type_ids (`Tensor`, *optional*): ignored, so that `**tokenizer(...)` can be passed.
+            token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
 
         Returns:
             `Fidelity`: shares `[B]` of tokens that come back, decoded greedily and given the true tokens before them.
         """
+        check_token_types(token_type_ids)
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
         vectors = self._vectors(memory, strict)
         if len(vectors) != len(context.input_ids):

@@ -106,6 +106,23 @@ def nll_of_logits(
     return nll.masked_fill(~mask, 0).sum(-1), correct_tokens(logits, targets, mask) if count_correct else None
 
 
+def shifted_cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """The cross entropy of labels, each predicted from the place before it:
+
+        -(1/n) sum_i log p(y_i | y_<i)
+
+    Args:
+        logits (`Tensor`): `[B, T, V]`.
+        labels (`Tensor`): `[B, T]`, `IGNORED` where none counts; the first of a row is predicted from nothing.
+        count (`Tensor` or `int`, *optional*): n. `None`: how many labels count.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten().to(logits.device)
+    if count is None:
+        return F.cross_entropy(wide, targets, ignore_index=IGNORED)
+    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum") / count
+
+
 def correct_tokens(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """How many targets of each sample `[B]` are first choices: have the largest of their logits `[B, n, V]`."""
     return ((logits.detach().argmax(-1) == targets) & mask).sum(-1)

@@ -51,6 +51,22 @@ def move_padding_right(input_ids: Tensor, attention_mask: Tensor | None) -> tupl
     return input_ids.gather(1, order)[:, :longest], lengths
 
 
+def move_padding_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose padding on the right, if they have any, stands on the left; places in between stay in order.
+
+    Args:
+        input_ids (`Tensor`): `[B, N]`.
+        attention_mask (`Tensor`): `[B, N]`, 1 where a token counts.
+
+    Returns:
+        Rows `[B, N]`, and their mask `[B, N]`.
+    """
+    right = (attention_mask.flip(1).cumsum(1) == 0).sum(1, keepdim=True)
+    width = max(1, input_ids.shape[1])
+    source = (torch.arange(input_ids.shape[1], device=input_ids.device) - right) % width
+    return input_ids.gather(1, source), attention_mask.gather(1, source)
+
+
 def append(rows: Tensor, lengths: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
     """`[row; tail; padding]` for each sample, so that a causal model needs no mask.
 

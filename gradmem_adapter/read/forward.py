@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.outputs import GradMemOutput
-from gradmem_adapter.read.loss import forward_at_targets
+from gradmem_adapter.read.loss import forward_at_targets, loss_of_logits
 from gradmem_adapter.read.prefix import read_inputs
-from gradmem_adapter.utils.tokens import check_tokens
+from gradmem_adapter.utils.backbone import check_length, first_position
+from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
 
 def query_embeddings(
@@ -30,14 +31,19 @@ def query_embeddings(
     return backbone.get_input_embeddings()(input_ids)
 
 
-def check_forward_options(options: dict[str, Any]) -> None:
-    """Raise `ValueError` for arguments of the backbone's forward that the memory decides."""
-    for name in ("past_key_values", "position_ids"):
-        if options.get(name) is not None:
-            raise ValueError(
-                f"{name} cannot be combined with memory in forward(): positions follow from the prefix and the "
-                "mask. Use generate(), which takes caches, or give prefix_embeddings(state) to the backbone."
-            )
+def check_forward_options(options: dict[str, Any], query: Tensor) -> None:
+    """Raise `ValueError` for arguments of the backbone's forward that memory cannot go with.
+
+    Args:
+        options (`dict`): the arguments; token types of 0 are taken out.
+        query (`Tensor`): `[B, T, d]`.
+    """
+    if options.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values cannot be combined with memory in forward(): positions follow from the prefix and the "
+            "mask. Use generate(), which takes caches, or give prefix_embeddings(state) to the backbone."
+        )
+    check_token_options(options, query.shape[:2])
 
 
 def forward_with_memory(
@@ -64,7 +70,8 @@ def forward_with_memory(
     Returns:
         `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]`, and `correct` with `max_targets`.
     """
-    read = read_inputs(prefix, query, attention_mask)
+    check_length(prefix.shape[1], query, attention_mask, backbone)
+    read = read_inputs(prefix, query, attention_mask, first_position(backbone))
     if labels is not None:
         labels = read.layout.join(labels.new_full(prefix.shape[:2], IGNORED), labels)
     inputs = {
@@ -74,19 +81,22 @@ def forward_with_memory(
         **options,
         "return_dict": True,
     }
+    count = inputs.pop("num_items_in_batch", None)
     if max_targets is None:
-        output, correct = backbone(labels=labels, **inputs), None
+        output, correct = backbone(**inputs), None
+        loss = None if labels is None else loss_of_logits(backbone, output, labels, count)
     else:
         output, correct = forward_at_targets(backbone, labels, max_targets, **inputs)
-    logits = output.logits  # None from a fused loss (Liger's) and from forward_at_targets
+        loss = output.loss
+    logits = output.logits  # None from forward_at_targets
     if logits is not None and not options.get("logits_to_keep"):
         logits = read.layout.split(logits)
     return GradMemOutput(
-        loss=output.loss,
+        loss=loss,
         logits=logits,
         past_key_values=output.get("past_key_values"),
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),
-        target_loss=output.loss,
+        target_loss=loss,
         correct=correct,
     )

@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.read.prefix_cache import KeptPrefix
+from gradmem_adapter.utils.backbone import check_length, first_position
 from gradmem_adapter.utils.capture import capturing
-from gradmem_adapter.utils.tokens import check_tokens
+from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
 _NEED_TOKENS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 """With these Transformers loses `inputs_embeds`, and with them the memory."""
@@ -42,6 +44,7 @@ def check_prompt(backbone: PreTrainedModel, input_ids: Tensor | None, options: d
     if input_ids is None:
         raise ValueError("generate(memory=...) needs a prompt: pass input_ids [batch, length].")
     check_tokens("input_ids", input_ids, options.get("attention_mask"), backbone)
+    check_token_options(options, input_ids.shape)
     check_generation_options(options, backbone.generation_config)
     return input_ids.to(backbone.device)
 
@@ -65,18 +68,35 @@ def generate_with_memory(
     attention_mask = options.pop("attention_mask", None)
     if attention_mask is None:
         attention_mask = query_mask(input_ids, options, default)
+    attention_mask = attention_mask.to(input_ids.device)
+    if not capturing() and input_ids.numel() and not attention_mask[:, -1].all():
+        input_ids, attention_mask = _padding_on_the_left(input_ids, attention_mask, options)
+    check_length(prefix.shape[1], input_ids, attention_mask, backbone)
+    first = first_position(backbone)
     with torch.no_grad():
         query = backbone.get_input_embeddings()(input_ids)
-        read = read_inputs(prefix, query, attention_mask.to(input_ids.device))
+        read = read_inputs(prefix, query, attention_mask, first)
     options |= length_arguments(options, default, read.inputs_embeds.shape[1])
     inputs = {"inputs_embeds": read.inputs_embeds, "attention_mask": read.attention_mask}
+    if first:  # Transformers counts from 0
+        inputs["position_ids"] = read.position_ids
     padded_left = read.layout.source is not None
-    if kept is None or padded_left or not input_ids.numel() or not can_reuse(backbone, options):
+    if kept is None or padded_left or first or not input_ids.numel() or not can_reuse(backbone, options):
         return backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
     cache = kept.start(backbone, prefix.shape[1])
     output = backbone.generate(input_ids, **inputs, **options | {"past_key_values": cache})  # type: ignore[operator]
     kept.keep(cache)
     return output
+
+
+def _padding_on_the_left(input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the right, as tokenizers do it by default, so that new tokens follow the last of each."""
+    if options.get("past_key_values") is not None:
+        raise ValueError(
+            "Prompts that go on from past_key_values cannot be padded on the right: new tokens would follow the "
+            "padding. Pad them on the left, as their cache is."
+        )
+    return move_padding_left(input_ids, attention_mask)
 
 
 def generation_option(name: str, options: dict[str, Any], default: GenerationConfig) -> Any:

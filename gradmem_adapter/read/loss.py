@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from gradmem_adapter.ops.cross_entropy import FUSED, IGNORED, FusedCrossEntropy, Head, sequence_nll
+from gradmem_adapter.ops.cross_entropy import (
+    FUSED,
+    IGNORED,
+    FusedCrossEntropy,
+    Head,
+    sequence_nll,
+    shifted_cross_entropy,
+)
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.utils.capture import capturing
 
@@ -27,6 +34,27 @@ def outer_loss(target_loss: Tensor, write_losses: Tensor | None, reconstruction_
     if write_losses is None or not write_losses.shape[1] or not reconstruction_weight:
         return target_loss
     return target_loss + reconstruction_weight * write_losses[:, -1].mean()
+
+
+def loss_of_logits(
+    backbone: PreTrainedModel, output: ModelOutput, labels: Tensor, count: Tensor | int | None = None
+) -> Tensor:
+    """The mean cross entropy of tokens with a label, each predicted from the place before it.
+
+    Computed here, because backbones disagree: some shift labels and some do not. What a router adds to the loss
+    (`config.router_aux_loss_coef`) is added as the backbone would.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        output (`ModelOutput`): what it returned, with logits `[B, T, V]`.
+        labels (`Tensor`): `[B, T]`, `IGNORED` where no loss counts.
+        count (`Tensor` or `int`, *optional*): how many tokens the sum is divided by. `None`: those with a label.
+    """
+    loss = shifted_cross_entropy(output["logits"], labels, count)
+    routing = output.get("aux_loss")
+    if isinstance(routing, Tensor):
+        loss = loss + getattr(backbone.config.get_text_config(), "router_aux_loss_coef", 0.0) * routing.to(loss.device)
+    return loss
 
 
 def forward_at_targets(

@@ -102,19 +102,25 @@ class ReadInputs(NamedTuple):
         layout (`Layout`): where prefix and query stand.
         inputs_embeds (`Tensor`): `[B, P+T, d]`.
         attention_mask (`Tensor`, *optional*): `[B, P+T]`. `None`: every place counts.
+        first_position (`int`, *optional*, defaults to 0): of the first place that is not padding.
     """
 
     layout: Layout
     inputs_embeds: Tensor
     attention_mask: Tensor | None
+    first_position: int = 0
 
     @property
     def position_ids(self) -> Tensor | None:
-        """`[B, P+T]`: counted from 0 at the first place that is not padding. `None`: as the backbone counts itself."""
-        return None if self.attention_mask is None else (self.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        """`[B, P+T]`, counted from the first place that is not padding. `None`: as the backbone counts itself."""
+        if self.attention_mask is None:
+            return None
+        return (self.attention_mask.long().cumsum(1) - 1).clamp(min=0) + self.first_position
 
 
-def read_inputs(prefix: Tensor, query_embeddings: Tensor, attention_mask: Tensor | None) -> ReadInputs:
+def read_inputs(
+    prefix: Tensor, query_embeddings: Tensor, attention_mask: Tensor | None, first_position: int = 0
+) -> ReadInputs:
     """Put a prefix before queries.
 
     Args:
@@ -122,10 +128,12 @@ def read_inputs(prefix: Tensor, query_embeddings: Tensor, attention_mask: Tensor
         query_embeddings (`Tensor`): `[B, T, d]`.
         attention_mask (`Tensor`, *optional*): `[B, T]`, 1 where a query token counts, padding on either side. Defaults
             to no padding.
+        first_position (`int`, *optional*, defaults to 0): where the backbone counts positions from.
     """
     if attention_mask is None:
         layout = Layout(query_embeddings.shape[1])
-        return ReadInputs(layout, layout.join(prefix, query_embeddings), None)
+        return ReadInputs(layout, layout.join(prefix, query_embeddings), None, first_position)
     layout = Layout.of(attention_mask, prefix.shape[1])
     ones = attention_mask.new_ones(prefix.shape[:2])
-    return ReadInputs(layout, layout.join(prefix, query_embeddings), layout.join(ones, attention_mask))
+    mask = layout.join(ones, attention_mask)
+    return ReadInputs(layout, layout.join(prefix, query_embeddings), mask, first_position)

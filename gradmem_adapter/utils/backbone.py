@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from gradmem_adapter.utils.capture import capturing
 
 
 def check_backbone(model: object) -> None:
@@ -54,8 +56,39 @@ def _adapters(model: nn.Module) -> list[str]:
 
 
 def max_positions(backbone: PreTrainedModel) -> int | None:
-    """How many positions a backbone has, `None` where it does not say."""
-    return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    """How many positions a backbone has for tokens, `None` where it does not say or has no bound."""
+    positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    return positions - first_position(backbone) if isinstance(positions, int) and positions > 0 else None
+
+
+def first_position(backbone: PreTrainedModel) -> int:
+    """The position of a first token: 0, and behind the padding's where that has a position (RoBERTa and its kin)."""
+    tokens = backbone.get_input_embeddings()
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module is not tokens:
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def check_length(prefix_length: int, query: Tensor, attention_mask: Tensor | None, backbone: PreTrainedModel) -> None:
+    """Raise `ValueError` where a prefix and a query behind it are longer than the backbone has positions.
+
+    Args:
+        prefix_length (`int`): P.
+        query (`Tensor`): `[B, T, ...]`.
+        attention_mask (`Tensor`, *optional*): `[B, T]`, 1 where a query token counts.
+        backbone (`PreTrainedModel`): the causal LM.
+    """
+    positions, length = max_positions(backbone), query.shape[1]
+    if positions is None or prefix_length + length <= positions or capturing():
+        return
+    longest = length if attention_mask is None else int(attention_mask.bool().sum(1).max())
+    if prefix_length + longest > positions:
+        raise ValueError(
+            f"A query has {longest} tokens, and at most {max(0, positions - prefix_length)} are allowed: the model has "
+            f"{positions} positions, {prefix_length} of them for the memory. Shorten the query, or read fewer states "
+            "side by side."
+        )
 
 
 def uses_checkpointing(backbone: PreTrainedModel) -> bool:

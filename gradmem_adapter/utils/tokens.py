@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,3 +41,39 @@ def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, ba
             f"{name} holds token ids from {int(input_ids.min())} to {int(input_ids.max())}; the model knows 0 to "
             f"{vocabulary - 1}. Is the tokenizer the model's own?"
         )
+
+
+_OF_ITS_OWN = ("attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
+"""Arguments that go with memory, or are of another prompt."""
+
+
+def check_token_types(token_type_ids: Tensor | None) -> None:
+    """Raise `ValueError` for token types other than 0, which a memory in between has none of.
+
+    Args:
+        token_type_ids (`Tensor`, *optional*): `[B, N]`, as tokenizers return them: zeros for single texts.
+    """
+    if token_type_ids is not None and not capturing() and token_type_ids.any():
+        raise ValueError(
+            "token_type_ids other than 0 cannot be combined with memory, which has none of its own. Write and read "
+            "single texts."
+        )
+
+
+def check_token_options(options: dict[str, Any], shape: torch.Size) -> None:
+    """Raise `ValueError` for arguments with an entry for each token of a query: memory stands before, and has none.
+
+    Args:
+        options (`dict[str, Any]`): what the backbone is to be given besides. Token types of 0 are taken out, so that
+            `**tokenizer(...)` can be passed.
+        shape (`torch.Size`): `[B, T]`, of the query.
+    """
+    check_token_types(options.pop("token_type_ids", None))
+    for name, value in options.items():
+        if name == "position_ids" and value is not None:
+            raise ValueError("position_ids cannot be combined with memory: they follow from the prefix and the mask.")
+        if isinstance(value, Tensor) and value.shape[:2] == shape and name not in _OF_ITS_OWN:
+            raise ValueError(
+                f"{name} has an entry for each token of the query, and memory, which stands before it, has none. Leave "
+                "it out, or give prefix_embeddings(state) to the backbone yourself."
+            )

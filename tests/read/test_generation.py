@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reading import ROWS, greedy_without_cache, make, pad_left
+from reading import ROWS, greedy_without_cache, make, pad_left, pad_right
 from tiny import ARCHITECTURES, tiny, tokens
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
@@ -159,3 +159,32 @@ def test_what_a_passed_configuration_leaves_open_comes_from_the_models():
     model.get_base_model().generation_config.prompt_lookup_num_tokens = 3
     with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens"):
         model.generate(ids[:1], memory=states[0], generation_config=config)
+
+
+def test_padding_on_the_right_is_moved():
+    """Tokenizers pad there by default, and new tokens would follow the padding."""
+    model = make()
+    states, options = model.write(tokens(3, 9)), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    (left, left_mask), (right, right_mask) = pad_left(ROWS, 7), pad_right(ROWS, 7)
+    expected = model.generate(left, attention_mask=left_mask, memory=states, **options)
+    assert torch.equal(model.generate(right, attention_mask=right_mask, memory=states, **options), expected)
+    assert torch.equal(model.generate(right, memory=states, **options), expected)  # the mask is inferred
+    cache = model.generate(left, memory=states, return_dict_in_generate=True, **options).past_key_values
+    with pytest.raises(ValueError, match="cannot be padded on the right"):
+        model.generate(right, attention_mask=right_mask, memory=states, past_key_values=cache, **options)
+
+
+def test_arguments_with_an_entry_for_each_token():
+    model = make()
+    ids = tokens(2, 5)
+    zeros, ones = torch.zeros_like(ids), torch.ones_like(ids)
+    state = model.write(ids, token_type_ids=zeros)
+    reads = (lambda **o: model(input_ids=ids, memory=state, **o), lambda **o: model.generate(ids, memory=state, **o))
+    for read in reads:
+        read(token_type_ids=zeros)
+        for options in ({"token_type_ids": ones}, {"position_ids": ones}, {"mm_token_type_ids": ones}):
+            with pytest.raises(ValueError, match=next(iter(options))):
+                read(**options)
+    for write in (lambda **o: model.write(ids, **o), lambda **o: model.fidelity(state, ids, **o)):
+        with pytest.raises(ValueError, match="token_type_ids other than 0"):
+            write(token_type_ids=ones)

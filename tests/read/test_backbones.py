@@ -1,0 +1,79 @@
+"""READ on backbones that count positions and losses in their own ways."""
+
+import pytest
+import torch
+from reading import ROWS, greedy_without_cache, make, pad_left
+from tiny import tokens
+from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from gradmem_adapter import GradMemConfig, get_peft_model
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "llama"])
+def test_a_mask_of_ones_changes_nothing(architecture):
+    """RoBERTa's positions begin behind that of the padding."""
+    model = make(architecture)
+    state, query = model.write(tokens(2, 9)), tokens(2, 5, seed=1)
+    plain = model(input_ids=query, memory=state).logits
+    torch.testing.assert_close(
+        model(input_ids=query, memory=state, attention_mask=torch.ones_like(query)).logits, plain
+    )
+    left = model(input_ids=F.pad(query, (2, 0)), memory=state, attention_mask=F.pad(torch.ones_like(query), (2, 0)))
+    torch.testing.assert_close(left.logits[:, 2:], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["roberta"])
+def test_generation_equals_argmax_without_cache(architecture):
+    model = make(architecture)
+    states = model.write(tokens(3, 9))
+    ids, mask = pad_left(ROWS, 7)
+    output = model.generate(
+        ids, attention_mask=mask, memory=states, max_new_tokens=5, do_sample=False, eos_token_id=None
+    )
+    for i, row in enumerate(ROWS):
+        assert torch.equal(output[i, 7 - len(row) :], greedy_without_cache(model, states[i], row, 5))
+
+
+@pytest.mark.parametrize("architecture", ["bart", "llama"])
+def test_the_loss_is_the_shifted_cross_entropy(architecture):
+    """BART's own loss compares each place with its own token."""
+    model = make(architecture)
+    query = tokens(2, 5, seed=1)
+    state = model.write(tokens(2, 9))
+    output = model(input_ids=query, labels=query, memory=state)
+    prefix = model.prefix_embeddings(state)
+    embeddings = torch.cat([prefix, model.get_input_embeddings()(query)], dim=1)
+    logits = model.get_base_model()(inputs_embeds=embeddings).logits[:, prefix.shape[1] - 1 : -1]
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits.flatten(0, 1), query.flatten()))
+    few = model(input_ids=query, labels=query, memory=state, max_targets=5)
+    torch.testing.assert_close(few.loss, output.loss)
+    halved = model(input_ids=query, labels=query, memory=state, num_items_in_batch=20)
+    torch.testing.assert_close(halved.loss, output.loss / 2)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "roberta", "llama"])
+def test_a_query_behind_the_last_position_is_named(architecture):
+    model = make(architecture, num_control_tokens=0)
+    state, positions = model.write(tokens(1, 9)), model.positions
+    assert positions == (94 if architecture == "roberta" else 96)
+    longest = tokens(1, positions - 3)
+    assert model(input_ids=longest, memory=state).logits.isfinite().all()
+    padded, mask = pad_left([longest[0]], positions + 2)
+    assert model(input_ids=padded, attention_mask=mask, memory=state).logits.isfinite().all()
+    for read in (model, model.generate):
+        with pytest.raises(ValueError, match=f"{positions - 2} tokens, and at most {positions - 3} are allowed"):
+            read(input_ids=tokens(1, positions - 2), memory=state)
+
+
+def test_a_router_s_loss_is_added():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    model = get_peft_model(MixtralForCausalLM(config), GradMemConfig(num_memory_tokens=3)).eval()
+    query, state = tokens(2, 5), model.write(tokens(2, 9))
+    plain = model(input_ids=query, labels=query, memory=state)
+    routed = model(input_ids=query, labels=query, memory=state, output_router_logits=True)
+    assert routed.loss > plain.loss + 0.1
