@@ -37,10 +37,11 @@ def move_padding_right(input_ids: Tensor, attention_mask: Tensor | None) -> tupl
 
     Args:
         input_ids (`Tensor`): `[B, N]`.
-        attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts. `None`: all do.
+        attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts, at least once in a row. `None`: all do.
 
     Returns:
-        Rows `[B, longest]`, and their lengths `[B]`.
+        Rows `[B, longest]`, padded with their first token, and their lengths `[B]`. A pad token may embed to zeros,
+        where norms have no second derivative.
     """
     if attention_mask is None:
         return input_ids, torch.full_like(input_ids[:, 0], input_ids.shape[1])
@@ -48,7 +49,9 @@ def move_padding_right(input_ids: Tensor, attention_mask: Tensor | None) -> tupl
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
     lengths = mask.sum(1)
     longest = input_ids.shape[1] if capturing() else int(lengths.max())
-    return input_ids.gather(1, order)[:, :longest], lengths
+    moved = input_ids.gather(1, order)[:, :longest]
+    counts = torch.arange(longest, device=mask.device) < lengths[:, None]
+    return torch.where(counts, moved, moved[:, :1]), lengths
 
 
 def move_padding_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

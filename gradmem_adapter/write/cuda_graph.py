@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy
@@ -46,7 +46,7 @@ class Bucket(NamedTuple):
         rows = torch.arange(self.batch, device=memory.device)
         rows = rows.where(rows < len(memory), 0)
         width = self.length - context.input_ids.shape[1]
-        ids = nn.functional.pad(context.input_ids, (0, width))
+        ids = torch.cat([context.input_ids, context.input_ids[:, :1].expand(-1, width)], dim=1)
         return memory[rows], Context(ids[rows], context.lengths[rows])
 
 

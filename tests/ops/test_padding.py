@@ -35,6 +35,8 @@ def test_padding_is_moved_to_the_right_wherever_it_was():
     ids = torch.tensor([[0, 0, 5, 6], [7, 0, 8, 0]])
     rows, lengths = move_padding_right(ids, (ids > 0).long())
     assert (rows.tolist(), lengths.tolist()) == ([[5, 6], [7, 8]], [2, 2])
+    rows, lengths = move_padding_right(torch.tensor([[0, 5, 6], [0, 0, 8]]), torch.tensor([[0, 1, 1], [0, 0, 1]]))
+    assert (rows.tolist(), lengths.tolist()) == ([[5, 6], [8, 8]], [2, 1])  # a token of its own, not the pad token
     rows, lengths = move_padding_right(ids, None)
     assert torch.equal(rows, ids)
     assert lengths.tolist() == [4, 4]
