@@ -6,9 +6,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from gradmem_adapter.utils.backbone import contains, trunk, trunk_name
 
 
 class _HiddenStatesOnly(BaseModelOutputWithPast):
@@ -21,13 +24,23 @@ class _HiddenStatesOnly(BaseModelOutputWithPast):
 
 
 class _GivenHiddenStates(nn.Module):
-    """Stands in for a backbone's inner model and returns `inputs_embeds` as its last hidden states."""
+    """Stands in for a backbone's trunk and returns `inputs_embeds` as its last hidden states. Whatever else is asked of
+    it, the trunk answers; but its own trunk (OPT's forward calls `self.model.decoder(...)`) is stood in for, too."""
+
+    def __init__(self, trunk: nn.Module, embeddings: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(_trunk=trunk, _embeddings=embeddings)  # no children: nothing of them is this module's
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
         return _HiddenStatesOnly(last_hidden_state=inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
-        return self  # some models reach inside, as OPT's forward calls `self.model.decoder(...)`
+        if "_trunk" not in self.__dict__:  # not made yet
+            raise AttributeError(name)
+        found = getattr(self._trunk, name)
+        if isinstance(found, nn.Module) and found is not self._embeddings and contains(found, self._embeddings):
+            return _GivenHiddenStates(found, self._embeddings)
+        return found
 
 
 def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
@@ -51,7 +64,7 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
     """
     top = copy.copy(backbone)
     top.__dict__["_modules"] = dict(backbone._modules)
-    top._modules[backbone.base_model_prefix] = _GivenHiddenStates()
+    top._modules[trunk_name(backbone)] = _GivenHiddenStates(trunk(backbone), backbone.get_input_embeddings())
     if replacement is not None:
         names = [name for name, child in backbone._modules.items() if child is backbone.get_output_embeddings()]
         if not names:
@@ -68,3 +81,22 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
         return forward(top, inputs_embeds=hidden, use_cache=False, return_dict=True).logits
 
     return logits
+
+
+def trains_head(backbone: PreTrainedModel, replacement: nn.Module | None = None) -> bool:
+    """Whether anything between the trunk and the logits is trained: the output embeddings, or the layers that BERT and
+    its kin have before them.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        replacement (`nn.Module`, *optional*): what stands in place of its output embeddings.
+    """
+    unused = [trunk(backbone)] if replacement is None else [trunk(backbone), backbone.get_output_embeddings()]
+    parts = [part for part in (replacement, *backbone.children()) if part is not None and part not in unused]
+    return any(
+        parameter.requires_grad
+        for part in parts
+        # A tuner layer that wraps nothing (the memory slots) stands beside the way to the logits.
+        if not isinstance(part, BaseTunerLayer) or hasattr(part, "base_layer")
+        for parameter in part.parameters()
+    )

@@ -17,7 +17,8 @@ from gradmem_adapter.ops.cross_entropy import (
     sequence_nll,
     shifted_cross_entropy,
 )
-from gradmem_adapter.ops.output_head import output_head
+from gradmem_adapter.ops.output_head import output_head, trains_head
+from gradmem_adapter.utils.backbone import trunk
 from gradmem_adapter.utils.capture import capturing
 
 
@@ -78,12 +79,10 @@ def forward_at_targets(
         raise ValueError("max_targets needs labels.")
     if not capturing() and (found := int((labels != IGNORED).sum(1).max())) > max_targets:
         raise ValueError(f"max_targets is {max_targets}, and a query has {found} labels that count.")
-    output = backbone.base_model(**inputs)
-    head = backbone.get_output_embeddings()
-    fused = None if any(parameter.requires_grad for parameter in head.parameters()) else FUSED
-    loss, correct = target_loss(
-        output.last_hidden_state, labels, max_targets, output_head(backbone), head.weight.shape[0], fused
-    )
+    output = trunk(backbone)(**inputs)
+    vocabulary = backbone.get_output_embeddings().weight.shape[0]
+    fused = None if trains_head(backbone) else FUSED
+    loss, correct = target_loss(output.last_hidden_state, labels, max_targets, output_head(backbone), vocabulary, fused)
     return CausalLMOutputWithPast(loss=loss, past_key_values=output.get("past_key_values")), correct
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,12 +49,43 @@ def check_backbone(model: object) -> None:
             f"{type(model).__name__} attends in both directions (config.is_decoder is not set), so a write loss would "
             "see the tokens it predicts; GradMem needs a causal language model."
         )
+    trunk_name(model)
 
 
 def _adapters(model: nn.Module) -> list[str]:
     """The names of the adapters that a model carries."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return sorted({name for layer in layers for name in layer._get_available_adapters()})
+
+
+def trunk_name(backbone: PreTrainedModel) -> str:
+    """The name of the child that maps input embeddings to last hidden states, which the output head reads.
+
+    `base_model_prefix` where a child has it; some classes name one that they do not have, or that of a larger model.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if isinstance(backbone._modules.get(backbone.base_model_prefix), nn.Module):
+        return backbone.base_model_prefix
+    embeddings = backbone.get_input_embeddings()
+    for name, child in backbone._modules.items():
+        if child is not None and child is not embeddings and contains(child, embeddings):
+            return name
+    raise TypeError(
+        f"{type(backbone).__name__} has no part of its own between input embeddings and output head, which WRITE needs "
+        "for the last hidden states."
+    )
+
+
+def trunk(backbone: PreTrainedModel) -> nn.Module:
+    """The child that maps input embeddings to last hidden states."""
+    return cast(nn.Module, backbone._modules[trunk_name(backbone)])
+
+
+def contains(module: nn.Module, part: nn.Module) -> bool:
+    """Whether a module is `part` or has it inside."""
+    return any(found is part for found in module.modules())
 
 
 def max_positions(backbone: PreTrainedModel) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradmem_adapter.lora import write_phase
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.outputs import Fidelity
+from gradmem_adapter.utils.backbone import trunk
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
@@ -33,9 +34,7 @@ def reconstruct(writer: Writer, memory: Tensor, length: int) -> Tensor:
     with write_phase():
         step = writer.slots.prefix(memory, "write", writer.adapter).to(cast(Tensor, embedding.weight).dtype)
         for _ in range(length):
-            output = writer.backbone.base_model(
-                inputs_embeds=step, past_key_values=cache, use_cache=True, return_dict=True
-            )
+            output = trunk(writer.backbone)(inputs_embeds=step, past_key_values=cache, use_cache=True, return_dict=True)
             cache = output.past_key_values
             tokens.append(head(output.last_hidden_state[:, -1:])[:, -1].argmax(-1))
             step = embedding(tokens[-1][:, None])

@@ -13,8 +13,8 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import backward_in_write, write_phase
 from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy, sequence_nll
-from gradmem_adapter.ops.output_head import output_head
-from gradmem_adapter.utils.backbone import max_positions
+from gradmem_adapter.ops.output_head import output_head, trains_head
+from gradmem_adapter.utils.backbone import max_positions, trunk
 from gradmem_adapter.write.context import Context
 
 
@@ -45,9 +45,8 @@ class Writer:
 
     @property
     def trains_head(self) -> bool:
-        """Whether the output head that WRITE uses is trained."""
-        head = self.slots.write_head(self.adapter) or self.backbone.get_output_embeddings()
-        return any(parameter.requires_grad for parameter in head.parameters())
+        """Whether the output head that WRITE uses is trained, or anything between the trunk and it."""
+        return trains_head(self.backbone, self.slots.write_head(self.adapter))
 
     def losses(self, memory: Tensor, context: Context, recovered: bool = False) -> tuple[Tensor, Tensor | None]:
         """The write loss of each sample (GradMem, arXiv 2603.13875):
@@ -67,7 +66,7 @@ class Writer:
             prefix = self.slots.prefix(memory, "write", self.adapter).to(embeddings.dtype)
             # No attention mask: padding is on the right, where a causal model does not look, and without a mask the
             # fastest attention kernels apply.
-            hidden = self.backbone.base_model(
+            hidden = trunk(self.backbone)(
                 inputs_embeds=torch.cat([prefix, embeddings], dim=1), use_cache=False, return_dict=True
             ).last_hidden_state
             # Position P-1, the last of the prefix, predicts t_1; the last token predicts nothing.

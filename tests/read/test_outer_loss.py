@@ -10,9 +10,9 @@ from gradmem_adapter import GradMemConfig
 
 
 @pytest.mark.parametrize("trained", ["lora", "backbone"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "bert"])
 def test_loss_of_the_targets_alone_is_the_loss(architecture, trained):
-    """With padding on both sides; the head is trained with the backbone, and not with a LoRA."""
+    """With padding on both sides; the head is trained with the backbone, and with a LoRA where it has layers for it."""
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False) if trained == "lora" else None
     model = make(architecture, lora_config=lora, train_backbone=trained == "backbone")
     ids, mask = (torch.cat(parts) for parts in zip(pad_left(ROWS, 7), pad_right(ROWS, 7), strict=True))
