@@ -4,7 +4,7 @@ are in their own folders, PEFT's life cycle is in `tuner`."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ from gradmem_adapter.write.fast import FastWrites
 from gradmem_adapter.write.fidelity import fidelity, reconstruct
 from gradmem_adapter.write.loop import warn_diverged, write_contexts
 from gradmem_adapter.write.loss import Writer
-from gradmem_adapter.write.options import WriteOptions
+from gradmem_adapter.write.options import WriteFields, WriteOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GradMemModel(GradMemTuner):
@@ -66,17 +69,11 @@ class GradMemModel(GradMemTuner):
         attention_mask: Tensor | None = None,
         *,
         options: WriteOptions | None = None,
-        steps: int | None = None,
-        lr: float | None = None,
-        optimizer: str | None = None,
-        tolerance: float | None = None,
-        stop_when_recovered: bool | None = None,
-        last_loss: bool | None = None,
-        compile: bool | Literal["auto"] | None = None,
         initial: MemoryState | None = None,
         callback: Callable[[WriteProgress], None] | None = None,
         strict: bool = True,
         token_type_ids: Tensor | None = None,
+        **fields: Unpack[WriteFields],
     ) -> MemoryState:
         """WRITE a batch of contexts, each by itself, into one memory state each:
 
@@ -90,13 +87,13 @@ class GradMemModel(GradMemTuner):
             attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts; padding on either side. `None`:
                 every token counts.
             options (`WriteOptions`, *optional*): how to write. `None`: as the configuration says.
-            steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile (*optional*): fields of
-                `WriteOptions` by themselves, in place of those of `options`.
             initial (`MemoryState`, *optional*): states to go on from, one per context, in place of the memory slots.
                 The write optimizer starts anew; of the first steps' learned rates the last is used.
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
             token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
+            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, the fields of
+                `WriteOptions` by themselves, in place of those of `options`.
 
         Returns:
             `MemoryState`: B states, detached, in float32 (or float64) on the model's device.
@@ -104,10 +101,7 @@ class GradMemModel(GradMemTuner):
         Raises:
             TypeError, ValueError: input that cannot be written; the message says why and what to do.
         """
-        options = WriteOptions.of(
-            options, steps=steps, lr=lr, optimizer=optimizer, tolerance=tolerance,
-            stop_when_recovered=stop_when_recovered, last_loss=last_loss, compile=compile,
-        )  # fmt: skip
+        options = WriteOptions.of(options, **fields)
         check_token_types(token_type_ids)
         writer = self._writer
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
@@ -129,13 +123,7 @@ class GradMemModel(GradMemTuner):
         max_tokens: int | None = None,
         progress: bool | None = None,
         options: WriteOptions | None = None,
-        steps: int | None = None,
-        lr: float | None = None,
-        optimizer: str | None = None,
-        tolerance: float | None = None,
-        stop_when_recovered: bool | None = None,
-        last_loss: bool | None = None,
-        compile: bool | Literal["auto"] | None = None,
+        **fields: Unpack[WriteFields],
     ) -> MemoryState:
         """WRITE any number of contexts of any lengths, in batches that fit into memory.
 
@@ -147,8 +135,7 @@ class GradMemModel(GradMemTuner):
             max_tokens (`int`, *optional*): a batch's tokens, padding counted. `None`: found from the device and its
                 free memory.
             progress (`bool`, *optional*): show a progress bar. `None`: where stderr is a terminal.
-            options, steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile (*optional*): as for
-                `write`.
+            options, fields: as for `write`.
 
         Returns:
             `MemoryState`: one state per context, in order, as `write` would return.
@@ -157,10 +144,7 @@ class GradMemModel(GradMemTuner):
             TypeError, ValueError: input that cannot be written; the message names the context.
             torch.cuda.OutOfMemoryError: a single context does not fit; the message names it.
         """
-        options = WriteOptions.of(
-            options, steps=steps, lr=lr, optimizer=optimizer, tolerance=tolerance,
-            stop_when_recovered=stop_when_recovered, last_loss=last_loss, compile=compile,
-        )  # fmt: skip
+        options = WriteOptions.of(options, **fields)
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise ValueError(f"max_tokens must be an integer from 1, got {max_tokens!r}.")
         rows = check_rows(contexts, self.model, self.prefix_length)

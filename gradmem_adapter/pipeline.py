@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,7 +17,10 @@ from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.write.options import WriteOptions
+from gradmem_adapter.write.options import WriteFields, WriteOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GradMemPipeline:
@@ -58,27 +61,21 @@ class GradMemPipeline:
         texts: str | Sequence[str],
         *,
         options: WriteOptions | None = None,
-        steps: int | None = None,
-        lr: float | None = None,
-        optimizer: str | None = None,
-        tolerance: float | None = None,
-        stop_when_recovered: bool | None = None,
-        last_loss: bool | None = None,
-        compile: bool | Literal["auto"] | None = None,
         initial: MemoryState | None = None,
         callback: Callable[[WriteProgress], None] | None = None,
         strict: bool = True,
+        **fields: Unpack[WriteFields],
     ) -> MemoryState:
         """WRITE texts into one memory state each, in one batch.
 
         Args:
             texts (`str` or `Sequence[str]`): one text or several.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
-            steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile (*optional*): fields of
-                `WriteOptions` by themselves, in place of those of `options`.
             initial (`MemoryState`, *optional*): states to go on from, one per text, in place of the memory slots.
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
+            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, the fields of
+                `WriteOptions` by themselves, in place of those of `options`.
 
         Returns:
             `MemoryState`: one state per text, on the model's device.
@@ -87,11 +84,8 @@ class GradMemPipeline:
             ValueError: no text, or one without tokens or too long for the model.
         """
         return self.model.write(
-            *self.encode_contexts(texts),
-            options=options, steps=steps, lr=lr, optimizer=optimizer, tolerance=tolerance,
-            stop_when_recovered=stop_when_recovered, last_loss=last_loss, compile=compile,
-            initial=initial, callback=callback, strict=strict,
-        )  # fmt: skip
+            *self.encode_contexts(texts), options=options, initial=initial, callback=callback, strict=strict, **fields
+        )
 
     def write_many(
         self,
@@ -100,13 +94,7 @@ class GradMemPipeline:
         max_tokens: int | None = None,
         progress: bool | None = None,
         options: WriteOptions | None = None,
-        steps: int | None = None,
-        lr: float | None = None,
-        optimizer: str | None = None,
-        tolerance: float | None = None,
-        stop_when_recovered: bool | None = None,
-        last_loss: bool | None = None,
-        compile: bool | Literal["auto"] | None = None,
+        **fields: Unpack[WriteFields],
     ) -> MemoryState:
         """WRITE any number of texts of any lengths into one memory state each, in batches that fit into memory.
 
@@ -114,8 +102,7 @@ class GradMemPipeline:
             texts (`Sequence[str]`): the texts.
             max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
             progress (`bool`, *optional*): show a progress bar; None: where stderr is a terminal.
-            options, steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile (*optional*): as for
-                `write`.
+            options, fields: as for `write`.
 
         Returns:
             `MemoryState`: one state per text, in order.
@@ -125,10 +112,8 @@ class GradMemPipeline:
             torch.cuda.OutOfMemoryError: a single text does not fit; the message names it.
         """
         return self.model.write_many(
-            self._context_ids(texts), max_tokens=max_tokens, progress=progress,
-            options=options, steps=steps, lr=lr, optimizer=optimizer, tolerance=tolerance,
-            stop_when_recovered=stop_when_recovered, last_loss=last_loss, compile=compile,
-        )  # fmt: skip
+            self._context_ids(texts), max_tokens=max_tokens, progress=progress, options=options, **fields
+        )
 
     @property
     def max_context_tokens(self) -> int | None:

@@ -13,6 +13,7 @@ from tiny import tiny, tiny_text, tiny_tokenizer
 from transformers import StoppingCriteria
 
 from gradmem_adapter import GradMemConfig, GradMemModel, GradMemPipeline, WriteOptions
+from gradmem_adapter.write.options import WriteFields
 
 CONTEXTS = [tiny_text(9, 1), tiny_text(5, 2), tiny_text(12, 3)]
 PROMPTS = [tiny_text(6, 4), tiny_text(2, 5), tiny_text(4, 6)]
@@ -78,7 +79,7 @@ class TestWrite:
         tokens = ("input_ids", "attention_mask", "token_type_ids")
         assert keywords(GradMemPipeline.write, "texts") == keywords(GradMemModel.write, *tokens)
         assert keywords(GradMemPipeline.write_many, "texts") == keywords(GradMemModel.write_many, "contexts")
-        assert {field.name for field in fields(WriteOptions)} <= keywords(GradMemPipeline.write_many).keys()
+        assert {field.name for field in fields(WriteOptions)} == WriteFields.__annotations__.keys()
 
     def test_options_as_one_object(self, pipeline):
         options = WriteOptions(steps=3, lr=0.1)

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from gradmem_adapter.write.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class WriteFields(TypedDict, total=False):
+    """The fields of `WriteOptions` as keyword arguments of `write`; `None`: as the options say."""
+
+    steps: int | None
+    lr: float | None
+    optimizer: str | None
+    tolerance: float | None
+    stop_when_recovered: bool | None
+    last_loss: bool | None
+    compile: bool | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -57,16 +72,18 @@ class WriteOptions:
             raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}.")
 
     @classmethod
-    def of(cls, options: WriteOptions | None = None, **keywords: Any) -> WriteOptions:
-        """Options, with keywords that are not `None` in place of their fields.
+    def of(cls, options: WriteOptions | None = None, **fields: Unpack[WriteFields]) -> WriteOptions:
+        """Options, with fields that are not `None` in place of theirs.
 
         Args:
             options (`WriteOptions`, *optional*): what to start from. `None`: the defaults.
-            keywords: fields by name.
+            fields: by name.
 
         Raises:
-            TypeError: `options` is something else, or a keyword is no field.
+            TypeError: `options` is something else, or there is no such field.
         """
         if options is not None and not isinstance(options, WriteOptions):
             raise TypeError(f"options must be WriteOptions, got {type(options).__name__}.")
-        return replace(options or cls(), **{name: value for name, value in keywords.items() if value is not None})
+        base = options or cls()
+        given: dict[str, Any] = {n: getattr(base, n, None) if v is None else v for n, v in fields.items()}
+        return replace(base, **given)

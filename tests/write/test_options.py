@@ -1,13 +1,13 @@
 """WriteOptions: checked where they are made, passed on as one object."""
 
 import dataclasses
-import inspect
 
 import pytest
 from peft import get_peft_model
 from tiny import tiny, tokens
 
-from gradmem_adapter import GradMemConfig, GradMemModel, WriteOptions
+from gradmem_adapter import GradMemConfig, WriteOptions
+from gradmem_adapter.write.options import WriteFields
 
 FIELDS = [field.name for field in dataclasses.fields(WriteOptions)]
 
@@ -67,7 +67,12 @@ def test_options_say_what_keywords_say(model):
 
 @pytest.mark.parametrize("method", ["write", "write_many"])
 def test_methods_take_every_option_by_name(method, model):
-    parameters = inspect.signature(getattr(GradMemModel, method)).parameters
-    assert [name for name in parameters if name in FIELDS] == FIELDS
+    assert list(WriteFields.__annotations__) == FIELDS
+    values = {"steps": 0, "lr": 0.1, "optimizer": "adam", "tolerance": 0.1, "stop_when_recovered": True}
+    values |= {"last_loss": True, "compile": False}
+    assert list(values) == FIELDS
+    getattr(model, method)(tokens(1, 4), **values)
     with pytest.raises(TypeError, match="unexpected keyword argument 'stesp'"):
         getattr(model, method)(tokens(1, 4), stesp=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stesp'"):
+        getattr(model, method)(tokens(1, 4), stesp=None)
