@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common, textbook
-from benchmarks.training import HOW, cost_of_a_step
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.meta_gradients import STRATEGIES
 from gradmem_adapter.peft_model import get_peft_model
+from gradmem_adapter.training.compiled import compiled_layers
+from gradmem_adapter.training.cuda_graph import GraphedBackward, maskless_attention
+
+HOW = ("eager", "compiled", "graph")
+"""Ways to run a step; "graph": compiled layers, forward and backward pass as one CUDA graph."""
 
 
 def tokens(args: argparse.Namespace, model: Any, batch: int) -> tuple[Tensor, Tensor]:
@@ -34,12 +39,49 @@ def trainable(args: argparse.Namespace, attention: str) -> Any:
     return common.backbone(args, attention=attention).float().requires_grad_(True)
 
 
+def cost_of_a_step(loss: Callable[[], Tensor], model: nn.Module, how: str, args: argparse.Namespace) -> common.Cost:
+    """Time and memory of forward, backward and AdamW of all weights that are trained, under autocast to bf16.
+
+    Args:
+        loss (`Callable`): the outer loss of a batch that stays the same.
+        model (`nn.Module`): what is trained.
+        how (`str`): one of `HOW`.
+        args (`Namespace`): the options of `common.parser`.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def forward() -> Tensor:
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            return loss()
+
+    def table(batch: object) -> tuple[Tensor, Tensor]:
+        value = forward()
+        return value, value.detach()
+
+    graphed = GraphedBackward(table, parameters) if how == "graph" else None
+
+    def step() -> None:
+        optimizer.zero_grad()
+        if graphed is None:
+            forward().backward()
+        else:
+            graphed({})
+        optimizer.step()
+
+    with ExitStack() as stack:
+        stack.enter_context(maskless_attention(model))
+        if how != "eager":
+            stack.enter_context(compiled_layers(model, static=True))
+        return common.measure(step, args.device, args.repeats, warm_up=3)
+
+
 def by_the_textbook(args: argparse.Namespace, batch: int, steps: int) -> common.Cost:
     backbone = trainable(args, "eager")
     slots = nn.Parameter(0.02 * torch.randn(args.memory, backbone.config.hidden_size, device=args.device))
     context, query = tokens(args, backbone, batch)
     loss = partial(textbook.outer_loss, backbone, slots, context, query, steps, 0.03)
-    return cost_of_a_step(loss, nn.ModuleList([nn.ParameterList([slots]), backbone]), "eager", True, args)
+    return cost_of_a_step(loss, nn.ModuleList([nn.ParameterList([slots]), backbone]), "eager", args)
 
 
 def by_us(args: argparse.Namespace, strategy: str, how: str, batch: int, steps: int) -> common.Cost:
@@ -52,7 +94,7 @@ def by_us(args: argparse.Namespace, strategy: str, how: str, batch: int, steps: 
     def loss() -> Tensor:
         return model(input_ids=query, labels=query, context_input_ids=context).loss
 
-    return cost_of_a_step(loss, model, how, True, args)
+    return cost_of_a_step(loss, model, how, args)
 
 
 def main(argv: list[str] | None = None) -> None:

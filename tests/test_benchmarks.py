@@ -1,6 +1,5 @@
 """The benchmarks run on a CPU in seconds, and their records say what they should; no time is looked at."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +10,10 @@ from tiny import tiny, tokens
 from benchmarks import (
     common,
     kv_meta_gradient,
-    kv_step,
     meta_gradient,
     read,
     textbook,
     train_step,
-    training,
     training_speed,
     versus_prompting,
     write,
@@ -151,23 +148,21 @@ def test_train_step(run):
     assert [(r.settings["batch"], r.write_steps) for r in records] == [(1, 1), (1, 1), (2, 2)]
 
 
-def test_kv_step(run, monkeypatch):
-    monkeypatch.setattr(training, "compiled_layers", lambda *_, **__: nullcontext())  # compiling takes minutes
+def test_training_speed(run):
     records = run(
-        kv_step, "kv_step", "--pairs", "3", "--contexts", "2", "--queries", "2", "--how", "eager", "graph",
-        "--meta-gradients", "exact", "first_order",
+        training_speed, "training_speed", "--works", "kv", "--how", "plain", "graphs", "--steps", "1", "--pairs", "3",
+        "--contexts", "2", "--queries", "2",
     )  # fmt: skip
-    assert [record.method for record in records] == ["exact", "first_order", "first_order"]
-    assert settings(records, "graph") == [(False,), (False,), (True,)]
+    assert [record.method for record in records] == ["Trainer as it is", "Trainer, CUDA graphs"]
+    assert settings(records, "what") == [("key-value retrieval, 3 pairs, K=1, 2 contexts",)] * 2
     assert all(record.metrics["steps_per_second"] > 0 for record in records)
 
 
-@pytest.mark.parametrize("loop", ["trainer", "plain"])
-def test_training_speed(loop, monkeypatch):
-    monkeypatch.setitem(training_speed.STEPS, "toy", (1, 1))
-    found = training_speed.measure(training_speed.Work("kv", True), loop)
-    assert found["method"] == training_speed.LOOPS[loop]
-    assert found["metrics"]["steps_per_second"] > 0
+def test_texts_of_8192_tokens():
+    args = common.parser("", "").parse_args([])
+    batch = training_speed.Texts(args).batch(0, torch.device("cpu"))
+    assert batch["context_input_ids"].shape == (36, 224)
+    assert (batch["labels"] >= 0).sum(1).tolist() == [12] * 72
 
 
 def test_a_bias_is_told_from_noise():
