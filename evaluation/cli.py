@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-import torch
 import typer
 
-from gradmem_adapter.cli.options import DEVICE, chosen_device
+from gradmem_adapter.cli.options import DEVICE, chosen_device, errors_of
 from gradmem_adapter.training import TrainingDiverged
 from gradmem_adapter.utils.files import check_writable
 
@@ -29,26 +27,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-F = TypeVar("F", bound=Callable[..., Any])
 SETTING = typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated.")
-
-
-def _plain_errors(command: F) -> F:
-    """Wrong input ends a command with a line and exit status 2, training that diverged with 1; no traceback."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, ImportError, torch.cuda.OutOfMemoryError, TrainingDiverged) as error:
-            typer.secho(f"evaluation {command.__name__}: {error}", fg="red", err=True)
-            raise typer.Exit(1 if isinstance(error, TrainingDiverged) else 2) from error
-
-    return run  # type: ignore[return-value]
+errors = partial(errors_of, program="evaluation", failures=(TrainingDiverged,))
 
 
 @app.command()
-@_plain_errors
+@errors("train")
 def train(
     recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file of evaluation/recipes.")],
     output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
@@ -64,7 +48,7 @@ def train(
 
 
 @app.command()
-@_plain_errors
+@errors("run")
 def run(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `train` made.")],
     task: Annotated[
@@ -114,7 +98,7 @@ def run(
 
 
 @app.command()
-@_plain_errors
+@errors("compare")
 def compare(
     first: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `run --answers` made.")],
     second: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The same of another model.")],
@@ -124,7 +108,7 @@ def compare(
 
 
 @app.command()
-@_plain_errors
+@errors("tables")
 def tables(
     check: Annotated[bool, typer.Option("--check", help="Change nothing; exit status 1 if a table differs.")] = False,
     root: Annotated[Path, typer.Option(help="Where README.md and docs/ are.")] = ROOT,
@@ -139,7 +123,7 @@ def tables(
 
 
 @app.command()
-@_plain_errors
+@errors("plots")
 def plots(
     output: Annotated[Path, typer.Option(help="Directory of the PNG files.")] = RESULTS / "plots",
 ) -> None:

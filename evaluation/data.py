@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from gradmem_adapter.prompts import Prompt
+from gradmem_adapter.training.collator import read_row
 from gradmem_adapter.training.rows import json_lines
 from gradmem_adapter.utils.files import read_text
 
@@ -140,21 +142,18 @@ def group(questions: Iterable[tuple[str, str, list[str]]]) -> list[dict[str, Any
     return list(rows.values())
 
 
-def questions(rows: Rows) -> tuple[list[str], list[str], list[int], list[list[str]]]:
+def questions(rows: Rows) -> tuple[list[str], list[Prompt], list[int], list[list[str]]]:
     """Contexts, queries, the context of each query, and its accepted answers."""
     contexts: list[str] = []
-    queries: list[str] = []
+    queries: list[Prompt] = []
     index: list[int] = []
     references: list[list[str]] = []
     for i, row in enumerate(rows):
-        contexts.append(row["context"])
-        several = "queries" in row
-        asked = row["queries"] if several else [row["query"]]
-        targets = row["targets"] if several else [row["target"]]
-        accepted = row.get("answers") if several else ([row["answers"]] if row.get("answers") else None)
-        queries += asked
-        index += [i] * len(asked)
-        references += accepted or [[target] for target in targets]
+        example = read_row(f"Row {i}", row)
+        contexts.append(example.context)
+        queries += example.queries
+        index += [i] * len(example.queries)
+        references += example.references
     return contexts, queries, index, references
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.utils.files import replacing
 
 from .config import Evaluation, RunConfig
@@ -45,7 +46,11 @@ class Answerer:
         return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
 
     def answer(
-        self, contexts: Sequence[str], queries: Sequence[str], reads: Sequence[Sequence[int]], max_new_tokens: int = 32
+        self,
+        contexts: Sequence[str],
+        queries: Sequence[Prompt],
+        reads: Sequence[Sequence[int]],
+        max_new_tokens: int = 32,
     ) -> list[str]:
         """Greedy answers; see `Method.answer`."""
         return self.config.method.answer(

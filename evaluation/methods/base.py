@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.ops.padding import pad
-from gradmem_adapter.prompts import format_query
+from gradmem_adapter.prompts import Prompt, format_query
 from gradmem_adapter.write.batching import batches
 
 OPTIONS = pydantic.ConfigDict(extra="forbid")
@@ -97,7 +97,7 @@ class Method(ABC):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         contexts: Sequence[str],
-        queries: Sequence[str],
+        queries: Sequence[Prompt],
         reads: Sequence[Sequence[int]],
         *,
         steps: int,

@@ -10,20 +10,16 @@ from typing import Any, NamedTuple, cast
 import pydantic
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gradmem_adapter.checkpoint import check_tensors
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.ops.padding import append, pad
 from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.read.loss import forward_at_targets
-from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.training.weights import load_trained_weights, save_trained_weights
 
 from .base import OPTIONS, Method
-
-WEIGHTS = "model.safetensors"
 
 
 class Prefix(NamedTuple):
@@ -129,15 +125,11 @@ class PrefixMethod(Method):
 
     def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         """The trained weights, by name."""
-        path.mkdir(parents=True, exist_ok=True)
-        with replacing(path / WEIGHTS) as temporary:
-            save_file({name: value.contiguous() for name, value in _trained(model).items()}, temporary)
+        save_trained_weights(model, path)
 
     def load_weights(self, model: nn.Module, path: Path) -> None:
         """See `Method.load_weights`."""
-        weights = load_file(path / WEIGHTS)
-        check_tensors(path / WEIGHTS, weights, _trained(model))
-        model.load_state_dict(weights, strict=False)
+        load_trained_weights(model, path)
 
     def read(self, model: Any, contexts: list[list[int]], steps: int) -> Any:
         """The contexts themselves: prefixes are made for those that are asked of at a time."""
@@ -163,7 +155,3 @@ class PrefixMethod(Method):
         embeddings, attention = pad(rows, "left")
         output: Tensor = model.backbone.generate(inputs_embeds=embeddings, attention_mask=attention, **options)
         return output
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -21,13 +21,20 @@ DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", sh
 
 
 @contextmanager
-def errors_of(command: str) -> Iterator[None]:
-    """Wrong input ends the command with a line and exit status 2, not with a traceback."""
+def errors_of(command: str, program: str = "gradmem", failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Wrong input ends the command with a line and exit status 2, `failures` with 1; not with a traceback."""
+    wrong_input: tuple[type[Exception], ...] = (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        torch.cuda.OutOfMemoryError,
+    )
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, torch.cuda.OutOfMemoryError) as error:
-        Console(stderr=True).print(f"gradmem {command}: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
+    except wrong_input + failures as error:
+        Console(stderr=True).print(f"{program} {command}: {error}", style="red", markup=False)
+        raise typer.Exit(1 if isinstance(error, failures) else 2) from error
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -114,7 +114,7 @@ def train(
     from gradmem_adapter.training.callbacks import StopOnSignal
 
     console = Console()
-    with errors_of("train"):
+    with errors_of("train", failures=(TrainingDiverged,)):
         given = {"rows": rows, "eval_rows": eval_rows, "backbone": backbone}
         fields = {name: str(value) for name, value in given.items() if value is not None}
         plan = TrainConfig.of(read_fields(config, setting or ()) | fields)
@@ -124,11 +124,7 @@ def train(
         trainer = plan.trainer(output, place)
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
-            try:
-                trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
-            except TrainingDiverged as error:
-                Console(stderr=True).print(f"gradmem train: {error}", style="red", markup=False)
-                raise typer.Exit(1) from error
+            trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
         if stop.seen:
             console.print(f"Interrupted; the same command goes on from {output}.", markup=False)
             raise typer.Exit(130)
