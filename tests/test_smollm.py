@@ -55,5 +55,5 @@ def test_answers_a_chat_question_with_and_without_memory(pipeline):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_demo_recites_whatever_the_seed(seed):
     result = run_recite_demo(demo_text(), seed=seed, console=Console(quiet=True))
-    assert result.reconstructed
-    assert result.memory_tokens * 4 <= result.context_tokens
+    assert result["reconstructed"]
+    assert result["memory_tokens"] * 4 <= result["context_tokens"]

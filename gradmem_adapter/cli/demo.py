@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +59,7 @@ def demo(
             retrieved = run_key_value_demo(
                 checkpoint, pairs=pairs, steps=5 if steps is None else steps, seed=seed, console=console
             )
-            _print_figures(console, "demo", asdict(retrieved))
+            _print_figures(console, "demo", retrieved)
             return
         recited = run_recite_demo(
             demo_text(text),
@@ -73,9 +72,9 @@ def demo(
         )
         if ask:
             answered = run_story_demo(checkpoint or CHECKPOINTS / "smollm2-135m-qa", console=console)
-            _print_figures(console, "ask", asdict(answered))
-        _print_figures(console, "demo", asdict(recited))
-    if not recited.reconstructed:
+            _print_figures(console, "ask", answered)
+        _print_figures(console, "demo", recited)
+    if not recited["reconstructed"]:
         raise typer.Exit(1)
 
 

@@ -58,13 +58,13 @@ def test_brackets_are_text_and_no_markup(backbone, tmp_path):
     output = io.StringIO()
     result = run_recite_demo(text, backbone=backbone, steps=1, console=Console(file=output, width=120))
     assert "[/bold] [red]" in output.getvalue()
-    assert result.context_tokens == 48
+    assert result["context_tokens"] == 48
 
 
 def test_same_seed_same_outcome(backbone, capsys):
     quiet = {"backbone": backbone, "steps": 1}
     first, second = (run_recite_demo(tiny_text(40), seed=seed, **quiet) for seed in (0, 0))
-    assert (first.reconstructed, first.state_bytes) == (second.reconstructed, second.state_bytes)
+    assert (first["reconstructed"], first["state_bytes"]) == (second["reconstructed"], second["state_bytes"])
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_demo():
 class TestKeyValues:
     def test_values_come_back(self):
         result = run_key_value_demo(CHECKPOINTS / "kv-retrieval", pairs=8, steps=5, console=Console(quiet=True))
-        assert result.exact_match > 0.8
-        assert (result.pairs, result.memory_tokens, result.context_tokens) == (8, 8, 57)
+        assert result["exact_match"] > 0.8
+        assert (result["pairs"], result["memory_tokens"], result["context_tokens"]) == (8, 8, 57)
 
     def test_pairs_are_random_and_keys_unique(self):
         pairs = draw_pairs(3000, seed=0)
@@ -165,10 +165,10 @@ class TestStory:
     @pytest.mark.smollm
     def test_answers_from_memory(self):
         result = run_story_demo(CHECKPOINTS / "smollm2-135m-qa", console=Console(quiet=True))
-        assert result.from_memory == result.targets
-        assert (result.context_tokens, result.memory_tokens) == (67, 32)
-        assert result.kv_cache_bytes == 67 * 30 * 2 * 3 * 64 * 4
-        assert result.state_bytes < result.kv_cache_bytes / 41
+        assert result["from_memory"] == result["targets"]
+        assert (result["context_tokens"], result["memory_tokens"]) == (67, 32)
+        assert result["kv_cache_bytes"] == 67 * 30 * 2 * 3 * 64 * 4
+        assert result["state_bytes"] < result["kv_cache_bytes"] / 41
 
     def test_is_asked_after_the_recital(self, tmp_path, text):
         backbone = tiny(max_position_embeddings=256)

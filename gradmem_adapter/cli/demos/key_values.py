@@ -6,8 +6,8 @@ import itertools
 import random
 import string
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -19,18 +19,6 @@ from gradmem_adapter.pipeline import GradMemPipeline
 
 ALPHABET = string.ascii_letters + string.digits
 SHOWN = 8
-
-
-@dataclass(frozen=True)
-class KeyValueFigures:
-    """What came of it."""
-
-    pairs: int
-    write_steps: int
-    exact_match: float
-    context_tokens: int
-    memory_tokens: int
-    write_seconds: float
 
 
 def draw_pairs(count: int, seed: int) -> dict[str, str]:
@@ -48,8 +36,8 @@ def draw_pairs(count: int, seed: int) -> dict[str, str]:
 
 def run_key_value_demo(
     checkpoint: Path, *, pairs: int = 16, steps: int = 5, seed: int = 0, console: Console | None = None
-) -> KeyValueFigures:
-    """Write random pairs into memory, drop them, and ask every key.
+) -> dict[str, Any]:
+    """Write random pairs into memory, drop them, and ask every key; returns the figures of it.
 
     Args:
         checkpoint (`Path`): weights trained on key-value retrieval.
@@ -82,11 +70,11 @@ def run_key_value_demo(
     for row in itertools.islice(zip(queries, answers, values.values(), strict=True), SHOWN):
         table.add_row(*map(Text, row))
     console.print(table)
-    return KeyValueFigures(
-        pairs=pairs,
-        write_steps=steps,
-        exact_match=sum(map(str.__eq__, answers, values.values())) / pairs,
-        context_tokens=int(state.context_tokens[0]),
-        memory_tokens=state.num_memory_tokens,
-        write_seconds=round(seconds, 2),
-    )
+    return {
+        "pairs": pairs,
+        "write_steps": steps,
+        "exact_match": sum(map(str.__eq__, answers, values.values())) / pairs,
+        "context_tokens": int(state.context_tokens[0]),
+        "memory_tokens": state.num_memory_tokens,
+        "write_seconds": round(seconds, 2),
+    }

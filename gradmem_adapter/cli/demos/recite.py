@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -25,18 +25,6 @@ from gradmem_adapter.utils.files import read_text
 
 MIN_TOKENS = 40
 """A text of fewer tokens would show little."""
-
-
-@dataclass(frozen=True)
-class RecitalFigures:
-    """What came of it."""
-
-    reconstructed: bool
-    context_tokens: int
-    memory_tokens: int
-    state_bytes: int
-    kv_cache_bytes: int
-    write_seconds: float
 
 
 def demo_text(path: Path | None = None) -> str:
@@ -62,8 +50,8 @@ def run_recite_demo(
     lr: float = 0.03,
     seed: int = 0,
     console: Console | None = None,
-) -> RecitalFigures:
-    """Write `text` into a memory state, save it, load it, and decode it greedily with the text gone.
+) -> dict[str, Any]:
+    """Write `text` into a memory state, save it, load it, and decode it greedily with the text gone. Returns figures.
 
     Args:
         text (`str`): of at least 40 tokens.
@@ -114,14 +102,14 @@ def run_recite_demo(
         f"The state on disk takes {state_bytes:,} bytes; the KV cache of the same text takes {cache_bytes:,} bytes "
         f"({cache_bytes / state_bytes:.1f} times as many)."
     )
-    return RecitalFigures(
-        reconstructed=recited == original,
-        context_tokens=count,
-        memory_tokens=memory_tokens,
-        state_bytes=state_bytes,
-        kv_cache_bytes=cache_bytes,
-        write_seconds=round(write_seconds, 1),
-    )
+    return {
+        "reconstructed": recited == original,
+        "context_tokens": count,
+        "memory_tokens": memory_tokens,
+        "state_bytes": state_bytes,
+        "kv_cache_bytes": cache_bytes,
+        "write_seconds": round(write_seconds, 1),
+    }
 
 
 def _write_with_progress(pipeline: GradMemPipeline, text: str, steps: int, lr: float, console: Console) -> MemoryState:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,10 @@ from gradmem_adapter.cli.demos.recite import kv_cache_bytes
 from gradmem_adapter.pipeline import GradMemPipeline
 
 
-@dataclass(frozen=True)
-class StoryFigures:
-    """What came of it."""
-
-    from_memory: list[str]
-    from_text: list[str]
-    targets: list[str]
-    context_tokens: int
-    memory_tokens: int
-    state_bytes: int
-    kv_cache_bytes: int
-
-
-def run_story_demo(checkpoint: Path, *, console: Console | None = None) -> StoryFigures:
+def run_story_demo(checkpoint: Path, *, console: Console | None = None) -> dict[str, Any]:
     """Answer the questions that ship with the package from memory, beside the backbone's answers from the whole text.
+
+    Returns the figures.
 
     Args:
         checkpoint (`Path`): what `load_checkpoint` opens, an adapter trained on questions.
@@ -55,22 +43,23 @@ def run_story_demo(checkpoint: Path, *, console: Console | None = None) -> Story
         prompts = [[{"role": "user", "content": f"{story['context']}\n\n{question}"}] for question in questions]
         from_text = pipeline.generate(prompts, **options)
     ids = pipeline.tokenizer(story["context"], return_tensors="pt")["input_ids"].to(model.device)
-    result = StoryFigures(
-        from_memory=[answer.strip() for answer in from_memory],
-        from_text=[answer.strip() for answer in from_text],
-        targets=story["targets"],
-        context_tokens=ids.shape[1],
-        memory_tokens=memory.num_memory_tokens,
-        state_bytes=len(memory.to_bytes()),
-        kv_cache_bytes=kv_cache_bytes(model, ids),
-    )
+    figures: dict[str, Any] = {
+        "from_memory": [answer.strip() for answer in from_memory],
+        "from_text": [answer.strip() for answer in from_text],
+        "targets": story["targets"],
+        "context_tokens": ids.shape[1],
+        "memory_tokens": memory.num_memory_tokens,
+        "state_bytes": len(memory.to_bytes()),
+        "kv_cache_bytes": kv_cache_bytes(model, ids),
+    }
     table = Table("asked", "from memory, the story gone", "by the backbone alone, with the story", "right")
-    for row in zip(questions, result.from_memory, result.from_text, result.targets, strict=True):
+    for row in zip(questions, figures["from_memory"], figures["from_text"], figures["targets"], strict=True):
         table.add_row(*map(Text, row))
     console.print(table)
     console.print(
-        f"{result.context_tokens} tokens are in {result.memory_tokens} vectors: {result.state_bytes:,} bytes on disk, "
-        f"where the KV cache of the story takes {result.kv_cache_bytes:,} bytes "
-        f"({result.kv_cache_bytes / result.state_bytes:.0f} times as many)."
+        "{context_tokens} tokens are in {memory_tokens} vectors: {state_bytes:,} bytes on disk, where the KV cache of "
+        "the story takes {kv_cache_bytes:,} bytes ({ratio:.0f} times as many).".format(
+            **figures, ratio=figures["kv_cache_bytes"] / figures["state_bytes"]
+        )
     )
-    return result
+    return figures
