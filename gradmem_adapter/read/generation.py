@@ -3,6 +3,8 @@ as without memory."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any, cast
 
 import torch
@@ -81,12 +83,51 @@ def generate_with_memory(
     if first:  # Transformers counts from 0
         inputs["position_ids"] = read.position_ids
     padded_left = read.layout.source is not None
+    backbone = taking_embeddings(backbone, input_ids.shape[1])
     if kept is None or padded_left or first or not input_ids.numel() or not can_reuse(backbone, options):
         return backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
     cache = kept.start(backbone, prefix.shape[1])
     output = backbone.generate(input_ids, **inputs, **options | {"past_key_values": cache})  # type: ignore[operator]
     kept.keep(cache)
     return output
+
+
+def taking_embeddings(backbone: PreTrainedModel, prompt_length: int) -> PreTrainedModel:
+    """A backbone whose `generate` takes `inputs_embeds`.
+
+    Transformers asks whether `prepare_inputs_for_generation` names them. Some classes (Bamba, Falcon-H1, Zamba, ...)
+    hand them on without naming them: they are named on a copy of the top module, and the model stays as it is.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        prompt_length (`int`): T, how many token ids stand for the embeddings.
+    """
+    signature = inspect.signature(cast(Any, backbone).prepare_inputs_for_generation)
+    if "inputs_embeds" in signature.parameters:
+        return backbone
+    named = copy.copy(backbone)
+    prepare = cast(Any, named).prepare_inputs_for_generation
+
+    def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = prepare(*args, **kwargs)
+        ids, given = inputs.get("input_ids"), kwargs.get("inputs_embeds")
+        if ids is not None and inputs.get("inputs_embeds") is not None:  # the first GPT, which has no cache
+            new = backbone.get_input_embeddings()(ids[:, prompt_length:])
+            inputs |= {"input_ids": None, "inputs_embeds": torch.cat([inputs["inputs_embeds"], new], dim=1)}
+        elif given is not None and kwargs.get("is_first_iteration") and inputs.get("inputs_embeds") is None:
+            raise NotImplementedError(
+                f"generate(memory=...) does not work with {type(backbone).__name__}: its "
+                "prepare_inputs_for_generation drops inputs_embeds, and with them the memory."
+            )
+        return inputs
+
+    *before, rest = signature.parameters.values()
+    embeddings = inspect.Parameter("inputs_embeds", inspect.Parameter.KEYWORD_ONLY, default=None)
+    named.__dict__["prepare_inputs_for_generation"] = prepare_inputs_for_generation
+    prepare_inputs_for_generation.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*before, embeddings, rest]
+    )
+    return named
 
 
 def _padding_on_the_left(input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -151,6 +192,8 @@ def check_generation_options(options: dict[str, Any], default: GenerationConfig)
 def can_reuse(backbone: PreTrainedModel, options: dict[str, Any]) -> bool:
     """Whether `generate` with these options may start from a prefix's keys and values without another result."""
     if backbone.training or capturing() or not cast(Any, backbone)._supports_default_dynamic_cache():
+        return False
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:  # the first GPT has no cache
         return False
     default = backbone.generation_config
     chosen = [generation_option(name, options, default) for name in _NEED_ANOTHER_CACHE]

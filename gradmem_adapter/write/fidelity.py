@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,12 +32,19 @@ def reconstruct(writer: Writer, memory: Tensor, length: int) -> Tensor:
     tokens: list[Tensor] = []
     cache = None
     with write_phase():
-        step = writer.slots.prefix(memory, "write", writer.adapter).to(cast(Tensor, embedding.weight).dtype)
+        given = writer.slots.prefix(memory, "write", writer.adapter).to(cast(Tensor, embedding.weight).dtype)
         for _ in range(length):
-            output = trunk(writer.backbone)(inputs_embeds=step, past_key_values=cache, use_cache=True, return_dict=True)
-            cache = output.past_key_values
+            # A backbone that gives no cache of keys and values (Mamba and its kin) reads everything again.
+            known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            output = trunk(writer.backbone)(
+                inputs_embeds=given if cache is None else given[:, -1:],
+                use_cache=cache is not None or not tokens,
+                return_dict=True,
+                **known,
+            )
+            cache = output.get("past_key_values")
             tokens.append(head(output.last_hidden_state[:, -1:])[:, -1].argmax(-1))
-            step = embedding(tokens[-1][:, None])
+            given = torch.cat([given, embedding(tokens[-1][:, None])], dim=1)
     return torch.stack(tokens, dim=1) if tokens else torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from reading import ROWS, greedy_without_cache, make, pad_left
-from tiny import tokens
+from tiny import tiny, tokens
 from torch.nn import functional as F
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gradmem_adapter import GradMemConfig, get_peft_model
 
@@ -77,3 +77,57 @@ def test_a_router_s_loss_is_added():
     plain = model(input_ids=query, labels=query, memory=state)
     routed = model(input_ids=query, labels=query, memory=state, output_router_logits=True)
     assert routed.loss > plain.loss + 0.1
+
+
+def bamba():
+    """Its `prepare_inputs_for_generation` hands on `inputs_embeds` without naming them."""
+    return AutoConfig.for_model(
+        "bamba", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=4,
+        mamba_n_groups=1, mamba_chunk_size=8, pad_token_id=0,
+    )  # fmt: skip
+
+
+def mamba():
+    """Has no keys and values."""
+    return AutoConfig.for_model("mamba", vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4)
+
+
+def first_gpt():
+    """Has no cache at all."""
+    return AutoConfig.for_model("openai-gpt", vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=96)
+
+
+@pytest.mark.parametrize("config", [bamba, mamba, first_gpt])
+def test_backbones_with_another_cache_than_keys_and_values(config):
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(config())
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
+    backbone.generation_config.pad_token_id = 0
+    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, memory_init_std=1.0)).eval()
+    context, prompt = tokens(1, 9), tokens(1, 5, seed=1)
+    state = model.write(context)
+    output = model.generate(prompt, memory=state, max_new_tokens=6, eos_token_id=None, do_sample=False)
+    assert torch.equal(output[0], greedy_without_cache(model, state, prompt[0], 6))
+    assert "prepare_inputs_for_generation" not in backbone.__dict__
+    first = model.prefix_embeddings(state)
+    with torch.no_grad():
+        expected = []
+        for _ in range(4):
+            expected.append(backbone(inputs_embeds=first).logits[:, -1].argmax(-1))
+            first = torch.cat([first, backbone.get_input_embeddings()(expected[-1][:, None])], dim=1)
+    assert torch.equal(model.reconstruct(state, 4), torch.stack(expected, dim=1))
+    assert model.fidelity(state, context).greedy.shape == (1,)
+
+
+def test_memory_that_generation_would_drop_is_refused():
+    class Dropping(LlamaForCausalLM):
+        def prepare_inputs_for_generation(self, input_ids, **kwargs):
+            return {"input_ids": input_ids}
+
+    model = get_peft_model(Dropping(tiny().config), GradMemConfig(num_memory_tokens=3)).eval()
+    state = model.write(tokens(1, 9))
+    with pytest.raises(NotImplementedError, match="Dropping"):
+        model.generate(tokens(1, 4), memory=state, max_new_tokens=2)
