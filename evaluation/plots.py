@@ -75,9 +75,6 @@ def _ticks(axis: Any, values: Sequence[int], base: int = 2) -> None:
     axis.set_ticks([], minor=True)
 
 
-# ---------------------------------------------------------------- tasks
-
-
 def kv_retrieval(output: Path) -> list[Path]:
     """Exact match against pairs, ours and the paper's; and write steps trained against write steps measured."""
     table = read("kv_retrieval").sort_values("pairs")
@@ -181,57 +178,4 @@ def reconstruction(output: Path) -> list[Path]:
     return _finish(figure, output / "reconstruction.png", 2)
 
 
-# ---------------------------------------------------------------- benchmarks
-
-
-def write_growth(output: Path) -> list[Path]:
-    """Time and memory of WRITE against write steps and tokens."""
-    table = read("write_growth").dropna(subset=["milliseconds"])
-    panels = (
-        ("write_steps", table[(table["batch"] == 2) & (table["length"] == 1024)], "write steps K, 2 x 1,024 tokens"),
-        ("length", table[(table["batch"] == 1) & (table["write_steps"] == 1)], "tokens, one context, K=1"),
-    )
-    figure, grid = pyplot().subplots(2, 2, figsize=(8, 5.6), sharex="col", layout="constrained")
-    for column, (name, rows, label) in zip(grid.T, panels, strict=True):
-        line = rows.sort_values(name)
-        for axes, value, title in zip(column, ("milliseconds", "peak_gib"), ("milliseconds", "peak GiB"), strict=True):
-            axes.plot(line[name].astype(int), line[value], **style("gradmem"))
-            axes.set(ylim=(0, 1.08 * line[value].max()), ylabel=title)
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-        column[-1].set_xlabel(label)
-    figure.suptitle("WRITE, compiled, one H100")
-    return _finish(figure, output / "write_growth.png")
-
-
-def versus_prompting(output: Path) -> list[Path]:
-    """Bytes kept and time to the first token against context tokens, on two CPU cores."""
-    table = read("versus_prompting", kind="answer", hardware="Intel(R) Xeon(R) Processor, 2 threads")
-    table = table.sort_values("context_tokens")
-    lines = (
-        ("bytes kept for a context", {"from memory": "state_bytes", "context, its cache kept": "context_kv_bytes"}),
-        ("milliseconds to the first token", {
-            "from memory": "first_token_memory_ms", "context, its cache kept": "first_token_kept_ms",
-            "context, read anew": "first_token_prefill_ms",
-        }),
-    )  # fmt: skip
-    styles = {
-        "from memory": style("gradmem"), "context, its cache kept": style("full_context"),
-        "context, read anew": style("full_context") | {"linestyle": "--"},
-    }  # fmt: skip
-    figure, panels = _axes(2, (9.6, 4.4))
-    for panel, (title, columns) in zip(panels, lines, strict=True):
-        for name, column in columns.items():
-            panel.plot(table["context_tokens"], table[column], label=name, **styles[name])
-        panel.set(yscale="log", xlabel="context tokens", ylabel=title)
-        _ticks(panel.xaxis, list(table["context_tokens"]))
-    return _finish(figure, output / "versus_prompting.png", 3)
-
-
-PLOTS: tuple[Callable[[Path], list[Path]], ...] = (
-    kv_retrieval,
-    answers,
-    reconstruction,
-    write_growth,
-    versus_prompting,
-)
+PLOTS: tuple[Callable[[Path], list[Path]], ...] = (kv_retrieval, answers, reconstruction)

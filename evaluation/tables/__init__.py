@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-from .benchmarks import (
-    kv_step,
-    meta_gradient_accuracy,
-    meta_gradient_accuracy_earlier,
-    meta_gradient_cost,
-    read_time,
-    train_step,
-    training_speed,
-    versus_prompting,
-    versus_prompting_decoding,
-    versus_prompting_gpu,
-    write_growth,
-    write_many,
-    write_time,
-    write_time_cpu,
-)
-from .cells import Frame, markdown
-from .tasks import answers, answers_all, answers_side_by_side, kv_retrieval, reconstruction, results_table
+from . import benchmarks, tasks
+from .cells import markdown
+from .tasks import results_table
 
 ROOT = Path(__file__).parent.parent.parent
-_ALL: tuple[Callable[[], Frame], ...] = (
-    answers, answers_all, answers_side_by_side, kv_retrieval, kv_step, meta_gradient_accuracy,
-    meta_gradient_accuracy_earlier, meta_gradient_cost, read_time, reconstruction, train_step, training_speed,
-    versus_prompting, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many, write_time,
-    write_time_cpu,
-)  # fmt: skip
-TABLES = {table.__name__: table for table in _ALL}
+TABLES = {table.__name__: table for table in (*tasks.TABLES, *benchmarks.TABLES)}
 """By the name that a block has in README and docs."""
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 

@@ -163,32 +163,17 @@ def meta_gradient_cost() -> Frame:
     return _costs(read("train_step", batch=4))
 
 
-def _accuracy(table: Frame) -> Frame:
-    table = table[table["method"] != "write"].sort_values("write_lr", kind="stable")
-    steps = table.get("relative_step", pd.Series(index=table.index, dtype=float))
-    heads = [name.replace(" float32", ", float32").replace(" bf16", ", bf16").replace(" TF32", ", TF32")
-             + ("" if pd.isna(step) else f", step {step:g}")
-             for name, step in zip(table["method"], steps, strict=True)]  # fmt: skip
-    return grid(table, [f"{lr:g}" for lr in table["write_lr"]], heads,
-                lambda rows: f"{rows['cosine'].iloc[-1]:.5f}", "write lr")  # fmt: skip
-
-
 def meta_gradient_accuracy() -> Frame:
     """Cosine with the exact gradient in float32, present rule of the finite difference's step."""
-    table = read("meta_gradient_accuracy", hardware=H100)
     names = ["first order float32", "double backward bf16 by the textbook", "exact bf16", "finite difference bf16",
              "finite difference TF32", "finite difference float32"]  # fmt: skip
-    single = ~table["method"].isin(names[4:]) | (table["relative_step"] == 0.005)
-    table = in_order(table[single].sort_values("relative_step", kind="stable"), names)
-    return _accuracy(table)
-
-
-def meta_gradient_accuracy_earlier() -> Frame:
-    """The same by an earlier rule, a share of the norm of the whole memory."""
-    table = read("meta_gradient_accuracy", hardware="NVIDIA H200")
-    names = ["first order float32", "double backward bf16 by the textbook", "finite difference bf16",
-             "finite difference TF32", "finite difference float32"]  # fmt: skip
-    return _accuracy(in_order(table[table["relative_step"].isna() | (table["relative_step"] == 0.003)], names))
+    table = in_order(read("meta_gradient_accuracy", hardware=H100).sort_values("relative_step", kind="stable"), names)
+    table = table[~table["method"].isin(names[4:]) | (table["relative_step"] == 0.005)]
+    table = table.sort_values("write_lr", kind="stable")
+    heads = table["method"].str.replace(r" (float32|bf16|TF32)", r", \1", regex=True)
+    heads += table["relative_step"].map(lambda step: "" if pd.isna(step) else f", step {step:g}")
+    rows = table["write_lr"].map("{:g}".format)
+    return grid(table, rows, heads, lambda found: f"{found['cosine'].iloc[-1]:.5f}", "write lr")
 
 
 def kv_step() -> Frame:
@@ -211,3 +196,9 @@ def training_speed() -> Frame:
     return grid(table, table["what"].tolist(), table["method"].tolist(), lambda cell: (
         f"{cell['steps_per_second'].iloc[-1]:.1f}, {cell['peak_gib'].iloc[-1]:.1f} GiB"
     ), "steps a second, peak memory")  # fmt: skip
+
+
+TABLES = (
+    kv_step, meta_gradient_accuracy, meta_gradient_cost, read_time, train_step, training_speed, versus_prompting,
+    versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many, write_time, write_time_cpu,
+)  # fmt: skip

@@ -133,3 +133,6 @@ def reconstruction() -> Frame:
                 " / ".join(f"{math.exp(value):.0f}" for value in nats),
         })  # fmt: skip
     return Frame(rows)
+
+
+TABLES = (answers, answers_all, answers_side_by_side, kv_retrieval, reconstruction)

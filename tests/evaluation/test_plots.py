@@ -74,4 +74,4 @@ def test_what_was_trained_alike_is_one_line(tmp_path, monkeypatch, figures):
 def test_the_command(tmp_path):
     result = CliRunner().invoke(app, ["plots", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "versus_prompting.png").exists()
+    assert (tmp_path / "kv_retrieval.png").exists()
