@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.utils.gguf import open_gguf
@@ -89,11 +91,15 @@ def _open_directory_or_hub(
     source = str(path) if path.is_dir() else reference
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:  # not there, not reachable, or not a causal LM
+        opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:  # not there, not reachable, damaged, or not a causal LM
         where = "directory" if path.is_dir() else "hub id (there is no directory of that name)"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"backbone {reference!r}, read as a {where}, cannot be opened. {_FORMS}. Cause: {error}") from error
+    model, info = opened
+    if info["missing_keys"]:  # which Transformers makes up
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"backbone {reference!r} lacks {len(missing)} tensors, among them {', '.join(missing[:4])}.")
     return model, tokenizer
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.utils import (
     CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
     get_peft_model_state_dict,
-    load_peft_weights,
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,8 @@ from gradmem_adapter.peft_model import GradMemPeftModel
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
+_SHOWN = 8
+"""So many differences are listed in an error."""
 
 
 def save_checkpoint(
@@ -122,18 +124,33 @@ def _embeddings(model: PreTrainedModel | PeftModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
-def _resize(backbone: PreTrainedModel, directory: Path) -> None:
-    """Give a backbone as many embeddings as a checkpoint holds, if it holds any: they are loaded with the adapter."""
+def _resize(backbone: PreTrainedModel, directory: Path) -> bool:
+    """Give a backbone as many embeddings as a checkpoint holds, if it holds any: they are loaded with the adapter.
+
+    Returns:
+        Whether it had another number.
+    """
     file = directory / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
-        return
     table = _embeddings(backbone)
     name = next(name for name, module in backbone.named_modules() if module is table)
-    with safe_open(file, "pt") as tensors:
+    with _opened(file) as tensors:
         key = f"base_model.model.{name}.weight"
         rows = tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else table.num_embeddings  # noqa: SIM118
     if rows != table.num_embeddings:
         backbone.resize_token_embeddings(rows, mean_resizing=False)
+    return rows != table.num_embeddings
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    """The weights of an adapter; an error says which file is not there or damaged."""
+    if not file.is_file():
+        raise FileNotFoundError(f"There are no weights of an adapter in {str(file.parent)!r}: it has no {file.name}.")
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {str(file.parent)!r} are damaged: {error}.") from error
 
 
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
@@ -159,15 +176,12 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or it has no trained backbone and the model needs one.
-        ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
+        ValueError: tensors are missing, unknown or of another shape or type; nothing is changed then.
     """
-    path, adapter = Path(path), model.active_adapter
+    path = Path(path)
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"There is no checkpoint of an adapter in {str(path)!r}: it has no {CONFIG_NAME}.")
-    loaded = load_peft_weights(str(path), device="cpu")
-    own = get_peft_model_state_dict(model, adapter_name=adapter)
-    loaded = {name: tensor for name, tensor in own.items() if name.rpartition(".")[2] in may_lack} | loaded
-    check_tensors(path, loaded, own)
+    loaded = _adapter_tensors(model, path, embeddings=_is_resized(model), may_lack=may_lack)
     if model.active_peft_config.train_backbone:
         if not (path / BACKBONE).is_dir():
             raise FileNotFoundError(
@@ -180,25 +194,48 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
         check_tensors(path / BACKBONE, saved, trained)
         for name, tensor in trained.items():
             tensor.copy_(saved[name])
-    set_peft_model_state_dict(model, loaded, adapter_name=adapter)
+    set_peft_model_state_dict(model, loaded, adapter_name=model.active_adapter)
+
+
+def _adapter_tensors(
+    model: PeftModel, path: Path, *, embeddings: bool, may_lack: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of the adapter in a checkpoint, if they are exactly those that the active adapter has.
+
+    With `embeddings`, those of a backbone that was resized are among them.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=embeddings)
+    with _opened(path / SAFETENSORS_WEIGHTS_NAME) as file:
+        loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    loaded = {name: tensor for name, tensor in own.items() if name.rpartition(".")[2] in may_lack} | loaded
+    check_tensors(path, loaded, own)
+    return loaded
 
 
 def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raise `ValueError` unless both have the same tensors, shape by shape.
+    """Raise `ValueError` with the differences unless both have the same tensors, of the same shapes and kinds.
+
+    Floating types may differ in width: the weights of a LoRA may be rounded in a checkpoint.
 
     Args:
         path (`Path`): the checkpoint, for messages.
         saved (`dict[str, Tensor]`): its tensors.
         own (`dict[str, Tensor]`): the model's.
     """
-    for name in sorted(saved.keys() | own.keys()):
-        there, here = (tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, own))
-        if there != here:
-            raise ValueError(
-                f"The checkpoint in {str(path)!r} is of another model: tensor {name!r} has shape {there} there and "
-                f"{here} here (None: it is missing). Make the model with the configuration of the checkpoint, or open "
-                "it with load_checkpoint."
-            )
+    differences = [f"{name!r} is missing" for name in sorted(own.keys() - saved.keys())]
+    differences += [f"{name!r} is unknown" for name in sorted(saved.keys() - own.keys())]
+    for name in sorted(saved.keys() & own.keys()):
+        there, here = saved[name], own[name]
+        if there.shape != here.shape:
+            differences.append(f"{name!r} has shape {tuple(there.shape)} there and {tuple(here.shape)} here")
+        elif there.dtype != here.dtype and not (there.is_floating_point() and here.is_floating_point()):
+            differences.append(f"{name!r} is {there.dtype} there and {here.dtype} here")
+    if differences:
+        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        raise ValueError(
+            f"The checkpoint in {str(path)!r} is of another model: tensor {'; tensor '.join(differences[:_SHOWN])}"
+            f"{more}. Make the model with the configuration of the checkpoint, or get the checkpoint anew."
+        )
 
 
 def load_checkpoint(
@@ -223,7 +260,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the adapter is not a GradMem adapter, or does not say what its backbone is.
+        ValueError: the adapter is not a GradMem adapter, does not say what its backbone is, or its tensors are not
+            exactly those that its configuration calls for.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -252,9 +290,13 @@ def load_checkpoint(
         backbone, tokenizer = load_backbone(str(backbone), dtype=dtype, device=device, tokenizer=tokenizer)
     if tokenizer is None:
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
-    try:
-        _resize(backbone, directory)
-        model = PeftModel.from_pretrained(backbone, str(directory), is_trainable=is_trainable)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {directory} are damaged: {error}.") from error
+    resized = _resize(backbone, directory)
+    config.inference_mode = not is_trainable
+    model = PeftModelForCausalLM(backbone, config)
+    try:  # not by PEFT, which keeps random memory for what is missing and takes any tensor of the backbone
+        tensors = _adapter_tensors(model, directory, embeddings=resized or _is_resized(model))
+    except BaseException:
+        cast(GradMemModel, model.base_model).unload()  # the backbone may be the caller's
+        raise
+    set_peft_model_state_dict(model, tensors)
     return cast(GradMemPeftModel, model.eval()), tokenizer

@@ -1,0 +1,130 @@
+"""Checkpoints whose tensors are not those that their configuration calls for are refused before anything changes."""
+
+import random
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny, tiny_tokenizer
+
+from gradmem_adapter import GradMemConfig, load_checkpoint, save_checkpoint
+
+WEIGHTS = "adapter_model.safetensors"
+MEMORY = "base_model.model.memory_slots.gradmem_memory"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint with a LoRA, and its tensors."""
+    config = GradMemConfig(num_memory_tokens=3, lora_config={"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    save_checkpoint(get_peft_model(tiny(), config), tiny_tokenizer(), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def change(saved, function):
+    tensors = load_file(saved / WEIGHTS)
+    function(tensors)
+    save_file(tensors, saved / WEIGHTS, metadata={"format": "pt"})
+
+
+def refused(saved, match):
+    backbone = tiny()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        load_checkpoint(saved, backbone=backbone)
+    after = backbone.state_dict()
+    assert after.keys() == before.keys(), "the caller's backbone must be without an adapter again"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_the_checkpoint_is_good(saved):
+    model, _ = load_checkpoint(saved, backbone=tiny())
+    assert torch.equal(model.base_model.slots.gradmem_memory["default"], load_file(saved / WEIGHTS)[MEMORY])
+
+
+def test_a_missing_memory_is_not_made_up(saved):
+    change(saved, lambda tensors: tensors.pop(MEMORY))
+    refused(saved, r"tensor '.*gradmem_memory' is missing")
+
+
+def test_a_missing_lora_is_not_made_up(saved):
+    change(saved, lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)))
+    refused(saved, r"tensor '.*lora_B.*' is missing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight", "model.embed_tokens.weight", "x"],
+)
+def test_tensors_of_the_backbone_are_not_let_in(saved, name):
+    change(saved, lambda tensors: tensors.update({name: torch.full((61, 32), 7.0)}))
+    refused(saved, rf"tensor '{name}' is unknown")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(4, 32), r"has shape \(4, 32\) there and \(3, 32\) here"),
+        (torch.zeros(96), r"has shape \(96,\)"),
+        (torch.zeros(3, 32, dtype=torch.long), "is torch.int64 there and torch.float32 here"),
+        (torch.zeros(3, 32, dtype=torch.complex64), "is torch.complex64 there"),
+    ],
+)
+def test_wrong_shapes_and_types_are_named(saved, tensor, message):
+    change(saved, lambda tensors: tensors.update({MEMORY: tensor}))
+    refused(saved, message)
+
+
+def test_all_differences_are_listed(saved):
+    def several(tensors):
+        tensors[MEMORY] = torch.zeros(1)
+        tensors["another"] = torch.zeros(1)
+        for name in [name for name in tensors if "lora_A" in name]:
+            del tensors[name]
+
+    change(saved, several)
+    refused(saved, r"(?s)lora_A.*missing.*'another' is unknown.*gradmem_memory' has shape")
+
+
+def test_weights_that_are_no_safetensors(saved):
+    weights = saved / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-9])
+    refused(saved, "are damaged")
+    torch.save({}, saved / "adapter_model.bin")  # never opened in its place
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+        load_checkpoint(saved, backbone=tiny())
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_trained_backbone_is_whole(tmp_path, how):
+    saved = tmp_path / "saved"
+    save_checkpoint(get_peft_model(tiny(), GradMemConfig(train_backbone=True)), tiny_tokenizer(), saved)
+    load_checkpoint(saved)
+    weights = saved / "backbone" / "model.safetensors"
+    if how == "missing":
+        tensors = load_file(weights)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    else:
+        weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises((ValueError, OSError), match=r"backbone .*(lacks 1 tensors.*up_proj|cannot be opened)"):
+        load_checkpoint(saved)
+
+
+def test_damaged_headers(saved):
+    """Loaded as what was saved, or refused by an error that names what is wrong."""
+    weights, dice = saved / WEIGHTS, random.Random(0)
+    good = weights.read_bytes()
+    whole = load_file(weights)
+    end = 8 + int.from_bytes(good[:8], "little")
+    for _ in range(60):
+        data = bytearray(good)
+        data[dice.randrange(end)] = dice.randrange(256)
+        weights.write_bytes(data)
+        try:
+            model, _ = load_checkpoint(saved, backbone=tiny())
+        except ValueError:
+            continue
+        assert torch.equal(model.base_model.slots.gradmem_memory["default"], whole[MEMORY])
