@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -15,6 +16,8 @@ from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, Writ
 
 from .references import REFERENCE, check_references
 
+_MARK = b"gradmem "
+"""What a stored state begins with, followed by its key: the state alone does not say which text it is of."""
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -59,23 +62,37 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         return [f"{self.namespace}/{reference}" for reference in check_references(list(references))]
 
     def mget(self, keys: Sequence[str]) -> list[MemoryState | None]:
-        """The states, None where there is none.
+        """The states, None where there is none, and where it is damaged: a warning names it, and `write` replaces it.
 
         Args:
             keys (`Sequence[str]`): references.
 
         Raises:
             ValueError: a key that is no reference.
-            MemoryStateError: what is stored is no memory state or is damaged.
         """
-        found = self.store.mget(self._keys(keys))
         states: list[MemoryState | None] = []
-        for key, data in zip(keys, found, strict=True):
-            try:
-                states.append(None if data is None else MemoryState.from_bytes(data))
-            except MemoryStateError as error:
-                raise MemoryStateError(f"The stored state {key!r} cannot be read: {error}") from error
+        for found in self._read(keys):
+            if isinstance(found, MemoryStateError):
+                warnings.warn(f"{found} It counts as missing.", stacklevel=2)
+            states.append(None if isinstance(found, MemoryStateError) else found)
         return states
+
+    def _read(self, references: Sequence[str]) -> list[MemoryState | MemoryStateError | None]:
+        """What is stored, or why it cannot be read."""
+        keys = self._keys(references)
+        return [self._decoded(key, data) for key, data in zip(keys, self.store.mget(keys), strict=True)]
+
+    @staticmethod
+    def _decoded(key: str, data: bytes | None) -> MemoryState | MemoryStateError | None:
+        if data is None:
+            return None
+        name, _, rest = data.partition(b"\n") if data.startswith(_MARK) else (_MARK + key.encode(), b"", data)
+        if name != _MARK + key.encode():  # copied or renamed in the store of bytes
+            return MemoryStateError(f"What is stored as {key!r} is another state, {name[len(_MARK) :][:120]!r}.")
+        try:
+            return MemoryState.from_bytes(rest)
+        except MemoryStateError as error:
+            return MemoryStateError(f"The stored state {key!r} cannot be read: {error}")
 
     def mset(self, key_value_pairs: Sequence[tuple[str, MemoryState]]) -> None:
         """Put states in.
@@ -87,7 +104,8 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             ValueError: a key that is no reference; nothing is stored then.
         """
         keys = self._keys([reference for reference, _ in key_value_pairs])
-        self.store.mset([(key, state.to_bytes()) for key, (_, state) in zip(keys, key_value_pairs, strict=True)])
+        states = [state.to_bytes() for _, state in key_value_pairs]
+        self.store.mset([(key, _MARK + key.encode() + b"\n" + data) for key, data in zip(keys, states, strict=True)])
 
     def mdelete(self, keys: Sequence[str]) -> None:
         """Delete states.
@@ -122,9 +140,11 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         Raises:
             ValueError: it is no reference.
             UnknownReferenceError: this store does not hold it.
-            MemoryStateError: it is damaged, or another model than `fingerprint` wrote it.
+            MemoryStateError: it is damaged or not what was stored there, or another model than `fingerprint` wrote it.
         """
-        (state,) = self.mget([reference])
+        (state,) = self._read([reference])
+        if isinstance(state, MemoryStateError):
+            raise state
         if state is None:
             raise UnknownReferenceError(
                 f"There is no memory state {reference!r} in namespace {self.namespace!r}. It was deleted, belongs to "
@@ -149,7 +169,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
     def write(self, pipeline: GradMemPipeline, texts: Sequence[str], options: WriteOptions | None = None) -> list[str]:
-        """The references of texts; those not yet stored are written, in batches that fit into memory.
+        """The references of texts; those not yet stored, or damaged, are written, in batches that fit into memory.
 
         Args:
             pipeline (`GradMemPipeline`): who writes.

@@ -25,8 +25,10 @@ def test_damaged_states_raise(state):
     store.mset([(REFERENCE, state)])
     (key,) = store.store.yield_keys()
     store.store.mset([(key, store.store.mget([key])[0][:-7])])
-    with pytest.raises(MemoryStateError, match=f"'{REFERENCE}' cannot be read"):
+    with pytest.raises(MemoryStateError, match=f"{REFERENCE}' cannot be read"):
         store.get(REFERENCE)
+    with pytest.warns(UserWarning, match="counts as missing"):
+        assert store.mget([REFERENCE]) == [None]
 
 
 @pytest.mark.parametrize("namespace", ["", "a/b", "../x", "a b"])
