@@ -17,6 +17,9 @@ from gradmem_adapter.utils.state_file import is_memory_state
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 """Trained adapters of the source tree; the wheel does not carry them."""
 
+MAX_CONTEXT_BYTES = 2**26
+"""64 MiB: longer than any context that is written."""
+
 DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
 
 
@@ -60,7 +63,7 @@ def context_of(file: Path) -> str:
     Raises:
         ValueError: it is empty, or no text in UTF-8.
     """
-    text = read_text(file)
+    text = read_text(file, max_bytes=MAX_CONTEXT_BYTES)
     if not text.strip():
         raise ValueError(f"{file} is empty: there is nothing to write.")
     return text

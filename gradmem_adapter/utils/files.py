@@ -88,18 +88,23 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
     """A text in UTF-8, gzipped (`.gz`) or not.
 
     Args:
         path (`Path`): the file.
+        max_bytes (`int`, *optional*, defaults to 1 GiB): how long the text may be; no more is read or inflated.
 
     Raises:
-        OSError: the file cannot be opened.
-        ValueError: it is damaged, or not in UTF-8; the message names it.
+        OSError: the file cannot be opened, or is no regular file.
+        ValueError: it is damaged, too long or not in UTF-8; the message names it.
     """
     try:
-        return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8")
+        with open_regular(path) as file:
+            data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise ValueError(f"{path} is a text of more than {max_bytes:,} bytes, and no more are read.")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -1,12 +1,13 @@
 """Files that replace others: permissions, owners, links, and what is no file."""
 
+import gzip
 import os
 import socket
 import stat
 
 import pytest
 
-from gradmem_adapter.utils.files import check_writable, replacing
+from gradmem_adapter.utils.files import check_writable, read_text, replacing
 
 
 def replace(path, content=b"new"):
@@ -101,3 +102,20 @@ def test_an_input_is_not_writable_by_any_name(tmp_path):
             check_writable(tmp_path / output, inputs=[tmp_path / "absent", tmp_path / "notes"])
     check_writable(tmp_path / "new", inputs=[tmp_path / "notes"])
     assert sorted(os.listdir(tmp_path)) == ["link", "notes", "other name"]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "gz"])
+def test_no_more_of_a_text_is_read_than_may_be(tmp_path, suffix):
+    path = tmp_path / f"text.{suffix}"
+    path.write_bytes(gzip.compress(b"x" * 1000) if suffix == "gz" else b"x" * 1000)
+    assert read_text(path, max_bytes=1000) == "x" * 1000
+    with pytest.raises(ValueError, match="text of more than 999 bytes"):
+        read_text(path, max_bytes=999)
+
+
+def test_pipes_and_devices_are_no_texts(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(OSError, match="is no regular file"):
+            read_text(path)
