@@ -9,11 +9,12 @@ from typing import Any, cast
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import inject_lora
-from gradmem_adapter.utils.backbone import check_backbone, max_positions
+from gradmem_adapter.utils.backbone import check_backbone, check_start, max_positions
 from gradmem_adapter.utils.fingerprint import FingerprintCache
 from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters
 
@@ -62,6 +63,8 @@ class GradMemTuner(BaseTuner):
     ) -> None:
         """Add an adapter's slots (and its LoRA) to the backbone. Called by PEFT."""
         config = self.peft_config[adapter_name]
+        if config.start != "slots":
+            check_start(cast(PreTrainedModel, model), config.start)
         # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         inject_lora(model, adapter_name, config, low_cpu_mem_usage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -81,6 +82,28 @@ def trunk_name(backbone: PreTrainedModel) -> str:
 def trunk(backbone: PreTrainedModel) -> nn.Module:
     """The child that maps input embeddings to last hidden states."""
     return cast(nn.Module, backbone._modules[trunk_name(backbone)])
+
+
+def check_start(backbone: PreTrainedModel, start: str) -> None:
+    """Raise `ValueError` unless the last hidden states are as wide as the input embeddings, so that a memory can start
+    from both. Two tokens are run through the trunk to see it.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        start (`str`): `GradMemConfig.start`, for the message.
+    """
+    embeddings = backbone.get_input_embeddings()
+    table = cast(Tensor, embeddings.weight)
+    if table.is_meta:
+        return
+    with torch.no_grad(), torch.random.fork_rng([table.device] if table.device.type == "cuda" else []):
+        tokens = embeddings(torch.zeros(1, 2, dtype=torch.long, device=table.device))
+        hidden = trunk(backbone)(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
+    if hidden.shape[-1] != tokens.shape[-1]:
+        raise ValueError(
+            f"start={start!r} adds last hidden states to memory slots, and those of {type(backbone).__name__} are "
+            f"{hidden.shape[-1]} wide where its input embeddings are {tokens.shape[-1]}. Use start='slots'."
+        )
 
 
 def contains(module: nn.Module, part: nn.Module) -> bool:

@@ -2,13 +2,15 @@
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from tiny import tiny
+from tiny import tiny, tokens
 from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
     LlamaModel,
+    RemBertConfig,
+    RemBertForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -43,3 +45,21 @@ def test_a_backbone_that_carries_an_adapter_is_refused(how):
         backbone.add_adapter(lora, adapter_name="style")
     with pytest.raises(ValueError, match=r"carries an adapter already \(style\).*merge_and_unload"):
         get_peft_model(backbone, GradMemConfig())
+
+
+@pytest.mark.parametrize("start", ["context", "pooled_context"])
+def test_a_start_from_hidden_states_of_another_width_is_refused(start):
+    config = RemBertConfig(
+        vocab_size=20, hidden_size=8, input_embedding_size=4, output_embedding_size=4, num_hidden_layers=1,
+        num_attention_heads=1, intermediate_size=8, is_decoder=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="8 wide where its input embeddings are 4"):
+        get_peft_model(RemBertForCausalLM(config), GradMemConfig(start=start))
+    state = get_peft_model(RemBertForCausalLM(config), GradMemConfig()).eval().write(tokens(1, 5) % 20)
+    assert state.width == 4
+
+
+def test_a_bound_of_minus_one_is_none():
+    backbone = tiny()
+    backbone.config.max_position_embeddings = -1
+    assert get_peft_model(backbone, GradMemConfig()).positions is None
