@@ -47,7 +47,7 @@ def spans(milliseconds: float) -> str:
 def write_time() -> Frame:
     """WRITE on one H100, bf16; several figures are of several GPUs of the kind."""
     table = in_order(read("write_compare", hardware=H100, dtype="bfloat16"), list(HOW))
-    return grid(table, [HOW[name] for name in table["method"]], shapes(table), time_and_memory, "one H100, bf16")
+    return grid(table, table["method"].map(HOW), shapes(table), time_and_memory, "one H100, bf16")
 
 
 def write_time_cpu() -> Frame:
@@ -58,15 +58,15 @@ def write_time_cpu() -> Frame:
         f"{row['hardware'].partition(',')[0]}, torch {row['torch'].partition('+')[0]}, {row['dtype']}, {shape(row)}"
         for _, row in table.iterrows()
     ]
-    return grid(table, [HOW[name] for name in table["method"]], heads, time_and_memory, "two cores")
+    return grid(table, table["method"].map(HOW), heads, time_and_memory, "two cores")
 
 
 def write_many() -> Frame:
     """100 contexts of mixed lengths, first calls and compiling included."""
     table = read("write_many")
-    return grid(table, table["method"].tolist(), ["time, peak memory"] * len(table), lambda rows: (
-        f"{rows['milliseconds'].iloc[-1] / 1000:.1f} s, {rows['peak_gib'].iloc[-1]:.1f} GiB"
-    ), "100 contexts of 200 to 1,000 tokens, K=5, one H100")  # fmt: skip
+    table["seconds"] = table["milliseconds"] / 1000
+    heads, corner = ["time, peak memory"] * len(table), "100 contexts of 200 to 1,000 tokens, K=5, one H100"
+    return grid(table, table["method"], heads, "{seconds:.1f} s, {peak_gib:.1f} GiB", corner)
 
 
 def write_growth() -> Frame:
@@ -74,9 +74,7 @@ def write_growth() -> Frame:
     table = read("write_growth").dropna(subset=["milliseconds"])
     rows = [f"{batch} context{'s' * (batch > 1)}" for batch in table["batch"]]
     heads = [f"{row['length']:,} tokens, K={row['write_steps']:.0f}" for _, row in table.iterrows()]
-    return grid(table, rows, heads, lambda found: (
-        f"{found['milliseconds'].iloc[-1]:.0f} ms, {found['peak_gib'].iloc[-1]:.2f} GiB"
-    ), "one H100, bf16")  # fmt: skip
+    return grid(table, rows, heads, "{milliseconds:.0f} ms, {peak_gib:.2f} GiB", "one H100, bf16")
 
 
 def read_time() -> Frame:
@@ -88,8 +86,7 @@ def read_time() -> Frame:
     }
     table = in_order(read("read", hardware=H100, new_tokens=8), list(names))
     heads = [f"{row['query_tokens']} tokens, {row['batch']} at a time" for _, row in table.iterrows()]
-    return grid(table, [names[name] for name in table["method"]], heads,
-                lambda rows: f"{rows['first_token_ms'].iloc[-1]:.0f} ms", "one H100, bf16")  # fmt: skip
+    return grid(table, table["method"].map(names), heads, "{first_token_ms:.0f} ms", "one H100, bf16")
 
 
 def _prompting(table: Frame) -> Frame:
@@ -131,9 +128,7 @@ def versus_prompting_decoding() -> Frame:
     rows = ["from memory" if row["method"] == "memory" else f"context of {row['context_tokens']:,} tokens"
             for _, row in table.iterrows()]  # fmt: skip
     heads = [f"{batch:.0f} at a time" for batch in table["batch"]]
-    return grid(table, rows, heads, lambda found: (
-        f"{found['tokens_per_second'].iloc[-1]:,.0f} tokens/s, {found['peak_gib'].iloc[-1]:.2g} GiB"
-    ))  # fmt: skip
+    return grid(table, rows, heads, "{tokens_per_second:,.0f} tokens/s, {peak_gib:.2g} GiB")
 
 
 # ---------------------------------------------------------------- training
@@ -173,7 +168,7 @@ def meta_gradient_accuracy() -> Frame:
     heads = table["method"].str.replace(r" (float32|bf16|TF32)", r", \1", regex=True)
     heads += table["relative_step"].map(lambda step: "" if pd.isna(step) else f", step {step:g}")
     rows = table["write_lr"].map("{:g}".format)
-    return grid(table, rows, heads, lambda found: f"{found['cosine'].iloc[-1]:.5f}", "write lr")
+    return grid(table, rows, heads, "{cosine:.5f}", "write lr")
 
 
 def kv_step() -> Frame:
@@ -183,19 +178,16 @@ def kv_step() -> Frame:
             for _, row in table.iterrows()]  # fmt: skip
     names = {(False, False): "eager", (False, True): "CUDA graph", (True, False): "layers compiled",
              (True, True): "compiled, CUDA graph"}  # fmt: skip
-    heads = [
-        names[bool(compiled), bool(graph)] for compiled, graph in zip(table["compiled"], table["graph"], strict=True)
-    ]
-    found = grid(table, rows, heads, lambda cell: f"{cell['steps_per_second'].iloc[-1]:.1f}", "steps a second")
+    heads = [names[way] for way in zip(table["compiled"], table["graph"], strict=True)]
+    found = grid(table, rows, heads, "{steps_per_second:.1f}", "steps a second")
     return found[["steps a second", *names.values()]]
 
 
 def training_speed() -> Frame:
     """Steps per second of the Trainer, and of the loop that came before it, on one H200."""
     table = read("training_speed")
-    return grid(table, table["what"].tolist(), table["method"].tolist(), lambda cell: (
-        f"{cell['steps_per_second'].iloc[-1]:.1f}, {cell['peak_gib'].iloc[-1]:.1f} GiB"
-    ), "steps a second, peak memory")  # fmt: skip
+    cell = "{steps_per_second:.1f}, {peak_gib:.1f} GiB"
+    return grid(table, table["what"], table["method"], cell, "steps a second, peak memory")
 
 
 TABLES = (

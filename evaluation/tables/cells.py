@@ -50,20 +50,24 @@ def in_order(table: Frame, names: Iterable[str], column: str = "method") -> Fram
 
 
 def grid(
-    table: Frame, rows: Sequence[str], columns: Sequence[str], cell: Callable[[Frame], str], corner: str = ""
+    table: Frame, rows: Sequence[str], columns: Sequence[str], cell: str | Callable[[Frame], str], corner: str = ""
 ) -> Frame:
     """A row for each label and a column for each heading, in order of first appearance.
 
     Args:
         rows, columns: the label and the heading of each row of `table`.
-        cell: what stands where the two meet, from the rows of `table` there.
+        cell: what stands where the two meet, from the rows of `table` there; a text is filled in from the last of them.
     """
+
+    def text(found: Frame) -> str:
+        return cell.format(**found.iloc[-1]) if isinstance(cell, str) else cell(found)
+
     table = table.assign(_row=list(rows), _column=list(columns))
     heads = list(dict.fromkeys(columns))
     lines = []
     for label in dict.fromkeys(rows):
         here = [table[(table["_row"] == label) & (table["_column"] == head)] for head in heads]
-        lines.append([label, *(cell(found) if len(found) else None for found in here)])
+        lines.append([label, *(text(found) if len(found) else None for found in here)])
     return Frame(lines, columns=[corner, *heads])
 
 

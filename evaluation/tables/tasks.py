@@ -94,8 +94,7 @@ def _by_dataset(table: Frame, corner: str) -> Frame:
     passages = table["task"] == "passages"
     heads = [data_title(name) + " (F1)" * bool(long) for name, long in zip(table["dataset"], passages, strict=True)]
     scores = table["f1"].where(passages, table["exact_match"])
-    cells = Frame({"score": scores.map(percent)})
-    return grid(cells, table["label"].tolist(), heads, lambda found: str(found["score"].iloc[-1]), corner)
+    return grid(table.assign(score=scores.map(percent)), table["label"], heads, "{score}", corner)
 
 
 def answers_all() -> Frame:

@@ -57,17 +57,10 @@ def _role(message: BaseMessage) -> str:
 
 
 def _text(message: BaseMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    texts = []
-    for block in message.content:
-        if isinstance(block, str):
-            texts.append(block)
-        elif block.get("type") == "text":
-            texts.append(str(block["text"]))
-        else:
+    for block in [] if isinstance(message.content, str) else message.content:
+        if isinstance(block, dict) and block.get("type") != "text":
             raise ValueError(f"ChatGradMem reads text alone, and a message has a block of type {block.get('type')!r}.")
-    return "".join(texts)
+    return str(message.text)
 
 
 def require_tools(tokenizer: PreTrainedTokenizerBase) -> None:
