@@ -62,12 +62,10 @@ def grid(
     def text(found: Frame) -> str:
         return cell.format(**found.iloc[-1]) if isinstance(cell, str) else cell(found)
 
-    table = table.assign(_row=list(rows), _column=list(columns))
+    groups = table.assign(_row=list(rows), _column=list(columns)).groupby(["_row", "_column"])
+    cells = {place: text(found) for place, found in groups}
     heads = list(dict.fromkeys(columns))
-    lines = []
-    for label in dict.fromkeys(rows):
-        here = [table[(table["_row"] == label) & (table["_column"] == head)] for head in heads]
-        lines.append([label, *(text(found) if len(found) else None for found in here)])
+    lines = [[label, *(cells.get((label, head)) for head in heads)] for label in dict.fromkeys(rows)]
     return Frame(lines, columns=[corner, *heads])
 
 
