@@ -89,9 +89,10 @@ def _open_directory_or_hub(
     if not reference or (local and not path.is_dir()):
         raise FileNotFoundError(f"backbone {reference!r}: there is no such directory. {_FORMS}.")
     source = str(path) if path.is_dir() else reference
+    options = {"trust_remote_code": False}  # left out, Transformers asks the user whether to run it
     try:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
+        opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:  # not there, not reachable, damaged, or not a causal LM
         where = "directory" if path.is_dir() else "hub id (there is no directory of that name)"
         kind = OSError if isinstance(error, OSError) else ValueError

@@ -114,7 +114,7 @@ def _is_resized(model: PeftModel) -> bool:
     """Whether the backbone has more or fewer embeddings than the one that an adapter's reference opens."""
     reference = model.active_peft_config.base_model_name_or_path
     try:
-        there = AutoConfig.from_pretrained(reference).get_text_config().vocab_size
+        there = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config().vocab_size
     except (OSError, ValueError, TypeError, AttributeError):  # no directory, not on the hub: nothing to compare with
         return False
     return there != _embeddings(model).num_embeddings
@@ -277,7 +277,7 @@ def load_checkpoint(
         raise ValueError(f"{directory} holds a {kind} adapter, not a GradMem adapter.")
     tokenizer: PreTrainedTokenizerBase | None = None
     if (directory / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if backbone is None:
         trained = directory / BACKBONE
         backbone = str(trained) if trained.is_dir() else config.base_model_name_or_path
