@@ -14,10 +14,10 @@ from rich.table import Table
 
 from gradmem_adapter.backbones import SMOLLM2
 from gradmem_adapter.cli.options import DEVICE, chosen_device, errors_of
-from gradmem_adapter.utils.fields import claim_directory, read_fields
+from gradmem_adapter.utils.fields import claim_directory, merged, read_fields
 
 if TYPE_CHECKING:
-    from gradmem_adapter.training import GradMemTrainer
+    from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 
 RUN, CHECKPOINT = "run.json", "checkpoint"
 """In the directory of a run: how it was made, and the folder of the finished adapter."""
@@ -43,7 +43,8 @@ class TrainConfig:
         eval_rows (`str`, *optional*): a file of rows that are not trained on.
         backbone (`str`, *optional*, defaults to `SMOLLM2`): a local directory, a hub id, or
             package:<package>/<file>.gguf.
-        memory (`dict`, *optional*): fields of `GradMemConfig`, in the place of those in `MEMORY`.
+        memory (`dict`, *optional*): fields of `GradMemConfig`, in the place of those in `MEMORY`; of `lora_config` only
+            the fields that are given.
         training (`dict`, *optional*): fields of `GradMemTrainingArguments`, in the place of those in `TRAINING`, and
             in `ON_GPU` on a GPU.
     """
@@ -65,20 +66,31 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a mapping of fields, got {fields[name]!r}.")
         return cls(**fields)
 
-    def trainer(self, output: Path, device: torch.device) -> GradMemTrainer:
-        """The trainer of this run, which keeps its checkpoints in `output`."""
+    @property
+    def memory_fields(self) -> dict[str, Any]:
+        """Fields of `GradMemConfig`, without those that depend on the rows and the tokenizer."""
+        return merged(MEMORY, self.memory)
+
+    def check(self, output: Path, device: torch.device) -> GradMemTrainingArguments:
+        """How the run trains; `TypeError` or `ValueError` where a field of it, or of the memory, cannot be used."""
+        from gradmem_adapter import GradMemConfig
+        from gradmem_adapter.training import GradMemTrainingArguments
+
+        memory = GradMemConfig(**self.memory_fields)
+        steps: dict[str, Any] = {"warmup_steps": 50 if "max_minutes" in self.training else 0.05}  # a share, or a number
+        if memory.start != "slots":
+            steps["write_steps"] = [0, memory.write_steps]  # 0 trains the start
+        own = merged(TRAINING | steps | ({} if device.type == "cpu" else ON_GPU), self.training)
+        return GradMemTrainingArguments(output_dir=str(output), use_cpu=device.type == "cpu", **own)
+
+    def trainer(self, arguments: GradMemTrainingArguments) -> GradMemTrainer:
+        """The trainer of this run."""
         from peft import get_peft_model
         from transformers import set_seed
 
         from gradmem_adapter import GradMemConfig, load_backbone
-        from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments, read_rows
+        from gradmem_adapter.training import GradMemTrainer, read_rows
 
-        memory = MEMORY | self.memory
-        steps: dict[str, Any] = {"warmup_steps": 50 if "max_minutes" in self.training else 0.05}  # a share, or a number
-        if memory["start"] != "slots":
-            steps["write_steps"] = [0, memory["write_steps"]]  # 0 trains the start
-        own = TRAINING | steps | ({} if device.type == "cpu" else ON_GPU) | self.training
-        arguments = GradMemTrainingArguments(output_dir=str(output), use_cpu=device.type == "cpu", **own)
         rows = read_rows(self.rows)
         held_out = None if self.eval_rows is None else read_rows(self.eval_rows)
         set_seed(arguments.seed)
@@ -89,7 +101,7 @@ class TrainConfig:
             "query_format": "text" if tokenizer.chat_template is None else "chat",
             "trained_length": max(map(len, tokenizer([row["context"] for row in rows])["input_ids"])),
         }
-        model = get_peft_model(backbone, GradMemConfig(**(found | memory)))
+        model = get_peft_model(backbone, GradMemConfig(**(found | self.memory_fields)))
         return GradMemTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
 
 
@@ -119,9 +131,11 @@ def train(
         fields = {name: str(value) for name, value in given.items() if value is not None}
         plan = TrainConfig.of(read_fields(config, setting or ()) | fields)
         place = chosen_device(device)
-        with PartialState(cpu=place.type == "cpu").main_process_first():
+        state = PartialState(cpu=place.type == "cpu")
+        arguments = plan.check(output, place)  # a plan that cannot be used claims no directory
+        with state.main_process_first():
             claim_directory(output / RUN, dataclasses.asdict(plan))
-        trainer = plan.trainer(output, place)
+        trainer = plan.trainer(arguments)
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)

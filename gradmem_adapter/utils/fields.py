@@ -31,6 +31,20 @@ def read_fields(path: Path | None, settings: Sequence[str] = ()) -> dict[str, An
     return fields
 
 
+def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults with the given fields in their place, field by field in nested mappings too.
+
+    Args:
+        defaults (`Mapping[str, Any]`): fields where none are given.
+        given (`Mapping[str, Any]`): fields that win; one that is no mapping replaces the default whole.
+    """
+    result = dict(defaults)
+    for name, value in given.items():
+        there = result.get(name)
+        result[name] = merged(there, value) if isinstance(there, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
 def from_yaml(text: str, name: str) -> Any:
     """What a text in YAML holds; `ValueError` names the text where it is none."""
     try:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from gradmem_adapter import load_checkpoint
 from gradmem_adapter.cli import train as command
 from gradmem_adapter.training import GradMemTrainer
+from gradmem_adapter.utils.fields import read_fields
 
 ROWS = [
     {"context": f"w{i} w{i + 1} w{i + 2}", "queries": [f"w{i}", f"w{i + 1}"], "targets": [f"w{i + 1}", f"w{i + 2}"]}
@@ -51,6 +52,16 @@ def test_makes_an_adapter_that_opens(files):
     config = model.active_peft_config
     assert (config.num_memory_tokens, config.start, config.query_format) == (2, "pooled_context", "chat")
     assert config.trained_length == 3
+    lora = config.lora_config
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 32, {"q_proj"}), "what is not given is the default"
+
+
+def test_one_setting_of_the_lora_leaves_its_others():
+    plan = command.TrainConfig.of(read_fields(None, ["rows=a", "memory.lora_config.r=8"]))
+    assert plan.memory_fields["lora_config"] == {"r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
+    assert command.MEMORY["lora_config"]["r"] == 16
+    plan = command.TrainConfig.of(read_fields(None, ["rows=a", "memory.lora_config=null"]))
+    assert plan.memory_fields["lora_config"] is None
 
 
 def test_the_defaults_train(files):
@@ -121,3 +132,4 @@ def test_what_cannot_be_trained(files, setting, message):
     result = train(files, *more)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
+    assert setting.startswith("eval_rows") or not (files / "run").exists(), "it would stand in the way of a good run"
