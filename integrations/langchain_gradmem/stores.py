@@ -168,12 +168,14 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         identity = [self.namespace, pipeline.model.fingerprint(), _chosen(options or WriteOptions()), text]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
-    def write(self, pipeline: GradMemPipeline, texts: Sequence[str], options: WriteOptions | None = None) -> list[str]:
+    def write(
+        self, pipeline: GradMemPipeline, texts: str | Sequence[str], options: WriteOptions | None = None
+    ) -> list[str]:
         """The references of texts; those not yet stored, or damaged, are written, in batches that fit into memory.
 
         Args:
             pipeline (`GradMemPipeline`): who writes.
-            texts (`Sequence[str]`): of any number and lengths that the model takes.
+            texts (`str` or `Sequence[str]`): one text, or any number, of lengths that the model takes.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
 
         Returns:
@@ -182,6 +184,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         Raises:
             ValueError: a text cannot be written; none is stored then.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         references = [self.reference(pipeline, text, options) for text in texts]
         known = self.mget(references)
         missing = {

@@ -33,11 +33,12 @@ class MemoryWriter(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    def write_texts(self, texts: Sequence[str]) -> list[str]:
+    def write_texts(self, texts: str | Sequence[str]) -> list[str]:
         """The references of texts in the store; those not yet stored are written.
 
         Args:
-            texts (`Sequence[str]`): of any number and lengths that the model takes; see `split` and `join`.
+            texts (`str` or `Sequence[str]`): one text, or any number, of lengths that the model takes; see `split` and
+                `join`.
 
         Raises:
             ValueError: a text cannot be written; none is stored then.

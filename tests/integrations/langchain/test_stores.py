@@ -6,6 +6,7 @@ import json
 import pytest
 from langchain_classic.storage import LocalFileStore
 from langchain_gradmem import MemoryStateStore
+from langchain_gradmem.writer import MemoryWriter
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
@@ -46,6 +47,12 @@ class TestWrite:
         assert store.write(pipeline, [TEXTS[1], TEXTS[2]])[0] == first[1]
         assert store.writes == 3
         assert store.reference(pipeline, TEXTS[1]) == first[1]
+
+    def test_one_text_is_one_state(self, pipeline):
+        store = MemoryStateStore()
+        assert store.write(pipeline, TEXTS[0]) == store.write(pipeline, [TEXTS[0]])
+        assert MemoryWriter(pipeline=pipeline, store=store).write_texts(TEXTS[0]) == store.write(pipeline, TEXTS[0])
+        assert store.writes == 1
 
     def test_options_and_model_are_part_of_the_identity(self, pipeline):
         store = MemoryStateStore()
