@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,13 @@ from gradmem_adapter.peft_model import GradMemPeftModel
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
+_OWN = {
+    *(CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "adapter_model.bin", BACKBONE),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+}
+"""What a checkpoint may consist of; a new one replaces it, and all else in its directory stays."""
 _SHOWN = 8
 """So many differences are listed in an error."""
 
@@ -39,7 +47,8 @@ def save_checkpoint(
 ) -> None:
     """Save the active adapter and the tokenizer, and the backbone where it was trained, for `load_checkpoint`.
 
-    The directory appears whole or not at all; a checkpoint that is there already is replaced.
+    The directory appears whole or not at all; a checkpoint that is there already is replaced, and other files beside it
+    stay.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
@@ -63,6 +72,7 @@ def save_checkpoint(
         if lora_dtype is not None:
             _round_lora(new / SAFETENSORS_WEIGHTS_NAME, lora_dtype)
         if path.exists():
+            _keep_others(path, new)
             path.rename(old)
         try:
             new.rename(path)
@@ -70,6 +80,17 @@ def save_checkpoint(
             if old.exists():
                 old.rename(path)
             raise
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Put what is in the old directory and of no checkpoint into the new one too: notes, a Trainer's checkpoints."""
+    for entry in old.iterdir():
+        if entry.name in _OWN or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
 
 
 def _round_lora(file: Path, dtype: torch.dtype) -> None:

@@ -128,3 +128,22 @@ def test_damaged_headers(saved):
         except ValueError:
             continue
         assert torch.equal(model.base_model.slots.gradmem_memory["default"], whole[MEMORY])
+
+
+def test_what_is_beside_a_checkpoint_stays(saved):
+    (saved / "checkpoint-500").mkdir()
+    (saved / "checkpoint-500" / "optimizer.pt").write_bytes(b"state")
+    (saved / "notes.md").write_text("what I found")
+    (saved / "latest").symlink_to("checkpoint-500")
+    (saved / "broken").symlink_to("nowhere")
+    (saved / "backbone").mkdir()  # of an earlier adapter that trained one: it would be opened
+    (saved / "vocab.json").write_text("of an earlier tokenizer")
+    save_checkpoint(get_peft_model(tiny(), GradMemConfig(num_memory_tokens=5)), tiny_tokenizer(), saved)
+    assert (saved / "checkpoint-500" / "optimizer.pt").read_bytes() == b"state"
+    assert (saved / "notes.md").read_text() == "what I found"
+    assert (saved / "latest").readlink().name == "checkpoint-500"
+    assert (saved / "broken").is_symlink()
+    assert not (saved / "backbone").exists()
+    assert not (saved / "vocab.json").exists()
+    model, _ = load_checkpoint(saved, backbone=tiny())
+    assert model.active_peft_config.num_memory_tokens == 5
