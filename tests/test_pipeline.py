@@ -92,6 +92,15 @@ class TestWrite:
         assert pipeline.max_context_tokens == 91
         assert len(pipeline.write(tiny_text(91), steps=0)) == 1
 
+    def test_half_a_character_is_named(self, pipeline):
+        """As broken PDFs give it."""
+        state = pipeline.write("w1 w2")
+        for call in (pipeline.write, pipeline.write_many, lambda texts: pipeline.fidelity(texts, state)):
+            with pytest.raises(ValueError, match=r"Context 1 has half a character, '\\ud83d', at place 3"):
+                call(["w1 w2", "w1 \ud83d w2"])
+        with pytest.raises(ValueError, match="Prompt 0 has half a character"):
+            pipeline.generate("w1 \ud83d", memory=state)
+
     def test_nothing_to_write(self, pipeline):
         with pytest.raises(ValueError, match="no text to write"):
             pipeline.write([])

@@ -77,3 +77,19 @@ def check_token_options(options: dict[str, Any], shape: torch.Size) -> None:
                 f"{name} has an entry for each token of the query, and memory, which stands before it, has none. Leave "
                 "it out, or give prefix_embeddings(state) to the backbone yourself."
             )
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise `ValueError` for a text that is none in Unicode: with half of a character, as broken PDFs give it.
+
+    Args:
+        name (`str`): what the text is called in the message.
+        text (`str`): what a tokenizer is to be given.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a character, {text[error.start]!r}, at place {error.start}, which no tokenizer reads. "
+            "Replace it: text.encode('utf-8', 'replace').decode()."
+        ) from error
