@@ -1,4 +1,4 @@
-"""A gradient-written memory and what it is compared with: a method is one class in one file, and its line here."""
+"""A gradient-written memory and what it is compared with: one class in one file each, imported and entered here."""
 
 from .base import Method
 from .forward_memory import ForwardMemory

@@ -45,20 +45,21 @@ def spans(milliseconds: float) -> str:
 
 
 def write_time() -> Frame:
-    """WRITE on one H100, bf16; several figures are of several GPUs of the kind."""
+    """WRITE on one H100, bf16; several figures are of several runs."""
     table = in_order(read("write_compare", hardware=H100, dtype="bfloat16"), list(HOW))
     return grid(table, table["method"].map(HOW), shapes(table), time_and_memory, "one H100, bf16")
 
 
 def write_time_cpu() -> Frame:
-    """WRITE on two cores of several processors."""
+    """WRITE on two cores of several processors, where there are no CUDA graphs."""
     table = read("write_compare")
     table = in_order(table[table["hardware"] != H100], list(HOW))
+    names = HOW | {"plain": "plain", "compiled": "layers compiled"}
     heads = [
         f"{row['hardware'].partition(',')[0]}, torch {row['torch'].partition('+')[0]}, {row['dtype']}, {shape(row)}"
         for _, row in table.iterrows()
     ]
-    return grid(table, table["method"].map(HOW), heads, time_and_memory, "two cores")
+    return grid(table, table["method"].map(names), heads, time_and_memory, "two cores")
 
 
 def write_many() -> Frame:
@@ -184,8 +185,8 @@ def kv_step() -> Frame:
 
 
 def training_speed() -> Frame:
-    """Steps per second of the Trainer, and of the loop that came before it, on one H200."""
-    table = read("training_speed")
+    """Steps per second of the Trainer on one H200; the records also hold the loop that came before it (lab log)."""
+    table = in_order(read("training_speed"), ["Trainer, compiled, CUDA graphs", "Trainer as it is"])
     cell = "{steps_per_second:.1f}, {peak_gib:.1f} GiB"
     return grid(table, table["what"], table["method"], cell, "steps a second, peak memory")
 

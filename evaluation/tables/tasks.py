@@ -53,7 +53,10 @@ def kv_retrieval() -> Frame:
 
 
 ANSWERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("bAbI adapter, from 16 vectors", {"method": "gradmem", "memory_tokens": 16, "write_steps": 0}),
+    (
+        "bAbI adapter, from 16 vectors, no gradient step (its default)",
+        {"method": "gradmem", "memory_tokens": 16, "write_steps": 0},
+    ),
     (
         "general adapter, from 32 vectors, no gradient step",
         {"method": "gradmem", "memory_tokens": 32, "trained_steps": "0-1", "write_steps": 0},
@@ -76,8 +79,7 @@ def answers() -> Frame:
     found = []
     for label, where in ANSWERS:
         table = read("answers", split="test", states=1, **where)
-        minutes = "" if where["method"] == "gradmem" else f", trained for {table['training_minutes'].iloc[0]:g} minutes"
-        found.append(table.assign(label=label + minutes))
+        found.append(table.assign(label=f"{label}, trained for {table['training_minutes'].iloc[0]:g} minutes"))
     return _by_dataset(pd.concat(found), "exact match %")
 
 

@@ -1,4 +1,4 @@
-"""What memory is trained and measured on: a task is one class in one file, and its line here."""
+"""What memory is trained and measured on: a task is one class in one file, imported and entered here."""
 
 from .babi import Babi
 from .base import Measurement, Task

@@ -1,4 +1,4 @@
-"""How outer gradients cross a write step, one strategy a file. A new one is a file here and its line in STRATEGIES."""
+"""How outer gradients cross a write step, one strategy a file. A new one is a file here, imported and entered below."""
 
 from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step
 from gradmem_adapter.meta_gradients.exact import Exact

@@ -1,6 +1,6 @@
 """What a meta-gradient strategy is: how outer gradients cross one write step.
 
-A write step (design, section 5; GradMem, arXiv 2603.13875) takes the memory M with the write gradient g to
+A write step (docs/meta_gradients.md; GradMem, arXiv 2603.13875) takes the memory M with the write gradient g to
 
     M' = M - a g(M, w),    g(M, w) = grad_M L_w(M; C),
 

@@ -16,7 +16,7 @@ class FiniteDifference(MetaGradient):
     """Second order from first-order passes alone: works with fused attention, compiled models, checkpointing.
 
     With u = (dM'/dg)^T v, and because a Hessian is symmetric, (dg/d(M, w))^T u is the derivative of the ordinary
-    gradient of L_w along u (design, section 5). For each sample by itself that is
+    gradient of L_w along u (docs/meta_gradients.md). For each sample by itself that is
 
         [grad_{M,w} L_w(M + t u, w) - grad_{M,w} L_w(M - t u, w)] / 2t
 

@@ -31,7 +31,8 @@ class WriteOptions:
         steps (`int`, *optional*): K, the write steps, any number from 0.
         lr (`float`, *optional*): the write learning rate of every step, in place of the configuration's or the learned
             ones.
-        optimizer (`str`, *optional*): the write optimizer, `"sgd"` or `"adam"`.
+        optimizer (`str`, *optional*): the write optimizer, a name in `OPTIMIZERS`: `"sgd"`, `"adam"` or one that was
+            added.
         tolerance (`float`, *optional*): a sample stops when a step lowers its write loss by less than this share of it.
             `None`: all steps are taken.
         stop_when_recovered (`bool`, *optional*, defaults to `False`): a sample stops when each of its tokens is the

@@ -1,4 +1,4 @@
-"""The rules of a write step, one a file. A new one is a file here and its line in `OPTIMIZERS`."""
+"""The rules of a write step, one a file. A new one is a file here, imported and entered in `OPTIMIZERS`."""
 
 from gradmem_adapter.write.optimizers.adam import Adam
 from gradmem_adapter.write.optimizers.base import WriteOptimizer, WriteState
