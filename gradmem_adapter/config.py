@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import warnings
@@ -35,10 +36,12 @@ def _refuse_unknown_fields(cls: type[Config]) -> type[Config]:
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if unknown := sorted(kwargs.keys() - set(known)):
+            nearest = [name for field in unknown for name in difflib.get_close_matches(field, known, n=1)]
+            meant = f" Did you mean {', '.join(nearest)}?" if nearest else ""
             raise TypeError(
-                f"{cls.__name__} has no field {', '.join(unknown)}. If it comes from a file (adapter_config.json, a "
-                "recipe), another version of gradmem-adapter or peft made that: use that version, or rename or remove "
-                f"the field there. The fields are {', '.join(known)}; help({cls.__name__}) explains them."
+                f"{cls.__name__} has no field {', '.join(unknown)}.{meant} help({cls.__name__}) explains its fields. "
+                "Where a file has it (adapter_config.json), another version of gradmem-adapter or peft made that: use "
+                "that version, or rename or remove the field there."
             )
         init(self, *args, **kwargs)
 
