@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -82,6 +82,7 @@ class GradMemPipeline:
             `MemoryState`: one state per text, on the model's device.
 
         Raises:
+            TypeError: what is no text.
             ValueError: no text, or one without tokens or too long for the model.
         """
         return self.model.write(
@@ -254,7 +255,13 @@ class GradMemPipeline:
         return self._pad(self._context_ids(texts), "right")
 
     def _context_ids(self, texts: str | Sequence[str]) -> list[list[int]]:
+        if not isinstance(texts, str | Iterable):
+            raise TypeError(f"A text or a list of texts can be written, got {type(texts).__name__}.")
         texts = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [
+            f"text {i} is a {type(text).__name__}" for i, text in enumerate(texts) if not isinstance(text, str)
+        ]:
+            raise TypeError(f"A text or a list of texts can be written: {', '.join(wrong[:3])}.")
         if not texts:
             raise ValueError("There is no text to write.")
         if empty := [i for i, text in enumerate(texts) if not text]:

@@ -17,6 +17,10 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt as a list of one; several as a list."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(
+            f"A prompt is a text or a list of chat messages, and several are a list; got {type(prompts).__name__}."
+        )
     if prompts and isinstance(prompts[0], Mapping):
         return [cast(Chat, prompts)]
     return cast(list[Prompt], list(prompts))

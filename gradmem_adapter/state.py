@@ -309,6 +309,8 @@ def _compatible(states: Sequence[MemoryState], what: str, names: Sequence[str]) 
     states = list(states)
     if not states:
         raise ValueError(f"There are no memory states to {what}.")
+    if wrong := [type(state).__name__ for state in states if not isinstance(state, MemoryState)]:
+        raise TypeError(f"Memory states are to {what}, got {', '.join(wrong)}.")
     for name in names:
         values = [len(state) if name == "batch size" else getattr(state, name) for state in states]
         if len(set(values)) > 1:

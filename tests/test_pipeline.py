@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer
 from transformers import StoppingCriteria
 
-from gradmem_adapter import GradMemConfig, GradMemModel, GradMemPipeline, WriteOptions
+from gradmem_adapter import GradMemConfig, GradMemModel, GradMemPipeline, MemoryState, WriteOptions
 from gradmem_adapter.write.options import WriteFields
 
 CONTEXTS = [tiny_text(9, 1), tiny_text(5, 2), tiny_text(12, 3)]
@@ -108,6 +108,14 @@ class TestWrite:
             pipeline.write("")
         with pytest.raises(ValueError, match="Context 1 is empty"):
             pipeline.write([CONTEXTS[0], " "])
+        with pytest.raises(TypeError, match="list of texts can be written, got NoneType"):
+            pipeline.write(None)
+        with pytest.raises(TypeError, match="text 0 is a int"):
+            pipeline.write([1, 2])
+        with pytest.raises(TypeError, match=r"A prompt is a text or a list of chat messages.* got NoneType"):
+            pipeline.generate(None)
+        with pytest.raises(TypeError, match="Memory states are to stack, got int"):
+            MemoryState.stack([1])
 
     def test_too_long(self, pipeline):
         with pytest.raises(ValueError, match="Context 0 has 120 tokens, and at most 91 are allowed"):

@@ -76,9 +76,14 @@ class GradMemTrainingArguments(TrainingArguments):
         _check_integer("eval_write_steps", self.eval_write_steps, 0)
         for name in ("generation_max_new_tokens", "tokens_per_batch", "queries_per_context"):
             _check_integer(name, getattr(self, name), 1)
-        for name in ("max_minutes", "write_lr_factor", "muon_lr_factor"):
+        for name in ("queries_per_context", "write_lr_factor", "decay_share"):
+            if getattr(self, name) is None:
+                raise TypeError(f"{name} may not be None; leave it out for its default.")
+        for name in ("max_minutes", "write_lr_factor", "muon_lr_factor", "decay_share"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise TypeError(f"{name} must be a number, got {value!r}.")
+            if value is not None and name != "decay_share" and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}.")
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"decay_share must be from 0 to 1, got {self.decay_share!r}.")

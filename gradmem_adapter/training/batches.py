@@ -117,6 +117,12 @@ class RowBatches(Batches):
         if not len(rows):
             raise ValueError("There are no rows to make batches of.")
         sources = cast(Any, rows if isinstance(rows[0], tuple) else [(rows, 1.0)])
+        for name, choices, least in (("side_by_side", side_by_side, 1), ("write_steps", write_steps, 0)):
+            if choices is not None and not (
+                isinstance(choices, list | tuple | range) and len(choices)
+                and all(isinstance(choice, int) and choice >= least for choice in choices)
+            ):  # fmt: skip
+                raise ValueError(f"{name} must be a list of integers from {least}, and not empty; got {choices!r}.")
         self.pools = make_pools(sources, collator, buckets, drop_longer=drop_longer, query_tokens=query_tokens)
         self.tokens, self.contexts, self.queries = tokens, contexts, queries
         self.side_by_side, self.write_steps = side_by_side, write_steps

@@ -96,9 +96,12 @@ def _check_graphs(args: GradMemTrainingArguments, model: nn.Module, checkpointin
             )
 
 
-def check_eval_dataset(dataset: Any) -> None:
-    """Raise `TypeError` for ready batches, which have no texts that answers could be compared with."""
-    if any(isinstance(part, Batches) for part in (dataset.values() if isinstance(dataset, dict) else [dataset])):
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse rows that are none, and to evaluate on ready batches, which have no texts to compare answers with."""
+    if not isinstance(train_dataset, Batches) and hasattr(train_dataset, "__len__") and not len(train_dataset):
+        raise ValueError("train_dataset has no rows. Leave it out for a trainer that only evaluates.")
+    parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if any(isinstance(part, Batches) for part in parts):
         raise TypeError(
             "eval_dataset must be rows of texts, not Batches: answers are generated and compared with texts."
         )

@@ -187,9 +187,15 @@ def read_row(name: str, row: Mapping[str, Any]) -> Example:
     if not queries:
         raise ValueError(f"{name} has no queries: its list is empty. {_FORMS}")
     for query, target, accepted in zip(queries, targets, references, strict=True):
-        if not isinstance(query, str | Sequence) or not query:
+        if not isinstance(query, str | Sequence):
+            raise ValueError(
+                f"{name} has a query of type {type(query).__name__} ({query!r}): give a text or a list of messages."
+            )
+        if not query:
             raise ValueError(f"{name} has an empty query ({query!r}): give a text or a list of chat messages.")
-        if not isinstance(target, str) or not target:
+        if not isinstance(target, str):
+            raise ValueError(f"{name} has a target of type {type(target).__name__} ({target!r}): give a text.")
+        if not target:
             raise ValueError(f"{name} has an empty target ({target!r}): give the text that is to be answered.")
         if isinstance(accepted, str) or not accepted or not all(isinstance(text, str) for text in accepted):
             raise ValueError(f"{name} has no list of texts as the answers to a query: {accepted!r}.")

@@ -25,7 +25,7 @@ from gradmem_adapter.write.rates import write_lrs
 from .arguments import with_defaults
 from .batches import Batches, RowBatches
 from .callbacks import EndByClock
-from .checks import check_arguments, check_eval_dataset, check_model, limited_collator
+from .checks import check_arguments, check_datasets, check_model, limited_collator
 from .compiled import compiled_layers
 from .cuda_graph import Batch, GraphedBackward, maskless_attention
 from .evaluation import EvaluatingTrainer
@@ -88,7 +88,7 @@ class GradMemTrainer(EvaluatingTrainer):
             )
         args = with_defaults(args)
         check_arguments(args, model, self.config)
-        check_eval_dataset(eval_dataset)
+        check_datasets(train_dataset, eval_dataset)
         collator = limited_collator(data_collator, processing_class, model, self.config)
         if args.cuda_graphs and train_dataset is not None and not isinstance(train_dataset, Batches):
             train_dataset = RowBatches.of(train_dataset, collator, args)

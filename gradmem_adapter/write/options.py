@@ -61,15 +61,18 @@ class WriteOptions:
             isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0
         ):
             raise ValueError(f"steps must be an integer from 0, got {self.steps!r}.")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
+        if self.lr is not None and not (_is_number(self.lr) and 0 < self.lr < float("inf")):
             raise ValueError(f"lr must be a finite positive number, got {self.lr!r}.")
-        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+        if self.optimizer is not None and self.optimizer not in tuple(OPTIMIZERS):  # a list cannot be hashed
             raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)}, got {self.optimizer!r}.")
-        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+        if self.tolerance is not None and not (_is_number(self.tolerance) and 0 <= self.tolerance < 1):
             raise ValueError(f"tolerance must be at least 0 and less than 1, got {self.tolerance!r}.")
+        for name in ("stop_when_recovered", "last_loss"):
+            if not isinstance(getattr(self, name), bool):  # "no" and "false" would count as True
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not self.last_loss and self.tolerance is not None:
             raise ValueError("tolerance needs the loss after the last step: leave last_loss at True, or tolerance out.")
-        if self.compile not in (True, False, "auto"):
+        if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}.")
 
     @classmethod
@@ -88,3 +91,7 @@ class WriteOptions:
         base = options or cls()
         given: dict[str, Any] = {n: getattr(base, n, None) if v is None else v for n, v in fields.items()}
         return replace(base, **given)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

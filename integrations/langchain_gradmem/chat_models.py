@@ -12,7 +12,7 @@ from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, ToolMessage, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from gradmem_adapter import GradMemPipeline, MemoryState
 
@@ -23,6 +23,8 @@ from .stopping import NewTokens, cut_at_stop, pieces_until_stop
 from .stores import MemoryStateStore
 
 _OPTIONS = ("max_tokens", "temperature", "top_p", "seed")
+_HOSTED = frozenset({"api_key", "max_retries", "timeout"})
+"""Standard options of LangChain's chat models that a local model has no use for, and passes over."""
 _seeding = threading.Lock()
 
 
@@ -76,6 +78,16 @@ class ChatGradMem(BatchingChatModel):
     max_states: int = Field(default=8, ge=1)
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        known = cls.model_fields.keys() | {field.alias for field in cls.model_fields.values()} | _HOSTED
+        if isinstance(values, Mapping) and (unknown := sorted(values.keys() - known)):
+            raise ValueError(
+                f"ChatGradMem has no option {', '.join(unknown)}; help(ChatGradMem) explains those it has."
+            )
+        return values
 
     @property
     def _llm_type(self) -> str:

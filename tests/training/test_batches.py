@@ -161,6 +161,9 @@ class TestRowBatches:
             self.make(**options)
         with pytest.raises(ValueError, match="no rows"):
             RowBatches([], COLLATOR)
+        for wrong in ({"write_steps": 1}, {"write_steps": []}, {"side_by_side": []}, {"side_by_side": [0]}):
+            with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a list of integers"):
+                RowBatches(rows(2, 9), COLLATOR, **wrong)
 
 
 class Stages(Batches):

@@ -619,6 +619,10 @@ class TestArguments:
             ({"write_steps": [-1]}, ValueError, "Every one of write_steps must be at least 0"),
             ({"write_steps": [1.5]}, TypeError, "Every one of write_steps must be an integer"),
             ({"write_steps": []}, TypeError, "write_steps must be a list of integers"),
+            ({"max_minutes": "10"}, TypeError, "max_minutes must be a number"),
+            ({"decay_share": "x"}, TypeError, "decay_share must be a number"),
+            ({"write_lr_factor": None}, TypeError, "write_lr_factor may not be None"),
+            ({"queries_per_context": None}, TypeError, "queries_per_context may not be None"),
             ({"eval_write_steps": -1}, ValueError, "eval_write_steps must be at least 0"),
             ({"decay_share": 2.0}, ValueError, "decay_share must be from 0 to 1"),
             ({"max_minutes": 0}, ValueError, "max_minutes must be positive"),
@@ -629,6 +633,10 @@ class TestArguments:
     def test_values(self, tmp_path, options, error, message):
         with pytest.raises(error, match=message):
             arguments(tmp_path, **options)
+
+    def test_no_rows(self, tmp_path):
+        with pytest.raises(ValueError, match="train_dataset has no rows"):
+            trainer(make(), tmp_path, [])
 
     def test_collator_limits(self, tmp_path):
         run = trainer(make(num_control_tokens=1), tmp_path, [rows(1)[0] | {"context": tiny_text(93)}])

@@ -8,6 +8,7 @@ import torch
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_gradmem import ChatGradMem, MemoryStateStore, UnknownReferenceError, attach, marker
+from pydantic import ValidationError
 from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import MemoryStateError
@@ -42,6 +43,10 @@ def plain(pipeline, prompt, memory=None, tokens=6):
 class TestComplaints:
     def test_the_prompt_is_not_echoed(self, chat, pipeline):
         assert chat.invoke("w3 w4").content == plain(pipeline, "w3 w4")
+
+    def test_an_unknown_option_is_refused(self, pipeline):
+        with pytest.raises(ValidationError, match="has no option max_token;"):
+            ChatGradMem(pipeline=pipeline, max_token=4)
 
     def test_max_tokens(self, chat):
         for n in (1, 3):
