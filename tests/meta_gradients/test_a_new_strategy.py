@@ -1,4 +1,4 @@
-"""A sixth strategy is one new file and one line."""
+"""A sixth strategy is one new file, imported and entered in `STRATEGIES`."""
 
 import pytest
 import torch
