@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks import common, textbook
 from gradmem_adapter import SMOLLM2, GradMemConfig, load_backbone
+from gradmem_adapter.meta_gradients import STRATEGIES
 from gradmem_adapter.peft_model import get_peft_model
 
 
@@ -108,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         record("write", losses)
         record("exact float32 by the textbook", partial(compare, "textbook"))
-        record("first order float32", partial(compare, "first_order"))
+        for name in STRATEGIES:
+            if name not in ("exact", "finite_difference"):  # what others are compared with, and what has steps to try
+                record(f"{name.replace('_', ' ')} float32", partial(compare, name))
         record("double backward bf16 by the textbook", partial(compare, "textbook", bf16=True))
         record("exact bf16", partial(compare, "exact", bf16=True))
         for e in args.steps_to_try:

@@ -20,6 +20,7 @@ from benchmarks import (
 )
 from evaluation.results import load_records
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.meta_gradients import STRATEGIES
 
 KV_BYTES_PER_TOKEN = 2 * 2 * 3 * 64 * 4  # keys and values of 2 layers with 3 heads of 64, in float32
 
@@ -185,6 +186,7 @@ def test_meta_gradient(run, tmp_path, monkeypatch):
             return {"input_ids": [3 + ord(letter) % 50 for letter in text]}
 
     monkeypatch.setattr(meta_gradient, "load_backbone", lambda *_, **__: (tiny(), Tokenizer()))
+    monkeypatch.setitem(STRATEGIES, "a_new_one", STRATEGIES["first_order"])
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 3)
     records = run(
         meta_gradient, "meta_gradient_accuracy", "--text", str(tmp_path / "text.txt"), "--batch", "2", "--length", "12",
@@ -193,6 +195,7 @@ def test_meta_gradient(run, tmp_path, monkeypatch):
     cosines = {record.method: record.metrics["cosine"] for record in records[1:]}
     assert cosines["exact float32 by the textbook"] > 0.99999
     assert cosines["finite difference float32"] > 0.999
+    assert cosines["a new one float32"] == pytest.approx(cosines["first order float32"])
 
 
 @pytest.mark.parametrize("second_order_steps", [None, 0])
