@@ -60,8 +60,8 @@ def compare(first: Path, second: Path) -> pd.DataFrame:
             found = differences(answers, theirs)
             shown = {name: f"{100 * row['mean']:+.1f} ± {100 * row['error']:.1f}" for name, row in found.iterrows()}
             apart = {"f1 / ±": f"{found.loc['f1', 'errors']:+.1f}"} if "f1" in found.index else {}
-            where = dict(zip(["", "split", "contexts"], data, strict=True)) | {"K": f"{steps}, {others}"}
+            where = dict(zip(["", "split", "states"], data, strict=True)) | {"K": f"{steps}, {others}"}
             rows.append(where | {"of": len(answers)} | shown | apart)
     if not rows:
-        raise ValueError(f"{first} and {second} have no data set, split and number of contexts in common.")
+        raise ValueError(f"{first} and {second} have no data set, split and number of states side by side in common.")
     return pd.DataFrame(rows)

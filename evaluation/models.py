@@ -113,5 +113,8 @@ def _write_config(config: RunConfig, path: Path) -> None:
 
 def _fields(path: Path) -> dict[str, Any]:
     if not (path / RECIPE).is_file():
-        raise FileNotFoundError(f"There is no model trained by a recipe in {str(path)!r}: no {RECIPE}.")
+        raise FileNotFoundError(
+            f"There is no model trained by a recipe in {str(path)!r}: no {RECIPE}. Give the directory of a run of "
+            "`python -m evaluation train`; what `gradmem train` makes is measured by its own option --eval."
+        )
     return dict(json.loads((path / RECIPE).read_text(encoding="utf-8")))

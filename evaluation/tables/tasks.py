@@ -25,7 +25,7 @@ def results_table(records: Iterable[Record]) -> Frame:
         steps = None if METHODS[record.method].step is None else record.write_steps
         settings = {name: value for name, value in record.settings.items() if value is not None}
         where: dict[str, Any] = {"data": record.dataset, **settings, "method": METHODS[record.method].title, "K": steps}
-        where |= {"m": record.memory_tokens, "contexts": record.states}
+        where |= {"m": record.memory_tokens, "states": record.states}
         scores = {
             name: percent(value, record.errors.get(name, math.nan)) if name in SHARES else f"{value:.3f}"
             for name, value in record.metrics.items()

@@ -77,7 +77,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     for content, message in (
         ([answer(0.5)], "not the same questions: 2 of one, 1 of the other"),
         ([answer(0.5), answer(0.5, query="Where?")], "not the same questions"),
-        ([answer(0.5, split="valid")], "have no data set, split and number of contexts in common"),
+        ([answer(0.5, split="valid")], "have no data set, split and number of states"),
         ([{"f1": 1}], "is no file of answers: an answer has no dataset"),
     ):
         second = file(tmp_path / "b.jsonl", content)
