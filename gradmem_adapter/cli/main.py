@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from gradmem_adapter.cli.ask import ask
@@ -9,10 +12,23 @@ from gradmem_adapter.cli.demo import demo
 from gradmem_adapter.cli.train import train
 from gradmem_adapter.cli.write import write
 
-app = typer.Typer(
-    help="Write long contexts into a few vectors by gradient descent, and answer from them (GradMem).",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gradmem-adapter {version('gradmem-adapter')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Write long contexts into a few vectors by gradient descent, and answer from them (GradMem)."""
+
+
 for command in (demo, write, ask, train):
     app.command()(command)

@@ -31,6 +31,8 @@ TRAINING: dict[str, Any] = {
     "write_lr_factor": 10.0, "per_device_train_batch_size": 16, "tokens_per_batch": 8192, "num_train_epochs": 3,
     "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
 }  # fmt: skip
+ROWS_HELP = """JSON lines, each with a context and a query with its target, or lists of queries and targets; and, if
+wanted, answers: the texts that evaluation accepts, for each query."""
 ON_GPU: dict[str, Any] = {"bf16": True, "cuda_graphs": True}
 
 
@@ -106,7 +108,7 @@ class TrainConfig:
 
 
 def train(
-    rows: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines: context, query, target.")],
+    rows: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=ROWS_HELP)],
     output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
     backbone: Annotated[str | None, typer.Option(help=f"Default: {SMOLLM2}.", show_default=False)] = None,
     eval_rows: Annotated[

@@ -19,7 +19,7 @@ def write(
     files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Texts in UTF-8, one context each.")],
     checkpoint: Annotated[Path, typer.Option(exists=True, file_okay=False, help="What `gradmem train` made.")],
     output: Annotated[Path, typer.Option(dir_okay=False, help="The file for the memory states, in order.")],
-    steps: Annotated[int | None, typer.Option(help="Write steps; default: the checkpoint's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Write steps; default: the checkpoint's.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens at once; default: what memory allows.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what the output file holds, whatever it is.")] = False,
     device: Annotated[str | None, DEVICE] = None,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from commands import invoke
@@ -13,6 +14,17 @@ def test_help():
     assert "GradMem" in result.output
     for command in ("write", "ask", "train", "demo"):
         assert command in result.output
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"gradmem-adapter {version('gradmem-adapter')}"
+
+
+def test_the_help_of_train_says_what_a_row_has():
+    result = invoke("train", "--help")
+    assert all(name in result.output for name in ("context", "query", "target", "queries", "targets", "answers"))
 
 
 @pytest.mark.parametrize(

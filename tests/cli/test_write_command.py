@@ -43,7 +43,7 @@ def test_write(checkpoint, tmp_path, monkeypatch):
     [
         (" \n", [], "1[b].txt is empty"),
         (tiny_text(200), [], "Context 1 of 2 cannot be written. It has 200 tokens, and at most 93"),
-        ("w1", ["--steps", "-1"], "steps must be an integer from 0"),
+        ("w1", ["--steps", "-1"], "Invalid value for '--steps'"),
         ("w1", ["--max-tokens", "0"], "max_tokens must be an integer from 1"),
         ("w1", ["--output", "none/states"], "There is no directory 'none'"),
         ("w1", ["--output", "."], "is a directory"),
