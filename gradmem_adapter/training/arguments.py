@@ -87,6 +87,8 @@ class GradMemTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be positive, got {value!r}.")
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"decay_share must be from 0 to 1, got {self.decay_share!r}.")
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # which torch would warn of and pass over
         if self.max_minutes is not None:
             self._go_by_the_clock()
 

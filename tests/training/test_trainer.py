@@ -531,6 +531,9 @@ class TestEvaluation:
         with pytest.raises(ValueError, match="the same names"):
             trainer(make(), tmp_path, evaluation=rows(2), score=lambda *_: {next(names): 1.0}).evaluate()
 
+    def test_memory_is_not_pinned_for_a_cpu(self, tmp_path):
+        assert arguments(tmp_path, use_cpu=False).dataloader_pin_memory == torch.cuda.is_available()
+
     def test_no_rows(self, tmp_path):
         with pytest.raises(ValueError, match="has no rows"):
             trainer(make(), tmp_path).evaluate([])
