@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,12 @@ def answers(output: Path) -> list[Path]:
 
 
 def _against(panel: Any, table: pd.DataFrame, name: str, other: str) -> None:
-    """A line joins what was trained alike; a method that does not vary in `name` is a level line."""
+    """A line joins what was trained alike; a method that does not vary in `name` is a level line.
+
+    Adapters under several names have markers of their own. Against K the ends of lines say m.
+    """
     values: set[int] = set()
+    ends: list[tuple[float, float, int]] = []
     for method, mine in table.groupby("method"):
         look = style(str(method))
         varies = mine.apply(_varies, axis=1, name=name)
@@ -146,17 +150,40 @@ def _against(panel: Any, table: pd.DataFrame, name: str, other: str) -> None:
         varied = mine[varies].sort_values(name)
         trained = sorted(set(varied["trained_steps"]))
         solid = dict(zip(trained, shades(len(trained)), strict=True))
-        for (fixed, drawn, _), line in varied.groupby([other, "trained_steps", "training_steps"]):
+        names = varied["checkpoint"].fillna("") if "checkpoint" in varied else ""  # adapters that have none have ""
+        varied = varied.assign(checkpoint=names)
+        adapters = sorted(set(varied["checkpoint"]) - {""}, reverse=True)
+        fills = {"": "full"} | dict(zip(adapters, cycle(["full", "none", "left"])))
+        alike = [other, "trained_steps", "training_steps", "checkpoint"]
+        for (fixed, drawn, _, adapter), line in varied.groupby(alike):
             title = METHODS[str(method)].title + (f", trained with K={drawn}" if drawn else "")
+            title += f" ({adapter})" if adapter else ""
             panel.errorbar(line[name], 100 * line["f1"], 100 * line["f1_error"], capsize=2, alpha=solid[drawn],
-                           label=title, **look)  # fmt: skip
-            if METHODS[str(method)].step is not None and (len(line) > 1 or other == "memory_tokens"):
-                mark = {"memory_tokens": "m", "write_steps": "K"}[other]
-                last = (line[name].iloc[-1], 100 * line["f1"].iloc[-1])
-                panel.annotate(f"{mark}={fixed}", last, (6, -3), textcoords="offset points", size="small")
+                           label=title, fillstyle=fills[adapter], **look)  # fmt: skip
+            if METHODS[str(method)].step is not None and other == "memory_tokens":
+                ends.append((line[name].iloc[-1], 100 * line["f1"].iloc[-1], fixed))
         values |= set(varied[name])
+    _mark_ends(panel, ends)
     panel.set(xlabel=NAMES[name])
     _ticks(panel.xaxis, sorted(values))
+
+
+def _mark_ends(panel: Any, ends: Sequence[tuple[float, float, int]], apart: float = 4.0) -> None:
+    """Say m beside the ends of lines; ends that are too close for two labels share one."""
+    labels: list[list[tuple[float, float, int]]] = []
+    for end in sorted(ends):
+        near = labels and labels[-1][-1][0] == end[0] and end[1] - labels[-1][-1][1] < apart
+        if near:
+            labels[-1].append(end)
+        else:
+            labels.append([end])
+    for label in labels:
+        place = (label[0][0], sum(height for _, height, _ in label) / len(label))
+        text = "m=" + ", ".join(dict.fromkeys(str(m) for _, _, m in reversed(label)))  # from the top
+        panel.annotate(
+            text, place, (7, 0), textcoords="offset points", size="small", va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
 
 
 def _varies(row: Any, name: str) -> bool:

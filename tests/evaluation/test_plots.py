@@ -32,6 +32,22 @@ def test_every_plot_is_drawn(tmp_path, figures):
         assert not any(axes.get_legend() for axes in figure.axes)
 
 
+def test_labels_of_lines_do_not_lie_on_each_other(tmp_path, figures):
+    plots.answers(tmp_path)
+    for figure in figures:
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            boxes = [text.get_window_extent() for text in axes.texts]
+            assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def test_adapters_have_markers_of_their_own(tmp_path, figures):
+    plots.answers(tmp_path)
+    entries = [zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in figures[0].axes]
+    fills = {label: bars[0].get_fillstyle() for entry in entries for label, bars in entry if "smollm2" in label}
+    assert len(fills) == len(set(fills.values())) == 2
+
+
 def test_the_papers_curves_are_dashed_in_our_axes_and_colours(tmp_path, figures):
     plots.kv_retrieval(tmp_path)
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
