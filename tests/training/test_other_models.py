@@ -61,7 +61,7 @@ def test_weights_of_another_model(tmp_path):
     trainer(model(), tmp_path, rows(2)).save_model(str(tmp_path / "saved"))
     other = model()
     other.layer = nn.Linear(32, 32, bias=False)
-    with pytest.raises(ValueError, match=r"tensor 'layer.bias' has shape \(32,\) there and None here"):
+    with pytest.raises(ValueError, match=r"tensor 'layer.bias' is unknown"):
         load_trained_weights(other, tmp_path / "saved")
     with pytest.raises(FileNotFoundError, match="no trained weights"):
         load_trained_weights(other, tmp_path)
