@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -117,8 +118,18 @@ def max_positions(backbone: PreTrainedModel) -> int | None:
     return positions - first_position(backbone) if isinstance(positions, int) and positions > 0 else None
 
 
+_first_positions: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+"""Of the backbones that were asked for it: it is in the path of every WRITE and READ, and a walk over all modules."""
+
+
 def first_position(backbone: PreTrainedModel) -> int:
     """The position of a first token: 0, and behind the padding's where that has a position (RoBERTa and its kin)."""
+    if backbone not in _first_positions:
+        _first_positions[backbone] = _find_first_position(backbone)
+    return _first_positions[backbone]
+
+
+def _find_first_position(backbone: PreTrainedModel) -> int:
     tokens = backbone.get_input_embeddings()
     for name, module in backbone.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module is not tokens:
