@@ -4,21 +4,10 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny import tiny, tokens
-
-from gradmem_adapter import GradMemConfig
+from adapters import lora, make
+from tiny import tokens
 
 IDS = tokens(2, 9)
-
-
-def lora(**options):
-    return LoraConfig(**{"r": 2, "target_modules": "all-linear", "init_lora_weights": False} | options)
-
-
-def make(architecture="llama", **config):
-    defaults = {"num_memory_tokens": 3, "write_lr": 0.3, "memory_init_std": 0.5}
-    return get_peft_model(tiny(architecture), GradMemConfig(**defaults | config)).eval()
 
 
 @pytest.mark.parametrize("phase", ["both", "write", "read"])

@@ -2,7 +2,7 @@
 
 import json
 
-from tiny import tiny, tiny_text, tiny_tokenizer
+from tiny import rows, tiny, tiny_tokenizer
 
 from evaluation.config import RunConfig
 
@@ -11,22 +11,6 @@ METHODS = (
     {"name": "gradmem"}, {"name": "forward_memory"}, {"name": "mean_pooling"}, {"name": "truncated_text"},
     {"name": "truncated_text", "tokens": 0}, {"name": "full_context"},
 )  # fmt: skip
-
-
-def rows(count, length, seed=0):
-    """Where is what: contexts of `length` words, two questions each, whose answers are words of the context."""
-    made = []
-    for i in range(count):
-        words = tiny_text(length, seed=seed + i).split()
-        made.append(
-            {
-                "context": " ".join(words),
-                "queries": [f"{words[0]} Question", f"Question {words[1]} :"],
-                "targets": [words[2], f"{words[3]} {words[4]}"],
-                "answers": [[words[2]], [f"{words[3]} {words[4]}", "w1"]],
-            }
-        )
-    return made
 
 
 def write_folder(directory):

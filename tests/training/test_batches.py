@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_trainer import LORA, gradients, logs, make, same, trainer, weights
-from tiny import tiny_text, tiny_tokenizer
+from tiny import rows, tiny_tokenizer
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.training import Batches, GradMemCollator, RowBatches
@@ -11,21 +11,6 @@ from gradmem_adapter.training.pools import make_pools
 
 CPU = torch.device("cpu")
 COLLATOR = GradMemCollator(tiny_tokenizer())
-
-
-def rows(count, length, seed=0):
-    """Where is what: contexts of `length` words, two queries each, whose targets are words of the context."""
-    made = []
-    for i in range(count):
-        words = tiny_text(length, seed=seed + i).split()
-        made.append(
-            {
-                "context": " ".join(words),
-                "queries": [f"{words[0]} Question", f"Question {words[1]} :"],
-                "targets": [words[2], f"{words[3]} {words[4]}"],
-            }
-        )
-    return made
 
 
 def equal(first, second):
