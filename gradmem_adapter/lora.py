@@ -6,7 +6,9 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -14,6 +16,8 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from gradmem_adapter.config import GradMemConfig
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # READ is the default, so that everything that runs outside WRITE (generate, its worker threads, the recomputation of
 # gradient checkpointing in a backward pass) is READ without having to say so.
@@ -111,3 +115,27 @@ def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_m
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and adapter in layer._get_available_adapters():
                 gate(layer, adapter, config.lora_phase)
+
+
+def without_lora(model: Module) -> Module:
+    """A model whose LoRA layers are the layers they stand for. It shares all else with `model`, which stays as it is.
+
+    Modules are copied where there is a LoRA layer below them and nowhere else, so that other threads see no change.
+
+    Args:
+        model (`nn.Module`): the backbone, or a part of it.
+    """
+    if isinstance(model, LoraLayer):
+        return without_lora(model.get_base_layer())
+    children = {name: child if child is None else without_lora(child) for name, child in model._modules.items()}
+    if all(child is model._modules[name] for name, child in children.items()):
+        return model
+    result = copy.copy(model)
+    result.__dict__["_modules"] = children
+    for name, value in model.__dict__.items():  # what offloading put in the place of forward
+        if isinstance(value, MethodType) and value.__self__ is model:
+            result.__dict__[name] = MethodType(value.__func__, result)
+        elif isinstance(value, partial) and value.args[:1] == (model,):
+            result.__dict__[name] = rebound = partial(value.func, result, *value.args[1:], **value.keywords)
+            rebound.__dict__.update(value.__dict__)
+    return result

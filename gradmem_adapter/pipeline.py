@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.lora import without_lora
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
@@ -151,7 +158,8 @@ class GradMemPipeline:
         Args:
             prompts (`str`, `list[dict]` or a list of either): one prompt or several; a prompt is a text, put into the
                 adapter's `query_format`, or a list of chat messages, put into the tokenizer's chat template.
-            memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt; None: the backbone alone.
+            memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt; None: the backbone alone,
+                without the adapter.
             options: what `model.generate` takes: `max_new_tokens`, `do_sample`, `stop_strings`, `context_index`, ...
 
         Returns:
@@ -164,9 +172,7 @@ class GradMemPipeline:
         if not batch:
             return []
         input_ids, mask = self.encode_prompts(batch)
-        output = self.model.generate(
-            input_ids=input_ids, attention_mask=mask, memory=memory, **self.generation_options(options)
-        )
+        output = self.generate_ids(input_ids, mask, memory=memory, **self.generation_options(options))
         sequences = output if isinstance(output, Tensor) else output.sequences
         return self.tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
 
@@ -179,7 +185,7 @@ class GradMemPipeline:
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
-            memory (`MemoryState`, *optional*): one state; None: the backbone alone.
+            memory (`MemoryState`, *optional*): one state; None: the backbone alone, without the adapter.
             options: as for `generate`.
         """
         input_ids, mask = self.encode_prompts([prompt])
@@ -191,13 +197,8 @@ class GradMemPipeline:
 
         def run() -> None:
             try:
-                self.model.generate(
-                    input_ids=input_ids,
-                    attention_mask=mask,
-                    memory=memory,
-                    streamer=streamer,
-                    stopping_criteria=criteria,
-                    **options,
+                self.generate_ids(
+                    input_ids, mask, memory=memory, streamer=streamer, stopping_criteria=criteria, **options
                 )
             except BaseException as error:
                 errors.append(error)
@@ -214,6 +215,29 @@ class GradMemPipeline:
             thread.join()
         if errors:
             raise errors[0]
+
+    def generate_ids(
+        self, input_ids: Tensor, attention_mask: Tensor, *, memory: MemoryState | None = None, **options: Any
+    ) -> Any:
+        """Transformers' `generate` from memory; without memory the backbone's, as if the adapter were not there.
+
+        (`model.generate` without memory follows PEFT: the adapter's LoRA acts.) Other threads see no change of the
+        model.
+
+        Args:
+            input_ids (`Tensor`): `[B, T]`, prompts as `encode_prompts` returns them.
+            attention_mask (`Tensor`): `[B, T]`.
+            memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt.
+            options: what `model.generate` takes, with those of `generation_options`.
+
+        Returns:
+            What Transformers returns: prompts and new tokens `[B, T + new]`.
+        """
+        if memory is None and options.get("context_index") is None:
+            own = {name: value for name, value in options.items() if name not in ("context_index", "strict")}
+            backbone = without_lora(cast(PreTrainedModel, self.model.get_base_model()))
+            return backbone.generate(input_ids, attention_mask=attention_mask, **own)  # type: ignore[operator]
+        return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **options)
 
     # ---------------------------------------------------------------- texts to tokens
 

@@ -50,7 +50,8 @@ class ChatGradMem(BatchingChatModel):
     """A local model with GradMem memory as a LangChain chat model.
 
     Which memory states a call reads is said by `bind(memory=reference)` or by references attached to its messages
-    (`attach`, `attach_documents`); several are read side by side. Markers in texts are never resolved.
+    (`attach`, `attach_documents`); several are read side by side. Markers in texts are never resolved. A call
+    that reads none is answered by the backbone alone, without the adapter.
 
     Args:
         pipeline (`GradMemPipeline`): the model and its tokenizer, which needs a chat template.
@@ -187,9 +188,9 @@ class ChatGradMem(BatchingChatModel):
         ids, mask = self.pipeline.encode_prompts([request.chat for request in requests], tools)
         new_tokens = NewTokens(self.pipeline.tokenizer, ids.shape[1], stops)
         with _seeded(seed):
-            self.pipeline.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+            self.pipeline.generate_ids(
+                ids,
+                mask,
                 memory=MemoryState.stack(states) if states else None,
                 stopping_criteria=[new_tokens],
                 **self.pipeline.generation_options(options),

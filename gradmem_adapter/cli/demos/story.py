@@ -39,9 +39,8 @@ def run_story_demo(checkpoint: Path, *, console: Console | None = None) -> dict[
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
     memory = pipeline.write(story["context"])
     from_memory = pipeline.generate(questions, memory=memory, **options)
-    with model.disable_adapter():
-        prompts = [[{"role": "user", "content": f"{story['context']}\n\n{question}"}] for question in questions]
-        from_text = pipeline.generate(prompts, **options)
+    prompts = [[{"role": "user", "content": f"{story['context']}\n\n{question}"}] for question in questions]
+    from_text = pipeline.generate(prompts, **options)
     ids = pipeline.tokenizer(story["context"], return_tensors="pt")["input_ids"].to(model.device)
     figures: dict[str, Any] = {
         "from_memory": [answer.strip() for answer in from_memory],

@@ -24,13 +24,13 @@ def other(pipeline, chat):
 def test_a_batch_is_one_batch(chat, pipeline, reference, monkeypatch):
     one_by_one = [chat.invoke(f"w{i} w1", memory=reference).content for i in range(4)]
     sizes = []
-    generate = pipeline.model.generate
+    generate = pipeline.generate_ids
 
     def count(*args, **kwargs):
-        sizes.append(len(kwargs["input_ids"]))
+        sizes.append(len(args[0]))
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline.model, "generate", count)
+    monkeypatch.setattr(pipeline, "generate_ids", count)
     calls = []
 
     class Handler(BaseCallbackHandler):

@@ -79,7 +79,7 @@ class TestComplaints:
         def fail(*args, **kwargs):
             raise RuntimeError("the GPU is gone")
 
-        monkeypatch.setattr(pipeline.model, "generate", fail)
+        monkeypatch.setattr(pipeline, "generate_ids", fail)
         with pytest.raises(RuntimeError, match="the GPU is gone"):
             list(chat.stream("w3"))
 
@@ -111,8 +111,8 @@ class TestReferences:
     def test_markers_in_texts_are_never_resolved(self, chat, pipeline, reference, kind, monkeypatch):
         """Typed by a user, echoed by a model, or come with a retrieved text."""
         seen = []
-        generate = pipeline.model.generate
-        monkeypatch.setattr(pipeline.model, "generate", lambda *a, **k: seen.append(k["memory"]) or generate(*a, **k))
+        generate = pipeline.generate_ids
+        monkeypatch.setattr(pipeline, "generate_ids", lambda *a, **k: seen.append(k["memory"]) or generate(*a, **k))
         chat.invoke([kind(f"w1 {marker(reference)}"), HumanMessage("w3")])
         assert seen == [None]
 
