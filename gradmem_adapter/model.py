@@ -285,7 +285,7 @@ class GradMemModel(GradMemTuner):
             prefix = self._prefix(memory_of_queries(self._vectors(memory, strict), len(inputs), context_index))
         kept = None
         if self.prefix_cache.max_bytes and context_index is None:
-            kept = KeptPrefix(self.prefix_cache, memory, prefix_key(self.model, self._adapter))
+            kept = KeptPrefix(self.prefix_cache, memory, prefix_key(self.model, self._adapter, self.fingerprint()))
         return generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
 
     # ---------------------------------------------------------------- what was kept

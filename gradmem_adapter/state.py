@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradmem_adapter.utils import state_file
 from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.utils.fingerprint import KIND
 from gradmem_adapter.utils.state_file import TENSORS, MemoryStateError
 
 
@@ -295,6 +296,12 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
         raise ValueError(
             f"The memory state has vectors of width {memory.width}, the model's are {width} wide: it was written by "
             "another model. Write the context again with this one."
+        )
+    if fingerprint is not None and not memory.fingerprint.startswith(KIND):
+        raise ValueError(
+            f"The memory state has the fingerprint {memory.fingerprint}, as earlier versions of gradmem_adapter made "
+            f"them; those of this version begin with {KIND!r} and cannot be compared with it. Write the context again, "
+            f"or read it with strict=False if you know that this model ({fingerprint}) wrote it."
         )
     if fingerprint is not None and memory.fingerprint != fingerprint:
         raise ValueError(

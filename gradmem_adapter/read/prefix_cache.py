@@ -21,14 +21,20 @@ Prefix = tuple[tuple[Tensor, Tensor], ...]
 """Per layer the keys and the values, `[B, heads, P, head size]` each."""
 
 
-def prefix_key(backbone: PreTrainedModel, adapter: str) -> Hashable:
-    """What the keys and values of a prefix depend on besides the memory: weights, LoRA scaling and autocast."""
+def prefix_key(backbone: PreTrainedModel, adapter: str, fingerprint: str) -> Hashable:
+    """What the keys and values of a prefix depend on besides the memory: weights, LoRA scaling and autocast.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM with its adapters.
+        adapter (`str`): the name of the active one.
+        fingerprint (`str`): theirs, which also follows what is changed through `.data`.
+    """
     scaling = tuple(
         layer.scaling[adapter] for layer in walk(backbone) if isinstance(layer, LoraLayer) and adapter in layer.scaling
     )
     device = backbone.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return adapter, versions(backbone), scaling, autocast
+    return fingerprint, adapter, versions(backbone), scaling, autocast
 
 
 class ReadCache(DynamicCache):

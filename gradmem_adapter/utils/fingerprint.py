@@ -4,52 +4,110 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradmem_adapter.config import GradMemConfig
-from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters
+from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.weights import plain_tensors, read_weights
 
-SAMPLES = 64
-"""Values read from each backbone tensor: enough to tell two trainings apart, few enough for a model of any size."""
+KIND = "2-"
+"""What fingerprints begin with: those of another kind are made in another way and cannot be compared."""
 
 # The fields of the configuration that change what a memory vector means to the model.
 _FIELDS = ("memory_projection", "num_control_tokens", "write_head", "lora_phase")
 _LORA_FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
+# What of a backbone's configuration changes nothing that it computes in eval mode, or says of its weights what these
+# say themselves. Fields that are absent, None, False or 0 are the same, so that a new one of Transformers is none here.
+_NO_MATTER = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config", "problem_type"),
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id", "name_or_path"),
+    *("vocab_size", "max_position_embeddings", "n_positions", "pretraining_tp", "chunk_size_feed_forward"),
+    *("task_specific_params", "tokenizer_class", "auto_map"),
+}
+_NO_MATTER_PARTS = ("token_id", "dropout", "drop", "initializer", "init_", "summary_", "loss")
 
-def fingerprint(
-    backbone: Iterable[tuple[str, Tensor]], adapter: Iterable[tuple[str, Tensor]], config: GradMemConfig
-) -> str:
-    """32 hexadecimal digits: the same for the same weights on any device, in any process, whatever their width.
+SAMPLES = 64
+"""Values that are read of each parameter to notice changes through `.data`."""
 
-    Values count as float32, so a bfloat16 checkpoint loaded in float32 is the same model. Of each backbone tensor
-    the shape and `SAMPLES` evenly spaced values are read, of the adapter all values.
+_BLOCK = 2**18
+"""Values that are summed up together: as many as a CPU's cache holds."""
+
+
+def fingerprint(model: PreTrainedModel, adapter: str, config: GradMemConfig) -> str:
+    """`KIND` and 32 hexadecimal digits: the same for the same weights on any device, in any process, whatever their
+    width.
+
+    All values count, as float32, so a bfloat16 checkpoint loaded in float32 is the same model. So does what the
+    backbone's configuration says of how they are used: heads, activations, positions, constants.
 
     Args:
-        backbone (`Iterable[tuple[str, Tensor]]`): the backbone's named tensors, in any order.
-        adapter (`Iterable[tuple[str, Tensor]]`): the adapter's, under names without the adapter's own.
-        config (`GradMemConfig`): the adapter's configuration, of which the fields count that change what a memory
-            vector means.
+        model (`PreTrainedModel`): the backbone with its adapters.
+        adapter (`str`): the name of the one that counts; it is no part of the fingerprint.
+        config (`GradMemConfig`): the adapter's, of which the fields count that change what a memory vector means.
     """
     lora: dict[str, Any] = config.to_dict()["lora_config"] or {}
     chosen = {name: getattr(config, name) for name in _FIELDS} | {name: lora.get(name) for name in _LORA_FIELDS}
-    digest = hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode(), digest_size=16)
-    with torch.no_grad():
-        for name, tensor in sorted(backbone, key=lambda item: item[0]):
-            flat = tensor.detach().reshape(-1)
-            _update(digest, name, tensor.shape, flat[:: max(1, flat.numel() // SAMPLES)])
-        for name, tensor in sorted(adapter, key=lambda item: item[0]):
-            _update(digest, name, tensor.shape, tensor.detach().reshape(-1))
-    return digest.hexdigest()
+    found: list[tuple[str, torch.Size, list[Tensor]]] = []
+    for name, tensor, of_adapter in read_weights(model):
+        if of_adapter:
+            if f".{adapter}." not in f"{name}.":
+                continue
+            name = f"adapter {name}.".replace(f".{adapter}.", ".")
+        found.append((name, tensor.shape, list(_sums(tensor))))
+    sums = iter(torch.cat([part.cpu() for _, _, parts in found for part in parts]).tolist())
+    described = sorted(
+        (name, tuple(shape), [next(sums) for part in parts for _ in part]) for name, shape, parts in found
+    )
+    whole = json.dumps([chosen, _meaning(model.config), described], sort_keys=True, default=str)
+    return KIND + hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
 
-def _update(digest: Any, name: str, shape: torch.Size, values: Tensor) -> None:
-    digest.update(f"{name}{tuple(shape)}".encode())
-    digest.update(values.float().cpu().contiguous().numpy().tobytes())
+def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a configuration changes what the same weights compute."""
+    return {
+        name: value
+        for name, value in config.get_text_config().to_dict().items()
+        if value and name not in _NO_MATTER and name[0] != "_" and not any(part in name for part in _NO_MATTER_PARTS)
+    }
+
+
+@torch.no_grad()
+def _sums(tensor: Tensor) -> Iterator[Tensor]:
+    """Sums `[n]` (int64) of the bits of each block of a tensor's values: exact, so in whatever order they are added.
+
+    Each value's bits are multiplied by an odd number of its place and folded once, or exchanged values and changed
+    signs would cancel out.
+    """
+    flat = tensor.reshape(-1)
+    whole = len(flat) // _BLOCK * _BLOCK
+    at_a_time = 1 if flat.device.type == "cpu" else 64  # few kernels on a GPU
+    for part in (*flat[:whole].view(-1, _BLOCK).split(at_a_time), flat[whole:]):
+        mixed = _bits(part) * _places(flat.device)[: part.shape[-1]]
+        mixed.bitwise_xor_(mixed >> 16)
+        # In pairs, which is several times faster than a sum of 32 bits into 64.
+        yield nn.functional.pad(mixed, (0, mixed.shape[-1] % 2)).view(torch.int64).sum(-1).view(-1)
+
+
+@lru_cache(maxsize=16)
+def _places(device: torch.device) -> Tensor:
+    """An odd number for each place in a block."""
+    return torch.arange(_BLOCK, dtype=torch.int32, device=device) * -1_640_531_535 | 1
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Values as integers of 32 bits: those of float32 for the types that models are loaded in."""
+    if values.element_size() == 1:
+        return values.view(torch.uint8).int()
+    return values.float().view(torch.int32) if values.is_floating_point() else values.int()
 
 
 def walk(module: nn.Module) -> Iterator[nn.Module]:
@@ -63,7 +121,10 @@ def walk(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
-    """Changes whenever a parameter of `module` is replaced, moved or modified in place; cheap enough to ask often."""
+    """Changes whenever a parameter of `module` is replaced, moved or modified in place; cheap enough to ask often.
+
+    What is modified through `.data` it does not notice, see `_Samples`.
+    """
     return tuple(
         (id(p), p.data_ptr(), 0 if p.is_inference() else p._version)
         for part in walk(module)
@@ -72,26 +133,52 @@ def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
     )
 
 
+class _Samples:
+    """Some values of every parameter, to notice changes through `.data`, which torch does not count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        views: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for parameter in (p for part in walk(model) for p in part._parameters.values() if p is not None):
+            for _, tensor in plain_tensors("", parameter):
+                if not tensor.is_meta:
+                    views[tensor.device, tensor.dtype].append(_sample(tensor))
+        self._views = list(views.values())
+        self._values = self._read()
+
+    def _read(self) -> list[Tensor]:
+        return [_bits(torch.cat(group)) for group in self._views]
+
+    def same(self) -> bool:
+        """Whether they are what they were."""
+        return all(map(torch.equal, self._values, self._read()))
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A view of about `SAMPLES` values of a tensor, from rows and columns alike."""
+    if not tensor.is_contiguous():
+        return tensor.flatten(0, -2).select(-1, 0) if tensor.dim() > 1 else tensor
+    stride = max(1, tensor.numel() // SAMPLES)
+    while tensor.dim() and math.gcd(stride, tensor.shape[-1]) > 1:
+        stride -= 1
+    return tensor.view(-1)[::stride]
+
+
 class FingerprintCache:
-    """The fingerprint of a model, computed anew when a weight has changed or another adapter is active."""
+    """The fingerprint of a model, computed anew when a weight has changed or another adapter is active.
+
+    A change through `.data` is noticed where it concerns a whole matrix, not where it concerns single values.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[Any, str] | None = None
+        self._last: tuple[Any, str, _Samples] | None = None
 
-    def get(self, model: nn.Module, adapter: str, config: GradMemConfig) -> str:
-        """The fingerprint of a model with one adapter.
+    def __reduce__(self) -> tuple[type[FingerprintCache], tuple[()]]:
+        return FingerprintCache, ()
 
-        Args:
-            model (`nn.Module`): the backbone with its adapters.
-            adapter (`str`): the name of the one that counts; it is no part of the fingerprint.
-            config (`GradMemConfig`): the adapter's.
-        """
+    def get(self, model: PreTrainedModel, adapter: str, config: GradMemConfig) -> str:
+        """The fingerprint of a model with one adapter; see `fingerprint` for the arguments."""
         key = adapter, versions(model)
-        if self._last is None or self._last[0] != key:
-            own = [
-                (f"{name}.".replace(f".{adapter}.", "."), parameter)
-                for name, parameter in adapter_parameters(model)
-                if f".{adapter}." in f"{name}."
-            ]
-            self._last = key, fingerprint(backbone_parameters(model), own, config)
-        return self._last[1]
+        last = self._last
+        if last is None or last[0] != key or not (capturing() or last[2].same()):
+            last = self._last = key, fingerprint(model, adapter, config), _Samples(model)
+        return last[1]

@@ -1,21 +1,16 @@
 """The fingerprint follows what matters and nothing else."""
 
 import copy
+from dataclasses import replace
 
+import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny import tiny
+from adapters import lora, make
+from peft import get_peft_model
+from tiny import tiny, tokens
 
 from gradmem_adapter import GradMemConfig
-
-
-def lora(**options):
-    return LoraConfig(**{"r": 2, "target_modules": "all-linear", "init_lora_weights": False} | options)
-
-
-def make(architecture="llama", **config):
-    defaults = {"num_memory_tokens": 3, "write_lr": 0.3, "memory_init_std": 0.5}
-    return get_peft_model(tiny(architecture), GradMemConfig(**defaults | config)).eval()
+from gradmem_adapter.utils.fingerprint import fingerprint
 
 
 def test_fingerprint_follows_every_weight_that_matters():
@@ -44,3 +39,108 @@ def test_fingerprint_ignores_what_does_not_matter():
         torch.manual_seed(1)
         prints.append(get_peft_model(backbone, GradMemConfig(num_memory_tokens=2)).fingerprint())
     assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_theta": 500_000.0}, {"rms_norm_eps": 1e-5}, {"hidden_act": "gelu"}, {"num_attention_heads": 2}],
+    ids=lambda change: next(iter(change)),
+)
+def test_how_a_backbone_uses_its_weights_is_part_of_it(change):
+    """Head counts keep every shape with `head_dim`; nothing of a tensor says what these fields say."""
+    own = {"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if "num_attention_heads" in change:
+        change = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    one, other = tiny(**own), tiny(**own | change)
+    other.load_state_dict(one.state_dict())
+    prints = []
+    for backbone in (one, other):
+        torch.manual_seed(1)
+        prints.append(get_peft_model(backbone, GradMemConfig(num_memory_tokens=2)).fingerprint())
+    assert prints[0] != prints[1]
+
+
+def test_what_else_a_configuration_says_is_not():
+    model = make()
+    before = model.fingerprint()
+    config = model.get_base_model().config
+    config.pad_token_id, config.use_cache, config.name_or_path, config.attention_dropout = 7, False, "elsewhere", 0.1
+    config._attn_implementation, config.max_position_embeddings, config.of_next_year = "eager", 4096, None
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight.mul_(1)  # so that it is computed anew
+    assert model.fingerprint() == before
+
+
+def negate_half(tensor):
+    tensor[:, 1::2].neg_()
+
+
+def change_one(tensor):
+    tensor[1, 1] += 1
+
+
+def exchange(tensor):
+    tensor.copy_(tensor.flip(0))
+
+
+def double(tensor):
+    tensor.mul_(2)
+
+
+@pytest.mark.parametrize("change", [negate_half, change_one, exchange])
+def test_every_value_counts(change):
+    model = make()
+    before = model.fingerprint()
+    with torch.no_grad():
+        change(model.get_base_model().model.layers[1].mlp.up_proj.weight)
+    assert model.fingerprint() != before
+
+
+@pytest.mark.parametrize("change", [negate_half, exchange, double])
+@pytest.mark.parametrize(
+    "where", ["model.layers.1.mlp.up_proj.base_layer.weight", "memory_slots.gradmem_memory.default"]
+)
+def test_changes_through_data_are_noticed(where, change):
+    model = make(lora_config=lora(), num_memory_tokens=8)
+    state, query = model.write(tokens(1, 9)), tokens(1, 5)
+    model.generate(query, memory=state, max_new_tokens=1)  # keeps keys and values of the prefix
+    change(model.get_base_model().get_parameter(where).data)
+    with pytest.raises(ValueError, match=f"written by model {state.fingerprint}, and this is model"):
+        model.generate(query, memory=state, max_new_tokens=1)
+
+
+def test_kept_prefixes_go_with_changes_through_data():
+    model = make()
+    state, query = model.write(tokens(1, 9)), tokens(1, 5)
+    options = {"max_new_tokens": 1, "strict": False, "output_logits": True, "return_dict_in_generate": True}
+    model.generate(query, memory=state, **options)
+    for parameter in model.get_base_model().model.layers.parameters():
+        parameter.data.mul_(1.3)
+    found = model.generate(query, memory=state, **options).logits[0]
+    model.base_model.prefix_cache.clear()
+    torch.testing.assert_close(found, model.generate(query, memory=state, **options).logits[0])
+
+
+def test_large_tensors_and_odd_types_count_whole():
+    """More than a block of values, a row that does not fill one, and integers."""
+    model = make()
+    backbone = model.get_base_model()
+    large = torch.zeros(3, 2**17 + 1)
+    backbone.register_buffer("table", large)
+    backbone.register_buffer("packed", torch.arange(7, dtype=torch.uint8))
+    arguments = backbone, "default", model.peft_config["default"]
+    seen = {fingerprint(*arguments)}
+    for tensor, place in ((large, (0, 0)), (large, (2, 2**17)), (backbone.packed, (6,))):
+        tensor[place] += 1
+        seen.add(fingerprint(*arguments))
+    assert len(seen) == 4
+
+
+def test_states_of_an_earlier_kind_say_so():
+    model = make()
+    state = model.write(tokens(1, 9))
+    old = replace(state, fingerprint=state.fingerprint.removeprefix("2-"))
+    with pytest.raises(ValueError, match=r"as earlier versions of gradmem_adapter made them.*strict=False"):
+        model(input_ids=tokens(1, 5), memory=old)
+    logits = [model(input_ids=tokens(1, 5), memory=s, strict=False).logits for s in (state, old)]
+    assert torch.equal(*logits)

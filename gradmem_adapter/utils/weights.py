@@ -1,0 +1,49 @@
+"""Reading a model's weights wherever they are: on a device, quantised, in CPU memory or on a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def read_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Everything that a model's modules say they hold, in plain tensors, a module at a time.
+
+    Quantised weights come as the tensors that they are packed into, with their scales. What accelerate has put
+    elsewhere is on its device only until the next tensor is asked for.
+
+    Args:
+        model (`nn.Module`): the backbone, with adapters or without.
+
+    Yields:
+        The name, the tensor, and whether it is an adapter's. The backbone's have the names that they have without one.
+    """
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    parts = (part for layer in layers for name, part in layer.named_children() if name != "base_layer")
+    adapters = {id(module) for part in parts for module in part.modules()}
+    for path, module in model.named_modules():
+        with align_module_device(module):
+            held: dict[str, Tensor] = {}
+            module._save_to_state_dict(held, f"{path}." if path else "", keep_vars=True)
+            for name, tensor in held.items():
+                if isinstance(tensor, Tensor):  # a version number, otherwise
+                    for inner, plain in plain_tensors(name.replace(".base_layer.", "."), tensor):
+                        yield inner, plain, id(module) in adapters
+
+
+def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a tensor consists of: itself, or what torchao's and quanto's quantised tensors are packed into.
+
+    Args:
+        name (`str`): the tensor's.
+        tensor (`Tensor`): any.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor.detach()
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(f"{name}.{inner}", getattr(tensor, inner))
