@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
@@ -31,7 +32,7 @@ _SAFE_LORA_INITS = (True, False, "gaussian", "orthogonal")
 
 def _refuse_unknown_fields(cls: type[Config]) -> type[Config]:
     """PEFT, which reads configurations from files, would leave out what it does not know, with a warning."""
-    init, known = cls.__init__, [f.name for f in fields(cls)]
+    init, known = cls.__init__, list(inspect.signature(cls).parameters)
 
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -126,6 +127,9 @@ class GradMemConfig(PeftConfig):
             is), `"chat"` (the tokenizer's chat template) or a template that contains `"{query}"`.
         trained_length (`int`, *optional*): tokens of the longest context that the adapter was trained to write. `None`:
             unknown.
+        probe_backbone (`bool`, *optional*, defaults to `True`): try the backbone on a few tokens when the adapter is
+            attached, and refuse one on which GradMem would be wrong. It is not saved: an adapter that is loaded to be
+            used was tried when it was made.
 
     Raises:
         TypeError, ValueError: a field is unknown, or its value cannot work; the message names the field, the value and
@@ -160,9 +164,13 @@ class GradMemConfig(PeftConfig):
     init_weights: bool = True
     query_format: str = "text"
     trained_length: int | None = None
+    probe_backbone: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, probe_backbone: bool) -> None:
         super().__post_init__()
+        if not isinstance(probe_backbone, bool):
+            raise TypeError(f"probe_backbone must be True or False, got {probe_backbone!r}.")
+        self.probe: bool = probe_backbone  # no field, for it is not saved
         self.peft_type = PeftType("GRADMEM")
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(

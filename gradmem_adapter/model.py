@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradmem_adapter.meta_gradients.tape import differentiable_write
 from gradmem_adapter.outputs import Fidelity, WriteProgress
+from gradmem_adapter.probe import probe
 from gradmem_adapter.read.forward import check_forward_options, forward_with_memory, query_embeddings
 from gradmem_adapter.read.generation import check_prompt, generate_with_memory
 from gradmem_adapter.read.loss import outer_loss
@@ -47,6 +48,13 @@ class GradMemModel(GradMemTuner):
         super().__init__(*args, **kwargs)
         self.prefix_cache = PrefixCache()
         self._fast_writes = FastWrites()
+
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the backbone, once this was tried out. Called by PEFT."""
+        config = self.peft_config[adapter_name]
+        if config.probe and not config.inference_mode:
+            probe(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @property
     def _writer(self) -> Writer:

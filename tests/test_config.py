@@ -33,11 +33,12 @@ def test_help_explains_every_field_with_its_default():
             rf"^        {field.name} \(`[^)]+\*optional\*{re.escape(default)}\): \S", GradMemConfig.__doc__, re.M
         ), field.name
     documented = re.findall(r"^        (\w+) \(`", GradMemConfig.__doc__, re.M)
-    assert documented == [field.name for field in own]
+    assert documented == [*(field.name for field in own), "probe_backbone"]
 
 
 def test_the_signature_says_the_fields():
-    assert list(inspect.signature(GradMemConfig).parameters) == [f.name for f in dataclasses.fields(GradMemConfig)]
+    names = [*(field.name for field in dataclasses.fields(GradMemConfig)), "probe_backbone"]
+    assert list(inspect.signature(GradMemConfig).parameters) == names
 
 
 @pytest.mark.parametrize(

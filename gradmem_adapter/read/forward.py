@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.outputs import GradMemOutput
+from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.loss import forward_at_targets, loss_of_logits
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.utils.backbone import check_length, first_position
@@ -72,6 +73,7 @@ def forward_with_memory(
     """
     check_length(prefix.shape[1], query, attention_mask, backbone)
     read = read_inputs(prefix, query, attention_mask, first_position(backbone))
+    check_left_padding(backbone, read.layout)
     if labels is not None:
         labels = read.layout.join(labels.new_full(prefix.shape[:2], IGNORED), labels)
     inputs = {

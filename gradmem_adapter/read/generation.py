@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gradmem_adapter.ops.padding import move_padding_left
+from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.read.prefix_cache import KeptPrefix
 from gradmem_adapter.utils.backbone import check_length, first_position
@@ -78,6 +79,7 @@ def generate_with_memory(
     with torch.no_grad():
         query = backbone.get_input_embeddings()(input_ids)
         read = read_inputs(prefix, query, attention_mask, first)
+    check_left_padding(backbone, read.layout)
     options |= length_arguments(options, default, read.inputs_embeds.shape[1])
     inputs = {"inputs_embeds": read.inputs_embeds, "attention_mask": read.attention_mask}
     if first:  # Transformers counts from 0

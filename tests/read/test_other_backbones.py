@@ -35,6 +35,23 @@ def test_generation_equals_argmax_without_cache(architecture):
         assert torch.equal(output[i, 7 - len(row) :], greedy_without_cache(model, states[i], row, 5))
 
 
+def test_padding_on_the_left_that_would_count_as_positions_is_refused():
+    """BART has absolute positions and takes no `position_ids`."""
+    model = make("bart")
+    state, query = model.write(tokens(2, 9)), tokens(2, 5, seed=1)
+    plain, ones = model(input_ids=query, memory=state).logits, torch.ones_like(query)
+    right = model(input_ids=F.pad(query, (0, 2)), memory=state, attention_mask=F.pad(ones, (0, 2)))
+    torch.testing.assert_close(right.logits[:, :-2], plain, rtol=1e-4, atol=1e-5)
+    for side in ((2, 0), (0, 2)):  # generation moves padding to the left
+        with pytest.raises(NotImplementedError, match=r"BartForCausalLM counts positions.*prompts of one length"):
+            model.generate(F.pad(query, side), memory=state, attention_mask=F.pad(ones, side), max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="BartForCausalLM counts positions"):
+        model(input_ids=F.pad(query, (2, 0)), memory=state, attention_mask=F.pad(ones, (2, 0)))
+    output = model.generate(query, memory=state, attention_mask=ones, max_new_tokens=4, eos_token_id=None)
+    for i in range(2):  # BART ends with eos
+        assert torch.equal(output[i, :-1], greedy_without_cache(model, state[i], query[i], 3))
+
+
 @pytest.mark.parametrize("architecture", ["bart", "llama"])
 def test_the_loss_is_the_shifted_cross_entropy(architecture):
     """BART's own loss compares each place with its own token."""
@@ -127,7 +144,8 @@ def test_memory_that_generation_would_drop_is_refused():
         def prepare_inputs_for_generation(self, input_ids, **kwargs):
             return {"input_ids": input_ids}
 
-    model = get_peft_model(Dropping(tiny().config), GradMemConfig(num_memory_tokens=3)).eval()
+    config = GradMemConfig(num_memory_tokens=3, probe_backbone=False)
+    model = get_peft_model(Dropping(tiny().config), config).eval()
     state = model.write(tokens(1, 9))
     with pytest.raises(NotImplementedError, match="Dropping"):
         model.generate(tokens(1, 4), memory=state, max_new_tokens=2)

@@ -1,0 +1,175 @@
+"""Whether GradMem is right on a backbone: tried on a few tokens when an adapter is attached."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from gradmem_adapter.ops.output_head import output_head
+from gradmem_adapter.read.generation import generate_with_memory
+from gradmem_adapter.utils.backbone import trunk, trunk_name
+from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undisturbed
+
+SKIP = "GradMemConfig(probe_backbone=False) attaches without trying."
+
+
+_right: set[tuple[Any, ...]] = set()
+"""Kinds of backbone that were tried and are right: what is tried depends on class and configuration, not on weights."""
+
+
+def probe(backbone: PreTrainedModel) -> None:
+    """Raise unless a backbone is causal, takes embeddings for tokens in WRITE, READ and `generate`, and passes
+    gradients on to them. Four forward passes and a backward pass over a few tokens, which leave no trace; one of the
+    same class and configuration is not tried again.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+
+    Raises:
+        TypeError: GradMem would be wrong on it, or fail later.
+    """
+    config = backbone.config
+    kind = type(backbone), backbone.device, backbone.dtype, config._attn_implementation, config.to_json_string()
+    if kind in _right:
+        return
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        _step_aside(backbone, "some of its weights are on the meta device or offloaded")
+        return
+    with undisturbed(backbone):
+        ids = sample_tokens(backbone, rows=2)
+        half = ids.shape[1] // 2
+        ids[1, :half] = ids[0, :half]
+        try:
+            with torch.no_grad():
+                expected = backbone(input_ids=ids, use_cache=False, return_dict=True).logits
+        except Exception as error:  # kernels of another device, inputs beside tokens, ...
+            _step_aside(backbone, f"its own forward pass over token ids failed ({_name(error)})")
+            return
+        _check_causal(backbone, expected, half)
+        _check_write(backbone, ids, expected)
+        _check_generate(backbone, ids, expected)
+    _right.add(kind)
+
+
+def _step_aside(backbone: PreTrainedModel, reason: str) -> None:
+    warnings.warn(
+        f"{type(backbone).__name__} could not be tried out when the adapter was attached: {reason}. Whether it is "
+        "causal and takes embeddings is not known.",
+        stacklevel=8,
+    )
+
+
+def _name(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _refusal(backbone: PreTrainedModel, found: str, needed: str) -> TypeError:
+    return TypeError(
+        f"{type(backbone).__name__}: {found}. {needed} Take another backbone, or a text-only causal class of this one. "
+        f"{SKIP}"
+    )
+
+
+def _check_causal(backbone: PreTrainedModel, logits: Tensor, half: int) -> None:
+    """The second half of the tokens, which differs between both rows, must not reach the logits of the first."""
+    if not logits.isfinite().all():
+        raise _refusal(
+            backbone,
+            f"its logits are not finite in {backbone.dtype}",
+            "Load it in the type that it was trained in (dtype='auto'), or in float32.",
+        )
+    leak = distance(logits[1:, :half], logits[:1, :half])
+    if leak > tolerance(backbone) / 10:  # rows of one batch are rounded alike
+        raise _refusal(
+            backbone,
+            f"logits change by {leak:.1%} when later tokens do",
+            "GradMem needs a causal language model: a write loss of tokens that the model sees says nothing.",
+        )
+
+
+def _check_write(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> None:
+    """Trunk and head on the tokens' embeddings, as WRITE runs them, give the logits of the tokens, and a gradient."""
+    try:
+        with torch.enable_grad():
+            embeddings = backbone.get_input_embeddings()(ids).detach().requires_grad_()
+            inputs = {"inputs_embeds": embeddings.clone(), "use_cache": False, "return_dict": True}
+            logits = output_head(backbone)(trunk(backbone)(**inputs).last_hidden_state)
+    except Exception as error:
+        raise _refusal(
+            backbone,
+            f"{trunk_name(backbone)!r} and the output head failed on inputs_embeds alone ({_name(error)})",
+            "WRITE runs these two, and memory is input embeddings without tokens.",
+        ) from error
+    if (apart := distance(logits, expected)) > tolerance(backbone):
+        with torch.no_grad():
+            whole = backbone(inputs_embeds=embeddings.clone(), use_cache=False, return_dict=True).logits
+        if (outside := distance(whole, expected)) > tolerance(backbone):
+            raise _refusal(
+                backbone,
+                f"logits from inputs_embeds differ by {outside:.0%} from those of the same tokens as input_ids",
+                "Memory is input embeddings without tokens: a model that also looks at token ids cannot read it.",
+            )
+        raise _refusal(
+            backbone,
+            f"{trunk_name(backbone)!r} and the output head give logits that differ by {apart:.0%} from the model's own",
+            "WRITE runs these two by themselves.",
+        )
+    with torch.enable_grad():
+        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+    try:
+        (gradient,) = torch.autograd.grad(loss, embeddings)
+    except Exception as error:
+        raise _refusal(
+            backbone,
+            f"a backward pass to its input embeddings failed ({_name(error)})",
+            "WRITE takes gradient steps on input embeddings.",
+        ) from error
+    if not (gradient.isfinite().all() and gradient[:, :-1].abs().sum(-1).gt(0).all()):
+        raise _refusal(
+            backbone,
+            "the gradient of a loss with respect to its input embeddings is zero or not finite",
+            "WRITE takes gradient steps on input embeddings.",
+        )
+
+
+class _Forced(LogitsProcessor):
+    """Makes `generate` choose given tokens `[B, steps]`, one after the other."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = list(tokens.unbind(1))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = self.tokens.pop(0)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def _check_generate(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> None:
+    """Decoding behind embeddings gives the logits of a forward pass over all tokens: two tokens are forced."""
+    start, steps = 2, 2
+    prompt = ids.shape[1] - steps
+    try:
+        with torch.no_grad():
+            prefix = backbone.get_input_embeddings()(ids[:, :start])
+            output = generate_with_memory(
+                backbone, ids[:, start:prompt], prefix, attention_mask=torch.ones_like(ids[:, start:prompt]),
+                max_new_tokens=steps, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
+                logits_processor=LogitsProcessorList([_Forced(ids[:, prompt:])]),
+            )  # fmt: skip
+    except Exception as error:
+        raise _refusal(
+            backbone,
+            f"generate() behind input embeddings failed ({_name(error)})",
+            "READ needs a generate() that takes inputs_embeds.",
+        ) from error
+    apart = distance(torch.stack(output.logits, dim=1), expected[:, prompt - 1 : -1])
+    if apart > tolerance(backbone):
+        raise _refusal(
+            backbone,
+            f"generate() from inputs_embeds gives logits that differ by {apart:.0%} from those of the forward pass",
+            "READ decodes behind memory, which is input embeddings.",
+        )

@@ -1,0 +1,55 @@
+"""Backbones whose positions count padding on the left: READ refuses such batches, which it would read wrongly."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from gradmem_adapter.read.prefix import Layout, read_inputs
+from gradmem_adapter.utils.backbone import first_position
+from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undisturbed
+
+_counting_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def check_left_padding(backbone: PreTrainedModel, layout: Layout) -> None:
+    """Raise where queries are padded on the left and the backbone would place their tokens wrongly: it has absolute
+    positions and takes no `position_ids` (BART and its kin).
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM, which is tried on a few tokens the first time.
+        layout (`Layout`): of the queries.
+
+    Raises:
+        NotImplementedError: it would.
+    """
+    if layout.source is None or capturing():
+        return
+    if backbone not in _counting_padding:
+        _counting_padding[backbone] = counts_padding(backbone)
+    if _counting_padding[backbone]:
+        raise NotImplementedError(
+            f"{type(backbone).__name__} counts positions from the first place of a row, padding or not, and takes no "
+            "position_ids: queries that are padded on the left would be read wrongly. generate() takes prompts of one "
+            "length at a time, without padding; forward() also takes queries that are padded on the right."
+        )
+
+
+def counts_padding(backbone: PreTrainedModel) -> bool:
+    """Whether logits change with padding on the left, by two forward passes over a few tokens."""
+    padding, start = 2, 2
+    with undisturbed(backbone), torch.no_grad():
+        tokens = backbone.get_input_embeddings()(sample_tokens(backbone, rows=1))[:, :-padding]
+        query = F.pad(tokens[:, start:], (0, 0, padding, 0))
+        mask = F.pad(torch.ones_like(tokens[:, start:, 0], dtype=torch.long), (padding, 0))
+        read = read_inputs(tokens[:, :start], query, mask, first_position(backbone))
+        logits = backbone(
+            inputs_embeds=read.inputs_embeds, attention_mask=read.attention_mask, position_ids=read.position_ids,
+            return_dict=True,
+        ).logits  # fmt: skip
+        expected = backbone(inputs_embeds=tokens, return_dict=True).logits
+    return distance(logits[:, padding:], expected) > tolerance(backbone)
