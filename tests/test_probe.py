@@ -95,7 +95,8 @@ def test_one_that_memory_cannot_go_through(kind, found):
 def test_one_that_needs_token_ids_in_its_layers():
     config = DeepseekV4Config(
         vocab_size=61, hidden_size=32, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        head_dim=16, q_lora_rank=8, num_hash_layers=1, n_routed_experts=4, num_experts_per_tok=2, o_groups=2, o_lora_rank=8,
+        head_dim=16, q_lora_rank=8, num_hash_layers=1, n_routed_experts=4, num_experts_per_tok=2,
+        o_groups=2, o_lora_rank=8,
     )  # fmt: skip
     with pytest.raises(TypeError, match="failed on inputs_embeds alone"):
         get_peft_model(AutoModelForCausalLM.from_config(config), GradMemConfig())
