@@ -13,6 +13,7 @@ from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.registration import register
 from gradmem_adapter.state import MemoryState, MemoryStateError
+from gradmem_adapter.tuner import AdapterChangedError
 from gradmem_adapter.write.options import WriteOptions
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ register()
 
 __all__ = [
     "SMOLLM2",
+    "AdapterChangedError",
     "Fidelity",
     "GradMemConfig",
     "GradMemModel",

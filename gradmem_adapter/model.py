@@ -18,9 +18,9 @@ from gradmem_adapter.read.loss import outer_loss
 from gradmem_adapter.read.prefix import memory_of_queries
 from gradmem_adapter.read.prefix_cache import KeptPrefix, PrefixCache, prefix_key
 from gradmem_adapter.state import MemoryState, check_readable
-from gradmem_adapter.tuner import GradMemTuner
+from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.hardware import token_budget
-from gradmem_adapter.utils.tokens import check_token_types
+from gradmem_adapter.utils.tokens import as_long, check_token_types
 from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.fast import FastWrites
@@ -71,6 +71,7 @@ class GradMemModel(GradMemTuner):
 
     # ---------------------------------------------------------------- WRITE
 
+    @of_one_adapter
     def write(
         self,
         input_ids: Tensor,
@@ -177,6 +178,7 @@ class GradMemModel(GradMemTuner):
         """
         return self._prefix(self._vectors(memory, strict))
 
+    @of_one_adapter
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -222,6 +224,7 @@ class GradMemModel(GradMemTuner):
         Raises:
             TypeError, ValueError: inputs that do not go together, or that the model cannot read.
         """
+        input_ids, labels = as_long(input_ids), as_long(labels)
         if memory is None and context_input_ids is None:
             if context_index is not None or context_attention_mask is not None:
                 raise ValueError("context_index and context_attention_mask need a memory or context_input_ids.")
@@ -283,21 +286,25 @@ class GradMemModel(GradMemTuner):
             NotImplementedError: assisted decoding or chunked prefill, which Transformers does for tokens alone.
             TypeError, ValueError: a prompt or a state that the model cannot read.
         """
-        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        inputs = as_long(kwargs.pop("input_ids", None) if inputs is None else inputs)
         if memory is None:
             if context_index is not None:
                 raise ValueError("context_index needs a memory.")
-            return self.model.generate(inputs, **kwargs)
+            with self._unchanged():
+                return self.model.generate(inputs, **kwargs)
         inputs = check_prompt(self.model, inputs, kwargs)
-        with torch.no_grad():
-            prefix = self._prefix(memory_of_queries(self._vectors(memory, strict), len(inputs), context_index))
-        kept = None
-        if self.prefix_cache.max_bytes and context_index is None:
-            kept = KeptPrefix(self.prefix_cache, memory, prefix_key(self.model, self._adapter, self.fingerprint()))
-        return generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
+        with self._unchanged() as check:
+            with torch.no_grad():
+                prefix = self._prefix(memory_of_queries(self._vectors(memory, strict), len(inputs), context_index))
+            kept = None
+            if self.prefix_cache.max_bytes and context_index is None:
+                key = prefix_key(self.model, self._adapter, self.fingerprint())
+                kept = KeptPrefix(self.prefix_cache, memory, key, check)
+            return generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
 
     # ---------------------------------------------------------------- what was kept
 
+    @of_one_adapter
     def reconstruct(self, memory: MemoryState, max_new_tokens: int | None = None, *, strict: bool = True) -> Tensor:
         """Decode contexts greedily from memory alone, as WRITE sees it (its head, control vectors and LoRA).
 
@@ -312,6 +319,7 @@ class GradMemModel(GradMemTuner):
         length = int(memory.context_tokens.max()) if max_new_tokens is None else max_new_tokens
         return reconstruct(self._writer, self._vectors(memory, strict), length)
 
+    @of_one_adapter
     def fidelity(
         self,
         memory: MemoryState,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -15,11 +16,28 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import inject_lora
 from gradmem_adapter.utils.backbone import check_backbone, check_start, max_positions
-from gradmem_adapter.utils.fingerprint import FingerprintCache
+from gradmem_adapter.utils.changes import Changes
+from gradmem_adapter.utils.fingerprint import FingerprintCache, versions
 from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 SLOTS = "memory_slots"
 """The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
+
+
+class AdapterChangedError(RuntimeError):
+    """Another thread changed the adapters of a model while it wrote or read: what came out is of no adapter."""
+
+
+def of_one_adapter(method: Method) -> Method:
+    """Make a method of `GradMemTuner` raise `AdapterChangedError` where it would return what no adapter gives."""
+
+    @wraps(method)
+    def checked(self: GradMemTuner, *args: Any, **kwargs: Any) -> Any:
+        with self._unchanged():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, checked)
 
 
 class _NoneLeft(dict[str, GradMemConfig]):
@@ -42,8 +60,11 @@ class GradMemTuner(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         check_backbone(model)
+        self._changes = Changes()
         super().__init__(model, *args, **kwargs)
         self._fingerprint = FingerprintCache()
+        self.register_load_state_dict_pre_hook(self._changes.begin)
+        self.register_load_state_dict_post_hook(self._changes.end)
 
     @property
     def slots(self) -> MemorySlots:
@@ -65,19 +86,21 @@ class GradMemTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.start != "slots":
             check_start(cast(PreTrainedModel, model), config.start)
-        # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        inject_lora(model, adapter_name, config, low_cpu_mem_usage)
-        if not hasattr(model, SLOTS):
-            model.add_module(SLOTS, MemorySlots())
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            getattr(model, SLOTS).add(adapter_name, config, model)
-        inference_mode = all(self.peft_config[name].inference_mode for name in self.active_adapters)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        with self._changes.one():
+            # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            inject_lora(model, adapter_name, config, low_cpu_mem_usage)
+            if not hasattr(model, SLOTS):
+                model.add_module(SLOTS, MemorySlots())
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                getattr(model, SLOTS).add(adapter_name, config, model)
+            inference_mode = all(self.peft_config[name].inference_mode for name in self.active_adapters)
+            self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one; the backbone is trainable where its config says `train_backbone`."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        with self._changes.one():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
         if any(config.train_backbone for config in self.peft_config.values()):
             train = any(self.peft_config[name].train_backbone for name in self.active_adapters)
             for _, parameter in self.backbone_parameters():
@@ -93,11 +116,17 @@ class GradMemTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's slots and LoRA."""
-        super().delete_adapter(adapter_name)
-        if not self.peft_config:
-            self.peft_config = self.model.peft_config = _NoneLeft()
-        # PEFT takes the new active adapter from the first layer it meets, which may be a LoRA the others do not have.
-        self.set_adapter(self.slots.active_adapters, inference_mode=False)
+        with self._changes.one():
+            super().delete_adapter(adapter_name)
+            if not self.peft_config:
+                self.peft_config = self.model.peft_config = _NoneLeft()
+            # PEFT takes the new active adapter from the first layer it meets, which may be a LoRA others do not have.
+            self.set_adapter(self.slots.active_adapters, inference_mode=False)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """PEFT's `disable_adapter()` calls this at its beginning and its end."""
+        with self._changes.one():
+            super()._enable_adapter_layers(enabled)
 
     def _check_merge_allowed(self) -> None:
         """PEFT asks this before it merges anything."""
@@ -130,9 +159,37 @@ class GradMemTuner(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the backbone."""
-        super().unload()
-        delattr(self.model, SLOTS)
+        with self._changes.one():
+            super().unload()
+            delattr(self.model, SLOTS)
         return self.model
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[Callable[[], None]]:
+        """Raise `AdapterChangedError` if another thread changes the adapters before the block ends.
+
+        Yields:
+            A function that raises it if that has happened so far, to be called before anything of the block is kept.
+        """
+        weights = getattr(self.model, SLOTS, self.model)  # without slots, after unload(), it is a plain backbone
+        before = self._changes.number, versions(weights)
+
+        def check() -> None:
+            begun, done = self._changes.number
+            if begun != done or ((begun, done), versions(weights)) != before:
+                raise AdapterChangedError(
+                    "Another thread switched, loaded, trained or deleted an adapter while this one wrote or read with "
+                    "the model. What came out is of neither adapter, and is not returned. Do both under one lock, or "
+                    "give each adapter a model of its own."
+                )
+
+        check()
+        try:
+            yield check
+        except Exception:
+            check()  # or it may be what failed
+            raise
+        check()
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The named parameters of all adapters: slots and LoRA layers, without what these wrap."""

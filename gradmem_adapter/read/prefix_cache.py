@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -185,11 +185,13 @@ class KeptPrefix(NamedTuple):
         cache (`PrefixCache`): where prefixes are kept.
         state (`MemoryState`): whose prefix it is, with one state for all rows or one each.
         key (`Hashable`): what its keys and values depend on besides, see `prefix_key`.
+        check (`Callable`, *optional*): raises if what was computed may not be kept.
     """
 
     cache: PrefixCache
     state: MemoryState
     key: Hashable
+    check: Callable[[], None] = lambda: None
 
     def start(self, backbone: PreTrainedModel, length: int) -> ReadCache:
         """The KV cache for one `generate` behind the prefix of `length` (P) positions: with it, or ready to copy it."""
@@ -197,5 +199,6 @@ class KeptPrefix(NamedTuple):
 
     def keep(self, cache: ReadCache) -> None:
         """Keep what was computed."""
+        self.check()
         if (computed := cache.take_prefix()) is not None:
             self.cache.put(self.state, self.key, computed)
