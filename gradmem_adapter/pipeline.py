@@ -24,7 +24,7 @@ from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.utils.tokens import check_text
+from gradmem_adapter.utils.tokens import check_fits, check_text
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ class GradMemPipeline:
         formatted = [self.format_query(prompt, tools) for prompt in prompts]
         for i, (text, _) in enumerate(formatted):
             check_text(f"Prompt {i}", text)
+            check_fits(f"Prompt {i}", text, self.tokenizer, self.model.positions)
         return self._pad(
             [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted], "left"
         )
@@ -292,6 +293,7 @@ class GradMemPipeline:
             raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
         for i, text in enumerate(texts):
             check_text(f"Context {i}", text)
+            check_fits(f"Context {i}", text, self.tokenizer, self.max_context_tokens)
         return [self.tokenizer(text)["input_ids"] for text in texts]
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:

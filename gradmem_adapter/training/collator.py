@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.prompts import Prompt, format_query
+from gradmem_adapter.utils.tokens import check_fits
 
 _FORMS = (
     "A row has 'context', 'query' and 'target', or 'context', 'queries' and 'targets' (lists), and may have 'answers', "
@@ -85,6 +86,8 @@ class GradMemCollator:
             raise ValueError("There are no rows to make a batch of.")
         names = [f"Row {i}" for i in range(first, first + len(rows))]
         examples = [read_row(name, row) for name, row in zip(names, rows, strict=True)]
+        for name, example in zip(names, examples, strict=True):
+            check_fits(f"{name}: the context", example.context, self.tokenizer, self.max_context_length)
         contexts = self._encode([example.context for example in examples], special=True)
         for name, ids in zip(names, contexts, strict=True):
             self._check_context(name, ids)

@@ -20,7 +20,7 @@ from .weights import load_trained_weights, save_trained_weights, trained_weights
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss, a gradient or a weight is no longer finite. The last good state is on disk where the message says."""
+    """A loss, gradient or weight is no longer finite. The message names the last good checkpoint, if there is one."""
 
 
 class SavingTrainer(Trainer):
@@ -32,6 +32,8 @@ class SavingTrainer(Trainer):
     config: GradMemConfig | None
     _finite: Tensor
     """Whether all losses and all gradients so far are finite, on the device."""
+    _good: str | None = None
+    """The checkpoint that this run saved last, or goes on from; one of another run may lie beside it."""
 
     def check_finite(self) -> None:
         """Raise `TrainingDiverged` in all processes if a loss or a gradient of one of them was not finite."""
@@ -46,25 +48,23 @@ class SavingTrainer(Trainer):
             )
 
     def _diverged(self, what: str) -> None:
-        last = self._last_checkpoint(self.state.global_step)
         raise TrainingDiverged(
             f"{what}. "
-            + (f"The last good checkpoint is {last!r}. " if last else "There is no checkpoint yet. ")
+            + (f"The last good checkpoint is {self._good!r}. " if self._good else "This run has no checkpoint yet. ")
             + "Try a lower learning rate (or a longer warmup), a lower write_lr, or write_clip_norm in GradMemConfig."
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_finite()
         super()._save_checkpoint(model, trial)
+        path = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._good = str(path)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write what `save_checkpoint` writes, beside the files that Transformers keeps in the same directory."""
         for name, weight in trained_weights(self.model).items():
             if not weight.isfinite().all():
-                raise TrainingDiverged(
-                    f"Weight {name!r} is not finite after step {self.state.global_step}; nothing was saved. The last "
-                    f"checkpoint is {self._last_checkpoint(self.state.global_step)!r}."
-                )
+                self._diverged(f"Weight {name!r} is not finite after step {self.state.global_step}; nothing was saved")
         if not self.args.should_save:
             return
         output_dir = output_dir or cast(str, self.args.output_dir)
@@ -91,11 +91,11 @@ class SavingTrainer(Trainer):
         """Whether there is one in the output directory to resume from."""
         return self._last_checkpoint() is not None
 
-    def _last_checkpoint(self, step: int | None = None) -> str | None:
-        """The last checkpoint in the output directory (up to a step) that is whole: the state is written last."""
+    def _last_checkpoint(self) -> str | None:
+        """The last checkpoint in the output directory that is whole: the state is written last."""
         found = {
             int(path.name.rpartition("-")[2]): str(path)
             for path in Path(cast(str, self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
             if path.name.rpartition("-")[2].isdigit() and (path / TRAINER_STATE_NAME).is_file()
         }
-        return max(((n, path) for n, path in found.items() if step is None or n <= step), default=(0, None))[1]
+        return max(found.items(), default=(0, None))[1]

@@ -115,7 +115,7 @@ def batch_sums(batch: dict[str, Any], output: GradMemOutput, here: Count, steps:
 
 def context_sums(batch: dict[str, Any], output: GradMemOutput, steps: int) -> dict[str, Tensor]:
     """What evaluation sums up after K = `steps` write steps, [C] each."""
-    logits, labels = cast(Tensor, output.logits)[:, :-1].float(), batch["labels"][:, 1:]
+    logits, labels = cast(Tensor, output.logits)[:, :-1].float(), batch["labels"][:, 1:].long()
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
     return _written(batch, output, steps) | {
         "target_loss": per_context(losses, batch),

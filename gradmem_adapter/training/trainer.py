@@ -142,6 +142,7 @@ class GradMemTrainer(EvaluatingTrainer):
             resume_from_checkpoint = self._last_checkpoint()
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir!r}.")
+        self._good = resume_from_checkpoint or None
         self._sums = Sums(self.args.device)
         self._finite = torch.tensor([True, True], device=self.args.device)
         if torch.backends.cuda.matmul.fp32_precision == "tf32":

@@ -89,7 +89,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
-    """A text in UTF-8, gzipped (`.gz`) or not.
+    """A text in UTF-8, gzipped (`.gz`) or not, without the mark that may stand before it (byte-order mark).
 
     Args:
         path (`Path`): the file.
@@ -101,10 +101,12 @@ def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
     """
     try:
         with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > max_bytes:
+                raise ValueError(f"{path} has {size:,} bytes, and a text of more than {max_bytes:,} bytes is not read.")
             data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(max_bytes + 1)
         if len(data) > max_bytes:
-            raise ValueError(f"{path} is a text of more than {max_bytes:,} bytes, and no more are read.")
-        return data.decode("utf-8")
+            raise ValueError(f"{path} inflates to a text of more than {max_bytes:,} bytes, and no more are read.")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

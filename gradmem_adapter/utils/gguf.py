@@ -21,6 +21,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gradmem_adapter.utils.temporary import temporary_directory
+
 _CACHE_FORMAT = 2
 """Of what the cache holds; another number leaves what is there alone."""
 
@@ -46,14 +48,16 @@ def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         except Exception as error:  # any damage at all: the cache holds nothing that cannot be made again
             warnings.warn(f"the cached backbone {cached} is damaged and is made again ({error})", stacklevel=3)
             shutil.rmtree(cached, ignore_errors=True)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".new-", dir=cached.parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        warnings.warn(f"the backbone is not cached, the next load will be as slow as this one ({error})", stacklevel=3)
-        scratch = tempfile.TemporaryDirectory(prefix="gradmem-", ignore_cleanup_errors=True)
-    with scratch as folder:
-        plain = _dequantise(file, Path(folder) / "plain")
+    with contextlib.ExitStack() as stack:
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(temporary_directory(cached.parent))
+        except OSError as error:
+            warnings.warn(
+                f"the backbone is not cached, the next load will be as slow as this one ({error})", stacklevel=3
+            )
+            folder = stack.enter_context(temporary_directory(Path(tempfile.gettempdir())))
+        plain = _dequantise(file, folder / "plain")
         with contextlib.suppress(OSError):  # another process was faster, or there is no cache: use ours this once
             os.replace(plain, cached)
             plain = cached

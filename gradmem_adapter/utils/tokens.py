@@ -11,6 +11,16 @@ from transformers import PreTrainedModel
 from gradmem_adapter.utils.capture import capturing
 
 
+def as_long(ids: Any) -> Any:
+    """Token ids, labels or indices as int64, which embeddings, losses and indexing take; what is none of them as it is.
+
+    Args:
+        ids (`Tensor`, *optional*): integers of any width.
+    """
+    whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    return ids.long() if whole else ids
+
+
 def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, backbone: PreTrainedModel) -> None:
     """Raise unless token ids are of the model and their mask fits.
 
@@ -77,6 +87,31 @@ def check_token_options(options: dict[str, Any], shape: torch.Size) -> None:
                 f"{name} has an entry for each token of the query, and memory, which stands before it, has none. Leave "
                 "it out, or give prefix_embeddings(state) to the backbone yourself."
             )
+
+
+_FIRST_PIECE = 16
+"""Characters for each token that a text may have: few texts have so many in a token."""
+
+
+def check_fits(name: str, text: str, tokenizer: Any, limit: int | None) -> None:
+    """Raise `ValueError` for a text that is too long by far, of which no more is tokenised than shows it.
+
+    Args:
+        name (`str`): what the text is called in the message.
+        text (`str`): any text.
+        tokenizer (`PreTrainedTokenizerBase`): what splits it.
+        limit (`int`, *optional*): how many tokens it may have. `None`: any number. With twice as many in a piece it is
+            too long wherever the piece was cut; with fewer the caller finds out when all of it is tokenised.
+    """
+    piece = _FIRST_PIECE * (limit or 0)
+    while limit is not None and 0 < piece < len(text):
+        found = len(tokenizer(text[:piece], verbose=False)["input_ids"])
+        if found > 2 * limit:
+            raise ValueError(
+                f"{name} is too long: the first {piece:,} of its {len(text):,} characters have {found:,} tokens, and "
+                f"at most {limit:,} are allowed. Shorten it, or split it."
+            )
+        piece *= 4
 
 
 def check_text(name: str, text: str) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from gradmem_adapter.ops.padding import move_padding_right
 from gradmem_adapter.utils.backbone import max_positions
 from gradmem_adapter.utils.capture import capturing
-from gradmem_adapter.utils.tokens import check_tokens
+from gradmem_adapter.utils.tokens import as_long, check_tokens
 
 
 class Context(NamedTuple):
@@ -53,6 +53,7 @@ class Context(NamedTuple):
             ValueError: ids are not the model's, or a context is empty or too long.
         """
         check_tokens(name, input_ids, attention_mask, backbone)
+        input_ids = as_long(input_ids)
         if len(input_ids) == 0:
             raise ValueError("There is no context to write: input_ids has batch size 0.")
         if not capturing():

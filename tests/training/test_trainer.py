@@ -408,12 +408,14 @@ class Poison(TrainerCallback):
 class TestDivergence:
     @pytest.mark.parametrize("saved", [True, False])
     def test_loss(self, tmp_path, saved):
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")  # of an earlier run
         model = make()
         run = trainer(
             model, tmp_path, rows(4), callbacks=[Poison(2)], max_steps=4, save_steps=1,
             save_strategy="steps" if saved else "no",
         )  # fmt: skip
-        where = "The last good checkpoint is .*checkpoint-2" if saved else "There is no checkpoint yet"
+        where = "The last good checkpoint is .*checkpoint-2" if saved else "This run has no checkpoint yet"
         with pytest.raises(TrainingDiverged, match=rf"loss is not finite in step 3\..*{where}.*lower learning rate"):
             run.train()
         assert all(weight.isfinite().all() for weight in weights(model).values())

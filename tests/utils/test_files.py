@@ -113,6 +113,11 @@ def test_no_more_of_a_text_is_read_than_may_be(tmp_path, suffix):
         read_text(path, max_bytes=999)
 
 
+def test_the_mark_before_a_text_is_no_part_of_it(tmp_path):
+    (tmp_path / "text").write_bytes("\ufeffw1 \ufeff w2".encode())
+    assert read_text(tmp_path / "text") == "w1 \ufeff w2"
+
+
 def test_pipes_and_devices_are_no_texts(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
