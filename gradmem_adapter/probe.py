@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.read.generation import generate_with_memory
-from gradmem_adapter.utils.backbone import trunk, trunk_name
+from gradmem_adapter.utils.backbone import fresh, trunk, trunk_name
 from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undisturbed
 
 SKIP = "GradMemConfig(probe_backbone=False) attaches without trying."
@@ -41,6 +41,7 @@ def probe(backbone: PreTrainedModel) -> None:
         _step_aside(backbone, "some of its weights are on the meta device or offloaded")
         return
     with undisturbed(backbone):
+        backbone = fresh(backbone)
         ids = sample_tokens(backbone, rows=2)
         half = ids.shape[1] // 2
         ids[1, :half] = ids[0, :half]

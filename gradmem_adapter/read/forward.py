@@ -12,7 +12,7 @@ from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.loss import forward_at_targets, loss_of_logits
 from gradmem_adapter.read.prefix import read_inputs
-from gradmem_adapter.utils.backbone import check_length, first_position
+from gradmem_adapter.utils.backbone import check_length, first_position, fresh
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
 
@@ -85,7 +85,7 @@ def forward_with_memory(
     }
     count = inputs.pop("num_items_in_batch", None)
     if max_targets is None:
-        output, correct = backbone(**inputs), None
+        output, correct = fresh(backbone)(**inputs), None
         loss = None if labels is None else loss_of_logits(backbone, output, labels, count)
     else:
         output, correct = forward_at_targets(backbone, labels, max_targets, **inputs)

@@ -16,7 +16,7 @@ from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.read.prefix_cache import KeptPrefix
-from gradmem_adapter.utils.backbone import check_length, first_position
+from gradmem_adapter.utils.backbone import check_length, first_position, fresh
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
@@ -85,7 +85,7 @@ def generate_with_memory(
     if first:  # Transformers counts from 0
         inputs["position_ids"] = read.position_ids
     padded_left = read.layout.source is not None
-    backbone = taking_embeddings(backbone, input_ids.shape[1])
+    backbone = taking_embeddings(fresh(backbone), input_ids.shape[1])
     if kept is None or padded_left or first or not input_ids.numel() or not can_reuse(backbone, options):
         return backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
     cache = kept.start(backbone, prefix.shape[1])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from gradmem_adapter.read.prefix import Layout, read_inputs
-from gradmem_adapter.utils.backbone import first_position
+from gradmem_adapter.utils.backbone import first_position, fresh
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undisturbed
 
@@ -43,6 +43,7 @@ def counts_padding(backbone: PreTrainedModel) -> bool:
     """Whether logits change with padding on the left, by two forward passes over a few tokens."""
     padding, start = 2, 2
     with undisturbed(backbone), torch.no_grad():
+        backbone = fresh(backbone)
         tokens = backbone.get_input_embeddings()(sample_tokens(backbone, rows=1))[:, :-padding]
         query = F.pad(tokens[:, start:], (0, 0, padding, 0))
         mask = F.pad(torch.ones_like(tokens[:, start:, 0], dtype=torch.long), (padding, 0))

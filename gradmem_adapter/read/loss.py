@@ -18,7 +18,7 @@ from gradmem_adapter.ops.cross_entropy import (
     shifted_cross_entropy,
 )
 from gradmem_adapter.ops.output_head import output_head, trains_head
-from gradmem_adapter.utils.backbone import trunk
+from gradmem_adapter.utils.backbone import fresh, trunk
 from gradmem_adapter.utils.capture import capturing
 
 
@@ -79,7 +79,7 @@ def forward_at_targets(
         raise ValueError("max_targets needs labels.")
     if not capturing() and (found := int((labels != IGNORED).sum(1).max())) > max_targets:
         raise ValueError(f"max_targets is {max_targets}, and a query has {found} labels that count.")
-    output = trunk(backbone)(**inputs)
+    output = trunk(fresh(backbone))(**inputs)
     vocabulary = backbone.get_output_embeddings().weight.shape[0]
     fused = None if trains_head(backbone) else FUSED
     loss, correct = target_loss(output.last_hidden_state, labels, max_targets, output_head(backbone), vocabulary, fused)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+from types import MethodType
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -85,6 +88,37 @@ def trunk(backbone: PreTrainedModel) -> nn.Module:
     return cast(nn.Module, backbone._modules[trunk_name(backbone)])
 
 
+def fresh(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The backbone without what an earlier call left in it, which stays for whoever goes on from that call.
+
+    Qwen2-VL and its kin keep by how much the positions behind images are off (`rope_deltas`), and add it to those of
+    input embeddings, whatever their batch. These get a copy of the two modules on top that shares all others.
+
+    Args:
+        backbone (`PreTrainedModel`): stays as it is.
+    """
+    inner = trunk(backbone)
+    if "rope_deltas" not in inner.__dict__:
+        return backbone
+    top, copied = _shallow(backbone), _shallow(inner)
+    copied.__dict__["rope_deltas"] = None
+    top._modules[trunk_name(backbone)] = copied
+    return cast(PreTrainedModel, top)
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of a module with the same parts, and the hook that accelerate gave its forward."""
+    copied = copy.copy(module)
+    copied.__dict__["_modules"] = dict(module._modules)
+    hooked = module.__dict__.get("forward")
+    if isinstance(hooked, partial) and "_hf_hook" in module.__dict__:  # both are bound to the module
+        copied.__dict__ |= {
+            "forward": partial(hooked.func, copied),
+            "_old_forward": MethodType(module.__dict__["_old_forward"].__func__, copied),
+        }
+    return copied
+
+
 def check_start(backbone: PreTrainedModel, start: str) -> None:
     """Raise `ValueError` unless the last hidden states are as wide as the input embeddings, so that a memory can start
     from both. Two tokens are run through the trunk to see it.
@@ -99,7 +133,7 @@ def check_start(backbone: PreTrainedModel, start: str) -> None:
         return
     with torch.no_grad(), torch.random.fork_rng([table.device] if table.device.type == "cuda" else []):
         tokens = embeddings(torch.zeros(1, 2, dtype=torch.long, device=table.device))
-        hidden = trunk(backbone)(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
+        hidden = trunk(fresh(backbone))(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
     if hidden.shape[-1] != tokens.shape[-1]:
         raise ValueError(
             f"start={start!r} adds last hidden states to memory slots, and those of {type(backbone).__name__} are "

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradmem_adapter.lora import write_phase
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.outputs import Fidelity
-from gradmem_adapter.utils.backbone import trunk
+from gradmem_adapter.utils.backbone import fresh, trunk
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
@@ -36,7 +36,7 @@ def reconstruct(writer: Writer, memory: Tensor, length: int) -> Tensor:
         for _ in range(length):
             # A backbone that gives no cache of keys and values (Mamba and its kin) reads everything again.
             known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            output = trunk(writer.backbone)(
+            output = trunk(fresh(writer.backbone))(
                 inputs_embeds=given if cache is None else given[:, -1:],
                 use_cache=cache is not None or not tokens,
                 return_dict=True,

@@ -14,7 +14,7 @@ from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import backward_in_write, write_phase
 from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy, sequence_nll
 from gradmem_adapter.ops.output_head import output_head, trains_head
-from gradmem_adapter.utils.backbone import max_positions, trunk
+from gradmem_adapter.utils.backbone import fresh, max_positions, trunk
 from gradmem_adapter.write.context import Context
 
 
@@ -66,7 +66,7 @@ class Writer:
             prefix = self.slots.prefix(memory, "write", self.adapter).to(embeddings.dtype)
             # No attention mask: padding is on the right, where a causal model does not look, and without a mask the
             # fastest attention kernels apply.
-            hidden = trunk(self.backbone)(
+            hidden = trunk(fresh(self.backbone))(
                 inputs_embeds=torch.cat([prefix, embeddings], dim=1), use_cache=False, return_dict=True
             ).last_hidden_state
             # Position P-1, the last of the prefix, predicts t_1; the last token predicts nothing.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradmem_adapter.lora import write_phase
 from gradmem_adapter.ops.padding import append, part_means
-from gradmem_adapter.utils.backbone import trunk, uses_checkpointing
+from gradmem_adapter.utils.backbone import fresh, trunk, uses_checkpointing
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
@@ -48,6 +48,8 @@ def start_memory(writer: Writer, context: Context) -> Tensor:
             means, _ = part_means(embeddings.to(slots.dtype), context.lengths, slots.shape[1])
             slots = slots + writer.slots.gradmem_pool_gain[writer.adapter] * means
         tokens, places = append(embeddings, context.lengths, slots.to(embeddings.dtype))
-        hidden = trunk(writer.backbone)(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
+        hidden = trunk(fresh(writer.backbone))(
+            inputs_embeds=tokens, use_cache=False, return_dict=True
+        ).last_hidden_state
     read = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).to(slots.dtype)
     return slots + writer.slots.gradmem_start_gain[writer.adapter] * read
