@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .config import GradMemConfig
+from .utils.backbone import device_of
 
 Phase = Literal["write", "read"]
 
@@ -80,15 +82,16 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         """
         embedding = backbone.get_input_embeddings()
         table = cast(Tensor, embedding.weight)
-        factory: dict[str, Any] = {"device": table.device, "dtype": torch.promote_types(table.dtype, torch.float32)}
-        self._devices[adapter] = table.device
+        device = device_of(backbone)
+        factory: dict[str, Any] = {"device": device, "dtype": torch.promote_types(table.dtype, torch.float32)}
+        self._devices[adapter] = device
         m, c, d = config.num_memory_tokens, config.num_control_tokens, table.shape[1]
 
         def normal(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape, **factory) * config.memory_init_std)
 
         if config.memory_init == "vocab":
-            tokens = torch.randint(table.shape[0], (m,), device=table.device)
+            tokens = torch.randint(table.shape[0], (m,), device=device)
             with torch.no_grad():  # through the module, which may scale what it looks up (Gemma)
                 self.gradmem_memory[adapter] = nn.Parameter(embedding(tokens).to(**factory, copy=True))
         else:
@@ -120,10 +123,10 @@ class MemorySlots(nn.Module, BaseTunerLayer):
             weight, bias = cast(Tensor, head.weight), getattr(head, "bias", None)
             write_head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, **factory)
             if config.init_weights and not write_head.weight.is_meta:
-                with torch.no_grad():
-                    write_head.weight.copy_(weight)
+                with torch.no_grad(), align_module_device(head):
+                    write_head.weight.copy_(cast(Tensor, head.weight))
                     if bias is not None:
-                        write_head.bias.copy_(bias)
+                        write_head.bias.copy_(cast(Tensor, head.bias))
             self.gradmem_write_head[adapter] = write_head
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
@@ -92,6 +93,25 @@ def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
     phases[adapter] = phase
 
 
+def _fill_offloaded(model: nn.Module, adapter: str, config: LoraConfig) -> None:
+    """Give the LoRA of layers that accelerate keeps elsewhere its weights, which PEFT leaves without any: it puts them
+    where the layer seems to be, on the meta device."""
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer._get_available_adapters():
+            continue
+        if not has_offloaded_params(layer.get_base_layer()):
+            continue
+        if config.use_dora or config.init_lora_weights == "orthogonal" or adapter not in layer.lora_A:
+            raise NotImplementedError(
+                "On offloaded layers a LoRA must be of linear layers: leave embeddings out of target_modules, and do "
+                "without use_dora and init_lora_weights='orthogonal'."
+            )
+        for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
+            part.to_empty(device=cast(Any, layer.get_base_layer())._hf_hook.execution_device)
+            cast(nn.Linear, part).reset_parameters()
+        layer.reset_lora_parameters(adapter, config.init_lora_weights)
+
+
 def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_mem_usage: bool) -> None:
     """Put the layers of a configuration's nested LoRA into a backbone with PEFT's own LoRA tuner.
 
@@ -111,6 +131,8 @@ def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_m
         model.__dict__.pop("peft_config", None)
         if outer is not None:
             model.__dict__["peft_config"] = outer
+    if not low_cpu_mem_usage:
+        _fill_offloaded(model, adapter, config.lora_config)
     if config.lora_phase != "both":
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and adapter in layer._get_available_adapters():

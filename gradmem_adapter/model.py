@@ -19,6 +19,7 @@ from gradmem_adapter.read.prefix import memory_of_queries
 from gradmem_adapter.read.prefix_cache import KeptPrefix, PrefixCache, prefix_key
 from gradmem_adapter.state import MemoryState, check_readable
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
+from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.hardware import token_budget
 from gradmem_adapter.utils.tokens import as_long, check_token_types
 from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
@@ -64,7 +65,7 @@ class GradMemModel(GradMemTuner):
         """The vectors `[B, m, d]` on the model's device, if this model can read them."""
         slots = self.slots.gradmem_memory[self._adapter]
         check_readable(memory, slots.shape[1], self.fingerprint() if strict else None)
-        return memory.vectors.to(self.model.device, torch.promote_types(slots.dtype, torch.float32))
+        return memory.vectors.to(device_of(self.model), torch.promote_types(slots.dtype, torch.float32))
 
     def _prefix(self, vectors: Tensor) -> Tensor:
         return self.slots.prefix(vectors, "read", self._adapter).to(self.model.get_input_embeddings().weight.dtype)
@@ -160,7 +161,7 @@ class GradMemModel(GradMemTuner):
         budget = token_budget(self.model) if max_tokens is None else max_tokens
         with progress_bar(len(rows), progress) as done:
             states = write_batches(lambda ids, mask: self.write(ids, mask, options=options), rows, budget, done)
-        self._fast_writes.make_room(self.model.device)
+        self._fast_writes.make_room(device_of(self.model))
         return states
 
     # ---------------------------------------------------------------- READ

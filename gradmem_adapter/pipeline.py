@@ -24,6 +24,7 @@ from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.tokens import check_fits, check_text
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
@@ -298,7 +299,8 @@ class GradMemPipeline:
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
         input_ids, mask = pad(rows, side, self._pad_token_id)
-        return input_ids.to(self.model.device), mask.to(self.model.device)
+        device = device_of(cast(PreTrainedModel, self.model.get_base_model()))
+        return input_ids.to(device), mask.to(device)
 
     @property
     def _pad_token_id(self) -> int:

@@ -6,13 +6,14 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.read.generation import generate_with_memory
-from gradmem_adapter.utils.backbone import fresh, trunk, trunk_name
+from gradmem_adapter.utils.backbone import device_of, fresh, trunk, trunk_name
 from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undisturbed
 
 SKIP = "GradMemConfig(probe_backbone=False) attaches without trying."
@@ -34,11 +35,12 @@ def probe(backbone: PreTrainedModel) -> None:
         TypeError: GradMem would be wrong on it, or fail later.
     """
     config = backbone.config
-    kind = type(backbone), backbone.device, backbone.dtype, config._attn_implementation, config.to_json_string()
+    kind = type(backbone), device_of(backbone), backbone.dtype, config._attn_implementation, config.to_json_string()
     if kind in _right:
         return
-    if any(parameter.is_meta for parameter in backbone.parameters()):
-        _step_aside(backbone, "some of its weights are on the meta device or offloaded")
+    loaded = (module for module in backbone.modules() if not has_offloaded_params(module))
+    if any(parameter.is_meta for module in loaded for parameter in module.parameters(recurse=False)):
+        _step_aside(backbone, "some of its weights are on the meta device")
         return
     with undisturbed(backbone):
         backbone = fresh(backbone)

@@ -19,6 +19,7 @@ from gradmem_adapter.utils.backbone import check_backbone, check_start, max_posi
 from gradmem_adapter.utils.changes import Changes
 from gradmem_adapter.utils.fingerprint import FingerprintCache, versions
 from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters
+from gradmem_adapter.utils.weights import keep_gradients
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 SLOTS = "memory_slots"
@@ -60,6 +61,7 @@ class GradMemTuner(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         check_backbone(model)
+        keep_gradients(model)
         self._changes = Changes()
         super().__init__(model, *args, **kwargs)
         self._fingerprint = FingerprintCache()

@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step, vjp
 from gradmem_adapter.ops.attention import CAUSAL, TwiceDifferentiableAttention, double_backward_problem
-from gradmem_adapter.utils.backbone import uses_checkpointing
+from gradmem_adapter.utils.backbone import device_of, uses_checkpointing
 from gradmem_adapter.write.loss import write_gradient
 
 
@@ -35,7 +35,7 @@ class Exact(MetaGradient):
             )
         if name in (None, "eager", "sdpa", CAUSAL):
             return
-        problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, backbone.device.type)
+        problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, device_of(backbone).type)
         if problem:
             raise NotImplementedError(
                 f"meta_gradient='exact' differentiates the attention twice, and {name!r} cannot be: {problem}. Load "

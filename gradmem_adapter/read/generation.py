@@ -16,7 +16,7 @@ from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.read.prefix_cache import KeptPrefix
-from gradmem_adapter.utils.backbone import check_length, first_position, fresh
+from gradmem_adapter.utils.backbone import check_length, device_of, first_position, fresh
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
@@ -49,7 +49,7 @@ def check_prompt(backbone: PreTrainedModel, input_ids: Tensor | None, options: d
     check_tokens("input_ids", input_ids, options.get("attention_mask"), backbone)
     check_token_options(options, input_ids.shape)
     check_generation_options(options, backbone.generation_config)
-    return input_ids.to(backbone.device)
+    return input_ids.to(device_of(backbone))
 
 
 def generate_with_memory(

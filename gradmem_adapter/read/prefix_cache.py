@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.fingerprint import versions, walk
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
@@ -32,7 +33,7 @@ def prefix_key(backbone: PreTrainedModel, adapter: str, fingerprint: str) -> Has
     scaling = tuple(
         layer.scaling[adapter] for layer in walk(backbone) if isinstance(layer, LoraLayer) and adapter in layer.scaling
     )
-    device = backbone.device.type
+    device = device_of(backbone).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return fingerprint, adapter, versions(backbone), scaling, autocast
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from functools import partial
 from types import MethodType
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -119,6 +120,14 @@ def _shallow(module: nn.Module) -> nn.Module:
     return copied
 
 
+def device_of(backbone: PreTrainedModel) -> torch.device:
+    """Where a backbone takes token ids: at its embeddings, or where accelerate brings these when they are needed."""
+    embeddings = backbone.get_input_embeddings()
+    if has_offloaded_params(embeddings):
+        return torch.device(cast(Any, embeddings)._hf_hook.execution_device)
+    return cast(Tensor, embeddings.weight).device
+
+
 def check_start(backbone: PreTrainedModel, start: str) -> None:
     """Raise `ValueError` unless the last hidden states are as wide as the input embeddings, so that a memory can start
     from both. Two tokens are run through the trunk to see it.
@@ -128,11 +137,11 @@ def check_start(backbone: PreTrainedModel, start: str) -> None:
         start (`str`): `GradMemConfig.start`, for the message.
     """
     embeddings = backbone.get_input_embeddings()
-    table = cast(Tensor, embeddings.weight)
-    if table.is_meta:
+    device = device_of(backbone)
+    if device.type == "meta":
         return
-    with torch.no_grad(), torch.random.fork_rng([table.device] if table.device.type == "cuda" else []):
-        tokens = embeddings(torch.zeros(1, 2, dtype=torch.long, device=table.device))
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        tokens = embeddings(torch.zeros(1, 2, dtype=torch.long, device=device))
         hidden = trunk(fresh(backbone))(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
     if hidden.shape[-1] != tokens.shape[-1]:
         raise ValueError(

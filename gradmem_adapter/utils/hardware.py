@@ -6,6 +6,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from gradmem_adapter.utils.backbone import device_of
+
 SATURATED = {"cuda": 16_384, "cpu": 2_048}
 """Padded tokens a batch beyond which a device gets no faster, only fuller."""
 
@@ -24,7 +26,7 @@ def token_budget(backbone: PreTrainedModel) -> int:
     Returns:
         `int`: at least 1, at most what saturates the device.
     """
-    config, device = backbone.config.get_text_config(), backbone.device
+    config, device = backbone.config.get_text_config(), device_of(backbone)
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     bytes_per_token = (16 * hidden + 6 * intermediate) * backbone.dtype.itemsize * config.num_hidden_layers

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.random import fork_rng
 from transformers import PreTrainedModel
 
-from gradmem_adapter.utils.backbone import max_positions
+from gradmem_adapter.utils.backbone import device_of, max_positions
 
 TOKENS = 8
 """How many tokens a trial has: a pass costs what reading the weights costs."""
@@ -60,7 +60,7 @@ def sample_tokens(backbone: PreTrainedModel, rows: int) -> Tensor:
     plain = torch.tensor([token for token in range(min(vocabulary, 1000)) if token not in special])
     length = min(TOKENS, max_positions(backbone) or TOKENS)
     draws = torch.randint(len(plain), (rows, length), generator=torch.Generator().manual_seed(0))
-    return plain[draws].to(backbone.device)
+    return plain[draws].to(device_of(backbone))
 
 
 def tolerance(backbone: PreTrainedModel) -> float:

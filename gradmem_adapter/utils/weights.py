@@ -35,6 +35,28 @@ def read_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
                         yield inner, plain, id(module) in adapters
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for the instructions of a CPU.
+
+    It does so in the first pass without gradients that a layer sees; what runs through the layer from then on has no
+    gradient, and no error says so.
+
+    Args:
+        model (`nn.Module`): the backbone.
+
+    Raises:
+        ValueError: weights are packed already, which bitsandbytes cannot undo without loss.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes' own switch
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"The 4-bit weights of {name} were packed for this CPU when the backbone ran without gradients, "
+                    "and packed weights have none. Load the backbone anew and attach the adapter before its first pass."
+                )
+
+
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What a tensor consists of: itself, or what torchao's and quanto's quantised tensors are packed into.
 

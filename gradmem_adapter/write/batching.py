@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import sample_names
 
@@ -100,7 +101,7 @@ def check_rows(
     Raises:
         TypeError, ValueError: one of them cannot be written; the message names it by its index.
     """
-    rows = [_token_ids(index, context, backbone.device) for index, context in enumerate(contexts)]
+    rows = [_token_ids(index, context, device_of(backbone)) for index, context in enumerate(contexts)]
     if not rows:
         raise ValueError("There is no context to write.")
     for index, row in enumerate(rows):

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.padding import move_padding_right
-from gradmem_adapter.utils.backbone import max_positions
+from gradmem_adapter.utils.backbone import device_of, max_positions
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.tokens import as_long, check_tokens
 
@@ -60,8 +60,9 @@ class Context(NamedTuple):
             batch, width = input_ids.shape
             lengths = [width] * batch if attention_mask is None else attention_mask.bool().sum(1).tolist()
             _check_lengths(lengths, max_positions(backbone), prefix_length)
-        mask = None if attention_mask is None else attention_mask.to(backbone.device)
-        return cls(*move_padding_right(input_ids.to(backbone.device), mask))
+        device = device_of(backbone)
+        mask = None if attention_mask is None else attention_mask.to(device)
+        return cls(*move_padding_right(input_ids.to(device), mask))
 
 
 def _check_lengths(lengths: list[int], positions: int | None, prefix_length: int) -> None:
