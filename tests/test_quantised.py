@@ -114,7 +114,7 @@ def test_weights_that_a_cpu_was_given_packed_are_refused(load, kind):
     backbone = load()
     with torch.no_grad():
         backbone(tokens(1, 4))
-    with pytest.raises(ValueError, match="packed for this CPU.*attach the adapter before its first pass"):
+    with pytest.raises(ValueError, match=r"packed for this CPU.*attach the adapter before its first pass"):
         attached(backbone)
 
 
