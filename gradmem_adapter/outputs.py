@@ -40,12 +40,15 @@ class GradMemOutput(CausalLMOutputWithPast):
         memory (`Tensor`, *optional*): `[C, m, d]`, the memory after WRITE, where contexts were written.
         correct (`Tensor`, *optional*): `[B]`, with `max_targets`: whether every target token of a query is the model's
             first choice.
+        target_states (`Tensor`, *optional*): `[B, n, h]`, with `max_targets`: the last hidden states that predict the
+            targets of a query, in order; n is `max_targets`.
     """
 
     target_loss: Tensor | None = None
     write_losses: Tensor | None = None
     memory: Tensor | None = None
     correct: Tensor | None = None
+    target_states: Tensor | None = None
 
 
 class Fidelity(NamedTuple):

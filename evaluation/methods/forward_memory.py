@@ -56,5 +56,5 @@ class ForwardMemory(PrefixMethod):
         labels = torch.cat([context.new_full(places, IGNORED), context.masked_fill(mask == 0, IGNORED)], dim=1)
         tokens = torch.cat([prefix.embeddings, model.embed(context)], dim=1)
         inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
-        recited, _ = forward_at_targets(model.backbone, labels, context.shape[1], **inputs)
+        recited = forward_at_targets(model.backbone, labels, context.shape[1], **inputs)
         return model.reconstruction_weight * cast(Tensor, recited.loss)

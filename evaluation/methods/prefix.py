@@ -87,16 +87,19 @@ class PrefixModel(nn.Module):
         tokens, places = append(embeddings, lengths, self.embed(input_ids))
         targets, _ = append(labels.new_full(embeddings.shape[:2], IGNORED), lengths, labels)
         inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
-        logits = correct = None
+        logits = None
         if max_targets is None:
             output = self.backbone(labels=targets, **inputs)
             logits = output.logits.gather(1, places[..., None].expand(-1, -1, output.logits.shape[-1]))
         else:
-            output, correct = forward_at_targets(self.backbone, targets, max_targets, **inputs)
+            output = forward_at_targets(self.backbone, targets, max_targets, **inputs)
         loss = output.loss
         if torch.is_grad_enabled():
             loss = loss + self.method.auxiliary_loss(self, prefix, context_input_ids, context_attention_mask)
-        return GradMemOutput(loss=loss, target_loss=output.loss, logits=logits, correct=correct)
+        return GradMemOutput(
+            loss=loss, target_loss=output.loss, logits=logits, correct=output.get("correct"),
+            target_states=output.get("target_states"),
+        )  # fmt: skip
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)

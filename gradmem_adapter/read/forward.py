@@ -69,7 +69,8 @@ def forward_with_memory(
         options: what else the backbone's forward takes.
 
     Returns:
-        `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]`, and `correct` with `max_targets`.
+        `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]`, or with `max_targets` `correct` and
+        `target_states`.
     """
     check_length(prefix.shape[1], query, attention_mask, backbone)
     read = read_inputs(prefix, query, attention_mask, first_position(backbone))
@@ -85,10 +86,10 @@ def forward_with_memory(
     }
     count = inputs.pop("num_items_in_batch", None)
     if max_targets is None:
-        output, correct = fresh(backbone)(**inputs), None
+        output = fresh(backbone)(**inputs)
         loss = None if labels is None else loss_of_logits(backbone, output, labels, count)
     else:
-        output, correct = forward_at_targets(backbone, labels, max_targets, **inputs)
+        output = forward_at_targets(backbone, labels, max_targets, **inputs)
         loss = output.loss
     logits = output.logits  # None from forward_at_targets
     if logits is not None and not options.get("logits_to_keep"):
@@ -100,5 +101,6 @@ def forward_with_memory(
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),
         target_loss=loss,
-        correct=correct,
+        correct=output.get("correct"),
+        target_states=output.get("target_states"),
     )

@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
-from gradmem_adapter.ops.cross_entropy import (
-    FUSED,
-    IGNORED,
-    FusedCrossEntropy,
-    Head,
-    sequence_nll,
-    shifted_cross_entropy,
-)
+from gradmem_adapter.ops.cross_entropy import FUSED, IGNORED, sequence_nll, shifted_cross_entropy
 from gradmem_adapter.ops.output_head import output_head, trains_head
+from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.utils.backbone import fresh, trunk
 from gradmem_adapter.utils.capture import capturing
 
@@ -60,8 +54,10 @@ def loss_of_logits(
 
 def forward_at_targets(
     backbone: PreTrainedModel, labels: Tensor | None, max_targets: int, **inputs: Any
-) -> tuple[CausalLMOutputWithPast, Tensor]:
+) -> GradMemOutput:
     """The backbone's forward with the output head applied where a label counts and nowhere else.
+
+    Of a query and its target most positions have no label: the head sees only those that have one.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -70,7 +66,7 @@ def forward_at_targets(
         inputs: what the inner model takes, `inputs_embeds` `[B, T, d]` among it.
 
     Returns:
-        The output (loss, no logits), and booleans `[B]`: whether all targets of a row are first choices.
+        `GradMemOutput` with `loss`, `correct` and `target_states`, and without logits.
 
     Raises:
         ValueError: there are no labels, or more than `max_targets` in a row.
@@ -80,32 +76,29 @@ def forward_at_targets(
     if not capturing() and (found := int((labels != IGNORED).sum(1).max())) > max_targets:
         raise ValueError(f"max_targets is {max_targets}, and a query has {found} labels that count.")
     output = trunk(fresh(backbone))(**inputs)
+    states, targets, mask = before_targets(output.last_hidden_state, labels, max_targets)
     vocabulary = backbone.get_output_embeddings().weight.shape[0]
     fused = None if trains_head(backbone) else FUSED
-    loss, correct = target_loss(output.last_hidden_state, labels, max_targets, output_head(backbone), vocabulary, fused)
-    return CausalLMOutputWithPast(loss=loss, past_key_values=output.get("past_key_values")), correct
+    nll, correct = sequence_nll(states, targets, mask, output_head(backbone), vocabulary, fused)
+    loss = nll.sum() / mask.sum()
+    made = GradMemOutput(loss=loss, past_key_values=output.get("past_key_values"), target_states=states)
+    assert correct is not None  # for the type checker
+    made.correct = correct == mask.sum(1)
+    return made
 
 
-def target_loss(
-    hidden: Tensor, labels: Tensor, max_targets: int, head: Head, vocabulary: int, fused: FusedCrossEntropy | None
-) -> tuple[Tensor, Tensor]:
-    """The mean cross entropy of tokens with a label, and of each row whether all of them are first choices.
-
-    Of a query and its target most positions have no label: the head sees only those that have one.
+def before_targets(hidden: Tensor, labels: Tensor, max_targets: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The hidden states that predict tokens with a label.
 
     Args:
         hidden (`Tensor`): `[B, T, h]`, the last hidden states; the one before a token predicts it.
         labels (`Tensor`): `[B, T]`, `IGNORED` where no loss counts.
-        max_targets (`int`): of a row, at most so many labels count.
-        head, vocabulary, fused: see `sequence_nll`.
+        max_targets (`int`): n; of a row, at most so many labels count.
 
     Returns:
-        A scalar, and booleans `[B]`.
+        States `[B, n, h]`, the tokens `[B, n]` that they predict, and booleans `[B, n]`: which of these count.
     """
     counts = labels != IGNORED
     places = counts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :max_targets]
-    mask, targets = counts.gather(1, places), labels.gather(1, places).clamp(min=0)
     before = (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
-    nll, correct = sequence_nll(hidden.gather(1, before), targets, mask, head, vocabulary, fused)
-    assert correct is not None  # for the type checker
-    return nll.sum() / mask.sum(), correct == mask.sum(1)
+    return hidden.gather(1, before), labels.gather(1, places).clamp(min=0), counts.gather(1, places)

@@ -45,6 +45,10 @@ class GradMemTrainingArguments(TrainingArguments):
         muon_lr_factor (`float`, *optional*): train the matrices inside the backbone's layers by Muon (Jordan et al.,
             2024) at so many times the learning rate, with updates of the size that AdamW's have (arXiv 2502.16982);
             None: AdamW, or what `optim` says, trains all.
+        distillation_weight (`float`, *optional*, defaults to `1.0`): with a teacher, what the divergence from it weighs
+            beside the cross entropy, per target token (see `Distillation`).
+        distillation_temperature (`float`, *optional*, defaults to `1.0`): both distributions are compared at this
+            temperature.
 
     Raises:
         TypeError, ValueError: a value that cannot work; the message names it.
@@ -64,6 +68,8 @@ class GradMemTrainingArguments(TrainingArguments):
     decay_share: float = 0.5
     write_lr_factor: float = 1.0
     muon_lr_factor: float | None = None
+    distillation_weight: float = 1.0
+    distillation_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,10 +82,16 @@ class GradMemTrainingArguments(TrainingArguments):
         _check_integer("eval_write_steps", self.eval_write_steps, 0)
         for name in ("generation_max_new_tokens", "tokens_per_batch", "queries_per_context"):
             _check_integer(name, getattr(self, name), 1)
-        for name in ("queries_per_context", "write_lr_factor", "decay_share"):
+        for name in (
+            *("queries_per_context", "write_lr_factor", "decay_share"),
+            *("distillation_weight", "distillation_temperature"),
+        ):
             if getattr(self, name) is None:
                 raise TypeError(f"{name} may not be None; leave it out for its default.")
-        for name in ("max_minutes", "write_lr_factor", "muon_lr_factor", "decay_share"):
+        for name in (
+            *("max_minutes", "write_lr_factor", "muon_lr_factor", "decay_share"),
+            *("distillation_weight", "distillation_temperature"),
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise TypeError(f"{name} must be a number, got {value!r}.")

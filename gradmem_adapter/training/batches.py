@@ -49,7 +49,9 @@ class Batches(Dataset[Any]):
             `context_input_ids`, `context_attention_mask` [C, N]; `input_ids`, `attention_mask`, `labels` [R, T];
             `context_index` [R], or [R, S] for S states side by side; all right padded, on the device. And, if wanted,
             the ints `write_steps` (K; default: as the trainer draws it) and `max_targets` (the most labels of a query,
-            which spares the logits of all other tokens).
+            which spares the logits of all other tokens). For a teacher, where S is more than 1: `text_index` [R], the
+            text that answers each query, as many queries on each, and, unless these are the contexts,
+            `text_input_ids` and `text_attention_mask`.
         """
         raise NotImplementedError
 
@@ -85,9 +87,12 @@ class RowBatches(Batches):
         contexts (`int`, *optional*, defaults to `64`): most contexts of a batch.
         queries (`int`, *optional*, defaults to `2`): queries on each context of a batch, but no more than the contexts
             of this length have on average.
-        side_by_side (`Sequence[int]`, *optional*, defaults to `(1,)`): S of a batch is drawn from these: the states
-            that each query is asked of, its own context's in a random place among those of other contexts.
+        side_by_side (`Sequence`, *optional*, defaults to `(1,)`): the kind of a batch is drawn from these. S: each
+            query is asked of S states, its own context's in a random place among those of other contexts. Or [S, P]:
+            each context is cut into P parts that are written by themselves, and P of the S states are its own.
         write_steps (`Sequence[int]`, *optional*): K of a batch is drawn from these; None: the trainer draws it.
+        write_steps_side_by_side (`Sequence[int]`, *optional*): the same for batches with several states, of which few
+            kinds should do: each is compiled and captured by itself. None: as for the others.
         drop_longer (`bool`, *optional*, defaults to `False`): leave out contexts longer than the largest bucket.
         query_tokens (`int`, *optional*): leave out queries that have more tokens than this, with their targets.
         seed (`int`, *optional*, defaults to `0`): of what is drawn.
@@ -107,8 +112,9 @@ class RowBatches(Batches):
         tokens: int | None = None,
         contexts: int = 64,
         queries: int = 2,
-        side_by_side: Sequence[int] = (1,),
+        side_by_side: Sequence[int | Sequence[int]] = (1,),
         write_steps: Sequence[int] | None = None,
+        write_steps_side_by_side: Sequence[int] | None = None,
         drop_longer: bool = False,
         query_tokens: int | None = None,
         seed: int = 0,
@@ -117,16 +123,15 @@ class RowBatches(Batches):
         if not len(rows):
             raise ValueError("There are no rows to make batches of.")
         sources = cast(Any, rows if isinstance(rows[0], tuple) else [(rows, 1.0)])
-        for name, choices, least in (("side_by_side", side_by_side, 1), ("write_steps", write_steps, 0)):
-            if choices is not None and not (
-                isinstance(choices, list | tuple | range) and len(choices)
-                and all(isinstance(choice, int) and choice >= least for choice in choices)
-            ):  # fmt: skip
-                raise ValueError(f"{name} must be a list of integers from {least}, and not empty; got {choices!r}.")
+        for name, choices in (("write_steps", write_steps), ("write_steps_side_by_side", write_steps_side_by_side)):
+            if choices is not None and not _integers(choices, 0):
+                raise ValueError(f"{name} must be a list of integers from 0, and not empty; got {choices!r}.")
         self.pools = make_pools(sources, collator, buckets, drop_longer=drop_longer, query_tokens=query_tokens)
         self.tokens, self.contexts, self.queries = tokens, contexts, queries
-        self.side_by_side, self.write_steps = side_by_side, write_steps
-        longest, most = max(pool.length for pool in self.pools), max(side_by_side)
+        self.side_by_side = _states_and_parts(side_by_side)
+        self.write_steps = write_steps
+        self.write_steps_side_by_side = write_steps if write_steps_side_by_side is None else write_steps_side_by_side
+        longest, most = self.longest_context, max(states for states, _ in self.side_by_side)
         if contexts < most or (tokens is not None and tokens < longest * most):
             raise ValueError(
                 f"A batch must hold {most} contexts of {longest} tokens, those that a query is asked of, and may have "
@@ -158,6 +163,11 @@ class RowBatches(Batches):
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest bucket that has contexts."""
+        return max(pool.length for pool in self.pools)
+
     def batch_size(self, pool: Pool, side_by_side: int) -> int:
         """The contexts of a batch."""
         most = self.contexts if self.tokens is None else min(self.tokens // pool.length, self.contexts)
@@ -166,12 +176,31 @@ class RowBatches(Batches):
     def batch(self, step: int, device: torch.device) -> dict[str, Any]:
         draw = self.choices(step)
         number = draw.choices(range(len(self.pools)), [pool.share for pool in self.pools])[0]
-        write_steps = None if self.write_steps is None else draw.choice(self.write_steps)
-        side_by_side = draw.choice(self.side_by_side)
+        single = None if self.write_steps is None else draw.choice(self.write_steps)
+        states, parts = draw.choice(self.side_by_side)
+        several = self.write_steps_side_by_side
+        write_steps = single if states == 1 or several is None else draw.choice(several)
         pool = self.pools[number] = self.pools[number].to(device)
         queries = min(self.queries, pool.most_queries)
         batch = pool.sample(
-            self.batch_size(pool, side_by_side), queries, side_by_side, generator=self.generator(step, device)
+            self.batch_size(pool, states), queries, states, parts, generator=self.generator(step, device)
         )
         steps = {} if write_steps is None else {"write_steps": write_steps}
         return batch | steps | {"max_targets": pool.most_targets}
+
+
+def _integers(values: Any, least: int) -> bool:
+    return isinstance(values, list | tuple | range) and len(values) > 0 and all(
+        type(value) is int and value >= least for value in values
+    )  # fmt: skip
+
+
+def _states_and_parts(choices: Any) -> list[tuple[int, int]]:
+    """What `side_by_side` may hold, as pairs of S and P."""
+    pairs = [(choice, 1) if isinstance(choice, int) else choice for choice in choices]
+    if not pairs or not all(_integers(pair, 1) and len(pair) == 2 and pair[1] <= pair[0] for pair in pairs):
+        raise ValueError(
+            f"side_by_side must be a list of integers from 1, or of pairs [states, parts] of them with as many states "
+            f"as parts at least, and not empty; got {choices!r}."
+        )
+    return [tuple(pair) for pair in pairs]

@@ -128,7 +128,9 @@ def maskless_attention(model: nn.Module) -> Iterator[None]:
     While a CUDA graph is captured Transformers cannot look whether a mask is needed, and attention with one is slow.
     Backbones whose attention is not the usual one (windows, another implementation) keep their own.
     """
-    backbones = [module for module in model.modules() if isinstance(module, PreTrainedModel) and _usual(module)]
+    backbones = [
+        module for module in model.modules() if isinstance(module, PreTrainedModel) and usual_attention(module)
+    ]
     for backbone in backbones:
         backbone.config._attn_implementation = CAUSAL
     try:
@@ -138,7 +140,8 @@ def maskless_attention(model: nn.Module) -> Iterator[None]:
             backbone.config._attn_implementation = "sdpa"
 
 
-def _usual(backbone: PreTrainedModel) -> bool:
+def usual_attention(backbone: PreTrainedModel) -> bool:
+    """Whether attention is PyTorch's, and sees the whole sequence in every layer."""
     config = backbone.config.get_text_config()
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return backbone.config._attn_implementation == "sdpa" and all(window is None for window in windows)

@@ -59,34 +59,69 @@ class Pool:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def sample(
-        self, contexts: int, queries: int, side_by_side: int = 1, generator: torch.Generator | None = None
+        self,
+        contexts: int,
+        queries: int,
+        side_by_side: int = 1,
+        parts: int = 1,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """A batch as `GradMemModel.forward` takes it.
+        """A batch as `GradMemModel.forward` takes it, with what a teacher needs (`Batches.batch`).
 
         Args:
             contexts: C contexts, drawn with replacement.
             queries: on each, drawn with replacement.
-            side_by_side: S, the states that each query is asked of: its own context's in a random place, and those of
-                the next S - 1 contexts of the batch.
+            side_by_side: S, the states that each query is asked of, in random order: those of its own context, and
+                others of the next contexts of the batch.
+            parts: P, the states that a context is written into, each a P-th of its tokens; its own stay in order.
         """
         device = self.contexts.device
         options: dict[str, Any] = {"device": device, "generator": generator}
         chosen = torch.searchsorted(self.bounds, torch.rand(contexts, **options)).clamp(max=len(self.bounds) - 1)
         which = (torch.rand(contexts, queries, **options) * self.count[chosen, None]).long()
         rows = (self.first[chosen, None] + which).flatten()
-        index = torch.arange(contexts, device=device).repeat_interleave(queries)
+        own = torch.arange(contexts, device=device).repeat_interleave(queries)
+        texts, lengths = self.contexts[chosen], self.lengths[chosen]
+        written, index = (texts, lengths), own
         if side_by_side > 1:
-            neighbours = (index[:, None] + torch.arange(side_by_side, device=device)) % contexts
-            index = neighbours.gather(1, torch.rand(neighbours.shape, **options).argsort(1))
-        mask = torch.arange(self.length, device=device) < self.lengths[chosen, None]
-        return {
-            "context_input_ids": self.contexts[chosen],
-            "context_attention_mask": mask.long(),
+            others = torch.arange(side_by_side - parts, device=device)
+            states = torch.cat(
+                [
+                    own[:, None] * parts + torch.arange(parts, device=device),
+                    (own[:, None] + others + 1) % contexts * parts + others % parts,
+                ],
+                dim=1,
+            )
+            order = torch.rand(states.shape, **options)
+            order[:, :parts] = order[:, :parts].sort(1).values
+            index = states.gather(1, order.argsort(1))
+            written = _cut(texts, lengths, parts)
+        batch = {
+            "context_input_ids": written[0],
+            "context_attention_mask": _mask(*written),
             "input_ids": self.queries[rows],
             "attention_mask": self.masks[rows],
             "labels": self.labels[rows],
             "context_index": index,
         }
+        if side_by_side > 1:
+            batch["text_index"] = own
+        if parts > 1:
+            batch |= {"text_input_ids": texts, "text_attention_mask": _mask(texts, lengths)}
+        return batch
+
+
+def _mask(ids: Tensor, lengths: Tensor) -> Tensor:
+    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+def _cut(texts: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Each of C texts [C, N] in P parts of about one length, and their lengths: [C P, N / P], [C P]."""
+    starts = lengths[:, None] * torch.arange(parts, device=texts.device) // parts
+    ends = torch.cat([starts[:, 1:], lengths[:, None]], dim=1)
+    places = starts[..., None] + torch.arange(-(-texts.shape[1] // parts), device=texts.device)
+    cut = texts.gather(1, places.clamp(max=texts.shape[1] - 1).flatten(1)).view(-1, places.shape[-1])
+    return cut, (ends - starts).clamp(min=1).flatten()  # at least a token, where a text has fewer than P
 
 
 def make_pools(

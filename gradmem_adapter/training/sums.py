@@ -11,10 +11,14 @@ from torch.nn import functional as F
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.outputs import GradMemOutput
 
-NOT_FOR_THE_MODEL = ("query_input_ids", "query_attention_mask", "targets", "write_steps")
+NOT_FOR_THE_MODEL = (
+    *("query_input_ids", "query_attention_mask", "targets", "write_steps"),
+    *("text_input_ids", "text_attention_mask", "text_index", "taught"),
+)
 """What a batch holds beside the arguments of the model."""
 MEANS = {
     "target_loss": "tokens",
+    "distillation_loss": "tokens",
     "exact_match": "queries",
     "first_write_loss": "written",
     "last_write_loss": "written",

@@ -28,6 +28,7 @@ from .callbacks import EndByClock
 from .checks import check_arguments, check_datasets, check_model, limited_collator
 from .compiled import compiled_layers
 from .cuda_graph import Batch, GraphedBackward, maskless_attention
+from .distillation import Distillation
 from .evaluation import EvaluatingTrainer
 from .metrics import Score, score_answer
 from .optimizer import with_own_rates
@@ -58,6 +59,8 @@ class GradMemTrainer(EvaluatingTrainer):
         processing_class (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         callbacks, optimizers, optimizer_cls_and_kwargs: as for `Trainer`.
         score (`Score`, *optional*): scores an answer against its references, in place of exact match and F1.
+        teacher (`nn.Module`, *optional*): a causal LM that reads the contexts as text; its distributions are further
+            targets, by `distillation_weight` and `distillation_temperature` of `args`. See `Distillation`.
 
     Raises:
         TypeError: the model has no active GradMem adapter.
@@ -79,6 +82,7 @@ class GradMemTrainer(EvaluatingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
         score: Score = score_answer,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.config = check_model(model)
         if processing_class is None:
@@ -110,6 +114,9 @@ class GradMemTrainer(EvaluatingTrainer):
             )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by what get_batch_samples counts
         self.score = score
+        self.distillation: Distillation | None = None
+        if teacher is not None:
+            self.distillation = Distillation(teacher.to(args.device), model, args.distillation_temperature)
         self._window: Count | None = None
         self._graphed: GraphedBackward | None = None
         self._finite = torch.tensor([True, True], device=args.device)
@@ -153,7 +160,8 @@ class GradMemTrainer(EvaluatingTrainer):
             if self.args.torch_compile:
                 static = isinstance(self.train_dataset, Batches)
                 backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
-                stack.enter_context(compiled_layers(self.model, static=static, backend=backend, mode=mode))
+                for model in (self.model, *([self.distillation.teacher] if self.distillation else [])):
+                    stack.enter_context(compiled_layers(model, static=static, backend=backend, mode=mode))
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -208,6 +216,9 @@ class GradMemTrainer(EvaluatingTrainer):
             whole: the targets and contexts of the optimizer step; None: those of this batch.
         """
         steps = inputs["write_steps"]
+        if self.distillation is not None:
+            with self.accelerator.autocast():
+                inputs = self.distillation.teach(inputs)
         output: GradMemOutput = model(**model_inputs(inputs), write_steps=steps)
         here = count(inputs, self.args.device)
         whole = here if whole is None else whole
@@ -217,9 +228,15 @@ class GradMemTrainer(EvaluatingTrainer):
             loss = loss + (cast(Tensor, output.loss) - target_loss) * (here.contexts / whole.contexts)
         elif self.reconstruction_weight and losses.shape[1]:
             loss = loss + self.reconstruction_weight * losses[:, -1].sum() / whole.contexts
+        sums = batch_sums(inputs, output, here, steps)
+        if self.distillation is not None:
+            with self.accelerator.autocast():
+                divergence = self.distillation.divergence(output, inputs)
+            loss = loss + self.args.distillation_weight * divergence / whole.tokens
+            sums["distillation_loss"] = divergence
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of the gradients, we need their sum
-        return loss, output, in_order(batch_sums(inputs, output, here, steps))
+        return loss, output, in_order(sums)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -14,8 +14,9 @@ COLLATOR = GradMemCollator(tiny_tokenizer())
 
 
 def equal(first, second):
-    assert first.keys() == second.keys()
-    return all(torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])) for name in first
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,24 @@ class TestPools:
         assert (index == own[:, None]).sum(1).tolist() == [1] * 20
         assert all(len(set(row)) == 3 for row in index.tolist())
         assert {(index == own[:, None]).int().argmax(1)[i].item() for i in range(20)} == {0, 1, 2}
+
+    def test_a_context_in_parts_is_read_in_order_among_the_parts_of_others(self, pools):
+        batch = pools[0].sample(5, 4, side_by_side=5, parts=3)
+        assert batch["context_input_ids"].shape == (15, 4)  # 10 places in three parts
+        assert batch["context_attention_mask"].sum(1).tolist() == [3] * 15  # of 9 tokens
+        parts = batch["context_input_ids"][:, :3].reshape(5, 9)
+        assert torch.equal(parts, batch["text_input_ids"][:, :9])
+        assert batch["text_attention_mask"].sum(1).tolist() == [9] * 5
+        index, own = batch["context_index"], batch["text_index"][:, None]
+        assert index.shape == (20, 5)
+        assert all(len(set(row)) == 5 for row in index.tolist())
+        for row, text in zip(index.tolist(), own[:, 0].tolist(), strict=True):
+            assert [state for state in row if state // 3 == text] == [3 * text, 3 * text + 1, 3 * text + 2]
+
+    def test_a_context_of_fewer_tokens_than_parts_has_none_without_a_token(self):
+        row = {"context": "w1 w2", "query": "w3", "target": "w4"}
+        (pool,) = make_pools([([row, row], 1.0)], COLLATOR, [10])
+        assert pool.sample(2, 1, 3, 3)["context_attention_mask"].sum(1).tolist() == [1] * 6
 
     def test_contexts_that_are_too_long_are_named(self):
         with pytest.raises(ValueError, match="Row 1 of source 0 has a context of 14 tokens"):
@@ -127,6 +146,14 @@ class TestRowBatches:
         assert {len(batch["input_ids"]) for batch in drawn} == {12, 8}  # each context has two queries, not three
         assert {batch["max_targets"] for batch in drawn} == {3}  # two words and the end token
 
+    def test_several_states_have_write_steps_of_their_own(self):
+        made = self.make(side_by_side=[1, [2, 2]], write_steps_side_by_side=[5])
+        drawn = [made.batch(n, CPU) for n in range(60)]
+        assert {(batch["context_index"].dim(), batch["write_steps"]) for batch in drawn} == {
+            (1, 0), (1, 1), (1, 2), (2, 5),
+        }  # fmt: skip
+        assert all(("text_input_ids" in batch) == (batch["write_steps"] == 5) for batch in drawn)
+
     def test_length(self):
         assert len(RowBatches(rows(9, 9), COLLATOR, contexts=4)) == 3
         assert len(self.make(steps=7)) == 7
@@ -146,7 +173,10 @@ class TestRowBatches:
             self.make(**options)
         with pytest.raises(ValueError, match="no rows"):
             RowBatches([], COLLATOR)
-        for wrong in ({"write_steps": 1}, {"write_steps": []}, {"side_by_side": []}, {"side_by_side": [0]}):
+        for wrong in (
+            {"write_steps": 1}, {"write_steps": []}, {"write_steps_side_by_side": [-1]}, {"side_by_side": []},
+            {"side_by_side": [0]}, {"side_by_side": [[2, 3]]}, {"side_by_side": [[2, 1, 1]]},
+        ):  # fmt: skip
             with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a list of integers"):
                 RowBatches(rows(2, 9), COLLATOR, **wrong)
 

@@ -18,11 +18,12 @@ def run(path, steps=14, callbacks=(), **options):
     data = RowBatches(
         [*rows(6, queries=2), *({**row, "context": row["context"] * 4} for row in rows(6, 40))],
         GradMemCollator(tiny_tokenizer()), buckets=[16, 64], contexts=4, write_steps=[1, 2],
+        side_by_side=options.pop("side_by_side", [1]),
     )  # fmt: skip
     config = {"lora_config": LORA, "learn_write_lr": "scalar", "meta_gradient": options.pop("meta_gradient")}
     made = trainer(
         make(backbone=tiny(), finite_difference_step=0.1, **config), path, data, callbacks=callbacks,
-        max_steps=steps, use_cpu=False, learning_rate=1e-3, **options,
+        teacher=options.pop("teacher", None), max_steps=steps, use_cpu=False, learning_rate=1e-3, **options,
     )  # fmt: skip
     made.train()
     return made
@@ -57,6 +58,14 @@ def test_compiled_and_in_bf16(tmp_path):
     plain = run(tmp_path / "plain", meta_gradient="finite_difference", bf16=True)
     fast = run(tmp_path / "fast", meta_gradient="finite_difference", bf16=True, cuda_graphs=True, torch_compile=True)
     assert logs(fast, "loss") == pytest.approx(logs(plain, "loss"), rel=3e-2)
+
+
+def test_a_teacher_and_states_side_by_side(tmp_path):
+    options = {"meta_gradient": "finite_difference", "side_by_side": [[3, 2]], "steps": 20}
+    plain = run(tmp_path / "plain", teacher=tiny(seed=1), **options)
+    fast = run(tmp_path / "fast", teacher=tiny(seed=1), cuda_graphs=True, torch_compile=True, **options)
+    for name in ("loss", "distillation_loss"):
+        assert logs(fast, name) == pytest.approx(logs(plain, name), rel=2e-2)
 
 
 class Forbid(TrainerCallback):

@@ -73,11 +73,11 @@ class Gradients(TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-def trainer(model, path, train=None, evaluation=None, callbacks=(), score=None, **options):
+def trainer(model, path, train=None, evaluation=None, callbacks=(), score=None, teacher=None, **options):
     extra = {} if score is None else {"score": score}
     return GradMemTrainer(
         model, arguments(path, **options), train_dataset=train, eval_dataset=evaluation,
-        processing_class=tiny_tokenizer(), callbacks=list(callbacks), **extra,
+        processing_class=tiny_tokenizer(), callbacks=list(callbacks), teacher=teacher, **extra,
     )  # fmt: skip
 
 
