@@ -70,7 +70,10 @@ class RunConfig:
         memory (`dict`, *optional*): fields of `GradMemConfig`; baselines read num_memory_tokens, lora_config and a few.
         batches (`dict`, *optional*): arguments of `RowBatches`, where tasks do not make batches of their own.
         training (`dict`, *optional*): fields of `GradMemTrainingArguments`.
-        init_from (`str`, *optional*): a checkpoint of a run with the same model, whose weights are trained further.
+        init_from (`str`, *optional*): a checkpoint of a run, whose weights are trained further; of one by another
+            method, which must be a baseline, the LoRA alone.
+        teacher (`str`, *optional*): a checkpoint of a run by `full_context`, whose distributions are further targets
+            (`training.distillation_weight` and `distillation_temperature` say how).
         evaluation (`Evaluation`, *optional*): what `python -m evaluation run` measures.
         trained_minutes (`float`, *optional*): written into the configuration of a finished model: how long it took.
 
@@ -85,6 +88,7 @@ class RunConfig:
     batches: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
+    teacher: str | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     trained_minutes: float | None = None
 

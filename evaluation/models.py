@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.backbones import check_end_token, load_backbone
+from gradmem_adapter.checkpoint import check_tensors
+from gradmem_adapter.training.weights import read_trained_weights
 from gradmem_adapter.utils.fields import claim_directory
 from gradmem_adapter.utils.files import replacing
 
@@ -67,8 +70,52 @@ def build_model(config: RunConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         backbone, memory = scratch_llama(tokenizer, **config.backbone), {"train_backbone": True} | memory
     model = config.method.build(backbone, memory)
     if config.init_from is not None:
-        config.method.load_weights(model, Path(config.init_from))
+        path = Path(config.init_from)
+        if load_config(path).method.name == config.method.name:
+            config.method.load_weights(model, path)
+        else:
+            _take_lora(model, path)
     return model, tokenizer
+
+
+@torch.no_grad()
+def _take_lora(model: nn.Module, path: Path) -> None:
+    """Give a model the LoRA of a baseline's checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint has none, or another one.
+    """
+    own = {name: weight.data for name, weight in language_model(model).named_parameters() if ".lora_" in name}
+    saved = {name.removeprefix("backbone."): weight for name, weight in read_trained_weights(path).items()}
+    found = {name: weight for name, weight in saved.items() if ".lora_" in name}
+    check_tensors(path, found, own)
+    for name, weight in own.items():
+        weight.copy_(found[name])
+
+
+def load_teacher(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The causal LM of a run's teacher, with its LoRA merged into the weights; None where the run has no teacher.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is of a method that reads something else than the context.
+    """
+    if config.teacher is None:
+        return None
+    model, _, made = load_model(Path(config.teacher))
+    if made.method.name != "full_context":
+        raise ValueError(f"A teacher reads the context as text; {config.teacher} was made by {made.method.name}.")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    teacher = language_model(model)
+    teacher.to(dtype)  # type: ignore[arg-type]
+    return teacher
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The causal LM in a model."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RunConfig, path: Path) -> None:
@@ -84,7 +131,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
         FileNotFoundError: there is none.
     """
     config = load_config(path)
-    start = dataclasses.replace(config, init_from=None)
+    start = dataclasses.replace(config, init_from=None, teacher=None)
     return *config.method.load(path, device, lambda: build_model(start)), config
 
 

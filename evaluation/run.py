@@ -17,7 +17,7 @@ from gradmem_adapter.utils.files import replacing
 
 from .config import Evaluation, RunConfig
 from .methods.base import cache_bytes
-from .models import load_model
+from .models import language_model, load_model
 from .results import Record, add_records, device_name
 from .scores import standard_error
 from .tasks import Measurement, Task
@@ -43,7 +43,7 @@ class Answerer:
     @property
     def backbone(self) -> PreTrainedModel:
         """The language model in it."""
-        return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        return language_model(self.model)
 
     def answer(
         self,

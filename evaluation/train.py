@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import is_torch_tf32_available
 
 from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, GradMemTrainingArguments, RowBatches
 from gradmem_adapter.training.callbacks import EndByClock, StopOnSignal
 
 from .config import RunConfig
-from .models import build_model, claim_run, save_model
+from .models import build_model, claim_run, load_teacher, save_model
 
 CHECKPOINT = "checkpoint"
 """The folder of the finished model in the directory of a run."""
+CURVE = "learning_curve.jsonl"
+"""What was logged, a JSON object a line; of steps that an interruption took back the later lines count."""
 DEFAULTS: dict[str, Any] = {
     "report_to": "none", "logging_steps": 50, "save_total_limit": 1, "lr_scheduler_type": "warmup_stable_decay",
 }  # fmt: skip
@@ -41,7 +45,12 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
         claim_run(config, output)
     model, tokenizer = build_model(config)
     data = training_batches(config, tokenizer)
-    trainer = GradMemTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    if isinstance(data, RowBatches) and isinstance(model, PeftModel):
+        model.active_peft_config.trained_length = data.longest_context
+    trainer = GradMemTrainer(
+        model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[LearningCurve(output / CURVE)],
+        teacher=load_teacher(config, torch.bfloat16 if arguments.bf16 else torch.float32),
+    )  # fmt: skip
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
         resumed = trainer.has_checkpoint()
@@ -86,3 +95,20 @@ def training_batches(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> B
         options["tokens"] //= options.get("queries", 2)
     rows = [(task.training_rows(), task.share) for task in config.tasks]
     return RowBatches(rows, GradMemCollator(tokenizer, query_format=config.query_format), **options)
+
+
+class LearningCurve(TrainerCallback):
+    """Keeps what a run logs.
+
+    Args:
+        path: a file of JSON lines, which is added to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add a line."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step} | (logs or {})) + "\n")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import field
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
+import torch
 
-from evaluation.data import Rows, qa_rows
+from evaluation.data import REFUSAL, Rows, joined, qa_rows, with_unanswerable
+from gradmem_adapter.training.metrics import score_answer
 
-from .base import OPTIONS, Task
+from .base import OPTIONS, Measurement, Task
+
+if TYPE_CHECKING:
+    from evaluation.run import Answerer
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
@@ -18,10 +24,16 @@ class Passages(Task):
 
     Args:
         source (`str`): a directory or a dataset on the hub, see `qa_rows`.
+        joined (`int`, *optional*, defaults to `1`): in training, a context is one to so many passages in a row.
+        unanswerable (`float`, *optional*, defaults to `0`): this share of the questions are other passages', and "not
+            in memory" is the answer. Measured are, beside the scores on the others, the shares of both kinds that are
+            answered so: `right_refusals` and `false_refusals`.
         hub (`dict`, *optional*): what `datasets.load_dataset` takes besides: name, revision, ...
     """
 
     source: str
+    joined: pydantic.PositiveInt = 1
+    unanswerable: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     hub: dict[str, Any] = field(default_factory=dict)
 
     name = "passages"
@@ -31,6 +43,28 @@ class Passages(Task):
         """The last part of the source."""
         return self.source.rstrip("/").rpartition("/")[2]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
+        return {"unanswerable": self.unanswerable} if self.unanswerable else {}
+
     def rows(self, split: str) -> Rows:
         """See `Task.rows`."""
-        return qa_rows(self.source, split, **self.hub)
+        return with_unanswerable(qa_rows(self.source, split, **self.hub), self.unanswerable)
+
+    def training_rows(self) -> Rows:
+        """See `Task.training_rows`."""
+        return with_unanswerable(joined(qa_rows(self.source, "train", **self.hub), self.joined), self.unanswerable)
+
+    def measure(
+        self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
+    ) -> Measurement:
+        """See `Task.measure`."""
+        found = super().measure(answerer, split, states=states, limit=limit, seed=seed)
+        if not self.unanswerable:
+            return found
+        refused = torch.tensor([score_answer(line["answer"], [REFUSAL])["exact_match"] for line in found.answers])
+        other = torch.tensor([line["accepted"] == [REFUSAL] for line in found.answers])
+        values = {name: value[~other] for name, value in found.values.items()}
+        refusals = {"right_refusals": refused[other], "false_refusals": refused[~other]}
+        return dataclasses.replace(found, values=values | refusals)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -15,7 +16,7 @@ from gradmem_adapter.utils.files import read_text
 
 from .base import OPTIONS, Task
 
-SHORTEST, LONGEST = 16, 256
+SHORTEST = 16
 """Words of a passage."""
 CUE, CONTINUATION = 6, 8
 """Words that a question quotes, and words of its answer."""
@@ -30,10 +31,15 @@ class PlainText(Task):
     Args:
         source (`str`): a directory with `<split>.txt` or `<split>.txt.gz`, a text a line, or what `qa_rows` takes,
             whose contexts are the texts then.
+        longest (`int`, *optional*, defaults to `256`): words of the longest passages.
+        continued (`int`, *optional*, defaults to `0`): ask for so many words that come after a passage, too; memory
+            does not hold them, but helps to guess them as the passage itself would.
         hub (`dict`, *optional*): what `datasets.load_dataset` takes besides.
     """
 
     source: str
+    longest: Annotated[int, pydantic.Field(ge=2 * SHORTEST)] = 256
+    continued: pydantic.NonNegativeInt = 0
     hub: dict[str, Any] = field(default_factory=dict)
 
     name = "plain_text"
@@ -51,7 +57,11 @@ class PlainText(Task):
             ValueError: no text has SHORTEST words.
         """
         texts = self._texts(split)
-        rows = [_row(words) for text in texts for words in _passages(text.split())]
+        rows = []
+        for text in texts:
+            passages = list(_passages(text.split(), self.longest))
+            following = [" ".join(words[: self.continued]) for words in passages[1:]]
+            rows += [_row(words, after) for words, after in zip_longest(passages, following, fillvalue="")]
         if not rows:
             raise ValueError(f"None of the {len(texts)} texts of {self.source!r} has {SHORTEST} words.")
         return rows
@@ -63,23 +73,25 @@ class PlainText(Task):
         return [row["context"] for row in qa_rows(self.source, split, **self.hub)]
 
 
-def _passages(words: list[str]) -> Iterator[list[str]]:
+def _passages(words: list[str], longest: int) -> Iterator[list[str]]:
     """A text's words cut to passages of various lengths: short ones are learned first."""
-    draw = random.Random(" ".join(words[:LONGEST]))
+    draw = random.Random(" ".join(words[:longest]))
     while len(words) >= SHORTEST:
-        count = draw.randint(SHORTEST, LONGEST)
+        count = draw.randint(SHORTEST, longest)
         if len(words) - count < SHORTEST:
-            count = min(len(words), LONGEST)
+            count = min(len(words), longest)
         yield words[:count]
         words = words[count:]
 
 
-def _row(words: list[str]) -> dict[str, Any]:
+def _row(words: list[str], after: str) -> dict[str, Any]:
     draw = random.Random(" ".join(words))
     places = range(len(words) - CUE)
     starts = sorted(draw.sample(places, min(QUESTIONS, len(places))))
+    asked = [(i, " ".join(words[i + CUE : i + CUE + CONTINUATION])) for i in starts]
+    asked += [(len(words) - CUE, after)] * bool(after)
     return {
         "context": " ".join(words),
-        "queries": [f'What comes after "{" ".join(words[i : i + CUE])}"?' for i in starts],
-        "targets": [" ".join(words[i + CUE : i + CUE + CONTINUATION]) for i in starts],
+        "queries": [f'What comes after "{" ".join(words[i : i + CUE])}"?' for i, _ in asked],
+        "targets": [target for _, target in asked],
     }

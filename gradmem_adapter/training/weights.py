@@ -26,6 +26,14 @@ def save_trained_weights(model: nn.Module, path: str | Path) -> None:
         save_file({name: value.contiguous() for name, value in trained_weights(model).items()}, temporary)
 
 
+def read_trained_weights(path: str | Path) -> dict[str, Tensor]:
+    """What `save_trained_weights` saved into a directory, by name; `FileNotFoundError` where there is nothing."""
+    file = Path(path) / WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"There are no trained weights in {str(path)!r}: it has no {WEIGHTS}.")
+    return load_file(file)
+
+
 @torch.no_grad()
 def load_trained_weights(model: nn.Module, path: str | Path) -> None:
     """Give a module the weights that `save_trained_weights` saved of one like it.
@@ -34,10 +42,7 @@ def load_trained_weights(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: there are none.
         ValueError: they are of another model; the message names a tensor.
     """
-    file = Path(path) / WEIGHTS
-    if not file.is_file():
-        raise FileNotFoundError(f"There are no trained weights in {str(path)!r}: it has no {WEIGHTS}.")
-    weights, own = load_file(file), trained_weights(model)
-    check_tensors(file, weights, own)
+    weights, own = read_trained_weights(path), trained_weights(model)
+    check_tensors(Path(path) / WEIGHTS, weights, own)
     for name, value in own.items():
         value.copy_(weights[name])

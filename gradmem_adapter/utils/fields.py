@@ -15,6 +15,8 @@ from .files import read_text, replacing
 def read_fields(path: Path | None, settings: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of a YAML file, some of them set anew.
 
+    A file with `base: NAME` has the fields of that file beside it, but for those that it names itself (`merged`).
+
     Args:
         path (`Path`, *optional*): a file with a mapping of fields.
         settings (`Sequence[str]`, *optional*): "field=value" or "outer.inner=value", where inner may be the number of
@@ -26,6 +28,8 @@ def read_fields(path: Path | None, settings: Sequence[str] = ()) -> dict[str, An
     fields = {} if path is None else from_yaml(read_text(path), str(path))
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a mapping of fields, got {type(fields).__name__}.")
+    if path is not None and (base := fields.pop("base", None)) is not None:
+        fields = merged(read_fields(path.parent / str(base)), fields)
     for setting in settings:
         _set(fields, setting)
     return fields

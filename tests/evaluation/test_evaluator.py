@@ -1,5 +1,6 @@
 """The evaluator: what it measures, records and keeps."""
 
+import dataclasses
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from evaluation.cli import app
 from evaluation.config import Evaluation
-from evaluation.data import questions
+from evaluation.data import REFUSAL, questions
 from evaluation.models import build_model, save_model
 from evaluation.results import Record, add_records, frame, load_records
 from evaluation.run import Answerer, evaluate
@@ -59,6 +60,25 @@ def test_a_measurement(folder):
     assert [line["exact_match"] for line in found.answers] == hits
     assert [line["accepted"] for line in found.answers] == questions(Fixed.rows)[3]
     assert all(i in reads for i, reads in zip(questions(Fixed.rows)[2], answerer.asked[-1], strict=True))
+
+
+def test_refusals(folder):
+    """What is asked of the wrong passage is counted apart."""
+    config = qa_config(folder)
+    task = dataclasses.replace(config.tasks[0], unanswerable=0.5)
+    accepted = questions(task.rows("test"))[3]
+    wrong = [row == [REFUSAL] for row in accepted]
+    assert sum(wrong) == 12
+
+    class Refusing(Answerer):
+        def answer(self, *args, **kwargs):
+            return [REFUSAL.title() + "." if i % 2 else row[0] for i, row in enumerate(accepted)]
+
+    found = task.measure(Refusing(*build_model(config), config, 2), "test").values
+    assert found["right_refusals"].tolist() == [1.0] * sum(wrong)
+    assert found["false_refusals"].tolist() == [float(i % 2) for i, other in enumerate(wrong) if not other]
+    assert found["exact_match"].tolist() == [float(not i % 2) for i, other in enumerate(wrong) if not other]
+    assert (task.settings, config.tasks[0].settings) == ({"unanswerable": 0.5}, {})
 
 
 @pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method["name"])

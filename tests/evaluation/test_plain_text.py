@@ -10,7 +10,7 @@ from tiny import tiny, tiny_text, tiny_tokenizer
 
 from evaluation import write_texts
 from evaluation.tasks import Passages, PlainText, plain_text
-from evaluation.tasks.plain_text import CONTINUATION, CUE, LONGEST, QUESTIONS, SHORTEST
+from evaluation.tasks.plain_text import CONTINUATION, CUE, QUESTIONS, SHORTEST
 
 
 def words(count, first=0):
@@ -32,14 +32,25 @@ def test_every_answer_is_what_comes_next(tmp_path):
     assert PlainText(source=str(tmp_path)).rows("train") == rows
 
 
-@given(st.integers(0, 2000))
-def test_passages_are_the_text_in_order(count):
+@given(st.integers(0, 2000), st.integers(2 * SHORTEST, 400))
+def test_passages_are_the_text_in_order(count, longest):
     """Nothing is there twice, nothing is out of order, and what is left out is an end too short for a passage."""
-    passages = list(plain_text._passages(words(count)))
-    assert all(SHORTEST <= len(passage) <= LONGEST for passage in passages)
+    passages = list(plain_text._passages(words(count), longest))
+    assert all(SHORTEST <= len(passage) <= longest for passage in passages)
     joined = [word for passage in passages for word in passage]
     assert joined == words(len(joined))
     assert count - len(joined) < SHORTEST
+
+
+def test_what_comes_after_a_passage_is_asked_too(tmp_path):
+    (tmp_path / "train.txt").write_text(" ".join(words(300)))
+    plain, more = (PlainText(source=str(tmp_path), longest=40, continued=n).rows("train") for n in (0, 9))
+    assert [row["context"] for row in plain] == [row["context"] for row in more]
+    for row, asked, following in zip(plain, more, more[1:], strict=False):
+        assert asked["queries"][:-1] == row["queries"]
+        assert asked["queries"][-1] == f'What comes after "{" ".join(row["context"].split()[-CUE:])}"?'
+        assert asked["targets"] == [*row["targets"], " ".join(following["context"].split()[:9])]
+    assert more[-1] == plain[-1]
 
 
 def test_contexts_of_questions_are_texts_too(tmp_path):

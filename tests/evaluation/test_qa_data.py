@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.data import distractors, group, parse, qa_rows
+from evaluation.data import REFUSAL, distractors, group, joined, parse, qa_rows, with_unanswerable
 from evaluation.scores import score_texts
 from evaluation.tasks.babi import babi_rows, read_babi
 
@@ -187,3 +187,36 @@ def test_distractors():
     assert distractors([3], 9, 1, seed=0) == [[3]]
     with pytest.raises(ValueError, match="There are 2 contexts"):
         distractors([0], 2, 3, seed=0)
+
+
+def passages(count):
+    """Passages with two questions each, which say what they are about."""
+    return [
+        {"context": f"c{i}", "queries": [f"q{i}", f"r{i}"], "targets": ["a", "b"], "answers": [["a"], ["b", "c"]]}
+        for i in range(count)
+    ]
+
+
+def test_passages_in_a_row_as_one_context():
+    made = joined(passages(50), 4)
+    assert joined(passages(50), 1) == passages(50)
+    assert [name for row in made for name in row["context"].split("\n")] == [f"c{i}" for i in range(50)]
+    assert {len(row["context"].split("\n")) for row in made} == {1, 2, 3, 4}
+    for row in made:
+        wanted = [query for name in row["context"].split("\n") for query in (f"q{name[1:]}", f"r{name[1:]}")]
+        assert row["queries"] == wanted
+        assert len(row["targets"]) == len(row["answers"]) == len(wanted)
+    assert joined(passages(50), 4) == made
+
+
+def test_questions_of_other_passages_are_not_in_memory():
+    made = with_unanswerable(passages(200), 0.25)
+    assert with_unanswerable(passages(200), 0.0) == passages(200)
+    for before, after in zip(passages(200), made, strict=True):
+        for name in ("queries", "targets", "answers"):
+            assert after[name][:2] == before[name]
+        assert not {query[1:] for query in after["queries"][2:]} & {before["context"][1:]}
+        assert set(after["targets"][2:]) <= {REFUSAL}
+        assert after["answers"][2:] == [[REFUSAL]] * (len(after["queries"]) - 2)
+    asked = [target for row in made for target in row["targets"]]
+    assert asked.count(REFUSAL) / len(asked) == pytest.approx(0.25, abs=0.03)

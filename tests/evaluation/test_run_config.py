@@ -41,6 +41,18 @@ def test_the_shipped_weights_were_trained_by_the_shipped_recipes(checkpoint, rec
     assert RunConfig.of(fields) == ships
 
 
+def test_a_recipe_on_the_base_of_another(tmp_path):
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(kv_fields()), encoding="utf-8")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nmemory: {num_memory_tokens: 2}", encoding="utf-8")
+    (tmp_path / "third.yaml").write_text("base: second.yaml\ntraining: {seed: 7}", encoding="utf-8")
+    fields = kv_fields()
+    fields["memory"]["num_memory_tokens"], fields["training"]["seed"] = 2, 8
+    assert RunConfig.load(tmp_path / "third.yaml", ["training.seed=8"]) == RunConfig.of(fields)
+    (tmp_path / "lost.yaml").write_text("base: nowhere.yaml", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        RunConfig.load(tmp_path / "lost.yaml")
+
+
 def test_settings_take_the_place_of_fields(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(kv_fields()), encoding="utf-8")

@@ -12,7 +12,7 @@ from tiny import tiny, tiny_tokenizer
 
 from evaluation.config import RunConfig
 from evaluation.data import questions
-from evaluation.models import build_model, claim_run, load_model, save_model
+from evaluation.models import build_model, claim_run, language_model, load_model, load_teacher, save_model
 from evaluation.run import Answerer
 from evaluation.train import train, training_arguments, training_batches
 from gradmem_adapter import GradMemPipeline, load_checkpoint
@@ -90,6 +90,46 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     started, _ = build_model(kv_config(init_from=str(tmp_path / "first")))
     for (name, value), other in zip(model.named_parameters(), started.named_parameters(), strict=True):
         assert torch.equal(value, other[1]), name
+
+
+def teacher_run(folder, path, **changes):
+    return train(qa_config(folder, {"name": "full_context"}, **changes), path, CPU)
+
+
+def test_a_lora_goes_on_from_that_of_the_full_context(folder, tmp_path):
+    path = teacher_run(folder, tmp_path / "full")
+    theirs = dict(language_model(load_model(path)[0]).named_parameters())
+    model, _ = build_model(qa_config(folder, init_from=str(path)))
+    loras = {name: weight for name, weight in language_model(model).named_parameters() if ".lora_" in name}
+    assert loras
+    assert all(torch.equal(weight, theirs[name]) for name, weight in loras.items())
+    fields = qa_fields(folder, init_from=str(path))
+    fields["memory"] = fields["memory"] | {"lora_config": {"r": 3, "target_modules": ["q_proj"]}}
+    with pytest.raises(ValueError, match="is of another model"):
+        build_model(RunConfig.of(fields))
+
+
+def test_a_run_with_a_teacher(folder, tmp_path):
+    fields = qa_fields(folder)
+    path = teacher_run(folder, tmp_path / "full")
+    teacher = load_teacher(qa_config(folder, teacher=str(path)), torch.float32)
+    full, tokenizer, config = load_model(path)
+    batch = training_batches(config, tokenizer).batch(0, CPU)
+    ids = batch["input_ids"]
+    unmerged = full.backbone(input_ids=ids).logits
+    torch.testing.assert_close(teacher(input_ids=ids).logits, unmerged, rtol=1e-4, atol=1e-4)
+    assert load_teacher(config, torch.float32) is None
+
+    fields["batches"] |= {"side_by_side": [1, 2, [3, 2]]}
+    made = RunConfig.of(fields | {"teacher": str(path), "init_from": str(path)})
+    model, _, saved = load_model(train(made, tmp_path / "student", CPU))
+    assert saved.teacher == str(path)
+    assert model.active_peft_config.trained_length == 16
+    curve = [json.loads(line) for line in (tmp_path / "student" / "learning_curve.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == [2, 4, 6, 6]
+    assert all(line["distillation_loss"] > 0 for line in curve[:3])
+    with pytest.raises(ValueError, match="was made by gradmem"):
+        load_teacher(qa_config(folder, teacher=str(tmp_path / "student" / "checkpoint")), torch.float32)
 
 
 def test_further_write_rates_are_dropped_when_a_model_is_saved(tmp_path):
