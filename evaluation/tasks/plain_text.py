@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,8 +59,8 @@ class PlainText(Task):
         rows = []
         for text in texts:
             passages = list(_passages(text.split(), self.longest))
-            following = [" ".join(words[: self.continued]) for words in passages[1:]]
-            rows += [_row(words, after) for words, after in zip_longest(passages, following, fillvalue="")]
+            following = [*(" ".join(words[: self.continued]) for words in passages[1:]), ""]
+            rows += [_row(words, after) for words, after in zip(passages, following, strict=False)]
         if not rows:
             raise ValueError(f"None of the {len(texts)} texts of {self.source!r} has {SHORTEST} words.")
         return rows

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 from small_runs import kv_fields, qa_fields
+from tiny import rows, tiny_tokenizer
 
 from evaluation.config import RunConfig, task_of
 from evaluation.models import load_config
 from evaluation.tasks import Babi
+from gradmem_adapter.backbones import SMOLLM2
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.training import GradMemCollator, RowBatches
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "evaluation" / "recipes").glob("*.yaml"))
@@ -19,6 +22,8 @@ RECIPES = sorted((ROOT / "evaluation" / "recipes").glob("*.yaml"))
 def test_the_recipes_that_ship_are_sound(path):
     config = RunConfig.load(path)
     GradMemConfig(**config.memory)
+    if config.backbone == SMOLLM2:
+        RowBatches(rows(2, 30), GradMemCollator(tiny_tokenizer()), **config.batches)  # options that go together
     assert config.training["cuda_graphs"]
     assert config.evaluation.tasks or any(task.measured for task in config.tasks)
 
