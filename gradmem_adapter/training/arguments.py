@@ -45,6 +45,8 @@ class GradMemTrainingArguments(TrainingArguments):
         muon_lr_factor (`float`, *optional*): train the matrices inside the backbone's layers by Muon (Jordan et al.,
             2024) at so many times the learning rate, with updates of the size that AdamW's have (arXiv 2502.16982);
             None: AdamW, or what `optim` says, trains all.
+        ema_decay (`float`, *optional*): end the run with the exponential moving average of the trained weights, which
+            keeps so much of itself at each step; None: with the weights of the last step.
         distillation_weight (`float`, *optional*, defaults to `1.0`): with a teacher, what the divergence from it weighs
             beside the cross entropy, per target token (see `Distillation`).
         distillation_temperature (`float`, *optional*, defaults to `1.0`): both distributions are compared at this
@@ -68,6 +70,7 @@ class GradMemTrainingArguments(TrainingArguments):
     decay_share: float = 0.5
     write_lr_factor: float = 1.0
     muon_lr_factor: float | None = None
+    ema_decay: float | None = None
     distillation_weight: float = 1.0
     distillation_temperature: float = 1.0
 
@@ -89,7 +92,7 @@ class GradMemTrainingArguments(TrainingArguments):
             if getattr(self, name) is None:
                 raise TypeError(f"{name} may not be None; leave it out for its default.")
         for name in (
-            *("max_minutes", "write_lr_factor", "muon_lr_factor", "decay_share"),
+            *("max_minutes", "write_lr_factor", "muon_lr_factor", "decay_share", "ema_decay"),
             *("distillation_weight", "distillation_temperature"),
         ):
             value = getattr(self, name)
@@ -97,6 +100,8 @@ class GradMemTrainingArguments(TrainingArguments):
                 raise TypeError(f"{name} must be a number, got {value!r}.")
             if value is not None and name != "decay_share" and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}.")
+        if self.ema_decay is not None and self.ema_decay >= 1:
+            raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay!r}.")
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"decay_share must be from 0 to 1, got {self.decay_share!r}.")
         if self.device.type == "cpu":

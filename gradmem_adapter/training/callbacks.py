@@ -1,4 +1,5 @@
-"""What ends a run early: the clock, in which it is done, or a signal, after which it can go on."""
+"""What ends a run early: the clock, in which it is done, or a signal, after which it can go on. And the mean of weights
+that a run may end with."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -79,6 +82,37 @@ def agreed(value: float, args: TrainingArguments) -> float:
     if args.world_size == 1:
         return value
     return float(broadcast(torch.tensor(float(value), dtype=torch.float64, device=args.device)).item())
+
+
+class AverageWeights(TrainerCallback):
+    """Lets a run end with the exponential moving average of its trained weights, W <- decay W + (1 - decay) w.
+
+    Checkpoints on the way hold the weights themselves, and a resumed run starts its average from them.
+
+    Args:
+        decay (`float`): per step, from 0 to less than 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._update = get_ema_multi_avg_fn(decay)
+        self._averages: list[torch.Tensor] = []
+
+    @staticmethod
+    def _weights(model: nn.Module) -> list[torch.Tensor]:
+        return [parameter.data for parameter in model.parameters() if parameter.requires_grad]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Start from the weights as they are."""
+        self._averages = [weight.clone() for weight in self._weights(model)]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Take the weights into the average."""
+        self._update(self._averages, self._weights(model), 0)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Give the model the average."""
+        torch._foreach_copy_(self._weights(model), self._averages)
+        self._averages = []
 
 
 class StopOnSignal(TrainerCallback):

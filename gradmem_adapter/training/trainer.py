@@ -24,7 +24,7 @@ from gradmem_adapter.write.rates import write_lrs
 
 from .arguments import with_defaults
 from .batches import Batches, RowBatches
-from .callbacks import EndByClock
+from .callbacks import AverageWeights, EndByClock
 from .checks import check_arguments, check_datasets, check_model, limited_collator
 from .compiled import compiled_layers
 from .cuda_graph import Batch, GraphedBackward, maskless_attention
@@ -103,7 +103,11 @@ class GradMemTrainer(EvaluatingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), *([EndByClock()] if args.max_minutes is not None else [])],
+            callbacks=[
+                *(callbacks or []),
+                *([EndByClock()] if args.max_minutes is not None else []),
+                *([AverageWeights(args.ema_decay)] if args.ema_decay is not None else []),
+            ],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
