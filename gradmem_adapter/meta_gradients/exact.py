@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step, vjp
-from gradmem_adapter.ops.attention import CAUSAL, TwiceDifferentiableAttention, double_backward_problem
-from gradmem_adapter.utils.backbone import device_of, uses_checkpointing
+from gradmem_adapter.ops.attention import (
+    CAUSAL,
+    TwiceDifferentiableAttention,
+    double_backward_problem,
+    recomputed_plainly,
+)
+from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.write.loss import write_gradient
 
 
@@ -26,13 +33,6 @@ class Exact(MetaGradient):
         without an error.
         """
         name = backbone.config._attn_implementation
-        if uses_checkpointing(backbone) and name not in (None, "eager"):
-            # PyTorch leaves function modes while it runs a backward pass, so layers computed again there are fused.
-            raise NotImplementedError(
-                f"meta_gradient='exact' works with gradient checkpointing only where the attention is 'eager', not "
-                f"{name!r}. Load the backbone with attn_implementation='eager', or do without checkpointing: 'exact' "
-                "already needs the memory of one write step alone, whatever their number."
-            )
         if name in (None, "eager", "sdpa", CAUSAL):
             return
         problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, device_of(backbone).type)
@@ -43,6 +43,7 @@ class Exact(MetaGradient):
             )
 
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
+        writer = replace(step.writer, backbone=recomputed_plainly(step.writer.backbone))
         with TwiceDifferentiableAttention():
-            gradient, values, _ = write_gradient(step.writer, step.state.memory, step.context, create_graph=True)
+            gradient, values, _ = write_gradient(writer, step.state.memory, step.context, create_graph=True)
             return vjp([*step.update(gradient), values], [*step.inputs, *step.weights], [*after, losses])

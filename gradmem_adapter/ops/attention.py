@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gradmem_adapter.utils.backbone import shallow_copy, uses_checkpointing
 
 
 class TwiceDifferentiableAttention(TorchFunctionMode):
@@ -25,6 +29,32 @@ class TwiceDifferentiableAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return plain_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def recomputed_plainly(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A backbone whose layers have plain attention also where gradient checkpointing computes them again: PyTorch
+    leaves function modes while it runs a backward pass.
+
+    Args:
+        backbone (`PreTrainedModel`): stays as it is. Without checkpointing it is returned; a copy shares its weights.
+    """
+    if not uses_checkpointing(backbone):
+        return backbone
+    copies: dict[nn.Module, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if module not in copies:
+            copy = copies[module] = shallow_copy(module)
+            copy.__dict__["_modules"] = {name: child and copied(child) for name, child in module._modules.items()}
+            if run := module.__dict__.get("_gradient_checkpointing_func"):
+                copy.__dict__["_gradient_checkpointing_func"] = partial(run, context_fn=_plain_the_second_time)
+        return copies[module]
+
+    return cast(PreTrainedModel, copied(backbone))
+
+
+def _plain_the_second_time() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), TwiceDifferentiableAttention()
 
 
 def plain_attention(

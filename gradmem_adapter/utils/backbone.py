@@ -101,14 +101,18 @@ def fresh(backbone: PreTrainedModel) -> PreTrainedModel:
     inner = trunk(backbone)
     if "rope_deltas" not in inner.__dict__:
         return backbone
-    top, copied = _shallow(backbone), _shallow(inner)
+    top, copied = shallow_copy(backbone), shallow_copy(inner)
     copied.__dict__["rope_deltas"] = None
     top._modules[trunk_name(backbone)] = copied
     return cast(PreTrainedModel, top)
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    """A copy of a module with the same parts, and the hook that accelerate gave its forward."""
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module that has the same parts, parameters and buffers; a hook of accelerate's acts on the copy.
+
+    Args:
+        module (`nn.Module`): stays as it is.
+    """
     copied = copy.copy(module)
     copied.__dict__["_modules"] = dict(module._modules)
     hooked = module.__dict__.get("forward")

@@ -38,14 +38,24 @@ def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
         torch.testing.assert_close(value, results[False][name], rtol=1e-4, atol=1e-6)
 
 
-def test_exact_with_fused_attention_and_gradient_checkpointing_is_refused():
-    model = make()
-    model.train()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    ids = tokens(2, 9)
-    model.write(ids)
-    with pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
-        model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bert"])
+def test_exact_computes_fused_attention_again_in_plain(architecture):
+    """Fused kernels have no double backward, and layers are computed again inside of one."""
+    results = {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make(architecture, write_steps=2, lora_config=LoraConfig(r=2, target_modules="all-linear"))
+        assert model.get_base_model().config._attn_implementation == "sdpa"
+        for module in model.modules():  # as `train`, but without dropout
+            module.training = not isinstance(module, torch.nn.Dropout)
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        ids = tokens(2, 9)
+        model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids).loss.backward()
+        results[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert results[True].keys() == results[False].keys()
+    for name, value in results[True].items():
+        torch.testing.assert_close(value, results[False][name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["context", "pooled_context"])
