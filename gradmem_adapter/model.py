@@ -132,6 +132,7 @@ class GradMemModel(GradMemTuner):
         *,
         max_tokens: int | None = None,
         progress: bool | None = None,
+        done: Callable[[list[int], MemoryState], None] | None = None,
         options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
@@ -145,6 +146,8 @@ class GradMemModel(GradMemTuner):
             max_tokens (`int`, *optional*): a batch's tokens, padding counted. `None`: found from the device and its
                 free memory.
             progress (`bool`, *optional*): show a progress bar. `None`: where stderr is a terminal.
+            done (`Callable`, *optional*): given the indices and the states of each batch as soon as it is written, so
+                that what fails later loses nothing.
             options, fields: as for `write`.
 
         Returns:
@@ -159,8 +162,14 @@ class GradMemModel(GradMemTuner):
             raise ValueError(f"max_tokens must be an integer from 1, got {max_tokens!r}.")
         rows = check_rows(contexts, self.model, self.prefix_length)
         budget = token_budget(self.model) if max_tokens is None else max_tokens
-        with progress_bar(len(rows), progress) as done:
-            states = write_batches(lambda ids, mask: self.write(ids, mask, options=options), rows, budget, done)
+        with progress_bar(len(rows), progress) as advance:
+
+            def written(indices: list[int], states: MemoryState) -> None:
+                advance(len(indices))
+                if done is not None:
+                    done(indices, states)
+
+            states = write_batches(lambda ids, mask: self.write(ids, mask, options=options), rows, budget, written)
         self._fast_writes.make_room(device_of(self.model))
         return states
 

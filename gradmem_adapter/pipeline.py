@@ -103,6 +103,7 @@ class GradMemPipeline:
         *,
         max_tokens: int | None = None,
         progress: bool | None = None,
+        done: Callable[[list[int], MemoryState], None] | None = None,
         options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
@@ -112,6 +113,7 @@ class GradMemPipeline:
             texts (`Sequence[str]`): the texts.
             max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
             progress (`bool`, *optional*): show a progress bar; None: where stderr is a terminal.
+            done (`Callable`, *optional*): given the indices and the states of each batch as soon as it is written.
             options, fields: as for `write`.
 
         Returns:
@@ -122,7 +124,7 @@ class GradMemPipeline:
             torch.cuda.OutOfMemoryError: a single text does not fit; the message names it.
         """
         return self.model.write_many(
-            self._context_ids(texts), max_tokens=max_tokens, progress=progress, options=options, **fields
+            self._context_ids(texts), max_tokens=max_tokens, progress=progress, done=done, options=options, **fields
         )
 
     @property

@@ -38,7 +38,7 @@ def write_batches(
     write: Callable[[Tensor, Tensor], MemoryState],
     contexts: Sequence[Tensor],
     budget: int,
-    done: Callable[[int], None] = lambda contexts: None,
+    done: Callable[[list[int], MemoryState], None] = lambda rows, states: None,
 ) -> MemoryState:
     """WRITE contexts in batches within a token budget, which is halved where memory does not suffice.
 
@@ -46,7 +46,7 @@ def write_batches(
         write (`Callable`): from right-padded token ids `[B, N]` and their mask to B states.
         contexts (`Sequence[Tensor]`): token ids `[n]` each.
         budget (`int`): how many tokens a batch may have, padding counted.
-        done (`Callable`, *optional*): told the size of each batch after it.
+        done (`Callable`, *optional*): given the indices and the states of each batch after it.
 
     Returns:
         `MemoryState`: one state per context, in the order of `contexts`.
@@ -70,7 +70,7 @@ def write_batches(
                 ) from error
         else:
             states |= zip(rows, written, strict=True)
-            done(len(rows))
+            done(rows, written)
             continue
         # Only here, as the traceback of the error holds what the batch had on the GPU.
         torch.cuda.empty_cache()

@@ -4,13 +4,15 @@
 `langchain-classic`; they are imported by themselves.
 """
 
-from .chat_message_histories import GradMemChatMessageHistory
+from .chains import create_gradmem_stuff_chain
+from .chat_message_histories import GradMemChatMessageHistory, StoredChatMessageHistory
 from .chat_models import ChatGradMem
 from .document_compressors import GradMemCompressor
 from .references import attach, attach_documents, marker, references_of
 from .retrievers import GradMemRetriever
 from .stores import MemoryStateStore, UnknownReferenceError
-from .writer import MemoryWriter, TurnMemory
+from .turns import TurnMemory
+from .writer import MemoryWriter
 
 __all__ = [
     "ChatGradMem",
@@ -19,10 +21,12 @@ __all__ = [
     "GradMemRetriever",
     "MemoryStateStore",
     "MemoryWriter",
+    "StoredChatMessageHistory",
     "TurnMemory",
     "UnknownReferenceError",
     "attach",
     "attach_documents",
+    "create_gradmem_stuff_chain",
     "marker",
     "references_of",
 ]

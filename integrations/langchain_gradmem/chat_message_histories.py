@@ -1,41 +1,54 @@
-"""A chat history whose old turns are memory states."""
+"""Chat histories whose old turns are memory states."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from langchain_core.chat_history import BaseChatMessageHistory
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import BaseMessage, message_to_dict, messages_from_dict
+from langchain_core.stores import BaseStore
 
-from .writer import TurnMemory
+from .turns import TurnMemory
 
 
 class GradMemChatMessageHistory(BaseChatMessageHistory):
-    """For `RunnableWithMessageHistory`: `messages` has a message that carries the memory of old turns, then the recent
-    ones as text.
+    """`messages` has system messages, a message that carries the memory of old turns, and the recent ones as text.
 
-    Turns are written when messages are added, not when they are read. If a write fails, `add_messages` raises, and all
-    messages are in the history as text; the next call tries again.
+    The messages themselves are in another history, as text and whole, so that nothing is lost where a write fails, a
+    state is damaged or the adapter changes: what is missing is written anew, with a warning. A history that outlives
+    its process is a persistent one in `history` and a store of states that outlives it, too.
 
     Args:
         memory (`TurnMemory`): which turns stay text, and who writes the others.
+        history (`BaseChatMessageHistory`, *optional*): where the messages are; None: in this process.
     """
 
-    def __init__(self, memory: TurnMemory) -> None:
+    def __init__(self, memory: TurnMemory, history: BaseChatMessageHistory | None = None) -> None:
         self.memory = memory
-        self.archive: list[BaseMessage] = []
-        """The turns that are in memory, as they were."""
-        self._recent: list[BaseMessage] = []
-        self._references: list[str] = []
+        self.history = _InProcess() if history is None else history
+        self._known: list[str] = []
+        """References of this conversation that may be in the store."""
         self._lock = threading.Lock()
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
         """What goes into a prompt."""
-        with self._lock:
-            carrier = [self.memory.carrier(self._references)] if self._references else []
-            return [*carrier, *self._recent]
+        return self.memory.shown(self.history.messages)
+
+    @property
+    def archive(self) -> list[BaseMessage]:
+        """The old turns, as they were."""
+        messages = self.history.messages
+        return messages[: self.memory.cut(messages)]
+
+    @property
+    def references(self) -> list[str]:
+        """The references of the old turns' states, for `MemoryStateStore.gc`."""
+        return self.memory.references(self.history.messages)
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
         """Add messages, and write old turns where there are too many.
@@ -44,14 +57,60 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
             messages (`Sequence[BaseMessage]`): what came since the last call.
         """
         with self._lock:
-            self._recent += messages
-            cut = self.memory.cut(self._recent)
-            if cut:
-                archive = [*self.archive, *self._recent[:cut]]
-                references = self.memory.write(archive)  # before anything is replaced: it may fail
-                self.archive, self._recent, self._references = archive, self._recent[cut:], references
+            self.history.add_messages(messages)
+            self.memory.shown(self.history.messages)  # writes ahead, so that reading need not
+            self._known = self.memory.forget(self._known, self.references)
 
     def clear(self) -> None:
-        """Forget everything; the states stay in the store."""
+        """Forget everything, the states too."""
         with self._lock:
-            self.archive, self._recent, self._references = [], [], []
+            self.memory.store.mdelete([*self._known, *self.references])
+            self.history.clear()
+            self._known = []
+
+
+class StoredChatMessageHistory(BaseChatMessageHistory):
+    """A session's messages as JSON in a store of bytes, beside the memory states or elsewhere. One process at a time
+    may add to a session.
+
+    Args:
+        store (`BaseStore[str, bytes]`): such as a `LocalFileStore`.
+        session_id (`str`): any text.
+        namespace (`str`, *optional*, defaults to `"default"`): of a tenant.
+    """
+
+    def __init__(self, store: BaseStore[str, bytes], session_id: str, *, namespace: str = "default") -> None:
+        self.store = store
+        self.key = f"{namespace}/session-{hashlib.sha256(session_id.encode()).hexdigest()}"
+
+    @property
+    def messages(self) -> list[BaseMessage]:  # type: ignore[override]
+        """The session's messages."""
+        (data,) = self.store.mget([self.key])
+        return messages_from_dict(json.loads(data)) if data else []
+
+    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+        """Add messages.
+
+        Args:
+            messages (`Sequence[BaseMessage]`): what came since the last call.
+        """
+        everything: list[dict[str, Any]] = [message_to_dict(message) for message in [*self.messages, *messages]]
+        self.store.mset([(self.key, json.dumps(everything).encode())])
+
+    def clear(self) -> None:
+        """Delete the session."""
+        self.store.mdelete([self.key])
+
+
+class _InProcess(BaseChatMessageHistory):
+    """LangChain's own is deprecated."""
+
+    def __init__(self) -> None:
+        self.messages = []
+
+    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+        self.messages = [*self.messages, *messages]
+
+    def clear(self) -> None:
+        self.messages = []

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from langchain_core.callbacks import CallbackManagerForLLMRun
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, ToolMessage, UsageMetadata
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field, model_validator
 from gradmem_adapter import GradMemPipeline, MemoryState
 
 from .batching import BatchingChatModel
-from .messages import as_chunk, parse_tool_calls, require_tools, template_entry, usage_metadata
-from .references import check_references, references_of
+from .messages import as_chunk, parse_tool_calls, require_tools
+from .requests import Request, request_of
 from .stopping import NewTokens, cut_at_stop, pieces_until_stop
 from .stores import MemoryStateStore
 
@@ -28,30 +28,13 @@ _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
 _seeding = threading.Lock()
 
 
-class Request(NamedTuple):
-    """What one call asks of the pipeline."""
-
-    chat: list[dict[str, Any]]
-    memory: MemoryState | None
-    """[1, m * states, d], the states side by side."""
-    context_tokens: int
-
-    @property
-    def memory_vectors(self) -> int:
-        """How many vectors stand before the prompt."""
-        return 0 if self.memory is None else self.memory.num_memory_tokens
-
-    def usage(self, prompt_tokens: int, new_tokens: int) -> UsageMetadata:
-        """Tokens of the call."""
-        return usage_metadata(prompt_tokens, new_tokens, self.memory_vectors, self.context_tokens)
-
-
 class ChatGradMem(BatchingChatModel):
     """A local model with GradMem memory as a LangChain chat model.
 
     Which memory states a call reads is said by `bind(memory=reference)` or by references attached to its messages
-    (`attach`, `attach_documents`); several are read side by side. Markers in texts are never resolved. A call
-    that reads none is answered by the backbone alone, without the adapter.
+    (`attach`, `attach_documents`); several are read side by side. Markers in texts are never resolved; one that
+    nothing carries comes with a warning. A call that reads no state is answered by the backbone alone, without the
+    adapter.
 
     Args:
         pipeline (`GradMemPipeline`): the model and its tokenizer, which needs a chat template.
@@ -64,7 +47,8 @@ class ChatGradMem(BatchingChatModel):
         seed (`int`, *optional*): of sampling; None: the process's own generator.
         stop (`list[str]`, *optional*): texts that end an answer and are not part of it.
         streaming (`bool`, *optional*, defaults to `False`): let `invoke` stream to its callbacks.
-        max_states (`int`, *optional*, defaults to `8`): most states that one call may read.
+        max_states (`int`, *optional*, defaults to `8`): most states that one call reads. Those of the last turn come
+            first, then the newest; others are left out with a warning.
     """
 
     pipeline: GradMemPipeline = Field(exclude=True)
@@ -121,28 +105,9 @@ class ChatGradMem(BatchingChatModel):
     # ---------------------------------------------------------------- what a call asks
 
     def _request(self, messages: Sequence[BaseMessage], memory: Any) -> Request:
-        if not any(isinstance(message, HumanMessage) for message in messages):
-            raise ValueError("There is no human message to answer: pass at least one HumanMessage.")
-        references = [] if memory is None else check_references(memory)
-        chat = []
-        for message in messages:
-            own = references_of(message)
-            references += own
-            chat.append(template_entry(message, own))
-            if "tool_calls" in chat[-1] or isinstance(message, ToolMessage):
-                require_tools(self.pipeline.tokenizer)
-        references = list(dict.fromkeys(references))
-        if not references:
-            return Request(chat, None, 0)
-        if len(references) > self.max_states:
-            raise ValueError(
-                f"The call refers to {len(references)} memory states, and at most {self.max_states} are read side by "
-                "side: retrieve fewer documents (k), or raise max_states."
-            )
-        fingerprint = self.pipeline.model.fingerprint()
-        states = [self.store.get(reference, fingerprint=fingerprint) for reference in references]
-        tokens = sum(int(state.context_tokens.sum()) for state in states)
-        return Request(chat, MemoryState.concat(states), tokens)
+        if any(isinstance(m, ToolMessage) or getattr(m, "tool_calls", None) for m in messages):
+            require_tools(self.pipeline.tokenizer)
+        return request_of(messages, memory, self.pipeline, self.store, self.max_states)
 
     def _generation(
         self, stop: list[str] | None, kwargs: dict[str, Any]

@@ -1,18 +1,17 @@
-"""Documents in, documents out whose content is a reference to a memory state."""
+"""Documents in, the same documents out with a reference to the memory of their text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from langchain_core.callbacks import Callbacks
 from langchain_core.callbacks.manager import dispatch_custom_event
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
 from pydantic import Field, PrivateAttr
 
-from gradmem_adapter import MemoryState
-
-from .references import KEY, marker, references_of
+from .references import with_references
 from .writer import MemoryWriter
 
 EVENT = "gradmem_write"
@@ -22,24 +21,28 @@ EVENT = "gradmem_write"
 class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransformer):
     """Writes documents into memory states, those that are new in batches that fit into memory.
 
-    A document comes back with the markers of its references as content and the references in `metadata["gradmem"]`,
-    beside its own metadata. One that is longer than the model takes is split first and has a reference for each part.
-    One that carries references already is left as it is.
+    A document comes back with its text, so that embeddings, rerankers and citations work as before, and with its
+    references as one string in `metadata["gradmem"]`. References are found from the text, never believed from metadata:
+    what a loader left there is replaced, a changed text is written anew, and so is a state that was lost or damaged. A
+    text that is longer than the adapter was trained for is split, and has a reference for each part.
 
     Args:
         pipeline (`GradMemPipeline`): who writes.
         store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
-        fallback (`str`, *optional*): `"text"` leaves a document as text where its fidelity is below `min_fidelity`.
-        min_fidelity (`float`, *optional*, defaults to `0.5`): the share of tokens that greedy decoding from memory must
-            get back.
+        part_tokens (`int`, *optional*): tokens of the longest part; None: the adapter's trained length.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
+            terminal.
+        fallback (`str`, *optional*): `"text"` leaves a document without references where memory holds too little of it.
+        min_gain (`float`, *optional*, defaults to `0.1`): with `fallback`, the share of a text's loss per token that
+            memory must take away. WRITE has measured the loss with memory; the loss without takes one pass.
     """
 
     fallback: Literal["text"] | None = None
-    min_fidelity: float = Field(default=0.5, ge=0, le=1)
+    min_gain: float = Field(default=0.1, ge=0, lt=1)
 
-    _fidelity: dict[str, float] = PrivateAttr(default_factory=dict)
-    """Greedy fidelity by reference, which decides both text and memory, so that it is measured once."""
+    _gains: dict[str, float] = PrivateAttr(default_factory=dict)
+    """By reference, so that each is measured once."""
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -47,26 +50,25 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         """Write documents into memory.
 
         Args:
-            documents (`Sequence[Document]`): empty ones are left as they are.
+            documents (`Sequence[Document]`): empty ones have nothing to write.
             query (`str`): plays no part, so that a document is written once for all queries.
             callbacks (`Callbacks`, *optional*): are told by the custom event `"gradmem_write"` what was written.
 
         Returns:
             `list[Document]`: new documents, in order; those passed in stay as they are.
         """
-        fresh = [d for d in documents if not references_of(d) and d.page_content.strip()]
-        parts = [self.split(document.page_content) for document in fresh]
+        parts = [self.split(document.page_content) if document.page_content.strip() else [] for document in documents]
         texts = [text for pieces in parts for text in pieces]
         before = self.store.writes
         references = iter(self.write_texts(texts) if texts else [])
         if callbacks:
-            data = {"documents": len(fresh), "contexts": len(texts), "written": self.store.writes - before}
+            data = {"documents": len(documents), "contexts": len(texts), "written": self.store.writes - before}
             dispatch_custom_event(EVENT, data, config={"callbacks": callbacks})
-        done = {
-            id(document): self._compressed(document, pieces, [next(references) for _ in pieces])
-            for document, pieces in zip(fresh, parts, strict=True)
-        }
-        return [done.get(id(document), document) for document in documents]
+        result = []
+        for document, pieces in zip(documents, parts, strict=True):
+            found = [next(references) for _ in pieces]
+            result.append(with_references(document, found if self._holds(pieces, found) else []))
+        return result
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
         """The same, as a transformer.
@@ -77,17 +79,21 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         """
         return self.compress_documents(documents, "")
 
-    def _compressed(self, document: Document, pieces: list[str], references: list[str]) -> Document:
-        if self.fallback == "text":
-            unknown = [i for i, reference in enumerate(references) if reference not in self._fidelity]
-            if unknown:
-                states = MemoryState.stack([self.store.get(references[i]) for i in unknown])
-                found = self.pipeline.fidelity([pieces[i] for i in unknown], states).greedy.tolist()
-                self._fidelity.update({references[i]: value for i, value in zip(unknown, found, strict=True)})
-            if min(self._fidelity[reference] for reference in references) < self.min_fidelity:
-                return document
-        return Document(
-            id=document.id,
-            page_content=" ".join(marker(reference) for reference in references),
-            metadata=document.metadata | {KEY: references},
-        )
+    def _holds(self, pieces: list[str], references: list[str]) -> bool:
+        """Whether memory holds enough of each part."""
+        if self.fallback is None:
+            return True
+        for piece, reference in zip(pieces, references, strict=True):
+            if reference not in self._gains:
+                self._gains[reference] = self._gain(piece, reference)
+        return all(self._gains[reference] >= self.min_gain for reference in references)
+
+    def _gain(self, text: str, reference: str) -> float:
+        """The share of the text's loss per token that its memory takes away."""
+        losses = self.store.get(reference).write_losses[0]
+        ids, mask = self.pipeline.encode_contexts(text)
+        if ids.shape[1] < 2:
+            return 1.0  # too short to have a loss of its own
+        with torch.no_grad():
+            without = self.pipeline.model(input_ids=ids, attention_mask=mask, labels=ids).loss.item()
+        return 1 - losses[~losses.isnan()][-1].item() / without

@@ -5,33 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from langchain_classic.base_memory import BaseMemory
+from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, HumanMessage
-from pydantic import PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from .chat_message_histories import GradMemChatMessageHistory
-from .writer import TurnMemory
+from .turns import TurnMemory
 
 
 class GradMemConversationMemory(BaseMemory):
     """Old turns in memory, recent ones as text, for prompts with a `MessagesPlaceholder`.
 
-    A prompt that is one string cannot carry memory: what references stand for would be lost in it.
+    A prompt that is one string cannot carry memory: the model would read a marker, of which `ChatGradMem` warns.
 
     Args:
         memory (`TurnMemory`): which turns stay text, and who writes the others.
         memory_key (`str`, *optional*, defaults to `"history"`): the prompt's variable.
         input_key (`str`, *optional*): which of a chain's inputs is the question; None: the only one.
         output_key (`str`, *optional*): which of its outputs is the answer; None: the only one.
+        history (`BaseChatMessageHistory`, *optional*): where the messages are; None: in this process.
     """
 
     memory: TurnMemory
     memory_key: str = "history"
     input_key: str | None = None
     output_key: str | None = None
+    history: BaseChatMessageHistory | None = Field(default=None, exclude=True)
     _history: GradMemChatMessageHistory = PrivateAttr()
 
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
     def model_post_init(self, context: Any, /) -> None:
-        self._history = GradMemChatMessageHistory(self.memory)
+        self._history = GradMemChatMessageHistory(self.memory, self.history)
 
     @property
     def chat_memory(self) -> GradMemChatMessageHistory:

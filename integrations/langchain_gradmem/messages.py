@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -47,6 +48,38 @@ def template_entry(message: BaseMessage, references: Sequence[str]) -> dict[str,
             for call in message.tool_calls
         ]
     return entry
+
+
+def accepted(chat: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], object]) -> list[dict[str, Any]]:
+    """A chat as the template takes it: as it is, or with one system message at the beginning, or with none.
+
+    Many templates allow a system message at the beginning alone, and some none at all. Its text is kept either way: in
+    the last form it stands before the first user message's.
+
+    Args:
+        chat (`list[dict]`): messages as chat templates take them.
+        render (`Callable`): puts a chat into the template, which raises for what it does not take.
+
+    Raises:
+        ValueError: the template takes none of these; the message is the template's.
+    """
+    system = "\n\n".join(entry["content"] for entry in chat if entry["role"] == "system")
+    if not system:
+        return chat
+    rest = [entry for entry in chat if entry["role"] != "system"]
+    forms = [chat, [{"role": "system", "content": system}, *rest]]
+    for i, entry in enumerate(rest):
+        if entry["role"] == "user":
+            forms.append([*rest[:i], entry | {"content": f"{system}\n\n{entry['content']}"}, *rest[i + 1 :]])
+            break
+    for form in forms:
+        try:
+            render(form)
+        except TemplateError as error:
+            refused = error
+        else:
+            return form
+    raise ValueError(f"The backbone's chat template does not take these messages: {refused}") from refused
 
 
 def _role(message: BaseMessage) -> str:

@@ -10,18 +10,23 @@ from langchain.agents.middleware.types import PrivateStateAttr
 from langchain_core.runnables.config import run_in_executor
 from typing_extensions import NotRequired
 
-from .writer import TurnMemory
+from .turns import TurnMemory
 
 
 class GradMemState(AgentState):
     """What the middleware keeps in the agent's state: text, so that every checkpointer can store it."""
 
     gradmem_references: NotRequired[Annotated[list[str], PrivateStateAttr]]
-    gradmem_written: NotRequired[Annotated[int, PrivateStateAttr]]
+    """Of this conversation's states that may be in the store."""
+    gradmem_written: NotRequired[Annotated[list[str], PrivateStateAttr]]
+    """The ids of the messages that these states may hold."""
 
 
 class GradMemMiddleware(AgentMiddleware):
     """Shows the model old turns as memory and recent ones as text; the agent's messages stay as they are.
+
+    What is shown depends on the messages that are there. Where one was removed, by `RemoveMessage` or by another
+    middleware, the states that held it are deleted, and what is left is written anew.
 
     Args:
         memory (`TurnMemory`): which turns stay text, and who writes the others. For an agent that outlives its process
@@ -35,32 +40,31 @@ class GradMemMiddleware(AgentMiddleware):
         self.memory = memory
 
     def before_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
-        """Write what has become old."""
-        messages, written = state["messages"], state.get("gradmem_written", 0)
-        cut = self.memory.cut(messages[written:])
-        if not cut:
+        """Delete states of messages that were removed, and those that newer ones have taken the place of."""
+        messages, known = state["messages"], state.get("gradmem_references", [])
+        references = self.memory.references(messages)
+        if known == references == []:
             return None
-        references = self.memory.write(messages[: written + cut])
-        return {"gradmem_references": references, "gradmem_written": written + cut}
+        if not set(state.get("gradmem_written", [])) <= {message.id for message in messages}:
+            self.memory.store.mdelete(known)
+            known = []
+        written = [message.id for message in messages[: self.memory.cut(messages)]]
+        return {"gradmem_references": self.memory.forget(known, references), "gradmem_written": written}
 
     async def abefore_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
         """As `before_model`, without blocking the event loop."""
         return await run_in_executor(None, self.before_model, state, runtime)
 
     def _shown(self, request: ModelRequest) -> ModelRequest:
-        state: Any = request.state
-        references = state.get("gradmem_references")
-        if not references:
-            return request
-        recent = request.messages[state["gradmem_written"] :]
-        return request.override(messages=[self.memory.carrier(references), *recent])
+        messages: Any = self.memory.shown(request.messages)
+        return request.override(messages=messages)
 
     def wrap_model_call(self, request: ModelRequest, handler: Callable[[ModelRequest], ModelResponse]) -> ModelResponse:
-        """Show the model memory and recent turns."""
+        """Write what has become old, and show the model memory and recent turns."""
         return handler(self._shown(request))
 
     async def awrap_model_call(
         self, request: ModelRequest, handler: Callable[[ModelRequest], Awaitable[ModelResponse]]
     ) -> ModelResponse:
         """As `wrap_model_call`."""
-        return await handler(self._shown(request))
+        return await handler(await run_in_executor(None, self._shown, request))

@@ -2,21 +2,24 @@
 
 Tensors in messages and documents would fail JSON, caches and checkpoints. A reference is a text of 32 hexadecimal
 digits; it is carried by `additional_kwargs["gradmem"]` of a message or `metadata["gradmem"]` of a document, and shown
-in the text by a marker. Only what is carried there is ever resolved: a marker in a text that a user typed, a model
-echoed or a retriever found is text.
+in a message's text by a marker. Only what is carried there is ever resolved: a marker in a text that a user typed, a
+model echoed or a retriever found is text.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.prompt_values import PromptValue
 
 KEY = "gradmem"
 REFERENCE = re.compile(r"[0-9a-f]{32}")
+MARKER = re.compile(r"\[\[gradmem:([0-9a-f]{32})\]\]")
 Message = TypeVar("Message", bound=BaseMessage)
 
 
@@ -52,13 +55,28 @@ def references_of(item: BaseMessage | Document) -> list[str]:
     """The references that the application attached to a message or a document.
 
     Args:
-        item (`BaseMessage` or `Document`): what may carry some.
+        item (`BaseMessage` or `Document`): what may carry some. A document's metadata may come from its loader: what
+            is there under `"gradmem"` and is no reference of ours is passed over.
 
     Raises:
-        ValueError: what it carries is none.
+        ValueError: what a message carries is no reference.
     """
-    carrier = item.metadata if isinstance(item, Document) else item.additional_kwargs
-    return check_references(carrier.get(KEY, []))
+    if isinstance(item, BaseMessage):
+        return check_references(item.additional_kwargs.get(KEY, []))
+    value = item.metadata.get(KEY)
+    found = value.split(" ") if isinstance(value, str) else []
+    return found if all(map(REFERENCE.fullmatch, found)) else []
+
+
+def with_references(document: Document, references: Sequence[str]) -> Document:
+    """A copy of a document that carries these references and no others, as one string: databases refuse lists.
+
+    Args:
+        document (`Document`): its text and its other metadata stay.
+        references (`Sequence[str]`): of the states of its text; none: the copy carries none.
+    """
+    metadata = {name: value for name, value in document.metadata.items() if name != KEY}
+    return document.model_copy(update={"metadata": metadata | ({KEY: " ".join(references)} if references else {})})
 
 
 def attach(message: Message, references: Sequence[str]) -> Message:
@@ -72,18 +90,31 @@ def attach(message: Message, references: Sequence[str]) -> Message:
     return message.model_copy(update={"additional_kwargs": message.additional_kwargs | {KEY: both}})
 
 
-def attach_documents(messages: Iterable[BaseMessage], documents: Iterable[Document]) -> list[BaseMessage]:
+def attach_documents(
+    messages: str | PromptValue | Iterable[BaseMessage], documents: Iterable[Document]
+) -> list[BaseMessage]:
     """Messages of which the last human one carries the references of retrieved documents.
 
     Args:
-        messages (`Iterable[BaseMessage]`): with a human message among them.
+        messages (`str`, `PromptValue` or `Iterable[BaseMessage]`): a question, what a prompt gave, or messages with a
+            human one among them.
         documents (`Iterable[Document]`): what `GradMemCompressor` or `GradMemRetriever` returned.
 
     Raises:
         ValueError: there is no human message to carry them.
     """
-    result = list(messages)
-    references = [reference for document in documents for reference in references_of(document)]
+    if isinstance(messages, str):
+        messages = [HumanMessage(messages)]
+    result = messages.to_messages() if isinstance(messages, PromptValue) else list(messages)
+    references = []
+    for document in documents:
+        references += references_of(document)
+        if not references_of(document):
+            warnings.warn(
+                "A document that is attached carries no reference, so the model sees it only where its text is in the "
+                "prompt. Write documents first: GradMemCompressor.compress_documents, or GradMemRetriever.",
+                stacklevel=2,
+            )
     for i in reversed(range(len(result))):
         if isinstance(result[i], HumanMessage):
             result[i] = attach(result[i], references)
@@ -93,6 +124,5 @@ def attach_documents(messages: Iterable[BaseMessage], documents: Iterable[Docume
 
 def without_markers(text: str, references: Iterable[str]) -> str:
     """The text without the markers of these references: the memory stands in their place."""
-    for reference in references:
-        text = text.replace(marker(reference), "")
-    return text
+    known = set(references)
+    return MARKER.sub(lambda found: "" if found[1] in known else found[0], text)

@@ -1,34 +1,62 @@
-"""Any retriever, with documents that are memory states."""
+"""Any retriever, with documents that carry the memory of their text."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
-from langchain_core.retrievers import BaseRetriever
-from pydantic import Field
+from langchain_core.retrievers import BaseRetriever, RetrieverLike
+from pydantic import ConfigDict, Field
+from typing_extensions import Self
 
 from .document_compressors import GradMemCompressor
+
+if TYPE_CHECKING:
+    from .chat_models import ChatGradMem
 
 
 class GradMemRetriever(BaseRetriever):
     """What another retriever finds, written into memory.
 
     Args:
-        retriever (`BaseRetriever`): who finds the documents.
-        compressor (`GradMemCompressor`): who writes them.
+        base_retriever (`Runnable[str, list[Document]]`): who finds the documents: a retriever, or any Runnable that
+            gives documents for a query.
+        base_compressor (`GradMemCompressor`): who writes them.
         k (`int`, *optional*): the most documents to return; None: all that are found.
     """
 
-    retriever: BaseRetriever
-    compressor: GradMemCompressor
+    base_retriever: RetrieverLike
+    base_compressor: GradMemCompressor
     k: int | None = Field(default=None, ge=1)
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    @classmethod
+    def from_retriever(
+        cls, retriever: RetrieverLike, chat: ChatGradMem, *, k: int | None = None, **options: Any
+    ) -> Self:
+        """A retriever that writes with a chat model's pipeline into its store.
+
+        Args:
+            retriever (`Runnable[str, list[Document]]`): who finds the documents.
+            chat (`ChatGradMem`): who is to read them.
+            k (`int`, *optional*): the most documents to return.
+            options: fields of `GradMemCompressor`.
+        """
+        return cls(base_retriever=retriever, base_compressor=GradMemCompressor.from_chat(chat, **options), k=k)
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
         child = run_manager.get_child()
-        documents = self.retriever.invoke(query, config={"callbacks": child}, **kwargs)
-        limit = self.k if k is None else k
-        return self.compressor.compress_documents(documents[:limit], query, callbacks=child)
+        documents = self.base_retriever.invoke(query, config={"callbacks": child}, **kwargs)
+        return self.base_compressor.compress_documents(documents[: k or self.k], query, callbacks=child)
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
+    ) -> list[Document]:
+        child = run_manager.get_child()
+        documents = await self.base_retriever.ainvoke(query, config={"callbacks": child}, **kwargs)
+        compressed = await self.base_compressor.acompress_documents(documents[: k or self.k], query, callbacks=child)
+        return list(compressed)

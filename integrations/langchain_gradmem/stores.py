@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -48,6 +49,9 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         self._namespace = namespace
         self.writes = 0
         """How many contexts have been written, as opposed to found."""
+        self._claims: dict[str, threading.Event] = {}
+        """References that a thread is writing, and what it sets when it has."""
+        self._claiming = threading.Lock()
 
     @property
     def namespace(self) -> str:
@@ -169,32 +173,80 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
     def write(
-        self, pipeline: GradMemPipeline, texts: str | Sequence[str], options: WriteOptions | None = None
+        self,
+        pipeline: GradMemPipeline,
+        texts: str | Sequence[str],
+        options: WriteOptions | None = None,
+        *,
+        progress: bool | None = False,
     ) -> list[str]:
         """The references of texts; those not yet stored, or damaged, are written, in batches that fit into memory.
+
+        Each batch is stored as soon as it is written, so that what fails later loses nothing. Threads that ask for one
+        text at the same time write it once.
 
         Args:
             pipeline (`GradMemPipeline`): who writes.
             texts (`str` or `Sequence[str]`): one text, or any number, of lengths that the model takes.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
+            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
 
         Returns:
             `list[str]`: a reference for each text, in order.
 
         Raises:
-            ValueError: a text cannot be written; none is stored then.
+            ValueError: a text cannot be written; none is written then.
         """
         texts = [texts] if isinstance(texts, str) else texts
         references = [self.reference(pipeline, text, options) for text in texts]
-        known = self.mget(references)
-        missing = {
-            reference: text for reference, text, state in zip(references, texts, known, strict=True) if state is None
-        }
-        if missing:
-            states = pipeline.write_many(list(missing.values()), progress=False, options=options)
-            self.mset(list(zip(missing, states.cpu(), strict=True)))
-            self.writes += len(missing)
+        waiting = dict(zip(references, texts, strict=True))
+        while waiting:
+            with self._claiming:
+                others = {reference: self._claims[reference] for reference in waiting.keys() & self._claims.keys()}
+                mine = {reference: text for reference, text in waiting.items() if reference not in others}
+                done = threading.Event()
+                self._claims |= dict.fromkeys(mine, done)
+            try:
+                self._write_missing(pipeline, mine, options, progress)
+            finally:
+                with self._claiming:
+                    for reference in mine:
+                        del self._claims[reference]
+                done.set()
+            for event in others.values():
+                event.wait()
+            waiting = {reference: waiting[reference] for reference in others}  # another's write may have failed
         return references
+
+    def _write_missing(
+        self, pipeline: GradMemPipeline, texts: dict[str, str], options: WriteOptions | None, progress: bool | None
+    ) -> None:
+        missing = [reference for reference, state in zip(texts, self.mget(list(texts)), strict=True) if state is None]
+
+        def store(indices: list[int], states: MemoryState) -> None:
+            self.mset([(missing[i], state) for i, state in zip(indices, states.cpu(), strict=True)])
+            with self._claiming:
+                self.writes += len(indices)
+
+        if missing:
+            pipeline.write_many([texts[r] for r in missing], progress=progress, done=store, options=options)
+
+    def gc(self, keep: Iterable[str]) -> int:
+        """Delete the namespace's states but those that are still in use. A text whose state is gone is written anew.
+
+        Args:
+            keep (`Iterable[str]`): references, of histories (`GradMemChatMessageHistory.references`), documents, ...
+
+        Returns:
+            `int`: how many were deleted.
+
+        Raises:
+            ValueError: what is to be kept is no reference; nothing is deleted then.
+        """
+        kept = set(check_references(list(keep)))
+        gone = [reference for reference in self.yield_keys() if reference not in kept]
+        self.mdelete(gone)
+        return len(gone)
 
 
 def _chosen(options: WriteOptions) -> list[tuple[str, Any]]:

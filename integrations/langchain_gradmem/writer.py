@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
+from typing_extensions import Self
 
 from gradmem_adapter import GradMemPipeline, WriteOptions
 
-from .references import attach, marker
 from .stores import MemoryStateStore
+
+if TYPE_CHECKING:
+    from .chat_models import ChatGradMem
+
+_SENTENCE_END = re.compile(r"[.!?]\s+|\n+")
+_SPACE = re.compile(r"\s+")
 
 
 def _as_write_options(value: Any) -> Any:
@@ -25,13 +31,29 @@ class MemoryWriter(BaseModel):
         pipeline (`GradMemPipeline`): who writes.
         store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
+        part_tokens (`int`, *optional*): tokens of the longest part that a text is split into; None: the adapter's
+            trained length, beyond which memory keeps a text worse.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
+            terminal.
     """
 
     pipeline: GradMemPipeline = Field(exclude=True)
     store: MemoryStateStore = Field(exclude=True, default_factory=MemoryStateStore)
     write_options: Annotated[InstanceOf[WriteOptions], BeforeValidator(_as_write_options)] = WriteOptions()
+    part_tokens: int | None = Field(default=None, ge=1)
+    progress: bool | None = False
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    @classmethod
+    def from_chat(cls, chat: ChatGradMem, **options: Any) -> Self:
+        """One that writes with a chat model's pipeline into its store.
+
+        Args:
+            chat (`ChatGradMem`): who is to read.
+            options: the other fields.
+        """
+        return cls(pipeline=chat.pipeline, store=chat.store, **options)
 
     def write_texts(self, texts: str | Sequence[str]) -> list[str]:
         """The references of texts in the store; those not yet stored are written.
@@ -41,84 +63,58 @@ class MemoryWriter(BaseModel):
                 `join`.
 
         Raises:
-            ValueError: a text cannot be written; none is stored then.
+            ValueError: a text cannot be written; none is written then.
         """
-        return self.store.write(self.pipeline, texts, self.write_options)
+        return self.store.write(self.pipeline, texts, self.write_options, progress=self.progress)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest part, without special ones; None: there is no limit."""
+        chosen = self.part_tokens or self.pipeline.model.active_peft_config.trained_length
+        limits = [limit for limit in (chosen, self.pipeline.max_context_tokens) if limit is not None]
+        return min(limits) - len(self.pipeline.tokenizer("")["input_ids"]) if limits else None
 
     def split(self, text: str) -> list[str]:
-        """Parts of a text that fit the model, as equal as they can be, cut between tokens."""
-        longest, tokenizer = self.pipeline.max_context_tokens, self.pipeline.tokenizer
-        if longest is None:
-            return [text]
-        limit = longest - len(tokenizer("")["input_ids"])
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        count = -(-len(offsets) // limit)
-        size = -(-len(offsets) // max(1, count))
-        starts = [offsets[i][0] for i in range(0, len(offsets), size)] or [0]
-        return [text[a:b] for a, b in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)]
+        """Parts of a text that memory holds well, about as long as each other, cut at sentences where it has some."""
+        limit = self.longest
+        offsets = self.pipeline.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        parts, begin, token = [], 0, 0
+        while limit is not None and len(offsets) - token > limit:
+            left = len(offsets) - token
+            size = -(-left // -(-left // limit))  # equal parts of what is left
+            end = offsets[token + size][0]
+            middle = max(begin + 1, offsets[token + size // 2][0])
+            cuts = [[m.end() for m in rule.finditer(text, middle, end)] for rule in (_SENTENCE_END, _SPACE)]
+            cut = next((places[-1] for places in cuts if places), end)
+            parts.append(text[begin:cut])
+            begin, token = cut, next(i for i in range(token, len(offsets)) if offsets[i][1] > cut)
+        return [*parts, text[begin:]]
 
     def join(self, lines: Iterable[str]) -> list[str]:
-        """Lines in as few texts as fit the model. A text is filled line by line, and stays once the next is begun."""
-        longest = self.pipeline.max_context_tokens
-        texts: list[str] = []
-        for line in lines:
-            longer = f"{texts[-1]}\n{line}" if texts else line
-            if texts and (longest is None or len(self.pipeline.tokenizer(longer)["input_ids"]) <= longest):
-                texts[-1] = longer
-            else:
-                texts.append(line)
-        return texts
-
-
-class TurnMemory(MemoryWriter):
-    """Decides which turns of a conversation stay text, and writes the others: for histories and agents.
-
-    Args:
-        pipeline (`GradMemPipeline`): who writes.
-        store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
-        write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
-        max_turns (`int`, *optional*, defaults to `8`): with more turns (human messages) than that, old ones are
-            written.
-        keep_turns (`int`, *optional*, defaults to `4`): so many of the last turns stay text then.
-        notice (`str`, *optional*): what the message that carries the memory says.
-    """
-
-    max_turns: int = Field(default=8, ge=1)
-    keep_turns: int = Field(default=4, ge=1)
-    notice: str = "The earlier turns of this conversation are in memory."
-
-    def model_post_init(self, context: Any, /) -> None:
-        if self.keep_turns > self.max_turns:
-            raise ValueError(f"keep_turns ({self.keep_turns}) may not be more than max_turns ({self.max_turns}).")
-
-    def cut(self, messages: Sequence[BaseMessage]) -> int:
-        """How many of the first messages are to be written: 0, or up to a human message."""
-        turns = [i for i, message in enumerate(messages) if isinstance(message, HumanMessage)]
-        return turns[-self.keep_turns] if len(turns) > self.max_turns else 0
-
-    def write(self, messages: Sequence[BaseMessage]) -> list[str]:
-        """The references of the states of old turns, in as few parts as fit the model.
-
-        A part is filled turn by turn and never changes once the next is begun, so that it is written once.
+        """Lines in as few texts as memory holds well. A text is filled line by line, and stays once the next is begun.
 
         Args:
-            messages (`Sequence[BaseMessage]`): all old turns, those that were written before too.
-
-        Raises:
-            ValueError: a turn that cannot be written; the message says why.
+            lines (`Iterable[str]`): those that are too long by themselves are split.
         """
-        return self.write_texts(self.parts(messages))
+        limit, texts, room, lines = self.longest, list[str](), 0, list(lines)
+        lengths = self._lengths(lines)
+        pieces = [
+            piece
+            for line, length in zip(lines, lengths, strict=True)
+            for piece in ([line] if limit is None or length <= limit else self.split(line))
+        ]
+        for piece, length in zip(pieces, self._lengths(pieces), strict=True):
+            if texts and (limit is None or length <= room):
+                texts[-1] = f"{texts[-1]}\n{piece}"
+            else:
+                texts.append(piece)
+                room = limit or 0
+            room -= length
+        return texts
 
-    def parts(self, messages: Sequence[BaseMessage]) -> list[str]:
-        """The texts that old turns are written as."""
-        return self.join(_line(message) for message in messages if not isinstance(message, SystemMessage))
-
-    def carrier(self, references: Sequence[str]) -> SystemMessage:
-        """The message that stands for the turns in memory."""
-        shown = " ".join(marker(reference) for reference in references)
-        return attach(SystemMessage(f"{self.notice} {shown}"), references)
-
-
-def _line(message: BaseMessage) -> str:
-    name = "User" if isinstance(message, HumanMessage) else "Assistant" if isinstance(message, AIMessage) else "Tool"
-    return f"{name}: {message.text}"
+    def _lengths(self, lines: list[str]) -> list[int]:
+        """Tokens of each line with its end."""
+        if not lines:
+            return []
+        rows = self.pipeline.tokenizer([f"{line}\n" for line in lines], add_special_tokens=False)["input_ids"]
+        return list(map(len, rows))

@@ -211,3 +211,11 @@ def test_progress_is_shown_where_asked_for(model, capsys):
     assert not sys.stderr.isatty()
     model.write_many(contexts(3, 4))
     assert capsys.readouterr().err == ""
+
+
+def test_states_are_handed_over_batch_by_batch(model):
+    """So that whoever keeps them has lost nothing when a later batch fails."""
+    rows, landed = contexts(9, 4, 7), []
+    states = model.write_many(rows, max_tokens=9, done=lambda indices, states: landed.append((indices, states)))
+    assert [indices for indices, _ in landed] == [[0], [2], [1]]
+    assert all(written == states[indices] for indices, written in landed)

@@ -1,11 +1,19 @@
 """A history whose old turns are in memory."""
 
 import pytest
-from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_classic.storage import LocalFileStore
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables.history import RunnableWithMessageHistory
 from langchain_core.stores import InMemoryByteStore
-from langchain_gradmem import GradMemChatMessageHistory, MemoryStateStore, TurnMemory, references_of
+from langchain_gradmem import (
+    GradMemChatMessageHistory,
+    MemoryStateStore,
+    StoredChatMessageHistory,
+    TurnMemory,
+    references_of,
+)
+from tiny import tiny_text
 
 
 class TestHistory:
@@ -26,26 +34,6 @@ class TestHistory:
         tokens = [len(memory.pipeline.tokenizer(part)["input_ids"]) for part in text]
         assert [int(state.context_tokens[0]) for state in states] == tokens
 
-    def test_a_failed_write_loses_nothing(self, pipeline, turn):
-        class Failing(InMemoryByteStore):
-            broken = True
-
-            def mset(self, key_value_pairs):
-                if self.broken:
-                    raise OSError("disk full")
-                super().mset(key_value_pairs)
-
-        bytes_store = Failing()
-        memory = TurnMemory(pipeline=pipeline, store=MemoryStateStore(bytes_store), max_turns=1, keep_turns=1)
-        history = GradMemChatMessageHistory(memory)
-        history.add_messages(turn(0))
-        with pytest.raises(OSError, match="disk full"):
-            history.add_messages(turn(1))
-        assert [m.content for m in history.messages] == [m.content for m in turn(0) + turn(1)]
-        bytes_store.broken = False
-        history.add_messages(turn(2))
-        assert [m.content for m in history.archive] == [m.content for m in turn(0) + turn(1)]
-
     def test_thirty_turns_with_a_chain_stay_bounded(self, chat, memory):
         prompt = ChatPromptTemplate.from_messages([MessagesPlaceholder("history"), ("human", "{question}")])
         history = GradMemChatMessageHistory(memory)
@@ -62,9 +50,89 @@ class TestHistory:
         assert max(tokens[8:]) <= max(tokens[:8]) + 3 * 2
         assert len(history.archive) >= 2 * 26
 
-    def test_clear(self, memory, turn):
+    def test_clear_deletes_the_states_too(self, memory, turn):
         history = GradMemChatMessageHistory(memory)
-        for i in range(6):
+        (other,) = memory.store.write(memory.pipeline, "w1 w2")
+        for i in range(20):
             history.add_messages(turn(i))
         history.clear()
-        assert history.messages == history.archive == []
+        assert history.messages == history.archive == history.references == []
+        assert list(memory.store.yield_keys()) == [other]
+
+    def test_a_failed_write_is_not_swallowed_and_not_permanent(self, chat, pipeline, monkeypatch):
+        """`RunnableWithMessageHistory` only logs what `add_messages` raises, and the turn would be lost."""
+        memory = TurnMemory(pipeline=pipeline, store=chat.store, max_turns=1, keep_turns=1)
+        history = GradMemChatMessageHistory(memory)
+        chain = RunnableWithMessageHistory(chat, lambda session_id: history)
+        session = {"configurable": {"session_id": "1"}}
+        chain.invoke([HumanMessage("w1")], session)
+        with monkeypatch.context() as patch:
+            patch.setattr(chat.store.store, "mset", fail)
+            with pytest.warns(RuntimeWarning, match="stay text: OSError: disk full"):
+                chain.invoke([HumanMessage("w2")], session)
+        assert [m.content for m in history.history.messages if isinstance(m, HumanMessage)] == ["w1", "w2"]
+        assert references_of(history.messages[0])
+
+    def test_one_long_turn_blocks_nothing(self, memory, turn):
+        history = GradMemChatMessageHistory(memory)
+        history.add_messages([HumanMessage(tiny_text(400)), AIMessage("w1")])
+        for i in range(6):
+            history.add_messages(turn(i))
+        assert len(history.messages) <= 1 + 2 * memory.max_turns
+
+
+def fail(pairs):
+    raise OSError("disk full")
+
+
+class TestPersistence:
+    def test_around_another_history(self, memory, turn):
+        """Which keeps every message; another object over it shows the same, and writes nothing again."""
+        kept = StoredChatMessageHistory(InMemoryByteStore(), "Ada's session / 1")
+        history = GradMemChatMessageHistory(memory, kept)
+        for i in range(6):
+            history.add_messages(turn(i))
+        assert kept.messages == [message for i in range(6) for message in turn(i)]
+        writes = memory.store.writes
+        again = GradMemChatMessageHistory(memory, kept)
+        assert again.messages == history.messages
+        assert references_of(again.messages[0]) == again.references
+        assert memory.store.writes == writes
+
+    def test_another_process_goes_on(self, pipeline, turn, tmp_path):
+        def history(session):
+            files = LocalFileStore(tmp_path)
+            memory = TurnMemory(pipeline=pipeline, store=MemoryStateStore(files), max_turns=3, keep_turns=2)
+            return GradMemChatMessageHistory(memory, StoredChatMessageHistory(files, session))
+
+        for i in range(6):
+            history("1").add_messages(turn(i))
+            history("2").add_messages(turn(i + 20))
+        shown = history("1").messages
+        assert references_of(shown[0])
+        history("2").clear()
+        assert history("2").messages == []
+        resumed = history("1")
+        assert resumed.messages == shown
+        assert resumed.memory.store.writes == 0
+
+    def test_garbage_is_collected_and_other_sessions_are_kept(self, memory, turn):
+        histories = [GradMemChatMessageHistory(memory) for _ in range(2)]
+        for i in range(12):
+            histories[0].add_messages(turn(i))
+            histories[1].add_messages(turn(i + 20))
+        before = len(list(memory.store.yield_keys()))
+        used = [reference for history in histories for reference in history.references]
+        assert memory.store.gc(used) == before - len(used) > 0
+        assert sorted(memory.store.yield_keys()) == sorted(used)
+        shown = histories[1].messages
+        assert memory.store.gc(histories[0].references) > 0
+        assert histories[1].messages == shown, "written anew from the text"
+
+    async def test_async(self, memory, turn):
+        history = GradMemChatMessageHistory(memory, StoredChatMessageHistory(InMemoryByteStore(), "1"))
+        for i in range(6):
+            await history.aadd_messages(turn(i))
+        assert references_of((await history.aget_messages())[0])
+        await history.aclear()
+        assert await history.aget_messages() == []

@@ -11,7 +11,7 @@ from langchain_gradmem import ChatGradMem, MemoryStateStore, UnknownReferenceErr
 from pydantic import ValidationError
 from tiny_pipeline import tiny_pipeline
 
-from gradmem_adapter import MemoryStateError
+from gradmem_adapter import MemoryState, MemoryStateError
 
 
 @pytest.fixture
@@ -113,8 +113,18 @@ class TestReferences:
         seen = []
         generate = pipeline.generate_ids
         monkeypatch.setattr(pipeline, "generate_ids", lambda *a, **k: seen.append(k["memory"]) or generate(*a, **k))
-        chat.invoke([kind(f"w1 {marker(reference)}"), HumanMessage("w3")])
+        with pytest.warns(UserWarning, match=r"marker of a memory state that no message carries.*MessagesPlaceholder"):
+            chat.invoke([kind(f"w1 {marker(reference)}"), HumanMessage("w3")])
         assert seen == [None]
+
+    @pytest.mark.filterwarnings("error")
+    def test_markers_of_nothing_are_plain_text(self, chat, reference):
+        """What the store does not hold, or another message carries."""
+        chat.invoke(f"w1 {marker('f' * 32)}")
+        carried = chat.invoke([SystemMessage(f"w1 {marker(reference)}"), attach(HumanMessage("w3"), [reference])])
+        bare = chat.invoke([SystemMessage("w1 "), attach(HumanMessage("w3"), [reference])])
+        assert carried.content == bare.content
+        assert carried.usage_metadata == bare.usage_metadata, "stripped wherever it stands"
 
     def test_several_are_read_side_by_side(self, chat, reference, other):
         usage = chat.invoke("w3", memory=[reference, other]).usage_metadata
@@ -122,6 +132,28 @@ class TestReferences:
         limited = chat.model_copy(update={"max_states": 1})
         with pytest.raises(ValueError, match=r"2 memory states, and at most 1.*retrieve fewer"):
             limited.invoke("w3", memory=[reference, other])
+
+    def test_of_too_many_the_last_turn_s_are_read_then_the_newest(self, chat, pipeline, store):
+        a, b, c, d, e = store.write(pipeline, [f"w{i} w{i + 1}" for i in range(5)])
+        messages = [
+            attach(SystemMessage("w0"), [a, b]), attach(HumanMessage("w1"), [c]), AIMessage("w2"),
+            attach(HumanMessage("w3"), [d, e]),
+        ]  # fmt: skip
+        expected = {2: [d, e], 3: [c, d, e], 4: [b, c, d, e], 1: [d]}
+        for most, references in expected.items():
+            limited = chat.model_copy(update={"max_states": most})
+            with pytest.warns(UserWarning, match="more memory states than max_states"):
+                memory = limited._request(messages, None).memory
+            assert memory == MemoryState.concat([store.get(reference) for reference in references])
+
+    def test_a_state_that_an_earlier_message_lost_ends_no_conversation(self, chat, reference, other):
+        messages = [attach(HumanMessage("w1"), [other]), AIMessage("w2"), attach(HumanMessage("w3"), [reference])]
+        chat.store.mdelete([other])
+        with pytest.warns(UserWarning, match="An earlier message carries it; it is left out"):
+            assert chat._request(messages, None).memory == chat.store.get(reference)
+        for needed in (messages[:1], [attach(SystemMessage("w0"), [other]), HumanMessage("w1")]):
+            with pytest.raises(UnknownReferenceError):
+                chat.invoke(needed)
 
     def test_unknown_references_raise(self, chat):
         with pytest.raises(UnknownReferenceError, match=r"no memory state 'f{32}' in namespace 'default'"):

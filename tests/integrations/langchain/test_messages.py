@@ -2,7 +2,7 @@
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_gradmem import ChatGradMem
+from langchain_gradmem import ChatGradMem, TurnMemory
 from tiny_pipeline import tiny_pipeline
 
 
@@ -30,6 +30,54 @@ def test_refused_by_name(chat, messages, message):
 def test_text_blocks_are_text(chat):
     blocks = HumanMessage([{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}])
     assert chat.invoke([blocks]).content == chat.invoke("w3 w4").content
+
+
+RULES = {
+    "none": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+    "at the beginning": "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning') }}{% endif %}{% endfor %}",
+    "anywhere": "",
+}
+
+
+class TestSystemRole:
+    """Templates without a system role, or with one at the beginning alone, are what most open models have."""
+
+    @pytest.fixture(params=RULES)
+    def chat(self, request):
+        pipeline = tiny_pipeline()
+        pipeline.tokenizer.chat_template = RULES[request.param] + pipeline.tokenizer.chat_template
+        return ChatGradMem(pipeline=pipeline, max_tokens=2)
+
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [SystemMessage("w7"), HumanMessage("w1")],
+            [HumanMessage("w1"), SystemMessage("w7"), HumanMessage("w2")],
+            [SystemMessage("w7"), SystemMessage("w8"), HumanMessage("w1"), AIMessage("w2"), HumanMessage("w3")],
+        ],
+    )
+    def test_their_text_is_kept(self, chat, messages):
+        shown = chat.pipeline.format_query(chat._request(messages, None).chat)[0]
+        assert all(message.content in shown for message in messages)
+
+    def test_histories_work(self, chat, turn):
+        memory = TurnMemory.from_chat(chat, max_turns=1, keep_turns=1)
+        messages = [SystemMessage("w7"), *(m for i in range(3) for m in turn(i)), HumanMessage("w1")]
+        assert chat.invoke(memory.shown(messages)).usage_metadata["input_token_details"]["memory_vectors"] == 3
+
+    def test_a_carrier_without_a_notice_is_not_shown(self, chat, turn):
+        memory = TurnMemory.from_chat(chat, max_turns=1, keep_turns=1, notice="")
+        request = chat._request(memory.shown([*turn(0), *turn(1), HumanMessage("w1")]), None)
+        assert [entry["role"] for entry in request.chat] == ["user"]
+        assert request.memory_vectors == 3
+
+
+def test_what_a_template_refuses_anyhow_is_a_value_error():
+    pipeline = tiny_pipeline()
+    pipeline.tokenizer.chat_template = "{{ raise_exception('Never') }}"
+    with pytest.raises(ValueError, match="template does not take these messages: Never"):
+        ChatGradMem(pipeline=pipeline).invoke([SystemMessage("w7"), HumanMessage("w1")])
 
 
 TOOLS_TEMPLATE = (

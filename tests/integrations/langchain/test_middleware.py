@@ -6,10 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from langchain.agents import create_agent
-from langchain_core.messages import HumanMessage
+from langchain.agents.middleware import SummarizationMiddleware
+from langchain_core.messages import HumanMessage, RemoveMessage, SystemMessage
+from langchain_gradmem import ChatGradMem
 from langchain_gradmem.middleware import GradMemMiddleware
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph.message import REMOVE_ALL_MESSAGES
+
+request = ChatGradMem._request
+
+
+def fail(keys):
+    raise OSError("no connection")
 
 
 class TestAgent:
@@ -30,6 +40,59 @@ class TestAgent:
         messages = [m for i in range(5) for m in turn(i)] + [HumanMessage("w1")]
         state = await agent.ainvoke({"messages": messages})
         assert state["messages"][-1].usage_metadata["input_token_details"]["memory_vectors"] > 0
+
+    def test_removed_messages_are_forgotten(self, chat, memory):
+        """As `SummarizationMiddleware` removes them, or an application: the agent answers on, and no state has them."""
+        agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)], checkpointer=InMemorySaver())
+        config = {"configurable": {"thread_id": "1"}}
+        for i in range(6):
+            agent.invoke({"messages": [HumanMessage(f"w{i} w{i + 1}")]}, config)
+        before = list(memory.store.yield_keys())
+        assert before
+        messages = agent.get_state(config).values["messages"]
+        for removed in ([RemoveMessage(id=messages[0].id)], [RemoveMessage(id=m.id) for m in messages[1:-2]]):
+            agent.update_state(config, {"messages": removed})
+            agent.invoke({"messages": [HumanMessage("w9")]}, config)
+            assert not set(memory.store.yield_keys()) & set(before)
+        agent.invoke({"messages": [RemoveMessage(id=REMOVE_ALL_MESSAGES), HumanMessage("w9")]}, config)
+        assert list(memory.store.yield_keys()) == []
+
+    def test_beside_a_summary(self, chat, memory):
+        """Turns that were never written are not hidden, and the question is always there."""
+        summaries = SummarizationMiddleware(chat, trigger=("messages", 8), keep=("messages", 5))
+        for middleware in ([summaries, GradMemMiddleware(memory)], [GradMemMiddleware(memory), summaries]):
+            agent = create_agent(chat, [], middleware=middleware, checkpointer=InMemorySaver())
+            for i in range(12):
+                state = agent.invoke({"messages": [HumanMessage(f"w{i}")]}, {"configurable": {"thread_id": "1"}})
+            assert len(state["messages"]) < 10
+
+    def test_an_old_checkpoint_is_gone_on_from(self, chat, memory):
+        """Whose states were deleted since: its messages are there."""
+        agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)], checkpointer=InMemorySaver())
+        config = {"configurable": {"thread_id": "1"}}
+        for i in range(6):
+            agent.invoke({"messages": [HumanMessage(f"w{i}")]}, config)
+        old = agent.get_state(config).config
+        memory.store.gc([])
+        state = agent.invoke({"messages": [HumanMessage("w9")]}, old)
+        assert state["messages"][-1].usage_metadata["input_token_details"]["memory_vectors"] > 0
+
+    def test_system_messages_and_failed_writes(self, chat, memory, turn, monkeypatch):
+        agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)], system_prompt="w30")
+        shown = []
+        monkeypatch.setattr(
+            type(chat),
+            "_request",
+            lambda self, messages, *rest: shown.append(messages) or request(self, messages, *rest),
+        )
+        messages = [SystemMessage("w31"), *(m for i in range(5) for m in turn(i)), HumanMessage("w1")]
+        agent.invoke({"messages": messages})
+        assert [m.content for m in shown[-1] if m.content in ("w30", "w31")] == ["w30", "w31"]
+        assert len(shown[-1]) < len(messages)
+        monkeypatch.setattr(memory.store.store, "mget", fail)
+        with pytest.warns(RuntimeWarning, match="stay text: OSError"):
+            agent.invoke({"messages": messages})
+        assert len(shown[-1]) == len(messages) + 1
 
     def test_killed_and_resumed(self, tmp_path):
         """SIGKILL between turns; a new process goes on from the same SQLite file and directory of states."""

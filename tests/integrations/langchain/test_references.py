@@ -3,6 +3,7 @@
 import pytest
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.prompt_values import ChatPromptValue, StringPromptValue
 from langchain_gradmem import attach, attach_documents, marker, references_of
 
 A, B = "a" * 32, "b" * 32
@@ -18,11 +19,28 @@ def test_attached_to_a_copy_and_each_once():
 
 def test_documents_are_attached_to_the_last_human_message():
     messages = [SystemMessage("w0"), HumanMessage("w1"), AIMessage("w2"), HumanMessage("w3"), AIMessage("w4")]
-    documents = [Document("w5", metadata={"gradmem": [A]}), Document("w6"), Document("w7", metadata={"gradmem": [B]})]
+    documents = [Document("w5", metadata={"gradmem": f"{A} {B}"}), Document("w7", metadata={"gradmem": B})]
     found = [references_of(message) for message in attach_documents(messages, documents)]
     assert found == [[], [], [], [A, B], []]
     with pytest.raises(ValueError, match="no human message"):
         attach_documents(messages[:1], documents)
+
+
+def test_documents_are_attached_to_what_a_prompt_gives():
+    documents = [Document("w5", metadata={"gradmem": A})]
+    for value in ("w1", StringPromptValue(text="w1"), ChatPromptValue(messages=[HumanMessage("w1")])):
+        (message,) = attach_documents(value, documents)
+        assert (message.content, references_of(message)) == ("w1", [A])
+
+
+def test_a_plain_document_comes_with_a_warning():
+    with pytest.warns(UserWarning, match="carries no reference"):
+        attach_documents("w1", [Document("w2")])
+
+
+@pytest.mark.parametrize("foreign", ["yes", "", 3, None, ["a" * 32], {"a": 1}, f"{A}, {B}", marker(A)])
+def test_what_a_loader_left_in_metadata_is_passed_over(foreign):
+    assert references_of(Document("w1", metadata={"gradmem": foreign})) == []
 
 
 @pytest.mark.parametrize("wrong", ["xyz", 3, ["a" * 31], [marker(A)], None])

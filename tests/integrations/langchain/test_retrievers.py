@@ -1,10 +1,11 @@
-"""Retrieved documents as memory, in a chain."""
+"""What any retriever finds, written into memory."""
 
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
-from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_gradmem import ChatGradMem, GradMemCompressor, GradMemRetriever, attach_documents
+from langchain_gradmem import GradMemRetriever, references_of
 from tiny import tiny_text
 
 TEXTS = [tiny_text(12, seed=i) for i in range(4)]
@@ -14,28 +15,42 @@ class Words(DeterministicFakeEmbedding):
     """Places that depend on the text alone."""
 
 
-def test_retrieval_chain_writes_once_and_saves_tokens(pipeline):
+def test_documents_are_written_once_and_events_say_so(chat):
     vectors = InMemoryVectorStore(Words(size=8))
     vectors.add_texts(TEXTS, metadatas=[{"page": i} for i in range(4)])
-    compressor = GradMemCompressor(pipeline=pipeline)
-    retriever = GradMemRetriever(retriever=vectors.as_retriever(search_kwargs={"k": 4}), compressor=compressor)
-    chat = ChatGradMem(pipeline=pipeline, store=compressor.store, max_tokens=4)
-    prompt = ChatPromptTemplate.from_messages([("human", "{documents} Question : {question}")])
+    retriever = GradMemRetriever.from_retriever(vectors.as_retriever(search_kwargs={"k": 4}), chat, k=3)
     events = []
 
     class Handler(BaseCallbackHandler):
         def on_custom_event(self, name, data, **kwargs):
             events.append((name, data))
 
-    def ask(question, retriever):
-        documents = retriever.invoke(question, {"callbacks": [Handler()]})
-        messages = prompt.format_messages(
-            documents=" ".join(document.page_content for document in documents), question=question
-        )
-        return chat.invoke(attach_documents(messages, documents))
+    for question in ("w1", "w2"):
+        found = retriever.invoke(question, {"callbacks": [Handler()]})
+        assert len(found) == 3
+        assert all(document.page_content in TEXTS for document in found)
+        assert all(chat.store.get(*references_of(document)) for document in found)
+    assert [name for name, _ in events] == ["gradmem_write"] * 2
+    assert chat.store.writes == sum(data["written"] for _, data in events) <= 4
 
-    with_memory = [ask(question, retriever).usage_metadata["input_tokens"] for question in ("w1", "w2")]
-    as_text = ask("w1", retriever.retriever).usage_metadata["input_tokens"]
-    assert compressor.store.writes == 4
-    assert [data["written"] for name, data in events if name == "gradmem_write"] == [4, 0]
-    assert with_memory[0] == with_memory[1] == as_text - 4 * 12 + 4 * 3
+
+def test_written_documents_can_be_embedded_and_found_again(chat):
+    """What they were indexed with finds them: the text is still their text."""
+    vectors = InMemoryVectorStore(Words(size=8))
+    written = GradMemRetriever.from_retriever(RunnableLambda(lambda _: list(map(Document, TEXTS))), chat).invoke("")
+    vectors.add_documents(written)
+    (found,) = vectors.similarity_search(TEXTS[2], k=1)
+    assert found.page_content == TEXTS[2]
+    assert references_of(found) == references_of(written[2])
+
+
+async def test_an_async_retriever_is_awaited(chat):
+    async def search(query):
+        return [Document(f"{query} w2")]
+
+    def never(query):
+        raise AssertionError("called in a thread")
+
+    retriever = GradMemRetriever.from_retriever(RunnableLambda(never, search), chat)
+    (document,) = await retriever.ainvoke("w1")
+    assert references_of(document) == chat.store.write(chat.pipeline, "w1 w2")

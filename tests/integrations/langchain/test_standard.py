@@ -50,7 +50,7 @@ class TestRetriever(RetrieversIntegrationTests):
 
     @property
     def retriever_constructor_params(self):
-        return {"retriever": _Fixed(), "compressor": GradMemCompressor(pipeline=PIPELINE)}
+        return {"base_retriever": _Fixed(), "base_compressor": GradMemCompressor(pipeline=PIPELINE)}
 
     @property
     def retriever_query_example(self):

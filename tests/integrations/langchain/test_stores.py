@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from langchain_classic.storage import LocalFileStore
@@ -11,6 +14,7 @@ from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import MemoryStateError, WriteOptions
+from gradmem_adapter.utils import hardware
 
 TEXTS = [tiny_text(12, seed=i) for i in range(4)]
 REFERENCE = "0123456789abcdef" * 2
@@ -87,3 +91,54 @@ class TestWrite:
         with pytest.raises(ValueError, match="tokens"):
             store.write(pipeline, [TEXTS[0], tiny_text(500)])
         assert list(store.yield_keys()) == []
+
+    def test_batches_are_stored_as_they_are_written(self, pipeline, monkeypatch):
+        store, found = MemoryStateStore(), []
+        monkeypatch.setattr(hardware, "SATURATED", {"cpu": 24})
+        write = pipeline.model.base_model.write
+        monkeypatch.setattr(
+            pipeline.model.base_model,
+            "write",
+            lambda *a, **k: found.append(len(list(store.yield_keys()))) or write(*a, **k),
+        )
+        store.write(pipeline, TEXTS)
+        assert found == [0, 2]
+
+    def test_a_text_that_many_ask_for_at_once_is_written_once(self, pipeline, monkeypatch):
+        """The others wait for it; where its write fails, they write it themselves."""
+        store, all_in = MemoryStateStore(), threading.Barrier(8)
+        write_many, calls = pipeline.write_many, []
+
+        def slow(texts, **options):
+            calls.append(list(texts))
+            if len(calls) == 1:
+                time.sleep(0.2)
+                raise RuntimeError("once")
+            return write_many(texts, **options)
+
+        def ask(i):
+            all_in.wait()
+            return store.write(pipeline, [TEXTS[i % 2], TEXTS[2]])
+
+        monkeypatch.setattr(pipeline, "write_many", slow)
+        with ThreadPoolExecutor(8) as threads:
+            futures = [threads.submit(ask, i) for i in range(8)]
+            errors = [future.exception() for future in futures]
+        assert sum(error is not None for error in errors) == 1
+        assert store.writes == 3
+        assert store._claims == {}
+        expected = [store.reference(pipeline, text) for text in TEXTS]
+        for i, future in enumerate(futures):
+            assert errors[i] or future.result() == [expected[i % 2], expected[2]]
+
+
+def test_garbage_of_other_namespaces_stays(pipeline):
+    mine = MemoryStateStore()
+    other = MemoryStateStore(mine.store, namespace="other")
+    keep, gone = mine.write(pipeline, TEXTS[:2])
+    other.write(pipeline, TEXTS[:1])
+    with pytest.raises(ValueError, match="32 hexadecimal digits"):
+        mine.gc(["x"])
+    assert mine.gc([keep]) == 1
+    assert list(mine.yield_keys()) == [keep] != [gone]
+    assert len(list(other.yield_keys())) == 1

@@ -1,9 +1,9 @@
-"""MemoryWriter and TurnMemory: what does not fit is cut, what fits is joined."""
+"""MemoryWriter: what does not fit is cut, what fits is joined."""
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_gradmem import GradMemCompressor, MemoryWriter, TurnMemory
 from tiny import tiny_text
+from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import WriteOptions
 
@@ -43,7 +43,7 @@ def test_a_text_is_split_into_equal_parts_that_fit(writer):
     text = tiny_text(400)
     parts = writer.split(text)
     assert "".join(parts) == text
-    assert [len(part.split()) for part in parts] == [134, 134, 132]  # of 160 positions, 3 are for the memory
+    assert [len(part.split()) for part in parts] == [134, 133, 133]  # of 160 positions, 3 are for the memory
     assert writer.split(TEXTS[0]) == TEXTS[:1]
 
 
@@ -52,16 +52,30 @@ def test_lines_are_joined_as_long_as_they_fit(writer):
     assert writer.join(lines) == ["\n".join(lines[:2]), "\n".join(lines[2:4]), lines[4]]
 
 
-def test_a_conversation_is_cut_at_a_human_turn(pipeline):
-    memory = TurnMemory(pipeline=pipeline, max_turns=3, keep_turns=2)
-    turns = [message for i in range(5) for message in (HumanMessage(f"w{i} w{i + 1}"), AIMessage(f"w{i + 2}"))]
-    messages = [SystemMessage("w0"), *turns]
-    assert memory.cut(messages[:7]) == 0
-    cut = memory.cut(messages)
-    assert isinstance(messages[cut], HumanMessage)
-    assert sum(isinstance(m, HumanMessage) for m in messages[cut:]) == 2
+def test_parts_are_as_long_as_the_adapter_was_trained_for():
+    """Where it says so, and not as long as the backbone takes: memory would keep them worse."""
+    trained = MemoryWriter(pipeline=tiny_pipeline(trained_length=50))
+    assert [len(part.split()) for part in trained.split(tiny_text(120))] == [40, 40, 40]
+    assert [len(part.split()) for part in trained.join([tiny_text(120)])] == [40, 40, 40]
+    chosen = MemoryWriter(pipeline=trained.pipeline, part_tokens=30)
+    assert [len(part.split()) for part in chosen.split(tiny_text(90))] == [30, 30, 30]
 
 
-def test_settings_that_contradict_each_other(pipeline):
-    with pytest.raises(ValueError, match=r"keep_turns \(5\) may not be more than max_turns \(2\)"):
-        TurnMemory(pipeline=pipeline, max_turns=2, keep_turns=5)
+@pytest.mark.parametrize("longest", [1, 2, 5, 9])
+@pytest.mark.parametrize("text", ["w1 w2. w3 w4\n\n w5  w6! w7 w8 w9 w10", "w1", " w1 w2 ", "w1" * 40, "w1\n" * 9])
+def test_nothing_is_lost_in_splitting(pipeline, longest, text):
+    writer = MemoryWriter(pipeline=pipeline, part_tokens=longest)
+    parts = writer.split(text)
+    assert "".join(parts) == text
+    assert all(0 < len(part.split()) <= longest for part in parts)
+
+
+def test_texts_are_cut_at_sentences(pipeline):
+    writer = MemoryWriter(pipeline=pipeline, part_tokens=6)
+    assert writer.split("w1 w2 w3 w4 w5. w6 w7 w8 w9 w10.") == ["w1 w2 w3 w4 w5. ", "w6 w7 w8 w9 w10."]
+
+
+def test_one_that_writes_for_a_chat_model(chat):
+    for kind in (MemoryWriter, TurnMemory, GradMemCompressor):
+        writer = kind.from_chat(chat, part_tokens=7)
+        assert (writer.pipeline, writer.store, writer.part_tokens) == (chat.pipeline, chat.store, 7)

@@ -1,0 +1,74 @@
+"""The chain that answers from retrieved documents, with memory in the place of their text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.documents import Document
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
+from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+
+from .document_compressors import GradMemCompressor
+from .references import attach_documents, marker, references_of
+
+if TYPE_CHECKING:
+    from .chat_models import ChatGradMem
+
+_TEXT_ALONE = PromptTemplate.from_template("{page_content}")
+
+
+def create_gradmem_stuff_chain(
+    llm: ChatGradMem,
+    prompt: BasePromptTemplate,
+    *,
+    compressor: GradMemCompressor | None = None,
+    output_parser: BaseOutputParser | None = None,
+    document_prompt: BasePromptTemplate | None = None,
+    document_separator: str = "\n\n",
+    document_variable_name: str = "context",
+) -> Runnable[dict[str, Any], Any]:
+    """LangChain's `create_stuff_documents_chain`, with documents that the model reads from memory.
+
+    Documents are written when they are seen for the first time. In the prompt a marker stands where a document's text
+    would, which the model is not shown; what else `document_prompt` takes of a document, its metadata, stays text.
+    Documents that the compressor leaves as text (`fallback="text"`) stand there as text.
+
+    Args:
+        llm (`ChatGradMem`): who answers; it may be bound.
+        prompt (`BasePromptTemplate`): of messages or of one string, with a human message and the documents' variable.
+        compressor (`GradMemCompressor`, *optional*): who writes the documents; None: the chat model's pipeline, into
+            its store.
+        output_parser (`BaseOutputParser`, *optional*): None: the answer's text.
+        document_prompt (`BasePromptTemplate`, *optional*): of one document; None: its text alone.
+        document_separator (`str`, *optional*): what stands between documents.
+        document_variable_name (`str`, *optional*, defaults to `"context"`): the input that holds the documents.
+
+    Returns:
+        `Runnable[dict, Any]`: takes the prompt's variables, documents as a list among them.
+
+    Raises:
+        ValueError: the prompt has no variable for the documents.
+    """
+    if document_variable_name not in prompt.input_variables:
+        raise ValueError(
+            f"The prompt needs the variable {document_variable_name!r} for the documents, and has "
+            f"{', '.join(prompt.input_variables) or 'none'}. Name another by document_variable_name."
+        )
+    writer = GradMemCompressor.from_chat(llm) if compressor is None else compressor
+
+    def shown(document: Document) -> str:
+        markers = " ".join(map(marker, references_of(document)))
+        if markers:
+            document = document.model_copy(update={"page_content": markers})
+        return format_document(document, document_prompt or _TEXT_ALONE)
+
+    def messages(inputs: dict[str, Any], config: RunnableConfig) -> list[BaseMessage]:
+        found = writer.compress_documents(inputs[document_variable_name], "", callbacks=config.get("callbacks"))
+        text = document_separator.join(map(shown, found))
+        value = prompt.invoke({**inputs, document_variable_name: text}, config)
+        return attach_documents(value, [document for document in found if references_of(document)])
+
+    chain = RunnableLambda(messages).with_config(run_name="format_inputs") | llm | (output_parser or StrOutputParser())
+    return chain.with_config(run_name="gradmem_stuff_chain")

@@ -1,0 +1,118 @@
+"""What one call asks of the model: chat messages, and the memory states that they refer to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage, UsageMetadata
+
+from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError
+
+from .messages import accepted, template_entry, usage_metadata
+from .references import MARKER, check_references, references_of
+from .stores import MemoryStateStore, UnknownReferenceError
+
+
+class Request(NamedTuple):
+    """What one call asks of the pipeline."""
+
+    chat: list[dict[str, Any]]
+    memory: MemoryState | None
+    """[1, m * states, d], the states side by side."""
+    context_tokens: int
+
+    @property
+    def memory_vectors(self) -> int:
+        """How many vectors stand before the prompt."""
+        return 0 if self.memory is None else self.memory.num_memory_tokens
+
+    def usage(self, prompt_tokens: int, new_tokens: int) -> UsageMetadata:
+        """Tokens of the call."""
+        return usage_metadata(prompt_tokens, new_tokens, self.memory_vectors, self.context_tokens)
+
+
+def request_of(
+    messages: Sequence[BaseMessage], memory: Any, pipeline: GradMemPipeline, store: MemoryStateStore, max_states: int
+) -> Request:
+    """A call's messages as chat templates take them, and the states that it reads.
+
+    Where more states are referred to than `max_states`, those that are bound come first, then those of the last human
+    message and what follows it, in their order, then older ones, the newest first. The rest is left out with a warning.
+
+    Args:
+        messages (`Sequence[BaseMessage]`): with a human message among them.
+        memory (`str` or `list[str]`, *optional*): references that the call is bound to.
+        pipeline (`GradMemPipeline`): who is to read them.
+        store (`MemoryStateStore`): where the states are.
+        max_states (`int`): most states to read.
+
+    Raises:
+        ValueError: no human message; what is no reference; more bound states than are read.
+        UnknownReferenceError, MemoryStateError: a state that this turn needs is not there or cannot be read. One that
+            an earlier message carried is left out with a warning, so that the conversation goes on.
+    """
+    human = [i for i, message in enumerate(messages) if isinstance(message, HumanMessage)]
+    if not human:
+        raise ValueError("There is no human message to answer: pass at least one HumanMessage.")
+    bound = [] if memory is None else check_references(memory)
+    if len(bound) > max_states:
+        raise ValueError(
+            f"The call is bound to {len(bound)} memory states, and at most {max_states} are read side by side: "
+            "retrieve fewer documents (k), or raise max_states."
+        )
+    carried = [references_of(message) for message in messages]
+    everything = list(dict.fromkeys(chain(bound, *carried)))
+    _warn_of_lost_markers(messages, everything, store)
+
+    turn = list(chain(*carried[human[-1] :]))
+    older = [reference for references in reversed(carried[: human[-1]]) for reference in reversed(references)]
+    chosen = list(dict.fromkeys([*bound, *turn, *older]))[:max_states]
+    if len(chosen) < len(everything):
+        warnings.warn(
+            "The messages refer to more memory states than max_states, and the oldest are left out. Attach fewer "
+            "documents (k), keep attached messages out of the history, or raise max_states.",
+            stacklevel=2,
+        )
+    needed = {*bound, *turn, *chain(*(c for c, m in zip(carried, messages, strict=True) if _is_carrier(m)))}
+    states = _states([r for r in everything if r in chosen], needed, pipeline.model.fingerprint(), store)
+    entries = [template_entry(message, everything) for message in messages]
+    chat = [entry for entry, m in zip(entries, messages, strict=True) if entry["content"].strip() or not _is_carrier(m)]
+    tokens = sum(int(state.context_tokens.sum()) for state in states)
+    chat = accepted(chat, pipeline.format_query)
+    return Request(chat, MemoryState.concat(states) if states else None, tokens)
+
+
+def _is_carrier(message: BaseMessage) -> bool:
+    """Whether it stands for turns in memory. Without a notice of its own it is empty, and is not shown."""
+    return isinstance(message, SystemMessage) and bool(references_of(message))
+
+
+def _states(
+    references: Sequence[str], needed: set[str], fingerprint: str, store: MemoryStateStore
+) -> list[MemoryState]:
+    states = []
+    for reference in references:
+        try:
+            states.append(store.get(reference, fingerprint=fingerprint))
+        except (UnknownReferenceError, MemoryStateError) as error:
+            if reference in needed:
+                raise
+            warnings.warn(f"{error} An earlier message carries it; it is left out.", stacklevel=3)
+    return states
+
+
+def _warn_of_lost_markers(messages: Sequence[BaseMessage], known: Sequence[str], store: MemoryStateStore) -> None:
+    """Warn of markers that became text on their way, as prompts of one string make them."""
+    shown = dict.fromkeys(reference for message in messages for reference in MARKER.findall(str(message.text)))
+    lost = [reference for reference in shown if reference not in known][:8]
+    if lost and any(state is not None for state in store.mget(lost)):
+        warnings.warn(
+            "A message shows the marker of a memory state that no message carries: the model reads [[gradmem:...]] as "
+            "text and not the memory. Markers are never resolved by themselves, and references are lost where messages "
+            "become one string. For documents use create_gradmem_stuff_chain, for histories a prompt with a "
+            "MessagesPlaceholder, otherwise attach(message, references).",
+            stacklevel=3,
+        )

@@ -1,0 +1,154 @@
+"""Which turns of a conversation stay text, and what stands for the others: for histories and agents."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from pydantic import Field
+
+from .references import attach, marker, references_of, without_markers
+from .writer import MemoryWriter
+
+
+class TurnMemory(MemoryWriter):
+    """Shows a conversation as memory of its old turns and the text of the recent ones.
+
+    What is shown depends on the messages alone. So a message that was removed or changed is gone from memory at the
+    next call, and a state that was lost or damaged is written anew.
+
+    Args:
+        pipeline (`GradMemPipeline`): who writes.
+        store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
+        write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
+        part_tokens (`int`, *optional*): tokens of the longest part; None: the adapter's trained length.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
+            terminal.
+        max_turns (`int`, *optional*, defaults to `8`): with more turns (human messages) than that, old ones are
+            written.
+        keep_turns (`int`, *optional*, defaults to `4`): so many of the last turns stay text then.
+        max_parts (`int`, *optional*, defaults to `4`): most states for the old turns. With more, the oldest parts are
+            merged in pairs, and dropped with a warning once all are.
+        notice (`str`, *optional*): what the message that carries the memory says.
+    """
+
+    max_turns: int = Field(default=8, ge=1)
+    keep_turns: int = Field(default=4, ge=1)
+    max_parts: int = Field(default=4, ge=1)
+    notice: str = "The earlier turns of this conversation are in memory."
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self.keep_turns > self.max_turns:
+            raise ValueError(f"keep_turns ({self.keep_turns}) may not be more than max_turns ({self.max_turns}).")
+
+    def shown(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+        """What a model is shown: system messages, a message that carries the memory of old turns, recent turns.
+
+        If a write fails, all messages are shown as text, with a warning, and the next call tries again.
+
+        Args:
+            messages (`Sequence[BaseMessage]`): the whole conversation.
+        """
+        cut = self.cut(messages)
+        try:
+            references = self.write(messages[:cut])
+        except Exception as error:
+            warnings.warn(
+                f"Old turns could not be written into memory and stay text: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return list(messages)
+        system = [message for message in messages[:cut] if isinstance(message, SystemMessage)]
+        return [*system, *([self.carrier(references)] if references else []), *messages[cut:]]
+
+    def cut(self, messages: Sequence[BaseMessage]) -> int:
+        """How many of the first messages are old: 0, or up to a human message.
+
+        Turns become old several at a time, so that not every turn has a write of its own: `keep_turns` to `max_turns`
+        of them are recent.
+        """
+        turns = [i for i, message in enumerate(messages) if isinstance(message, HumanMessage)]
+        at_once = self.max_turns - self.keep_turns + 1
+        old = max(0, len(turns) - self.keep_turns) // at_once * at_once
+        return turns[old] if old else 0
+
+    def write(self, messages: Sequence[BaseMessage]) -> list[str]:
+        """The references of the states of old turns; those not yet stored are written.
+
+        Args:
+            messages (`Sequence[BaseMessage]`): all old turns, those that were written before too.
+
+        Raises:
+            ValueError: a turn that cannot be written; the message says why.
+        """
+        return self.write_texts(self.parts(messages))
+
+    def references(self, messages: Sequence[BaseMessage]) -> list[str]:
+        """The references of a conversation's old turns, whether or not they are written yet.
+
+        Args:
+            messages (`Sequence[BaseMessage]`): the whole conversation.
+        """
+        parts = self.parts(messages[: self.cut(messages)])
+        return [self.store.reference(self.pipeline, part, self.write_options) for part in parts]
+
+    def parts(self, messages: Sequence[BaseMessage]) -> list[str]:
+        """The texts that old turns are written as. System messages are none of them: they stay text."""
+        parts = self.join(_line(message) for message in messages if not isinstance(message, SystemMessage))
+        merged = [False] * len(parts)
+        while len(parts) > self.max_parts:
+            # The newest part is still being filled, and would have to be written again.
+            pair = next((i for i in range(len(parts) - 2) if self._may_merge(parts, merged, i)), None)
+            if pair is None:
+                warnings.warn(
+                    f"The conversation is longer than max_parts ({self.max_parts}) states of it hold; the oldest turns "
+                    "are no longer in memory. Raise max_parts, and max_states of the chat model with it.",
+                    stacklevel=2,
+                )
+                parts, merged = parts[1:], merged[1:]
+            else:
+                parts[pair : pair + 2] = [f"{parts[pair]}\n{parts[pair + 1]}"]
+                merged[pair : pair + 2] = [True]
+        return parts
+
+    def _may_merge(self, parts: list[str], merged: list[bool], i: int) -> bool:
+        longest = self.pipeline.max_context_tokens
+        if merged[i] or merged[i + 1] or longest is None:
+            return not (merged[i] or merged[i + 1])
+        return len(self.pipeline.tokenizer(f"{parts[i]}\n{parts[i + 1]}")["input_ids"]) <= longest
+
+    def carrier(self, references: Sequence[str]) -> SystemMessage:
+        """The message that stands for the turns in memory."""
+        shown = " ".join(marker(reference) for reference in references)
+        return attach(SystemMessage(f"{self.notice} {shown}"), references)
+
+    def forget(self, known: Sequence[str], references: Sequence[str]) -> list[str]:
+        """Delete states that newer ones have taken the place of, but for the last, which a call under way may read.
+
+        Args:
+            known (`Sequence[str]`): what this returned before.
+            references (`Sequence[str]`): of the conversation's old turns now.
+
+        Returns:
+            `list[str]`: the references of this conversation that may still be in the store.
+        """
+        superseded = [reference for reference in known if reference not in references]
+        self.store.mdelete(superseded[: -self.max_parts])
+        return [*superseded[-self.max_parts :], *references]
+
+
+def _line(message: BaseMessage) -> str:
+    """A message as a line of text, tool calls and their results included; documents that it carried are not in it."""
+    text = without_markers(str(message.text), references_of(message))
+    text = text.encode(errors="replace").decode()  # half a character cannot be written, and would block all others
+    if isinstance(message, HumanMessage):
+        return f"User: {text}"
+    if isinstance(message, ToolMessage):
+        return f"Tool {message.name or ''}: {text}"
+    calls = message.tool_calls if isinstance(message, AIMessage) else []
+    called = [f"{call['name']}({json.dumps(call['args'], ensure_ascii=False)})" for call in calls]
+    return f"Assistant: {' '.join(filter(None, [text, *called]))}"

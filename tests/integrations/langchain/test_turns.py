@@ -1,0 +1,127 @@
+"""TurnMemory: which turns are old, what they are written as, and what a model is shown."""
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.stores import InMemoryByteStore
+from langchain_gradmem import MemoryStateStore, TurnMemory, attach, marker, references_of
+from tiny import tiny_text
+from tiny_pipeline import tiny_pipeline
+
+
+@pytest.fixture
+def conversation(turn):
+    """Several turns, one after another."""
+    return lambda count: [message for i in range(count) for message in turn(i)]
+
+
+def carriers(messages):
+    return [message for message in messages if references_of(message)]
+
+
+def test_old_turns_end_at_a_human_message(memory, conversation):
+    """Of at most 3 turns of text at least 2 stay; old ones are written two at a time."""
+    cuts = [memory.cut([SystemMessage("w0"), *conversation(count)]) for count in range(9)]
+    assert cuts == [0, 0, 0, 0, 5, 5, 9, 9, 13]
+
+
+def test_settings_that_contradict_each_other(pipeline):
+    with pytest.raises(ValueError, match=r"keep_turns \(5\) may not be more than max_turns \(2\)"):
+        TurnMemory(pipeline=pipeline, max_turns=2, keep_turns=5)
+
+
+def test_system_messages_stay_text(memory, conversation):
+    messages = [SystemMessage("w40 w41"), *conversation(3), SystemMessage("w42"), *conversation(6)]
+    shown = memory.shown(messages)
+    assert [m.content for m in shown if isinstance(m, SystemMessage)][:2] == ["w40 w41", "w42"]
+    assert len(carriers(shown)) == 1
+    assert not any("w40" in part or "w42" in part for part in memory.parts(messages))
+
+
+def test_tool_calls_and_their_results_are_written(memory):
+    call = {"name": "weather", "args": {"city": "Örm"}, "id": "1"}
+    turn = [HumanMessage("w1"), AIMessage("w2", tool_calls=[call]), ToolMessage("21", tool_call_id="1", name="weather")]
+    (text,) = memory.parts(turn)
+    assert text == 'User: w1\nAssistant: w2 weather({"city": "Örm"})\nTool weather: 21'
+
+
+def test_what_old_messages_carried_is_not_written_as_text(memory):
+    (text,) = memory.parts([attach(HumanMessage(f"w1 {marker('a' * 32)}"), ["a" * 32])])
+    assert text == "User: w1 "
+
+
+def test_half_a_character_blocks_nothing(memory, conversation):
+    messages = [HumanMessage("w1 \ud800"), AIMessage("w2"), *conversation(5)]
+    assert carriers(memory.shown(messages))
+
+
+def test_long_turns_are_split(memory, conversation):
+    messages = [HumanMessage(tiny_text(300)), AIMessage("w1"), *conversation(4)]
+    (carrier,) = carriers(memory.shown(messages))
+    tokens = sum(int(memory.store.get(reference).context_tokens[0]) for reference in references_of(carrier))
+    assert tokens > 300
+
+
+class TestManyParts:
+    @pytest.fixture
+    def memory(self):
+        return TurnMemory(pipeline=tiny_pipeline(trained_length=20), max_turns=1, keep_turns=1, max_parts=3)
+
+    @pytest.fixture
+    def lines(self):
+        """Messages that fill a part each."""
+        return lambda count: [HumanMessage(tiny_text(18, seed=i)) for i in range(count)]
+
+    def test_the_oldest_are_merged_in_pairs(self, memory, lines):
+        whole = [f"User: {message.content}" for message in lines(5)]
+        assert memory.parts(lines(3)) == whole[:3]
+        assert memory.parts(lines(4)) == ["\n".join(whole[:2]), whole[2], whole[3]]
+        assert memory.parts(lines(5)) == ["\n".join(whole[:2]), "\n".join(whole[2:4]), whole[4]]
+
+    def test_then_dropped_with_a_warning(self, memory, lines):
+        with pytest.warns(UserWarning, match="the oldest turns are no longer in memory"):
+            parts = memory.parts(lines(12))
+        assert len(parts) == 3
+        assert parts[-1] == f"User: {lines(12)[-1].content}"
+
+    def test_each_new_part_is_one_write_more_or_two(self, memory, lines):
+        """What was written before stays as it is, but for the pair that is merged."""
+        for count in range(1, 10):
+            before = memory.store.writes
+            memory.write(lines(count))
+            assert memory.store.writes - before <= 2
+
+
+class TestFailures:
+    def test_a_failed_write_leaves_the_text_and_is_tried_again(self, pipeline, conversation):
+        class Failing(InMemoryByteStore):
+            broken = True
+
+            def mset(self, key_value_pairs):
+                if self.broken:
+                    raise OSError("disk full")
+                super().mset(key_value_pairs)
+
+        failing = Failing()
+        memory = TurnMemory(pipeline=pipeline, store=MemoryStateStore(failing), max_turns=1, keep_turns=1)
+        with pytest.warns(RuntimeWarning, match="stay text: OSError: disk full"):
+            assert memory.shown(conversation(3)) == conversation(3)
+        failing.broken = False
+        assert carriers(memory.shown(conversation(3)))
+
+    def test_a_damaged_state_is_written_anew_from_the_text(self, memory, conversation):
+        (reference,) = references_of(carriers(memory.shown(conversation(4)))[0])
+        good = memory.store.get(reference)
+        (key,) = memory.store.store.yield_keys()
+        memory.store.store.mset([(key, b"damaged")])
+        with pytest.warns(UserWarning, match="counts as missing"):
+            memory.shown(conversation(4))
+        assert memory.store.get(reference) == good
+
+
+def test_superseded_states_are_deleted_but_for_the_last(memory, conversation):
+    known = []
+    for count in range(1, 40):
+        memory.shown(conversation(count))
+        known = memory.forget(known, memory.references(conversation(count)))
+        assert sorted(memory.store.yield_keys()) == sorted(known)
+        assert len(known) <= 2 * memory.max_parts
