@@ -23,12 +23,11 @@ from langchain_pipeline import arguments, open_pipeline
 from langgraph.checkpoint.sqlite import SqliteSaver
 
 
-def run(checkpoint: str | None, folder: Path, first: int, last: int) -> None:
+def run(checkpoint: str, folder: Path, first: int, last: int) -> None:
     """Turns `first` to `last` of one conversation."""
-    pipeline, write_options = open_pipeline(checkpoint)
     store = MemoryStateStore(LocalFileStore(folder / "states"))
-    memory = TurnMemory(pipeline=pipeline, store=store, max_turns=3, keep_turns=2, write_options=write_options)
-    chat = ChatGradMem(pipeline=pipeline, store=store, max_tokens=8)
+    chat = ChatGradMem(pipeline=open_pipeline(checkpoint), store=store, max_tokens=8)
+    memory = TurnMemory.from_chat(chat, max_turns=3, keep_turns=2)
     with SqliteSaver.from_conn_string(str(folder / "agent.sqlite")) as checkpointer:
         agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)], checkpointer=checkpointer)
         for turn in range(first, last + 1):
@@ -51,8 +50,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--folder", folder]
-        command += ["--checkpoint", args.checkpoint] if args.checkpoint else []
+        command = [sys.executable, __file__, "--folder", folder, "--checkpoint", args.checkpoint]
         killed = subprocess.run([*command, "--first", "1", "--last", "5"], check=False)
         print(f"The first process ended with signal {-killed.returncode}.", flush=True)
         subprocess.run([*command, "--first", "6", "--last", "7"], check=True)

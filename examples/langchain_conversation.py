@@ -1,44 +1,79 @@
-"""A long conversation: old turns become memory, the prompt stays as long as it is.
+"""A long conversation that begins with eight facts. What is answered of them from memory and the recent turns, from the
+recent turns alone, and from all turns as text? Messages and memory states are in one directory and outlive the process.
 
-python examples/langchain_conversation.py
+    python examples/langchain_conversation.py
 """
 
 from __future__ import annotations
 
-from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
-from langchain_core.runnables.history import RunnableWithMessageHistory
-from langchain_gradmem import ChatGradMem, GradMemChatMessageHistory, TurnMemory, references_of
+import tempfile
+from statistics import mean
+
+from langchain_classic.storage import LocalFileStore
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_gradmem import (
+    ChatGradMem,
+    GradMemChatMessageHistory,
+    MemoryStateStore,
+    StoredChatMessageHistory,
+    TurnMemory,
+)
 from langchain_pipeline import arguments, open_pipeline
 
-FACT = "My dog is called Biscuit."
+FACTS = [
+    ("My dog is called Biscuit.", "What is the dog called?", "Biscuit"),
+    ("My sister Ada lives in Lisbon.", "Where does Ada live?", "Lisbon"),
+    ("I work as a baker.", "What is the work of the user?", "baker"),
+    ("My car is green.", "What colour is the car?", "green"),
+    ("My brother Tom plays the violin.", "What does Tom play?", "violin"),
+    ("I was born in March.", "In which month was the user born?", "March"),
+    ("My favourite food is lentil soup.", "What is the favourite food of the user?", "lentil"),
+    ("My neighbour keeps bees.", "What does the neighbour keep?", "bees"),
+]
+"""What the user says, what is asked later, and what the answer must have in it."""
+
+
+def turn(number: int) -> list[BaseMessage]:
+    """The turns of the conversation: the facts, then small talk."""
+    if number <= len(FACTS):
+        return [HumanMessage(FACTS[number - 1][0]), AIMessage("Thank you for telling me.")]
+    return [HumanMessage(f"Is {number} an even number?"), AIMessage("No." if number % 2 else "Yes, it is.")]
 
 
 def main() -> None:
-    args = arguments(__doc__, turns=30, max_tokens=8)
-    pipeline, write_options = open_pipeline(args.checkpoint)
-    memory = TurnMemory(pipeline=pipeline, max_turns=6, keep_turns=3, write_options=write_options)
-    chat = ChatGradMem(pipeline=pipeline, store=memory.store, max_tokens=args.max_tokens)
-    history = GradMemChatMessageHistory(memory)
-    prompt = ChatPromptTemplate.from_messages([MessagesPlaceholder("history"), ("human", "{question}")])
-    chain = RunnableWithMessageHistory(
-        prompt | chat, lambda session_id: history, input_messages_key="question", history_messages_key="history"
-    )
+    args = arguments(__doc__, turns=40, max_tokens=16)
+    with tempfile.TemporaryDirectory() as folder:
+        files = LocalFileStore(folder)
+        chat = ChatGradMem(
+            pipeline=open_pipeline(args.checkpoint), store=MemoryStateStore(files), max_tokens=args.max_tokens
+        )
+        memory = TurnMemory.from_chat(chat, max_turns=6, keep_turns=3)
 
-    print("turn  prompt tokens  in memory")
-    for turn in range(1, args.turns + 1):
-        question = FACT if turn == 1 else f"Tell me one thing about the number {turn}."
-        usage = chain.invoke({"question": question}, {"configurable": {"session_id": "1"}}).usage_metadata
-        details = usage["input_token_details"]
-        saved = details.get("memory_saved", 0) + details.get("memory_vectors", 0)
-        print(f"{turn:4}  {usage['input_tokens']:13}  {saved:4} tokens in {details.get('memory_vectors', 0)} vectors")
+        def history(session: str) -> GradMemChatMessageHistory:
+            """A session's own, opened anew at every turn as a web server would."""
+            return GradMemChatMessageHistory(memory, StoredChatMessageHistory(files, session))
 
-    (carrier,) = (message for message in history.messages if references_of(message))
-    first = memory.store.get(references_of(carrier)[0])
-    text = memory.parts(history.archive)[0]
-    fidelity = pipeline.fidelity(text, first)
-    print(f"\nThe first state holds the turns that begin with {text.splitlines()[0]!r}.")
-    print(f"Tokens of it that greedy decoding gets back: {fidelity.greedy.item():.1%}")
-    print(f"The same with the true tokens before each shown: {fidelity.teacher_forced.item():.1%}")
+        print("turns  from                     answered  prompt tokens")
+        for number in range(1, args.turns + 1):
+            history("1").add_messages(turn(number))
+            if number not in (args.turns // 4, args.turns // 2, args.turns):
+                continue
+            everything = history("1").history.messages
+            ways = {
+                "memory and recent turns": history("1").messages,
+                "recent turns": everything[memory.cut(everything) :],
+                "all turns as text": everything,
+            }
+            for way, messages in ways.items():
+                answers = [chat.invoke([*messages, HumanMessage(question)]) for _, question, _ in FACTS]
+                right = sum(
+                    expected.lower() in answer.text.lower()
+                    for answer, (_, _, expected) in zip(answers, FACTS, strict=True)
+                )
+                tokens = mean(answer.usage_metadata["input_tokens"] for answer in answers)
+                print(f"{number:5}  {way:23}  {right:4} of {len(FACTS)}  {tokens:13.0f}", flush=True)
+        history("1").clear()
+        print(f"States left after the session was cleared: {len(list(chat.store.yield_keys()))}")
 
 
 if __name__ == "__main__":

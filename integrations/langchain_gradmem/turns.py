@@ -71,10 +71,13 @@ class TurnMemory(MemoryWriter):
         Turns become old several at a time, so that not every turn has a write of its own: `keep_turns` to `max_turns`
         of them are recent.
         """
+        return self._cuts(messages)[-1]
+
+    def _cuts(self, messages: Sequence[BaseMessage]) -> list[int]:
+        """All places where the conversation has been cut so far, from 0 on."""
         turns = [i for i, message in enumerate(messages) if isinstance(message, HumanMessage)]
         at_once = self.max_turns - self.keep_turns + 1
-        old = max(0, len(turns) - self.keep_turns) // at_once * at_once
-        return turns[old] if old else 0
+        return [0, *(turns[old] for old in range(at_once, len(turns) - self.keep_turns + 1, at_once))]
 
     def write(self, messages: Sequence[BaseMessage]) -> list[str]:
         """The references of the states of old turns; those not yet stored are written.
@@ -87,14 +90,16 @@ class TurnMemory(MemoryWriter):
         """
         return self.write_texts(self.parts(messages))
 
-    def references(self, messages: Sequence[BaseMessage]) -> list[str]:
+    def references(self, messages: Sequence[BaseMessage], cuts: int = 1) -> list[str]:
         """The references of a conversation's old turns, whether or not they are written yet.
 
         Args:
             messages (`Sequence[BaseMessage]`): the whole conversation.
+            cuts (`int`, *optional*, defaults to `1`): 2: also those from before the last cut. They are kept one cut
+                longer than they are needed, as a call under way may still read them.
         """
-        parts = self.parts(messages[: self.cut(messages)])
-        return [self.store.reference(self.pipeline, part, self.write_options) for part in parts]
+        texts = [part for cut in self._cuts(messages)[-cuts:] for part in self.parts(messages[:cut])]
+        return list(dict.fromkeys(self.store.reference(self.pipeline, text, self.write_options) for text in texts))
 
     def parts(self, messages: Sequence[BaseMessage]) -> list[str]:
         """The texts that old turns are written as. System messages are none of them: they stay text."""
@@ -125,20 +130,6 @@ class TurnMemory(MemoryWriter):
         """The message that stands for the turns in memory."""
         shown = " ".join(marker(reference) for reference in references)
         return attach(SystemMessage(f"{self.notice} {shown}"), references)
-
-    def forget(self, known: Sequence[str], references: Sequence[str]) -> list[str]:
-        """Delete states that newer ones have taken the place of, but for the last, which a call under way may read.
-
-        Args:
-            known (`Sequence[str]`): what this returned before.
-            references (`Sequence[str]`): of the conversation's old turns now.
-
-        Returns:
-            `list[str]`: the references of this conversation that may still be in the store.
-        """
-        superseded = [reference for reference in known if reference not in references]
-        self.store.mdelete(superseded[: -self.max_parts])
-        return [*superseded[-self.max_parts :], *references]
 
 
 def _line(message: BaseMessage) -> str:

@@ -129,6 +129,15 @@ class TestPersistence:
         assert memory.store.gc(histories[0].references) > 0
         assert histories[1].messages == shown, "written anew from the text"
 
+    def test_superseded_states_are_deleted_whoever_opens_the_history(self, memory, turn):
+        """As a web server does, with a new object for every request."""
+        kept = StoredChatMessageHistory(InMemoryByteStore(), "1")
+        for i in range(40):
+            GradMemChatMessageHistory(memory, kept).add_messages(turn(i))
+            assert len(list(memory.store.yield_keys())) <= 2 * memory.max_parts
+        GradMemChatMessageHistory(memory, kept).clear()
+        assert list(memory.store.yield_keys()) == []
+
     async def test_async(self, memory, turn):
         history = GradMemChatMessageHistory(memory, StoredChatMessageHistory(InMemoryByteStore(), "1"))
         for i in range(6):

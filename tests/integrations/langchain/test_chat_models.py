@@ -122,7 +122,7 @@ class TestReferences:
         """What the store does not hold, or another message carries."""
         chat.invoke(f"w1 {marker('f' * 32)}")
         carried = chat.invoke([SystemMessage(f"w1 {marker(reference)}"), attach(HumanMessage("w3"), [reference])])
-        bare = chat.invoke([SystemMessage("w1 "), attach(HumanMessage("w3"), [reference])])
+        bare = chat.invoke([SystemMessage("w1"), attach(HumanMessage("w3"), [reference])])
         assert carried.content == bare.content
         assert carried.usage_metadata == bare.usage_metadata, "stripped wherever it stands"
 

@@ -118,10 +118,9 @@ class TestFailures:
         assert memory.store.get(reference) == good
 
 
-def test_superseded_states_are_deleted_but_for_the_last(memory, conversation):
-    known = []
-    for count in range(1, 40):
-        memory.shown(conversation(count))
-        known = memory.forget(known, memory.references(conversation(count)))
-        assert sorted(memory.store.yield_keys()) == sorted(known)
-        assert len(known) <= 2 * memory.max_parts
+def test_references_are_those_of_the_last_cuts(memory, conversation):
+    assert memory.references(conversation(3)) == memory.references(conversation(3), cuts=2) == []
+    first, second = memory.references(conversation(4)), memory.references(conversation(6))
+    assert first != second
+    assert memory.references(conversation(5), cuts=2) == first
+    assert memory.references(conversation(6), cuts=2) == [*first, *second]
