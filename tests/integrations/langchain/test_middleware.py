@@ -59,7 +59,9 @@ class TestAgent:
 
     def test_beside_a_summary(self, chat, memory):
         """Turns that were never written are not hidden, and the question is always there."""
-        summaries = SummarizationMiddleware(chat, trigger=("messages", 8), keep=("messages", 5))
+        summaries = SummarizationMiddleware(
+            chat, trigger=("messages", 8), keep=("messages", 5), summary_prompt="w1 {messages}"
+        )
         for middleware in ([summaries, GradMemMiddleware(memory)], [GradMemMiddleware(memory), summaries]):
             agent = create_agent(chat, [], middleware=middleware, checkpointer=InMemorySaver())
             for i in range(12):
