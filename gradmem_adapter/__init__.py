@@ -14,7 +14,7 @@ from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.registration import register
 from gradmem_adapter.state import MemoryState, MemoryStateError
 from gradmem_adapter.tuner import AdapterChangedError
-from gradmem_adapter.write.options import WriteOptions
+from gradmem_adapter.write.options import Study, WriteOptions
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "GradMemPipeline",
     "MemoryState",
     "MemoryStateError",
+    "Study",
     "WriteOptions",
     "WriteProgress",
     "__version__",

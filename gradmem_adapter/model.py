@@ -29,6 +29,7 @@ from gradmem_adapter.write.fidelity import fidelity, reconstruct
 from gradmem_adapter.write.loop import warn_diverged, write_contexts
 from gradmem_adapter.write.loss import Writer
 from gradmem_adapter.write.options import WriteFields, WriteOptions
+from gradmem_adapter.write.self_study import study_contexts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -102,8 +103,8 @@ class GradMemModel(GradMemTuner):
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
             token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
-            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, the fields of
-                `WriteOptions` by themselves, in place of those of `options`.
+            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study, the
+                fields of `WriteOptions` by themselves, in place of those of `options`.
 
         Returns:
             `MemoryState`: B states, detached, in float32 (or float64) on the model's device.
@@ -120,6 +121,11 @@ class GradMemModel(GradMemTuner):
             raise ValueError(
                 f"initial has {len(start)} states for {len(context.input_ids)} contexts; pass one per context."
             )
+        if options.objective == "self_study":
+            memory, losses, diverged = study_contexts(writer, context, options, start, callback)
+            fingerprint = self.fingerprint()
+            warn_diverged(diverged)
+            return MemoryState(memory, context.lengths, losses, fingerprint)
         with self._fast_writes.of(writer, context, options.compile) as run:
             memory, losses, diverged = write_contexts(writer, context, options, start, callback, run)
             fingerprint = self.fingerprint()  # while a GPU is still at work

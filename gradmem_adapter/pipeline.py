@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from gradmem_adapter.lora import without_lora
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
-from gradmem_adapter.prompts import Prompt, format_query, prompt_list
+from gradmem_adapter.prompts import Prompt, format_query, prompt_list, study_tokens
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.tokens import check_fits, check_text
@@ -83,8 +84,8 @@ class GradMemPipeline:
             initial (`MemoryState`, *optional*): states to go on from, one per text, in place of the memory slots.
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
-            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, the fields of
-                `WriteOptions` by themselves, in place of those of `options`.
+            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study, the
+                fields of `WriteOptions` by themselves, in place of those of `options`.
 
         Returns:
             `MemoryState`: one state per text, on the model's device.
@@ -93,8 +94,9 @@ class GradMemPipeline:
             TypeError: what is no text.
             ValueError: no text, or one without tokens or too long for the model.
         """
+        options = self._with_study(WriteOptions.of(options, **fields))
         return self.model.write(
-            *self.encode_contexts(texts), options=options, initial=initial, callback=callback, strict=strict, **fields
+            *self.encode_contexts(texts), options=options, initial=initial, callback=callback, strict=strict
         )
 
     def write_many(
@@ -123,9 +125,17 @@ class GradMemPipeline:
             ValueError: no text, or one without tokens or too long for the model; the message names it.
             torch.cuda.OutOfMemoryError: a single text does not fit; the message names it.
         """
+        options = self._with_study(WriteOptions.of(options, **fields))
         return self.model.write_many(
-            self._context_ids(texts), max_tokens=max_tokens, progress=progress, done=done, options=options, **fields
+            self._context_ids(texts), max_tokens=max_tokens, progress=progress, done=done, options=options
         )
+
+    def _with_study(self, options: WriteOptions) -> WriteOptions:
+        """Options that say in tokens how the model is asked about a text, where it is to study it."""
+        if options.objective != "self_study" or options.study.requests:
+            return options
+        tokens = study_tokens(self.model.active_peft_config.query_format, self.tokenizer)
+        return replace(options, study=replace(options.study, **tokens))
 
     @property
     def max_context_tokens(self) -> int | None:

@@ -13,6 +13,11 @@ Chat: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Chat
 
 
+STUDY_REQUEST = "Write a short question that the text above answers."
+STUDY_OPENINGS = ("What", "Who", "Why", "Where", "How", "When")
+"""How a model is asked for questions about a text with `objective="self_study"`, and how these begin, in turn."""
+
+
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt as a list of one; several as a list."""
     if isinstance(prompts, str):
@@ -53,3 +58,26 @@ def format_query(
         )
     text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     return str(text), False
+
+
+def study_tokens(query_format: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The fields of `Study` that say in tokens how a model is shown a text and asked about it.
+
+    Args:
+        query_format, tokenizer: as for `format_query`.
+    """
+    mark = "QUERY"
+    text, special = format_query(mark, query_format, tokenizer)
+    before, _, after = text.partition(mark)
+
+    def ids(part: str, special: bool = False) -> tuple[int, ...]:
+        return tuple(tokenizer(part, add_special_tokens=special)["input_ids"])
+
+    request = ids(STUDY_REQUEST)
+    return {
+        "before": ids(before, special),
+        "between": ids("\n\n"),
+        "after": ids(after),
+        "requests": tuple((request, ids(opening)) for opening in STUDY_OPENINGS),
+        "query_ends": ids("?"),
+    }

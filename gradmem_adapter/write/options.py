@@ -3,12 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 from gradmem_adapter.write.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Objective: TypeAlias = Literal["reconstruction", "self_study"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """How a model studies a context with `objective="self_study"`; all texts are token ids.
+
+    A query q is asked of a context C as `[before; C; between; q; after]`, and behind memory as `[before; q; after]`.
+    `GradMemPipeline` fills in what is left empty there, from its tokenizer and the adapter's `query_format`.
+
+    Args:
+        queries (`int`, *optional*, defaults to `32`): that the model asks itself, each with an answer.
+        batch (`int`, *optional*, defaults to `8`): of them that a write step looks at.
+        query_tokens (`int`, *optional*, defaults to `24`): most tokens of a query.
+        answer_tokens (`int`, *optional*, defaults to `32`): most tokens of an answer, from 2.
+        seed (`int`, *optional*, defaults to `0`): of the queries, and of which of them a step looks at.
+        before, between, after (`tuple[int, ...]`, *optional*): what stands around context and query.
+        requests (`tuple`, *optional*): pairs of what the model is asked so that it makes a query, and how the query
+            begins, in turn. None: no queries, but what the model goes on with behind the context.
+        query_ends (`tuple[int, ...]`, *optional*): tokens that end a query, besides the end token.
+
+    Raises:
+        ValueError: a number that cannot work.
+    """
+
+    queries: int = 32
+    batch: int = 8
+    query_tokens: int = 24
+    answer_tokens: int = 32
+    seed: int = 0
+    before: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    requests: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    query_ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("queries", 1), ("batch", 1), ("query_tokens", 1), ("answer_tokens", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} of a Study must be an integer from {least}, got {value!r}.")
 
 
 class WriteFields(TypedDict, total=False):
@@ -21,6 +63,8 @@ class WriteFields(TypedDict, total=False):
     stop_when_recovered: bool | None
     last_loss: bool | None
     compile: bool | Literal["auto"] | None
+    objective: Objective | None
+    study: Study | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +87,11 @@ class WriteOptions:
             now, and launch each pass as a CUDA graph. `False`: do neither. `"auto"`: on a GPU, graphs for shapes that
             come again, and compiled layers once WRITE has taken long enough for them to pay; on a CPU, neither. The
             states are the same up to rounding.
+        objective (`str`, *optional*, defaults to `"reconstruction"`): what a write step lowers. `"reconstruction"`: the
+            write loss. `"self_study"`: how far answers from memory are from answers with the text, to questions that
+            the model makes itself. It needs no trained adapter and takes seconds to minutes a context
+            (`write/self_study.py`); steps, lr and optimizer have defaults of their own then.
+        study (`Study`, *optional*): how the model studies a context with `"self_study"`.
 
     Raises:
         ValueError: a value that cannot work; the message says what was expected.
@@ -55,6 +104,8 @@ class WriteOptions:
     stop_when_recovered: bool = False
     last_loss: bool = True
     compile: bool | Literal["auto"] = "auto"
+    objective: Objective = "reconstruction"
+    study: Study = Study()
 
     def __post_init__(self) -> None:
         if self.steps is not None and (
@@ -74,6 +125,23 @@ class WriteOptions:
             raise ValueError("tolerance needs the loss after the last step: leave last_loss at True, or tolerance out.")
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}.")
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"objective must be one of {get_args(Objective)}, got {self.objective!r}.")
+        if not isinstance(self.study, Study):
+            raise ValueError(f"study must be a Study, got {type(self.study).__name__}.")
+        if self.objective == "self_study":
+            self._check_self_study()
+        elif self.study != Study():
+            raise ValueError("study has no effect without objective='self_study'.")
+
+    def _check_self_study(self) -> None:
+        if self.tolerance is not None or self.stop_when_recovered:
+            raise ValueError(
+                "tolerance and stop_when_recovered do not go with objective='self_study', whose steps look at other "
+                "queries each: leave them out, and say how many steps to take."
+            )
+        if self.compile is True:
+            raise ValueError("compile=True cannot be had with objective='self_study'. Leave it at 'auto'.")
 
     @classmethod
     def of(cls, options: WriteOptions | None = None, **fields: Unpack[WriteFields]) -> WriteOptions:

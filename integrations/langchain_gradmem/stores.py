@@ -170,7 +170,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
         identity = [self.namespace, pipeline.model.fingerprint(), _chosen(options or WriteOptions()), text]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(identity, default=vars).encode()).hexdigest()[:32]
 
     def write(
         self,

@@ -38,12 +38,24 @@ def test_write(checkpoint, tmp_path, monkeypatch):
     assert MemoryState.load("steps.safetensors").write_losses.shape == (1, 6)
 
 
+def test_write_by_self_study(checkpoint, tmp_path):
+    (file,) = files_of(tmp_path, tiny_text(9, seed=1))
+    arguments = ("--checkpoint", checkpoint, "--output", tmp_path / "states", "--device", "cpu", "--steps", 2)
+    result = invoke("write", file, *arguments, "--objective", "self_study")
+    assert result.exit_code == 0, result.output
+    expected = GradMemPipeline(*load_checkpoint(checkpoint)).write(
+        tiny_text(9, seed=1), objective="self_study", steps=2
+    )
+    assert MemoryState.load(tmp_path / "states").equal(expected)
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
         (" \n", [], "1[b].txt is empty"),
         (tiny_text(200), [], "Context 1 of 2 cannot be written. It has 200 tokens, and at most 93"),
         ("w1", ["--steps", "-1"], "Invalid value for '--steps'"),
+        ("w1", ["--objective", "recite"], "Invalid value for '--objective'"),
         ("w1", ["--max-tokens", "0"], "max_tokens must be an integer from 1"),
         ("w1", ["--output", "none/states"], "There is no directory 'none'"),
         ("w1", ["--output", "."], "is a directory"),

@@ -6,7 +6,7 @@ import pytest
 from peft import get_peft_model
 from tiny import tiny, tokens
 
-from gradmem_adapter import GradMemConfig, WriteOptions
+from gradmem_adapter import GradMemConfig, Study, WriteOptions
 from gradmem_adapter.write.options import WriteFields
 
 FIELDS = [field.name for field in dataclasses.fields(WriteOptions)]
@@ -75,7 +75,7 @@ def test_options_say_what_keywords_say(model):
 def test_methods_take_every_option_by_name(method, model):
     assert list(WriteFields.__annotations__) == FIELDS
     values = {"steps": 0, "lr": 0.1, "optimizer": "adam", "tolerance": 0.1, "stop_when_recovered": True}
-    values |= {"last_loss": True, "compile": False}
+    values |= {"last_loss": True, "compile": False, "objective": "reconstruction", "study": Study()}
     assert list(values) == FIELDS
     getattr(model, method)(tokens(1, 4), **values)
     with pytest.raises(TypeError, match="unexpected keyword argument 'stesp'"):

@@ -1,0 +1,293 @@
+"""Self-study: WRITE for a backbone that nobody trained to write. The model asks itself about the context, and memory
+learns to give the answers that the text gives, as in Cartridges (arXiv 2506.06266) caches of keys and values do.
+
+It costs seconds to minutes a context: queries and answers are generated once, and each write step is a forward and a
+backward pass over `Study.batch` of them, behind one pass over the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+
+from gradmem_adapter.ops.output_head import output_head
+from gradmem_adapter.ops.padding import pad
+from gradmem_adapter.outputs import WriteProgress
+from gradmem_adapter.utils.backbone import device_of, max_positions, trunk
+from gradmem_adapter.write.context import Context
+from gradmem_adapter.write.loop import Written, write_memory
+from gradmem_adapter.write.loss import Pass, Writer
+from gradmem_adapter.write.options import Study, WriteOptions
+
+STEPS = 100
+"""Write steps where the options say nothing."""
+LR = 0.1
+"""The first write learning rate where the options say nothing, as a share of the embeddings' root mean square: an
+element of the memory moves so far in a step of Adam."""
+
+TEMPERATURE = 0.7
+"""Of the model's queries."""
+
+
+def study_contexts(
+    writer: Writer,
+    context: Context,
+    options: WriteOptions,
+    initial: Tensor | None = None,
+    callback: Callable[[WriteProgress], None] | None = None,
+) -> Written:
+    """WRITE contexts by self-study, each by itself.
+
+    Args:
+        writer (`Writer`): the model; its adapter may not change how the backbone reads.
+        context (`Context`): B contexts.
+        options (`WriteOptions`): with `study`; steps, lr and optimizer default to STEPS, LR and Adam.
+        initial (`Tensor`, *optional*): `[B, m, d]`, a memory to go on from, in place of `unexpected_tokens`.
+        callback (`Callable`, *optional*): told of each step.
+
+    Returns:
+        `Written`: the losses are `SelfStudy.loss`, of other queries in each step, and at last of all.
+
+    Raises:
+        ValueError: an adapter that changes how the backbone reads, or a context that is too long to be asked about.
+    """
+    config = writer.config
+    if config.lora_config is not None or config.memory_projection != "none" or config.num_control_tokens:
+        raise ValueError(
+            "objective='self_study' is for the untouched backbone, and this adapter reads with a LoRA, a memory "
+            "projection or control vectors of its own. Write with its own objective, 'reconstruction', or make an "
+            "adapter without them: get_peft_model(backbone, GradMemConfig(num_memory_tokens=...))."
+        )
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode take no part in autograd
+        texts = [ids[:length].tolist() for ids, length in zip(context.input_ids, context.lengths, strict=True)]
+        lessons = [learn(writer, text, options.study) for text in texts]
+        table = cast(Tensor, writer.backbone.get_input_embeddings().weight)
+        rate = LR * float(table.float().square().mean().sqrt()) if options.lr is None else options.lr
+        if initial is None:
+            initial = torch.stack([unexpected_tokens(writer, text) for text in texts])
+    steps = STEPS if options.steps is None else options.steps
+    options = replace(options, steps=steps, optimizer=options.optimizer or "adam")
+    rates = [rate * (1 - step / steps) for step in range(steps)]  # to nothing: each step is of other queries
+    return write_memory(writer, initial, context, rates, options, callback, SelfStudy(writer, lessons, options.study))
+
+
+class Lesson(NamedTuple):
+    """A query that the model asked itself, and what it says to it with the text before it.
+
+    Args:
+        query (`list[int]`): the tokens between memory and answer.
+        answer (`list[int]`): the tokens of the answer, the end token too.
+        hidden (`Tensor`): `[len(answer), h]`, the last hidden states that predict them with the text.
+    """
+
+    query: list[int]
+    answer: list[int]
+    hidden: Tensor
+
+
+class SelfStudy:
+    """What one step of self-study needs to know of memories; takes the place of `write_pass` in the loop.
+
+    Args:
+        writer (`Writer`): the model.
+        lessons (`Sequence`): those of each context.
+        study (`Study`): how many of them a step looks at.
+    """
+
+    def __init__(self, writer: Writer, lessons: Sequence[list[Lesson]], study: Study) -> None:
+        self.writer, self.lessons, self.batch = writer, lessons, study.batch
+        self.draw = torch.Generator().manual_seed(study.seed)
+        self.waiting: list[int] = []
+
+    def __call__(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
+        """Gradient, losses and share of first choices of a part of the lessons; without gradient, of all of them."""
+        chosen = self._next() if gradient else list(range(len(self.lessons[0])))
+        with torch.set_grad_enabled(gradient):
+            leaf = memory.detach().requires_grad_(gradient)
+            found = [
+                self.loss(row, [own[i] for i in chosen]) for row, own in zip(leaf.split(1), self.lessons, strict=True)
+            ]
+            losses, same = (torch.stack(values) for values in zip(*found, strict=True))
+            slope = torch.autograd.grad(losses.sum(), leaf)[0] if gradient else None
+        return Pass(slope, losses.detach(), same if recovered else None)
+
+    def _next(self) -> list[int]:
+        """The lessons of a step: all come up before one comes again."""
+        if len(self.waiting) < self.batch:
+            self.waiting += torch.randperm(len(self.lessons[0]), generator=self.draw).tolist()
+        chosen, self.waiting = self.waiting[: self.batch], self.waiting[self.batch :]
+        return chosen
+
+    def loss(self, memory: Tensor, lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor]:
+        """How far what memory says is from what the text says (the mean over answer tokens y_t of all queries q):
+
+            KL( p(. | [C; q; y_<t])  ||  p(. | [M; q; y_<t]) )
+
+        Args:
+            memory (`Tensor`): `[1, m, d]`, M.
+            lessons (`Sequence[Lesson]`): of its context.
+
+        Returns:
+            The loss, nats a token, and the share of tokens that are the first choice of both.
+        """
+        backbone, slots = self.writer.backbone, self.writer.slots
+        prefix = slots.prefix(memory, "read", self.writer.adapter)
+        hidden = _states_of_answers(backbone, prefix, [(lesson.query, lesson.answer) for lesson in lessons])
+        head = output_head(backbone)
+        found = head(torch.cat(hidden)[None])[0].float().log_softmax(-1)
+        with torch.no_grad():
+            right = head(torch.cat([lesson.hidden for lesson in lessons])[None])[0].float().log_softmax(-1)
+        same = (found.argmax(-1) == right.argmax(-1)).float().mean()
+        return F.kl_div(found, right, reduction="batchmean", log_target=True), same.detach()
+
+
+def learn(writer: Writer, text: list[int], study: Study) -> list[Lesson]:
+    """Let the model ask itself about a context, and answer with the text before it.
+
+    Args:
+        writer (`Writer`): the model.
+        text (`list[int]`): the context's tokens.
+        study (`Study`): how it is asked.
+
+    Raises:
+        ValueError: the text is too long to be asked about.
+    """
+    backbone, shown = writer.backbone, [*study.before, *text, *study.between]
+    longest = max(len(request) + len(opening) for request, opening in study.requests or [((), ())])
+    needed = len(shown) + len(study.after) + longest + study.query_tokens + study.answer_tokens
+    positions = max_positions(backbone)
+    if positions is not None and needed > positions:
+        raise ValueError(
+            f"A context has {len(text)} tokens. With a question and its answer it takes {needed}, and the model has "
+            f"{positions} positions: split it, or ask for less (Study.query_tokens, Study.answer_tokens)."
+        )
+    draw = torch.Generator(device_of(backbone)).manual_seed(study.seed)
+    if study.requests:
+        asked = [study.requests[i % len(study.requests)] for i in range(study.queries)]
+        rows = [[*request, *study.after, *opening] for request, opening in asked]
+        made = _generate(backbone, shown, rows, study.query_tokens, study.query_ends, draw)
+        queries = [[*opening, *query] for (_, opening), query in zip(asked, made, strict=True)]
+        rows = [[*query, *study.after] for query in queries]
+        answers = _generate(backbone, shown, rows, study.answer_tokens)
+    else:  # nobody said how the model is asked: what it goes on with
+        rows = [[]] * study.queries
+        answers = _generate(backbone, shown, rows, study.answer_tokens, (), draw)
+    before = backbone.get_input_embeddings()(torch.tensor([shown], device=device_of(backbone)))
+    hidden = _states_of_answers(backbone, before, list(zip(rows, answers, strict=True)))
+    return [
+        Lesson([*study.before, *row] if row else [], answer, states.clone())
+        for row, answer, states in zip(rows, answers, hidden, strict=True)
+    ]
+
+
+def unexpected_tokens(writer: Writer, text: list[int]) -> Tensor:
+    """Where self-study starts: the embeddings of the m tokens of a context that the model expects least, in order:
+
+        M_0 = embeddings of { t_i : -log p(t_i | t_<i) among the m largest }.
+
+    What the model can guess, memory need not hold, and it reads tokens of its own without any training. A context of
+    fewer tokens has each of them, as often as it takes.
+
+    Args:
+        writer (`Writer`): the model.
+        text (`list[int]`): N tokens.
+
+    Returns:
+        `Tensor`: `[m, d]`.
+    """
+    backbone, m = writer.backbone, writer.config.num_memory_tokens
+    ids = torch.tensor(text, device=device_of(backbone))
+    if len(text) <= m:
+        kept = torch.arange(m, device=ids.device) * len(text) // m
+    else:
+        scores = backbone(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        surprise = -scores.gather(1, ids[1:, None])[:, 0]
+        first = surprise.new_full((1,), torch.inf)  # which nothing foretells
+        kept = torch.cat([first, surprise]).topk(m).indices.sort().values
+    embeddings = backbone.get_input_embeddings()(ids[kept])
+    return cast(Tensor, embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+
+
+def _states_of_answers(backbone: Any, prefix: Tensor, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    """The last hidden states `[answer, h]` that predict each answer behind `[prefix; query]`, for `[1, P, d]`."""
+    ids, _ = pad([[*query, *answer[:-1]] for query, answer in rows], "right")
+    embeddings = backbone.get_input_embeddings()(ids.to(prefix.device))
+    prefix = prefix.to(embeddings.dtype)
+    # Padding is on the right, where a causal model does not look.
+    if _shares(backbone):
+        before = trunk(backbone)(inputs_embeds=prefix, use_cache=True, return_dict=True)
+        cache = before.past_key_values
+        cache.batch_repeat_interleave(len(rows))
+        behind = trunk(backbone)(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, return_dict=True)
+        last = before.last_hidden_state[:, -1:].expand(len(rows), -1, -1)
+        states = torch.cat([last, behind.last_hidden_state], dim=1)
+    else:
+        whole = torch.cat([prefix.expand(len(rows), -1, -1), embeddings], dim=1)
+        hidden = trunk(backbone)(inputs_embeds=whole, use_cache=False, return_dict=True).last_hidden_state
+        states = hidden[:, prefix.shape[1] - 1 :]
+    return [row[len(query) : len(query) + len(answer)] for row, (query, answer) in zip(states, rows, strict=True)]
+
+
+def _shares(backbone: Any) -> bool:
+    """Whether rows may share the keys and values of what stands before all of them."""
+    if backbone.training or not backbone._supports_default_dynamic_cache():
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=backbone.config).layers)
+
+
+class _Sample(LogitsProcessor):
+    """Noise of Gumbel's distribution: the first choice is then a sample, from a generator of our own."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = torch.rand(scores.shape, generator=self.generator, device=scores.device)
+        return scores.float() / TEMPERATURE - (-uniform.clamp(min=1e-20).log()).log()
+
+
+def _generate(
+    backbone: Any,
+    shown: list[int],
+    rows: list[list[int]],
+    count: int,
+    ends: Sequence[int] = (),
+    draw: torch.Generator | None = None,
+) -> list[list[int]]:
+    """At most `count` new tokens behind `[shown; row]`, up to an end token, which is left in place, or one of `ends`.
+
+    With `draw` they are sampled, otherwise the first choices.
+    """
+    end = backbone.generation_config.eos_token_id
+    stops = [*(end if isinstance(end, list) else [] if end is None else [end]), *ends]
+    cache = None
+    if _shares(backbone) and len(shown) > 1:
+        first, rows = torch.tensor([shown[:-1]]), [[shown[-1], *row] for row in rows]  # `generate` needs a new token
+        cache = DynamicCache(config=backbone.config)
+        trunk(backbone)(first.to(device_of(backbone)), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(rows))
+        ids, mask = pad(rows, "left")
+        ids = torch.cat([first.expand(len(rows), -1), ids], dim=1)
+        mask = torch.cat([mask.new_ones(len(rows), first.shape[1]), mask], dim=1)
+    else:
+        ids, mask = pad([[*shown, *row] for row in rows], "left")
+    output = backbone.generate(
+        ids.to(device_of(backbone)),
+        attention_mask=mask.to(device_of(backbone)),
+        past_key_values=cache,
+        logits_processor=LogitsProcessorList([] if draw is None else [_Sample(draw)]),
+        generation_config=GenerationConfig(
+            max_new_tokens=count, min_new_tokens=1, do_sample=False, eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else 0,
+        ),
+    )  # fmt: skip
+    new = output[:, ids.shape[1] :].tolist()
+    lengths = [next((i for i, token in enumerate(row) if token in stops), len(row) - 1) + 1 for row in new]
+    return [row[:length] for row, length in zip(new, lengths, strict=True)]

@@ -1,0 +1,218 @@
+"""Self-study: memory of an untouched backbone learns the answers that the text gives."""
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from adapters import lora, make
+from langchain_gradmem import MemoryStateStore
+from peft import get_peft_model
+from tiny import tiny, tiny_text, tiny_tokenizer, tokens
+
+from gradmem_adapter import GradMemConfig, GradMemPipeline, Study, WriteOptions
+from gradmem_adapter.prompts import study_tokens
+from gradmem_adapter.write import self_study
+
+SMALL = Study(queries=6, batch=3, query_tokens=4, answer_tokens=5)
+ASKING = replace(SMALL, before=(1, 4), between=(5,), after=(6, 7), requests=(((8, 9), (10,)), ((11,), (12, 13))))
+IDS = tokens(1, 9)
+
+
+def model(architecture="llama", m=4):
+    return get_peft_model(tiny(architecture), GradMemConfig(num_memory_tokens=m)).eval()
+
+
+def writer(of):
+    return of.base_model._writer
+
+
+def write(of, ids=IDS, study=ASKING, **options):
+    return of.write(ids, objective="self_study", study=study, **{"steps": 12} | options)
+
+
+@pytest.mark.parametrize("study", [SMALL, ASKING], ids=["continuations", "queries"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "mistral"])
+def test_rows_may_share_what_stands_before_them(architecture, study, monkeypatch):
+    """Keys and values of the prefix, computed once, give what every row by itself gives."""
+    of = writer(model(architecture))
+    found = []
+    for shares in (self_study._shares, lambda backbone: False):
+        monkeypatch.setattr(self_study, "_shares", shares)
+        with torch.no_grad():
+            lessons = self_study.learn(of, IDS[0].tolist(), study)
+        width = of.backbone.get_input_embeddings().weight.shape[1]
+        memory = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
+        found.append((lessons, self_study.SelfStudy(of, [lessons], study)(memory, None, True, True)))
+    (one, a), (other, b) = found
+    assert [(x.query, x.answer) for x in one] == [(x.query, x.answer) for x in other]
+    assert len(one) == 6
+    torch.testing.assert_close([x.hidden for x in one], [x.hidden for x in other], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_queries_open_as_asked_and_answers_are_the_models_own():
+    of = writer(model())
+    with torch.no_grad():
+        lessons = self_study.learn(of, IDS[0].tolist(), ASKING)
+    assert [lesson.query[:3] for lesson in lessons[:2]] == [[1, 4, 10], [1, 4, 12]]
+    for query, answer, hidden in lessons:
+        assert query[-2:] == [6, 7]
+        text = torch.tensor([[1, 4, *IDS[0].tolist(), 5, *query[2:]]])
+        for token, state in zip(answer, hidden, strict=True):
+            output = tiny()(text, output_hidden_states=True)
+            torch.testing.assert_close(output.hidden_states[-1][0, -1], state, rtol=1e-4, atol=1e-4)
+            assert int(output.logits[0, -1].argmax()) == token or token == answer[0]  # never the end at once
+            text = torch.cat([text, torch.tensor([[token]])], dim=1)
+
+
+def test_memory_that_is_the_text_has_no_loss():
+    of = writer(model(m=9))
+    study = Study(queries=4, batch=4, query_tokens=4, answer_tokens=5, requests=ASKING.requests, after=(6,))
+    with torch.no_grad():
+        lessons = self_study.learn(of, IDS[0].tolist(), study)
+        memory = self_study.unexpected_tokens(of, IDS[0].tolist())
+        assert torch.equal(memory, tiny().get_input_embeddings()(IDS[0]))
+        loss, same = self_study.SelfStudy(of, [lessons], study).loss(memory[None], lessons)
+    assert abs(float(loss)) < 1e-6
+    assert same == 1
+
+
+@pytest.mark.parametrize("study", [SMALL, ASKING], ids=["continuations", "queries"])
+def test_write_learns(study):
+    state = write(model(), study=study, steps=60)
+    assert state.write_losses.shape == (1, 61)
+    assert state.write_losses[0, -1] < 0.5 * state.write_losses[0, :3].mean()
+
+
+def test_the_same_seed_gives_the_same_state_and_a_batch_what_each_gives_alone():
+    of, ids = model(), tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    states = write(of, ids, attention_mask=mask)
+    assert states.equal(write(of, ids, attention_mask=mask))
+    assert not states.equal(write(of, ids, attention_mask=mask, study=replace(ASKING, seed=1)))
+    for i, length in enumerate((9, 6, 9)):
+        torch.testing.assert_close(states.vectors[i], write(of, ids[i : i + 1, :length]).vectors[0])
+    many = [row[:n] for row, n in zip(ids, (9, 6, 9), strict=True)]
+    options = WriteOptions(objective="self_study", study=ASKING, steps=12)
+    torch.testing.assert_close(of.write_many(many, options=options).vectors, states.vectors)
+
+
+def test_nothing_else_changes():
+    of = model()
+    before = copy.deepcopy(of.state_dict())
+    torch.manual_seed(3)
+    generator = torch.get_rng_state()
+    with torch.inference_mode():
+        inside = write(of)
+    with torch.no_grad():
+        outside = write(of)
+    assert inside.equal(outside)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(before[name], value) for name, value in of.state_dict().items())
+    assert all(parameter.grad is None for parameter in of.parameters())
+
+
+def test_goes_on_from_a_state():
+    of = model()
+    first = write(of)
+    assert not write(of, initial=first, steps=4).equal(first)
+    assert torch.equal(write(of, initial=first, steps=0).vectors, first.vectors)
+
+
+def test_it_starts_from_what_is_least_expected():
+    of = writer(model(m=3))
+    ids = IDS[0].tolist()
+    with torch.no_grad():
+        start = self_study.unexpected_tokens(of, ids)
+        scores = tiny()(IDS).logits[0].log_softmax(-1)
+    surprise = [float("inf"), *(-float(scores[i, token]) for i, token in enumerate(ids[1:]))]
+    kept = sorted(sorted(range(9), key=lambda i: -surprise[i])[:3])
+    assert torch.equal(start, tiny().get_input_embeddings()(IDS[0, kept]))
+    short = self_study.unexpected_tokens(writer(model(m=5)), ids[:2])
+    assert torch.equal(short, tiny().get_input_embeddings()(torch.tensor([ids[0]] * 3 + [ids[1]] * 2)))
+
+
+class TestPipeline:
+    def pipeline(self, query_format="chat"):
+        config = GradMemConfig(num_memory_tokens=4, query_format=query_format)
+        return GradMemPipeline(get_peft_model(tiny(), config).eval(), tiny_tokenizer(bos=True))
+
+    @pytest.mark.parametrize("query_format", ["text", "chat", "Question : {query} :"])
+    def test_it_asks_as_the_pipeline_does(self, query_format):
+        pipeline = self.pipeline(query_format)
+        study = study_tokens(query_format, pipeline.tokenizer)
+        shown = [*study["before"], *pipeline.tokenizer("w1 w2", add_special_tokens=False)["input_ids"], *study["after"]]
+        assert pipeline.encode_prompts(["w1 w2"])[0][0].tolist() == shown
+
+    def test_options_and_fields(self):
+        pipeline = self.pipeline()
+        study = Study(queries=4, batch=2, query_tokens=3, answer_tokens=4)
+        options = WriteOptions(objective="self_study", study=study, steps=3)
+        state = pipeline.write(tiny_text(9), options=options)
+        assert state.equal(pipeline.write(tiny_text(9), objective="self_study", study=study, steps=3))
+        assert state.equal(pipeline.write_many([tiny_text(9)], options=options))
+        filled = replace(study, **study_tokens("chat", pipeline.tokenizer))
+        assert state.equal(pipeline.write(tiny_text(9), objective="self_study", study=filled, steps=3))
+        assert pipeline.generate("w1", memory=state, max_new_tokens=3)
+        store = MemoryStateStore()
+        assert store.get(store.write(pipeline, tiny_text(9), options)[0]).equal(state)
+
+    def test_progress(self):
+        seen = []
+        self.pipeline().write(
+            tiny_text(9), callback=seen.append, objective="self_study", study=Study(queries=3, batch=2), steps=2
+        )
+        assert [progress.step for progress in seen] == [0, 1, 2]
+        assert all(0 <= float(progress.recovered) <= 1 for progress in seen)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        "config",
+        [{"lora_config": lora()}, {"memory_projection": "shared"}, {"num_control_tokens": 1}],
+        ids=lambda config: next(iter(config)),
+    )
+    def test_an_adapter_that_reads_otherwise(self, config):
+        with pytest.raises(ValueError, match="is for the untouched backbone"):
+            write(make(**config))
+
+    def test_a_context_too_long_to_be_asked_about(self):
+        with pytest.raises(ValueError, match="A context has 80 tokens"):
+            write(model(), tokens(1, 80))
+        assert len(write(model(), tokens(1, 75), steps=0)) == 1
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"objective": "recite"}, "objective must be one of"),
+            ({"objective": "self_study", "tolerance": 0.1}, "do not go with objective"),
+            ({"objective": "self_study", "stop_when_recovered": True}, "do not go with objective"),
+            ({"objective": "self_study", "compile": True}, "compile=True cannot be had"),
+            ({"objective": "self_study", "study": {}}, "study must be a Study"),
+            ({"study": SMALL}, "study has no effect"),
+        ],
+        ids=str,
+    )
+    def test_options(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            WriteOptions(**fields)
+
+    @pytest.mark.parametrize("field", ["queries", "batch", "query_tokens", "answer_tokens", "seed"])
+    def test_a_study(self, field):
+        for wrong in (-1, 1.5, True, "8"):
+            with pytest.raises(ValueError, match=f"{field} of a Study must be an integer"):
+                Study(**{field: wrong})
+
+
+def test_batches_go_through_all_lessons():
+    of = writer(model())
+    with torch.no_grad():
+        lessons = self_study.learn(of, IDS[0].tolist(), Study(queries=7, batch=3, answer_tokens=3))
+    study = self_study.SelfStudy(of, [lessons], Study(queries=7, batch=3))
+    drawn = [study._next() for _ in range(7)]
+    assert all(len(part) == 3 for part in drawn)
+    assert sorted(i for part in drawn for i in part) == sorted([*range(7)] * 3)
+    assert any(a != b for a, b in pairwise(drawn))
