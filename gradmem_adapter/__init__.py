@@ -8,7 +8,7 @@ from gradmem_adapter.backbones import SMOLLM2, load_backbone
 from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import Fidelity, GradMemModel
-from gradmem_adapter.outputs import GradMemOutput, WriteProgress
+from gradmem_adapter.outputs import GradMemOutput, ScoredText, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.registration import register
@@ -32,6 +32,7 @@ __all__ = [
     "GradMemPipeline",
     "MemoryState",
     "MemoryStateError",
+    "ScoredText",
     "Study",
     "WriteOptions",
     "WriteProgress",

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Collection
 from dataclasses import InitVar, dataclass, fields
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast, get_args
 
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -164,6 +164,7 @@ class GradMemConfig(PeftConfig):
     init_weights: bool = True
     query_format: str = "text"
     trained_length: int | None = None
+    score_calibration: tuple[float, float] | None = None
     probe_backbone: InitVar[bool] = True
 
     def __post_init__(self, probe_backbone: bool) -> None:
@@ -194,6 +195,8 @@ class GradMemConfig(PeftConfig):
         for name in ("write_lr_from_end", "write_head", "train_backbone", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if self.score_calibration is not None:
+            self._check_calibration()
         self._check_choice("write_optimizer", REGISTRIES["write_optimizer"])
         self._check_choice("meta_gradient", (*REGISTRIES["meta_gradient"], "none"))
         self._check_choice("learn_write_lr", get_args(LearnWriteLR))
@@ -217,6 +220,18 @@ class GradMemConfig(PeftConfig):
                 "0 or choose another meta_gradient."
             )
         self.lora_config = self._as_lora_config(self.lora_config)
+
+    def _check_calibration(self) -> None:
+        try:
+            scale, offset = map(float, cast(tuple[float, float], self.score_calibration))
+        except (TypeError, ValueError):
+            scale = offset = math.nan
+        if not (0 < scale < math.inf and math.isfinite(offset)):
+            raise ValueError(
+                "score_calibration must be two finite numbers, a positive scale and an offset, got "
+                f"{self.score_calibration!r}."
+            )
+        self.score_calibration = scale, offset
 
     @property
     def prefix_length(self) -> int:

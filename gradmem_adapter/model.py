@@ -17,6 +17,7 @@ from gradmem_adapter.read.generation import check_prompt, generate_with_memory
 from gradmem_adapter.read.loss import outer_loss
 from gradmem_adapter.read.prefix import memory_of_queries
 from gradmem_adapter.read.prefix_cache import KeptPrefix, PrefixCache, prefix_key
+from gradmem_adapter.read.support import support
 from gradmem_adapter.state import MemoryState, check_readable
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.backbone import device_of
@@ -317,6 +318,31 @@ class GradMemModel(GradMemTuner):
                 key = prefix_key(self.model, self._adapter, self.fingerprint())
                 kept = KeptPrefix(self.prefix_cache, memory, key, check)
             return generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
+
+    @of_one_adapter
+    def support(
+        self,
+        queries: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        memory: MemoryState,
+        *,
+        context_index: Tensor | None = None,
+        strict: bool = True,
+    ) -> Tensor:
+        """How much likelier answers are with memory than without, see `read/support.py`.
+
+        Args:
+            queries, answers (`Sequence`): B rows of token ids, an answer being what follows its query.
+            memory (`MemoryState`): one state for all queries or one per query.
+            context_index (`Tensor`, *optional*): as for `generate`.
+            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
+
+        Returns:
+            `Tensor`: `[B]`, nats a token.
+        """
+        with torch.no_grad():
+            prefix = self._prefix(memory_of_queries(self._vectors(memory, strict), len(queries), context_index))
+        return support(self.model, prefix, queries, answers)
 
     # ---------------------------------------------------------------- what was kept
 

@@ -65,3 +65,15 @@ class Fidelity(NamedTuple):
 
     greedy: Tensor
     teacher_forced: Tensor
+
+
+class ScoredText(NamedTuple):
+    """What `GradMemPipeline.generate(return_scores=True)` returns for each answer.
+
+    Args:
+        text (`str`): the answer.
+        score (`float`): from 0 to 1, how far memory supports it.
+    """
+
+    text: str
+    score: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from peft import PeftModel
@@ -21,7 +21,7 @@ from transformers import (
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.lora import without_lora
 from gradmem_adapter.ops.padding import pad
-from gradmem_adapter.outputs import Fidelity, WriteProgress
+from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list, study_tokens
 from gradmem_adapter.state import MemoryState
@@ -163,9 +163,26 @@ class GradMemPipeline:
 
     # ---------------------------------------------------------------- READ
 
+    @overload
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState | None = None, **options: Any
-    ) -> list[str]:
+        self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState | None = None,
+        return_scores: Literal[False] = False, **options: Any,
+    ) -> list[str]: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState | None = None, return_scores: Literal[True],
+        **options: Any,
+    ) -> list[ScoredText]: ...  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        memory: MemoryState | None = None,
+        return_scores: bool = False,
+        **options: Any,
+    ) -> list[str] | list[ScoredText]:
         """Answer prompts from memory, in one batch.
 
         Args:
@@ -173,21 +190,56 @@ class GradMemPipeline:
                 adapter's `query_format`, or a list of chat messages, put into the tokenizer's chat template.
             memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt; None: the backbone alone,
                 without the adapter.
+            return_scores (`bool`, *optional*, defaults to `False`): say with each answer how far memory supports it:
+                how much likelier it is with memory than without, as a probability (`score_calibration` in the
+                adapter's configuration says how). It takes two more passes over prompt and answer.
             options: what `model.generate` takes: `max_new_tokens`, `do_sample`, `stop_strings`, `context_index`, ...
 
         Returns:
-            `list[str]`: the new text of each prompt, without the prompt.
+            `list[str]`: the new text of each prompt, without the prompt. With `return_scores` `list[ScoredText]`.
 
         Raises:
-            ValueError: states that do not fit the prompts or the model; chat messages without a chat template.
+            ValueError: states that do not fit the prompts or the model; chat messages without a chat template;
+                scores without memory.
         """
+        if return_scores and memory is None:
+            raise ValueError("return_scores says how far memory supports an answer: pass a memory.")
         batch = prompt_list(prompts)
         if not batch:
             return []
         input_ids, mask = self.encode_prompts(batch)
         output = self.generate_ids(input_ids, mask, memory=memory, **self.generation_options(options))
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        return self.tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
+        new = (output if isinstance(output, Tensor) else output.sequences)[:, input_ids.shape[1] :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        if memory is None or not return_scores:
+            return texts
+        scores = self._scores(input_ids, mask, new, memory, options)
+        return [ScoredText(text, score) for text, score in zip(texts, scores, strict=True)]
+
+    def _scores(
+        self, input_ids: Tensor, mask: Tensor, new: Tensor, memory: MemoryState, options: dict[str, Any]
+    ) -> list[float]:
+        """How far memory supports new tokens `[B x sequences, n]` behind prompts `[B, T]`."""
+        end = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = {*(end if isinstance(end, list) else [end]), self._pad_token_id}
+        answers = []
+        for row in new.tolist():
+            last = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+            answers.append(row[: last + 1])
+        prompts = [ids[counts.bool()].tolist() for ids, counts in zip(input_ids, mask, strict=True)]
+        index = options.get("context_index")
+        if index is None:
+            index = range(len(prompts)) if len(memory) > 1 else [0] * len(prompts)
+        each = len(new) // len(prompts)  # several sequences of a prompt stand side by side
+        found = self.model.support(
+            [prompt for prompt in prompts for _ in range(each)],
+            answers,
+            memory,
+            context_index=torch.as_tensor(index).repeat_interleave(each, dim=0),
+            strict=options.get("strict", True),
+        )
+        scale, offset = self.model.active_peft_config.score_calibration or (1.0, 0.0)
+        return (scale * found + offset).sigmoid().tolist()
 
     def stream(
         self, prompt: Prompt, *, memory: MemoryState | None = None, **options: Any

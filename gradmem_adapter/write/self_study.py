@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
 
+from gradmem_adapter.ops.answers import shares_caches, states_of_answers
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import WriteProgress
@@ -139,7 +139,7 @@ class SelfStudy:
         """
         backbone, slots = self.writer.backbone, self.writer.slots
         prefix = slots.prefix(memory, "read", self.writer.adapter)
-        hidden = _states_of_answers(backbone, prefix, [(lesson.query, lesson.answer) for lesson in lessons])
+        hidden = states_of_answers(backbone, prefix, [(lesson.query, lesson.answer) for lesson in lessons])
         head = output_head(backbone)
         found = head(torch.cat(hidden)[None])[0].float().log_softmax(-1)
         with torch.no_grad():
@@ -180,7 +180,7 @@ def learn(writer: Writer, text: list[int], study: Study) -> list[Lesson]:
         rows = [[]] * study.queries
         answers = _generate(backbone, shown, rows, study.answer_tokens, (), draw)
     before = backbone.get_input_embeddings()(torch.tensor([shown], device=device_of(backbone)))
-    hidden = _states_of_answers(backbone, before, list(zip(rows, answers, strict=True)))
+    hidden = states_of_answers(backbone, before, list(zip(rows, answers, strict=True)))
     return [
         Lesson([*study.before, *row] if row else [], answer, states.clone())
         for row, answer, states in zip(rows, answers, hidden, strict=True)
@@ -215,33 +215,6 @@ def unexpected_tokens(writer: Writer, text: list[int]) -> Tensor:
     return cast(Tensor, embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
 
 
-def _states_of_answers(backbone: Any, prefix: Tensor, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
-    """The last hidden states `[answer, h]` that predict each answer behind `[prefix; query]`, for `[1, P, d]`."""
-    ids, _ = pad([[*query, *answer[:-1]] for query, answer in rows], "right")
-    embeddings = backbone.get_input_embeddings()(ids.to(prefix.device))
-    prefix = prefix.to(embeddings.dtype)
-    # Padding is on the right, where a causal model does not look.
-    if _shares(backbone):
-        before = trunk(backbone)(inputs_embeds=prefix, use_cache=True, return_dict=True)
-        cache = before.past_key_values
-        cache.batch_repeat_interleave(len(rows))
-        behind = trunk(backbone)(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, return_dict=True)
-        last = before.last_hidden_state[:, -1:].expand(len(rows), -1, -1)
-        states = torch.cat([last, behind.last_hidden_state], dim=1)
-    else:
-        whole = torch.cat([prefix.expand(len(rows), -1, -1), embeddings], dim=1)
-        hidden = trunk(backbone)(inputs_embeds=whole, use_cache=False, return_dict=True).last_hidden_state
-        states = hidden[:, prefix.shape[1] - 1 :]
-    return [row[len(query) : len(query) + len(answer)] for row, (query, answer) in zip(states, rows, strict=True)]
-
-
-def _shares(backbone: Any) -> bool:
-    """Whether rows may share the keys and values of what stands before all of them."""
-    if backbone.training or not backbone._supports_default_dynamic_cache():
-        return False
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=backbone.config).layers)
-
-
 class _Sample(LogitsProcessor):
     """Noise of Gumbel's distribution: the first choice is then a sample, from a generator of our own."""
 
@@ -268,7 +241,7 @@ def _generate(
     end = backbone.generation_config.eos_token_id
     stops = [*(end if isinstance(end, list) else [] if end is None else [end]), *ends]
     cache = None
-    if _shares(backbone) and len(shown) > 1:
+    if shares_caches(backbone) and len(shown) > 1:
         first, rows = torch.tensor([shown[:-1]]), [[shown[-1], *row] for row in rows]  # `generate` needs a new token
         cache = DynamicCache(config=backbone.config)
         trunk(backbone)(first.to(device_of(backbone)), past_key_values=cache, use_cache=True)

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer, tokens
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline, Study, WriteOptions
+from gradmem_adapter.ops import answers
 from gradmem_adapter.prompts import study_tokens
 from gradmem_adapter.write import self_study
 
@@ -38,8 +39,9 @@ def test_rows_may_share_what_stands_before_them(architecture, study, monkeypatch
     """Keys and values of the prefix, computed once, give what every row by itself gives."""
     of = writer(model(architecture))
     found = []
-    for shares in (self_study._shares, lambda backbone: False):
-        monkeypatch.setattr(self_study, "_shares", shares)
+    for shares in (answers.shares_caches, lambda backbone: False):
+        monkeypatch.setattr(self_study, "shares_caches", shares)
+        monkeypatch.setattr(answers, "shares_caches", shares)
         with torch.no_grad():
             lessons = self_study.learn(of, IDS[0].tolist(), study)
         width = of.backbone.get_input_embeddings().weight.shape[1]

@@ -1,0 +1,53 @@
+"""What predicts an answer behind a prefix and a query, for many answers at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from gradmem_adapter.ops.padding import pad
+from gradmem_adapter.utils.backbone import trunk
+
+
+def states_of_answers(
+    backbone: Any, prefix: Tensor, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[Tensor]:
+    """The last hidden states that predict answers behind `[prefix; query]`.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        prefix (`Tensor`): `[R, P, d]`, or `[1, P, d]` for all rows, which is then run through the model once.
+        rows (`Sequence`): R pairs of a query and an answer, token ids.
+
+    Returns:
+        `list[Tensor]`: `[answer, h]` for each row.
+    """
+    ids, _ = pad([[*query, *answer[:-1]] for query, answer in rows], "right")
+    embeddings = backbone.get_input_embeddings()(ids.to(prefix.device))
+    prefix = prefix.to(embeddings.dtype)
+    # Padding is on the right, where a causal model does not look.
+    if len(prefix) == 1 and prefix.shape[1] and shares_caches(backbone):
+        before = trunk(backbone)(inputs_embeds=prefix, use_cache=True, return_dict=True)
+        cache = before.past_key_values
+        cache.batch_repeat_interleave(len(rows))
+        behind = trunk(backbone)(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, return_dict=True)
+        last = before.last_hidden_state[:, -1:].expand(len(rows), -1, -1)
+        states, skipped = torch.cat([last, behind.last_hidden_state], dim=1), 0
+    else:
+        whole = torch.cat([prefix.expand(len(rows), -1, -1), embeddings], dim=1)
+        states = trunk(backbone)(inputs_embeds=whole, use_cache=False, return_dict=True).last_hidden_state
+        skipped = prefix.shape[1] - 1
+    starts = [skipped + len(query) for query, _ in rows]
+    return [row[i : i + len(answer)] for row, i, (_, answer) in zip(states, starts, rows, strict=True)]
+
+
+def shares_caches(backbone: Any) -> bool:
+    """Whether rows may share the keys and values of what stands before all of them."""
+    if backbone.training or not backbone._supports_default_dynamic_cache():
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=backbone.config).layers)

@@ -1,0 +1,107 @@
+"""How far memory supports an answer: a likelihood ratio, and a probability made of it."""
+
+import math
+
+import pytest
+import torch
+from adapters import lora
+from peft import get_peft_model
+from tiny import tiny, tiny_text, tiny_tokenizer, tokens
+
+from gradmem_adapter import GradMemConfig, GradMemPipeline, ScoredText
+
+CONTEXTS = [tiny_text(9, 1), tiny_text(5, 2), tiny_text(12, 3)]
+PROMPTS = [tiny_text(6, 4), tiny_text(2, 5), tiny_text(4, 6)]
+OPTIONS = {"max_new_tokens": 6, "do_sample": False}
+
+
+def make(architecture="llama", **config):
+    config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, memory_init_std=0.5, lora_config=lora(), **config)
+    return GradMemPipeline(get_peft_model(tiny(architecture), config).eval(), tiny_tokenizer())
+
+
+def likelihood(model, query, answer, **memory):
+    """By the model's own forward, one row."""
+    ids = torch.tensor([[*query, *answer]])
+    logits = model(input_ids=ids, **memory).logits[0, len(query) - 1 : -1].log_softmax(-1)
+    return sum(float(row[token]) for row, token in zip(logits, answer, strict=True)) / len(answer)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+def test_it_is_the_ratio_of_likelihoods(architecture):
+    model = make(architecture).model
+    states = model.write(tokens(3, 9))
+    queries = [tokens(1, n, seed=n)[0].tolist() for n in (4, 2, 7)]
+    answers = [tokens(1, n, seed=n + 9)[0].tolist() for n in (3, 5, 1)]
+    expected = [
+        likelihood(model, query, answer, memory=state) - likelihood(model, query, answer)
+        for query, answer, state in zip(queries, answers, states, strict=True)
+    ]
+    torch.testing.assert_close(model.support(queries, answers, states), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    one = model.support(queries, answers, states, context_index=torch.tensor([1, 1, 0]))
+    torch.testing.assert_close(one[0], model.support(queries[:1], answers[:1], states[1])[0])
+
+
+def test_scores_come_with_the_answers():
+    pipeline = make()
+    states = pipeline.write(CONTEXTS)
+    scored = pipeline.generate(PROMPTS, memory=states, return_scores=True, **OPTIONS)
+    assert all(isinstance(item, ScoredText) for item in scored)
+    assert [text for text, _ in scored] == pipeline.generate(PROMPTS, memory=states, **OPTIONS)
+    assert len({round(score, 6) for _, score in scored}) == 3
+    for prompt, state, (text, score) in zip(PROMPTS, states, scored, strict=True):
+        ((alone, same),) = pipeline.generate(prompt, memory=state, return_scores=True, **OPTIONS)
+        assert alone == text
+        assert same == pytest.approx(score, abs=1e-4)
+        ids, _ = pipeline.encode_prompts([prompt])
+        new = pipeline.model.generate(ids, memory=state, **OPTIONS)[0, ids.shape[1] :].tolist()
+        ratio = likelihood(pipeline.model, ids[0].tolist(), new, memory=state) - likelihood(
+            pipeline.model, ids[0].tolist(), new
+        )
+        assert score == pytest.approx(1 / (1 + math.exp(-ratio)), abs=1e-4)
+    index = pipeline.generate(PROMPTS, memory=states, context_index=[0, 1, 2], return_scores=True, **OPTIONS)
+    assert [score for _, score in index] == pytest.approx([score for _, score in scored], abs=1e-4)
+
+
+def test_calibration_is_the_adapters():
+    plain, calibrated = make(), make(score_calibration=[2.0, -0.5])
+    assert calibrated.model.active_peft_config.score_calibration == (2.0, -0.5)
+    state = plain.write(CONTEXTS[0])
+    ((_, score),) = plain.generate(PROMPTS[0], memory=state, return_scores=True, **OPTIONS)
+    weights = plain.model.state_dict()
+    calibrated.model.load_state_dict(weights)
+    ((_, other),) = calibrated.generate(PROMPTS[0], memory=state, return_scores=True, **OPTIONS)
+    assert other == pytest.approx(1 / (1 + math.exp(-(2 * math.log(score / (1 - score)) - 0.5))), abs=1e-4)
+
+
+def test_what_ends_early_is_scored_as_it_is_alone():
+    """What fills up a batch behind the end token is no part of an answer."""
+    pipeline = make()
+    states = pipeline.write(CONTEXTS)
+    first = pipeline.model.generate(pipeline.encode_prompts(PROMPTS[:1])[0], memory=states[0], **OPTIONS)
+    end = int(first[0, -3])
+    scored = pipeline.generate(PROMPTS, memory=states, return_scores=True, eos_token_id=end, **OPTIONS)
+    alone = [
+        pipeline.generate(prompt, memory=state, return_scores=True, eos_token_id=end, **OPTIONS)[0].score
+        for prompt, state in zip(PROMPTS, states, strict=True)
+    ]
+    assert [score for _, score in scored] == pytest.approx(alone, abs=1e-4)
+
+
+def test_several_sequences():
+    pipeline = make()
+    states = pipeline.write(CONTEXTS)
+    scored = pipeline.generate(
+        PROMPTS, memory=states, return_scores=True, num_beams=2, num_return_sequences=2, max_new_tokens=4
+    )
+    assert len(scored) == 6
+    best = pipeline.generate(PROMPTS[1], memory=states[1], return_scores=True, num_beams=2, max_new_tokens=4)
+    assert scored[2].score == pytest.approx(best[0].score, abs=1e-4)
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="pass a memory"):
+        make().generate(PROMPTS, return_scores=True)
+    for wrong in (1.0, (1.0,), (0.0, 1.0), (1.0, float("nan")), "ab"):
+        with pytest.raises(ValueError, match="score_calibration must be two finite numbers"):
+            GradMemConfig(score_calibration=wrong)
