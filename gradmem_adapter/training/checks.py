@@ -53,6 +53,11 @@ def check_arguments(args: GradMemTrainingArguments, model: nn.Module, config: Gr
         args.remove_unused_columns = False
     if args.label_smoothing_factor:
         raise ValueError("label_smoothing_factor is not supported: the loss is the backbone's own. Set it to 0.")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' counts tokens, which rows of texts do not have yet. Choose "
+            "'group_by_length', which goes by the length of contexts."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} devices and would split each batch over them, contexts and queries by the "

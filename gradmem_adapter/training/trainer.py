@@ -13,8 +13,9 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from gradmem_adapter.layer import MemorySlots
@@ -172,6 +173,14 @@ class GradMemTrainer(EvaluatingTrainer):
         if isinstance(self.train_dataset, Batches):
             return DataLoader(self.train_dataset, shuffle=False)  # its length alone counts, see get_batch_samples
         return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """`"group_by_length"` goes by the texts of contexts: rows have no `input_ids`."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=[len(row["context"]) for row in rows])
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -57,7 +57,10 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         Returns:
             `list[Document]`: new documents, in order; those passed in stay as they are.
         """
-        parts = [self.split(document.page_content) if document.page_content.strip() else [] for document in documents]
+        parts = [
+            self.split(document.page_content, f"Document {i} (id {document.id})") if document.page_content.strip() else []
+            for i, document in enumerate(documents)
+        ]
         texts = [text for pieces in parts for text in pieces]
         before = self.store.writes
         references = iter(self.write_texts(texts) if texts else [])

@@ -74,8 +74,17 @@ class MemoryWriter(BaseModel):
         limits = [limit for limit in (chosen, self.pipeline.max_context_tokens) if limit is not None]
         return min(limits) - len(self.pipeline.tokenizer("")["input_ids"]) if limits else None
 
-    def split(self, text: str) -> list[str]:
-        """Parts of a text that memory holds well, about as long as each other, cut at sentences where it has some."""
+    def split(self, text: str, name: str = "The text") -> list[str]:
+        """Parts of a text that memory holds well, about as long as each other, cut at sentences where it has some.
+
+        Args:
+            text (`str`): of any length.
+            name (`str`, *optional*, defaults to `"The text"`): what it is called in errors.
+
+        Raises:
+            ValueError: it is no text in Unicode.
+        """
+        _check_unicode(name, text)
         limit = self.longest
         offsets = self.pipeline.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         parts, begin, token = [], 0, 0
@@ -116,5 +125,18 @@ class MemoryWriter(BaseModel):
         """Tokens of each line with its end."""
         if not lines:
             return []
+        for number, line in enumerate(lines):
+            _check_unicode(f"Line {number} ({line[:40]!r})", line)
         rows = self.pipeline.tokenizer([f"{line}\n" for line in lines], add_special_tokens=False)["input_ids"]
         return list(map(len, rows))
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """Half a character, as broken PDFs give it, is none, and tokenizers complain about types."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a character, {text[error.start]!r}, at place {error.start}, which no tokenizer reads. "
+            "Replace it: text.encode('utf-8', 'replace').decode()."
+        ) from error

@@ -453,6 +453,17 @@ class TestDivergence:
         assert 0 < logs(scaled, "memory_grad_norm")[0] < 10 * logs(plain, "memory_grad_norm")[0]
         assert len(logs(scaled, "memory_grad_norm")) == 1
 
+    def test_rows_are_grouped_by_the_lengths_of_their_contexts(self, tmp_path):
+        """Rows have no `input_ids`, which Transformers' sampler looks for."""
+        data = [row(0, 0) | {"context": tiny_text(2 if i % 2 else 40, i)} for i in range(64)]
+        run = trainer(make(), tmp_path, data, train_sampling_strategy="group_by_length", max_steps=2)
+        run.train()
+        lengths = [len(data[i]["context"]) > 60 for i in run._get_train_sampler()]
+        pairs = list(zip(lengths[::2], lengths[1::2], strict=True))
+        assert sum(one == other for one, other in pairs) > 28  # by chance 16
+        with pytest.raises(ValueError, match=r"batch_rebalance.*Choose 'group_by_length'"):
+            trainer(make(), tmp_path, data, train_sampling_strategy="batch_rebalance")
+
     def test_plain_arguments_hide_nothing(self, tmp_path):
         args = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, remove_unused_columns=False)
         run = GradMemTrainer(

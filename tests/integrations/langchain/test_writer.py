@@ -1,6 +1,7 @@
 """MemoryWriter: what does not fit is cut, what fits is joined."""
 
 import pytest
+from langchain_core.documents import Document
 from langchain_gradmem import GradMemCompressor, MemoryWriter, TurnMemory
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
@@ -59,6 +60,26 @@ def test_parts_are_as_long_as_the_adapter_was_trained_for():
     assert [len(part.split()) for part in trained.join([tiny_text(120)])] == [40, 40, 40]
     chosen = MemoryWriter(pipeline=trained.pipeline, part_tokens=30)
     assert [len(part.split()) for part in chosen.split(tiny_text(90))] == [30, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda w: w.split("w1 \ud83d w2"), "The text"),
+        (lambda w: w.join(["w1 w2", "w1 \ud83d w2"]), "Line 1"),
+        (lambda w: w.write_texts(["w1 w2", "w1 \ud83d w2"]), "Context 1"),
+        (
+            lambda w: GradMemCompressor(pipeline=w.pipeline).compress_documents(
+                [Document("w1"), Document("w1 \ud83d w2", id="page-7")], ""
+            ),
+            r"Document 1 \(id page-7\)",
+        ),
+    ],
+)
+def test_half_a_character_is_told_by_its_text(writer, write, name):
+    """Tokenizers would complain about types."""
+    with pytest.raises(ValueError, match=f"{name}.* has half a character.*at place 3"):
+        write(writer)
 
 
 @pytest.mark.parametrize("longest", [1, 2, 5, 9])
