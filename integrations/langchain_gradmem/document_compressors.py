@@ -58,7 +58,9 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
             `list[Document]`: new documents, in order; those passed in stay as they are.
         """
         parts = [
-            self.split(document.page_content, f"Document {i} (id {document.id})") if document.page_content.strip() else []
+            self.split(document.page_content, f"Document {i} (id {document.id})")
+            if document.page_content.strip()
+            else []
             for i, document in enumerate(documents)
         ]
         texts = [text for pieces in parts for text in pieces]
