@@ -9,18 +9,20 @@ from typing import Annotated
 import typer
 
 from gradmem_adapter.cli.options import DEVICE, chosen_device, errors_of
-from gradmem_adapter.training import TrainingDiverged
+from gradmem_adapter.training import RowBatches, TrainingDiverged
+from gradmem_adapter.training.pools import save_pools
 from gradmem_adapter.utils.files import check_writable
 
 from .compare import compare as compare_answers
 from .config import Evaluation, RunConfig, task_of
-from .models import load_config
+from .models import load_config, tokenizer_of
 from .plots import draw_all
 from .results import RESULTS
 from .run import evaluate
 from .tables import ROOT, fill, markdown, results_table
 from .tasks import KVRetrieval, Reconstruction, Task
 from .train import train as train_run
+from .train import training_batches
 
 app = typer.Typer(
     help="Reproduce every number: train from a recipe, measure, compare, and make the tables and plots.",
@@ -45,6 +47,23 @@ def train(
         typer.echo(f"Interrupted; the same command goes on from {output}.")
         raise typer.Exit(130)
     typer.echo(f"Saved: {checkpoint}. Measure it: python -m evaluation run {checkpoint}")
+
+
+@app.command()
+@errors("tokenize")
+def tokenize(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file of evaluation/recipes.")],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="For `train --set tokenized=FILE` of recipes like it.")],
+    settings: Annotated[list[str] | None, SETTING] = None,
+) -> None:
+    """Tokenize what a recipe trains on, once for several runs on the same tasks and buckets."""
+    check_writable(output)
+    config = RunConfig.load(recipe, settings or ())
+    batches = training_batches(config, tokenizer_of(config))
+    if not isinstance(batches, RowBatches):
+        raise ValueError(f"{recipe} makes its batches while it trains; there is nothing to tokenize.")
+    save_pools(batches.pools, output)
+    typer.echo("\n".join(f"{len(pool.contexts)} contexts of up to {pool.length} tokens" for pool in batches.pools))
 
 
 @app.command()

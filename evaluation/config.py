@@ -74,6 +74,8 @@ class RunConfig:
             method, which must be a baseline, the LoRA alone.
         teacher (`str`, *optional*): a checkpoint of a run by `full_context`, whose distributions are further targets
             (`training.distillation_weight` and `distillation_temperature` say how).
+        tokenized (`str`, *optional*): a file that `python -m evaluation tokenize` made of the same tasks; None: their
+            texts are tokenized when training starts.
         evaluation (`Evaluation`, *optional*): what `python -m evaluation run` measures.
         trained_minutes (`float`, *optional*): written into the configuration of a finished model: how long it took.
 
@@ -89,6 +91,7 @@ class RunConfig:
     training: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     teacher: str | None = None
+    tokenized: str | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     trained_minutes: float | None = None
 

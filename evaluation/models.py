@@ -78,6 +78,11 @@ def build_model(config: RunConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run."""
+    return load_backbone(config.backbone)[1] if isinstance(config.backbone, str) else config.tasks[0].tokenizer()
+
+
 @torch.no_grad()
 def _take_lora(model: nn.Module, path: Path) -> None:
     """Give a model the LoRA of a baseline's checkpoint.

@@ -15,6 +15,7 @@ from transformers.utils import is_torch_tf32_available
 
 from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, GradMemTrainingArguments, RowBatches
 from gradmem_adapter.training.callbacks import EndByClock, StopOnSignal
+from gradmem_adapter.training.pools import load_pools
 
 from .config import RunConfig
 from .models import build_model, claim_run, load_teacher, save_model
@@ -93,7 +94,11 @@ def training_batches(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> B
     options = {"seed": seed} | config.batches
     if config.method.context_per_query and "tokens" in options:
         options["tokens"] //= options.get("queries", 2)
-    rows = [(task.training_rows(), task.share) for task in config.tasks]
+    rows: Any = (
+        load_pools(config.tokenized)
+        if config.tokenized is not None
+        else [(task.training_rows(), task.share) for task in config.tasks]
+    )
     return RowBatches(rows, GradMemCollator(tokenizer, query_format=config.query_format), **options)
 
 

@@ -79,7 +79,7 @@ class RowBatches(Batches):
 
     Args:
         rows (`Sequence`): rows as `GradMemCollator` takes them, or several `(rows, share)`, where a share is how much
-            of training these rows get.
+            of training these rows get. Or the pools that another's `pools` are.
         collator (`GradMemCollator`): makes tokens of the rows.
         buckets (`Sequence[int]`, *optional*): contexts are padded to the smallest of these lengths that holds them;
             None: 64, 128, 256, ... as far as needed.
@@ -105,7 +105,7 @@ class RowBatches(Batches):
 
     def __init__(
         self,
-        rows: Rows | Sequence[tuple[Rows, float]],
+        rows: Rows | Sequence[tuple[Rows, float]] | Sequence[Pool],
         collator: GradMemCollator,
         *,
         buckets: Sequence[int] | None = None,
@@ -122,11 +122,14 @@ class RowBatches(Batches):
     ) -> None:
         if not len(rows):
             raise ValueError("There are no rows to make batches of.")
-        sources = cast(Any, rows if isinstance(rows[0], tuple) else [(rows, 1.0)])
+        if isinstance(rows[0], Pool):
+            self.pools = list(cast(Sequence[Pool], rows))
+        else:
+            sources = cast(Any, rows if isinstance(rows[0], tuple) else [(rows, 1.0)])
+            self.pools = make_pools(sources, collator, buckets, drop_longer=drop_longer, query_tokens=query_tokens)
         for name, choices in (("write_steps", write_steps), ("write_steps_side_by_side", write_steps_side_by_side)):
             if choices is not None and not _integers(choices, 0):
                 raise ValueError(f"{name} must be a list of integers from 0, and not empty; got {choices!r}.")
-        self.pools = make_pools(sources, collator, buckets, drop_longer=drop_longer, query_tokens=query_tokens)
         self.tokens, self.contexts, self.queries = tokens, contexts, queries
         self.side_by_side = _states_and_parts(side_by_side)
         self.write_steps = write_steps

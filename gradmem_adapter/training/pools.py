@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
+from gradmem_adapter.utils.files import replacing
 
 from .collator import GradMemCollator
 
@@ -24,7 +26,7 @@ class Pool:
     """The contexts of one bucket and the queries on them, as tokens.
 
     Args:
-        contexts: [C, N], right padded.
+        contexts: [C, N], right padded; tokens are kept as integers of 32 bits.
         lengths: [C], tokens of each context.
         bounds: [C], the upper bounds of the parts of [0, 1) that draw each context.
         first, count: [C], where each context's queries begin, and how many it has.
@@ -81,7 +83,7 @@ class Pool:
         which = (torch.rand(contexts, queries, **options) * self.count[chosen, None]).long()
         rows = (self.first[chosen, None] + which).flatten()
         own = torch.arange(contexts, device=device).repeat_interleave(queries)
-        texts, lengths = self.contexts[chosen], self.lengths[chosen]
+        texts, lengths = self.contexts[chosen].long(), self.lengths[chosen]
         written, index = (texts, lengths), own
         if side_by_side > 1:
             others = torch.arange(side_by_side - parts, device=device)
@@ -99,9 +101,9 @@ class Pool:
         batch = {
             "context_input_ids": written[0],
             "context_attention_mask": _mask(*written),
-            "input_ids": self.queries[rows],
-            "attention_mask": self.masks[rows],
-            "labels": self.labels[rows],
+            "input_ids": self.queries[rows].long(),
+            "attention_mask": self.masks[rows].long(),
+            "labels": self.labels[rows].long(),
             "context_index": index,
         }
         if side_by_side > 1:
@@ -122,6 +124,17 @@ def _cut(texts: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     places = starts[..., None] + torch.arange(-(-texts.shape[1] // parts), device=texts.device)
     cut = texts.gather(1, places.clamp(max=texts.shape[1] - 1).flatten(1)).view(-1, places.shape[-1])
     return cut, (ends - starts).clamp(min=1).flatten()  # at least a token, where a text has fewer than P
+
+
+def save_pools(pools: Sequence[Pool], path: str | Path) -> None:
+    """Keep what `make_pools` made, for `load_pools`: tokenizing many texts takes minutes."""
+    with replacing(Path(path)) as temporary:
+        torch.save([vars(pool) for pool in pools], temporary)
+
+
+def load_pools(path: str | Path) -> list[Pool]:
+    """What `save_pools` kept."""
+    return [Pool(**pool) for pool in torch.load(path, weights_only=True)]
 
 
 def make_pools(
@@ -194,7 +207,8 @@ def _pool(batches: list[tuple[dict[str, Tensor], float]], size: int) -> Pool:
     longest = max(row["input_ids"].shape[1] for row in rows)
 
     def padded(name: str, width: int, value: int) -> Tensor:
-        return torch.cat([F.pad(row[name], (0, width - row[name].shape[1]), value=value) for row in rows])
+        parts = [F.pad(row[name], (0, width - row[name].shape[1]), value=value).int() for row in rows]
+        return torch.cat(parts)
 
     return Pool(
         contexts=padded("context_input_ids", size, 0),
@@ -203,7 +217,7 @@ def _pool(batches: list[tuple[dict[str, Tensor], float]], size: int) -> Pool:
         first=counts.cumsum(0) - counts,
         count=counts,
         queries=padded("input_ids", longest, 0),
-        masks=padded("attention_mask", longest, 0),
+        masks=padded("attention_mask", longest, 0).bool(),
         labels=(labels := padded("labels", longest, IGNORED)),
         share=weights.sum().item(),
         most_queries=max(1, round(counts.float().mean().item())),

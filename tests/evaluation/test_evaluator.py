@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from small_runs import METHODS, qa_config, write_folder
+import yaml
+from small_runs import METHODS, kv_fields, qa_config, qa_fields, write_folder
+from tiny import tiny_tokenizer
 from typer.testing import CliRunner
 
 from evaluation.cli import app
@@ -17,7 +19,7 @@ from evaluation.models import build_model, save_model
 from evaluation.results import Record, add_records, frame, load_records
 from evaluation.run import Answerer, evaluate
 from evaluation.tasks import Passages
-from evaluation.train import train
+from evaluation.train import train, training_batches
 
 CPU = torch.device("cpu")
 
@@ -35,8 +37,12 @@ def checkpoint(folder, tmp_path):
     return tmp_path / "model"
 
 
+def invoke_plain(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
 def invoke(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
+    return invoke_plain(*arguments, "--device", "cpu")
 
 
 class Fixed(Answerer):
@@ -152,8 +158,6 @@ def test_the_command(checkpoint, tmp_path):
 
 
 def test_training_by_the_command(folder, tmp_path):
-    import yaml
-    from small_runs import qa_fields
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(qa_fields(folder)), encoding="utf-8")
@@ -166,6 +170,19 @@ def test_training_by_the_command(folder, tmp_path):
     result = invoke("train", recipe, "--output", tmp_path / "run", "--set", "training.max_steps=3")
     assert result.exit_code == 2
     assert "another configuration: method, training differ" in " ".join(result.stderr.split())
+
+
+def test_tokenized_once_for_several_runs(folder, tmp_path):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(yaml.safe_dump(qa_fields(folder)))
+    result = invoke_plain("tokenize", recipe, "--output", tmp_path / "tokens")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-2:] == ["6 contexts of up to 10 tokens", "4 contexts of up to 16 tokens"]
+    config = qa_config(folder, tokenized=str(tmp_path / "tokens"))
+    kept, anew = (training_batches(c, tiny_tokenizer()).batch(3, CPU) for c in (config, qa_config(folder)))
+    assert all(torch.equal(torch.as_tensor(kept[name]), torch.as_tensor(anew[name])) for name in anew)
+    recipe.write_text(yaml.safe_dump(kv_fields()))
+    assert "nothing to tokenize" in invoke_plain("tokenize", recipe, "--output", tmp_path / "tokens").stderr
 
 
 def test_training_that_diverges_ends_with_status_1(folder, tmp_path, monkeypatch):

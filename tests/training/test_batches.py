@@ -7,7 +7,7 @@ from tiny import rows, tiny_tokenizer
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.training import Batches, GradMemCollator, RowBatches
-from gradmem_adapter.training.pools import make_pools
+from gradmem_adapter.training.pools import load_pools, make_pools, save_pools
 
 CPU = torch.device("cpu")
 COLLATOR = GradMemCollator(tiny_tokenizer())
@@ -137,6 +137,14 @@ class TestRowBatches:
                 name: torch.as_tensor(two[name]).shape for name in two
             }
             assert not torch.equal(one["context_input_ids"], two["context_input_ids"])
+
+    def test_pools_are_kept_in_a_file(self, tmp_path):
+        made = self.make()
+        save_pools(made.pools, tmp_path / "pools")
+        kept = RowBatches(load_pools(tmp_path / "pools"), COLLATOR, tokens=64, queries=3, side_by_side=[1, 2],
+                          write_steps=[0, 1, 2])  # fmt: skip
+        assert len(kept) == len(made)
+        assert all(equal(kept.batch(n, CPU), made.batch(n, CPU)) for n in range(6))
 
     def test_kinds(self):
         drawn = [self.make().batch(n, CPU) for n in range(60)]
