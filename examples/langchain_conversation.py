@@ -9,9 +9,9 @@ from __future__ import annotations
 import tempfile
 from statistics import mean
 
-from langchain_classic.storage import LocalFileStore
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_gradmem import (
+    AtomicFileStore,
     ChatGradMem,
     GradMemChatMessageHistory,
     MemoryStateStore,
@@ -43,7 +43,7 @@ def turn(number: int) -> list[BaseMessage]:
 def main() -> None:
     args = arguments(__doc__, turns=40, max_tokens=16)
     with tempfile.TemporaryDirectory() as folder:
-        files = LocalFileStore(folder)
+        files = AtomicFileStore(folder)
         chat = ChatGradMem(
             pipeline=open_pipeline(args.checkpoint), store=MemoryStateStore(files), max_tokens=args.max_tokens
         )

@@ -4,6 +4,7 @@
 `langchain-classic`; they are imported by themselves.
 """
 
+from .byte_stores import AtomicFileStore
 from .chains import create_gradmem_stuff_chain
 from .chat_message_histories import GradMemChatMessageHistory, StoredChatMessageHistory
 from .chat_models import ChatGradMem
@@ -15,6 +16,7 @@ from .turns import TurnMemory
 from .writer import MemoryWriter
 
 __all__ = [
+    "AtomicFileStore",
     "ChatGradMem",
     "GradMemChatMessageHistory",
     "GradMemCompressor",

@@ -74,7 +74,7 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
     may add to a session.
 
     Args:
-        store (`BaseStore[str, bytes]`): such as a `LocalFileStore`.
+        store (`BaseStore[str, bytes]`): such as an `AtomicFileStore`.
         session_id (`str`): any text.
         namespace (`str`, *optional*, defaults to `"default"`): of a tenant.
     """

@@ -33,8 +33,8 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
     """Memory states, content-addressed: the same text under the same model and options is written once.
 
     Args:
-        store (`ByteStore`, *optional*, defaults to one in memory): where the bytes go, such as a `LocalFileStore` for a
-            directory.
+        store (`ByteStore`, *optional*, defaults to one in memory): where the bytes go, such as an `AtomicFileStore`,
+            a directory.
         namespace (`str`, *optional*, defaults to `"default"`): of a tenant, at most 64 letters, digits, `_` and `-`.
             Stores of other namespaces do not see its states, nor do their references fit.
 

@@ -3,7 +3,7 @@
 import pytest
 from langchain_classic.storage import LocalFileStore
 from langchain_core.stores import InMemoryByteStore
-from langchain_gradmem import MemoryStateStore
+from langchain_gradmem import AtomicFileStore, MemoryStateStore
 from tiny_pipeline import tiny_pipeline
 
 REFERENCE = "0123456789abcdef" * 2
@@ -19,9 +19,9 @@ def states():
     return list(tiny_pipeline().write(["w1 w2 w3", "w4 w5"]))
 
 
-@pytest.fixture(params=["memory", "files"])
+@pytest.fixture(params=[None, LocalFileStore, AtomicFileStore])
 def raw(request, tmp_path):
-    return InMemoryByteStore() if request.param == "memory" else LocalFileStore(tmp_path)
+    return InMemoryByteStore() if request.param is None else request.param(tmp_path)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

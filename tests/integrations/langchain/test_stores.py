@@ -7,8 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from langchain_classic.storage import LocalFileStore
-from langchain_gradmem import MemoryStateStore
+from langchain_gradmem import AtomicFileStore, MemoryStateStore
 from langchain_gradmem.writer import MemoryWriter
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
@@ -81,8 +80,8 @@ class TestWrite:
         assert store.get(reference) == pipeline.write(TEXTS[0]).cpu()
 
     def test_a_directory_outlives_the_store(self, pipeline, tmp_path):
-        (reference,) = MemoryStateStore(LocalFileStore(tmp_path)).write(pipeline, TEXTS[:1])
-        again = MemoryStateStore(LocalFileStore(tmp_path))
+        (reference,) = MemoryStateStore(AtomicFileStore(tmp_path)).write(pipeline, TEXTS[:1])
+        again = MemoryStateStore(AtomicFileStore(tmp_path))
         assert again.write(pipeline, TEXTS[:1]) == [reference]
         assert again.writes == 0
 
