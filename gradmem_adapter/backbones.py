@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.utils.gguf import open_gguf
@@ -132,7 +131,9 @@ def _open_directory_or_hub(
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
         opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:  # not there, not reachable, damaged, or not a causal LM
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # not there, not reachable, not a causal LM, or damaged, which readers say in many ways
         where = "directory" if path.is_dir() else "hub id (there is no directory of that name)"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"backbone {reference!r}, read as a {where}, cannot be opened. {_FORMS}. Cause: {error}") from error

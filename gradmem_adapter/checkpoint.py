@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from gradmem_adapter.backbones import HUB_IDS, embeddings_of, is_installed, load
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
+from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import read_text
 
 BACKBONE = "backbone"
@@ -36,7 +35,7 @@ BACKBONE = "backbone"
 PACKAGED = "packaged_backbone.txt"
 """The file that names the weights an adapter was made for where they come in a Python package, and its configuration
 has the name of the same model on the hub."""
-_OWN = {
+OWN = {
     *(PACKAGED, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "adapter_model.bin", BACKBONE),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
@@ -52,8 +51,9 @@ def save_checkpoint(
 ) -> None:
     """Save the active adapter and the tokenizer, and the backbone where it was trained, for `load_checkpoint`.
 
-    The directory appears whole or not at all; a checkpoint that is there already is replaced, and other files beside it
-    stay.
+    The directory appears whole or not at all. A checkpoint that is there already is replaced, and other files beside it
+    stay. If the process is killed, `load_checkpoint` finds the old one or the new one. `SHA256SUMS` has the digests of
+    all files, which it compares.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
@@ -66,36 +66,13 @@ def save_checkpoint(
         FileExistsError: there is something else at `path`, which is left alone.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and ((path / CONFIG_NAME).exists() or not any(path.iterdir()))):
+    left = path.is_dir() and all(entry.name.startswith(".gradmem-") for entry in path.iterdir())  # by killed processes
+    if path.exists() and not (left or (path / CONFIG_NAME).exists()):
         raise FileExistsError(
-            f"{str(path)!r} exists and is no adapter checkpoint. Saving would replace it whole; choose another place."
+            f"{str(path)!r} exists and is no adapter checkpoint. Saving could replace what it holds; choose another "
+            "place."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        old = Path(temporary) / "old"
-        new = _write(model, tokenizer, Path(temporary) / "new")
-        if lora_dtype is not None:
-            _round_lora(new / SAFETENSORS_WEIGHTS_NAME, lora_dtype)
-        if path.exists():
-            _keep_others(path, new)
-            path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-
-
-def _keep_others(old: Path, new: Path) -> None:
-    """Put what is in the old directory and of no checkpoint into the new one too: notes, a Trainer's checkpoints."""
-    for entry in old.iterdir():
-        if entry.name in _OWN or (new / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True)
-        else:
-            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+    save_beside(model, tokenizer, path, lora_dtype=lora_dtype)
 
 
 def _round_lora(file: Path, dtype: torch.dtype) -> None:
@@ -103,41 +80,39 @@ def _round_lora(file: Path, dtype: torch.dtype) -> None:
     save_file({n: t.to(dtype) if ".lora_" in n else t for n, t in tensors.items()}, file, metadata={"format": "pt"})
 
 
-def save_beside(model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Save as `save_checkpoint` does, but into a directory that holds other files, which stay.
-
-    The files are written elsewhere first and moved in when all are there.
+def save_beside(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, lora_dtype: torch.dtype | None = None
+) -> None:
+    """Save as `save_checkpoint` does, whatever the directory holds.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): the directory.
+        lora_dtype (`torch.dtype`, *optional*): see `save_checkpoint`.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".new-") as temporary:
-        new = _write(model, tokenizer, Path(temporary) / "new")
-        if (path / BACKBONE).is_dir():
-            (path / BACKBONE).rename(Path(temporary) / "old")
-        for entry in new.iterdir():
-            entry.replace(path / entry.name)
+    with replacing_together(Path(path), OWN) as folder:
+        _write(model, tokenizer, folder)
+        if lora_dtype is not None:
+            _round_lora(folder / SAFETENSORS_WEIGHTS_NAME, lora_dtype)
 
 
-def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Write the files of a checkpoint into a new folder; returns where they are."""
+def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files of a checkpoint into an empty folder."""
     adapter, reference = model.active_adapter, cast(PreTrainedModel, model.get_base_model()).name_or_path
     if reference in HUB_IDS:  # which PEFT and Transformers can open, too
         model.active_peft_config.base_model_name_or_path = HUB_IDS[reference]
     model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=_is_resized(model))
     if adapter != "default":  # which PEFT puts into a folder of its own
-        folder = folder / adapter
+        for entry in (folder / adapter).iterdir():
+            entry.replace(folder / entry.name)
+        (folder / adapter).rmdir()
     tokenizer.save_pretrained(str(folder))
     if reference in HUB_IDS:
         (folder / PACKAGED).write_text(reference + "\n", encoding="utf-8")
     if model.active_peft_config.train_backbone:
         backbone = cast(PreTrainedModel, model.get_base_model())
         backbone.save_pretrained(str(folder / BACKBONE), state_dict=backbone_state_dict(model))
-    return folder
 
 
 def _is_resized(model: PeftModel) -> bool:
@@ -198,6 +173,17 @@ def _opened(file: Path) -> Iterator[safe_open]:
         raise ValueError(f"The weights in {str(file.parent)!r} are damaged: {error}.") from error
 
 
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """What its readers say of a damaged file, in many kinds of errors, as one that names it."""
+    try:
+        yield
+    except (NotImplementedError, TypeError, ValueError):  # they say what is wrong
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} is damaged, or cannot be used: {error!r}.") from error
+
+
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """The backbone's own tensors, buffers too, under the names they have without an adapter."""
     backbone = model.get_base_model()
@@ -209,7 +195,6 @@ def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str] = ()) -> None:
     """Load a checkpoint's weights into the active adapter of a model, and into its backbone where that is trained.
 
@@ -226,6 +211,12 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
     path = Path(path)
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"There is no checkpoint of an adapter in {str(path)!r}: it has no {CONFIG_NAME}.")
+    with reading_together(path, OWN):
+        _load_weights(model, path, may_lack)
+
+
+@torch.no_grad()
+def _load_weights(model: PeftModel, path: Path, may_lack: Collection[str]) -> None:
     loaded = _adapter_tensors(model, path, embeddings=_is_resized(model), may_lack=may_lack)
     if model.active_peft_config.train_backbone:
         if not (path / BACKBONE).is_dir():
@@ -305,8 +296,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the adapter is not a GradMem adapter, does not say what its backbone is, or its tensors are not
-            exactly those that its configuration calls for.
+        ValueError: the adapter is not a GradMem adapter, does not say what its backbone is, its tensors are not exactly
+            those that its configuration calls for, or a file is damaged.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -316,13 +307,26 @@ def load_checkpoint(
             raise FileNotFoundError(
                 f"There is no checkpoint {str(path)!r}: neither a directory here nor a repository on the hub ({error})."
             ) from error
-    config = PeftConfig.from_pretrained(str(directory))
+    with reading_together(directory, OWN):
+        return _load(directory, backbone, dtype, device, is_trainable)
+
+
+def _load(
+    directory: Path,
+    backbone: str | Path | PreTrainedModel | None,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    is_trainable: bool,
+) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
+    with _damage_named(directory / CONFIG_NAME):
+        config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, GradMemConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{directory} holds a {kind} adapter, not a GradMem adapter.")
     tokenizer: PreTrainedTokenizerBase | None = None
     if (directory / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        with _damage_named(directory / "tokenizer.json"):
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if backbone is None:
         trained = directory / BACKBONE
         backbone = str(trained) if trained.is_dir() else _reference(directory, config)
@@ -337,7 +341,8 @@ def load_checkpoint(
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
     resized = _resize(backbone, directory)
     config.inference_mode = not is_trainable
-    model = PeftModelForCausalLM(backbone, config)
+    with _damage_named(directory / CONFIG_NAME):
+        model = PeftModelForCausalLM(backbone, config)
     try:  # not by PEFT, which keeps random memory for what is missing and takes any tensor of the backbone
         tensors = _adapter_tensors(model, directory, embeddings=resized or _is_resized(model))
     except BaseException:

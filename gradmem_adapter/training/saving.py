@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -14,6 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradmem_adapter.checkpoint import load_weights, save_beside
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.utils.temporary import temporary_directory
 
 from .arguments import GradMemTrainingArguments
 from .weights import load_trained_weights, save_trained_weights, trained_weights
@@ -34,6 +38,8 @@ class SavingTrainer(Trainer):
     """Whether all losses and all gradients so far are finite, on the device."""
     _good: str | None = None
     """The checkpoint that this run saved last, or goes on from; one of another run may lie beside it."""
+    _unfinished: str | None = None
+    """Where a checkpoint is until it is whole."""
 
     def check_finite(self) -> None:
         """Raise `TrainingDiverged` in all processes if a loss or a gradient of one of them was not finite."""
@@ -50,15 +56,55 @@ class SavingTrainer(Trainer):
     def _diverged(self, what: str) -> None:
         raise TrainingDiverged(
             f"{what}. "
-            + (f"The last good checkpoint is {self._good!r}. " if self._good else "This run has no checkpoint yet. ")
+            + (f"The last good checkpoint is {self._good!r}. " if self._good else "There is no checkpoint yet. ")
             + "Try a lower learning rate (or a longer warmup), a lower write_lr, or write_clip_norm in GradMemConfig."
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint that gets into its place whole, or not at all."""
         self.check_finite()
-        super()._save_checkpoint(model, trial)
-        path = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._good = str(path)
+        run = Path(self._get_output_dir(trial))
+        there = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with ExitStack() as stack:
+            folder = None
+            if self.args.should_save:
+                run.mkdir(parents=True, exist_ok=True)
+                folder = str(stack.enter_context(temporary_directory(run)))
+            self._unfinished = broadcast_object_list([folder])[0]  # all processes save there
+            stack.callback(setattr, self, "_unfinished", None)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            saved = Path(cast(str, self._unfinished)) / there.name
+            if self.state.best_model_checkpoint == str(saved):
+                self.state.best_model_checkpoint = str(there)
+            if self.args.should_save:
+                self.state.save_to_json(str(saved / TRAINER_STATE_NAME))
+                self._put_in_place(saved, there)
+            self.accelerator.wait_for_everyone()
+        self._good = str(there)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(self._good)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._unfinished or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._unfinished is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _put_in_place(self, saved: Path, there: Path) -> None:
+        """Put a checkpoint where it belongs, and those that are too many beside what was its place until now.
+
+        There they go with the temporary folder, so that no killed process leaves a part of one.
+        """
+        if there.exists():  # of an earlier run
+            there.rename(saved.with_name("replaced"))
+        saved.rename(there)
+        all_of_them = [path for path in there.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+        kept = {str(there), self.state.best_model_checkpoint}
+        old = sorted((path for path in all_of_them if str(path) not in kept), key=lambda path: path.stat().st_mtime)
+        for path in old[: max(0, len(all_of_them) - (self.args.save_total_limit or len(all_of_them)))]:
+            path.rename(saved.with_name(path.name))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write what `save_checkpoint` writes, beside the files that Transformers keeps in the same directory."""
@@ -73,7 +119,8 @@ class SavingTrainer(Trainer):
         else:
             save_trained_weights(self.model, output_dir)
             self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+        with replacing(Path(output_dir) / TRAINING_ARGS_NAME) as temporary:
+            torch.save(self.args, temporary)
 
     def _load_weights(self, path: str) -> None:
         if self.config is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     target = _followed(path)
     _check_target(target)
-    with _beside(target) as folder:
+    with errors_named(path), temporary_directory(target.parent) as folder:
         temporary = folder / target.name
         yield temporary
         with temporary.open("rb") as file:
@@ -55,14 +57,20 @@ def _check_target(path: Path) -> None:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A temporary folder beside a file, or the file's name in the error."""
-    with ExitStack() as stack:
-        try:
-            folder = stack.enter_context(temporary_directory(path.parent))
-        except OSError as error:
-            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-        yield folder
+def errors_named(path: Path) -> Iterator[None]:
+    """What keeps a file from being written is an `OSError` that names it, and not what was to become it.
+
+    Args:
+        path (`Path`): the file or directory that is written inside the block.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have errors of their own, with a number in the text
+        number = error.errno if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        number = number if isinstance(number, int) else int(number[1])
+        raise OSError(number, f"cannot be written: {os.strerror(number)}", str(path)) from error
 
 
 def _take_over(file: Path, replaced: os.stat_result) -> None:
@@ -129,5 +137,18 @@ def check_writable(path: Path, *, inputs: Iterable[Path] = ()) -> None:
     for file in inputs:
         if target.exists() and file.exists() and target.samefile(file):
             raise ValueError(f"{str(path)!r} is read, too ({str(file)!r}): writing it would destroy what it holds.")
-    with _beside(target):
+    with errors_named(path), temporary_directory(target.parent):
         pass
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 digest of a file, in hexadecimal digits.
+
+    Args:
+        path (`Path`): a regular file.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -21,6 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gradmem_adapter.utils.files import sha256
 from gradmem_adapter.utils.temporary import temporary_directory
 
 _CACHE_FORMAT = 2
@@ -40,7 +40,7 @@ def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     Raises:
         ModuleNotFoundError: it must be unpacked, and the package `gguf` is not installed.
     """
-    name = f"{file.stem}-{_sha256(file)[:16]}-transformers-{transformers.__version__}-{_CACHE_FORMAT}"
+    name = f"{file.stem}-{sha256(file)[:16]}-transformers-{transformers.__version__}-{_CACHE_FORMAT}"
     cached = _cache_folder() / name
     if cached.is_dir():
         try:
@@ -115,11 +115,3 @@ def _cache_folder() -> Path:
     if os.environ.get("GRADMEM_CACHE"):
         return Path(os.environ["GRADMEM_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradmem"
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

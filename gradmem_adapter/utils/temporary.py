@@ -31,7 +31,7 @@ def temporary_directory(parent: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made.
     """
-    _sweep(parent)
+    sweep(parent)
     folder, lock = _make(parent)
     try:
         yield folder
@@ -56,18 +56,34 @@ def _make(parent: Path) -> tuple[Path, int | None]:
             os.close(lock)
 
 
-def _lock(folder: Path) -> int | None:
+@contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Inside the block no other process or thread holds the lock on a folder, which is waited for.
+
+    Args:
+        folder (`Path`): an existing one. Where the file system has no locks, nobody is kept out.
+        shared (`bool`, *optional*, defaults to `False`): others may share it.
+    """
+    lock = _lock(folder, shared=shared, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int | None:
     """An open descriptor of the folder that holds its lock; None where there are no locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and is not waited for.
         FileNotFoundError: the folder is gone.
     """
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
@@ -76,8 +92,12 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _sweep(parent: Path) -> None:
-    """Remove the folders of processes that are no more; what cannot be listed or opened stays."""
+def sweep(parent: Path) -> None:
+    """Remove the temporary folders of processes that are no more; what cannot be listed or opened stays.
+
+    Args:
+        parent (`Path`): the directory they are in.
+    """
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):
             lock = None if folder.is_symlink() else _lock(folder)

@@ -16,9 +16,10 @@ MEMORY = "base_model.model.memory_slots.gradmem_memory"
 
 @pytest.fixture
 def saved(tmp_path):
-    """A checkpoint with a LoRA, and its tensors."""
+    """A checkpoint with a LoRA and without digests, as PEFT saves it."""
     config = GradMemConfig(num_memory_tokens=3, lora_config={"r": 2, "target_modules": ["q_proj", "v_proj"]})
     save_checkpoint(get_peft_model(tiny(), config), tiny_tokenizer(), tmp_path / "saved")
+    (tmp_path / "saved" / "SHA256SUMS").unlink()
     return tmp_path / "saved"
 
 
@@ -102,6 +103,7 @@ def test_a_trained_backbone_is_whole(tmp_path, how):
     saved = tmp_path / "saved"
     save_checkpoint(get_peft_model(tiny(), GradMemConfig(train_backbone=True)), tiny_tokenizer(), saved)
     load_checkpoint(saved)
+    (saved / "SHA256SUMS").unlink()
     weights = saved / "backbone" / "model.safetensors"
     if how == "missing":
         tensors = load_file(weights)

@@ -415,7 +415,7 @@ class TestDivergence:
             model, tmp_path, rows(4), callbacks=[Poison(2)], max_steps=4, save_steps=1,
             save_strategy="steps" if saved else "no",
         )  # fmt: skip
-        where = "The last good checkpoint is .*checkpoint-2" if saved else "This run has no checkpoint yet"
+        where = "The last good checkpoint is .*checkpoint-2" if saved else "There is no checkpoint yet"
         with pytest.raises(TrainingDiverged, match=rf"loss is not finite in step 3\..*{where}.*lower learning rate"):
             run.train()
         assert all(weight.isfinite().all() for weight in weights(model).values())
