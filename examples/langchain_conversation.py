@@ -43,15 +43,14 @@ def turn(number: int) -> list[BaseMessage]:
 def main() -> None:
     args = arguments(__doc__, turns=40, max_tokens=16)
     with tempfile.TemporaryDirectory() as folder:
-        files = AtomicFileStore(folder)
-        chat = ChatGradMem(
-            pipeline=open_pipeline(args.checkpoint), store=MemoryStateStore(files), max_tokens=args.max_tokens
-        )
-        memory = TurnMemory.from_chat(chat, max_turns=6, keep_turns=3)
+        store = MemoryStateStore(AtomicFileStore(folder))
+        chat = ChatGradMem(pipeline=open_pipeline(args.checkpoint), store=store, max_tokens=args.max_tokens)
+        # Many short parts: the adapter that ships keeps short texts best.
+        memory = TurnMemory.from_chat(chat, max_turns=6, keep_turns=3, part_tokens=128, max_parts=8)
 
         def history(session: str) -> GradMemChatMessageHistory:
             """A session's own, opened anew at every turn as a web server would."""
-            return GradMemChatMessageHistory(memory, StoredChatMessageHistory(files, session))
+            return GradMemChatMessageHistory(memory, StoredChatMessageHistory(store, session))
 
         print("turns  from                     answered  prompt tokens")
         for number in range(1, args.turns + 1):
@@ -73,7 +72,7 @@ def main() -> None:
                 tokens = mean(answer.usage_metadata["input_tokens"] for answer in answers)
                 print(f"{number:5}  {way:23}  {right:4} of {len(FACTS)}  {tokens:13.0f}", flush=True)
         history("1").clear()
-        print(f"States left after the session was cleared: {len(list(chat.store.yield_keys()))}")
+        print(f"States left after the session was cleared: {len(list(store.yield_keys()))}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ import hashlib
 import json
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import BaseMessage, message_to_dict, messages_from_dict
-from langchain_core.stores import BaseStore
 
+from .stores import MemoryStateStore
 from .turns import TurnMemory
 
 
@@ -70,18 +69,20 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
 
 
 class StoredChatMessageHistory(BaseChatMessageHistory):
-    """A session's messages as JSON in a store of bytes, beside the memory states or elsewhere. One process at a time
-    may add to a session.
+    """A session's messages as JSON, in the store of bytes and the namespace where the memory states are.
+
+    Threads may share a session; of processes, one at a time may add to it.
 
     Args:
-        store (`BaseStore[str, bytes]`): such as an `AtomicFileStore`.
+        store (`MemoryStateStore`): over a store of bytes that outlives the process, such as an `AtomicFileStore`.
         session_id (`str`): any text.
-        namespace (`str`, *optional*, defaults to `"default"`): of a tenant.
     """
 
-    def __init__(self, store: BaseStore[str, bytes], session_id: str, *, namespace: str = "default") -> None:
-        self.store = store
-        self.key = f"{namespace}/session-{hashlib.sha256(session_id.encode()).hexdigest()}"
+    _adding = threading.Lock()
+
+    def __init__(self, store: MemoryStateStore, session_id: str) -> None:
+        self.store = store.store
+        self.key = f"{store.namespace}/session-{hashlib.sha256(session_id.encode()).hexdigest()}"
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
@@ -95,8 +96,9 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
         Args:
             messages (`Sequence[BaseMessage]`): what came since the last call.
         """
-        everything: list[dict[str, Any]] = [message_to_dict(message) for message in [*self.messages, *messages]]
-        self.store.mset([(self.key, json.dumps(everything).encode())])
+        with self._adding:  # every message is written again
+            everything = [message_to_dict(message) for message in [*self.messages, *messages]]
+            self.store.mset([(self.key, json.dumps(everything).encode())])
 
     def clear(self) -> None:
         """Delete the session."""

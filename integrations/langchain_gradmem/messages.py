@@ -53,11 +53,13 @@ def template_entry(message: BaseMessage, references: Sequence[str]) -> dict[str,
     return entry
 
 
-def accepted(chat: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], object]) -> list[dict[str, Any]]:
+def accepted(
+    chat: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], tuple[str, bool]]
+) -> list[dict[str, Any]]:
     """A chat as the template takes it: as it is, or with one system message at the beginning, or with none.
 
-    Many templates allow a system message at the beginning alone, and some none at all. Its text is kept either way: in
-    the last form it stands before the first user message's.
+    Many templates allow a system message at the beginning alone, some none at all, and some leave it out without a
+    word. Its text is kept either way: in the last form it stands before the first user message's.
 
     Args:
         chat (`list[dict]`): messages as chat templates take them.
@@ -66,23 +68,23 @@ def accepted(chat: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]]
     Raises:
         ValueError: the template takes none of these; the message is the template's.
     """
-    system = "\n\n".join(entry["content"] for entry in chat if entry["role"] == "system")
-    if not system:
+    system = [entry["content"].strip() for entry in chat if entry["role"] == "system"]
+    if not any(system):
         return chat
     rest = [entry for entry in chat if entry["role"] != "system"]
-    forms = [chat, [{"role": "system", "content": system}, *rest]]
-    for i, entry in enumerate(rest):
-        if entry["role"] == "user":
-            forms.append([*rest[:i], entry | {"content": f"{system}\n\n{entry['content']}"}, *rest[i + 1 :]])
-            break
-    for form in forms:
+    first = next(i for i, entry in enumerate(rest) if entry["role"] == "user")
+    together = "\n\n".join(system)
+    asked = rest[first] | {"content": f"{together}\n\n{rest[first]['content']}"}
+    refused: TemplateError | None = None
+    for form in (chat, [{"role": "system", "content": together}, *rest], [*rest[:first], asked, *rest[first + 1 :]]):
         try:
-            render(form)
+            text, _ = render(form)
         except TemplateError as error:
             refused = error
         else:
-            return form
-    raise ValueError(f"The backbone's chat template does not take these messages: {refused}") from refused
+            if all(part in text for part in system):
+                return form
+    raise ValueError(f"The backbone's chat template does not show these messages' system text: {refused}") from refused
 
 
 def _role(message: BaseMessage) -> str:

@@ -1,11 +1,12 @@
 """A history whose old turns are in memory."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from langchain_classic.storage import LocalFileStore
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables.history import RunnableWithMessageHistory
-from langchain_core.stores import InMemoryByteStore
 from langchain_gradmem import (
     GradMemChatMessageHistory,
     MemoryStateStore,
@@ -88,7 +89,7 @@ def fail(pairs):
 class TestPersistence:
     def test_around_another_history(self, memory, turn):
         """Which keeps every message; another object over it shows the same, and writes nothing again."""
-        kept = StoredChatMessageHistory(InMemoryByteStore(), "Ada's session / 1")
+        kept = StoredChatMessageHistory(memory.store, "Ada's session / 1")
         history = GradMemChatMessageHistory(memory, kept)
         for i in range(6):
             history.add_messages(turn(i))
@@ -101,9 +102,9 @@ class TestPersistence:
 
     def test_another_process_goes_on(self, pipeline, turn, tmp_path):
         def history(session):
-            files = LocalFileStore(tmp_path)
-            memory = TurnMemory(pipeline=pipeline, store=MemoryStateStore(files), max_turns=3, keep_turns=2)
-            return GradMemChatMessageHistory(memory, StoredChatMessageHistory(files, session))
+            store = MemoryStateStore(LocalFileStore(tmp_path))
+            memory = TurnMemory(pipeline=pipeline, store=store, max_turns=3, keep_turns=2)
+            return GradMemChatMessageHistory(memory, StoredChatMessageHistory(store, session))
 
         for i in range(6):
             history("1").add_messages(turn(i))
@@ -115,6 +116,14 @@ class TestPersistence:
         resumed = history("1")
         assert resumed.messages == shown
         assert resumed.memory.store.writes == 0
+
+    def test_tenants_and_threads(self, memory, turn):
+        other = MemoryStateStore(memory.store.store, namespace="other")
+        with ThreadPoolExecutor(4) as threads:
+            for i in range(8):
+                threads.submit(StoredChatMessageHistory(memory.store, "1").add_messages, turn(i))
+        assert len(StoredChatMessageHistory(memory.store, "1").messages) == 16
+        assert StoredChatMessageHistory(other, "1").messages == []
 
     def test_garbage_is_collected_and_other_sessions_are_kept(self, memory, turn):
         histories = [GradMemChatMessageHistory(memory) for _ in range(2)]
@@ -131,7 +140,7 @@ class TestPersistence:
 
     def test_superseded_states_are_deleted_whoever_opens_the_history(self, memory, turn):
         """As a web server does, with a new object for every request."""
-        kept = StoredChatMessageHistory(InMemoryByteStore(), "1")
+        kept = StoredChatMessageHistory(memory.store, "1")
         for i in range(40):
             GradMemChatMessageHistory(memory, kept).add_messages(turn(i))
             assert len(list(memory.store.yield_keys())) <= 2 * memory.max_parts
@@ -139,7 +148,7 @@ class TestPersistence:
         assert list(memory.store.yield_keys()) == []
 
     async def test_async(self, memory, turn):
-        history = GradMemChatMessageHistory(memory, StoredChatMessageHistory(InMemoryByteStore(), "1"))
+        history = GradMemChatMessageHistory(memory, StoredChatMessageHistory(memory.store, "1"))
         for i in range(6):
             await history.aadd_messages(turn(i))
         assert references_of((await history.aget_messages())[0])

@@ -37,6 +37,7 @@ RULES = {
     "at the beginning": "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
     "{{ raise_exception('System message must be at the beginning') }}{% endif %}{% endfor %}",
     "anywhere": "",
+    "left out": "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",
 }
 
 
@@ -76,7 +77,7 @@ class TestSystemRole:
 def test_what_a_template_refuses_anyhow_is_a_value_error():
     pipeline = tiny_pipeline()
     pipeline.tokenizer.chat_template = "{{ raise_exception('Never') }}"
-    with pytest.raises(ValueError, match="template does not take these messages: Never"):
+    with pytest.raises(ValueError, match="does not show these messages' system text: Never"):
         ChatGradMem(pipeline=pipeline).invoke([SystemMessage("w7"), HumanMessage("w1")])
 
 
