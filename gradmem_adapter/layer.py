@@ -72,25 +72,28 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         self.gradmem_write_head = nn.ModuleDict()
         self._devices: dict[str, torch.device] = {}
 
-    def add(self, adapter: str, config: GradMemConfig, backbone: PreTrainedModel) -> None:
+    def add(self, adapter: str, config: GradMemConfig, backbone: PreTrainedModel, *, empty: bool = False) -> None:
         """Create the tensors of one adapter, on the device of the backbone's embeddings, float32 or wider.
 
         Args:
             adapter (`str`): the adapter's name.
             config (`GradMemConfig`): which parts it has.
             backbone (`PreTrainedModel`): where embeddings and output head come from.
+            empty (`bool`, *optional*, defaults to `False`): on the meta device, without values, for loading.
         """
         embedding = backbone.get_input_embeddings()
         table = cast(Tensor, embedding.weight)
         device = device_of(backbone)
-        factory: dict[str, Any] = {"device": device, "dtype": torch.promote_types(table.dtype, torch.float32)}
         self._devices[adapter] = device
+        if empty:
+            device = torch.device("meta")
+        factory: dict[str, Any] = {"device": device, "dtype": torch.promote_types(table.dtype, torch.float32)}
         m, c, d = config.num_memory_tokens, config.num_control_tokens, table.shape[1]
 
         def normal(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape, **factory) * config.memory_init_std)
 
-        if config.memory_init == "vocab":
+        if config.memory_init == "vocab" and not empty:
             tokens = torch.randint(table.shape[0], (m,), device=device)
             with torch.no_grad():  # through the module, which may scale what it looks up (Gemma)
                 self.gradmem_memory[adapter] = nn.Parameter(embedding(tokens).to(**factory, copy=True))

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.utils.patterns import check_patterns
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -120,13 +121,24 @@ def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_m
         adapter (`str`): the adapter's name.
         config (`GradMemConfig`): without a `lora_config` nothing is done.
         low_cpu_mem_usage (`bool`): make the layers on the meta device, for weights that are loaded next.
+
+    Raises:
+        ValueError: the LoRA's configuration cannot be used.
     """
     if not isinstance(config.lora_config, LoraConfig):
         return
+    check_patterns(config.lora_config, (name for name, _ in model.named_modules()))
     config.lora_config.inference_mode = config.inference_mode
     outer = model.__dict__.pop("peft_config", None)  # or the LoRA tuner would take our configurations for its own
     try:
         LoraModel(model, {adapter: config.lora_config}, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+    except (
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # fields of wrong types, which PEFT does not check
+        raise ValueError(f"lora_config cannot be used: {error}") from error
     finally:
         model.__dict__.pop("peft_config", None)
         if outer is not None:

@@ -42,7 +42,7 @@ def probe(backbone: PreTrainedModel) -> None:
     if any(parameter.is_meta for module in loaded for parameter in module.parameters(recurse=False)):
         _step_aside(backbone, "some of its weights are on the meta device")
         return
-    with undisturbed(backbone):
+    with undisturbed(backbone), device_of(backbone):  # whatever device is the default
         backbone = fresh(backbone)
         ids = sample_tokens(backbone, rows=2)
         half = ids.shape[1] // 2

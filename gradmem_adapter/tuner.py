@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from accelerate import init_empty_weights
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -94,8 +94,8 @@ class GradMemTuner(BaseTuner):
             inject_lora(model, adapter_name, config, low_cpu_mem_usage)
             if not hasattr(model, SLOTS):
                 model.add_module(SLOTS, MemorySlots())
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                getattr(model, SLOTS).add(adapter_name, config, model)
+            empty = low_cpu_mem_usage or torch.get_default_device().type == "meta"
+            getattr(model, SLOTS).add(adapter_name, config, model, empty=empty)
             inference_mode = all(self.peft_config[name].inference_mode for name in self.active_adapters)
             self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

@@ -38,7 +38,7 @@ def test_missing_directory(form: str, tmp_path: Path) -> None:
 
 
 def test_directory_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises((OSError, ValueError), match=r"read as a directory, cannot be opened. A backbone reference is"):
+    with pytest.raises(FileNotFoundError, match=r"read as a directory, has no config.json. A backbone reference is"):
         load_backbone(str(tmp_path))
 
 

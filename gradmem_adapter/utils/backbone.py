@@ -144,7 +144,7 @@ def check_start(backbone: PreTrainedModel, start: str) -> None:
     device = device_of(backbone)
     if device.type == "meta":
         return
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with device, torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         tokens = embeddings(torch.zeros(1, 2, dtype=torch.long, device=device))
         hidden = trunk(fresh(backbone))(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
     if hidden.shape[-1] != tokens.shape[-1]:

@@ -13,7 +13,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from gradmem_adapter.utils.temporary import temporary_directory
+
+
+@contextmanager
+def opening(what: str) -> Iterator[None]:
+    """Whatever a library raises of a file that it cannot make sense of becomes an error that names the file.
+
+    Args:
+        what (`str`): what is opened, for the message.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: anything else that is wrong with it.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):  # the machine's fault
+        raise
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{what} cannot be opened: {error or type(error).__name__}") from error
 
 
 @contextmanager
@@ -34,7 +56,12 @@ def replacing(path: Path) -> Iterator[Path]:
     _check_target(target)
     with errors_named(path), temporary_directory(target.parent) as folder:
         temporary = folder / target.name
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error  # not of ours
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if target.exists():
@@ -48,6 +75,8 @@ def _followed(path: Path) -> Path:
 
 def _check_target(path: Path) -> None:
     """Raise unless a file may be made or replaced there."""
+    if path.is_symlink():
+        raise OSError(f"{str(path)!r} is a link that leads to itself; name a file.")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a directory; name a file.")
     if path.exists() and not path.is_file():
@@ -116,7 +145,7 @@ def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
             raise ValueError(f"{path} inflates to a text of more than {max_bytes:,} bytes, and no more are read.")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
+        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as UTF-8.") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged, or not gzipped: {error}.") from error
 

@@ -68,7 +68,7 @@ def _dequantise(gguf: Path, target: Path) -> Path:
     """Turn a GGUF file into a plain float32 checkpoint in the directory `target`."""
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("reading a GGUF backbone needs the package 'gguf': pip install gguf", name="gguf")
-    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32, "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # newer Transformers may otherwise leave the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
@@ -78,11 +78,11 @@ def _dequantise(gguf: Path, target: Path) -> Path:
             delattr(config, leftover)
     # Transformers refuses to save a model that came from GGUF: its weights go into a new one of the same config.
     auto: Any = AutoModelForCausalLM
-    plain = auto.from_config(config, dtype=torch.float32)
+    plain = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(source.state_dict(), strict=True)
     plain.generation_config = source.generation_config
     plain.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     _mark_special_tokens(tokenizer, config)
     tokenizer.save_pretrained(target)
     return target
@@ -102,13 +102,13 @@ def _mark_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedC
 def _open_plain(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a checkpoint made by `_dequantise`; unlike `from_pretrained` alone, refuse one that lacks a tensor."""
     opened: Any = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=dtype, local_files_only=True, output_loading_info=True
+        str(path), dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
     )
     model, info = opened
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if kind.endswith("_keys") and keys}
     if wrong:
         raise ValueError(f"the tensors do not fit the model: {wrong}")
-    return model, AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
 
 
 def _cache_folder() -> Path:
