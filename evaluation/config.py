@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import pydantic
 
-from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.config import GradMemConfig, unknown_fields
 from gradmem_adapter.training import GradMemTrainingArguments, RowBatches
 from gradmem_adapter.utils.fields import from_yaml, read_fields
 
@@ -26,8 +26,10 @@ def _by_name(what: str, kinds: Mapping[str, type[T]]) -> Callable[[Any], T]:
     """Makes {"name": ..., options} to an object of the kind of that name."""
 
     def build(value: Any) -> T:
+        if dataclasses.is_dataclass(value):
+            return cast(T, value)
         if not isinstance(value, Mapping):
-            return value
+            raise ValueError(f"A {what} is a mapping with a name, got {value!r}.")
         options = dict(value)
         name = options.pop("name", None)
         if name not in kinds:
@@ -101,8 +103,8 @@ class RunConfig:
             ("training", _fields(GradMemTrainingArguments)),
             ("batches", inspect.signature(RowBatches).parameters),
         ):
-            if unknown := sorted(set(getattr(self, name)) - set(kind)):
-                raise ValueError(f"{name} has no field {', '.join(unknown)}.")
+            if unknown := unknown_fields(getattr(self, name), kind):
+                raise ValueError(f"{name} has no field {unknown}")
         if 0 in self.training.get("write_steps", ()) and self.memory.get("start", "slots") == "slots":
             raise ValueError(
                 "training.write_steps holds 0, after which memory knows nothing of the context: leave it out, or let "

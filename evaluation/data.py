@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeAlias
 from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.training.collator import read_row
 from gradmem_adapter.training.rows import json_lines
+from gradmem_adapter.utils.fields import from_json
 from gradmem_adapter.utils.files import read_text
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
@@ -79,7 +79,7 @@ def load_from_hub(source: str, split: str, **options: Any) -> Iterable[Mapping[s
 def squad_file(path: Path) -> Iterable[dict[str, Any]]:
     """The questions of a file as SQuAD is distributed: articles, paragraphs, questions."""
     try:
-        articles = json.loads(read_text(path))["data"]
+        articles = from_json(read_text(path), str(path))["data"]
         return [
             {"context": paragraph["context"], "question": question["question"],
              "answers": {"text": [answer["text"] for answer in question["answers"]]}}

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from gradmem_adapter.backbones import check_end_token, load_backbone
 from gradmem_adapter.checkpoint import check_tensors
 from gradmem_adapter.training.weights import read_trained_weights
-from gradmem_adapter.utils.fields import claim_directory
-from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.utils.fields import claim_directory, from_json
+from gradmem_adapter.utils.files import read_text, replacing
 
 from .config import RunConfig
 
@@ -169,4 +169,7 @@ def _fields(path: Path) -> dict[str, Any]:
             f"There is no model trained by a recipe in {str(path)!r}: no {RECIPE}. Give the directory of a run of "
             "`python -m evaluation train`; what `gradmem train` makes is measured by its own option --eval."
         )
-    return dict(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+    fields = from_json(read_text(path / RECIPE), str(path / RECIPE))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path / RECIPE} holds no recipe but a {type(fields).__name__}.")
+    return fields

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.utils.fields import from_json
+from gradmem_adapter.utils.files import read_text, replacing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -77,11 +78,11 @@ def load_records(*paths: Path) -> list[Record]:
     """
     found = []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else (), 1):
+        for number, line in enumerate(read_text(path).split("\n") if path.exists() else (), 1):
             if not line:
                 continue
             try:
-                found.append(Record(**json.loads(line)))
+                found.append(Record(**from_json(line, "it")))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, line {number} is no record of a measurement: {error}") from error
     return found

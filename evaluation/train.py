@@ -16,9 +16,10 @@ from transformers.utils import is_torch_tf32_available
 from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, GradMemTrainingArguments, RowBatches
 from gradmem_adapter.training.callbacks import EndByClock, StopOnSignal
 from gradmem_adapter.training.pools import load_pools
+from gradmem_adapter.utils.fields import released_on_error
 
 from .config import RunConfig
-from .models import build_model, claim_run, load_teacher, save_model
+from .models import RECIPE, build_model, claim_run, load_teacher, save_model
 
 CHECKPOINT = "checkpoint"
 """The folder of the finished model in the directory of a run."""
@@ -44,18 +45,19 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
     arguments = training_arguments(config, output, device)
     with PartialState(cpu=device.type == "cpu").main_process_first():
         claim_run(config, output)
-    model, tokenizer = build_model(config)
-    data = training_batches(config, tokenizer)
-    if isinstance(data, RowBatches) and isinstance(model, PeftModel):
-        model.active_peft_config.trained_length = data.longest_context
-    trainer = GradMemTrainer(
-        model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[LearningCurve(output / CURVE)],
-        teacher=load_teacher(config, torch.bfloat16 if arguments.bf16 else torch.float32),
-    )  # fmt: skip
-    with StopOnSignal() as stop:
-        trainer.add_callback(stop)
-        resumed = trainer.has_checkpoint()
-        runtime = trainer.train(resume_from_checkpoint=True if resumed else None).metrics["train_runtime"]
+    with released_on_error(output / RECIPE):
+        model, tokenizer = build_model(config)
+        data = training_batches(config, tokenizer)
+        if isinstance(data, RowBatches) and isinstance(model, PeftModel):
+            model.active_peft_config.trained_length = data.longest_context
+        trainer = GradMemTrainer(
+            model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[LearningCurve(output / CURVE)],
+            teacher=load_teacher(config, torch.bfloat16 if arguments.bf16 else torch.float32),
+        )  # fmt: skip
+        with StopOnSignal() as stop:
+            trainer.add_callback(stop)
+            resumed = trainer.has_checkpoint()
+            runtime = trainer.train(resume_from_checkpoint=True if resumed else None).metrics["train_runtime"]
     if stop.seen:
         return None
     if trainer.is_world_process_zero():

@@ -30,17 +30,28 @@ REGISTRIES: dict[str, Collection[str]] = {}
 _SAFE_LORA_INITS = (True, False, "gaussian", "orthogonal")
 
 
+def unknown_fields(given: Collection[str], known: Collection[str]) -> str | None:
+    """The names that are not known, and those that may have been meant; None where all are known.
+
+    Args:
+        given (`Collection[str]`): names.
+        known (`Collection[str]`): all that there are.
+    """
+    unknown = sorted(set(given) - set(known))
+    nearest = [name for field in unknown for name in difflib.get_close_matches(field, known, n=1)]
+    meant = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+    return f"{', '.join(unknown)}.{meant}" if unknown else None
+
+
 def _refuse_unknown_fields(cls: type[Config]) -> type[Config]:
     """PEFT, which reads configurations from files, would leave out what it does not know, with a warning."""
     init, known = cls.__init__, list(inspect.signature(cls).parameters)
 
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if unknown := sorted(kwargs.keys() - set(known)):
-            nearest = [name for field in unknown for name in difflib.get_close_matches(field, known, n=1)]
-            meant = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+        if unknown := unknown_fields(kwargs, known):
             raise TypeError(
-                f"{cls.__name__} has no field {', '.join(unknown)}.{meant} help({cls.__name__}) explains its fields. "
+                f"{cls.__name__} has no field {unknown} help({cls.__name__}) explains its fields. "
                 "Where a file has it (adapter_config.json), another version of gradmem-adapter or peft made that: use "
                 "that version, or rename or remove the field there."
             )

@@ -44,13 +44,13 @@ def format_query(
         tools (`list[dict]`, *optional*): what chat templates that know tools are given, as JSON schemas.
 
     Raises:
-        ValueError: chat messages or `"chat"`, and the tokenizer has no chat template.
+        ValueError: chat messages or `"chat"`, and the tokenizer has no chat template; or a message that is none.
     """
     if isinstance(prompt, str) and query_format == "text":
         return prompt, True
     if isinstance(prompt, str) and query_format != "chat":
         return query_format.replace("{query}", prompt), True
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_message(m) for m in prompt]
     if tokenizer.chat_template is None:
         raise ValueError(
             "The tokenizer has no chat template, which chat messages and query_format='chat' need. Pass the "
@@ -81,3 +81,9 @@ def study_tokens(query_format: str, tokenizer: PreTrainedTokenizerBase) -> dict[
         "requests": tuple((request, ids(opening)) for opening in STUDY_OPENINGS),
         "query_ends": ids("?"),
     }
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not {"content", "tool_calls"} & message.keys() or "role" not in message:
+        raise ValueError(f"A chat message is a mapping with a role and a content, got {message!r}.")
+    return dict(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from gradmem_adapter.backbones import SMOLLM2
-from gradmem_adapter.cli.options import DEVICE, chosen_device, errors_of
-from gradmem_adapter.utils.fields import claim_directory, merged, read_fields
+from gradmem_adapter.cli.options import DEVICE, chosen_device
+from gradmem_adapter.config import unknown_fields
+from gradmem_adapter.utils.fields import claim_directory, merged, read_fields, released_on_error
 
 if TYPE_CHECKING:
     from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 
+ROWS_AT_ONCE = 256
 RUN, CHECKPOINT = "run.json", "checkpoint"
 """In the directory of a run: how it was made, and the folder of the finished adapter."""
 MEMORY: dict[str, Any] = {
@@ -31,6 +34,8 @@ TRAINING: dict[str, Any] = {
     "write_lr_factor": 10.0, "per_device_train_batch_size": 16, "tokens_per_batch": 8192, "num_train_epochs": 3,
     "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
 }  # fmt: skip
+OWN = {"output_dir", "use_cpu", "resume_from_checkpoint"}
+"""What the command says itself of a run."""
 ROWS_HELP = """JSON lines, each with a context and a query with its target, or lists of queries and targets; and, if
 wanted, answers: the texts that evaluation accepts, for each query."""
 ON_GPU: dict[str, Any] = {"bf16": True, "cuda_graphs": True}
@@ -60,9 +65,12 @@ class TrainConfig:
     @classmethod
     def of(cls, fields: dict[str, Any]) -> TrainConfig:
         """The configuration with these fields; `ValueError` names one that is unknown."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(fields.keys() - known):
-            raise ValueError(f"There is no field {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := unknown_fields(fields, known):
+            raise ValueError(f"There is no field {unknown} There are {', '.join(known)}.")
+        for name in ("rows", "eval_rows", "backbone"):
+            if not isinstance(fields.get(name) or "", str):
+                raise ValueError(f"{name} must be a text, got {fields[name]!r}.")
         for name in ("memory", "training"):
             if not isinstance(fields.get(name, {}), dict):
                 raise ValueError(f"{name} must be a mapping of fields, got {fields[name]!r}.")
@@ -78,12 +86,17 @@ class TrainConfig:
         from gradmem_adapter import GradMemConfig
         from gradmem_adapter.training import GradMemTrainingArguments
 
+        known = {field.name for field in dataclasses.fields(GradMemTrainingArguments)} - OWN
+        if unknown := unknown_fields(self.training, known):
+            raise ValueError(f"training has no field {unknown} It takes those of GradMemTrainingArguments.")
         memory = GradMemConfig(**self.memory_fields)
         steps: dict[str, Any] = {"warmup_steps": 50 if "max_minutes" in self.training else 0.05}  # a share, or a number
         if memory.start != "slots":
             steps["write_steps"] = [0, memory.write_steps]  # 0 trains the start
-        own = merged(TRAINING | steps | ({} if device.type == "cpu" else ON_GPU), self.training)
-        return GradMemTrainingArguments(output_dir=str(output), use_cpu=device.type == "cpu", **own)
+        bars = {"disable_tqdm": not sys.stderr.isatty()}
+        defaults = TRAINING | bars | steps | ({} if device.type == "cpu" else ON_GPU)
+        run = {"output_dir": str(output), "use_cpu": device.type == "cpu"}
+        return GradMemTrainingArguments(**(merged(defaults, self.training) | run))
 
     def trainer(self, arguments: GradMemTrainingArguments) -> GradMemTrainer:
         """The trainer of this run."""
@@ -104,7 +117,22 @@ class TrainConfig:
             "trained_length": max(map(len, tokenizer([row["context"] for row in rows])["input_ids"])),
         }
         model = get_peft_model(backbone, GradMemConfig(**(found | self.memory_fields)))
-        return GradMemTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
+        trainer = GradMemTrainer(
+            model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+        )
+        _check_rows(self.rows, rows, trainer.data_collator)
+        if held_out is not None and self.eval_rows is not None:
+            _check_rows(self.eval_rows, held_out, trainer.data_collator)
+        return trainer
+
+
+def _check_rows(file: str, rows: list[dict[str, Any]], collator: Any) -> None:
+    """Raise for a row that does not fit, before hours of training and not after them."""
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        try:
+            collator(rows[first : first + ROWS_AT_ONCE], first)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
 
 def train(
@@ -124,33 +152,32 @@ def train(
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Train an adapter on rows of your own: contexts with what is asked about them."""
-    from gradmem_adapter.training import TrainingDiverged
     from gradmem_adapter.training.callbacks import StopOnSignal
 
     console = Console()
-    with errors_of("train", failures=(TrainingDiverged,)):
-        given = {"rows": rows, "eval_rows": eval_rows, "backbone": backbone}
-        fields = {name: str(value) for name, value in given.items() if value is not None}
-        plan = TrainConfig.of(read_fields(config, setting or ()) | fields)
-        place = chosen_device(device)
-        state = PartialState(cpu=place.type == "cpu")
-        arguments = plan.check(output, place)  # a plan that cannot be used claims no directory
-        with state.main_process_first():
-            claim_directory(output / RUN, dataclasses.asdict(plan))
+    given = {"rows": rows, "eval_rows": eval_rows, "backbone": backbone}
+    fields = {name: str(value) for name, value in given.items() if value is not None}
+    plan = TrainConfig.of(read_fields(config, setting or ()) | fields)
+    place = chosen_device(device)
+    state = PartialState(cpu=place.type == "cpu")
+    arguments = plan.check(output, place)  # a plan that cannot be used claims no directory
+    with state.main_process_first():
+        claim_directory(output / RUN, dataclasses.asdict(plan))
+    with released_on_error(output / RUN):
         trainer = plan.trainer(arguments)
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
-        if stop.seen:
-            console.print(f"Interrupted; the same command goes on from {output}.", markup=False)
-            raise typer.Exit(130)
-        trainer.save_model(str(output / CHECKPOINT))
-        metrics = trainer.evaluate() if plan.eval_rows is not None else {}
-        if trainer.is_world_process_zero():
-            console.print(f"Saved: {output / CHECKPOINT}", markup=False)
-            if metrics:
-                shown = ("loss", "exact_match", "f1", "first_write_loss", "last_write_loss")
-                names = [name for name in shown if f"eval_{name}" in metrics]
-                table = Table(*(name.replace("_", " ") for name in names), title=str(plan.eval_rows))
-                table.add_row(*(f"{metrics[f'eval_{name}']:.4f}" for name in names))
-                console.print(table)
+    if stop.seen:
+        console.print(f"Interrupted; the same command goes on from {output}.", markup=False)
+        raise typer.Exit(130)
+    trainer.save_model(str(output / CHECKPOINT))
+    metrics = trainer.evaluate() if plan.eval_rows is not None else {}
+    if trainer.is_world_process_zero():
+        console.print(f"Saved: {output / CHECKPOINT}", markup=False)
+        if metrics:
+            shown = ("loss", "exact_match", "f1", "first_write_loss", "last_write_loss")
+            names = [name for name in shown if f"eval_{name}" in metrics]
+            table = Table(*(name.replace("_", " ") for name in names), title=str(plan.eval_rows))
+            table.add_row(*(f"{metrics[f'eval_{name}']:.4f}" for name in names))
+            console.print(table)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 
 @dataclass
@@ -75,39 +78,44 @@ class GradMemTrainingArguments(TrainingArguments):
     distillation_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         super().__post_init__()
         for name in ("write_steps", "context_buckets"):
             values = getattr(self, name)
             if values is not None and not (isinstance(values, list | tuple) and len(values)):
                 raise TypeError(f"{name} must be a list of integers or None, got {values!r}.")
             for value in values or ():
-                _check_integer(f"Every one of {name}", value, 0 if name == "write_steps" else 1)
-        _check_integer("eval_write_steps", self.eval_write_steps, 0)
-        for name in ("generation_max_new_tokens", "tokens_per_batch", "queries_per_context"):
-            _check_integer(name, getattr(self, name), 1)
-        for name in (
-            *("queries_per_context", "write_lr_factor", "decay_share"),
-            *("distillation_weight", "distillation_temperature"),
-        ):
-            if getattr(self, name) is None:
-                raise TypeError(f"{name} may not be None; leave it out for its default.")
-        for name in (
-            *("max_minutes", "write_lr_factor", "muon_lr_factor", "decay_share", "ema_decay"),
-            *("distillation_weight", "distillation_temperature"),
-        ):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise TypeError(f"{name} must be a number, got {value!r}.")
-            if value is not None and name != "decay_share" and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}.")
-        if self.ema_decay is not None and self.ema_decay >= 1:
-            raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay!r}.")
-        if not 0 <= self.decay_share <= 1:
-            raise ValueError(f"decay_share must be from 0 to 1, got {self.decay_share!r}.")
+                _check_number(f"Every one of {name}", value, {int}, 0 if name == "write_steps" else 1)
+        self._check_reports()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # which torch would warn of and pass over
         if self.max_minutes is not None:
             self._go_by_the_clock()
+
+    def _check_numbers(self) -> None:
+        """Raise where a number is none, or less than it can be. Transformers looks at few of its own."""
+        hints = get_type_hints(type(self))
+        for own in fields(self):
+            kinds, value = set(get_args(hints[own.name]) or (hints[own.name],)), getattr(self, own.name)
+            if kinds <= {int, float, bool, type(None)} and value != own.default:
+                _check_number(own.name, value, kinds, LEAST.get(own.name))
+        for name in POSITIVE:
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be positive, got 0.")
+        if self.ema_decay is not None and self.ema_decay >= 1:
+            raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay!r}.")
+        if self.decay_share > 1:
+            raise ValueError(f"decay_share must be from 0 to 1, got {self.decay_share!r}.")
+
+    def _check_reports(self) -> None:
+        """Raise where it is not known whom to report to, or the package for it is not there."""
+        get_reporting_integration_callbacks(self.report_to)
+        there = {*get_available_reporting_integrations(), "flyte"}  # which Transformers does not look for
+        if missing := sorted(set(self.report_to or ()) - there):
+            raise ImportError(
+                f"report_to names {', '.join(missing)}, and the package for that is not installed: install it, or "
+                "leave it out of report_to."
+            )
 
     def _go_by_the_clock(self) -> None:
         if self.lr_scheduler_type not in (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY):
@@ -125,11 +133,37 @@ UNBOUNDED = 10**9
 """`max_steps` of a run that ends by the clock."""
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{name} must be an integer or None, got {value!r}.")
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
+POSITIVE = (
+    "distillation_temperature", "distillation_weight", "ema_decay", "max_minutes", "muon_lr_factor", "write_lr_factor",
+)  # fmt: skip
+LEAST = dict.fromkeys(
+    (
+        *POSITIVE, "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "decay_share",
+        "eval_write_steps", "learning_rate", "max_grad_norm", "num_train_epochs", "seed", "warmup_steps",
+        "weight_decay",
+    ), 0,
+) | dict.fromkeys(
+    (
+        "generation_max_new_tokens", "gradient_accumulation_steps", "per_device_eval_batch_size",
+        "per_device_train_batch_size", "queries_per_context", "tokens_per_batch",
+    ), 1,
+)  # fmt: skip
+"""What a field must be at least."""
+
+
+def _check_number(name: str, value: Any, kinds: set[type], least: int | None) -> None:
+    if value is None and type(None) in kinds:
+        return
+    if value is None:
+        raise TypeError(f"{name} may not be None; leave it out for its default.")
+    allowed = Real if float in kinds else Integral if int in kinds else bool
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+        wanted = {Real: "a number", Integral: "an integer", bool: "True or False"}[allowed]
+        raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}.")
 
 
 def with_defaults(args: TrainingArguments) -> GradMemTrainingArguments:

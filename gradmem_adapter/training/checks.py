@@ -127,6 +127,11 @@ def limited_collator(
         tuner = cast(GradMemModel, cast(PeftModel, model).base_model)
         if tuner.positions is not None:
             limit = tuner.positions - tuner.prefix_length
+            if limit < 1:
+                raise ValueError(
+                    f"The memory takes {tuner.prefix_length} positions, and the model has {tuner.positions}: give it "
+                    "fewer memory or control tokens."
+                )
             collator = copy.copy(collator)  # the caller's may go to another model, too
             collator.max_context_length = limit if collator.max_context_length is None else collator.max_context_length
             collator.max_query_length = limit if collator.max_query_length is None else collator.max_query_length

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.prompts import Prompt, format_query
-from gradmem_adapter.utils.tokens import check_fits
+from gradmem_adapter.utils.tokens import check_fits, check_text
 
 _FORMS = (
     "A row has 'context', 'query' and 'target', or 'context', 'queries' and 'targets' (lists), and may have 'answers', "
@@ -176,6 +176,7 @@ def read_row(name: str, row: Mapping[str, Any]) -> Example:
     context, answers = row.get("context"), row.get("answers")
     if not isinstance(context, str) or not context:
         raise ValueError(f"{name} has no context to write (it is {context!r}). {_FORMS}")
+    check_text(name, context)
     if several:
         queries, targets = (_list(name, key, row[key]) for key in ("queries", "targets"))
         references = [[target] for target in targets] if answers is None else _list(name, "answers", answers)
@@ -198,6 +199,9 @@ def read_row(name: str, row: Mapping[str, Any]) -> Example:
             raise ValueError(f"{name} has an empty query ({query!r}): give a text or a list of chat messages.")
         if not isinstance(target, str):
             raise ValueError(f"{name} has a target of type {type(target).__name__} ({target!r}): give a text.")
+        for text in (query, target):
+            if isinstance(text, str):
+                check_text(name, text)
         if not target:
             raise ValueError(f"{name} has an empty target ({target!r}): give the text that is to be answered.")
         if isinstance(accepted, str) or not accepted or not all(isinstance(text, str) for text in accepted):

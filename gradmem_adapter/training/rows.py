@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import io
 from pathlib import Path
 from typing import Any
 
+from gradmem_adapter.utils.fields import from_json
 from gradmem_adapter.utils.files import read_text
 
 from .collator import read_row
@@ -37,14 +38,11 @@ def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of rows {str(path)!r}.")
     found = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(io.StringIO(read_text(path), newline="\n"), 1):
         if not line.strip():
             continue
         name = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name} is not JSON: {error}") from error
+        row = from_json(line, name)
         if not isinstance(row, dict):
             raise ValueError(f"{name} must be an object with a context, got {type(row).__name__}.")
         found.append((name, row))

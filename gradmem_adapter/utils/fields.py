@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .files import read_text, replacing
+
+MAX_BYTES, MAX_VALUES = 2**18, 10_000
+"""Of a configuration. YAML may repeat a value by its name, and so say in ten lines what no memory holds."""
+_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "merge", "str", "int", "float", "bool", "null")}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML does since its version 1.2 and everybody expects."""
+
+    close = yaml.SafeLoader.dispose
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_fields(path: Path | None, settings: Sequence[str] = ()) -> dict[str, Any]:
@@ -25,7 +42,7 @@ def read_fields(path: Path | None, settings: Sequence[str] = ()) -> dict[str, An
     Raises:
         ValueError: the file or a setting cannot be read; the message names it.
     """
-    fields = {} if path is None else from_yaml(read_text(path), str(path))
+    fields = {} if path is None else from_yaml(read_text(path, max_bytes=MAX_BYTES), str(path))
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a mapping of fields, got {type(fields).__name__}.")
     if path is not None and (base := fields.pop("base", None)) is not None:
@@ -50,11 +67,50 @@ def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def from_yaml(text: str, name: str) -> Any:
-    """What a text in YAML holds; `ValueError` names the text where it is none."""
+    """What a text in YAML holds: mappings, lists, texts, numbers, true, false and null.
+
+    Raises:
+        ValueError: it is not YAML, or holds something else or too much; the message names it.
+    """
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {error}") from error
+        with closing(_Loader(text)) as loader:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_nodes(node)
+            return loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError(f"{name} has lists in lists without an end.") from error
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is not YAML that can be read: {error}") from error
+
+
+def _check_nodes(root: yaml.Node) -> None:
+    """Raise where there are too many values, each counted as often as it is named, or other kinds than JSON has."""
+    count, waiting = 0, [root]
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        place = f"line {node.start_mark.line + 1}"
+        if count > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values.")
+        if node.tag not in _PLAIN:
+            raise ValueError(f"{place} has a {node.tag.rpartition(':')[2]}; put it in quotes if it is a text.")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                    raise ValueError(f"{place} has a field whose name is no text; put it in quotes.")
+                waiting += [key, value]
+
+
+def from_json(text: str, name: str) -> Any:
+    """What a text in JSON holds; `ValueError` names the text where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
 
 
 def _set(fields: dict[str, Any], setting: str) -> None:
@@ -64,12 +120,19 @@ def _set(fields: dict[str, Any], setting: str) -> None:
     *outer, last = name.split(".")
     place: Any = fields
     for key in outer:
-        place = place[int(key)] if isinstance(place, list) and key.isdigit() else place.setdefault(key, {})
+        place = place.setdefault(key, {}) if isinstance(place, dict) else place[_entry(place, key, setting)]
         if not isinstance(place, dict | list):
             raise ValueError(f"{setting!r}: {key!r} has no fields of its own.")
-    if not isinstance(place, dict):
-        raise ValueError(f"{setting!r}: {outer[-1]!r} is a list; say which of its entries, as in {outer[-1]}.0.{last}.")
-    place[last] = from_yaml(value, f"The value of {setting!r}")
+    entry: Any = last if isinstance(place, dict) else _entry(place, last, setting)
+    place[entry] = from_yaml(value, f"The value of {setting!r}")
+
+
+def _entry(place: list[Any], key: str, setting: str) -> int:
+    if not (key.isdecimal() and int(key) < len(place)):
+        raise ValueError(
+            f"{setting!r}: there is a list, which has no entry {key!r} but those from 0 to {len(place) - 1}."
+        )
+    return int(key)
 
 
 def claim_directory(file: Path, fields: Mapping[str, Any]) -> None:
@@ -87,7 +150,9 @@ def claim_directory(file: Path, fields: Mapping[str, Any]) -> None:
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(fields, indent=1), encoding="utf-8")
         return
-    wanted, there = json.loads(json.dumps(fields)), json.loads(file.read_text(encoding="utf-8"))
+    wanted, there = json.loads(json.dumps(fields)), from_json(read_text(file), str(file))
+    if not isinstance(there, dict):
+        raise ValueError(f"{file} holds no run. Delete its directory, or give --output another one.")
     names = sorted(name for name in wanted | there if wanted.get(name) != there.get(name))
     if names:
         raise ValueError(
@@ -95,3 +160,20 @@ def claim_directory(file: Path, fields: Mapping[str, Any]) -> None:
             f"differ{'s' if len(names) == 1 else ''}. Give --output another directory, or delete that one; its "
             f"configuration is in {file}."
         )
+
+
+@contextmanager
+def released_on_error(file: Path) -> Iterator[None]:
+    """Undo `claim_directory` if the block fails before anything has been trained.
+
+    Args:
+        file (`Path`): as it was claimed by.
+    """
+    try:
+        yield
+    except Exception:
+        with suppress(OSError):
+            if list(file.parent.iterdir()) == [file]:
+                file.unlink()
+                file.parent.rmdir()
+        raise

@@ -646,6 +646,15 @@ class TestArguments:
             ({"distillation_temperature": 0.0}, ValueError, "distillation_temperature must be positive"),
             ({"max_minutes": 1, "lr_scheduler_type": "cosine"}, ValueError, "a schedule of its own"),
             ({"generation_max_new_tokens": 0}, ValueError, "generation_max_new_tokens must be at least 1"),
+            ({"max_minutes": float("nan")}, ValueError, "max_minutes must be finite"),
+            ({"learning_rate": float("inf")}, ValueError, "learning_rate must be finite"),
+            ({"learning_rate": -1}, ValueError, "learning_rate must be at least 0"),
+            ({"weight_decay": "x"}, TypeError, "weight_decay must be a number"),
+            ({"warmup_steps": "x"}, TypeError, "warmup_steps must be a number"),
+            ({"per_device_train_batch_size": 0}, ValueError, "per_device_train_batch_size must be at least 1"),
+            ({"bf16": "yes"}, TypeError, "bf16 must be True or False"),
+            ({"report_to": "nobody"}, ValueError, "nobody is not supported"),
+            ({"report_to": "dvclive"}, ImportError, "report_to names dvclive, and the package"),
         ],
     )
     def test_values(self, tmp_path, options, error, message):
