@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gradmem_adapter.cli.options import DEVICE, chosen_device, errors_of
-from gradmem_adapter.training import RowBatches, TrainingDiverged
+from gradmem_adapter.cli.errors import DEBUG, Commands
+from gradmem_adapter.cli.options import DEVICE, chosen_device
+from gradmem_adapter.training import RowBatches
 from gradmem_adapter.training.pools import save_pools
 from gradmem_adapter.utils.files import check_writable
 
@@ -25,16 +25,20 @@ from .train import train as train_run
 from .train import training_batches
 
 app = typer.Typer(
-    help="Reproduce every number: train from a recipe, measure, compare, and make the tables and plots.",
+    name="evaluation",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
 SETTING = typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated.")
-errors = partial(errors_of, program="evaluation", failures=(TrainingDiverged,))
+
+
+@app.callback()
+def main(debug: Annotated[bool, DEBUG] = False) -> None:
+    """Reproduce every number: train from a recipe, measure, compare, and make the tables and plots."""
 
 
 @app.command()
-@errors("train")
 def train(
     recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file of evaluation/recipes.")],
     output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
@@ -50,7 +54,6 @@ def train(
 
 
 @app.command()
-@errors("tokenize")
 def tokenize(
     recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file of evaluation/recipes.")],
     output: Annotated[Path, typer.Option(dir_okay=False, help="For `train --set tokenized=FILE` of recipes like it.")],
@@ -67,7 +70,6 @@ def tokenize(
 
 
 @app.command()
-@errors("run")
 def run(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `train` made.")],
     task: Annotated[
@@ -117,7 +119,6 @@ def run(
 
 
 @app.command()
-@errors("compare")
 def compare(
     first: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `run --answers` made.")],
     second: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The same of another model.")],
@@ -127,7 +128,6 @@ def compare(
 
 
 @app.command()
-@errors("tables")
 def tables(
     check: Annotated[bool, typer.Option("--check", help="Change nothing; exit status 1 if a table differs.")] = False,
     root: Annotated[Path, typer.Option(help="Where README.md and docs/ are.")] = ROOT,
@@ -142,7 +142,6 @@ def tables(
 
 
 @app.command()
-@errors("plots")
 def plots(
     output: Annotated[Path, typer.Option(help="Directory of the PNG files.")] = RESULTS / "plots",
 ) -> None:

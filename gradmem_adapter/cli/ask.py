@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.cli.options import CHECKPOINTS, DEVICE, chosen_device, context_of, errors_of
+from gradmem_adapter.cli.options import CHECKPOINTS, DEVICE, chosen_device, context_of
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.files import check_writable
@@ -39,14 +40,14 @@ def ask(
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Write texts into memory, drop them, and answer questions from the memory alone."""
-    with errors_of("ask"):
-        texts = [context_of(file).strip() for file in text or ()]
-        _check_files(texts, state)
-        pipeline = GradMemPipeline(*load_checkpoint(checkpoint or CHECKPOINT, device=chosen_device(device)))
-        start = time.perf_counter()
-        memory = _memory(pipeline, texts, state, steps)
-        seconds = time.perf_counter() - start
-        answers = pipeline.generate(questions, memory=memory, max_new_tokens=max_new_tokens, do_sample=False)
+    _check_questions(questions)
+    texts = [context_of(file).strip() for file in text or ()]
+    _check_files(texts, state)
+    pipeline = GradMemPipeline(*load_checkpoint(checkpoint or CHECKPOINT, device=chosen_device(device)))
+    start = time.perf_counter()
+    memory = _memory(pipeline, texts, state, steps)
+    seconds = time.perf_counter() - start
+    answers = pipeline.generate(questions, memory=memory, max_new_tokens=max_new_tokens, do_sample=False)
     console = Console()
     console.print(
         f"{int(memory.context_tokens[0])} tokens are in {memory.num_memory_tokens} vectors, "
@@ -56,6 +57,16 @@ def ask(
     for question, answer in zip(questions, answers, strict=True):
         table.add_row(Text(question), Text(answer.strip()))
     console.print(table)
+    if texts and state is not None:
+        memory.save(state)  # after the answers, which a full disk must not take away
+
+
+def _check_questions(questions: Sequence[str]) -> None:
+    for question in questions:
+        if not question.strip():
+            raise ValueError("A question is empty. Leave it out.")
+        if os.path.isfile(question):
+            raise ValueError(f"The question {question!r} is the name of a file. Ask about it with --text {question}.")
 
 
 def _check_files(texts: Sequence[str], state: Path | None) -> None:
@@ -72,10 +83,7 @@ def _check_files(texts: Sequence[str], state: Path | None) -> None:
 
 
 def _memory(pipeline: GradMemPipeline, texts: Sequence[str], state: Path | None, steps: int | None) -> MemoryState:
-    """The states of all texts side by side: written, and kept in a file if there is one, or read from it."""
+    """The states of all texts side by side, written or read from a file."""
     if not texts and state is not None:
         return MemoryState.concat(list(MemoryState.load(state)))
-    memory = MemoryState.concat(list(pipeline.write_many(texts, steps=steps)))
-    if state is not None:
-        memory.save(state)
-    return memory
+    return MemoryState.concat(list(pipeline.write_many(texts, steps=steps)))

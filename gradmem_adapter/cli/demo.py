@@ -14,7 +14,7 @@ from gradmem_adapter.backbones import SMOLLM2
 from gradmem_adapter.cli.demos.key_values import run_key_value_demo
 from gradmem_adapter.cli.demos.recite import demo_text, run_recite_demo
 from gradmem_adapter.cli.demos.story import run_story_demo
-from gradmem_adapter.cli.options import CHECKPOINTS, errors_of
+from gradmem_adapter.cli.options import CHECKPOINTS
 
 
 class DemoTask(str, Enum):
@@ -51,29 +51,28 @@ def demo(
     Recite: exit status 1 if the paragraph does not come back.
     """
     console = Console()
-    with errors_of("demo"):
-        if ask and task is DemoTask.kv:
-            raise ValueError("--ask belongs to the task recite: leave one of them out.")
-        if task is DemoTask.kv:
-            checkpoint = checkpoint or CHECKPOINTS / "kv-retrieval"
-            retrieved = run_key_value_demo(
-                checkpoint, pairs=pairs, steps=5 if steps is None else steps, seed=seed, console=console
-            )
-            _print_figures(console, "demo", retrieved)
-            return
-        recited = run_recite_demo(
-            demo_text(text),
-            backbone=backbone,
-            memory_tokens=memory_tokens,
-            steps=300 if steps is None else steps,
-            lr=lr,
-            seed=seed,
-            console=console,
+    if ask and task is DemoTask.kv:
+        raise ValueError("--ask belongs to the task recite: leave one of them out.")
+    if task is DemoTask.kv:
+        checkpoint = checkpoint or CHECKPOINTS / "kv-retrieval"
+        retrieved = run_key_value_demo(
+            checkpoint, pairs=pairs, steps=5 if steps is None else steps, seed=seed, console=console
         )
-        if ask:
-            answered = run_story_demo(checkpoint or CHECKPOINTS / "smollm2-135m-qa", console=console)
-            _print_figures(console, "ask", answered)
-        _print_figures(console, "demo", recited)
+        _print_figures(console, "demo", retrieved)
+        return
+    recited = run_recite_demo(
+        demo_text(text),
+        backbone=backbone,
+        memory_tokens=memory_tokens,
+        steps=300 if steps is None else steps,
+        lr=lr,
+        seed=seed,
+        console=console,
+    )
+    if ask:
+        answered = run_story_demo(checkpoint or CHECKPOINTS / "smollm2-135m-qa", console=console)
+        _print_figures(console, "ask", answered)
+    _print_figures(console, "demo", recited)
     if not recited["reconstructed"]:
         raise typer.Exit(1)
 

@@ -9,10 +9,11 @@ import typer
 
 from gradmem_adapter.cli.ask import ask
 from gradmem_adapter.cli.demo import demo
+from gradmem_adapter.cli.errors import DEBUG, Commands
 from gradmem_adapter.cli.train import train
 from gradmem_adapter.cli.write import write
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
+app = typer.Typer(name="gradmem", cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -26,6 +27,7 @@ def main(
     _: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    debug: Annotated[bool, DEBUG] = False,
 ) -> None:
     """Write long contexts into a few vectors by gradient descent, and answer from them (GradMem)."""
 

@@ -1,15 +1,13 @@
-"""What commands share: options, the texts of files, and how wrong input ends a command."""
+"""What commands share: options, the texts of files, and what may be written where."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import typer
-from rich.console import Console
 
 from gradmem_adapter.utils.files import check_writable, read_text
 from gradmem_adapter.utils.state_file import is_memory_state
@@ -23,23 +21,6 @@ MAX_CONTEXT_BYTES = 2**26
 DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
 
 
-@contextmanager
-def errors_of(command: str, program: str = "gradmem", failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Wrong input ends the command with a line and exit status 2, `failures` with 1; not with a traceback."""
-    wrong_input: tuple[type[Exception], ...] = (
-        ValueError,
-        TypeError,
-        OSError,
-        ImportError,
-        torch.cuda.OutOfMemoryError,
-    )
-    try:
-        yield
-    except wrong_input + failures as error:
-        Console(stderr=True).print(f"{program} {command}: {error}", style="red", markup=False)
-        raise typer.Exit(1 if isinstance(error, failures) else 2) from error
-
-
 def chosen_device(name: str | None) -> torch.device:
     """The device of a name; None: the GPU if there is one.
 
@@ -50,10 +31,10 @@ def chosen_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"There is no device {name!r}; use cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("There is no CUDA GPU here; use --device cpu.")
+        torch.zeros(1, device=device).item()  # which is how one finds out
+    except (RuntimeError, AssertionError, ImportError) as error:
+        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"There is no device {name!r} here; use --device {there}.") from error
     return device
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.cli.options import DEVICE, check_output, chosen_device, context_of, errors_of
+from gradmem_adapter.cli.options import DEVICE, check_output, chosen_device, context_of
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.write.options import Objective
 
@@ -32,13 +32,12 @@ def write(
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Write texts into one memory state each, all in one file."""
-    with errors_of("write"):
-        own = (file for file in checkpoint.rglob("*") if file.is_file())
-        check_output(output, inputs=[*files, *own], force=force)
-        texts = [context_of(file) for file in files]
-        pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
-        states = pipeline.write_many(texts, steps=steps, max_tokens=max_tokens, objective=objective)
-        states.save(output)
+    own = (file for file in checkpoint.rglob("*") if file.is_file())
+    check_output(output, inputs=[*files, *own], force=force)
+    texts = [context_of(file) for file in files]
+    pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
+    states = pipeline.write_many(texts, steps=steps, max_tokens=max_tokens, objective=objective)
+    states.save(output)
     table = Table("file", "tokens", "bytes", "last write loss")
     for file, state in zip(files, states, strict=True):
         loss = state.write_losses[0, -1].item()

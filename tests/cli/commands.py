@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from click.testing import Result
-from typer.testing import CliRunner
+from typer import Typer
+from typer.testing import CliRunner, Result
 
 from gradmem_adapter.cli import app
 
 
-def invoke(*arguments: Any) -> Result:
-    """`gradmem ...` on a wide terminal without colours."""
+def invoke(*arguments: Any, app: Typer = app) -> Result:
+    """`gradmem ...`, or another command, on a wide terminal without colours."""
     environment = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     return CliRunner(env=environment).invoke(app, [str(argument) for argument in arguments])
 

@@ -1,0 +1,82 @@
+"""How a command ends where its input is wrong or where this package is: by one line, and by its trace if asked for."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from typing import Any
+
+import pydantic
+import torch
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging
+from typer.core import TyperGroup
+
+DEBUG = typer.Option("--debug", help="Where an error comes from: show its trace, too. May stand at the end as well.")
+WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
+"""What this package and the libraries below it raise where an input, an option or the machine is not as it should."""
+ADVICE = {
+    errno.ENOSPC: "Make room there, or name another place",
+    errno.EDQUOT: "Make room there, or name another place",
+    errno.EROFS: "Name another place",
+    errno.EACCES: "Change its permissions, or name another place",
+}
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are one line: exit status 2 for wrong input, 1 for failed work and for bugs of ours."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Let --debug stand behind the command, too."""
+        flags = [argument for argument in args if argument == "--debug"]
+        return super().parse_args(ctx, flags + [argument for argument in args if argument != "--debug"])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, and turn what it raises into a line and an exit status."""
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()  # those of Transformers, which fill a log with half-drawn bars
+        try:
+            return super().invoke(ctx)
+        except (typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if hasattr(error, "exit_code"):  # Typer's own: wrong usage, or the end of a command
+                raise
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            status, message = _outcome(error)
+            typer.secho(f"{ctx.info_name} {ctx.invoked_subcommand}: {message}", fg="red", err=True)
+            raise typer.Exit(status) from error
+
+
+def _outcome(error: Exception) -> tuple[int, str]:
+    """The exit status and the line for an error."""
+    from gradmem_adapter.training import TrainingDiverged  # not where nothing has failed: it takes a while to import
+
+    line = " ".join(str(error).split())
+    if isinstance(error, TrainingDiverged):
+        return 1, line
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
+        return 2, (
+            f"Out of memory. Give shorter texts, fewer tokens at once (write: --max-tokens; train: "
+            f"training.tokens_per_batch) or another --device. {line}"
+        )
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return 2, f"{error.filename}: {error.strerror}. {ADVICE.get(error.errno or 0, '')}".rstrip(". ") + "."
+    if isinstance(error, pydantic.ValidationError):
+        return 2, "; ".join(map(_wrong_field, error.errors())) + "."
+    if isinstance(error, WRONG_INPUT):
+        return 2, line or type(error).__name__
+    return 1, (
+        f"This is a bug in gradmem-adapter, not in what you gave it. {type(error).__name__}: {line}. Please report it "
+        "with what the same command prints with --debug."
+    )
+
+
+def _wrong_field(found: Any) -> str:
+    """What pydantic found, as `field: what is wrong`."""
+    what = found["msg"].removeprefix("Value error, ").rstrip(".")
+    return ": ".join(filter(None, (".".join(map(str, found["loc"])), what)))
