@@ -64,7 +64,7 @@ def main() -> None:
                 "all turns as text": everything,
             }
             for way, messages in ways.items():
-                answers = [chat.invoke([*messages, HumanMessage(question)]) for _, question, _ in FACTS]
+                answers = chat.batch([[*messages, HumanMessage(question)] for _, question, _ in FACTS])
                 right = sum(
                     expected.lower() in answer.text.lower()
                     for answer, (_, _, expected) in zip(answers, FACTS, strict=True)

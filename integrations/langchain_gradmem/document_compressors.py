@@ -34,12 +34,12 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
             terminal.
         fallback (`str`, *optional*): `"text"` leaves a document without references where memory holds too little of it.
-        min_gain (`float`, *optional*, defaults to `0.1`): with `fallback`, the share of a text's loss per token that
+        min_gain (`float`, *optional*, defaults to `0.5`): with `fallback`, the share of a text's loss per token that
             memory must take away. WRITE has measured the loss with memory; the loss without takes one pass.
     """
 
     fallback: Literal["text"] | None = None
-    min_gain: float = Field(default=0.1, ge=0, lt=1)
+    min_gain: float = Field(default=0.5, ge=0, lt=1)
 
     _gains: dict[str, float] = PrivateAttr(default_factory=dict)
     """By reference, so that each is measured once."""

@@ -35,7 +35,6 @@ def check_agent(output):
 
 @pytest.mark.smollm  # its embedding comes with that package's installation
 def test_rag(run, checkpoint, tmp_path):
-    check_rag(run("langchain_rag.py", "--checkpoint", checkpoint), 4)
     rows = [{"context": tiny_text(40, seed=i), "query": "w1", "answers": ["w2"]} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     check_rag(
