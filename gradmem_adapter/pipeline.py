@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -166,13 +166,13 @@ class GradMemPipeline:
     @overload
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState | None = None,
-        return_scores: Literal[False] = False, **options: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None, return_scores: Literal[False] = False, **options: Any,
     ) -> list[str]: ...  # fmt: skip
 
     @overload
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState | None = None, return_scores: Literal[True],
-        **options: Any,
+        self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, return_scores: Literal[True], **options: Any,
     ) -> list[ScoredText]: ...  # fmt: skip
 
     def generate(
@@ -180,6 +180,7 @@ class GradMemPipeline:
         prompts: Prompt | Sequence[Prompt],
         *,
         memory: MemoryState | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         return_scores: bool = False,
         **options: Any,
     ) -> list[str] | list[ScoredText]:
@@ -190,6 +191,7 @@ class GradMemPipeline:
                 adapter's `query_format`, or a list of chat messages, put into the tokenizer's chat template.
             memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt; None: the backbone alone,
                 without the adapter.
+            chat_template_kwargs (`Mapping`, *optional*): what the chat template is given, such as `enable_thinking`.
             return_scores (`bool`, *optional*, defaults to `False`): say with each answer how far memory supports it:
                 how much likelier it is with memory than without, as a probability (`score_calibration` in the
                 adapter's configuration says how). It takes two more passes over prompt and answer.
@@ -207,7 +209,7 @@ class GradMemPipeline:
         batch = prompt_list(prompts)
         if not batch:
             return []
-        input_ids, mask = self.encode_prompts(batch)
+        input_ids, mask = self.encode_prompts(batch, chat_template_kwargs=chat_template_kwargs)
         output = self.generate_ids(input_ids, mask, memory=memory, **self.generation_options(options))
         new = (output if isinstance(output, Tensor) else output.sequences)[:, input_ids.shape[1] :]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -242,7 +244,12 @@ class GradMemPipeline:
         return (scale * found + offset).sigmoid().tolist()
 
     def stream(
-        self, prompt: Prompt, *, memory: MemoryState | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        memory: MemoryState | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Generator[str, None, None]:
         """Answer one prompt from memory, piece by piece.
 
@@ -251,19 +258,28 @@ class GradMemPipeline:
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
             memory (`MemoryState`, *optional*): one state; None: the backbone alone, without the adapter.
-            options: as for `generate`.
+            chat_template_kwargs, options: as for `generate`.
         """
-        input_ids, mask = self.encode_prompts([prompt])
+        ids, mask = self.encode_prompts([prompt], chat_template_kwargs=chat_template_kwargs)
+        yield from self.stream_ids(ids, mask, memory=memory, **self.generation_options(options))
+
+    def stream_ids(
+        self, input_ids: Tensor, attention_mask: Tensor, *, memory: MemoryState | None = None, **options: Any
+    ) -> Generator[str, None, None]:
+        """As `stream`, of a prompt in tokens.
+
+        Args:
+            input_ids, attention_mask, memory, options: as for `generate_ids`, of one prompt.
+        """
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancelled = threading.Event()
-        options = self.generation_options(options)
         criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), _Cancelled(cancelled)])
         errors: list[BaseException] = []
 
         def run() -> None:
             try:
                 self.generate_ids(
-                    input_ids, mask, memory=memory, streamer=streamer, stopping_criteria=criteria, **options
+                    input_ids, attention_mask, memory=memory, streamer=streamer, stopping_criteria=criteria, **options
                 )
             except BaseException as error:
                 errors.append(error)
@@ -306,32 +322,55 @@ class GradMemPipeline:
 
     # ---------------------------------------------------------------- texts to tokens
 
-    def format_query(self, prompt: Prompt, tools: list[Any] | None = None) -> tuple[str, bool]:
+    def format_query(
+        self,
+        prompt: Prompt,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[str, bool]:
         """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens.
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
             tools (`list[dict]`, *optional*): what chat templates that know tools are given, as JSON schemas.
+            chat_template_kwargs (`Mapping`, *optional*): what else the chat template is given.
         """
-        return format_query(prompt, self.model.active_peft_config.query_format, self.tokenizer, tools)
+        own = self.model.active_peft_config.query_format
+        return format_query(prompt, own, self.tokenizer, tools, chat_template_kwargs)
 
-    def encode_prompts(self, prompts: Sequence[Prompt], tools: list[Any] | None = None) -> tuple[Tensor, Tensor]:
+    def encode_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Prompts as the model sees them.
 
         Args:
             prompts (`Sequence`): texts or chat messages.
-            tools (`list[dict]`, *optional*): as for `format_query`.
+            tools, chat_template_kwargs: as for `format_query`.
 
         Returns:
             Token ids `[B, T]`, left padded, and their mask.
         """
-        formatted = [self.format_query(prompt, tools) for prompt in prompts]
+        formatted = [self.format_query(prompt, tools, chat_template_kwargs) for prompt in prompts]
         for i, (text, _) in enumerate(formatted):
             check_text(f"Prompt {i}", text)
             check_fits(f"Prompt {i}", text, self.tokenizer, self.model.positions)
-        return self._pad(
-            [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted], "left"
+        return self.pad_prompts(
+            [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted]
         )
+
+    def pad_prompts(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Tokens of prompts as `generate_ids` takes them.
+
+        Args:
+            rows (`Sequence[Sequence[int]]`): of each prompt.
+
+        Returns:
+            Token ids `[B, T]`, left padded, and their mask, on the model's device.
+        """
+        return self._pad(rows, "left")
 
     def encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts as WRITE reads them.
@@ -361,7 +400,7 @@ class GradMemPipeline:
             check_fits(f"Context {i}", text, self.tokenizer, self.max_context_tokens)
         return [self.tokenizer(text)["input_ids"] for text in texts]
 
-    def _pad(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+    def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         input_ids, mask = pad(rows, side, self._pad_token_id)
         device = device_of(cast(PreTrainedModel, self.model.get_base_model()))
         return input_ids.to(device), mask.to(device)

@@ -32,7 +32,11 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def format_query(
-    prompt: Prompt, query_format: str, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None
+    prompt: Prompt,
+    query_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[str, bool]:
     """The text a model sees for a prompt, and whether it still needs the tokenizer's special tokens.
 
@@ -42,6 +46,7 @@ def format_query(
         query_format (`str`): as in `GradMemConfig`.
         tokenizer (`PreTrainedTokenizerBase`): whose chat template is taken.
         tools (`list[dict]`, *optional*): what chat templates that know tools are given, as JSON schemas.
+        chat_template_kwargs (`Mapping`, *optional*): what else the chat template is given, such as `enable_thinking`.
 
     Raises:
         ValueError: chat messages or `"chat"`, and the tokenizer has no chat template; or a message that is none.
@@ -56,7 +61,9 @@ def format_query(
             "The tokenizer has no chat template, which chat messages and query_format='chat' need. Pass the "
             "prompt as text, or set tokenizer.chat_template."
         )
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, **{"tokenize": False, "add_generation_prompt": True, **(chat_template_kwargs or {})}
+    )
     return str(text), False
 
 

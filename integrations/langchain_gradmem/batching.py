@@ -1,102 +1,157 @@
-"""Chat models whose `batch` is one batch, where LangChain would answer its inputs one by one."""
+"""Calls that come at the same time, from threads or tasks, go through the model together."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
-from contextvars import ContextVar
-from typing import Any
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from langchain_core.callbacks import CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import BaseMessage
-from langchain_core.outputs import ChatResult
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import run_in_executor
+from transformers import StoppingCriteria
 
-_answers: ContextVar[dict[str, list[ChatResult]] | None] = ContextVar("gradmem_answers", default=None)
-"""What `batch` has computed for the calls that it is about to make, by their messages."""
+from gradmem_adapter import GradMemPipeline, MemoryState
+
+from .sampling import Sampling
+from .stopping import NewTokens
+
+_WINDOW = 0.005
+"""Seconds without a further call after which a batch begins. It begins after ten of them in any case."""
 
 
-class BatchingChatModel(BaseChatModel):
-    """A chat model that answers all inputs of `batch` at once, while callbacks and caches see a call each."""
+class Options(NamedTuple):
+    """What calls must have in common to be one batch, besides the size of their memories."""
 
-    @abstractmethod
-    def _generate_all(
-        self, conversations: Sequence[Sequence[BaseMessage]], stop: list[str] | None = None, **kwargs: Any
-    ) -> list[ChatResult]:
-        """Answers to several conversations, in their order."""
+    max_tokens: int
+    sampling: Sampling
+    stops: tuple[str, ...]
 
-    def _generate(
+    def generate(
+        self, pipeline: GradMemPipeline, seeds: Sequence[int | None], criterion: StoppingCriteria
+    ) -> dict[str, Any]:
+        """Options of the pipeline's `generate_ids` for rows with these seeds."""
+        processors = self.sampling.processors(seeds, pipeline.model.device)
+        options = {"max_new_tokens": self.max_tokens, "do_sample": False, "logits_processor": processors}
+        return pipeline.generation_options(options | {"stopping_criteria": [criterion]})
+
+
+class Call:
+    """One prompt that waits for its answer.
+
+    Args:
+        pipeline (`GradMemPipeline`): who answers.
+        prompt (`list[int]`): its tokens.
+        memory (`MemoryState`, *optional*): one state.
+        options (`Options`): how to answer.
+        seed (`int`, *optional*): of sampling.
+    """
+
+    def __init__(
         self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        waiting = (_answers.get() or {}).get(self._key(messages))
-        if waiting:
-            return waiting.pop()
-        return self._generate_all([messages], stop, **kwargs)[0]
+        pipeline: GradMemPipeline,
+        prompt: list[int],
+        memory: MemoryState | None,
+        options: Options,
+        seed: int | None,
+    ) -> None:
+        self.pipeline, self.prompt, self.memory, self.options, self.seed = pipeline, prompt, memory, options, seed
+        self.tokens: Future[list[int]] = Future()
+        """The new tokens."""
+        self.cancelled = threading.Event()
 
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[Any]:
-        """Answers to several inputs, computed as one batch.
+    @property
+    def kind(self) -> Hashable:
+        """The same for calls that can be one batch."""
+        return self.options, 0 if self.memory is None else self.memory.num_memory_tokens
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more: it ends with its next token, or does not begin."""
+        self.cancelled.set()
+        self.tokens.cancel()
+
+
+class Batcher:
+    """Answers calls to one pipeline, those that wait at the same time in one batch.
+
+    While a batch is answered the next one gathers, so that concurrent calls are batches without being told.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Call, int]] = []
+        self._changed = threading.Condition()
+        self._serving = False
+
+    def submit(self, call: Call, max_batch: int) -> None:
+        """Have a call answered.
 
         Args:
-            inputs (`list[LanguageModelInput]`): texts, messages or prompt values.
-            config (`RunnableConfig` or a list of them, *optional*): callbacks, tags, ... of the calls.
-            return_exceptions (`bool`, *optional*, defaults to `False`): return what goes wrong in the place of an
-                answer. Where the batch as a whole fails, inputs are then answered one by one.
-            kwargs: what `invoke` takes, the same for all inputs.
-
-        Returns:
-            `list[AIMessage]`: in the order of the inputs.
+            call (`Call`): its `tokens` are set, or raise, when it is.
+            max_batch (`int`): most calls in its batch.
         """
-        token = _answers.set(self._answer_ahead(inputs, return_exceptions, kwargs))
-        try:
-            return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
-        finally:
-            _answers.reset(token)
+        with self._changed:
+            self._waiting.append((call, max_batch))
+            self._changed.notify()
+            if not self._serving:
+                self._serving = True
+                threading.Thread(target=self._serve, name="gradmem-batches", daemon=True).start()
 
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[Any]:
-        """As `batch`, without blocking the event loop."""
-        token = _answers.set(await run_in_executor(None, self._answer_ahead, inputs, return_exceptions, kwargs))
-        try:
-            return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
-        finally:
-            _answers.reset(token)
+    def _serve(self) -> None:
+        while batch := self._next():
+            self._answer(batch)
 
-    def _answer_ahead(
-        self, inputs: list[LanguageModelInput], return_exceptions: bool, kwargs: dict[str, Any]
-    ) -> dict[str, list[ChatResult]]:
-        """The answers to all inputs, by their messages."""
-        conversations = [self._convert_input(value).to_messages() for value in inputs]
-        try:
-            results = self._generate_all(conversations, **kwargs)
-        except Exception:
-            if return_exceptions:
-                return {}  # one by one then, so that each has its own error or answer
-            raise
-        answers: dict[str, list[ChatResult]] = {}
-        for messages, result in zip(reversed(conversations), reversed(results), strict=True):
-            answers.setdefault(self._key(messages), []).append(result)
-        return answers
+    def _next(self) -> list[Call]:
+        """The oldest call and those that can be answered with it; none: nothing waits, and the thread ends."""
+        with self._changed:
+            end = time.monotonic() + 10 * _WINDOW
+            while self._waiting and len(self._waiting) < self._waiting[0][1] and time.monotonic() < end:
+                if not self._changed.wait(_WINDOW):
+                    break
+            self._waiting = [entry for entry in self._waiting if not entry[0].cancelled.is_set()]
+            if not self._waiting:
+                self._serving = False
+                return []
+            oldest, size = self._waiting[0]
+            batch = [entry for entry in self._waiting if entry[0].kind == oldest.kind][:size]
+            self._waiting = [entry for entry in self._waiting if entry not in batch]
+        return [call for call, _ in batch]
 
-    def _key(self, messages: Sequence[BaseMessage]) -> str:
-        """What tells this model's conversations apart."""
-        parts = [(type(m).__name__, m.content, m.additional_kwargs, getattr(m, "tool_calls", None)) for m in messages]
-        return repr((id(self), parts))
+    def _answer(self, batch: list[Call]) -> None:
+        batch = [call for call in batch if call.tokens.running() or call.tokens.set_running_or_notify_cancel()]
+        if not batch:
+            return
+        try:
+            rows = self._generate(batch)
+        except BaseException as error:
+            if len(batch) == 1:
+                batch[0].tokens.set_exception(error)
+                return
+            for call in batch:  # one by one, so that each has its own error or answer
+                self._answer([call])
+        else:
+            for call, tokens in zip(batch, rows, strict=True):
+                call.tokens.set_result(tokens)
+
+    @staticmethod
+    def _generate(batch: list[Call]) -> list[list[int]]:
+        pipeline, options = batch[0].pipeline, batch[0].options
+        ids, mask = pipeline.pad_prompts([call.prompt for call in batch])
+        states = [call.memory for call in batch if call.memory is not None]
+        new_tokens = NewTokens(pipeline.tokenizer, ids.shape[1], options.stops, [call.cancelled for call in batch])
+        pipeline.generate_ids(
+            ids,
+            mask,
+            memory=MemoryState.stack(states) if states else None,
+            **options.generate(pipeline, [call.seed for call in batch], new_tokens),
+        )
+        return [new_tokens.rows[i] for i in range(len(batch))]
+
+
+_batchers: WeakKeyDictionary[GradMemPipeline, Batcher] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def batcher_of(pipeline: GradMemPipeline) -> Batcher:
+    """The one that answers all calls to a pipeline, whichever chat model they come from."""
+    with _making:
+        return _batchers.setdefault(pipeline, Batcher())

@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-import torch
-from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import get_config_list, run_in_executor
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
+from typing_extensions import Self
 
-from gradmem_adapter import GradMemPipeline, MemoryState
+from gradmem_adapter import GradMemPipeline, load_checkpoint
 
-from .batching import BatchingChatModel
-from .messages import as_chunk, parse_tool_calls, require_tools
+from .batching import Call, Options, batcher_of
+from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools
 from .requests import Request, request_of
+from .sampling import Sampling
 from .stopping import NewTokens, cut_at_stop, pieces_until_stop
 from .stores import MemoryStateStore
 
-_OPTIONS = ("max_tokens", "temperature", "top_p", "seed")
+_OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "chat_template_kwargs")
 _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
 """Standard options of LangChain's chat models that a local model has no use for, and passes over."""
-_seeding = threading.Lock()
 
 
-class ChatGradMem(BatchingChatModel):
+class _Asked(NamedTuple):
+    """A call, and what its answer is made into a message with."""
+
+    call: Call
+    request: Request
+    tools: list[Any] | None
+
+
+class ChatGradMem(BaseChatModel):
     """A local model with GradMem memory as a LangChain chat model.
 
     Which memory states a call reads is said by `bind(memory=reference)` or by references attached to its messages
     (`attach`, `attach_documents`); several are read side by side. Markers in texts are never resolved; one that
     nothing carries comes with a warning. A call that reads no state is answered by the backbone alone, without the
     adapter.
+
+    Calls that come at the same time, from threads, tasks or `batch`, are answered together. One whose task is cancelled
+    ends with its next token.
 
     Args:
         pipeline (`GradMemPipeline`): the model and its tokenizer, which needs a chat template.
@@ -44,11 +59,13 @@ class ChatGradMem(BatchingChatModel):
         max_tokens (`int`, *optional*, defaults to `256`): most new tokens of an answer.
         temperature (`float`, *optional*): of sampling; None or 0: greedy.
         top_p (`float`, *optional*): nucleus of sampling; None: all tokens.
-        seed (`int`, *optional*): of sampling; None: the process's own generator.
+        seed (`int`, *optional*): of sampling, alike alone and in a batch; None: each call draws anew.
         stop (`list[str]`, *optional*): texts that end an answer and are not part of it.
         streaming (`bool`, *optional*, defaults to `False`): let `invoke` stream to its callbacks.
         max_states (`int`, *optional*, defaults to `8`): most states that one call reads. Those of the last turn come
             first, then the newest; others are left out with a warning.
+        max_batch (`int`, *optional*, defaults to `16`): most calls that are answered together.
+        chat_template_kwargs (`dict`, *optional*): what the chat template is given, such as `enable_thinking`.
     """
 
     pipeline: GradMemPipeline = Field(exclude=True)
@@ -61,6 +78,8 @@ class ChatGradMem(BatchingChatModel):
     stop: list[str] | None = None
     streaming: bool = False
     max_states: int = Field(default=8, ge=1)
+    max_batch: int = Field(default=16, ge=1)
+    chat_template_kwargs: dict[str, Any] | None = None
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -73,6 +92,17 @@ class ChatGradMem(BatchingChatModel):
                 f"ChatGradMem has no option {', '.join(unknown)}; help(ChatGradMem) explains those it has."
             )
         return values
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: str = "cpu", **options: Any) -> Self:
+        """A chat model of a saved adapter.
+
+        Args:
+            path (`str` or `Path`): as for `load_checkpoint`.
+            device (`str`, *optional*, defaults to `"cpu"`): where the model goes.
+            options: the other fields.
+        """
+        return cls(pipeline=GradMemPipeline(*load_checkpoint(path, device=device)), **options)
 
     @property
     def _llm_type(self) -> str:
@@ -104,78 +134,110 @@ class ChatGradMem(BatchingChatModel):
 
     # ---------------------------------------------------------------- what a call asks
 
-    def _request(self, messages: Sequence[BaseMessage], memory: Any) -> Request:
-        if any(isinstance(m, ToolMessage) or getattr(m, "tool_calls", None) for m in messages):
-            require_tools(self.pipeline.tokenizer)
-        return request_of(messages, memory, self.pipeline, self.store, self.max_states)
+    def get_token_ids(self, text: str) -> list[int]:
+        """The tokens of a text, without special ones.
 
-    def _generation(
-        self, stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> tuple[list[str], dict[str, Any], int | None]:
-        """Stop texts, options of `generate`, and the seed, of a call."""
+        Args:
+            text (`str`): any text.
+        """
+        return list(self.pipeline.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """The tokens of messages in the chat template, memory not counted.
+
+        Args:
+            messages (`list[BaseMessage]`): any part of a conversation.
+            tools (`Sequence`, *optional*): what `bind_tools` takes.
+        """
+        schemas = [convert_to_openai_tool(tool) for tool in tools] if tools else None
+        return count_tokens(messages, partial(self.pipeline.format_query, tools=schemas), self.get_num_tokens)
+
+    def _ask(self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Asked:
+        """What a call asks the pipeline, whatever is wrong with it said here."""
         unknown = kwargs.keys() - {*_OPTIONS, "memory", "stream", "tools"}
         if unknown:
             raise TypeError(f"ChatGradMem got unexpected arguments: {', '.join(sorted(unknown))}.")
         chosen = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _OPTIONS}
-        options: dict[str, Any] = {"max_new_tokens": chosen["max_tokens"], "do_sample": bool(chosen["temperature"])}
-        if chosen["temperature"]:
-            options |= {"temperature": chosen["temperature"], "top_p": chosen["top_p"] or 1.0}
-        stops = [text for text in (self.stop if stop is None else stop) or [] if text]
-        return stops, options, chosen["seed"]
+        stops = tuple(text for text in (self.stop if stop is None else stop) or [] if text)
+        options = Options(chosen["max_tokens"], Sampling(chosen["temperature"], chosen["top_p"]), stops)
+        if any(isinstance(m, ToolMessage) or getattr(m, "tool_calls", None) for m in messages):
+            require_tools(self.pipeline.tokenizer)
+        template, tools = chosen["chat_template_kwargs"], kwargs.get("tools")
+        request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
+        ids, _ = self.pipeline.encode_prompts([request.chat], tools, template)
+        return _Asked(Call(self.pipeline, ids[0].tolist(), request.memory, options, chosen["seed"]), request, tools)
 
     # ---------------------------------------------------------------- answers
 
-    def _generate_all(
-        self, conversations: Sequence[Sequence[BaseMessage]], stop: list[str] | None = None, **kwargs: Any
-    ) -> list[ChatResult]:
-        """Answers to several conversations: those with memories of one size go through the model as one batch."""
-        stops, options, seed = self._generation(stop, kwargs)
-        requests = [self._request(messages, kwargs.get("memory")) for messages in conversations]
-        groups: dict[int, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(request.memory_vectors, []).append(i)
-        results: dict[int, ChatResult] = {}
-        for members in groups.values():
-            answers = self._answers([requests[i] for i in members], kwargs.get("tools"), stops, options, seed)
-            results |= zip(members, answers, strict=True)
-        return [results[i] for i in range(len(requests))]
-
-    def _answers(
+    def _generate(
         self,
-        requests: Sequence[Request],
-        tools: list[Any] | None,
-        stops: list[str],
-        options: dict[str, Any],
-        seed: int | None,
-    ) -> list[ChatResult]:
-        """Answers to requests with memories of one size, in one batch."""
-        states = [request.memory for request in requests if request.memory is not None]
-        ids, mask = self.pipeline.encode_prompts([request.chat for request in requests], tools)
-        new_tokens = NewTokens(self.pipeline.tokenizer, ids.shape[1], stops)
-        with _seeded(seed):
-            self.pipeline.generate_ids(
-                ids,
-                mask,
-                memory=MemoryState.stack(states) if states else None,
-                stopping_criteria=[new_tokens],
-                **self.pipeline.generation_options(options),
-            )
-        results = []
-        for row, (request, prompt_tokens) in enumerate(zip(requests, mask.sum(1).tolist(), strict=True)):
-            tokens, ended = self._until_end(new_tokens.rows[row])
-            text, stopped = cut_at_stop(new_tokens.text(tokens), stops)
-            calls: Any = {}
-            if tools:
-                text, found, invalid = parse_tool_calls(text)
-                calls = {"tool_calls": found, "invalid_tool_calls": invalid}
-            message = AIMessage(
-                text,
-                **calls,
-                response_metadata=self._metadata(ended or stopped),
-                usage_metadata=request.usage(prompt_tokens, len(tokens)),
-            )
-            results.append(ChatResult(generations=[ChatGeneration(message=message)]))
-        return results
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        asked = self._ask(messages, stop, kwargs)
+        batcher_of(self.pipeline).submit(asked.call, self.max_batch)
+        try:
+            return self._result(asked, asked.call.tokens.result())
+        finally:
+            asked.call.cancel()
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        asked = await run_in_executor(None, self._ask, messages, stop, kwargs)
+        batcher_of(self.pipeline).submit(asked.call, self.max_batch)
+        try:
+            return self._result(asked, await asyncio.wrap_future(asked.call.tokens))
+        finally:
+            asked.call.cancel()
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answers to several inputs, as LangChain's `batch`, which asks as many at a time as the model answers at once.
+
+        Args:
+            inputs (`list[LanguageModelInput]`): texts, messages or prompt values.
+            config (`RunnableConfig` or a list of them, *optional*): callbacks, tags, ... of the calls;
+                `max_concurrency` bounds how many are answered at a time.
+            return_exceptions (`bool`, *optional*, defaults to `False`): return what goes wrong in the place of an
+                answer.
+            kwargs: what `invoke` takes, the same for all inputs.
+
+        Returns:
+            `list[AIMessage]`: in the order of the inputs.
+        """
+        own = RunnableConfig(max_concurrency=self.max_batch)
+        configs = [cast(RunnableConfig, {**own, **given}) for given in get_config_list(config, len(inputs))]
+        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+
+    def _result(self, asked: _Asked, tokens: list[int]) -> ChatResult:
+        """New tokens as a message."""
+        tokens, ended = self._until_end(tokens)
+        whole = str(self.pipeline.tokenizer.decode(tokens, skip_special_tokens=True))
+        text, stopped = cut_at_stop(whole, asked.call.options.stops)
+        calls: Any = {}
+        if asked.tools:
+            text, found, invalid = parse_tool_calls(text)
+            calls = {"tool_calls": found, "invalid_tool_calls": invalid}
+        message = AIMessage(
+            text,
+            **calls,
+            response_metadata=self._metadata(ended or stopped),
+            usage_metadata=asked.request.usage(len(asked.call.prompt), len(tokens)),
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _until_end(self, tokens: list[int]) -> tuple[list[int], bool]:
         """The tokens up to the one that ends a text, and whether there is one."""
@@ -197,44 +259,56 @@ class ChatGradMem(BatchingChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         if kwargs.get("tools"):  # whether a text is a call is known when it is whole
-            yield as_chunk(self._generate_all([messages], stop, **kwargs)[0])
+            yield as_chunk(self._generate(messages, stop, **kwargs))
             return
-        stops, options, seed = self._generation(stop, kwargs)
-        request = self._request(messages, kwargs.get("memory"))
-        prompt_tokens = self.pipeline.encode_prompts([request.chat])[0].shape[1]
-        new_tokens = NewTokens(self.pipeline.tokenizer, prompt_tokens, stops)
-        with _seeded(seed):
-            pieces = self.pipeline.stream(
-                request.chat, memory=request.memory, stopping_criteria=[new_tokens], **options
-            )
-            stopped = False
-            try:
-                for piece, ended in pieces_until_stop(pieces, stops):
-                    stopped = stopped or ended
-                    if piece:
-                        chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
-                        if run_manager is not None:
-                            run_manager.on_llm_new_token(piece, chunk=chunk)
-                        yield chunk
-            finally:
-                pieces.close()  # ends the generation
+        for chunk in self._chunks(self._ask(messages, stop, kwargs)):
+            if run_manager is not None and chunk.text:
+                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        if kwargs.get("tools"):
+            yield as_chunk(await self._agenerate(messages, stop, **kwargs))
+            return
+        asked = await run_in_executor(None, self._ask, messages, stop, kwargs)
+        chunks = self._chunks(asked)
+        try:
+            while (chunk := await run_in_executor(None, next, chunks, None)) is not None:
+                if run_manager is not None and chunk.text:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+        finally:
+            asked.call.cancel()  # a thread may still wait for the next piece
+
+    def _chunks(self, asked: _Asked) -> Iterator[ChatGenerationChunk]:
+        """An answer piece by piece, the last one with what is known of the whole."""
+        call, (_, _, stops) = asked.call, asked.call.options
+        new_tokens = NewTokens(self.pipeline.tokenizer, len(call.prompt), stops, [call.cancelled])
+        pieces = self.pipeline.stream_ids(
+            *self.pipeline.pad_prompts([call.prompt]),
+            memory=call.memory,
+            **call.options.generate(self.pipeline, [call.seed], new_tokens),
+        )
+        stopped = False
+        try:
+            for piece, ended in pieces_until_stop(pieces, stops):
+                stopped = stopped or ended
+                if piece:
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+        finally:
+            pieces.close()  # ends the generation
         tokens, ended = self._until_end(new_tokens.rows[0])
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content="",
                 response_metadata=self._metadata(ended or stopped),
-                usage_metadata=request.usage(prompt_tokens, len(tokens)),
+                usage_metadata=asked.request.usage(len(call.prompt), len(tokens)),
                 chunk_position="last",
             )
         )
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Sampling under a seed, one at a time: Transformers draws from the process's own generator."""
-    if seed is None:
-        yield
-        return
-    with _seeding, torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -27,7 +27,7 @@ from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from transformers import PreTrainedTokenizerBase
 
-from .references import without_markers
+from .references import references_of, without_markers
 
 _ROLES: dict[type[BaseMessage], str] = {
     HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system", ToolMessage: "tool",
@@ -85,6 +85,29 @@ def accepted(
             if all(part in text for part in system):
                 return form
     raise ValueError(f"The backbone's chat template does not show these messages' system text: {refused}") from refused
+
+
+def count_tokens(
+    messages: Sequence[BaseMessage],
+    render: Callable[[list[dict[str, Any]]], tuple[str, bool]],
+    count: Callable[[str], int],
+) -> int:
+    """Tokens of messages in the chat template; where it does not take them, as in a part of a conversation that begins
+    with an answer, of their texts.
+
+    Args:
+        messages (`Sequence[BaseMessage]`): with or without references, whose markers do not count.
+        render (`Callable`): puts a chat into the template.
+        count (`Callable`): counts the tokens of a text.
+
+    Raises:
+        ValueError: as `template_entry`.
+    """
+    chat = [template_entry(message, references_of(message)) for message in messages]
+    try:
+        return count(render(accepted(chat, render))[0]) if chat else 0
+    except (TemplateError, ValueError):
+        return sum(count(entry["content"]) for entry in chat)
 
 
 def _role(message: BaseMessage) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -35,7 +36,12 @@ class Request(NamedTuple):
 
 
 def request_of(
-    messages: Sequence[BaseMessage], memory: Any, pipeline: GradMemPipeline, store: MemoryStateStore, max_states: int
+    messages: Sequence[BaseMessage],
+    memory: Any,
+    pipeline: GradMemPipeline,
+    store: MemoryStateStore,
+    max_states: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Request:
     """A call's messages as chat templates take them, and the states that it reads.
 
@@ -48,6 +54,7 @@ def request_of(
         pipeline (`GradMemPipeline`): who is to read them.
         store (`MemoryStateStore`): where the states are.
         max_states (`int`): most states to read.
+        chat_template_kwargs (`Mapping`, *optional*): what the chat template is given besides.
 
     Raises:
         ValueError: no human message; what is no reference; more bound states than are read.
@@ -81,7 +88,7 @@ def request_of(
     entries = [template_entry(message, everything) for message in messages]
     chat = [entry for entry, m in zip(entries, messages, strict=True) if entry["content"].strip() or not _is_carrier(m)]
     tokens = sum(int(state.context_tokens.sum()) for state in states)
-    chat = accepted(chat, pipeline.format_query)
+    chat = accepted(chat, partial(pipeline.format_query, chat_template_kwargs=chat_template_kwargs))
     return Request(chat, MemoryState.concat(states) if states else None, tokens)
 
 

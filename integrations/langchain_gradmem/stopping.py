@@ -1,7 +1,8 @@
-"""Texts that end an answer: stop strings, however tokens fall on them, in whole answers and in streams."""
+"""What ends an answer: stop strings, however tokens fall on them, in whole answers and in streams, and its caller."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,16 +33,23 @@ def pieces_until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[t
 
 
 class NewTokens(StoppingCriteria):
-    """Keeps each row's new tokens, and ends a row that has a stop in its text.
+    """Keeps each row's new tokens, and ends a row that has a stop in its text or was cancelled.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): what decodes the tokens.
         prompt_length (`int`): tokens of the padded prompts, after which the new ones begin.
         stops (`Sequence[str]`): texts that end a row.
+        cancelled (`Sequence[threading.Event]`): of each row; once set, it ends with its next token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stops: Sequence[str]) -> None:
-        self.tokenizer, self.prompt_length, self.stops = tokenizer, prompt_length, stops
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_length: int,
+        stops: Sequence[str],
+        cancelled: Sequence[threading.Event],
+    ) -> None:
+        self.tokenizer, self.prompt_length, self.stops, self.cancelled = tokenizer, prompt_length, stops, cancelled
         self.rows: dict[int, list[int]] = {}
         """The new tokens of each row, padding after its end left out."""
         self.stopped: set[int] = set()
@@ -55,6 +63,6 @@ class NewTokens(StoppingCriteria):
             if i in self.stopped:
                 continue  # what comes now is padding, while other rows go on
             self.rows[i] = row
-            if self.stops and cut_at_stop(self.text(row), self.stops)[1]:
+            if self.cancelled[i].is_set() or (self.stops and cut_at_stop(self.text(row), self.stops)[1]):
                 self.stopped.add(i)
         return torch.tensor([i in self.stopped for i in range(len(input_ids))], device=input_ids.device)

@@ -6,12 +6,15 @@ import threading
 import pytest
 import torch
 from langchain_core.caches import InMemoryCache
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, trim_messages
 from langchain_gradmem import ChatGradMem, MemoryStateStore, UnknownReferenceError, attach, marker
+from peft import get_peft_model
 from pydantic import ValidationError
+from tiny import CHAT_TEMPLATE
 from tiny_pipeline import tiny_pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradmem_adapter import MemoryState, MemoryStateError
+from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryState, MemoryStateError, save_checkpoint
 
 
 @pytest.fixture
@@ -143,14 +146,14 @@ class TestReferences:
         for most, references in expected.items():
             limited = chat.model_copy(update={"max_states": most})
             with pytest.warns(UserWarning, match="more memory states than max_states"):
-                memory = limited._request(messages, None).memory
+                memory = limited._ask(messages, None, {}).request.memory
             assert memory == MemoryState.concat([store.get(reference) for reference in references])
 
     def test_a_state_that_an_earlier_message_lost_ends_no_conversation(self, chat, reference, other):
         messages = [attach(HumanMessage("w1"), [other]), AIMessage("w2"), attach(HumanMessage("w3"), [reference])]
         chat.store.mdelete([other])
         with pytest.warns(UserWarning, match="An earlier message carries it; it is left out"):
-            assert chat._request(messages, None).memory == chat.store.get(reference)
+            assert chat._ask(messages, None, {}).request.memory == chat.store.get(reference)
         for needed in (messages[:1], [attach(SystemMessage("w0"), [other]), HumanMessage("w1")]):
             with pytest.raises(UnknownReferenceError):
                 chat.invoke(needed)
@@ -224,3 +227,51 @@ class TestConcurrency:
         next(stream)
         stream.close()
         assert not [t for t in threading.enumerate() if t.name == "gradmem-stream"]
+
+
+class TestTokens:
+    def test_of_a_text(self, chat):
+        assert chat.get_num_tokens("w1 w2 w3") == 3
+
+    def test_of_messages_without_their_markers(self, chat, reference):
+        one = chat.get_num_tokens_from_messages([HumanMessage("w1 w2")])
+        assert one == chat.invoke("w1 w2").usage_metadata["input_tokens"]
+        carried = attach(HumanMessage(f"w1 w2 {marker(reference)}"), [reference])
+        assert chat.get_num_tokens_from_messages([carried]) == one
+
+    def test_trim_messages(self, chat):
+        messages = [HumanMessage("w1 " * 50) for _ in range(9)]
+        assert len(trim_messages(messages, max_tokens=120, token_counter=chat, strategy="last")) == 2
+
+    def test_what_the_template_does_not_take_is_counted_as_text(self, chat, monkeypatch):
+        refusing = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}w1"
+        monkeypatch.setattr(chat.pipeline.tokenizer, "chat_template", refusing)
+        assert chat.get_num_tokens_from_messages([AIMessage("w1 w2"), HumanMessage("w3")]) == 3
+
+
+def test_arguments_of_the_chat_template(chat, pipeline, monkeypatch):
+    thinking = "{% if not enable_thinking | default(true) %}w9 {% endif %}" + pipeline.tokenizer.chat_template
+    monkeypatch.setattr(pipeline.tokenizer, "chat_template", thinking)
+    plainly = {"enable_thinking": False}
+    messages = [{"role": "user", "content": "w3"}]
+    (expected,) = pipeline.generate([messages], chat_template_kwargs=plainly, max_new_tokens=6)
+    assert chat.bind(chat_template_kwargs=plainly).invoke("w3").content == expected
+    assert chat.model_copy(update={"chat_template_kwargs": plainly}).invoke("w3").content == expected
+    tokens = [chat.invoke("w3", chat_template_kwargs=k).usage_metadata["input_tokens"] for k in (plainly, None)]
+    assert tokens[0] == tokens[1] + 1
+
+
+def test_an_over_long_prompt_is_counted(chat):
+    with pytest.raises(ValueError, match=r"\b(150|15\d)\b"):
+        chat.invoke("w1 " * 150, max_tokens=50)
+
+
+def test_from_checkpoint(llama_directory, tmp_path):
+    backbone = AutoModelForCausalLM.from_pretrained(llama_directory)
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3)).eval()
+    save_checkpoint(model, tokenizer, tmp_path / "checkpoint")
+    expected = ChatGradMem(pipeline=GradMemPipeline(model, tokenizer), max_tokens=4).invoke("the heron").content
+    chat = ChatGradMem.from_checkpoint(tmp_path / "checkpoint", max_tokens=4)
+    assert chat.invoke("the heron").content == expected

@@ -59,7 +59,7 @@ class TestSystemRole:
         ],
     )
     def test_their_text_is_kept(self, chat, messages):
-        shown = chat.pipeline.format_query(chat._request(messages, None).chat)[0]
+        shown = chat.pipeline.format_query(chat._ask(messages, None, {}).request.chat)[0]
         assert all(message.content in shown for message in messages)
 
     def test_histories_work(self, chat, turn):
@@ -69,7 +69,7 @@ class TestSystemRole:
 
     def test_a_carrier_without_a_notice_is_not_shown(self, chat, turn):
         memory = TurnMemory.from_chat(chat, max_turns=1, keep_turns=1, notice="")
-        request = chat._request(memory.shown([*turn(0), *turn(1), HumanMessage("w1")]), None)
+        request = chat._ask(memory.shown([*turn(0), *turn(1), HumanMessage("w1")]), None, {}).request
         assert [entry["role"] for entry in request.chat] == ["user"]
         assert request.memory_vectors == 3
 

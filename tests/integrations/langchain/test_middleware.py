@@ -15,7 +15,7 @@ from langchain_gradmem.middleware import GradMemMiddleware
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph.message import REMOVE_ALL_MESSAGES
 
-request = ChatGradMem._request
+ask = ChatGradMem._ask
 
 
 def fail(keys):
@@ -84,8 +84,8 @@ class TestAgent:
         shown = []
         monkeypatch.setattr(
             type(chat),
-            "_request",
-            lambda self, messages, *rest: shown.append(messages) or request(self, messages, *rest),
+            "_ask",
+            lambda self, messages, *rest: shown.append(messages) or ask(self, messages, *rest),
         )
         messages = [SystemMessage("w31"), *(m for i in range(5) for m in turn(i)), HumanMessage("w1")]
         agent.invoke({"messages": messages})
