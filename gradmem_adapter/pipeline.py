@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
@@ -10,13 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.lora import without_lora
@@ -24,6 +17,7 @@ from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list, study_tokens
+from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.tokens import check_fits, check_text
@@ -271,31 +265,7 @@ class GradMemPipeline:
         Args:
             input_ids, attention_mask, memory, options: as for `generate_ids`, of one prompt.
         """
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        cancelled = threading.Event()
-        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), _Cancelled(cancelled)])
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                self.generate_ids(
-                    input_ids, attention_mask, memory=memory, streamer=streamer, stopping_criteria=criteria, **options
-                )
-            except BaseException as error:
-                errors.append(error)
-                streamer.on_finalized_text("", stream_end=True)  # end() would decode, which may be what failed
-
-        thread = threading.Thread(target=run, name="gradmem-stream", daemon=True)
-        thread.start()
-        try:
-            for piece in streamer:
-                if piece:
-                    yield piece
-        finally:
-            cancelled.set()
-            thread.join()
-        if errors:
-            raise errors[0]
+        yield from stream_text(self.generate_ids, self.tokenizer, input_ids, attention_mask, memory=memory, **options)
 
     def generate_ids(
         self, input_ids: Tensor, attention_mask: Tensor, *, memory: MemoryState | None = None, **options: Any
@@ -423,11 +393,3 @@ class GradMemPipeline:
         if self.model.generation_config.pad_token_id is None:
             options.setdefault("pad_token_id", self._pad_token_id)
         return options
-
-
-class _Cancelled(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)

@@ -159,13 +159,25 @@ class ChatGradMem(BaseChatModel):
             raise TypeError(f"ChatGradMem got unexpected arguments: {', '.join(sorted(unknown))}.")
         chosen = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _OPTIONS}
         stops = tuple(text for text in (self.stop if stop is None else stop) or [] if text)
-        options = Options(chosen["max_tokens"], Sampling(chosen["temperature"], chosen["top_p"]), stops)
         if any(isinstance(m, ToolMessage) or getattr(m, "tool_calls", None) for m in messages):
             require_tools(self.pipeline.tokenizer)
         template, tools = chosen["chat_template_kwargs"], kwargs.get("tools")
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
-        ids, _ = self.pipeline.encode_prompts([request.chat], tools, template)
-        return _Asked(Call(self.pipeline, ids[0].tolist(), request.memory, options, chosen["seed"]), request, tools)
+        (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
+        room = self._room(len(ids), request.memory_vectors)
+        longest = chosen["max_tokens"] if room is None else min(chosen["max_tokens"], room)
+        options = Options(longest, Sampling(chosen["temperature"], chosen["top_p"]), stops)
+        return _Asked(Call(self.pipeline, ids, request.memory, options, chosen["seed"]), request, tools)
+
+    def _room(self, prompt_tokens: int, memory_vectors: int) -> int | None:
+        """The backbone's positions that are left for an answer; None: it sets no limit."""
+        positions = self.pipeline.model.positions
+        if positions is None or prompt_tokens + memory_vectors < positions:
+            return None if positions is None else positions - prompt_tokens - memory_vectors
+        raise ValueError(
+            f"The prompt is too long: it has {prompt_tokens:,} tokens, memory {memory_vectors:,} vectors before it, "
+            f"and the model has {positions:,} positions. Shorten it, for instance by trim_messages(token_counter=chat)."
+        )
 
     # ---------------------------------------------------------------- answers
 

@@ -262,8 +262,14 @@ def test_arguments_of_the_chat_template(chat, pipeline, monkeypatch):
 
 
 def test_an_over_long_prompt_is_counted(chat):
-    with pytest.raises(ValueError, match=r"\b(150|15\d)\b"):
-        chat.invoke("w1 " * 150, max_tokens=50)
+    used = chat.invoke("w1").usage_metadata["input_tokens"] - 1
+    with pytest.raises(ValueError, match=rf"has {180 + used} tokens, memory 0 .* the model has 160 positions"):
+        chat.invoke("w1 " * 180)
+
+
+def test_an_answer_ends_with_the_positions(chat):
+    usage = chat.invoke("w1 " * 140, max_tokens=200).usage_metadata
+    assert usage["total_tokens"] == 160
 
 
 def test_from_checkpoint(llama_directory, tmp_path):

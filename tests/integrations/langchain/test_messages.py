@@ -104,7 +104,7 @@ class TestTools:
         caller = ChatGradMem(pipeline=tiny_pipeline(), max_tokens=4)
         caller.pipeline.tokenizer.chat_template = TOOLS_TEMPLATE
         said = []
-        monkeypatch.setattr("langchain_gradmem.chat_models.NewTokens.text", lambda self, tokens: said[-1])
+        monkeypatch.setattr(type(caller.pipeline.tokenizer), "decode", lambda *args, **kwargs: said[-1])
         return caller, said
 
     def test_refused_where_the_template_does_not_know_them(self, chat):
