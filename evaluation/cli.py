@@ -71,7 +71,9 @@ def tokenize(
 
 @app.command()
 def run(
-    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `train` made.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(exists=True, help="What `train` made; or a recipe, for its model as it is untrained.")
+    ],
     task: Annotated[
         list[str] | None,
         typer.Option(help='"{name: babi, source: data/babi, number: 2}". Repeatable; default: as the checkpoint says.'),

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from transformers import PreTrainedTokenizerBase
+
 from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.training.collator import read_row
 from gradmem_adapter.training.rows import json_lines
@@ -15,6 +17,8 @@ from gradmem_adapter.utils.files import read_text
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 """Contexts with queries and targets, as `GradMemCollator` takes them."""
+Passage: TypeAlias = list[int]
+"""Token ids."""
 _CONTEXT = ("context", "passage", "content", "story_section")
 _QUERY = ("query", "question")
 
@@ -210,3 +214,22 @@ def with_unanswerable(rows: Rows, share: float) -> list[dict[str, Any]]:
             }
         )
     return made
+
+
+def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int | None = None) -> list[Passage]:
+    """Passages of exactly `tokens` tokens of running prose, one after another; headings (` = Title = `) are left out.
+
+    A passage lies within one paragraph or goes over into the next; what is left at the end is dropped.
+
+    Raises:
+        ValueError: the text is too short for `count` passages, or for one.
+    """
+    lines = (line.strip() for line in text.splitlines())
+    prose = "\n".join(line for line in lines if line and not (line.startswith("= ") and line.endswith(" =")))
+    ids = list(tokenizer(prose, add_special_tokens=False)["input_ids"])
+    found = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)][:count]
+    if len(found) < (1 if count is None else count):
+        raise ValueError(
+            f"The text has {len(ids)} tokens: {len(ids) // tokens} passages of {tokens}, not {count or 'one'}."
+        )
+    return found

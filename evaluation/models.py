@@ -130,23 +130,26 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Run
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase, RunConfig]:
-    """A model that `save_model` saved, its tokenizer, and how it was trained.
+    """A model that `save_model` saved, its tokenizer, and how it was trained; of a recipe, the model before training.
 
     Raises:
         FileNotFoundError: there is none.
     """
     config = load_config(path)
+    if path.is_file():
+        model, tokenizer = build_model(config)
+        return model.to(device).eval(), tokenizer, config
     start = dataclasses.replace(config, init_from=None, teacher=None)
     return *config.method.load(path, device, lambda: build_model(start)), config
 
 
 def load_config(path: Path) -> RunConfig:
-    """The configuration that a model was made by.
+    """The configuration that a model was made by, or that of a recipe.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    return RunConfig.of(_fields(path))
+    return RunConfig.load(path) if path.is_file() else RunConfig.of(_fields(path))
 
 
 def claim_run(config: RunConfig, path: Path) -> None:

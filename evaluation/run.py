@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def evaluate(
         checkpoint (`Path`): what training made.
         device (`torch.device`): where.
         evaluation (`Evaluation`, *optional*): what; None: as the checkpoint's configuration says.
-        limit (`int`, *optional*): only so many contexts of each task; a part of the data is no result to be kept.
+        limit (`int`, *optional*): only so many contexts of each task; it is among the settings of the records then.
         seed (`int`, *optional*, defaults to `0`): of the other contexts where several are asked side by side.
         results (`Path`, *optional*): a file that each record is added to at once.
         answers (`Path`, *optional*): a file for every query with its answer and its scores, one JSON object a line; the
@@ -86,8 +86,6 @@ def evaluate(
     Raises:
         ValueError: nothing can be measured so; the message says why.
     """
-    if results is not None and limit is not None:
-        raise ValueError(f"{results} keeps results on all of the data: leave --limit or --results out.")
     model, tokenizer, config = load_model(checkpoint, device)
     evaluation = evaluation or config.evaluation
     tasks = [task for task in evaluation.tasks or config.tasks if task.measured]
@@ -99,6 +97,8 @@ def evaluate(
     for task, k, states in ((t, k, s) for t in tasks for k in steps for s in evaluation.states):
         answerer = Answerer(model, tokenizer, config, k, _name_of(checkpoint))
         found = task.measure(answerer, evaluation.split, states=states, limit=limit, seed=seed)
+        settings = found.settings | config.method.settings | ({} if limit is None else {"limit": limit})
+        found = replace(found, settings=settings)
         records.append(_record(task, answerer, found, evaluation.split, states, seed))
         if results is not None:
             add_records(results, records[-1:])
@@ -157,4 +157,6 @@ def _summary(record: Record) -> str:
 def _name_of(checkpoint: Path) -> str:
     """The name of a checkpoint's directory; with that of its run, where all runs give their checkpoints the same."""
     path = checkpoint.resolve()
+    if path.is_file():
+        return f"{path.stem}, untrained"
     return f"{path.parent.name}/{path.name}" if path.name.startswith(CHECKPOINT) else path.name

@@ -1,6 +1,7 @@
 """A gradient-written memory and what it is compared with: one class in one file each, imported and entered here."""
 
 from .base import Method
+from .extractive import Extractive
 from .forward_memory import ForwardMemory
 from .full_context import FullContext
 from .gradmem import GradMem
@@ -12,8 +13,9 @@ METHODS: dict[str, type[Method]] = {
     ForwardMemory.name: ForwardMemory,
     MeanPooling.name: MeanPooling,
     TruncatedText.name: TruncatedText,
+    Extractive.name: Extractive,
     FullContext.name: FullContext,
 }
 """By name, in the order of tables and legends."""
 
-__all__ = ["METHODS", "ForwardMemory", "FullContext", "GradMem", "MeanPooling", "Method", "TruncatedText"]
+__all__ = ["METHODS", "Extractive", "ForwardMemory", "FullContext", "GradMem", "MeanPooling", "Method", "TruncatedText"]

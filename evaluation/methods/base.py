@@ -39,6 +39,11 @@ class Method(ABC):
     context_per_query: ClassVar[bool] = False
     """Whether the whole context stands before every query, so that batches must be smaller."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes a measurement with the same method another one."""
+        return {}
+
     @classmethod
     def title_at(cls, memory_tokens: int) -> str:
         """The title with m = `memory_tokens`, for methods that are another thing with none."""
@@ -79,7 +84,7 @@ class Method(ABC):
     # ---------------------------------------------------------------- answers
 
     @abstractmethod
-    def read(self, model: Any, contexts: list[list[int]], steps: int) -> Any:
+    def read(self, model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[list[int]], steps: int) -> Any:
         """What is kept of contexts (token ids) to answer from."""
 
     @abstractmethod
@@ -114,7 +119,7 @@ class Method(ABC):
             query_format: as in `GradMemConfig`.
         """
         ids = [list(row) for row in tokenizer(list(contexts))["input_ids"]]
-        kept = self.read(model, ids, steps)
+        kept = self.read(model, tokenizer, ids, steps)
         lengths = [self.length(model, row) for row in ids]
         device = next(model.parameters()).device
         answers: dict[int, str] = {}

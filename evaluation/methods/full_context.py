@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradmem_adapter.prompts import Prompt
 
 from .base import OPTIONS, cache_bytes
 from .prefix import Prefix, PrefixMethod, PrefixModel
@@ -15,12 +17,24 @@ from .prefix import Prefix, PrefixMethod, PrefixModel
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class FullContext(PrefixMethod):
-    """A causal LM on `[context; query]`."""
+    """A causal LM on `[context; query]`.
+
+    Args:
+        in_prompt (`bool`, *optional*, defaults to `False`): answer from a prompt that holds context and question, as
+            one asks a model that was not trained on either, not from the context before the formatted query.
+    """
+
+    in_prompt: bool = False
 
     name = "full_context"
     title = "full context"
     color, marker = "#333333", "^"
     context_per_query = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Where the context stands."""
+        return {"in_prompt": True} if self.in_prompt else {}
 
     def memory_tokens(self, memory: Mapping[str, Any]) -> int:
         """There is no memory of fixed size."""
@@ -29,6 +43,22 @@ class FullContext(PrefixMethod):
     def bytes_per_context(self, backbone: PreTrainedModel, memory: Mapping[str, Any], tokens: float) -> float:
         """Keys and values of all tokens."""
         return cache_bytes(backbone, tokens)
+
+    def answer(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        contexts: Sequence[str],
+        queries: Sequence[Prompt],
+        reads: Sequence[Sequence[int]],
+        **options: Any,
+    ) -> list[str]:
+        """See `Method.answer`."""
+        if self.in_prompt:
+            texts = ["\n\n".join(contexts[i] for i in row) for row in reads]
+            queries = [f"{text}\n\n{query}" for text, query in zip(texts, queries, strict=True)]
+            contexts, reads = [""], [[0]] * len(queries)
+        return super().answer(model, tokenizer, contexts, queries, reads, **options)
 
     def prefix(self, model: PrefixModel, context: Tensor, lengths: Tensor, steps: int) -> Prefix:
         """The context's own embeddings; there is nothing to write."""

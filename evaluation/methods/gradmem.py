@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,7 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.prompts import study_tokens
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.write.options import Objective, Study, WriteOptions
 from gradmem_adapter.write.rates import NEUTRAL, keep_write_lrs
 
 from .base import OPTIONS, Method
@@ -27,15 +30,22 @@ class GradMem(Method):
     Args:
         lora_dtype (`str`, *optional*): what the LoRA's weights are rounded to when the model is saved.
         keep_write_lrs (`int`, *optional*): keep so many of the `num_write_lrs` when the model is saved; None: all.
+        objective (`str`, *optional*, defaults to `"reconstruction"`): as in `WriteOptions`, when it is measured.
     """
 
     lora_dtype: Literal["bfloat16", "float16"] | None = None
     keep_write_lrs: pydantic.PositiveInt | None = None
+    objective: Objective = "reconstruction"
 
     name = "gradmem"
     title = "GradMem"
     color, marker = "#0072b2", "o"
     step = "step"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The objective, where it is not the usual one."""
+        return {} if self.objective == "reconstruction" else {"objective": self.objective}
 
     def build(self, backbone: PreTrainedModel, memory: Mapping[str, Any]) -> nn.Module:
         """See `Method.build`."""
@@ -58,9 +68,15 @@ class GradMem(Method):
         """See `Method.load`; the checkpoint says itself what the model is."""
         return load_checkpoint(path, device=device)
 
-    def read(self, model: Any, contexts: list[list[int]], steps: int) -> MemoryState:
+    def read(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[list[int]], steps: int
+    ) -> MemoryState:
         """The memory states of contexts."""
-        return cast(MemoryState, model.write_many(contexts, steps=steps, progress=False, last_loss=False))
+        options = WriteOptions(steps=steps, last_loss=False)
+        if self.objective == "self_study":
+            study = Study(**study_tokens(model.active_peft_config.query_format, tokenizer))
+            options = replace(options, objective="self_study", study=study)
+        return cast(MemoryState, model.write_many(contexts, progress=False, options=options))
 
     def length(self, model: Any, context: list[int]) -> int:
         """m."""

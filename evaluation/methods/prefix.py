@@ -134,7 +134,7 @@ class PrefixMethod(Method):
         """See `Method.load_weights`."""
         load_trained_weights(model, path)
 
-    def read(self, model: Any, contexts: list[list[int]], steps: int) -> Any:
+    def read(self, model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[list[int]], steps: int) -> Any:
         """The contexts themselves: prefixes are made for those that are asked of at a time."""
         return contexts, steps
 

@@ -36,8 +36,10 @@ def time_and_memory(rows: Frame) -> str:
 
 
 def read(name: str, **where: Any) -> Frame:
-    """The rows of a result file in which columns have the given values."""
+    """The rows of a result file in which columns have the given values; with `limit` those of so much of the data."""
     table = frame(load_records(RESULTS / f"{name}.jsonl"))
+    if "limit" in table and "limit" not in where:
+        table = table[table["limit"].isna()]
     for column, value in where.items():
         table = table[table[column] == value]
     return table

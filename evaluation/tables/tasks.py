@@ -14,7 +14,7 @@ from evaluation.results import Record
 
 from .cells import Frame, data_title, grid, in_order, line_title, percent, read
 
-SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole"}
+SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole", "auc", "gap_closed"}
 """Metrics that are shown in %."""
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from evaluation.data import Rows
+from evaluation.data import Passage, Rows, cut_passages
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.files import read_text
@@ -22,9 +21,6 @@ from .base import OPTIONS, Measurement, Task
 
 if TYPE_CHECKING:
     from evaluation.run import Answerer
-
-Passage: TypeAlias = list[int]
-"""Token ids."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
@@ -80,25 +76,6 @@ class Reconstruction(Task):
         if len(texts) > 1 and (model.positions is None or 2 * self.tokens <= model.positions):
             values |= predicted(model, list(pairwise(texts)), state[:-1])
         return Measurement(values, {"context_tokens": self.tokens}, {"checkpoint": answerer.checkpoint})
-
-
-def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int | None = None) -> list[Passage]:
-    """Passages of exactly `tokens` tokens of running prose, one after another; headings (` = Title = `) are left out.
-
-    A passage lies within one paragraph or goes over into the next; what is left at the end is dropped.
-
-    Raises:
-        ValueError: the text is too short for `count` passages, or for one.
-    """
-    lines = (line.strip() for line in text.splitlines())
-    prose = "\n".join(line for line in lines if line and not (line.startswith("= ") and line.endswith(" =")))
-    ids = list(tokenizer(prose, add_special_tokens=False)["input_ids"])
-    found = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)][:count]
-    if len(found) < (1 if count is None else count):
-        raise ValueError(
-            f"The text has {len(ids)} tokens: {len(ids) // tokens} passages of {tokens}, not {count or 'one'}."
-        )
-    return found
 
 
 def recited(model: PeftModel, texts: Sequence[Passage], state: MemoryState) -> dict[str, Tensor]:

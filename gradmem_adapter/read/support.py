@@ -15,7 +15,6 @@ from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.ops.padding import pad
 
 
-@torch.no_grad()
 def support(
     backbone: PreTrainedModel, prefix: Tensor, queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -31,13 +30,25 @@ def support(
     Returns:
         `Tensor`: `[B]`.
     """
-    rows = list(zip(queries, answers, strict=True))
+    with_memory, without = (log_likelihood(backbone, p, queries, answers) for p in (prefix, prefix[:, :0]))
+    return with_memory - without
+
+
+@torch.no_grad()
+def log_likelihood(
+    backbone: PreTrainedModel, prefix: Tensor, queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> Tensor:
+    """The mean log-likelihood of each answer's tokens, log p(y_t | [prefix; q; y_<t]), `[B]` in nats.
+
+    Args:
+        backbone, queries, answers: as for `support`.
+        prefix (`Tensor`): `[B, P, d]`; P may be 0 where no query is empty.
+    """
+    states = states_of_answers(backbone, prefix, list(zip(queries, answers, strict=True)))
     targets, mask = (tensor.to(prefix.device) for tensor in pad(answers, "right"))
-    head, vocabulary = output_head(backbone), backbone.get_output_embeddings().weight.shape[0]
-
-    def log_likelihood(prefix: Tensor) -> Tensor:
-        hidden = pad_sequence(states_of_answers(backbone, prefix, rows), batch_first=True)
-        nll, _ = sequence_nll(hidden, targets, mask.bool(), head, vocabulary, count_correct=False)
-        return -nll / mask.sum(1)
-
-    return log_likelihood(prefix) - log_likelihood(prefix[:, :0])
+    vocabulary = backbone.get_output_embeddings().weight.shape[0]
+    nll, _ = sequence_nll(
+        pad_sequence(states, batch_first=True), targets, mask.bool(), output_head(backbone), vocabulary,
+        count_correct=False,
+    )  # fmt: skip
+    return -nll / mask.sum(1)

@@ -10,10 +10,11 @@ from peft import get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer, tokens
 
 from evaluation.config import RunConfig
+from evaluation.data import cut_passages
 from evaluation.run import Answerer
 from evaluation.scores import standard_error
 from evaluation.tasks import Reconstruction
-from evaluation.tasks.reconstruction import cut_passages, predicted, recited
+from evaluation.tasks.reconstruction import predicted, recited
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.utils.files import read_text
 

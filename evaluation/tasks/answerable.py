@@ -1,0 +1,118 @@
+"""Whether memory knows when it does not know: questions on what was written, and questions on something else."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import field
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from evaluation.data import Rows, qa_rows, questions
+from gradmem_adapter.pipeline import GradMemPipeline
+
+from .base import OPTIONS, Measurement, Task
+
+if TYPE_CHECKING:
+    from evaluation.run import Answerer
+
+BATCH = 16
+"""Questions at a time."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class Answerable(Task):
+    """Every question is asked of its own passage and of another one, and the score has to tell which is which.
+
+    Args:
+        source (`str`): a directory or a dataset on the hub, see `qa_rows`.
+        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides: name, revision, ...
+    """
+
+    source: str
+    hub: dict[str, Any] = field(default_factory=dict)
+
+    name = "answerable"
+
+    @property
+    def dataset(self) -> str:
+        """The last part of the source."""
+        return self.source.rstrip("/").rpartition("/")[2]
+
+    def rows(self, split: str) -> Rows:
+        """See `Task.rows`."""
+        return qa_rows(self.source, split, **self.hub)
+
+    def measure(
+        self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
+    ) -> Measurement:
+        """The area under the curve, as the mean over answerable questions of the share of others with a lower score.
+
+        The other passages, and with `limit` all, are drawn by `seed`. The calibration that would fit these scores is
+        among the facts: use it if `split` is for validation.
+
+        Raises:
+            TypeError: the model has no memory states.
+        """
+        model = answerer.model
+        if not isinstance(model, PeftModel):
+            raise TypeError("answerable asks for scores of answers from memory states: it needs the method gradmem.")
+        draw = random.Random(seed)
+        rows = list(self.rows(split))
+        rows = rows if limit is None else draw.sample(rows, limit)
+        contexts, queries, own, references = questions(rows)
+        other = [draw.choice([i for i in range(len(contexts)) if i != c]) for c in own]
+        ids = [list(row) for row in answerer.tokenizer(contexts)["input_ids"]]
+        memory = answerer.config.method.read(model, answerer.tokenizer, ids, answerer.steps)
+        pipeline = GradMemPipeline(model, answerer.tokenizer)
+        answers = []
+        for context in (own, other):
+            for i in range(0, len(queries), BATCH):
+                part: dict[str, Any] = {"memory": memory, "context_index": torch.tensor(context[i : i + BATCH])}
+                part |= {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+                answers += pipeline.generate(queries[i : i + BATCH], return_scores=True, **part)
+        scores = torch.tensor([score for _, score in answers], dtype=torch.float64)
+        right, wrong = scores.chunk(2)
+        kind = torch.cat([torch.ones_like(right), torch.zeros_like(wrong)])
+        return Measurement(
+            {"auc": placements(right, wrong), "brier": (scores - kind) ** 2},
+            {
+                "context_tokens": sum(map(len, ids)) / len(ids),
+                "score_calibration": fitted(scores, kind, model.active_peft_config.score_calibration or (1.0, 0.0)),
+            },
+            {"checkpoint": answerer.checkpoint},
+            [
+                {"query": query, "answer": answer, "accepted": accepted, "score": score, "answerable": answerable}
+                for query, (answer, score), accepted, answerable in zip(
+                    queries * 2, answers, references * 2, kind.tolist(), strict=True
+                )
+            ],
+        )
+
+
+def placements(right: Tensor, wrong: Tensor) -> Tensor:
+    """Of each score in `right` `[n]` the share of those in `wrong` that are lower, ties counting half; their mean is
+    the area under the curve."""
+    above, same = (right[:, None] > wrong).double(), (right[:, None] == wrong).double()
+    return (above + same / 2).mean(1)
+
+
+def fitted(scores: Tensor, kind: Tensor, calibration: tuple[float, float]) -> list[float]:
+    """The scale and the offset of the logistic map that fits `kind` `[n]` (1 or 0) best, in place of the one that made
+    the scores."""
+    scale, offset = calibration
+    ratios = (scores.logit(eps=1e-12) - offset) / scale
+    found = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(found[0] * ratios + found[1], kind)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return [round(value, 4) for value in found.tolist()]

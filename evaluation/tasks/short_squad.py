@@ -1,0 +1,52 @@
+"""Short SQuAD (GradMem, section 4.3): a question on the one sentence of a passage that holds its answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import field
+from typing import Any
+
+import pydantic
+
+from evaluation.data import Rows, group, qa_rows
+
+from .base import OPTIONS, Task
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+_WORD = re.compile(r"\w+")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class ShortSquad(Task):
+    """Sentences with the questions that they answer; of several that hold an answer, the one most like the question.
+
+    Args:
+        source (`str`): SQuAD, a directory or a dataset on the hub, see `qa_rows`.
+        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides: name, revision, ...
+    """
+
+    source: str
+    hub: dict[str, Any] = field(default_factory=dict)
+
+    name = "short_squad"
+
+    @property
+    def dataset(self) -> str:
+        """The last part of the source, said to be sentences."""
+        return f"{self.source.rstrip('/').rpartition('/')[2]}, sentences"
+
+    def rows(self, split: str) -> Rows:
+        """See `Task.rows`; a question whose answer lies in no single sentence is left out."""
+        return group(_short(qa_rows(self.source, split, **self.hub)))
+
+
+def _short(rows: Rows) -> Iterator[tuple[str, str, list[str]]]:
+    for row in rows:
+        sentences = _SENTENCE_END.split(row["context"])
+        for query, answers in zip(row["queries"], row["answers"], strict=True):
+            words = set(_WORD.findall(query.lower()))
+            holding = [sentence for sentence in sentences if answers[0] in sentence]
+            if holding:
+                like = [len(words & set(_WORD.findall(sentence.lower()))) for sentence in holding]
+                yield holding[like.index(max(like))], query, answers

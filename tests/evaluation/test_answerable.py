@@ -1,0 +1,54 @@
+"""Whether scores tell questions that memory can answer from others."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from small_runs import write_folder
+from tiny import tiny, tiny_tokenizer
+from torchmetrics.functional.classification import binary_auroc
+
+from evaluation.config import RunConfig
+from evaluation.run import Answerer
+from evaluation.tasks import Answerable
+from evaluation.tasks.answerable import fitted, placements
+from gradmem_adapter import GradMemConfig
+
+
+def test_placements_are_the_area_under_the_curve():
+    scores = torch.rand(40, dtype=torch.float64).mul(10).round() / 10  # with ties
+    kind = torch.arange(40) < 15
+    found = placements(scores[kind], scores[~kind]).mean()
+    assert found == pytest.approx(float(binary_auroc(scores, kind.long())), abs=1e-6)
+
+
+def test_the_fit_finds_what_made_the_kinds():
+    ratios = torch.randn(4000, dtype=torch.float64)
+    kind = (torch.rand(4000) < (1.5 * ratios - 0.5).sigmoid()).double()
+    for calibration in ((1.0, 0.0), (3.0, 1.0)):
+        scores = (calibration[0] * ratios + calibration[1]).sigmoid()
+        assert fitted(scores, kind, calibration) == pytest.approx([1.5, -0.5], abs=0.2)
+
+
+def test_measure(tmp_path):
+    folder = write_folder(tmp_path)
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3, query_format="chat")).eval()
+    task = {"name": "answerable", "source": str(folder / "short")}
+    config = RunConfig.of({"backbone": "none", "tasks": [task]})
+    answerer = Answerer(model, tiny_tokenizer(), config, steps=1)
+    found = config.tasks[0].measure(answerer, "test", limit=4)
+    assert len(found.values["auc"]) == 8
+    assert len(found.answers) == 16
+    right, wrong = ([a["score"] for a in found.answers if a["answerable"] == kind] for kind in (1, 0))
+    area = binary_auroc(torch.tensor(right + wrong), torch.tensor([1] * len(right) + [0] * len(wrong)))
+    assert float(found.values["auc"].mean()) == pytest.approx(float(area), abs=1e-6)
+    assert len(found.facts["score_calibration"]) == 2
+    again = config.tasks[0].measure(answerer, "test", limit=4)
+    assert torch.equal(again.values["auc"], found.values["auc"])
+
+
+def test_without_states(tmp_path):
+    answerer = Answerer(tiny(), tiny_tokenizer(), RunConfig.of({
+        "backbone": "none", "method": {"name": "full_context"}, "tasks": [{"name": "answerable", "source": "x"}],
+    }), steps=0)  # fmt: skip
+    with pytest.raises(TypeError, match="needs the method gradmem"):
+        Answerable(source="x").measure(answerer, "test")
