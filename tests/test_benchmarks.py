@@ -9,6 +9,7 @@ from tiny import tiny, tokens
 
 from benchmarks import (
     common,
+    kinks,
     kv_meta_gradient,
     meta_gradient,
     read,
@@ -54,6 +55,14 @@ def test_read(run):
     assert all(record.metrics["first_token_ms"] > 0 < record.metrics["tokens_per_second"] for record in records)
     kept = 2 * (3 * KV_BYTES_PER_TOKEN + 3 * 576 * 4)  # two states' keys, values and vectors
     assert [record.metrics["kept_mib"] for record in records] == [0, 0, kept / 2**20] * 2
+
+
+def test_kinks(run):
+    records = run(kinks, "meta_gradient_kinks", "--backbones", "llama", "opt", "--scales", "4", "--seeds", "1")
+    assert [record.method for record in records] == [*kinks.WAYS, *kinks.WAYS]
+    smooth, rough = ({r.method: r.metrics["cosine_lowest"] for r in part} for part in (records[:4], records[4:]))
+    assert smooth["finite difference"] > 0.999 > 0.9 > smooth["first order"]
+    assert rough["finite difference"] < 0.5 < rough["first order"]
 
 
 def test_what_was_measured_is_kept_when_a_benchmark_is_stopped(run, tmp_path, monkeypatch):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step, add, differentiated_once, vjp
+from gradmem_adapter.utils.kinks import kinks
 from gradmem_adapter.write.context import Context
 
 RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """The finite difference's step by the type that the backbone computes in; measured in docs/meta_gradients.md."""
+
+
+_looked_at: WeakSet[PreTrainedModel] = WeakSet()
+"""The backbones that were looked at for kinks, once each."""
 
 
 class FiniteDifference(MetaGradient):
@@ -24,6 +33,19 @@ class FiniteDifference(MetaGradient):
     vector by itself. The outer gradient c of the write losses takes no pass of its own: each side carries half of it,
     and the mean of the two gradients is the gradient at M up to t^2.
     """
+
+    def check(self, backbone: PreTrainedModel) -> None:
+        """Warn, once for each, of backbones whose loss has kinks."""
+        if backbone in _looked_at:
+            return
+        _looked_at.add(backbone)
+        if found := kinks(backbone):
+            warnings.warn(
+                f"The loss of {type(backbone).__name__} has kinks: it {' and '.join(found)}. A finite difference "
+                "across them can be farther from the outer gradient than first order is. Use meta_gradient='exact', with "
+                "gradient checkpointing where memory is short; docs/meta_gradients.md has figures.",
+                stacklevel=2,
+            )
 
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
         memory, gradient = step.state.memory.detach(), step.gradient.requires_grad_()

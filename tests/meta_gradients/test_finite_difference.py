@@ -1,6 +1,7 @@
 """The finite difference: how close it is to the exact meta-gradient, and what has no direction or scale."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from outer import relative, train_step
 from peft import get_peft_model
 from tiny import tiny, tokens
 from torch.nn import functional as F
+from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, QuantoConfig
 
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.utils.kinks import kinks
 
 
 def flat_gradients(backbone, meta_gradient, batch=3, autocast=False, **kwargs):
@@ -70,3 +73,47 @@ def test_finite_difference_of_a_compiled_backbone():
     backbone = tiny()
     backbone.base_model.compile(backend="aot_eager")
     torch.testing.assert_close(flat_gradients(backbone, "finite_difference"), plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("mixtral", r"routes tokens to experts \(MixtralExperts\)"), ("opt", "has ReLU"), ("int8", "quantises its act")],
+)
+def test_a_loss_with_kinks_is_told_once(kind, found):
+    """Gradients jump there, and their difference is no curvature."""
+    if kind == "mixtral":
+        sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        backbone = MixtralForCausalLM(
+            MixtralConfig(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, **sizes)
+        )
+    else:
+        backbone = tiny("opt" if kind == "opt" else "llama")
+    if kind == "int8":
+        backbone.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, meta_gradient="finite_difference"))
+    ids = tokens(2, 9)
+    with pytest.warns(UserWarning, match=f"has kinks: it {found}.*meta_gradient='exact'"):
+        model(input_ids=ids, labels=ids, context_input_ids=ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, labels=ids, context_input_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "of_activations"),
+    [
+        (BitsAndBytesConfig(load_in_8bit=True), True),
+        (BitsAndBytesConfig(load_in_4bit=True), False),
+        (QuantoConfig(weights="int8"), False),
+        (QuantoConfig(weights="int8", activations="int8"), True),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, False),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8DynamicActivationIntxConfig"}}}, True),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 4}, "input_activations": None}}}, False),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}}}, True),
+    ],
+)
+def test_which_quantisations_are_of_activations(quantisation, of_activations):
+    backbone = tiny()
+    assert kinks(backbone) == []
+    backbone.config.quantization_config = quantisation
+    assert kinks(backbone) == ["quantises its activations"] * of_activations
