@@ -54,8 +54,8 @@ def probe(backbone: PreTrainedModel) -> None:
             _step_aside(backbone, f"its own forward pass over token ids failed ({_name(error)})")
             return
         _check_causal(backbone, expected, half)
-        _check_write(backbone, ids, expected)
-        _check_generate(backbone, ids, expected)
+        _check_write(backbone, ids[:1], expected[:1])
+        _check_generate(backbone, ids[:1], expected[:1])
     _right.add(kind)
 
 

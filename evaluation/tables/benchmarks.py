@@ -200,5 +200,6 @@ def training_speed() -> Frame:
 
 TABLES = (
     kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, train_step, training_speed,
-    versus_prompting, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many, write_time, write_time_cpu,
+    versus_prompting, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many, write_time,
+    write_time_cpu,
 )  # fmt: skip

@@ -42,8 +42,8 @@ class FiniteDifference(MetaGradient):
         if found := kinks(backbone):
             warnings.warn(
                 f"The loss of {type(backbone).__name__} has kinks: it {' and '.join(found)}. A finite difference "
-                "across them can be farther from the outer gradient than first order is. Use meta_gradient='exact', with "
-                "gradient checkpointing where memory is short; docs/meta_gradients.md has figures.",
+                "across them can be farther from the outer gradient than first order is. Use meta_gradient='exact', "
+                "with gradient checkpointing where memory is short; docs/meta_gradients.md has figures.",
                 stacklevel=2,
             )
 

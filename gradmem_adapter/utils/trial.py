@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.utils.backbone import device_of, max_positions
 
-TOKENS = 8
+TOKENS = 6
 """How many tokens a trial has: a pass costs what reading the weights costs."""
 
 
