@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradmem_adapter.checkpoint import load_weights, save_beside
 from gradmem_adapter.config import GradMemConfig
-from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.utils.files import errors_named, replacing
 from gradmem_adapter.utils.temporary import temporary_directory
 
 from .arguments import GradMemTrainingArguments
@@ -65,7 +65,7 @@ class SavingTrainer(Trainer):
         self.check_finite()
         run = Path(self._get_output_dir(trial))
         there = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with ExitStack() as stack:
+        with errors_named(there), ExitStack() as stack:
             folder = None
             if self.args.should_save:
                 run.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
@@ -94,12 +95,20 @@ def errors_named(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # safetensors and tokenizers have errors of their own, with a number in the text
-        number = error.errno if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
+    except Exception as error:
+        number = _number(error)
         if number is None:
             raise
-        number = number if isinstance(number, int) else int(number[1])
         raise OSError(number, f"cannot be written: {os.strerror(number)}", str(path)) from error
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error. Safetensors and tokenizers have it in the text of their own; torch has none."""
+    if isinstance(error, OSError):
+        return error.errno
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(match[1])
+    return errno.EIO if "PytorchStreamWriter failed" in str(error) else None
 
 
 def _take_over(file: Path, replaced: os.stat_result) -> None:

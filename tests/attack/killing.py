@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["gradmem_adapter.cli", "gradmem_adapter.training", "langchain_gradmem"])
+SERVER.set_forkserver_preload(["gradmem_adapter"])
 CALLS = ("rename", "replace", "mkdir", "rmdir", "unlink")
 """What changes a directory."""
 

@@ -1,37 +1,21 @@
-"""Processes are killed while they save: the file is whole, and what they left goes with the next save."""
+"""Processes are killed while they save: the old or the new is whole, and what they left goes with the next save."""
 
+import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from adapters import make
+from jobs import put, save_checkpoints, save_states, train, write
+from killing import SERVER, kill_often
+from langchain_gradmem import AtomicFileStore
+from tiny import rows, tiny, tiny_text, tiny_tokenizer
 
-from gradmem_adapter import MemoryState
-
-SAVE = """
-import itertools, sys, torch
-from gradmem_adapter.state import MemoryState
-states = [
-    MemoryState(torch.full((1, 400, 400), float(i)), torch.tensor([i + 1]), torch.zeros(1, 1), "f") for i in range(2)
-]
-print("ready", flush=True)
-for i in itertools.count():
-    states[i % 2].save(sys.argv[1])
-"""
+from gradmem_adapter import GradMemPipeline, MemoryState, load_backbone, load_checkpoint, save_checkpoint
 
 
-def attack(path, kills):
-    """Kill so many processes that do nothing but save."""
-    for seed in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", SAVE, str(path)], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(random.Random(seed).uniform(0.02, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def killed_while_saving_states(path, kills):
+    for _ in kill_often(save_states, path, kills=kills, longest=0.1):
         state = MemoryState.load(path)
         assert torch.equal(state.vectors, torch.full_like(state.vectors, float(state.context_tokens) - 1))
         assert len(os.listdir(path.parent)) <= 2, "more than the last process left is there"
@@ -39,10 +23,109 @@ def attack(path, kills):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_killed_while_saving(tmp_path):
-    attack(tmp_path / "state.safetensors", 1)
+def test_states(tmp_path):
+    killed_while_saving_states(tmp_path / "state.safetensors", 5)
 
 
 @pytest.mark.slow
-def test_killed_often_while_saving(tmp_path):
-    attack(tmp_path / "state.safetensors", 200)
+def test_states_often(tmp_path):
+    killed_while_saving_states(tmp_path / "state.safetensors", 200)
+
+
+def killed_while_putting(root, kills):
+    store = AtomicFileStore(root)
+    for _ in kill_often(put, root, kills=kills, longest=0.05):
+        values = store.mget([f"x/{i}" for i in range(4)])
+        assert all(len(value) == 200_000 and len(set(value)) == 1 for value in values)
+        assert sorted(store.yield_keys()) == [f"x/{i}" for i in range(4)]
+    store.mset([("x/0", b"")])
+    assert sorted(os.listdir(root / "x")) == ["0", "1", "2", "3"]
+
+
+def test_stored_bytes(tmp_path):
+    killed_while_putting(tmp_path / "store", 5)
+
+
+@pytest.mark.slow
+def test_stored_bytes_often(tmp_path):
+    killed_while_putting(tmp_path / "store", 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [{"lora_config": {"r": 2, "target_modules": ["q_proj"]}}, {"train_backbone": True}],
+    ids=["lora", "backbone"],
+)
+def test_checkpoints_often(tmp_path, config):
+    path, seen = tmp_path / "saved", set()
+    model, backbone = make(**config), None if config.get("train_backbone") else tiny()
+    save_checkpoint(model, tiny_tokenizer(), path)
+    (path / "notes").write_text("notes")
+    for kill in kill_often(save_checkpoints, path, config, kills=100, longest=0.5):
+        model, _ = load_checkpoint(path, backbone=backbone and tiny())
+        memory = model.base_model.slots.gradmem_memory["default"]
+        if kill > 10:  # all files are of one save
+            assert len(memory.unique()) == 1
+            seen.add(int(memory[0, 0]))
+            if config.get("train_backbone"):
+                assert (model.get_base_model().lm_head.weight == memory[0, 0]).all()
+        assert (path / "notes").read_text() == "notes"
+    assert len(seen) > 1
+    save_checkpoint(model, tiny_tokenizer(), path)
+    assert os.listdir(tmp_path) == ["saved"]
+    assert not [name for name in os.listdir(path) if name.startswith(".")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny().save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    backbone, tokenizer = load_backbone(str(tmp_path / "backbone"))
+    save_checkpoint(make(backbone=backbone), tokenizer, tmp_path / "checkpoint")
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(tiny_text(10, seed=i))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(8, 8))))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_command_write(folder):
+    pipeline = GradMemPipeline(*load_checkpoint(folder / "checkpoint"))
+    right = [pipeline.write((folder / f"{i}.txt").read_text()) for i in range(2)]
+    before, seen = sorted(os.listdir(folder)), 0
+    for _ in kill_often(write, folder, kills=100, longest=2.0):
+        if (folder / "states").exists():
+            state = MemoryState.load(folder / "states")
+            assert any(torch.allclose(state.vectors, one.vectors, atol=1e-5) for one in right)
+            seen += 1
+    assert seen > 10
+    state.save(folder / "states")
+    assert sorted(os.listdir(folder)) == sorted([*before, "states"])
+
+
+@pytest.mark.slow
+def test_the_command_train(folder):
+    """Killed again and again, the run comes to its end; every checkpoint on the way is whole."""
+    run, steps = folder / "run", [0]
+    for _ in kill_often(train, folder, kills=15, longest=6.0):
+        found = [path for path in run.glob("checkpoint-*") if path.is_dir()]
+        for path in found:
+            load_checkpoint(path)
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+                torch.load(path / name, weights_only=False)
+            assert json.loads((path / "trainer_state.json").read_text())["global_step"] == int(path.name[11:])
+        last = max((int(path.name[11:]) for path in found), default=0)
+        assert last >= steps[-1], "no step that was saved is lost"
+        assert len(found) <= 3
+        steps.append(last)
+        if last >= 50:
+            break
+    assert steps[-1] > 0
+    process = SERVER.Process(target=train, args=(print, folder))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    load_checkpoint(run / "checkpoint")
+    assert sorted(os.listdir(run)) == ["checkpoint", "checkpoint-57", "checkpoint-60", "run.json"]
+    assert not list(run.rglob(".*"))

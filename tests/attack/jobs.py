@@ -1,0 +1,82 @@
+"""Jobs without an end, which are killed."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+
+
+def save_states(ready, path):
+    from gradmem_adapter import MemoryState
+
+    states = [
+        MemoryState(torch.full((1, 400, 400), float(i)), torch.tensor([i + 1]), torch.zeros(1, 1), "f")
+        for i in range(2)
+    ]
+    states[0].save(path)
+    ready()
+    for i in itertools.count():
+        states[i % 2].save(path)
+
+
+def put(ready, root):
+    from langchain_gradmem import AtomicFileStore
+
+    store = AtomicFileStore(root)
+    store.mset([(f"x/{key}", b"0" * 200_000) for key in range(4)])
+    ready()
+    for i in itertools.count():
+        store.mset([(f"x/{i % 4}", str(i % 10).encode() * 200_000)])
+
+
+def filled(model, value):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gradmem" in name or model.peft_config["default"].train_backbone:
+                parameter.fill_(value)
+
+
+def save_checkpoints(ready, path, config):
+    from adapters import make
+    from tiny import tiny_tokenizer
+
+    from gradmem_adapter import save_checkpoint
+
+    model, tokenizer = make(**config), tiny_tokenizer()
+    ready()
+    for i in itertools.count():
+        filled(model, i % 7)
+        save_checkpoint(model, tokenizer, path)
+
+
+def write(ready, folder):
+    from gradmem_adapter.cli import app
+
+    ready()
+    for i in itertools.count():
+        text, output = folder / f"{i % 2}.txt", folder / "states"
+        arguments = [
+            "write",
+            text,
+            "--checkpoint",
+            folder / "checkpoint",
+            "--output",
+            output,
+            "--force",
+            "--device",
+            "cpu",
+        ]
+        app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def train(ready, folder: Path):
+    from gradmem_adapter.cli import app
+
+    arguments = ["train", folder / "rows.jsonl", "--output", folder / "run", "--backbone", folder / "backbone"]
+    for setting in ("max_steps=60", "save_steps=3", "save_total_limit=2", "disable_tqdm=true"):
+        arguments += ["--set", f"training.{setting}"]
+    arguments += ["--set", "memory.num_memory_tokens=2", "--set", "memory.lora_config.r=2", "--device", "cpu"]
+    ready()
+    app([str(argument) for argument in arguments], standalone_mode=False)

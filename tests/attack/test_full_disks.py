@@ -1,0 +1,131 @@
+"""File systems that run full or may only be read, and files that may not grow: what is there stays as it is."""
+
+import errno
+import os
+import resource
+import subprocess
+
+import pytest
+import torch
+from adapters import make
+from langchain_gradmem import AtomicFileStore
+from tiny import rows, tiny, tiny_tokenizer
+
+from gradmem_adapter import MemoryState, load_checkpoint, save_checkpoint
+from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
+
+CONFIG = {"lora_config": {"r": 2, "target_modules": ["q_proj"]}}
+
+
+def mount(*arguments):
+    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("only root may mount a file system, and in some containers not even root")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 256 kB."""
+    (tmp_path / "small").mkdir()
+    mount("-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path / "small")
+    yield tmp_path / "small"
+    subprocess.run(["umount", "--lazy", tmp_path / "small"], check=True)
+
+
+@pytest.fixture
+def short():
+    """No file may have more than 30 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def state(size):
+    return MemoryState(torch.ones(1, 1, size), torch.tensor([1]), torch.zeros(1, 1), "model")
+
+
+def files(folder):
+    return {str(path): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def refused(path, number, save):
+    before = files(path.parent)
+    with pytest.raises(OSError, match="cannot be written") as error:
+        save()
+    assert (error.value.errno, error.value.filename) == (number, str(path))
+    assert files(path.parent) == before
+
+
+def save_state(folder, number):
+    state(100).save(folder / "states")
+    refused(folder / "states", number, lambda: state(80_000).save(folder / "states"))
+    refused(folder / "new", number, lambda: state(80_000).save(folder / "new"))
+    state(200).save(folder / "states")
+    assert MemoryState.load(folder / "states") == state(200)
+
+
+def test_states(small):
+    save_state(small, errno.ENOSPC)
+
+
+def test_states_that_may_not_grow(tmp_path, short):
+    save_state(tmp_path, errno.EFBIG)
+
+
+def test_stored_bytes(small):
+    store = AtomicFileStore(small / "store")
+    store.mset([("x/a", b"a" * 1000), ("x/b", b"b" * 1000)])
+    refused(small / "store" / "x" / "b", errno.ENOSPC, lambda: store.mset([("x/b", b"c" * 300_000)]))
+    assert store.mget(["x/a", "x/b"]) == [b"a" * 1000, b"b" * 1000]
+
+
+@pytest.mark.parametrize("free", range(0, 60_000, 12_000))
+def test_checkpoints_at_any_place(small, free):
+    """Wherever in a save the disk is full."""
+    path = small / "saved"
+    save_checkpoint(make(**CONFIG), tiny_tokenizer(), path)
+    left = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
+    (small / "filled").write_bytes(bytes(left - free))
+    try:
+        refused(path, errno.ENOSPC, lambda: save_checkpoint(make(**CONFIG), tiny_tokenizer(), path))
+    except BaseException:
+        assert free > 30_000, "a checkpoint is larger"
+    load_checkpoint(path, backbone=tiny())
+    assert sorted(os.listdir(small)) == ["filled", "saved"]
+    assert not [name for name in os.listdir(path) if name.startswith(".")]
+
+
+def test_checkpoints_that_may_not_grow(tmp_path, short):
+    with pytest.raises(OSError, match="cannot be written: File too large"):
+        save_checkpoint(make(train_backbone=True), tiny_tokenizer(), tmp_path / "saved")
+    assert os.listdir(tmp_path) == []
+
+
+def test_training(small):
+    arguments = GradMemTrainingArguments(
+        str(small / "run"), max_steps=20, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = GradMemTrainer(make(**CONFIG), arguments, train_dataset=rows(4, 6), processing_class=tiny_tokenizer())
+    with pytest.raises(OSError, match="cannot be written") as error:
+        trainer.train()
+    whole = sorted(os.listdir(small / "run"))
+    assert whole == [f"checkpoint-{i + 1}" for i in range(len(whole))] != []
+    assert error.value.filename == str(small / "run" / f"checkpoint-{len(whole) + 1}")
+    for name in whole:
+        load_checkpoint(small / "run" / name, backbone=tiny())
+    assert trainer.has_checkpoint()
+
+
+def test_what_may_only_be_read(small):
+    state(10).save(small / "states")
+    store = AtomicFileStore(small)
+    store.mset([("x", b"x")])
+    save_checkpoint(make(**CONFIG), tiny_tokenizer(), small / "saved")
+    mount("-o", "remount,ro", small)
+    assert MemoryState.load(small / "states") == state(10)
+    assert store.mget(["x", "y"]) == [b"x", None]
+    load_checkpoint(small / "saved", backbone=tiny())
+    refused(small / "states", errno.EROFS, lambda: state(11).save(small / "states"))
+    refused(small / "x", errno.EROFS, lambda: store.mset([("x", b"y")]))
+    refused(small / "saved", errno.EROFS, lambda: save_checkpoint(make(**CONFIG), tiny_tokenizer(), small / "saved"))
