@@ -50,8 +50,11 @@ def probe(backbone: PreTrainedModel) -> None:
         try:
             with torch.no_grad():
                 expected = backbone(input_ids=ids, use_cache=False, return_dict=True).logits
-        except Exception as error:  # kernels of another device, inputs beside tokens, ...
-            _step_aside(backbone, f"its own forward pass over token ids failed ({_name(error)})")
+        except Exception as error:
+            found = f"its own forward pass over token ids failed ({_name(error)})"
+            if isinstance(error, TypeError | ValueError) and "Triton" not in str(error):
+                raise _refusal(backbone, found, "GradMem writes and reads with tokens alone.") from error
+            _step_aside(backbone, found)  # kernels of a device on which it is not yet, ...
             return
         _check_causal(backbone, expected, half)
         _check_write(backbone, ids[:1], expected[:1])
@@ -96,10 +99,13 @@ def _check_causal(backbone: PreTrainedModel, logits: Tensor, half: int) -> None:
 
 
 def _check_write(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> None:
-    """Trunk and head on the tokens' embeddings, as WRITE runs them, give the logits of the tokens, and a gradient."""
+    """Trunk and head on the tokens' embeddings, as WRITE runs them, give the logits of the tokens, and a gradient; and
+    they take a vector that is no token's, as memory is none (Gemma 4 looks tokens up by their embeddings)."""
     try:
         with torch.enable_grad():
-            embeddings = backbone.get_input_embeddings()(ids).detach().requires_grad_()
+            tokens = backbone.get_input_embeddings()(ids).detach()
+            mixed = torch.cat([tokens.mean(1, keepdim=True), tokens[:, 1:]], dim=1)
+            embeddings = torch.cat([tokens, mixed]).requires_grad_()
             inputs = {"inputs_embeds": embeddings.clone(), "use_cache": False, "return_dict": True}
             logits = output_head(backbone)(trunk(backbone)(**inputs).last_hidden_state)
     except Exception as error:
@@ -108,9 +114,9 @@ def _check_write(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> No
             f"{trunk_name(backbone)!r} and the output head failed on inputs_embeds alone ({_name(error)})",
             "WRITE runs these two, and memory is input embeddings without tokens.",
         ) from error
-    if (apart := distance(logits, expected)) > tolerance(backbone):
+    if (apart := distance(logits[:1], expected)) > tolerance(backbone):
         with torch.no_grad():
-            whole = backbone(inputs_embeds=embeddings.clone(), use_cache=False, return_dict=True).logits
+            whole = backbone(inputs_embeds=tokens.clone(), use_cache=False, return_dict=True).logits
         if (outside := distance(whole, expected)) > tolerance(backbone):
             raise _refusal(
                 backbone,
@@ -123,7 +129,7 @@ def _check_write(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> No
             "WRITE runs these two by themselves.",
         )
     with torch.enable_grad():
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].expand(2, -1).flatten())
     try:
         (gradient,) = torch.autograd.grad(loss, embeddings)
     except Exception as error:

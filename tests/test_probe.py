@@ -11,7 +11,6 @@ from transformers import (
     BigBirdConfig,
     BigBirdForCausalLM,
     CpmAntConfig,
-    DeepseekV4Config,
     LlamaForCausalLM,
 )
 
@@ -49,6 +48,11 @@ class LooksAtTokens(LlamaForCausalLM):
         return output
 
 
+class NeedsMore(LlamaForCausalLM):
+    def forward(self, input_ids=None, states=None, **kwargs):
+        raise ValueError("states cannot be None")
+
+
 class OutsideOfItsHead(LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         output = super().forward(*args, output_hidden_states=True, **kwargs)
@@ -78,6 +82,7 @@ class Overflowing(LlamaForCausalLM):
     ("kind", "found"),
     [
         (LooksAtTokens, "from inputs_embeds differ by .*% from those of the same tokens as input_ids"),
+        (NeedsMore, r"its own forward pass over token ids failed \(ValueError: states"),
         (OutsideOfItsHead, "'model' and the output head failed"),
         (WithoutGradient, "backward pass to its input embeddings failed"),
         (DropsEmbeddings, "drops inputs_embeds"),
@@ -92,14 +97,25 @@ def test_one_that_memory_cannot_go_through(kind, found):
     get_peft_model(backbone, GradMemConfig(probe_backbone=False))
 
 
-def test_one_that_needs_token_ids_in_its_layers():
-    config = DeepseekV4Config(
-        vocab_size=61, hidden_size=32, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        head_dim=16, q_lora_rank=8, num_hash_layers=1, n_routed_experts=4, num_experts_per_tok=2,
-        o_groups=2, o_lora_rank=8,
-    )  # fmt: skip
+def needing_tokens(kind):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    return {
+        "deepseek_v4": lambda: AutoConfig.for_model(  # routes by token
+            kind, moe_intermediate_size=48, q_lora_rank=8, num_hash_layers=1, n_routed_experts=4,
+            num_experts_per_tok=2, o_groups=2, o_lora_rank=8, **sizes,
+        ),
+        "gemma4_text": lambda: AutoConfig.for_model(  # finds a vector's token, for embeddings of each layer
+            kind, intermediate_size=48, num_key_value_heads=2, global_head_dim=16, num_kv_shared_layers=0,
+            vocab_size_per_layer_input=61, hidden_size_per_layer_input=8, **sizes,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    }[kind]()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "gemma4_text"])
+def test_one_that_needs_token_ids_in_its_layers(kind):
     with pytest.raises(TypeError, match="failed on inputs_embeds alone"):
-        get_peft_model(AutoModelForCausalLM.from_config(config), GradMemConfig())
+        get_peft_model(AutoModelForCausalLM.from_config(needing_tokens(kind)), GradMemConfig())
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "bert", "roberta", "bart"])

@@ -1,4 +1,4 @@
-"""Backbones whose positions count padding on the left: READ refuses such batches, which it would read wrongly."""
+"""Backbones that count padding on the left as text: READ refuses such batches, which it would read wrongly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _counting_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary(
 
 
 def check_left_padding(backbone: PreTrainedModel, layout: Layout) -> None:
-    """Raise where queries are padded on the left and the backbone would place their tokens wrongly: it has absolute
-    positions and takes no `position_ids` (BART and its kin).
+    """Raise where queries are padded on the left and the backbone would read them wrongly: it has absolute positions
+    and takes no `position_ids` (BART and its kin), or reads padding into its state (RWKV).
 
     Args:
         backbone (`PreTrainedModel`): the causal LM, which is tried on a few tokens the first time.
@@ -33,9 +33,9 @@ def check_left_padding(backbone: PreTrainedModel, layout: Layout) -> None:
         _counting_padding[backbone] = counts_padding(backbone)
     if _counting_padding[backbone]:
         raise NotImplementedError(
-            f"{type(backbone).__name__} counts positions from the first place of a row, padding or not, and takes no "
-            "position_ids: queries that are padded on the left would be read wrongly. generate() takes prompts of one "
-            "length at a time, without padding; forward() also takes queries that are padded on the right."
+            f"{type(backbone).__name__} counts padding on the left as text: it takes no position_ids, or no mask. "
+            "Queries padded there would be read wrongly. generate() takes prompts of one length at a time, without "
+            "padding; forward() also takes queries that are padded on the right."
         )
 
 

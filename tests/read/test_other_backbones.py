@@ -43,9 +43,9 @@ def test_padding_on_the_left_that_would_count_as_positions_is_refused():
     right = model(input_ids=F.pad(query, (0, 2)), memory=state, attention_mask=F.pad(ones, (0, 2)))
     torch.testing.assert_close(right.logits[:, :-2], plain, rtol=1e-4, atol=1e-5)
     for side in ((2, 0), (0, 2)):  # generation moves padding to the left
-        with pytest.raises(NotImplementedError, match=r"BartForCausalLM counts positions.*prompts of one length"):
+        with pytest.raises(NotImplementedError, match=r"BartForCausalLM counts padding.*prompts of one length"):
             model.generate(F.pad(query, side), memory=state, attention_mask=F.pad(ones, side), max_new_tokens=2)
-    with pytest.raises(NotImplementedError, match="BartForCausalLM counts positions"):
+    with pytest.raises(NotImplementedError, match="BartForCausalLM counts padding"):
         model(input_ids=F.pad(query, (2, 0)), memory=state, attention_mask=F.pad(ones, (2, 0)))
     output = model.generate(query, memory=state, attention_mask=ones, max_new_tokens=4, eos_token_id=None)
     for i in range(2):  # BART ends with eos
