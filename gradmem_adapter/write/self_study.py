@@ -31,7 +31,6 @@ STEPS = 100
 LR = 0.1
 """The first write learning rate where the options say nothing, as a share of the embeddings' root mean square: an
 element of the memory moves so far in a step of Adam."""
-
 TEMPERATURE = 0.7
 """Of the model's queries."""
 
@@ -65,14 +64,14 @@ def study_contexts(
             "projection or control vectors of its own. Write with its own objective, 'reconstruction', or make an "
             "adapter without them: get_peft_model(backbone, GradMemConfig(num_memory_tokens=...))."
         )
+    steps = STEPS if options.steps is None else options.steps
     with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode take no part in autograd
         texts = [ids[:length].tolist() for ids, length in zip(context.input_ids, context.lengths, strict=True)]
-        lessons = [learn(writer, text, options.study) for text in texts]
-        table = cast(Tensor, writer.backbone.get_input_embeddings().weight)
-        rate = LR * float(table.float().square().mean().sqrt()) if options.lr is None else options.lr
+        needed = steps or options.last_loss
+        lessons = [learn(writer, text, options.study) for text in texts] if needed else []
+        rate = LR * _size_of_embeddings(writer.backbone) if options.lr is None else options.lr
         if initial is None:
             initial = torch.stack([unexpected_tokens(writer, text) for text in texts])
-    steps = STEPS if options.steps is None else options.steps
     options = replace(options, steps=steps, optimizer=options.optimizer or "adam")
     rates = [rate * (1 - step / steps) for step in range(steps)]  # to nothing: each step is of other queries
     return write_memory(writer, initial, context, rates, options, callback, SelfStudy(writer, lessons, options.study))
@@ -109,14 +108,17 @@ class SelfStudy:
     def __call__(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
         """Gradient, losses and share of first choices of a part of the lessons; without gradient, of all of them."""
         chosen = self._next() if gradient else list(range(len(self.lessons[0])))
-        with torch.set_grad_enabled(gradient):
-            leaf = memory.detach().requires_grad_(gradient)
-            found = [
-                self.loss(row, [own[i] for i in chosen]) for row, own in zip(leaf.split(1), self.lessons, strict=True)
-            ]
-            losses, same = (torch.stack(values) for values in zip(*found, strict=True))
-            slope = torch.autograd.grad(losses.sum(), leaf)[0] if gradient else None
-        return Pass(slope, losses.detach(), same if recovered else None)
+        slopes: list[Tensor] = []
+        losses, same = [], []
+        for row, lessons in zip(memory.detach().split(1), self.lessons, strict=True):  # one graph at a time
+            with torch.set_grad_enabled(gradient):
+                leaf = row.clone().requires_grad_(gradient)
+                loss, share = self.loss(leaf, [lessons[i] for i in chosen])
+                slopes += torch.autograd.grad(loss, leaf) if gradient else ()
+            losses.append(loss.detach())
+            same.append(share)
+        slope = torch.cat(slopes) if gradient else None
+        return Pass(slope, torch.stack(losses), torch.stack(same) if recovered else None)
 
     def _next(self) -> list[int]:
         """The lessons of a step: all come up before one comes again."""
@@ -213,6 +215,14 @@ def unexpected_tokens(writer: Writer, text: list[int]) -> Tensor:
         kept = torch.cat([first, surprise]).topk(m).indices.sort().values
     embeddings = backbone.get_input_embeddings()(ids[kept])
     return cast(Tensor, embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+
+
+def _size_of_embeddings(backbone: Any) -> float:
+    """The root mean square of the embeddings of a thousand tokens, as the model's layers are given them."""
+    embeddings = backbone.get_input_embeddings()
+    count = embeddings.weight.shape[0]
+    tokens = torch.arange(0, count, max(1, count // 1000), device=device_of(backbone))
+    return float(embeddings(tokens).float().square().mean().sqrt())
 
 
 class _Sample(LogitsProcessor):
