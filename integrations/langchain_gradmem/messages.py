@@ -72,11 +72,14 @@ def accepted(
     if not any(system):
         return chat
     rest = [entry for entry in chat if entry["role"] != "system"]
-    first = next(i for i, entry in enumerate(rest) if entry["role"] == "user")
     together = "\n\n".join(system)
-    asked = rest[first] | {"content": f"{together}\n\n{rest[first]['content']}"}
+    forms = [chat, [{"role": "system", "content": together}, *rest]]
+    for i, entry in enumerate(rest):
+        if entry["role"] == "user":
+            forms.append([*rest[:i], entry | {"content": f"{together}\n\n{entry['content']}"}, *rest[i + 1 :]])
+            break
     refused: TemplateError | None = None
-    for form in (chat, [{"role": "system", "content": together}, *rest], [*rest[:first], asked, *rest[first + 1 :]]):
+    for form in forms:
         try:
             text, _ = render(form)
         except TemplateError as error:

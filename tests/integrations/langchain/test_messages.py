@@ -62,6 +62,10 @@ class TestSystemRole:
         shown = chat.pipeline.format_query(chat._ask(messages, None, {}).request.chat)[0]
         assert all(message.content in shown for message in messages)
 
+    def test_a_part_of_a_conversation_is_counted(self, chat):
+        """As `trim_messages` asks for it, with nothing but the system message too."""
+        assert chat.get_num_tokens_from_messages([SystemMessage("w7")]) > 0
+
     def test_histories_work(self, chat, turn):
         memory = TurnMemory.from_chat(chat, max_turns=1, keep_turns=1)
         messages = [SystemMessage("w7"), *(m for i in range(3) for m in turn(i)), HumanMessage("w1")]
