@@ -193,7 +193,7 @@ class GradMemModel(GradMemTuner):
         Returns:
             `Tensor`: `[B, m + 2c, d]` input embeddings in the backbone's dtype.
         """
-        return self._prefix(self._vectors(memory, strict))
+        return self._prefix(self._vectors(memory, strict)).clone()  # engines may change it in place
 
     @of_one_adapter
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from gradmem_adapter.lora import write_phase
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.outputs import Fidelity
-from gradmem_adapter.utils.backbone import fresh, trunk
+from gradmem_adapter.utils.backbone import first_position, fresh, trunk
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
@@ -29,6 +30,7 @@ def reconstruct(writer: Writer, memory: Tensor, length: int) -> Tensor:
     """
     embedding = writer.backbone.get_input_embeddings()
     head = output_head(writer.backbone, writer.slots.write_head(writer.adapter))
+    names_positions = "position_ids" in inspect.signature(trunk(writer.backbone).forward).parameters
     tokens: list[Tensor] = []
     cache = None
     with write_phase():
@@ -36,8 +38,13 @@ def reconstruct(writer: Writer, memory: Tensor, length: int) -> Tensor:
         for _ in range(length):
             # A backbone that gives no cache of keys and values (Mamba and its kin) reads everything again.
             known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            # A copy: some add positions to what they are given, in place (GIT), and this may be the state itself.
+            new = (given if cache is None else given[:, -1:]).clone()
+            if names_positions:  # some count from the start again, whatever is in the cache (RoBERTa, Bamba)
+                positions = torch.arange(given.shape[1] - new.shape[1], given.shape[1], device=given.device)
+                known["position_ids"] = (positions + first_position(writer.backbone)).expand(len(given), -1)
             output = trunk(fresh(writer.backbone))(
-                inputs_embeds=given if cache is None else given[:, -1:],
+                inputs_embeds=new,
                 use_cache=cache is not None or not tokens,
                 return_dict=True,
                 **known,
