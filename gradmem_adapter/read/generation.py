@@ -82,9 +82,10 @@ def generate_with_memory(
     check_left_padding(backbone, read.layout)
     options |= length_arguments(options, default, read.inputs_embeds.shape[1])
     inputs = {"inputs_embeds": read.inputs_embeds, "attention_mask": read.attention_mask}
-    if first:  # Transformers counts from 0
-        inputs["position_ids"] = read.position_ids
     padded_left = read.layout.source is not None
+    names_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+    if first or (padded_left and not names_positions):  # Transformers counts from 0, and where they are named (Whisper)
+        inputs["position_ids"] = read.position_ids
     backbone = taking_embeddings(fresh(backbone), input_ids.shape[1])
     if kept is None or padded_left or first or not input_ids.numel() or not can_reuse(backbone, options):
         return backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]

@@ -18,7 +18,7 @@ _counting_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary(
 
 def check_left_padding(backbone: PreTrainedModel, layout: Layout) -> None:
     """Raise where queries are padded on the left and the backbone would read them wrongly: it has absolute positions
-    and takes no `position_ids` (BART and its kin), or reads padding into its state (RWKV).
+    and takes no `position_ids` (BART and its kin), or reads padding into its state (RecurrentGemma, xLSTM).
 
     Args:
         backbone (`PreTrainedModel`): the causal LM, which is tried on a few tokens the first time.

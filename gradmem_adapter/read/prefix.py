@@ -134,6 +134,9 @@ def read_inputs(
     if attention_mask is None:
         layout = Layout(query_embeddings.shape[1])
         return ReadInputs(layout, layout.join(prefix, query_embeddings), None, first_position)
+    # A pad token may embed to zeros, where norms have no derivative (Gemma 3n): a vector of the prefix takes its place.
+    counts = attention_mask[..., None].bool()
+    query_embeddings = torch.where(counts, query_embeddings, prefix[:, :1].detach().to(query_embeddings))
     layout = Layout.of(attention_mask, prefix.shape[1])
     ones = attention_mask.new_ones(prefix.shape[:2])
     mask = layout.join(ones, attention_mask)
