@@ -50,6 +50,11 @@ def check_backbone(model: object) -> None:
             f"{type(model).__name__} has no language-model head to generate with; load the checkpoint with "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
+    if not all(hasattr(table, "weight") for table in (model.get_input_embeddings(), model.get_output_embeddings())):
+        raise TypeError(
+            f"{type(model).__name__} has several tables of embeddings for a token (as models of audio codebooks do); "
+            "GradMem needs a causal language model with one."
+        )
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise TypeError(
             f"{type(model).__name__} attends in both directions (config.is_decoder is not set), so a write loss would "
