@@ -13,6 +13,7 @@ from gradmem_adapter.training import RowBatches
 from gradmem_adapter.training.pools import save_pools
 from gradmem_adapter.utils.files import check_writable
 
+from .backbones.sweep import sweep
 from .compare import compare as compare_answers
 from .config import Evaluation, RunConfig, task_of
 from .models import load_config, tokenizer_of
@@ -127,6 +128,24 @@ def compare(
 ) -> None:
     """How much better a model answers the same questions than another, in pairs, with standard errors."""
     typer.echo(markdown(compare_answers(first, second)))
+
+
+@app.command()
+def models(
+    model_types: Annotated[
+        list[str] | None, typer.Argument(help="As config.model_type; default: all not known.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many at a time.")] = 1,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds for one.")] = 300.0,
+    results: Annotated[Path, typer.Option(dir_okay=False, help="The file of results.")] = RESULTS / "models.jsonl",
+) -> None:
+    """Try a tiny model of every causal LM of the installed Transformers; an interrupted run goes on where it was."""
+    check_writable(results)
+    found = sweep(results, model_types or (), jobs, limit, typer.echo)
+    wrong = [record.dataset for record in found if record.facts["verdict"] in ("wrong", "crashes")]
+    if wrong:
+        typer.secho(f"Wrong, or crashes behind attaching: {', '.join(wrong)}", fg="red", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
