@@ -329,7 +329,10 @@ class GradMemTrainer(EvaluatingTrainer):
         """Beside the training loss, log what WRITE did on average since the last time."""
         if "loss" in logs:
             self.check_finite()
-            logs = logs | self._sums.means(self.accelerator)
+            means = self._sums.means(self.accelerator)
+            if self.distillation is None:
+                del means["distillation_loss"]
+            logs = logs | means
             self._sums = Sums(self.args.device)
             if self.slots is not None and self.config is not None and self.config.learn_write_lr != "no":
                 adapter = cast(PeftModel, self.model).active_adapter

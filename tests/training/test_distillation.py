@@ -118,6 +118,7 @@ def test_a_step_adds_the_divergence_per_target_token(tmp_path, options):
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
     assert logs(run, "distillation_loss")[0] == pytest.approx(divergence.item(), rel=1e-4)
+    assert not logs(gradients(model, tmp_path / "alone", data)[1], "distillation_loss")
     assert logs(run, "loss")[0] == pytest.approx((output.loss + 0.5 * divergence).item(), rel=1e-4)
 
 
