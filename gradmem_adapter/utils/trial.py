@@ -67,7 +67,7 @@ def tolerance(backbone: PreTrainedModel) -> float:
     """How far apart logits may be that are the same but for rounding, as `distance` tells it."""
     if getattr(backbone, "is_quantized", False):
         return 0.3
-    return 0.01 if backbone.dtype.itemsize >= 4 else 0.15
+    return 0.01 if backbone.dtype.itemsize >= 4 else 0.06
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
