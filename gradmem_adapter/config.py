@@ -138,9 +138,9 @@ class GradMemConfig(PeftConfig):
             is), `"chat"` (the tokenizer's chat template) or a template that contains `"{query}"`.
         trained_length (`int`, *optional*): tokens of the longest context that the adapter was trained to write. `None`:
             unknown.
-        score_calibration (`tuple[float, float]`, *optional*): scale and offset of the logistic map that makes a
-            probability of how far memory supports an answer (`GradMemPipeline.generate(return_scores=True)`), found on
-            validation data. `None`: 1 and 0, as if answers from memory and without were equally many.
+        score_calibration (`tuple[float, float]`, *optional*): scale and offset of the logistic map from an answer's
+            mean log-likelihood to the probability that memory holds it, found on validation data, for
+            `GradMemPipeline.generate(return_scores=True)`. `None`: the score is the likelihood itself.
         probe_backbone (`bool`, *optional*, defaults to `True`): try the backbone on a few tokens when the adapter is
             attached, and refuse one on which GradMem would be wrong. It is not saved: an adapter that is loaded to be
             used was tried when it was made.

@@ -14,10 +14,10 @@ from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.probe import probe
 from gradmem_adapter.read.forward import check_forward_options, forward_with_memory, query_embeddings
 from gradmem_adapter.read.generation import check_prompt, generate_with_memory
+from gradmem_adapter.read.likelihood import log_likelihood
 from gradmem_adapter.read.loss import outer_loss
 from gradmem_adapter.read.prefix import memory_of_queries
 from gradmem_adapter.read.prefix_cache import KeptPrefix, PrefixCache, prefix_key
-from gradmem_adapter.read.support import support
 from gradmem_adapter.state import MemoryState, check_readable
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.backbone import device_of
@@ -320,7 +320,7 @@ class GradMemModel(GradMemTuner):
             return generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
 
     @of_one_adapter
-    def support(
+    def log_likelihood(
         self,
         queries: Sequence[Sequence[int]],
         answers: Sequence[Sequence[int]],
@@ -329,7 +329,7 @@ class GradMemModel(GradMemTuner):
         context_index: Tensor | None = None,
         strict: bool = True,
     ) -> Tensor:
-        """How much likelier answers are with memory than without, see `read/support.py`.
+        """How likely answers are from memory: the mean log-likelihood of their tokens, see `read/likelihood.py`.
 
         Args:
             queries, answers (`Sequence`): B rows of token ids, an answer being what follows its query.
@@ -342,7 +342,7 @@ class GradMemModel(GradMemTuner):
         """
         with torch.no_grad():
             prefix = self._prefix(memory_of_queries(self._vectors(memory, strict), len(queries), context_index))
-        return support(self.model, prefix, queries, answers)
+        return log_likelihood(self.model, prefix, queries, answers)
 
     # ---------------------------------------------------------------- what was kept
 

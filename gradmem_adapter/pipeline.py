@@ -17,6 +17,7 @@ from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list, study_tokens
+from gradmem_adapter.read.likelihood import calibrated
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.backbone import device_of
@@ -187,8 +188,8 @@ class GradMemPipeline:
                 without the adapter.
             chat_template_kwargs (`Mapping`, *optional*): what the chat template is given, such as `enable_thinking`.
             return_scores (`bool`, *optional*, defaults to `False`): say with each answer how far memory supports it:
-                how much likelier it is with memory than without, as a probability (`score_calibration` in the
-                adapter's configuration says how). It takes two more passes over prompt and answer.
+                the mean likelihood of its tokens, or, with `score_calibration` in the adapter's configuration, the
+                probability that goes with it. It takes one more pass over prompt and answer.
             options: what `model.generate` takes: `max_new_tokens`, `do_sample`, `stop_strings`, `context_index`, ...
 
         Returns:
@@ -227,15 +228,14 @@ class GradMemPipeline:
         if index is None:
             index = range(len(prompts)) if len(memory) > 1 else [0] * len(prompts)
         each = len(new) // len(prompts)  # several sequences of a prompt stand side by side
-        found = self.model.support(
+        found = self.model.log_likelihood(
             [prompt for prompt in prompts for _ in range(each)],
             answers,
             memory,
             context_index=torch.as_tensor(index).repeat_interleave(each, dim=0),
             strict=options.get("strict", True),
         )
-        scale, offset = self.model.active_peft_config.score_calibration or (1.0, 0.0)
-        return (scale * found + offset).sigmoid().tolist()
+        return calibrated(found, self.model.active_peft_config.score_calibration).tolist()
 
     def stream(
         self,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from evaluation.data import Passage, Rows, cut_passages
 from gradmem_adapter.lora import without_lora
-from gradmem_adapter.read.support import log_likelihood
+from gradmem_adapter.read.likelihood import log_likelihood
 from gradmem_adapter.utils.files import read_text
 
 from .base import OPTIONS, Measurement, Task

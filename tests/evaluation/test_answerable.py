@@ -12,6 +12,7 @@ from evaluation.run import Answerer
 from evaluation.tasks import Answerable
 from evaluation.tasks.answerable import fitted, placements
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.read.likelihood import calibrated
 
 
 def test_placements_are_the_area_under_the_curve():
@@ -22,11 +23,11 @@ def test_placements_are_the_area_under_the_curve():
 
 
 def test_the_fit_finds_what_made_the_kinds():
-    ratios = torch.randn(4000, dtype=torch.float64)
-    kind = (torch.rand(4000) < (1.5 * ratios - 0.5).sigmoid()).double()
-    for calibration in ((1.0, 0.0), (3.0, 1.0)):
-        scores = (calibration[0] * ratios + calibration[1]).sigmoid()
-        assert fitted(scores, kind, calibration) == pytest.approx([1.5, -0.5], abs=0.2)
+    likelihoods = -2 * torch.rand(4000, dtype=torch.float64)
+    kind = (torch.rand(4000) < (3 * likelihoods + 2).sigmoid()).double()
+    for calibration in (None, (3.0, 1.0)):
+        found = fitted(calibrated(likelihoods, calibration), kind, calibration)
+        assert found == pytest.approx([3, 2], abs=0.4)
 
 
 def test_measure(tmp_path):

@@ -1,0 +1,57 @@
+"""How likely answers are behind a prefix, which says how far memory supports them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from gradmem_adapter.ops.answers import states_of_answers
+from gradmem_adapter.ops.cross_entropy import sequence_nll
+from gradmem_adapter.ops.output_head import output_head
+from gradmem_adapter.ops.padding import pad
+
+
+@torch.no_grad()
+def log_likelihood(
+    backbone: PreTrainedModel, prefix: Tensor, queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> Tensor:
+    """The mean log-likelihood of each answer y of n tokens behind its prefix M and query q:
+
+        s(y)  =  (1/n) sum_t log p(y_t | [M; q; y_<t])
+
+    Of an answer of the model's own, read from memory, it tells what memory holds from what it does not better than the
+    ratio to the likelihood without memory does (docs/lab/LOG.md).
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        prefix (`Tensor`): `[B, P, d]`; P may be 0 where no query is empty.
+        queries, answers (`Sequence`): B rows of token ids; no answer is empty.
+
+    Returns:
+        `Tensor`: `[B]`, nats a token.
+    """
+    states = states_of_answers(backbone, prefix, list(zip(queries, answers, strict=True)))
+    targets, mask = (tensor.to(prefix.device) for tensor in pad(answers, "right"))
+    vocabulary = backbone.get_output_embeddings().weight.shape[0]
+    nll, _ = sequence_nll(
+        pad_sequence(states, batch_first=True), targets, mask.bool(), output_head(backbone), vocabulary,
+        count_correct=False,
+    )  # fmt: skip
+    return -nll / mask.sum(1)
+
+
+def calibrated(likelihoods: Tensor, calibration: tuple[float, float] | None) -> Tensor:
+    """Scores from 0 to 1 of mean log-likelihoods s `[B]`: sigmoid(scale * s + offset), or without calibration exp(s).
+
+    Args:
+        likelihoods (`Tensor`): as `log_likelihood` returns them.
+        calibration (`tuple[float, float]`, *optional*): scale and offset, `GradMemConfig.score_calibration`.
+    """
+    if calibration is None:
+        return likelihoods.exp()
+    scale, offset = calibration
+    return (scale * likelihoods + offset).sigmoid()
