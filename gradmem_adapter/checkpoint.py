@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate.utils import has_offloaded_params
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
@@ -332,16 +333,18 @@ def _load(
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
     resized = _resize(backbone, directory)
     config.inference_mode = not is_trainable
-    # Without values, so that a configuration may ask for any size: it has to be that of the tensors in the file.
-    with torch.device("meta"):
-        model = PeftModelForCausalLM(backbone, config, low_cpu_mem_usage=True)
+    # Without values, so that a configuration may ask for any size: it has to be that of the tensors in the file. Not on
+    # offloaded layers, to whose place, the meta device, PEFT would take the LoRA that was read.
+    empty = not any(has_offloaded_params(module) for module in backbone.modules())
+    with torch.device("meta") if empty else nullcontext():
+        model = PeftModelForCausalLM(backbone, config, low_cpu_mem_usage=empty)
     try:  # not by PEFT, which keeps random memory for what is missing and takes any tensor of the backbone
         tensors = _adapter_tensors(model, directory, embeddings=resized or _is_resized(model))
     except BaseException:
         cast(GradMemModel, model.base_model).unload()  # the backbone may be the caller's
         raise
     assigned = {name: tensor for name, tensor in tensors.items() if ".gradmem_" in name or ".lora_" in name}
-    set_peft_model_state_dict(model, assigned, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, assigned, low_cpu_mem_usage=empty)
     if len(assigned) < len(tensors):  # embeddings, which have their place: the output head may share it
         set_peft_model_state_dict(model, tensors)
     return cast(GradMemPeftModel, model.eval()), tokenizer
