@@ -59,7 +59,10 @@ def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str
 
     Raises:
         MemoryStateError: the data is truncated, foreign, damaged or of a newer version.
+        TypeError: it is no bytes.
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(f"Memory states are read from bytes, got {type(data).__name__}.")
     data = bytes(data)
     description = _description(data[: 8 + _MAX_HEADER], len(data))
     try:

@@ -72,11 +72,15 @@ def write(ready, folder):
 
 
 def train(ready, folder: Path):
+    """Ready when it saves its first checkpoint."""
     from gradmem_adapter.cli import app
+    from gradmem_adapter.training import GradMemTrainer
+
+    save = GradMemTrainer._save_checkpoint
+    GradMemTrainer._save_checkpoint = lambda *arguments: (ready(), save(*arguments))
 
     arguments = ["train", folder / "rows.jsonl", "--output", folder / "run", "--backbone", folder / "backbone"]
     for setting in ("max_steps=60", "save_steps=3", "save_total_limit=2", "disable_tqdm=true"):
         arguments += ["--set", f"training.{setting}"]
     arguments += ["--set", "memory.num_memory_tokens=2", "--set", "memory.lora_config.r=2", "--device", "cpu"]
-    ready()
     app([str(argument) for argument in arguments], standalone_mode=False)

@@ -109,6 +109,37 @@ def test_every_bit_of_the_vectors_counts():
                 MemoryState.from_bytes(changed)
 
 
+HEADERS = {
+    "deep": b'{"a":' + b"[" * 100_000,
+    "infinite": b'{"vectors":{"dtype":"F32","shape":[1],"data_offsets":[0,1e400]}}',
+    "long": b'{"vectors":{"dtype":"F32","shape":[1],"data_offsets":[0,' + b"9" * 6000 + b"]}}",
+    "deep description": json.dumps({"__metadata__": {"gradmem": "[" * 100_000}}).encode(),
+    "no description": b'{"__metadata__":"x"}',
+    "no text": b"{\xff\xfe}",
+}
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_are_refused_by_one_error(header, kind):
+    data = len(HEADERS[header]).to_bytes(8, "little") + HEADERS[header] + bytes(8)
+    with pytest.raises(MemoryStateError):
+        MemoryState.from_bytes(kind(data))
+
+
+@pytest.mark.parametrize("tokens", [2**62, 2**24 + 1, 0, -1])
+def test_contexts_have_as_many_tokens_as_can_be(tokens):
+    absurd = MemoryState(torch.ones(1, 1, 1), torch.tensor([tokens]), torch.zeros(1, 1), "model")
+    with pytest.raises(MemoryStateError, match="from 1 to 16777216 can be"):
+        MemoryState.from_bytes(absurd.to_bytes())
+
+
+@pytest.mark.parametrize("data", [2**40, None, "text", [1]])
+def test_what_is_no_bytes(data):
+    with pytest.raises(TypeError, match="are read from bytes"):
+        MemoryState.from_bytes(data)
+
+
 def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
