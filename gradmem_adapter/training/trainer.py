@@ -331,7 +331,7 @@ class GradMemTrainer(EvaluatingTrainer):
             self.check_finite()
             means = self._sums.means(self.accelerator)
             if self.distillation is None:
-                del means["distillation_loss"]
+                means.pop("distillation_loss", None)
             logs = logs | means
             self._sums = Sums(self.args.device)
             if self.slots is not None and self.config is not None and self.config.learn_write_lr != "no":
