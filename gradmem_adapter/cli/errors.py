@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import pydantic
@@ -21,6 +22,7 @@ WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, Str
 ADVICE = {
     errno.ENOSPC: "Make room there, or name another place",
     errno.EDQUOT: "Make room there, or name another place",
+    errno.EIO: "The disk may be full, or broken. Make room there, or name another place",
     errno.EROFS: "Name another place",
     errno.EACCES: "Change its permissions, or name another place",
 }
@@ -39,7 +41,9 @@ class Commands(TyperGroup):
         if not sys.stderr.isatty():
             logging.disable_progress_bar()  # those of Transformers, which fill a log with half-drawn bars
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                self._say_warnings_plainly(ctx)
+                return super().invoke(ctx)
         except (typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -50,6 +54,16 @@ class Commands(TyperGroup):
             status, message = _outcome(error)
             typer.secho(f"{ctx.info_name} {ctx.invoked_subcommand}: {message}", fg="red", err=True)
             raise typer.Exit(status) from error
+
+    def _say_warnings_plainly(self, ctx: Any) -> None:
+        """Show warnings in a line as errors are, and none that libraries have for each other's authors."""
+
+        def show(message: Warning | str, *_: Any, **__: Any) -> None:
+            typer.secho(f"{ctx.info_name} {ctx.invoked_subcommand}: {' '.join(str(message).split())}", err=True)
+
+        if not ctx.params["debug"]:
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = show
 
 
 def _outcome(error: Exception) -> tuple[int, str]:

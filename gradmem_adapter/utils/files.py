@@ -57,12 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
     _check_target(target)
     with errors_named(path), temporary_directory(target.parent) as folder:
         temporary = folder / target.name
-        try:
-            yield temporary
-        except OSError as error:
-            if error.errno is None:
-                raise
-            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error  # not of ours
+        yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if target.exists():
@@ -108,7 +103,7 @@ def _number(error: Exception) -> int | None:
         return error.errno
     if match := re.search(r"\(os error (\d+)\)", str(error)):
         return int(match[1])
-    return errno.EIO if "PytorchStreamWriter failed" in str(error) else None
+    return errno.EIO if re.search("PytorchStreamWriter failed|inline_container", str(error)) else None
 
 
 def _take_over(file: Path, replaced: os.stat_result) -> None:

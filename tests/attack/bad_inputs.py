@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +23,8 @@ from gradmem_adapter.utils.directory import SUMS
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DEEP = "[" * 100_000
 ENDLESS = "([a-z_.0-9]+)+!"
+FLIPS, CUTS = 100, 70
+"""Checkpoints with a bit changed somewhere, and backbones of which a file ends somewhere."""
 ROW = {"context": "w1 w2 w3", "query": "w1", "target": "w2"}
 
 # ---------------------------------------------------------------- texts
@@ -172,6 +175,10 @@ def cases() -> Iterator[list[str]]:
         yield [*demo, "--text", text]
     for checkpoint in (*_checkpoints(), "missing", "notes.txt", "folder", "backbone", "pipe", ""):
         yield from ([*command, "--checkpoint", checkpoint] for command in (write, ask, pairs))
+    for i in range(FLIPS):
+        yield from ([*command, "--checkpoint", f"flips/{i}"] for command in (write, ask, pairs))
+    for i in range(CUTS):
+        yield from ([*command, "--backbone", f"cuts/{i}"] for command in (demo, train))
     for backbone in (*_backbones(), "missing", "folder", "notes.txt", "checkpoint", "", "package:os/x.gguf", "a/b/c"):
         yield from ([*command, "--backbone", backbone] for command in (demo, train))
     for device in DEVICES:
@@ -272,6 +279,7 @@ def lay_out(folder: Path) -> None:
     lora = {"r": 2, "target_modules": ["q_proj"]}
     config = GradMemConfig(num_memory_tokens=3, write_steps=1, write_lr=0.3, query_format="chat", lora_config=lora)
     save_checkpoint(get_peft_model(model, config), tokenizer, "checkpoint")
+    _flip_and_cut(folder)
     (folder / "checkpoint" / SUMS).unlink()  # who damages a file on purpose changes its digest, too
     files: dict[str, bytes | str] = {"notes.txt": tiny_text(12), "story.txt": tiny_text(48), **TEXTS}
     files |= {"rows.jsonl": json.dumps(ROW)} | {f"rows {name}": text for name, text in ROWS.items()}
@@ -297,6 +305,24 @@ def lay_out(folder: Path) -> None:
     _damage_checkpoints(folder)
     _damage_backbones(folder)
     _damage_states(folder)
+
+
+def _flip_and_cut(folder: Path) -> None:
+    dice = random.Random(0)
+    for name, source, count in (("flips", "checkpoint", FLIPS), ("cuts", "backbone", CUTS)):
+        (folder / name).mkdir()
+        for i in range(count):
+            needed = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", CONFIG, WEIGHTS)
+            copy = Path(shutil.copytree(source, folder / name / str(i)))
+            files = [file for file in sorted(copy.rglob("*")) if file.name in needed]
+            file = dice.choice(files)
+            data = bytearray(file.read_bytes())
+            place = dice.randrange(len(data) - 2)
+            if name == "cuts":
+                del data[place:]
+            else:
+                data[place] ^= 1 << dice.randrange(8)
+            file.write_bytes(data)
 
 
 def _damage_checkpoints(folder: Path) -> None:

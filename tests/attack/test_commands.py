@@ -10,7 +10,7 @@ from evaluation.cli import app as evaluation
 from gradmem_adapter.cli import app as gradmem
 
 CASES = [(gradmem, "gradmem", case) for case in cases()] + [(evaluation, "evaluation", c) for c in evaluation_cases()]
-"""Some 1,100."""
+"""Some 1,500: 300 of each command of `gradmem`."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def parameters(chosen):
     )
 
 
-@parameters(CASES[::37])
+@parameters(CASES[::50])
 def test_bad_input(folder, app, program, arguments):
     attack(folder, app, program, arguments)
 

@@ -1,6 +1,7 @@
 """How commands end where something is wrong: one line, its exit status, and the trace for who asks for it."""
 
 import errno
+import warnings
 
 import pytest
 import torch
@@ -74,6 +75,23 @@ def test_debug_shows_the_trace_wherever_it_stands(arguments, monkeypatch, error,
     assert "Traceback (most recent call last)" in result.stderr
     assert "in fail" in result.stderr
     assert result.stderr.endswith(plain.stderr)
+
+
+def test_warnings_are_a_line_and_those_of_libraries_are_none(arguments, monkeypatch):
+    generate = GradMemPipeline.generate
+
+    def warn(*positional, **named):
+        warnings.warn("look\n at this", UserWarning, stacklevel=2)
+        warnings.warn("changes in version 9", FutureWarning, stacklevel=2)
+        return generate(*positional, **named)
+
+    monkeypatch.setattr(GradMemPipeline, "generate", warn)
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "gradmem ask: look at this\n"
+    with pytest.warns((UserWarning, FutureWarning)) as seen:
+        invoke(*arguments, "--debug")
+    assert "changes in version 9" in {str(one.message) for one in seen}, "as Python shows them, with their place"
 
 
 def test_an_interrupt_is_no_error(arguments, monkeypatch):
