@@ -63,6 +63,7 @@ class Commands(TyperGroup):
 
         if not ctx.params["debug"]:
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", module="accelerate|huggingface_hub|peft|torch|transformers")
             warnings.showwarning = show
 
 

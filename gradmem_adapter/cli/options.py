@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def chosen_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which is how one finds out
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's of kinds that there once were
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()  # which is how one finds out
     except (RuntimeError, AssertionError, ImportError) as error:
         there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
         raise ValueError(f"There is no device {name!r} here; use --device {there}.") from error

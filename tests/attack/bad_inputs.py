@@ -22,7 +22,6 @@ from gradmem_adapter.utils.directory import SUMS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DEEP = "[" * 100_000
-ENDLESS = "([a-z_.0-9]+)+!"
 FLIPS, CUTS = 100, 70
 """Checkpoints with a bit changed somewhere, and backbones of which a file ends somewhere."""
 ROW = {"context": "w1 w2 w3", "query": "w1", "target": "w2"}
