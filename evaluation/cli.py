@@ -18,12 +18,13 @@ from .compare import compare as compare_answers
 from .config import Evaluation, RunConfig, task_of
 from .models import load_config, tokenizer_of
 from .plots import draw_all
-from .results import RESULTS
+from .results import RESULTS, Record
 from .run import evaluate
 from .tables import ROOT, fill, markdown, results_table
 from .tasks import KVRetrieval, Reconstruction, Task
 from .train import train as train_run
 from .train import training_batches
+from .variants import check_all
 
 app = typer.Typer(
     name="evaluation",
@@ -141,11 +142,17 @@ def models(
 ) -> None:
     """Try a tiny model of every causal LM of the installed Transformers; an interrupted run goes on where it was."""
     check_writable(results)
-    found = sweep(results, model_types or (), jobs, limit, typer.echo)
-    wrong = [record.dataset for record in found if record.facts["verdict"] in ("wrong", "crashes")]
-    if wrong:
-        typer.secho(f"Wrong, or crashes behind attaching: {', '.join(wrong)}", fg="red", err=True)
-        raise typer.Exit(1)
+    _fail_where_wrong(sweep(results, model_types or (), jobs, limit, typer.echo))
+
+
+@app.command()
+def variants(
+    only: Annotated[list[str] | None, typer.Argument(help="As the table names them; default: all.")] = None,
+    results: Annotated[Path, typer.Option(dir_okay=False, help="The file of results.")] = RESULTS / "variants.jsonl",
+) -> None:
+    """Try every way to load a backbone: types, attention, compilation, placement, quantisation."""
+    check_writable(results)
+    _fail_where_wrong(check_all(results, only or (), typer.echo))
 
 
 @app.command()
@@ -181,3 +188,9 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if min(numbers) < 0:
         raise ValueError(f"{option} cannot be negative, got {text!r}.")
     return numbers
+
+
+def _fail_where_wrong(found: list[Record]) -> None:
+    if wrong := [record.dataset for record in found if record.facts["verdict"] in ("wrong", "crashes")]:
+        typer.secho(f"Wrong, or crashes behind attaching: {', '.join(wrong)}", fg="red", err=True)
+        raise typer.Exit(1)

@@ -61,7 +61,7 @@ class GradMemTuner(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         check_backbone(model)
-        keep_gradients(model)
+        keep_gradients(cast(PreTrainedModel, model))
         self._changes = Changes()
         super().__init__(model, *args, **kwargs)
         self._fingerprint = FingerprintCache()

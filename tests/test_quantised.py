@@ -39,6 +39,11 @@ def quanto():
     return transformers.QuantoConfig(weights="int8")
 
 
+def torchao_int8_activations():
+    quantization = pytest.importorskip("torchao.quantization")
+    return transformers.TorchAoConfig(quantization.Int8DynamicActivationInt8WeightConfig())
+
+
 KINDS = [nf4, bitsandbytes_int8, torchao_int8, torchao_float8, quanto]
 
 
@@ -116,6 +121,12 @@ def test_weights_that_a_cpu_was_given_packed_are_refused(load, kind):
         backbone(tokens(1, 4))
     with pytest.raises(ValueError, match=r"packed for this CPU.*attach the adapter before its first pass"):
         attached(backbone)
+
+
+@pytest.mark.parametrize("kind", [torchao_int8_activations])
+def test_layers_without_gradients_are_refused(load):
+    with pytest.raises(ValueError, match=r"lets no gradient through.*Quantise weights alone"):
+        attached(load())
 
 
 def test_the_fingerprint_follows_quantised_weights(load):

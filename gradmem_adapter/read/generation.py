@@ -16,7 +16,7 @@ from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.read.prefix_cache import KeptPrefix
-from gradmem_adapter.utils.backbone import check_length, device_of, first_position, fresh
+from gradmem_adapter.utils.backbone import check_length, device_of, first_position, fresh, uses_checkpointing
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
@@ -68,6 +68,11 @@ def generate_with_memory(
         What Transformers returns: prompts and new tokens `[B, T + new]`.
     """
     default = backbone.generation_config
+    if uses_checkpointing(backbone):
+        raise ValueError(
+            "In training mode with gradient checkpointing the layers drop their cache, and Transformers' generate goes "
+            "on as if they had looked into it: its tokens would be wrong. Call model.eval() first."
+        )
     attention_mask = options.pop("attention_mask", None)
     if attention_mask is None:
         attention_mask = query_mask(input_ids, options, default)

@@ -81,7 +81,8 @@ class ReadCache(DynamicCache):
     def _copy(self, keys: Tensor, values: Tensor, layer: int) -> None:
         every = len(keys) // self._states  # prompts, beams and samples of a state have the same prefix
         keys, values = keys[::every, :, : self._length], values[::every, :, : self._length]
-        if len(self.layers) * (keys.nbytes + values.nbytes) <= self._max_bytes:
+        nbytes = (keys.numel() + values.numel()) * keys.element_size()  # compiled layers know no `nbytes`
+        if len(self.layers) * nbytes <= self._max_bytes:
             self._copied[layer] = keys.clone(), values.clone()
 
     def take_prefix(self) -> Prefix | None:

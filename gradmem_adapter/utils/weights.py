@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
+import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
 
 
 def read_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
@@ -35,17 +38,18 @@ def read_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
                         yield inner, plain, id(module) in adapters
 
 
-def keep_gradients(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for the instructions of a CPU.
+def keep_gradients(model: PreTrainedModel) -> None:
+    """See to it that gradients pass through quantised layers, which WRITE depends on.
 
-    It does so in the first pass without gradients that a layer sees; what runs through the layer from then on has no
-    gradient, and no error says so.
+    bitsandbytes is kept from packing 4-bit weights for the instructions of a CPU: it does so in the first pass without
+    gradients that a layer sees, and what runs through the layer from then on has no gradient, and no error says so.
 
     Args:
-        model (`nn.Module`): the backbone.
+        model (`PreTrainedModel`): the backbone.
 
     Raises:
-        ValueError: weights are packed already, which bitsandbytes cannot undo without loss.
+        ValueError: weights are packed already, which bitsandbytes cannot undo without loss, or a layer lets no gradient
+            through.
     """
     for name, module in model.named_modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -55,6 +59,26 @@ def keep_gradients(model: nn.Module) -> None:
                     f"The 4-bit weights of {name} were packed for this CPU when the backbone ran without gradients, "
                     "and packed weights have none. Load the backbone anew and attach the adapter before its first pass."
                 )
+        if _is_quantised_linear(module) and not _lets_gradients_through(module, model.dtype):
+            raise ValueError(
+                f"{name}, a {type(module).__name__} with quantised weights, lets no gradient through to what comes "
+                "before it, and WRITE takes gradients of memory. Quantise weights alone and not activations, or by "
+                "another library: bitsandbytes, torchao's weight-only types and quanto work."
+            )
+
+
+def _is_quantised_linear(module: nn.Module) -> bool:
+    if not isinstance(getattr(module, "in_features", None), int) or isinstance(module, BaseTunerLayer):
+        return False
+    weight = getattr(module, "weight", None)
+    return not isinstance(weight, Tensor) or is_traceable_wrapper_subclass(weight) or not weight.is_floating_point()
+
+
+def _lets_gradients_through(module: nn.Module, dtype: torch.dtype) -> bool:
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens = torch.ones(1, 2, cast(int, module.in_features), dtype=dtype, device=device, requires_grad=True)
+        return bool(module(tokens).requires_grad)
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

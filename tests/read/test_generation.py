@@ -52,6 +52,17 @@ def test_generate_equals_the_same_call_on_real_tokens(architecture, options):
     assert torch.equal(ours[:, 4:], theirs[:, 7:])
 
 
+def test_checkpointed_layers_in_training_mode_are_refused():
+    """They drop their cache, and Transformers' generate goes on without a word."""
+    model = make("llama")
+    state, options = model.write(tokens(1, 9)), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(tokens(1, 4), memory=state, **options)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match=r"Call model\.eval\(\) first"):
+        model.train().generate(tokens(1, 4), memory=state, **options)
+    assert torch.equal(model.eval().generate(tokens(1, 4), memory=state, **options), expected)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_second_turn_on_the_returned_cache(architecture):
     model = make(architecture)

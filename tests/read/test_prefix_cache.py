@@ -360,3 +360,17 @@ def test_clear_and_a_cache_outlived_by_its_states():
     del cache
     del state  # whose entry finds its cache gone
     gc.collect()
+
+
+def test_compiled_layers_keep_prefixes():
+    """Where sizes are symbols, tensors have no `nbytes`."""
+    model = make("llama")
+    state, query = model.write(tokens(1, 9)), tokens(1, 5)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(query, memory=state, **options)
+    model.base_model.prefix_cache.clear()
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager")
+    for _ in range(2):
+        assert torch.equal(model.generate(query, memory=state, **options), expected)
+    assert len(model.base_model.prefix_cache) == 1

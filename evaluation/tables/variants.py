@@ -1,0 +1,40 @@
+"""The table of ways to load a backbone."""
+
+from __future__ import annotations
+
+from .cells import Frame, read
+
+VERDICTS = {
+    "passes": "passes",
+    "refused": "refused when the adapter is attached",
+    "wrong": "wrong",
+    "crashes": "crashes later",
+    "not run": "not run",
+}
+"""What `evaluation.variants.check` calls what it found, in words."""
+
+
+def variants() -> Frame:
+    """What was found of each, and how far WRITE, READ and outer gradients are from plain autograd."""
+    table = read("variants")
+    errors = table[["WRITE", "WRITE again", "READ", "exact", "finite_difference"]].map(
+        lambda value: "" if value != value else f"{value:.0e}"
+    )
+    reasons = [
+        f"{VERDICTS[verdict]}: {reason}" if verdict == "not run" else VERDICTS[verdict]
+        for verdict, reason in zip(table["verdict"], table["reason"], strict=True)
+    ]
+    return Frame(
+        {
+            "backbone": table["dataset"],
+            "found": reasons,
+            "WRITE": errors["WRITE"],
+            "WRITE again": errors["WRITE again"],
+            "READ": errors["READ"],
+            "`exact`": errors["exact"],
+            "`finite_difference`": errors["finite_difference"],
+        }
+    )
+
+
+TABLES = (variants,)

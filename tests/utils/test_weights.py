@@ -1,0 +1,36 @@
+"""Layers that let no gradient through are refused when an adapter is attached."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny, tokens
+from torch import nn
+
+from gradmem_adapter import GradMemConfig
+
+
+class Rounded(nn.Module):
+    """As layers with quantised activations are: without a derivative, beside a residual stream that has one."""
+
+    def __init__(self, layer, cut):
+        super().__init__()
+        self.in_features, self.cut = layer.in_features, cut
+        self.register_buffer("qweight", (layer.weight * 127).round().to(torch.int8))
+
+    def forward(self, x):
+        x = x.detach() if self.cut else x
+        return x @ (self.qweight.to(x.dtype) / 127).T
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_layers_that_cut_gradients_are_refused(cut, inference_mode):
+    backbone = tiny()
+    layer = backbone.model.layers[1].mlp
+    layer.up_proj = Rounded(layer.up_proj, cut)
+    config = GradMemConfig(num_memory_tokens=2, inference_mode=inference_mode)
+    if cut:
+        with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj, a Rounded .*lets no gradient through"):
+            get_peft_model(backbone, config)
+    else:
+        assert get_peft_model(backbone, config).write(tokens(1, 5)).vectors.isfinite().all()
