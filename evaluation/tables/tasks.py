@@ -136,4 +136,17 @@ def reconstruction() -> Frame:
     return Frame(rows)
 
 
-TABLES = (answers, answers_all, answers_side_by_side, kv_retrieval, reconstruction)
+def continuation() -> Frame:
+    """What the passage before is worth for the text that follows."""
+    rows = []
+    for _, row in read("continuation").iterrows():
+        nats = {
+            title: f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}"
+            for title, name in (("in memory", "next_memory"), ("gone", "next_nothing"), ("as text", "next_text"))
+        }
+        where = {"adapter": row["checkpoint"], "m": row["memory_tokens"], "K": row["write_steps"]}
+        rows.append(where | {"passages": row["passages"]} | nats | {"gap closed %": percent(row["gap_closed"])})
+    return Frame(rows)
+
+
+TABLES = (answers, answers_all, answers_side_by_side, continuation, kv_retrieval, reconstruction)
