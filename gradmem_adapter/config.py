@@ -132,8 +132,6 @@ class GradMemConfig(PeftConfig):
             embeddings of random `"vocab"` tokens.
         memory_init_std (`float`, *optional*, defaults to `0.02`): standard deviation of normal initial values (slots,
             control vectors).
-        init_weights (`bool`, *optional*, defaults to `True`): the projection starts as the identity, the write head as
-            a copy. `False`: all at random, for tests.
         query_format (`str`, *optional*, defaults to `"text"`): how `GradMemPipeline` presents a query: `"text"` (as it
             is), `"chat"` (the tokenizer's chat template) or a template that contains `"{query}"`.
         trained_length (`int`, *optional*): tokens of the longest context that the adapter was trained to write. `None`:
@@ -175,7 +173,6 @@ class GradMemConfig(PeftConfig):
     train_backbone: bool = False
     memory_init: MemoryInit = "normal"
     memory_init_std: float = 0.02
-    init_weights: bool = True
     query_format: str = "text"
     trained_length: int | None = None
     score_calibration: tuple[float, float] | None = None
@@ -206,7 +203,7 @@ class GradMemConfig(PeftConfig):
         for name in ("write_clip_norm", "finite_difference_step"):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
-        for name in ("write_lr_from_end", "write_head", "train_backbone", "init_weights"):
+        for name in ("write_lr_from_end", "write_head", "train_backbone"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.score_calibration is not None:

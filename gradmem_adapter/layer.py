@@ -105,27 +105,22 @@ class MemorySlots(nn.Module, BaseTunerLayer):
             if config.write_lr_from_end:
                 self.gradmem_log_write_lr_end[adapter] = nn.Parameter(torch.zeros(shape, **factory))
         if config.start != "slots":
-            self.gradmem_start_gain[adapter] = normal(d)
-            if config.init_weights:
-                nn.init.constant_(self.gradmem_start_gain[adapter], START_GAIN)
+            self.gradmem_start_gain[adapter] = nn.Parameter(torch.full((d,), START_GAIN, **factory))
         if config.start == "pooled_context":
-            self.gradmem_pool_gain[adapter] = normal(d)
-            if config.init_weights:
-                nn.init.ones_(self.gradmem_pool_gain[adapter])
+            self.gradmem_pool_gain[adapter] = nn.Parameter(torch.ones(d, **factory))
         if c:
             for name in ("write_start", "write_end", "read_start", "read_end"):
                 getattr(self, f"gradmem_{name}")[adapter] = normal(c, d)
         if config.memory_projection == "shared":
             projection = nn.Linear(d, d, **factory)
-            if config.init_weights:
-                nn.init.eye_(projection.weight)
-                nn.init.zeros_(projection.bias)
+            nn.init.eye_(projection.weight)
+            nn.init.zeros_(projection.bias)
             self.gradmem_projection[adapter] = projection
         if config.write_head:
             head = backbone.get_output_embeddings()
             weight, bias = cast(Tensor, head.weight), getattr(head, "bias", None)
             write_head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, **factory)
-            if config.init_weights and not write_head.weight.is_meta:
+            if not write_head.weight.is_meta:
                 with torch.no_grad(), align_module_device(head):
                     write_head.weight.copy_(cast(Tensor, head.weight))
                     if bias is not None:

@@ -33,9 +33,9 @@ def make(reference, **config):
     backbone = AutoModelForCausalLM.from_pretrained(reference)
     defaults = {
         "num_memory_tokens": 3, "write_lr": 0.3, "memory_init_std": 0.5, "num_control_tokens": 1,
-        "memory_projection": "shared", "write_head": True, "learn_write_lr": "scalar", "init_weights": False,
+        "memory_projection": "shared", "write_head": True, "learn_write_lr": "scalar",
     }  # fmt: skip
-    return get_peft_model(backbone, GradMemConfig(**defaults | config)).eval()
+    return train(get_peft_model(backbone, GradMemConfig(**defaults | config)).eval())
 
 
 def train(model):

@@ -27,10 +27,14 @@ def saved(request, tmp_path):
     tiny(request.param).save_pretrained(tmp_path / "backbone")
     config = GradMemConfig(
         num_memory_tokens=3, write_lr=0.3, learn_write_lr="scalar", memory_projection="shared", write_head=True,
-        num_control_tokens=1, init_weights=False, lora_phase="write",
+        num_control_tokens=1, lora_phase="write",
         lora_config=LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
     )  # fmt: skip
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "backbone"), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path, digest(model)
 
