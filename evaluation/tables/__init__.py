@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import benchmarks, tasks, variants
+from . import benchmarks, models, tasks, variants
 from .cells import markdown
 from .tasks import results_table
 
 ROOT = Path(__file__).parent.parent.parent
-TABLES = {table.__name__: table for table in (*tasks.TABLES, *benchmarks.TABLES, *variants.TABLES)}
+TABLES = {table.__name__: table for table in (*tasks.TABLES, *benchmarks.TABLES, *models.TABLES, *variants.TABLES)}
 """By the name that a block has in README and docs."""
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
