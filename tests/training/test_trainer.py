@@ -220,7 +220,7 @@ class TestLoss:
         assert found["eval_loss"] == pytest.approx(found["eval_target_loss"] + 0.5 * loss, rel=1e-4)
         assert logs(run, "loss")[0] == pytest.approx(found["eval_loss"], rel=1e-4)
 
-    @pytest.mark.parametrize("meta_gradient", ["first_order", "finite_difference"])
+    @pytest.mark.parametrize("meta_gradient", ["exact", "first_order", "finite_difference"])
     def test_gradient_checkpointing(self, tmp_path, meta_gradient):
         config = {"lora_config": LORA, "meta_gradient": meta_gradient}
         plain, _ = gradients(make(**config), tmp_path, rows(2))
@@ -228,10 +228,6 @@ class TestLoss:
         checkpointed, _ = gradients(model, tmp_path, rows(2), gradient_checkpointing=True)
         assert model.is_gradient_checkpointing
         close(checkpointed, plain)
-
-    def test_gradient_checkpointing_exact(self, tmp_path):
-        with pytest.raises(NotImplementedError, match="'eager'"):
-            gradients(make(), tmp_path, rows(2), gradient_checkpointing=True)
 
     @pytest.mark.parametrize(("meta_gradient", "lora_phase"), [("first_order", "both"), ("finite_difference", "write")])
     def test_compile(self, tmp_path, meta_gradient, lora_phase):
