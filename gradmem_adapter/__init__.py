@@ -7,8 +7,8 @@ from gradmem_adapter import compat
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
 from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.config import GradMemConfig
-from gradmem_adapter.model import Fidelity, GradMemModel
-from gradmem_adapter.outputs import GradMemOutput, ScoredText, WriteProgress
+from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.outputs import Fidelity, GradMemOutput, ScoredText, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.registration import register

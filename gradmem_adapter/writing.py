@@ -1,0 +1,212 @@
+"""The half of the model that writes: contexts into memory, and what memory gives back of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradmem_adapter.outputs import Fidelity, WriteProgress
+from gradmem_adapter.state import MemoryState, check_readable
+from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
+from gradmem_adapter.utils.backbone import device_of
+from gradmem_adapter.utils.hardware import token_budget
+from gradmem_adapter.utils.tokens import check_token_types
+from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
+from gradmem_adapter.write.context import Context
+from gradmem_adapter.write.fast import FastWrites
+from gradmem_adapter.write.fidelity import fidelity, reconstruct
+from gradmem_adapter.write.loop import warn_diverged, write_contexts
+from gradmem_adapter.write.loss import Writer
+from gradmem_adapter.write.options import WriteFields, WriteOptions
+from gradmem_adapter.write.self_study import study_contexts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class WritingModel(GradMemTuner):
+    """WRITE, and what can be asked of memory alone. `GradMemModel` is this and READ; its docstring says what the
+    letters of shapes mean."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fast_writes = FastWrites()
+
+    @property
+    def _writer(self) -> Writer:
+        return Writer(self.model, self.slots, self._adapter, self.peft_config[self._adapter])
+
+    def _vectors(self, memory: MemoryState, strict: bool) -> Tensor:
+        """The vectors `[B, m, d]` on the model's device, if this model can read them."""
+        slots = self.slots.gradmem_memory[self._adapter]
+        check_readable(memory, slots.shape[1], self.fingerprint() if strict else None)
+        return memory.vectors.to(device_of(self.model), torch.promote_types(slots.dtype, torch.float32))
+
+    def _prefix(self, vectors: Tensor) -> Tensor:
+        return self.slots.prefix(vectors, "read", self._adapter).to(self.model.get_input_embeddings().weight.dtype)
+
+    @of_one_adapter
+    def write(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        options: WriteOptions | None = None,
+        initial: MemoryState | None = None,
+        callback: Callable[[WriteProgress], None] | None = None,
+        strict: bool = True,
+        token_type_ids: Tensor | None = None,
+        **fields: Unpack[WriteFields],
+    ) -> MemoryState:
+        """WRITE a batch of contexts, each by itself, into one memory state each:
+
+            M_{k+1} = M_k - a * grad_M L_w(M_k; C),    k = 0 .. K-1    (GradMem, arXiv 2603.13875)
+
+        Works under `torch.no_grad()` and `torch.inference_mode()`, changes nothing in the model, and may run in
+        several threads at once.
+
+        Args:
+            input_ids (`Tensor`): `[B, N]` token ids, as the tokenizer returns them.
+            attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts; padding on either side. `None`:
+                every token counts.
+            options (`WriteOptions`, *optional*): how to write. `None`: as the configuration says.
+            initial (`MemoryState`, *optional*): states to go on from, one per context, in place of the memory slots.
+                The write optimizer starts anew; of the first steps' learned rates the last is used.
+            callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
+            strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
+            token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
+            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study, the
+                fields of `WriteOptions` by themselves, in place of those of `options`.
+
+        Returns:
+            `MemoryState`: B states, detached, in float32 (or float64) on the model's device.
+
+        Raises:
+            TypeError, ValueError: input that cannot be written; the message says why and what to do.
+        """
+        options = WriteOptions.of(options, **fields)
+        check_token_types(token_type_ids)
+        writer = self._writer
+        context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
+        start = None if initial is None else self._vectors(initial, strict)
+        if start is not None and len(start) != len(context.input_ids):
+            raise ValueError(
+                f"initial has {len(start)} states for {len(context.input_ids)} contexts; pass one per context."
+            )
+        if options.objective == "self_study":
+            memory, losses, diverged = study_contexts(writer, context, options, start, callback)
+            fingerprint = self.fingerprint()
+            warn_diverged(diverged)
+            return MemoryState(memory, context.lengths, losses, fingerprint)
+        with self._fast_writes.of(writer, context, options.compile) as run:
+            memory, losses, diverged = write_contexts(writer, context, options, start, callback, run)
+            fingerprint = self.fingerprint()  # while a GPU is still at work
+            warn_diverged(diverged)
+        return MemoryState(memory, context.lengths, losses, fingerprint)
+
+    def write_many(
+        self,
+        contexts: Sequence[Tensor | Sequence[int]],
+        *,
+        max_tokens: int | None = None,
+        progress: bool | None = None,
+        done: Callable[[list[int], MemoryState], None] | None = None,
+        options: WriteOptions | None = None,
+        **fields: Unpack[WriteFields],
+    ) -> MemoryState:
+        """WRITE any number of contexts of any lengths, in batches that fit into memory.
+
+        Contexts of similar length are written together. Out of memory on a GPU, the batches are halved, with a
+        warning. All contexts are checked before the first is written.
+
+        Args:
+            contexts (`Sequence`): token ids `[n]` of each.
+            max_tokens (`int`, *optional*): a batch's tokens, padding counted. `None`: found from the device and its
+                free memory.
+            progress (`bool`, *optional*): show a progress bar. `None`: where stderr is a terminal.
+            done (`Callable`, *optional*): given the indices and the states of each batch as soon as it is written, so
+                that what fails later loses nothing.
+            options, fields: as for `write`.
+
+        Returns:
+            `MemoryState`: one state per context, in order, as `write` would return.
+
+        Raises:
+            TypeError, ValueError: input that cannot be written; the message names the context.
+            torch.cuda.OutOfMemoryError: a single context does not fit; the message names it.
+        """
+        options = WriteOptions.of(options, **fields)
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise ValueError(f"max_tokens must be an integer from 1, got {max_tokens!r}.")
+        rows = check_rows(contexts, self.model, self.prefix_length)
+        budget = token_budget(self.model) if max_tokens is None else max_tokens
+        with progress_bar(len(rows), progress) as advance:
+
+            def written(indices: list[int], states: MemoryState) -> None:
+                advance(len(indices))
+                if done is not None:
+                    done(indices, states)
+
+            states = write_batches(lambda ids, mask: self.write(ids, mask, options=options), rows, budget, written)
+        self._fast_writes.make_room(device_of(self.model))
+        return states
+
+    def prefix_embeddings(self, memory: MemoryState, *, strict: bool = True) -> Tensor:
+        """What READ puts before the query, for any engine that takes input embeddings.
+
+        Args:
+            memory (`MemoryState`): B states.
+            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote; `False` reads it
+                at the caller's own risk.
+
+        Returns:
+            `Tensor`: `[B, m + 2c, d]` input embeddings in the backbone's dtype.
+        """
+        return self._prefix(self._vectors(memory, strict)).clone()  # engines may change it in place
+
+    @of_one_adapter
+    def reconstruct(self, memory: MemoryState, max_new_tokens: int | None = None, *, strict: bool = True) -> Tensor:
+        """Decode contexts greedily from memory alone, as WRITE sees it (its head, control vectors and LoRA).
+
+        Args:
+            memory (`MemoryState`): B states.
+            max_new_tokens (`int`, *optional*): how many tokens. `None`: those of the longest context.
+            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
+
+        Returns:
+            `Tensor`: `[B, max_new_tokens]` token ids; those of sample i count up to `memory.context_tokens[i]`.
+        """
+        length = int(memory.context_tokens.max()) if max_new_tokens is None else max_new_tokens
+        return reconstruct(self._writer, self._vectors(memory, strict), length)
+
+    @of_one_adapter
+    def fidelity(
+        self,
+        memory: MemoryState,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        strict: bool = True,
+        token_type_ids: Tensor | None = None,
+    ) -> Fidelity:
+        """How much of each context its state gives back.
+
+        Args:
+            memory (`MemoryState`): B states.
+            input_ids (`Tensor`): `[B, N]`, the contexts.
+            attention_mask (`Tensor`, *optional*): `[B, N]`, padding on either side.
+            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
+            token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
+
+        Returns:
+            `Fidelity`: shares `[B]` of tokens that come back, decoded greedily and given the true tokens before them.
+        """
+        check_token_types(token_type_ids)
+        context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
+        vectors = self._vectors(memory, strict)
+        if len(vectors) != len(context.input_ids):
+            raise ValueError(f"There are {len(context.input_ids)} contexts for {len(vectors)} states; pass one each.")
+        return fidelity(self._writer, vectors, context)
