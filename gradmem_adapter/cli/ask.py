@@ -73,9 +73,7 @@ def _check_files(texts: Sequence[str], state: Path | None) -> None:
     """Raise unless there is either a text to write or a state to read, before the work begins."""
     kept = state is not None and state.exists()
     if texts and kept:
-        raise ValueError(
-            f"{state} exists and holds what was written before. Leave the texts out, or name another file."
-        )
+        raise ValueError(f"{state} exists. Leave the texts out to ask what it holds, or name another file.")
     if not texts and not kept:
         raise ValueError("There is nothing to ask about: pass a text, or --state with a file that was written before.")
     if texts and state is not None:

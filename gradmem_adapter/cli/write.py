@@ -21,7 +21,7 @@ def write(
     checkpoint: Annotated[Path, typer.Option(exists=True, file_okay=False, help="What `gradmem train` made.")],
     output: Annotated[Path, typer.Option(dir_okay=False, help="The file for the memory states, in order.")],
     steps: Annotated[
-        int | None, typer.Option(min=0, help="Write steps; default: the checkpoint's, or 100 of self_study.")
+        int | None, typer.Option(min=0, help="Write steps; default: the checkpoint's, or 100 with self_study.")
     ] = None,
     objective: Annotated[
         Objective,

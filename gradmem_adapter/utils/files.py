@@ -169,7 +169,9 @@ def check_writable(path: Path, *, inputs: Iterable[Path] = ()) -> None:
     _check_target(target)
     for file in inputs:
         if target.exists() and file.exists() and target.samefile(file):
-            raise ValueError(f"{str(path)!r} is read, too ({str(file)!r}): writing it would destroy what it holds.")
+            raise ValueError(
+                f"{str(path)!r} is one of the inputs ({str(file)!r}): writing it would destroy what it holds."
+            )
     with errors_named(path), temporary_directory(target.parent):
         pass
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -30,6 +31,12 @@ from .stores import MemoryStateStore
 _OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "chat_template_kwargs")
 _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
 """Standard options of LangChain's chat models that a local model has no use for, and passes over."""
+
+
+def _named(unknown: Iterable[str], known: Collection[str]) -> str:
+    """Names that are not known, each with the one that is most like it."""
+    likely = {name: get_close_matches(name, known, n=1) for name in sorted(unknown)}
+    return ", ".join(f"{name} (did you mean {found[0]}?)" if found else name for name, found in likely.items())
 
 
 class _Asked(NamedTuple):
@@ -86,10 +93,10 @@ class ChatGradMem(BaseChatModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
-        known = cls.model_fields.keys() | {field.alias for field in cls.model_fields.values()} | _HOSTED
+        known = {*cls.model_fields, *(field.alias or "" for field in cls.model_fields.values()), *_HOSTED}
         if isinstance(values, Mapping) and (unknown := sorted(values.keys() - known)):
             raise ValueError(
-                f"ChatGradMem has no option {', '.join(unknown)}; help(ChatGradMem) explains those it has."
+                f"ChatGradMem has no option {_named(unknown, known)}; help(ChatGradMem) explains those it has."
             )
         return values
 
@@ -123,8 +130,15 @@ class ChatGradMem(BaseChatModel):
             kwargs: what else the bound calls pass.
 
         Raises:
-            NotImplementedError: it does not, or a choice of tool is asked for, which a template cannot enforce.
+            NotImplementedError: it does not; or structured output or a choice of tool is asked for, which a template
+                cannot enforce.
         """
+        if "ls_structured_output_format" in kwargs:  # with_structured_output() calls this
+            raise NotImplementedError(
+                "ChatGradMem has no structured output: nothing makes a local model keep to a schema while it decodes. "
+                "Ask for JSON in the prompt and parse it with a PydanticOutputParser, or answer with "
+                "GradMemPipeline.generate and the logits_processor of a library for constrained decoding."
+            )
         require_tools(self.pipeline.tokenizer)
         if tool_choice not in (None, "auto"):
             raise NotImplementedError(
@@ -156,7 +170,7 @@ class ChatGradMem(BaseChatModel):
         """What a call asks the pipeline, whatever is wrong with it said here."""
         unknown = kwargs.keys() - {*_OPTIONS, "memory", "stream", "tools"}
         if unknown:
-            raise TypeError(f"ChatGradMem got unexpected arguments: {', '.join(sorted(unknown))}.")
+            raise TypeError(f"ChatGradMem got unexpected arguments: {_named(unknown, {*_OPTIONS, 'memory'})}.")
         chosen = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _OPTIONS}
         stops = tuple(text for text in (self.stop if stop is None else stop) or [] if text)
         if any(isinstance(m, ToolMessage) or getattr(m, "tool_calls", None) for m in messages):

@@ -79,7 +79,8 @@ def request_of(
     chosen = list(dict.fromkeys([*bound, *turn, *older]))[:max_states]
     if len(chosen) < len(everything):
         warnings.warn(
-            "The messages refer to more memory states than max_states, and the oldest are left out. Attach fewer "
+            f"The messages refer to {len(everything)} memory states, and max_states are read: the other "
+            f"{len(everything) - len(chosen)} are not, of older turns first, then the last of this turn. Attach fewer "
             "documents (k), keep attached messages out of the history, or raise max_states.",
             stacklevel=2,
         )

@@ -40,7 +40,7 @@ def test_an_input_is_never_overwritten(tmp_path, output, force):
     before = contents(tmp_path)
     result = write("--output", output, *force)
     assert result.exit_code == 2, result.output
-    assert "is read, too" in " ".join(result.stderr.split())
+    assert "is one of the inputs" in " ".join(result.stderr.split())
     assert contents(tmp_path) == before
 
 

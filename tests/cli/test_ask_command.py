@@ -59,7 +59,7 @@ def test_a_state_that_cannot_be_kept_is_refused_before_the_work(checkpoint, tmp_
     [
         ([], "nothing to ask about"),
         (["--state", "missing.safetensors"], "nothing to ask about"),
-        (["--text", "a.txt", "--state", "a.txt"], "holds what was written before"),
+        (["--text", "a.txt", "--state", "a.txt"], "exists. Leave the texts out"),
         (["--text", "a.txt", "--checkpoint", "nowhere"], "nowhere"),
     ],
 )

@@ -48,7 +48,7 @@ class TestComplaints:
         assert chat.invoke("w3 w4").content == plain(pipeline, "w3 w4")
 
     def test_an_unknown_option_is_refused(self, pipeline):
-        with pytest.raises(ValidationError, match="has no option max_token;"):
+        with pytest.raises(ValidationError, match=r"has no option max_token \(did you mean max_tokens\?\);"):
             ChatGradMem(pipeline=pipeline, max_token=4)
 
     def test_max_tokens(self, chat):
@@ -145,7 +145,9 @@ class TestReferences:
         expected = {2: [d, e], 3: [c, d, e], 4: [b, c, d, e], 1: [d]}
         for most, references in expected.items():
             limited = chat.model_copy(update={"max_states": most})
-            with pytest.warns(UserWarning, match="more memory states than max_states"):
+            with pytest.warns(
+                UserWarning, match=r"refer to 5 memory states, and max_states are read: the other \d are not"
+            ):
                 memory = limited._ask(messages, None, {}).request.memory
             assert memory == MemoryState.concat([store.get(reference) for reference in references])
 
@@ -180,6 +182,10 @@ class TestReferences:
 
 
 class TestOptions:
+    def test_structured_output_is_refused_by_name(self, chat):
+        with pytest.raises(NotImplementedError, match="no structured output"):
+            chat.with_structured_output({"title": "Answer", "type": "object"})
+
     def test_unexpected_arguments(self, chat):
         with pytest.raises(TypeError, match="max_token"):
             chat.invoke("w3", max_token=3)
