@@ -133,7 +133,7 @@ def _open_directory_or_hub(
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"backbone {reference!r}, read as a directory, has no config.json. {_FORMS}.")
     options = {"trust_remote_code": False}  # left out, Transformers asks the user whether to run it
-    where = "directory" if path.is_dir() else "hub id (there is no directory of that name)"
+    where = "directory" if path.is_dir() else f"hub id for want of such a directory ({_FORMS})"
     with opening(f"backbone {reference!r}, read as a {where},"):  # not reachable, damaged, or not a causal LM
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
         opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)

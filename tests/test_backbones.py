@@ -47,7 +47,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("We couldn't connect to the hub")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
-    with pytest.raises(OSError, match=r"'someone/model', read as a hub id .* A backbone reference .*couldn't connect"):
+    with pytest.raises(OSError, match=r"'someone/model', read as a hub id .*A backbone reference .*couldn't connect"):
         load_backbone("someone/model")
 
 

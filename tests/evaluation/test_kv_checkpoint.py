@@ -92,7 +92,7 @@ def test_the_command(tmp_path):
         (["--device", "abacus"], "no device 'abacus'"),
         (["--pairs", "200"], "tokens, and at most"),
         (["--only", "babi 2"], "no data set babi 2; there are pairs"),
-        (["--task", "{name: riddles}"], "must be one of babi"),
+        (["--task", "{name: riddles}"], "must be one of answerable, babi"),
     ],
 )
 def test_what_cannot_be_measured(arguments, message):

@@ -151,7 +151,7 @@ def test_generation_is_what_forward_would_choose(method):
     model = built(method, tiny().eval())
     contexts, mask = tokens(2, 7, seed=1), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     queries, counts = tokens(2, 4, seed=2), torch.tensor([[1] * 4, [0, 1, 1, 1]])
-    kept = method.read(model, [contexts[0].tolist(), contexts[1, :5].tolist()], 1)
+    kept = method.read(model, None, [contexts[0].tolist(), contexts[1, :5].tolist()], 1)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     with torch.no_grad():
         new = method.generate(model, kept, [[0], [1]], queries, counts, **options)
