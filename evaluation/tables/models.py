@@ -14,7 +14,7 @@ VERDICTS = {
 """What `evaluation.backbones.check` found, in words."""
 REASONS = {
     "padded on the left": "reads no queries padded on the left: `generate` takes prompts of one length at a time",
-    "cross kinks": "has routers or other kinks, across which finite differences may be off; `exact` is right",
+    "cross kinks": "finite differences met a kink in the first draw and are right in another; `exact` is right",
     "later tokens do": "sees later tokens",
     "both directions": "sees later tokens",
     "several tables": "has several tables of embeddings (codebooks of audio)",
