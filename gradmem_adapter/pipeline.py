@@ -17,6 +17,7 @@ from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list, study_tokens
+from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.likelihood import calibrated
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.state import MemoryState
@@ -286,7 +287,9 @@ class GradMemPipeline:
         """
         if memory is None and options.get("context_index") is None:
             own = {name: value for name, value in options.items() if name not in ("context_index", "strict")}
-            backbone = without_lora(cast(PreTrainedModel, self.model.get_base_model()))
+            backbone = cast(PreTrainedModel, self.model.get_base_model())
+            check_left_padding(backbone, not attention_mask.all())
+            backbone = without_lora(backbone)
             return backbone.generate(input_ids, attention_mask=attention_mask, **own)  # type: ignore[operator]
         return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **options)
 

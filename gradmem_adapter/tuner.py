@@ -65,8 +65,8 @@ class GradMemTuner(BaseTuner):
         self._changes = Changes()
         super().__init__(model, *args, **kwargs)
         self._fingerprint = FingerprintCache()
-        self.register_load_state_dict_pre_hook(self._changes.begin)
-        self.register_load_state_dict_post_hook(self._changes.end)
+        self.register_load_state_dict_pre_hook(self._changes.begin_loading)
+        self.register_load_state_dict_post_hook(self._changes.end_loading)
 
     @property
     def slots(self) -> MemorySlots:
@@ -101,7 +101,8 @@ class GradMemTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one; the backbone is trainable where its config says `train_backbone`."""
-        with self._changes.one():
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        with self._changes.one(unless=lambda: names == self.active_adapters):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
         if any(config.train_backbone for config in self.peft_config.values()):
             train = any(self.peft_config[name].train_backbone for name in self.active_adapters)
@@ -180,9 +181,9 @@ class GradMemTuner(BaseTuner):
             begun, done = self._changes.number
             if begun != done or ((begun, done), versions(weights)) != before:
                 raise AdapterChangedError(
-                    "Another thread switched, loaded, trained or deleted an adapter while this one wrote or read with "
-                    "the model. What came out is of neither adapter, and is not returned. Do both under one lock, or "
-                    "give each adapter a model of its own."
+                    "Another thread, or a callback of this one, switched, loaded, trained or deleted an adapter while "
+                    "this one wrote or read with the model. What came out is of neither adapter, and is not returned. "
+                    "Do both under one lock, or give each adapter a model of its own."
                 )
 
         check()

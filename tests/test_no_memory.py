@@ -115,3 +115,15 @@ def test_without_a_lora_it_is_the_model_itself():
     assert without_lora(backbone) is backbone
     model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3))
     assert without_lora(model.get_base_model()) is backbone
+
+
+def test_a_batch_that_the_backbone_would_read_wrongly_is_refused():
+    """BART and its kin count padding on the left as text."""
+    pipeline = GradMemPipeline(
+        get_peft_model(tiny("bart"), GradMemConfig(num_memory_tokens=3)).eval(), tiny_tokenizer()
+    )
+    with pytest.raises(NotImplementedError, match="counts padding on the left as text"):
+        pipeline.generate([tiny_text(3), tiny_text(9)], max_new_tokens=2)
+    assert len(pipeline.generate([tiny_text(3), tiny_text(3, 1)], max_new_tokens=2)) == 2
+    chat = ChatGradMem(pipeline=pipeline, max_tokens=3)
+    assert [m.content for m in chat.batch(["w1", "w2 w3"])] == [chat.invoke(text).content for text in ("w1", "w2 w3")]

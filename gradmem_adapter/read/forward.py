@@ -74,7 +74,7 @@ def forward_with_memory(
     """
     check_length(prefix.shape[1], query, attention_mask, backbone)
     read = read_inputs(prefix, query, attention_mask, first_position(backbone))
-    check_left_padding(backbone, read.layout)
+    check_left_padding(backbone, read.layout.source is not None)
     if labels is not None:
         labels = read.layout.join(labels.new_full(prefix.shape[:2], IGNORED), labels)
     inputs = {

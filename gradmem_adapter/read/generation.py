@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,14 @@ from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.read.prefix_cache import KeptPrefix
-from gradmem_adapter.utils.backbone import check_length, device_of, first_position, fresh, uses_checkpointing
+from gradmem_adapter.utils.backbone import (
+    check_length,
+    device_of,
+    first_position,
+    fresh,
+    max_positions,
+    uses_checkpointing,
+)
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
@@ -84,7 +92,8 @@ def generate_with_memory(
     with torch.no_grad():
         query = backbone.get_input_embeddings()(input_ids)
         read = read_inputs(prefix, query, attention_mask, first)
-    check_left_padding(backbone, read.layout)
+    check_left_padding(backbone, read.layout.source is not None)
+    _end_with_positions(backbone, prefix.shape[1], attention_mask, options)
     options |= length_arguments(options, default, read.inputs_embeds.shape[1])
     inputs = {"inputs_embeds": read.inputs_embeds, "attention_mask": read.attention_mask}
     padded_left = read.layout.source is not None
@@ -164,6 +173,27 @@ def query_mask(input_ids: Tensor, options: dict[str, Any], default: GenerationCo
     if pad is None or pad in eos_ids or not (input_ids == pad).any():
         return torch.ones_like(input_ids)
     return (input_ids != pad).to(input_ids.dtype)
+
+
+def _end_with_positions(
+    backbone: PreTrainedModel, prefix_length: int, attention_mask: Tensor, options: dict[str, Any]
+) -> None:
+    """Let `max_new_tokens` of `options` be no more than the backbone has positions left for, with a warning."""
+    default, positions, prompt = backbone.generation_config, max_positions(backbone), attention_mask.shape[1]
+    wanted = generation_option("max_new_tokens", options, default)
+    if wanted is None:
+        wanted = (generation_option("max_length", options, default) or prompt) - prompt
+    if positions is None or capturing() or prefix_length + prompt + wanted - 1 <= positions:
+        return
+    room = positions + 1 - prefix_length - int(attention_mask.sum(1).max())  # the last new token is not read
+    if wanted > room:
+        warnings.warn(
+            f"The answer ends after {room} tokens, where {wanted} were asked for: the model has {positions} positions, "
+            "and memory and prompt take the others.",
+            stacklevel=4,
+        )
+        options.pop("max_length", None)
+        options["max_new_tokens"] = room
 
 
 def length_arguments(options: dict[str, Any], default: GenerationConfig, embeddings_length: int) -> dict[str, int]:

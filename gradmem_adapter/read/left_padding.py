@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from gradmem_adapter.read.prefix import Layout, read_inputs
+from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.utils.backbone import first_position, fresh
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undisturbed
@@ -16,18 +16,18 @@ from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undi
 _counting_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def check_left_padding(backbone: PreTrainedModel, layout: Layout) -> None:
+def check_left_padding(backbone: PreTrainedModel, padded: bool) -> None:
     """Raise where queries are padded on the left and the backbone would read them wrongly: it has absolute positions
     and takes no `position_ids` (BART and its kin), or reads padding into its state (RecurrentGemma, xLSTM).
 
     Args:
         backbone (`PreTrainedModel`): the causal LM, which is tried on a few tokens the first time.
-        layout (`Layout`): of the queries.
+        padded (`bool`): whether there is padding on the left of a query.
 
     Raises:
         NotImplementedError: it would.
     """
-    if layout.source is None or capturing():
+    if not padded or capturing():
         return
     if backbone not in _counting_padding:
         _counting_padding[backbone] = counts_padding(backbone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,31 +14,45 @@ class Changes:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # reentrant: to delete an adapter makes another the active one
         self._begun = self._done = 0
+        self._loading: set[int] = set()
+        """Threads that load weights. PyTorch calls no hook where loading fails, or is interrupted."""
 
     def __reduce__(self) -> tuple[type[Changes], tuple[()]]:
         return Changes, ()
 
-    def begin(self, *_: Any) -> None:
-        """A change begins; takes any arguments, as hooks are given some."""
+    def begin_loading(self, *_: Any) -> None:
+        """Weights are loaded from here on; takes any arguments, as hooks are given some."""
         with self._lock:
+            self.end_loading()
+            self._loading.add(threading.get_ident())
             self._begun += 1
 
-    def end(self, *_: Any) -> None:
-        """A change is done."""
+    def end_loading(self, *_: Any) -> None:
+        """They are loaded, or this thread does something else and loading has failed."""
         with self._lock:
-            self._done += 1
+            if threading.get_ident() in self._loading:
+                self._loading.remove(threading.get_ident())
+                self._done += 1
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """A change is made inside; other threads wait with theirs."""
+    def one(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """A change is made inside; other threads wait with theirs.
+
+        Args:
+            unless (`Callable`, *optional*): says that what is done inside changes nothing. It then does not count.
+        """
         with self._lock:
-            self.begin()
+            if unless():
+                yield
+                return
+            self._begun += 1
             try:
                 yield
             finally:
-                self.end()
+                self._done += 1
 
     @property
     def number(self) -> tuple[int, int]:
         """Another one after each change, and two that differ while one is made."""
+        self.end_loading()
         return self._begun, self._done

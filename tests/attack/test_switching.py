@@ -90,3 +90,22 @@ def test_the_attack_would_find_mixtures(monkeypatch):
     state = attack.pipeline.write(TEXTS[0])
     assert not any(state == states[0] for states, _ in attack.right.values())
     assert state.fingerprint in {states[0].fingerprint for states, _ in attack.right.values()}
+
+
+class TestNoChange:
+    """What leaves the model as it was, and what failed and was mended, is no change."""
+
+    def test_the_active_adapter_is_chosen_again(self, model):
+        meanwhile(model, lambda: model.set_adapter("default"))
+        assert len(model.write(tokens(1, 5))) == 1
+
+    def test_loading_was_interrupted_and_done_again(self, model):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = model.get_base_model().model.layers[1].register_load_state_dict_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.load_state_dict(model.state_dict())
+        handle.remove()
+        model.load_state_dict(model.state_dict())
+        assert len(model.write(tokens(1, 5))) == 1

@@ -199,3 +199,19 @@ def test_arguments_with_an_entry_for_each_token():
     for write in (lambda **o: model.write(ids, **o), lambda **o: model.fidelity(state, ids, **o)):
         with pytest.raises(ValueError, match="token_type_ids other than 0"):
             write(token_type_ids=ones)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("length", [{"max_new_tokens": 120}, {"max_length": 150}])
+def test_an_answer_ends_with_the_positions(architecture, length):
+    """96 of them. The last new token is not read, and needs none."""
+    model = make(architecture)
+    state, prompt = model.write(tokens(1, 6)), tokens(1, 40)
+    room = 96 + 1 - 40 - model.prefix_length
+    with pytest.warns(UserWarning, match=f"ends after {room} tokens, where 1.0 were asked for: the model has 96"):
+        output = model.generate(prompt, memory=state, do_sample=False, eos_token_id=None, **length)
+    assert output.shape[1] == 40 + room
+    assert (
+        output.shape[1]
+        == model.generate(prompt, memory=state, do_sample=False, eos_token_id=None, max_new_tokens=room).shape[1]
+    )
