@@ -9,12 +9,12 @@ import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.read.generation import generate_with_memory
 from gradmem_adapter.utils.backbone import device_of, fresh, trunk, trunk_name
-from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undisturbed
+from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, trial_of
 
 SKIP = "GradMemConfig(probe_backbone=False) attaches without trying."
 
@@ -42,8 +42,8 @@ def probe(backbone: PreTrainedModel) -> None:
     if any(parameter.is_meta for module in loaded for parameter in module.parameters(recurse=False)):
         _step_aside(backbone, "some of its weights are on the meta device")
         return
-    with undisturbed(backbone), device_of(backbone):  # whatever device is the default
-        backbone = fresh(backbone)
+    with trial_of(backbone) as copied, device_of(backbone):  # whatever device is the default
+        backbone = fresh(copied)
         ids = sample_tokens(backbone, rows=2)
         half = ids.shape[1] // 2
         ids[1, :half] = ids[0, :half]
@@ -158,7 +158,11 @@ class _Forced(LogitsProcessor):
 
 
 def _check_generate(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> None:
-    """Decoding behind embeddings gives the logits of a forward pass over all tokens: two tokens are forced."""
+    """Decoding behind embeddings gives the logits of a forward pass over all tokens: two tokens are forced.
+
+    The model's own generation_config says how its user decodes, and not what it can do: the trial's copy has another.
+    """
+    backbone.generation_config = GenerationConfig(pad_token_id=0, use_cache=backbone.generation_config.use_cache)
     start, steps = 2, 2
     prompt = ids.shape[1] - steps
     try:

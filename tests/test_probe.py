@@ -133,7 +133,7 @@ def test_the_right_ones_are_left_as_they_were(architecture, dtype):
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-def test_what_a_backbone_changes_in_itself_is_put_back():
+def test_what_a_backbone_changes_in_itself_stays_out_of_it():
     """BigBird exchanges its attention for short sequences, once and for all."""
     config = BigBirdConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
@@ -146,6 +146,32 @@ def test_what_a_backbone_changes_in_itself_is_put_back():
     probe.probe(backbone)
     assert backbone.bert.attention_type == attention
     assert backbone.bert.calls is calls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_return_sequences": 3},
+        {"stop_strings": ["</s>"]},
+        {"cache_implementation": "static"},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"prefill_chunk_size": 2},
+        {"max_time": 1e-9},
+        {"token_healing": True},
+        {"dola_layers": "low"},
+        {"prompt_lookup_num_tokens": 5},
+        {"eos_token_id": list(range(61))},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_how_a_user_decodes_says_nothing_of_the_backbone(settings):
+    backbone = tiny()
+    for name, value in settings.items():
+        setattr(backbone.generation_config, name, value)
+    config, before = backbone.generation_config, backbone.generation_config.to_dict()
+    probe.probe(backbone)
+    assert backbone.generation_config is config
+    assert config.to_dict() == before
 
 
 def test_it_runs_once_for_a_kind_and_not_when_an_adapter_is_opened(tmp_path, monkeypatch):

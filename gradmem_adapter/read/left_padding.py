@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.utils.backbone import first_position, fresh
 from gradmem_adapter.utils.capture import capturing
-from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, undisturbed
+from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, trial_of
 
 _counting_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
@@ -42,8 +42,8 @@ def check_left_padding(backbone: PreTrainedModel, padded: bool) -> None:
 def counts_padding(backbone: PreTrainedModel) -> bool:
     """Whether logits change with padding on the left, by two forward passes over a few tokens."""
     padding, start = 2, 2
-    with undisturbed(backbone), torch.no_grad():
-        backbone = fresh(backbone)
+    with trial_of(backbone) as copied, torch.no_grad():
+        backbone = fresh(copied)
         tokens = backbone.get_input_embeddings()(sample_tokens(backbone, rows=1))[:, :-padding]
         query = F.pad(tokens[:, start:], (0, 0, padding, 0))
         mask = F.pad(torch.ones_like(tokens[:, start:, 0], dtype=torch.long), (padding, 0))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.random import fork_rng
 from transformers import PreTrainedModel
 
@@ -17,32 +21,52 @@ TOKENS = 6
 """How many tokens a trial has: a pass costs what reading the weights costs."""
 
 
+_TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
+"""What PyTorch keeps of every module: parameters, buffers, children, hooks."""
+
+_one_at_a_time = threading.RLock()
+"""Random states and how PyTorch compiles belong to the whole process."""
+
+
 @contextmanager
-def undisturbed(backbone: PreTrainedModel) -> Iterator[None]:
-    """Inside, the backbone is in eval mode and not compiled; afterwards it, what it keeps in attributes and buffers,
-    and all random states are as they were.
+def trial_of(backbone: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Yields a copy of a backbone in eval mode, which shares its weights and is not compiled. What a trial changes in
+    attributes, buffers and hooks it changes in the copy; all random states are afterwards as they were.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM.
+        backbone (`PreTrainedModel`): the causal LM, which is never changed: other threads may use or change it.
     """
-    kept = [
-        (table, dict(table))
-        for module in backbone.modules()
-        for table in (module.__dict__, module._parameters, module._buffers, module._modules)
-    ]
     devices = {p.device for p in backbone.parameters() if p.device.index is not None}
     kind = next((device.type for device in devices), None)
     forked = fork_rng([device.index for device in devices], device_type=kind) if kind else fork_rng([])
-    with forked, torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
-        try:
-            for module in backbone.modules():
-                module.training = False
-            yield
-        finally:
-            for table, entries in kept:
-                for added in table.keys() - entries.keys():
-                    del table[added]
-                table.update(entries)
+    with _one_at_a_time, forked, torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+        yield _copied(backbone)
+
+
+def _copied(backbone: PreTrainedModel) -> PreTrainedModel:
+    copies = {module: copy.copy(module) for module in backbone.modules()}
+
+    def own(value: Any) -> Any:
+        """The same of the copies: offloading and patches put what is bound to a module in the place of its methods."""
+        if isinstance(value, nn.Module):
+            plain = value._modules.get("_orig_mod") or value  # what torch.compile wraps
+            return copies.get(plain, plain)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, own(value.__self__))
+        if isinstance(value, partial):
+            bound = partial(own(value.func), *map(own, value.args), **value.keywords)
+            bound.__dict__.update(value.__dict__)
+            return bound
+        if isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
+            return own(value._torchdynamo_orig_callable)
+        return value
+
+    for copied in copies.values():
+        attributes = copied.__dict__
+        attributes.update({name: own(value) for name, value in attributes.items()})
+        attributes.update({name: copy.copy(attributes[name]) for name in _TABLES}, training=False)
+        attributes["_modules"].update({name: own(child) for name, child in copied._modules.items()})
+    return cast(PreTrainedModel, copies[backbone])
 
 
 def sample_tokens(backbone: PreTrainedModel, rows: int) -> Tensor:
