@@ -90,15 +90,22 @@ class Batcher:
             max_batch (`int`): most calls in its batch.
         """
         with self._changed:
+            if not self._serving:  # first, for it fails where there can be no further thread
+                threading.Thread(target=self._serve, name="gradmem-batches", daemon=True).start()
+                self._serving = True
             self._waiting.append((call, max_batch))
             self._changed.notify()
-            if not self._serving:
-                self._serving = True
-                threading.Thread(target=self._serve, name="gradmem-batches", daemon=True).start()
 
     def _serve(self) -> None:
-        while batch := self._next():
-            self._answer(batch)
+        try:
+            while batch := self._next():
+                self._answer(batch)
+        except BaseException as error:  # who waits must learn of it, and the next call gets a new thread
+            with self._changed:
+                waiting, self._waiting, self._serving = self._waiting, [], False
+            for call, _ in waiting:
+                if call.tokens.set_running_or_notify_cancel():
+                    call.tokens.set_exception(error)
 
     def _next(self) -> list[Call]:
         """The oldest call and those that can be answered with it; none: nothing waits, and the thread ends."""

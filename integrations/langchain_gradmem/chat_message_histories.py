@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import BaseMessage, message_to_dict, messages_from_dict
+from typing_extensions import Self
 
 from .stores import MemoryStateStore
 from .turns import TurnMemory
@@ -30,6 +31,9 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
         self.memory = memory
         self.history = _InProcess() if history is None else history
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[TurnMemory, BaseChatMessageHistory]]:
+        return type(self), (self.memory, self.history)  # copies have locks of their own
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]

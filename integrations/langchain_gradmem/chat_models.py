@@ -23,12 +23,12 @@ from gradmem_adapter import GradMemPipeline, load_checkpoint
 
 from .batching import Call, Options, batcher_of
 from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools
+from .options import CallOptions
 from .requests import Request, request_of
 from .sampling import Sampling
 from .stopping import NewTokens, cut_at_stop, pieces_until_stop
 from .stores import MemoryStateStore
 
-_OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "chat_template_kwargs")
 _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
 """Standard options of LangChain's chat models that a local model has no use for, and passes over."""
 
@@ -47,7 +47,7 @@ class _Asked(NamedTuple):
     tools: list[Any] | None
 
 
-class ChatGradMem(BaseChatModel):
+class ChatGradMem(BaseChatModel, CallOptions):
     """A local model with GradMem memory as a LangChain chat model.
 
     Which memory states a call reads is said by `bind(memory=reference)` or by references attached to its messages
@@ -64,7 +64,7 @@ class ChatGradMem(BaseChatModel):
             name.
         model_name (`str`, *optional*, defaults to `"gradmem"`): what is reported as the model.
         max_tokens (`int`, *optional*, defaults to `256`): most new tokens of an answer.
-        temperature (`float`, *optional*): of sampling; None or 0: greedy.
+        temperature (`float`, *optional*): of sampling; None or below 1e-4: greedy.
         top_p (`float`, *optional*): nucleus of sampling; None: all tokens.
         seed (`int`, *optional*): of sampling, alike alone and in a batch; None: each call draws anew.
         stop (`list[str]`, *optional*): texts that end an answer and are not part of it.
@@ -78,15 +78,9 @@ class ChatGradMem(BaseChatModel):
     pipeline: GradMemPipeline = Field(exclude=True)
     store: MemoryStateStore = Field(exclude=True, default_factory=MemoryStateStore)
     model_name: str = "gradmem"
-    max_tokens: int = Field(default=256, ge=1)
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = None
-    stop: list[str] | None = None
     streaming: bool = False
     max_states: int = Field(default=8, ge=1)
     max_batch: int = Field(default=16, ge=1)
-    chat_template_kwargs: dict[str, Any] | None = None
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -118,7 +112,7 @@ class ChatGradMem(BaseChatModel):
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         # With the fingerprint, or two adapters under one name would share entries of an LLM cache.
-        own = {name: getattr(self, name) for name in ("model_name", *_OPTIONS, "stop")}
+        own = {name: getattr(self, name) for name in ("model_name", *CallOptions.model_fields)}
         return own | {"fingerprint": self.pipeline.model.fingerprint(), "namespace": self.store.namespace}
 
     def bind_tools(self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any) -> Any:
@@ -168,20 +162,26 @@ class ChatGradMem(BaseChatModel):
 
     def _ask(self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Asked:
         """What a call asks the pipeline, whatever is wrong with it said here."""
-        unknown = kwargs.keys() - {*_OPTIONS, "memory", "stream", "tools"}
-        if unknown:
-            raise TypeError(f"ChatGradMem got unexpected arguments: {_named(unknown, {*_OPTIONS, 'memory'})}.")
-        chosen = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _OPTIONS}
-        stops = tuple(text for text in (self.stop if stop is None else stop) or [] if text)
+        known = {*CallOptions.model_fields, "memory"}
+        if unknown := kwargs.keys() - known - {"stream", "tools"}:
+            raise TypeError(f"ChatGradMem got unexpected arguments: {_named(unknown, known)}.")
+        given = {"stop": stop, **kwargs}
+        chosen = CallOptions(
+            **{
+                name: getattr(self, name) if given.get(name) is None else given[name]
+                for name in CallOptions.model_fields
+            }
+        )
+        stops = tuple(text for text in chosen.stop or [] if text)
         if any(isinstance(m, ToolMessage) or getattr(m, "tool_calls", None) for m in messages):
             require_tools(self.pipeline.tokenizer)
-        template, tools = chosen["chat_template_kwargs"], kwargs.get("tools")
+        template, tools = chosen.chat_template_kwargs, kwargs.get("tools")
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
         (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
         room = self._room(len(ids), request.memory_vectors)
-        longest = chosen["max_tokens"] if room is None else min(chosen["max_tokens"], room)
-        options = Options(longest, Sampling(chosen["temperature"], chosen["top_p"]), stops)
-        return _Asked(Call(self.pipeline, ids, request.memory, options, chosen["seed"]), request, tools)
+        longest = chosen.max_tokens if room is None else min(chosen.max_tokens, room)
+        options = Options(longest, Sampling(chosen.temperature, chosen.top_p), stops)
+        return _Asked(Call(self.pipeline, ids, request.memory, options, chosen.seed), request, tools)
 
     def _room(self, prompt_tokens: int, memory_vectors: int) -> int | None:
         """The backbone's positions that are left for an answer; None: it sets no limit."""

@@ -137,16 +137,17 @@ def require_tools(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[ToolCall], list[InvalidToolCall]]:
-    """The text without its tool calls, the calls, and what was meant as one but is none."""
+    """The text without its tool calls, the calls, and what was meant as one but is none: as it was said."""
     calls, invalid = [], []
-    for body in _TOOL_CALL.findall(text):
+    for said in _TOOL_CALL.finditer(text):
         identity = f"call_{uuid.uuid4().hex}"
         try:
-            content = json.loads(body)
+            content = json.loads(said[1])
             calls.append(tool_call(name=content["name"], args=dict(content.get("arguments") or {}), id=identity))
         except (ValueError, TypeError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
-            invalid.append(invalid_tool_call(name=None, args=body.strip(), id=identity, error=problem))
+            # With its tags: LangChain mends the JSON of streamed calls, and `{"name"` would become a call.
+            invalid.append(invalid_tool_call(name=None, args=said[0], id=identity, error=problem))
     return _TOOL_CALL.sub("", text).strip() if calls or invalid else text, calls, invalid
 
 
@@ -168,18 +169,23 @@ def usage_metadata(prompt_tokens: int, new_tokens: int, memory_vectors: int, con
     )
 
 
+def _as_said(args: dict[str, Any] | str | None) -> str | None:
+    return json.dumps(args) if isinstance(args, dict) else args
+
+
 def as_chunk(result: ChatResult) -> ChatGenerationChunk:
     """An answer as the one chunk of a stream."""
     message = cast(AIMessage, result.generations[0].message)
-    return ChatGenerationChunk(
-        message=AIMessageChunk(
-            content=message.content,
-            tool_call_chunks=[
-                tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=i)
-                for i, call in enumerate(message.tool_calls)
-            ],
-            response_metadata=message.response_metadata,
-            usage_metadata=message.usage_metadata,
-            chunk_position="last",
-        )
+    calls: list[ToolCall | InvalidToolCall] = [*message.tool_calls, *message.invalid_tool_calls]
+    chunk = AIMessageChunk(
+        content=message.content,
+        tool_call_chunks=[
+            tool_call_chunk(name=call["name"], args=_as_said(call["args"]), id=call["id"], index=i)
+            for i, call in enumerate(calls)
+        ],
+        response_metadata=message.response_metadata,
+        usage_metadata=message.usage_metadata,
+        chunk_position="last",
     )
+    chunk.invalid_tool_calls = message.invalid_tool_calls  # with what is wrong with them, which its parts do not say
+    return ChatGenerationChunk(message=chunk)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+_GREEDY_BELOW = 1e-4
+"""Temperatures that scores are not divided by: nothing but the best token is likely, and they could overflow."""
+
 
 class Sampling(NamedTuple):
     """How tokens are drawn.
 
     Args:
-        temperature (`float`, *optional*): None or 0: greedily.
+        temperature (`float`, *optional*): None or below 1e-4: greedily.
         top_p (`float`, *optional*): nucleus; None: all tokens.
     """
 
@@ -29,7 +32,7 @@ class Sampling(NamedTuple):
             device (`torch.device`): where the logits are.
         """
         processors = LogitsProcessorList()
-        if not self.temperature:
+        if self.temperature is None or self.temperature < _GREEDY_BELOW:
             return processors
         processors.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_p is not None and self.top_p < 1:

@@ -53,6 +53,13 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         """References that a thread is writing, and what it sets when it has."""
         self._claiming = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: not what threads are writing here."""
+        return {"store": self.store, "_namespace": self.namespace, "writes": self.writes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_claims": {}, "_claiming": threading.Lock()}
+
     @property
     def namespace(self) -> str:
         """The tenant's."""

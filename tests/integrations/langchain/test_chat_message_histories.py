@@ -1,5 +1,6 @@
 """A history whose old turns are in memory."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -34,6 +35,14 @@ class TestHistory:
         text = memory.parts(history.archive)
         tokens = [len(memory.pipeline.tokenizer(part)["input_ids"]) for part in text]
         assert [int(state.context_tokens[0]) for state in states] == tokens
+
+    def test_a_copy_goes_its_own_way(self, memory, turn):
+        history = GradMemChatMessageHistory(memory)
+        history.add_messages(turn(0))
+        same = copy.deepcopy(history)
+        same.add_messages(turn(1))
+        assert [m.content for m in same.messages] == [m.content for m in turn(0) + turn(1)]
+        assert history.messages == turn(0)
 
     def test_thirty_turns_with_a_chain_stay_bounded(self, chat, memory):
         prompt = ChatPromptTemplate.from_messages([MessagesPlaceholder("history"), ("human", "{question}")])

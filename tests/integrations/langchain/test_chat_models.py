@@ -1,6 +1,8 @@
 """ChatGradMem: what people left other local-model wrappers over, references, security, streams."""
 
 import asyncio
+import copy
+import pickle
 import threading
 
 import pytest
@@ -190,6 +192,25 @@ class TestOptions:
         with pytest.raises(TypeError, match="max_token"):
             chat.invoke("w3", max_token=3)
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("max_tokens", value) for value in (0, 2.5, "5", True)]
+        + [("temperature", value) for value in (-1, "0.5", True, float("nan"), float("inf"))]
+        + [("top_p", value) for value in (0.0, 5, float("nan"))]
+        + [("seed", value) for value in ("x", 2**70)]
+        + [("stop", "w"), ("stop", [5]), ("chat_template_kwargs", "x")],
+    )
+    def test_values_out_of_bounds_are_refused_by_name(self, chat, name, value):
+        for ask in (chat.invoke, lambda *args, **kwargs: list(chat.stream(*args, **kwargs))):
+            with pytest.raises(ValueError, match=f"for ChatGradMem\n{name}"):
+                ask("w3", **{name: value})
+        with pytest.raises(ValidationError, match=name):
+            ChatGradMem(pipeline=chat.pipeline, **{name: value})
+
+    @pytest.mark.parametrize("temperature", [0, 1e-45, 1e-12])
+    def test_almost_no_temperature_is_greedy(self, chat, temperature):
+        assert chat.invoke("w3", temperature=temperature, top_p=1).content == chat.invoke("w3").content
+
     def test_sampling_is_seeded_and_leaves_the_global_generator_alone(self, chat):
         options = {"temperature": 2.0, "top_p": 0.9, "max_tokens": 8}
         state = torch.get_rng_state()
@@ -276,6 +297,17 @@ def test_an_over_long_prompt_is_counted(chat):
 def test_an_answer_ends_with_the_positions(chat):
     usage = chat.invoke("w1 " * 140, max_tokens=200).usage_metadata
     assert usage["total_tokens"] == 160
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda chat: chat.model_copy(deep=True), lambda chat: pickle.loads(pickle.dumps(chat))]
+)
+def test_copies_stand_alone(chat, reference, copied):
+    same = copied(chat)
+    assert same.invoke("w3", memory=reference).content == chat.invoke("w3", memory=reference).content
+    assert same.pipeline.model is not chat.pipeline.model
+    (added,) = same.store.write(same.pipeline, "w1 w2")
+    assert chat.store.mget([reference, added])[1] is None
 
 
 def test_from_checkpoint(llama_directory, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import HumanMessage
 from langchain_gradmem import ChatGradMem, MemoryStateStore, attach
+from langchain_gradmem.batching import Call
 from langchain_gradmem.sampling import Sampling
 from tiny_pipeline import tiny_pipeline
 
@@ -70,6 +71,26 @@ class TestBatches:
         first, broken, last = chat.batch(["w1", bad, "w1"], return_exceptions=True)
         assert (first.content, last.content) == (expected, expected)
         assert "out of memory" in str(broken)
+
+    def test_the_next_call_is_answered_after_a_thread_that_did_not_start(self, chat, monkeypatch):
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                chat.invoke("w1")
+        assert chat.batch(["w1"])[0].usage_metadata["output_tokens"] == 6
+
+    def test_whoever_waits_learns_of_what_ends_the_thread(self, chat, monkeypatch):
+        def fail(call):
+            raise MemoryError("no batch")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Call, "kind", property(fail))
+            for answer in chat.batch(["w1", "w2"], return_exceptions=True):
+                assert isinstance(answer, MemoryError)
+        assert chat.invoke("w1").usage_metadata["output_tokens"] == 6
 
 
 def _fail_for(token, ids):

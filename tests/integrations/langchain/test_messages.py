@@ -148,7 +148,19 @@ class TestTools:
         said.append("<tool_call>{broken</tool_call>")
         message = chat.bind_tools([w5]).invoke("w3")
         assert message.tool_calls == []
-        assert message.invalid_tool_calls[0]["args"] == "{broken"
+        assert message.invalid_tool_calls[0]["args"] == said[0]
+
+    @pytest.mark.parametrize("body", ['{"name": w5}', '{"name"', '{"arguments": {}}'])
+    def test_streams_report_broken_calls_as_invoke_does(self, caller, body):
+        chat, said = caller
+        broken = f"<tool_call>{body}</tool_call>"
+        said.append(f'w1 {broken}<tool_call>{{"name": "w5"}}</tool_call>')
+        streamed = chat.model_copy(update={"streaming": True}).bind_tools([w5]).invoke("w3")
+        chat = chat.bind_tools([w5])
+        for message in (chat.invoke("w3"), *chat.stream("w3"), streamed):
+            assert message.content == "w1"
+            assert [call["name"] for call in message.tool_calls] == ["w5"]
+            assert [call["args"] for call in message.invalid_tool_calls] == [broken]
 
     def test_a_choice_cannot_be_enforced(self, caller):
         with pytest.raises(NotImplementedError, match="tool_choice='any'"):

@@ -1,7 +1,9 @@
 """MemoryStateStore: states by reference, each text written once, and what it refuses."""
 
+import copy
 import hashlib
 import json
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,23 @@ def test_damaged_states_raise(state):
 def test_namespaces_that_could_reach_another_are_refused(namespace):
     with pytest.raises(ValueError, match="namespace"):
         MemoryStateStore(namespace=namespace)
+
+
+def test_a_copy_does_not_wait_for_what_the_original_writes(pipeline, tmp_path, monkeypatch):
+    store = MemoryStateStore(AtomicFileStore(tmp_path), namespace="a")
+    copies = []
+    write = pipeline.write_many
+
+    def copy_meanwhile(*args, **kwargs):
+        copies.extend((copy.deepcopy(store), pickle.loads(pickle.dumps(store))))
+        write(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_many", copy_meanwhile)
+        references = store.write(pipeline, TEXTS[0])
+    for same in copies:
+        assert same.write(pipeline, TEXTS[0]) == references
+        assert (same.namespace, same.writes) == ("a", 0), "found in the directory that they share"
 
 
 class TestWrite:
