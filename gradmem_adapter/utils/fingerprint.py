@@ -38,8 +38,8 @@ _NO_MATTER_PARTS = ("token_id", "dropout", "drop", "initializer", "init_", "summ
 SAMPLES = 64
 """Values that are read of each parameter to notice changes through `.data`."""
 
-_BLOCK = 2**18
-"""Values that are summed up together: as many as a CPU's cache holds."""
+_BLOCK = 2**17
+"""Values that have a sum of their own: no more, or `_places` would not tell all of them apart."""
 
 
 def fingerprint(model: PreTrainedModel, adapter: str, config: GradMemConfig) -> str:
@@ -85,13 +85,15 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
     """Sums `[n]` (int64) of the bits of each block of a tensor's values: exact, so in whatever order they are added.
 
     Each value's bits are multiplied by an odd number of its place and folded once, or exchanged values and changed
-    signs would cancel out.
+    signs would cancel out. Before that they are folded, too: of bfloat16 values the lower half is 0, and the product
+    would have nothing of the place but its lower half.
     """
     flat = tensor.reshape(-1)
     whole = len(flat) // _BLOCK * _BLOCK
-    at_a_time = 1 if flat.device.type == "cpu" else 64  # few kernels on a GPU
+    at_a_time = 2 if flat.device.type == "cpu" else 128  # few kernels on a GPU
     for part in (*flat[:whole].view(-1, _BLOCK).split(at_a_time), flat[whole:]):
-        mixed = _bits(part) * _places(flat.device)[: part.shape[-1]]
+        bits = _bits(part)
+        mixed = (bits >> 16).bitwise_xor_(bits).mul_(_places(flat.device)[: part.shape[-1]])
         mixed.bitwise_xor_(mixed >> 16)
         # In pairs, which is several times faster than a sum of 32 bits into 64.
         yield nn.functional.pad(mixed, (0, mixed.shape[-1] % 2)).view(torch.int64).sum(-1).view(-1)
@@ -99,8 +101,8 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=16)
 def _places(device: torch.device) -> Tensor:
-    """An odd number for each place in a block."""
-    return torch.arange(_BLOCK, dtype=torch.int32, device=device) * -1_640_531_535 | 1
+    """An odd number for each place in a block: any two differ in their lowest 18 bits."""
+    return (2 * torch.arange(_BLOCK, dtype=torch.int32, device=device) + 1) * -1_640_531_535
 
 
 def _bits(values: Tensor) -> Tensor:

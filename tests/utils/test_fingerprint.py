@@ -136,6 +136,30 @@ def test_large_tensors_and_odd_types_count_whole():
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_may_not_be_exchanged_however_far_apart(dtype):
+    """Of bfloat16 values half of the bits are 0, and of round numbers nearly all."""
+    model = make()
+    backbone = model.get_base_model()
+    torch.manual_seed(0)
+    table = torch.randn(2**18).to(dtype)
+    table[:4] = torch.tensor([2.0, 1.0, 0.0, 3.0])
+    backbone.register_buffer("table", table)
+    arguments = backbone, "default", model.peft_config["default"]
+    before = fingerprint(*arguments)
+    for distance in (64, 2**14, 2**15, 2**16, 2**17):
+        for first in (0, 1):
+            pair, values = [first, first + distance], table[[first, first + distance]]
+            for other in (values[1].item(), 0.0, -2.0):
+                table[pair[1]] = other
+                apart = fingerprint(*arguments)
+                table[pair] = table[pair].flip(0)
+                if table[pair[0]] != table[pair[1]]:
+                    assert fingerprint(*arguments) != apart, (distance, first, other)
+                table[pair] = values
+    assert fingerprint(*arguments) == before
+
+
 def test_states_of_an_earlier_kind_say_so():
     model = make()
     state = model.write(tokens(1, 9))
