@@ -42,7 +42,10 @@ OWN = {
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
 }
-"""What a checkpoint may consist of; a new one replaces it, and all else in its directory stays."""
+"""What a checkpoint may consist of; a new one replaces an earlier one, and all else in its directory stays."""
+_UNREAD = {BACKBONE, "adapter_model.bin", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"}
+"""Those that may be somebody else's where `SHA256SUMS` does not list them: a trained backbone is read where the adapter
+says that it has one, and these vocabularies where there is no tokenizer.json."""
 _SHOWN = 8
 """So many differences are listed in an error."""
 
@@ -68,12 +71,35 @@ def save_checkpoint(
     """
     path = Path(path)
     left = path.is_dir() and all(entry.name.startswith(".gradmem-") for entry in path.iterdir())  # by killed processes
-    if path.exists() and not (left or (path / CONFIG_NAME).exists()):
+    if path.exists() and not (left or _is_checkpoint(path)):
         raise FileExistsError(
-            f"{str(path)!r} exists and is no adapter checkpoint. Saving could replace what it holds; choose another "
-            "place."
+            f"{str(path)!r} exists and is no adapter checkpoint of GradMem. Saving could replace what it holds; choose "
+            "another place."
         )
     save_beside(model, tokenizer, path, lora_dtype=lora_dtype)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a directory holds a GradMem adapter."""
+    try:
+        return (path / CONFIG_NAME).is_file() and bool(_config(path))
+    except ValueError:
+        return False
+
+
+def _config(path: Path) -> GradMemConfig:
+    """The configuration in a checkpoint; `ValueError` where it is of another kind of adapter or damaged."""
+    with opening(f"the configuration of the adapter in {str(path)!r}"):
+        config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, GradMemConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{path} holds a {kind} adapter, not a GradMem adapter.")
+    return config
+
+
+def _has_backbone(path: Path, config: GradMemConfig) -> bool:
+    """Whether a checkpoint holds a trained backbone: a folder of that name alone may be somebody else's."""
+    return config.train_backbone and (path / BACKBONE).is_dir()
 
 
 def _round_lora(file: Path, dtype: torch.dtype) -> None:
@@ -84,7 +110,7 @@ def _round_lora(file: Path, dtype: torch.dtype) -> None:
 def save_beside(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, lora_dtype: torch.dtype | None = None
 ) -> None:
-    """Save as `save_checkpoint` does, whatever the directory holds.
+    """Save as `save_checkpoint` does, beside whatever the directory holds.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
@@ -201,7 +227,7 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
     path = Path(path)
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"There is no checkpoint of an adapter in {str(path)!r}: it has no {CONFIG_NAME}.")
-    with reading_together(path, OWN):
+    with reading_together(path, OWN, _UNREAD):
         _load_weights(model, path, may_lack)
 
 
@@ -209,7 +235,7 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
 def _load_weights(model: PeftModel, path: Path, may_lack: Collection[str]) -> None:
     loaded = _adapter_tensors(model, path, embeddings=_is_resized(model), may_lack=may_lack)
     if model.active_peft_config.train_backbone:
-        if not (path / BACKBONE).is_dir():
+        if not _has_backbone(path, _config(path)):
             raise FileNotFoundError(
                 f"{str(path)!r} holds an adapter alone, and the model trains its backbone. Open it with "
                 "load_checkpoint, or make the model with train_backbone=False."
@@ -297,7 +323,7 @@ def load_checkpoint(
             raise FileNotFoundError(
                 f"There is no checkpoint {str(path)!r}: neither a directory here nor a repository on the hub ({error})."
             ) from error
-    with reading_together(directory, OWN):
+    with reading_together(directory, OWN, _UNREAD):
         return _load(directory, backbone, dtype, device, is_trainable)
 
 
@@ -308,18 +334,14 @@ def _load(
     device: str | torch.device,
     is_trainable: bool,
 ) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
-    with opening(f"the configuration of the adapter in {str(directory)!r}"):
-        config = PeftConfig.from_pretrained(str(directory))
-    if not isinstance(config, GradMemConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"{directory} holds a {kind} adapter, not a GradMem adapter.")
+    config = _config(directory)
     tokenizer: PreTrainedTokenizerBase | None = None
     if (directory / "tokenizer_config.json").is_file():
         with opening(f"the tokenizer in {str(directory)!r}"):
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if backbone is None:
-        trained = directory / BACKBONE
-        backbone = str(trained) if trained.is_dir() else _reference(directory, config)
+        trained = _has_backbone(directory, config)
+        backbone = str(directory / BACKBONE) if trained else _reference(directory, config)
     if backbone is None:
         raise ValueError(
             f"The adapter in {directory} does not say what its backbone is (it was made from a configuration); pass "

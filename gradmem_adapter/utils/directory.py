@@ -24,15 +24,17 @@ CARD = "README.md"
 def replacing_together(path: Path, own: Collection[str]) -> Iterator[Path]:
     """A new folder to fill, whose files take their places in the directory `path` together when the block ends.
 
-    A directory that is not there yet appears whole. In one that is there, what is named in `own` is replaced or goes,
-    and all else stays. A process that is killed leaves the old files, or the new ones, of which those that are not in
-    their places yet get there with the next `reading_together` or `replacing_together`.
+    A directory that is not there yet appears whole. In one that is there, files of the same names are replaced, what
+    else of `own` an earlier save left, as its digests list it, goes, and all else stays. A process that is killed
+    leaves the old files, or the new ones, of which those that are not in their places yet get there with the next
+    `reading_together` or `replacing_together`.
 
     Args:
         path (`Path`): the directory.
         own (`Collection[str]`): the names that the files and folders may have.
 
     Raises:
+        FileExistsError: a folder that no earlier save made would have to be replaced; nothing is changed then.
         OSError: it cannot be written; nothing is changed then.
     """
     path = Path(os.path.realpath(path))
@@ -53,6 +55,7 @@ def replacing_together(path: Path, own: Collection[str]) -> Iterator[Path]:
                         raise
             with locked(path):
                 _finish(path, own)
+                _spare_folders(path, new)
                 if (path / CARD).exists():
                     (new / CARD).unlink(missing_ok=True)
                 new.rename(path / NEW)
@@ -60,12 +63,14 @@ def replacing_together(path: Path, own: Collection[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def reading_together(path: Path, own: Collection[str]) -> Iterator[None]:
+def reading_together(path: Path, own: Collection[str], unread: Collection[str] = ()) -> Iterator[None]:
     """Inside the block nobody replaces the files of a directory, and they are what they were saved as.
 
     Args:
         path (`Path`): the directory.
         own (`Collection[str]`): as `replacing_together` was given it.
+        unread (`Collection[str]`, *optional*): those of them that nobody reads where the digests do not list them, so
+            that somebody else's may be there.
 
     Raises:
         ValueError: a file is damaged, missing or of another save; a directory without digests is taken as it is.
@@ -74,7 +79,7 @@ def reading_together(path: Path, own: Collection[str]) -> Iterator[None]:
     while True:
         with locked(path, shared=True):
             if not (path / NEW).exists():
-                _check(path, own)
+                _check(path, own, unread)
                 yield
                 return
         with errors_named(path), locked(path):
@@ -97,15 +102,33 @@ def _finish(path: Path, own: Collection[str]) -> None:
     if not new.is_dir():
         return
     if (new / SUMS).is_file():
-        kept = {SUMS, *(name.partition("/")[0] for name in _sums(new))}
-        for entry in list(path.iterdir()):
-            if entry.name in own and entry.name not in kept:
-                _remove(entry)
+        for name in _listed(path) & set(own) - _listed(new) - {SUMS}:
+            if os.path.lexists(path / name):
+                _remove(path / name)
         for entry in sorted(new.iterdir(), key=lambda entry: entry.name == SUMS):
             if (path / entry.name).is_dir():
                 _remove(path / entry.name)
             entry.replace(path / entry.name)
     new.rmdir()
+
+
+def _spare_folders(path: Path, new: Path) -> None:
+    """Raise `FileExistsError` if a folder in `new` would replace one that no save of ours made."""
+    listed = _listed(path)
+    for entry in new.iterdir():
+        if entry.name not in listed and (path / entry.name).is_dir():
+            raise FileExistsError(
+                f"{str(path / entry.name)!r} exists, and {SUMS} does not list it as a part of an earlier save, so it "
+                "is not replaced. Move it or choose another place."
+            )
+
+
+def _listed(path: Path) -> set[str]:
+    """The files and folders in a directory that have digests; none where the digests are missing or damaged."""
+    try:
+        return {name.partition("/")[0] for name in _sums(path)}
+    except (FileNotFoundError, ValueError):
+        return set()
 
 
 def _remove(entry: Path) -> None:
@@ -125,7 +148,7 @@ def _sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def _check(path: Path, own: Collection[str]) -> None:
+def _check(path: Path, own: Collection[str], unread: Collection[str]) -> None:
     for entry in map(path.joinpath, own):
         if entry.exists() and not (entry.is_file() or entry.is_dir()):
             raise ValueError(f"{str(entry)!r} is no regular file but a device, a pipe or a socket, and is not read.")
@@ -133,7 +156,8 @@ def _check(path: Path, own: Collection[str]) -> None:
         return
     sums = _sums(path)
     kept = {name.partition("/")[0] for name in sums}
-    wrong = [f"{name} is not in {SUMS}" for name in sorted(own) if name not in kept and (path / name).exists()]
+    new = sorted(set(own) - set(unread) - kept)
+    wrong = [f"{name} is not in {SUMS}" for name in new if (path / name).exists()]
     for name, digest in sums.items():
         if not (path / name).exists():
             wrong.append(f"{name} is missing")

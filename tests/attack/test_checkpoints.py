@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny, tiny_tokenizer
 
@@ -138,14 +138,34 @@ def test_what_is_beside_a_checkpoint_stays(saved):
     (saved / "notes.md").write_text("what I found")
     (saved / "latest").symlink_to("checkpoint-500")
     (saved / "broken").symlink_to("nowhere")
-    (saved / "backbone").mkdir()  # of an earlier adapter that trained one: it would be opened
-    (saved / "vocab.json").write_text("of an earlier tokenizer")
+    (saved / "backbone").mkdir()
+    (saved / "backbone" / "notes.txt").write_text("mine")
+    (saved / "vocab.txt").write_text("of my corpus")
     save_checkpoint(get_peft_model(tiny(), GradMemConfig(num_memory_tokens=5)), tiny_tokenizer(), saved)
     assert (saved / "checkpoint-500" / "optimizer.pt").read_bytes() == b"state"
     assert (saved / "notes.md").read_text() == "what I found"
     assert (saved / "latest").readlink().name == "checkpoint-500"
     assert (saved / "broken").is_symlink()
-    assert not (saved / "backbone").exists()
-    assert not (saved / "vocab.json").exists()
+    assert (saved / "backbone" / "notes.txt").read_text() == "mine"
+    assert (saved / "vocab.txt").read_text() == "of my corpus"
     model, _ = load_checkpoint(saved, backbone=tiny())
     assert model.active_peft_config.num_memory_tokens == 5
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(saved):
+    (saved / "backbone").mkdir()
+    (saved / "backbone" / "notes.txt").write_text("mine")
+    before = (saved / WEIGHTS).read_bytes()
+    trained = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=5, train_backbone=True))
+    with pytest.raises(FileExistsError, match="backbone' exists, and SHA256SUMS does not list it"):
+        save_checkpoint(trained, tiny_tokenizer(), saved)
+    assert (saved / "backbone" / "notes.txt").read_text() == "mine"
+    assert (saved / WEIGHTS).read_bytes() == before
+
+
+def test_an_adapter_of_another_kind_is_not_replaced(tmp_path):
+    get_peft_model(tiny(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    with pytest.raises(FileExistsError, match="is no adapter checkpoint of GradMem"):
+        save_checkpoint(get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3)), tiny_tokenizer(), tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
