@@ -9,33 +9,29 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.backbone import device_of
-from gradmem_adapter.utils.fingerprint import versions, walk
+from gradmem_adapter.utils.fingerprint import versions
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
 """Per layer the keys and the values, `[B, heads, P, head size]` each."""
 
 
 def prefix_key(backbone: PreTrainedModel, adapter: str, fingerprint: str) -> Hashable:
-    """What the keys and values of a prefix depend on besides the memory: weights, LoRA scaling and autocast.
+    """What the keys and values of a prefix depend on besides the memory: weights and autocast.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM with its adapters.
         adapter (`str`): the name of the active one.
-        fingerprint (`str`): theirs, which also follows what is changed through `.data`.
+        fingerprint (`str`): theirs, which also follows the LoRA's scaling and what is changed through `.data`.
     """
-    scaling = tuple(
-        layer.scaling[adapter] for layer in walk(backbone) if isinstance(layer, LoraLayer) and adapter in layer.scaling
-    )
     device = device_of(backbone).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return fingerprint, adapter, versions(backbone), scaling, autocast
+    return fingerprint, adapter, versions(backbone), autocast
 
 
 class ReadCache(DynamicCache):

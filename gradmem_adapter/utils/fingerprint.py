@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -47,7 +48,7 @@ def fingerprint(model: PreTrainedModel, adapter: str, config: GradMemConfig) -> 
     width.
 
     All values count, as float32, so a bfloat16 checkpoint loaded in float32 is the same model. So does what the
-    backbone's configuration says of how they are used: heads, activations, positions, constants.
+    backbone's configuration says of how they are used: heads, activations, positions, constants, the LoRA's scaling.
 
     Args:
         model (`PreTrainedModel`): the backbone with its adapters.
@@ -67,7 +68,9 @@ def fingerprint(model: PreTrainedModel, adapter: str, config: GradMemConfig) -> 
     described = sorted(
         (name, tuple(shape), [next(sums) for part in parts for _ in part]) for name, shape, parts in found
     )
-    whole = json.dumps([chosen, _meaning(model.config), described], sort_keys=True, default=str)
+    whole = json.dumps(
+        [chosen, _meaning(model.config), scaling(model, adapter), described], sort_keys=True, default=str
+    )
     return KIND + hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
 
@@ -120,6 +123,18 @@ def walk(module: nn.Module) -> Iterator[nn.Module]:
         if found is not None:
             yield found
             waiting += found._modules.values()
+
+
+def scaling(model: nn.Module, adapter: str) -> tuple[float, ...]:
+    """By what each layer multiplies an adapter's LoRA: `alpha / r`, unless PEFT's `rescale_adapter_scale` changed it.
+
+    Args:
+        model (`nn.Module`): the backbone with its adapters.
+        adapter (`str`): the name of the adapter.
+    """
+    return tuple(
+        layer.scaling[adapter] for layer in walk(model) if isinstance(layer, LoraLayer) and adapter in layer.scaling
+    )
 
 
 def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
@@ -179,7 +194,7 @@ class FingerprintCache:
 
     def get(self, model: PreTrainedModel, adapter: str, config: GradMemConfig) -> str:
         """The fingerprint of a model with one adapter; see `fingerprint` for the arguments."""
-        key = adapter, versions(model)
+        key = adapter, versions(model), scaling(model, adapter)
         last = self._last
         if last is None or last[0] != key or not (capturing() or last[2].same()):
             last = self._last = key, fingerprint(model, adapter, config), _Samples(model)

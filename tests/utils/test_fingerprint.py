@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapters import lora, make
 from peft import get_peft_model
+from peft.helpers import rescale_adapter_scale
 from tiny import tiny, tokens
 
 from gradmem_adapter import GradMemConfig
@@ -119,6 +120,14 @@ def test_kept_prefixes_go_with_changes_through_data():
     found = model.generate(query, memory=state, **options).logits[0]
     model.base_model.prefix_cache.clear()
     torch.testing.assert_close(found, model.generate(query, memory=state, **options).logits[0])
+
+
+def test_the_scaling_of_the_lora_is_part_of_it():
+    model = make(lora_config=lora())
+    before = model.fingerprint()
+    with rescale_adapter_scale(model, 0.5):
+        assert model.fingerprint() != before
+    assert model.fingerprint() == before
 
 
 def test_large_tensors_and_odd_types_count_whole():
