@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -11,10 +10,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from evaluation.data import Rows, qa_rows, questions
+from evaluation.data import questions
 from gradmem_adapter.pipeline import GradMemPipeline
 
-from .base import OPTIONS, Measurement, Task
+from .base import OPTIONS, Measurement, QuestionTask
 
 if TYPE_CHECKING:
     from evaluation.run import Answerer
@@ -24,27 +23,10 @@ BATCH = 16
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
-class Answerable(Task):
-    """Every question is asked of its own passage and of another one, and the score has to tell which is which.
-
-    Args:
-        source (`str`): a directory or a dataset on the hub, see `qa_rows`.
-        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides: name, revision, ...
-    """
-
-    source: str
-    hub: dict[str, Any] = field(default_factory=dict)
+class Answerable(QuestionTask):
+    """Every question is asked of its own passage and of another one, and the score has to tell which is which."""
 
     name = "answerable"
-
-    @property
-    def dataset(self) -> str:
-        """The last part of the source."""
-        return self.source.rstrip("/").rpartition("/")[2]
-
-    def rows(self, split: str) -> Rows:
-        """See `Task.rows`."""
-        return qa_rows(self.source, split, **self.hub)
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0

@@ -10,7 +10,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from evaluation.data import Rows, distractors, questions
+from evaluation.data import Rows, distractors, qa_rows, questions
 from evaluation.scores import score_texts
 
 if TYPE_CHECKING:
@@ -125,3 +125,25 @@ class Task(ABC):
                 for query, answer, accepted, values in zip(queries, answers, references, scores, strict=True)
             ],
         )
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class QuestionTask(Task):
+    """A task on passages with questions, wherever these are.
+
+    Args:
+        source (`str`): a directory or a dataset on the hub, see `qa_rows`.
+        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides: name, revision, ...
+    """
+
+    source: str
+    hub: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dataset(self) -> str:
+        """The last part of the source."""
+        return self.source.rstrip("/").rpartition("/")[2]
+
+    def rows(self, split: str) -> Rows:
+        """See `Task.rows`."""
+        return qa_rows(self.source, split, **self.hub)

@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 import torch
 
-from evaluation.data import REFUSAL, Rows, joined, qa_rows, with_unanswerable
+from evaluation.data import REFUSAL, Rows, joined, with_unanswerable
 from gradmem_adapter.training.metrics import score_answer
 
-from .base import OPTIONS, Measurement, Task
+from .base import OPTIONS, Measurement, QuestionTask
 
 if TYPE_CHECKING:
     from evaluation.run import Answerer
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
-class Passages(Task):
+class Passages(QuestionTask):
     """Passages with all questions on them.
 
     Args:
-        source (`str`): a directory or a dataset on the hub, see `qa_rows`.
         joined (`int`, *optional*, defaults to `1`): in training, a context is one to so many passages in a row.
         unanswerable (`float`, *optional*, defaults to `0`): this share of the questions are other passages', and "not
             in memory" is the answer. Measured are, beside the scores on the others, the shares of both kinds that are
             answered so: `right_refusals` and `false_refusals`.
-        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides: name, revision, ...
     """
 
-    source: str
     joined: pydantic.PositiveInt = 1
     unanswerable: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
-    hub: dict[str, Any] = field(default_factory=dict)
 
     name = "passages"
-
-    @property
-    def dataset(self) -> str:
-        """The last part of the source."""
-        return self.source.rstrip("/").rpartition("/")[2]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -50,11 +40,11 @@ class Passages(Task):
 
     def rows(self, split: str) -> Rows:
         """See `Task.rows`."""
-        return with_unanswerable(qa_rows(self.source, split, **self.hub), self.unanswerable)
+        return with_unanswerable(super().rows(split), self.unanswerable)
 
     def training_rows(self) -> Rows:
         """See `Task.training_rows`."""
-        return with_unanswerable(joined(qa_rows(self.source, "train", **self.hub), self.joined), self.unanswerable)
+        return with_unanswerable(joined(super().rows("train"), self.joined), self.unanswerable)
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0

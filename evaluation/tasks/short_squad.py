@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import field
-from typing import Any
 
 import pydantic
 
-from evaluation.data import Rows, group, qa_rows
+from evaluation.data import Rows, group
 
-from .base import OPTIONS, Task
+from .base import OPTIONS, QuestionTask
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 _WORD = re.compile(r"\w+")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
-class ShortSquad(Task):
-    """Sentences with the questions that they answer; of several that hold an answer, the one most like the question.
-
-    Args:
-        source (`str`): SQuAD, a directory or a dataset on the hub, see `qa_rows`.
-        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides: name, revision, ...
-    """
-
-    source: str
-    hub: dict[str, Any] = field(default_factory=dict)
+class ShortSquad(QuestionTask):
+    """Sentences with the questions that they answer; of several that hold an answer, the one most like the question."""
 
     name = "short_squad"
 
     @property
     def dataset(self) -> str:
         """The last part of the source, said to be sentences."""
-        return f"{self.source.rstrip('/').rpartition('/')[2]}, sentences"
+        return f"{super().dataset}, sentences"
 
     def rows(self, split: str) -> Rows:
         """See `Task.rows`; a question whose answer lies in no single sentence is left out."""
-        return group(_short(qa_rows(self.source, split, **self.hub)))
+        return group(_short(super().rows(split)))
 
 
 def _short(rows: Rows) -> Iterator[tuple[str, str, list[str]]]:

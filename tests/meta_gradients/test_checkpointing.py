@@ -13,6 +13,15 @@ def make(architecture="llama", **config):
     return get_peft_model(tiny(architecture), GradMemConfig(**defaults | config))
 
 
+def gradients(model, checkpointing):
+    """Of everything that is trained, by name, in one pass of WRITE and READ."""
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 9)
+    model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 @pytest.mark.parametrize("phase", ["write", "read", "both"])
 def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
@@ -28,11 +37,7 @@ def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
         )
         model = get_peft_model(tiny(attn_implementation="eager"), config)
         model.train()
-        if checkpointing:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        ids = tokens(2, 9)
-        model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids).loss.backward()
-        results[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results[checkpointing] = gradients(model, checkpointing)
     assert results[True].keys() == results[False].keys()
     for name, value in results[True].items():
         torch.testing.assert_close(value, results[False][name], rtol=1e-4, atol=1e-6)
@@ -48,11 +53,7 @@ def test_exact_computes_fused_attention_again_in_plain(architecture):
         assert model.get_base_model().config._attn_implementation == "sdpa"
         for module in model.modules():  # as `train`, but without dropout
             module.training = not isinstance(module, torch.nn.Dropout)
-        if checkpointing:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        ids = tokens(2, 9)
-        model(input_ids=ids[:, :4], labels=ids[:, :4], context_input_ids=ids).loss.backward()
-        results[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results[checkpointing] = gradients(model, checkpointing)
     assert results[True].keys() == results[False].keys()
     for name, value in results[True].items():
         torch.testing.assert_close(value, results[False][name], rtol=1e-4, atol=1e-5)
