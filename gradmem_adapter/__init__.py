@@ -7,11 +7,13 @@ from gradmem_adapter import compat
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
 from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.documents import DocumentMemory
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.outputs import Fidelity, GradMemOutput, ScoredText, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.registration import register
+from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState, MemoryStateError
 from gradmem_adapter.tuner import AdapterChangedError
 from gradmem_adapter.write.options import Study, WriteOptions
@@ -24,6 +26,7 @@ register()
 __all__ = [
     "SMOLLM2",
     "AdapterChangedError",
+    "DocumentMemory",
     "Fidelity",
     "GradMemConfig",
     "GradMemModel",
@@ -33,6 +36,7 @@ __all__ = [
     "MemoryState",
     "MemoryStateError",
     "ScoredText",
+    "Segment",
     "Study",
     "WriteOptions",
     "WriteProgress",

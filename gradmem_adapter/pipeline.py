@@ -7,29 +7,25 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.documents import DocumentMemory, Mode, write_document
 from gradmem_adapter.lora import without_lora
-from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
-from gradmem_adapter.peft_model import GradMemPeftModel
-from gradmem_adapter.prompts import Prompt, format_query, prompt_list, study_tokens
+from gradmem_adapter.prompts import Prompt, prompt_list, study_tokens
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.likelihood import calibrated
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.utils.backbone import device_of
-from gradmem_adapter.utils.tokens import check_fits, check_text
+from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class GradMemPipeline:
+class GradMemPipeline(TextEncoder):
     """Write texts into memory states and ask about them in texts.
 
     ```python
@@ -48,17 +44,6 @@ class GradMemPipeline:
         TypeError: `model` has no GradMem adapter.
         ValueError: the tokenizer has neither a pad nor an end token.
     """
-
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, GradMemConfig):
-            raise TypeError(
-                f"GradMemPipeline needs a model with a GradMem adapter, got {type(model).__name__}. Make one with "
-                "get_peft_model(backbone, GradMemConfig(...)) or load_checkpoint(path)."
-            )
-        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
-        self.model = cast(GradMemPeftModel, model)
-        self.tokenizer = tokenizer
 
     # ---------------------------------------------------------------- WRITE
 
@@ -126,18 +111,42 @@ class GradMemPipeline:
             self._context_ids(texts), max_tokens=max_tokens, progress=progress, done=done, options=options
         )
 
+    def write_document(
+        self,
+        text: str | Iterable[str] | Iterable[int],
+        mode: Mode = "parallel",
+        *,
+        segment_tokens: int | None = None,
+        overlap: int | None = None,
+        max_tokens: int | None = None,
+        progress: bool | None = None,
+        options: WriteOptions | None = None,
+        **fields: Unpack[WriteFields],
+    ) -> DocumentMemory:
+        """WRITE a text of any length in segments, which end where paragraphs or sentences do.
+
+        Args:
+            text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its pieces in order as they stand, such as
+                the lines of an open file; or its token ids.
+            mode (`str`, *optional*, defaults to `"parallel"`): `"parallel"`: a state for each segment.
+            segment_tokens (`int`, *optional*): most tokens of a segment; None: the adapter's trained length.
+            overlap (`int`, *optional*): most tokens that a segment repeats of the one before, where no paragraph ended
+                there; None: a sixteenth of a segment.
+            max_tokens, progress, options, fields: as for `write_many`.
+
+        Raises:
+            TypeError, ValueError: what cannot be written; a mode that there is not; `segment_tokens` is needed where
+                the adapter's configuration does not say its trained length.
+        """
+        options = self._with_study(WriteOptions.of(options, **fields))
+        return write_document(self, text, mode, segment_tokens, overlap, options, max_tokens, progress)
+
     def _with_study(self, options: WriteOptions) -> WriteOptions:
         """Options that say in tokens how the model is asked about a text, where it is to study it."""
         if options.objective != "self_study" or options.study.requests:
             return options
         tokens = study_tokens(self.model.active_peft_config.query_format, self.tokenizer)
         return replace(options, study=replace(options.study, **tokens))
-
-    @property
-    def max_context_tokens(self) -> int | None:
-        """Tokens of the longest text that can be written, special ones included; None: the backbone sets no limit."""
-        positions = self.model.positions
-        return None if positions is None else positions - self.model.prefix_length
 
     def fidelity(self, texts: str | Sequence[str], memory: MemoryState) -> Fidelity:
         """How much of each text its state gives back.
@@ -292,107 +301,3 @@ class GradMemPipeline:
             backbone = without_lora(backbone)
             return backbone.generate(input_ids, attention_mask=attention_mask, **own)  # type: ignore[operator]
         return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **options)
-
-    # ---------------------------------------------------------------- texts to tokens
-
-    def format_query(
-        self,
-        prompt: Prompt,
-        tools: list[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[str, bool]:
-        """The text the model sees for a prompt, and whether it still needs the tokenizer's special tokens.
-
-        Args:
-            prompt (`str` or `list[dict]`): a text or chat messages.
-            tools (`list[dict]`, *optional*): what chat templates that know tools are given, as JSON schemas.
-            chat_template_kwargs (`Mapping`, *optional*): what else the chat template is given.
-        """
-        own = self.model.active_peft_config.query_format
-        return format_query(prompt, own, self.tokenizer, tools, chat_template_kwargs)
-
-    def encode_prompts(
-        self,
-        prompts: Sequence[Prompt],
-        tools: list[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Prompts as the model sees them.
-
-        Args:
-            prompts (`Sequence`): texts or chat messages.
-            tools, chat_template_kwargs: as for `format_query`.
-
-        Returns:
-            Token ids `[B, T]`, left padded, and their mask.
-        """
-        formatted = [self.format_query(prompt, tools, chat_template_kwargs) for prompt in prompts]
-        for i, (text, _) in enumerate(formatted):
-            check_text(f"Prompt {i}", text)
-            check_fits(f"Prompt {i}", text, self.tokenizer, self.model.positions)
-        return self.pad_prompts(
-            [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in formatted]
-        )
-
-    def pad_prompts(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Tokens of prompts as `generate_ids` takes them.
-
-        Args:
-            rows (`Sequence[Sequence[int]]`): of each prompt.
-
-        Returns:
-            Token ids `[B, T]`, left padded, and their mask, on the model's device.
-        """
-        return self._pad(rows, "left")
-
-    def encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts as WRITE reads them.
-
-        Args:
-            texts (`str` or `Sequence[str]`): one text or several.
-
-        Returns:
-            Token ids `[B, N]`, right padded, and their mask.
-        """
-        return self._pad(self._context_ids(texts), "right")
-
-    def _context_ids(self, texts: str | Sequence[str]) -> list[list[int]]:
-        if not isinstance(texts, str | Iterable):
-            raise TypeError(f"A text or a list of texts can be written, got {type(texts).__name__}.")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if wrong := [
-            f"text {i} is a {type(text).__name__}" for i, text in enumerate(texts) if not isinstance(text, str)
-        ]:
-            raise TypeError(f"A text or a list of texts can be written: {', '.join(wrong[:3])}.")
-        if not texts:
-            raise ValueError("There is no text to write.")
-        if empty := [i for i, text in enumerate(texts) if not text]:
-            raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
-        for i, text in enumerate(texts):
-            check_text(f"Context {i}", text)
-            check_fits(f"Context {i}", text, self.tokenizer, self.max_context_tokens)
-        return [self.tokenizer(text)["input_ids"] for text in texts]
-
-    def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
-        input_ids, mask = pad(rows, side, self._pad_token_id)
-        device = device_of(cast(PreTrainedModel, self.model.get_base_model()))
-        return input_ids.to(device), mask.to(device)
-
-    @property
-    def _pad_token_id(self) -> int:
-        """The pad token, or the end token where there is none."""
-        pad = self.tokenizer.pad_token_id
-        return cast(int, self.tokenizer.eos_token_id if pad is None else pad)
-
-    def generation_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options for `model.generate`, with the tokenizer and the pad token where they are needed.
-
-        Args:
-            options (`dict`): what `generate` was given; it is left as it is.
-        """
-        options = dict(options)
-        if options.get("stop_strings") is not None:
-            options.setdefault("tokenizer", self.tokenizer)
-        if self.model.generation_config.pad_token_id is None:
-            options.setdefault("pad_token_id", self._pad_token_id)
-        return options

@@ -1,0 +1,201 @@
+"""Segments: pieces of a long text that are each written by themselves. The one place that cuts texts."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from gradmem_adapter.utils.tokens import check_text
+
+_PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
+_SENTENCE_END = re.compile(r"""[.!?…]["'”’)\]]*\s+|[。！？]["'”’」』)）]*\s*|\n\s*""")  # noqa: RUF001 # marks of other scripts
+_WORD_END = re.compile(r"\s+")
+_CHARACTERS = 8
+"""Characters for each token that are looked at first: few texts have so many in a token."""
+_PIECE = 2**14
+"""Characters of the text that are taken up at once."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a long text.
+
+    Args:
+        text (`str`): the piece, without white space around it: `whole[start:end]`.
+        start (`int`): the character of the whole text that it begins with.
+        end (`int`): the character behind it.
+        tokens (`int`): how many tokens WRITE reads of it, special ones included.
+    """
+
+    text: str
+    start: int
+    end: int
+    tokens: int
+
+
+def segments(
+    text: str | Iterable[str] | Iterable[int], tokenizer: PreTrainedTokenizerBase, limit: int, overlap: int = 0
+) -> Iterator[Segment]:
+    """Cut a text of any length at ends of paragraphs, else of sentences, else of words, else of characters.
+
+    A segment is cut at the last such place in the second half of what fits. Those near the end of the text are about
+    as long as each other. No more of the text is held than the next segment needs, and segments do not depend on the
+    pieces that the text came in.
+
+    Args:
+        text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its pieces in order as they stand, such as the
+            lines of an open file; or its token ids.
+        tokenizer (`PreTrainedTokenizerBase`): a fast one, which knows where in a text its tokens are.
+        limit (`int`): most tokens of a segment, special ones included.
+        overlap (`int`, *optional*, defaults to `0`): most tokens at the end of a segment that the next one repeats:
+            whole sentences, or else words. Less than a quarter of `limit`. A paragraph that ended is not repeated.
+
+    Yields:
+        `Segment`: in order; of a text with nothing but white space none.
+
+    Raises:
+        TypeError: the text is none, or the tokenizer is slow.
+        ValueError: a text that is none in Unicode, or numbers that cannot work.
+    """
+    own = len(tokenizer("")["input_ids"])
+    _check_numbers(limit, overlap, own)
+    if not tokenizer.is_fast:
+        raise TypeError(f"Cutting a text needs a fast tokenizer, and {type(tokenizer).__name__} is none.")
+    return _segments(_Ahead(_pieces(text, cast(PreTrainedTokenizerFast, tokenizer))), tokenizer, limit, overlap, own)
+
+
+def _check_numbers(limit: int, overlap: int, own: int) -> None:
+    if type(limit) is not int or limit <= own:
+        raise ValueError(f"A segment must have at least {own + 1} tokens, {own} of them special, got {limit!r}.")
+    if type(overlap) is not int or not 0 <= 4 * overlap < max(limit, 1):
+        raise ValueError(f"overlap must be from 0 and less than a quarter of a segment's {limit} tokens: {overlap!r}.")
+
+
+def _segments(
+    ahead: _Ahead, tokenizer: PreTrainedTokenizerBase, limit: int, overlap: int, own: int
+) -> Iterator[Segment]:
+    while True:
+        window, ends, places = _look(ahead, tokenizer, limit)
+        if not window:
+            return
+        room = limit - own
+        if ends:  # equal parts of what is left
+            room = -(-len(places) // -(-len(places) // room)) if places else room
+        while True:
+            cut = _cut(window, places, room)
+            text = window[:cut].rstrip()
+            tokens = len(tokenizer(text, verbose=False)["input_ids"])
+            if tokens <= limit and text:
+                break
+            room -= max(1, tokens - limit)  # tokens at a cut may be others than they were in the text
+            if room < 1:
+                raise ValueError(f"{window[0]!r} alone has more than the {limit} tokens that a segment may have.")
+        if tokens > own:
+            yield Segment(text, ahead.start, ahead.start + len(text), tokens)
+        ahead.drop(cut if cut == len(window) and ends else _next_start(window, places, text, cut, overlap))
+
+
+def _look(ahead: _Ahead, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[str, bool, list[int]]:
+    """The next characters, of more than two segments where there are so many; whether these are the last; and where
+    in them each token begins. How much is looked at depends on the text alone."""
+    size = _CHARACTERS * limit
+    while True:
+        window = ahead.read(size)
+        if white := len(window) - len(window.lstrip()):
+            ahead.drop(white)
+            continue
+        ends = len(window) < size
+        encoded = tokenizer(window, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        places = [start for start, _ in encoded["offset_mapping"]]
+        if ends or len(places) > 2 * limit:
+            return window, ends, places
+        size *= 2
+
+
+def _cut(window: str, places: list[int], room: int) -> int:
+    """Where to cut a text so that the part before has at most about so many tokens."""
+    if len(places) <= room:
+        return len(window)
+    end = places[room]
+    while end < len(window) and window[end].isspace():
+        end += 1
+    middle = places[room // 2]
+    for rule in (_PARAGRAPH_END, _SENTENCE_END, _WORD_END):
+        if found := [match.end() for match in rule.finditer(window, middle, end)]:
+            return found[-1]
+    return end
+
+
+def _next_start(window: str, places: list[int], text: str, cut: int, overlap: int) -> int:
+    """Where the next segment begins, which repeats the end of this one unless a paragraph ended there."""
+    tokens = bisect_left(places, len(text))
+    if overlap and tokens > overlap and not _PARAGRAPH_END.match(window, len(text)):
+        floor = places[tokens - overlap]
+        for rule in (_SENTENCE_END, _WORD_END):
+            if (match := rule.search(window, max(floor - 1, 1), len(text))) and match.end() < len(text):
+                return match.end()
+    return cut
+
+
+class _Ahead:
+    """A text that is taken up no further than one looks at it.
+
+    Args:
+        pieces (`Iterator[str]`): the text.
+    """
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self.pieces = pieces
+        self.start = 0
+        """The place in the text that is looked at."""
+        self._text = ""
+
+    def read(self, length: int) -> str:
+        """The next characters, fewer at the end of the text."""
+        parts, known = [self._text], len(self._text)
+        while known < length and (piece := next(self.pieces, None)) is not None:
+            parts.append(piece)
+            known += len(piece)
+        self._text = "".join(parts)
+        return self._text[:length]
+
+    def drop(self, length: int) -> None:
+        """Go on behind so many characters."""
+        self._text = self._text[length:]
+        self.start += length
+
+
+def _pieces(text: str | Iterable[str] | Iterable[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    """A text in short pieces."""
+    if not isinstance(text, str | Iterable):
+        raise TypeError(f"A text, its pieces or its token ids can be cut, got {type(text).__name__}.")
+    rest = iter([text] if isinstance(text, str) else text)
+    first = next(rest, "")
+    whole = itertools.chain([first], rest)
+    return _short(cast(Iterator[str], whole)) if isinstance(first, str) else _decoded(whole, tokenizer)
+
+
+def _short(pieces: Iterator[str]) -> Iterator[str]:
+    for number, piece in enumerate(pieces):
+        if not isinstance(piece, str):
+            raise TypeError(f"Piece {number} of the text is a {type(piece).__name__}, and those before are texts.")
+        check_text(f"Piece {number} of the text" if number else "The text", piece)
+        yield from (piece[i : i + _PIECE] for i in range(0, len(piece), _PIECE))
+
+
+def _decoded(ids: Iterator[object], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    stream = DecodeStream(skip_special_tokens=True)
+    for number, token in enumerate(ids):
+        try:
+            piece = stream.step(tokenizer.backend_tokenizer, int(token))  # type: ignore[call-overload]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(f"Place {number} of the text holds {token!r}, which is no token id.") from error
+        if piece:
+            yield piece

@@ -1,0 +1,66 @@
+"""Long texts in memory: each segment's state is the one that it gets by itself."""
+
+import pytest
+import torch
+from tiny import tiny_text
+from tiny_pipeline import tiny_pipeline
+
+from gradmem_adapter import WriteOptions
+
+TEXT = f"{tiny_text(30, 1)}.\n\n{tiny_text(50, 2)}.\n\n{tiny_text(35, 3)}."
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline(trained_length=50)
+
+
+def test_parallel_equals_segment_by_segment(pipeline):
+    document = pipeline.write_document(TEXT)
+    assert document.mode == "parallel"
+    assert len(document) == len(document.segments) == len(document.states) == 3
+    assert all(segment.tokens <= 50 for segment in document.segments)
+    assert document.states.context_tokens.tolist() == [segment.tokens for segment in document.segments]
+    for segment, state in zip(document.segments, document.states, strict=True):
+        torch.testing.assert_close(state.vectors, pipeline.write(segment.text).vectors)
+
+
+def test_a_text_in_pieces_and_options(pipeline):
+    options = {"segment_tokens": 20, "overlap": 0, "steps": 2}
+    document = pipeline.write_document(TEXT, **options)
+    assert document.states.write_losses.shape == (len(document), 3)
+    assert "".join("".join(segment.text for segment in document.segments).split()) == "".join(TEXT.split())
+    lines = pipeline.write_document(iter(TEXT.splitlines(keepends=True)), **options)
+    assert (lines.segments, lines.states) == (document.segments, document.states)
+    assert pipeline.write_document(TEXT, segment_tokens=20, overlap=0, options=WriteOptions(steps=2)) == document
+
+
+def test_segments_are_read_side_by_side(pipeline):
+    document = pipeline.write_document(TEXT)
+    assert document.side_by_side().vectors.shape[:2] == (1, 3 * 3)
+    some = document.side_by_side([2, 0])
+    assert torch.equal(some.vectors[0], torch.cat([document.states[2].vectors[0], document.states[0].vectors[0]]))
+    assert len(pipeline.generate(["w1 w2"], memory=some, max_new_tokens=3)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "error", "message"),
+    [
+        (" \n", {}, ValueError, "no text to write: the document is empty"),
+        (TEXT, {"mode": "serial"}, ValueError, "mode must be one of"),
+        (TEXT, {"segment_tokens": 0}, ValueError, "at least 1 tokens"),
+        (TEXT, {"segment_tokens": 158}, ValueError, "at most the 157 tokens that the model takes, got 158"),
+        (TEXT, {"overlap": 13}, ValueError, "less than a quarter of a segment's 50 tokens"),
+        (None, {}, TypeError, "can be cut, got NoneType"),
+    ],
+)
+def test_bad_input(pipeline, text, options, error, message):
+    with pytest.raises(error, match=message):
+        pipeline.write_document(text, **options)
+
+
+def test_an_adapter_of_unknown_length_needs_the_length_of_segments():
+    pipeline = tiny_pipeline()
+    with pytest.raises(ValueError, match="does not say its trained length: pass segment_tokens"):
+        pipeline.write_document(TEXT)
+    assert len(pipeline.write_document(TEXT, segment_tokens=30)) > 3
