@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from gradmem_adapter.segments import Segment, segments
+from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.write.options import WriteOptions
@@ -54,8 +54,7 @@ def write_document(
     """WRITE a text of any length in segments; `GradMemPipeline.write_document` says what the arguments are."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
-    limit = encoder.segment_limit(segment_tokens)
-    found = tuple(segments(text, encoder.tokenizer, limit, limit // 16 if overlap is None else overlap))
+    found = tuple(encoder.segments(text, segment_tokens, overlap))
     if not found:
         raise ValueError("There is no text to write: the document is empty.")
     ids = [encoder.tokenizer(segment.text)["input_ids"] for segment in found]

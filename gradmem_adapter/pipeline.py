@@ -126,12 +126,8 @@ class GradMemPipeline(TextEncoder):
         """WRITE a text of any length in segments, which end where paragraphs or sentences do.
 
         Args:
-            text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its pieces in order as they stand, such as
-                the lines of an open file; or its token ids.
+            text, segment_tokens, overlap: as for `segments`.
             mode (`str`, *optional*, defaults to `"parallel"`): `"parallel"`: a state for each segment.
-            segment_tokens (`int`, *optional*): most tokens of a segment; None: the adapter's trained length.
-            overlap (`int`, *optional*): most tokens that a segment repeats of the one before, where no paragraph ended
-                there; None: a sixteenth of a segment.
             max_tokens, progress, options, fields: as for `write_many`.
 
         Raises:

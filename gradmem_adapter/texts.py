@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from peft import PeftModel
@@ -13,6 +13,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query
+from gradmem_adapter.segments import Segment, segments
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.tokens import check_fits, check_text
 
@@ -42,14 +43,24 @@ class TextEncoder:
         positions = self.model.positions
         return None if positions is None else positions - self.model.prefix_length
 
-    def segment_limit(self, segment_tokens: int | None = None) -> int:
-        """Most tokens of a segment of a long text, special ones included.
+    def segments(
+        self,
+        text: str | Iterable[str] | Iterable[int],
+        segment_tokens: int | None = None,
+        overlap: int | None = None,
+    ) -> Iterator[Segment]:
+        """Cut a text of any length where paragraphs end, else sentences, else words; it is read as it is needed.
 
         Args:
-            segment_tokens (`int`, *optional*): how many it may have; None: the adapter's trained length.
+            text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its pieces in order as they stand, such as
+                the lines of an open file; or its token ids.
+            segment_tokens (`int`, *optional*): most tokens of a segment, special ones included; None: the adapter's
+                trained length.
+            overlap (`int`, *optional*): most tokens that a segment repeats of the one before, where no paragraph ended
+                there; None: a sixteenth of a segment.
 
         Raises:
-            ValueError: that length is not known, or more than the model takes.
+            ValueError: the trained length is not known, or a segment would be longer than the model takes.
         """
         limit = self.model.active_peft_config.trained_length if segment_tokens is None else segment_tokens
         if limit is None:
@@ -59,7 +70,7 @@ class TextEncoder:
             )
         if (most := self.max_context_tokens) is not None and limit > most:
             raise ValueError(f"A segment may have at most the {most} tokens that the model takes, got {limit}.")
-        return limit
+        return segments(text, self.tokenizer, limit, limit // 16 if overlap is None else overlap)
 
     def format_query(
         self,

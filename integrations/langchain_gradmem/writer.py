@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +14,6 @@ from .stores import MemoryStateStore
 
 if TYPE_CHECKING:
     from .chat_models import ChatGradMem
-
-_SENTENCE_END = re.compile(r"[.!?]\s+|\n+")
-_SPACE = re.compile(r"\s+")
 
 
 def _as_write_options(value: Any) -> Any:
@@ -75,7 +71,7 @@ class MemoryWriter(BaseModel):
         return min(limits) - len(self.pipeline.tokenizer("")["input_ids"]) if limits else None
 
     def split(self, text: str, name: str = "The text") -> list[str]:
-        """Parts of a text that memory holds well, about as long as each other, cut at sentences where it has some.
+        """Parts of a text that memory holds well, as `pipeline.segments` cuts them, without overlap.
 
         Args:
             text (`str`): of any length.
@@ -85,19 +81,10 @@ class MemoryWriter(BaseModel):
             ValueError: it is no text in Unicode.
         """
         _check_unicode(name, text)
-        limit = self.longest
-        offsets = self.pipeline.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        parts, begin, token = [], 0, 0
-        while limit is not None and len(offsets) - token > limit:
-            left = len(offsets) - token
-            size = -(-left // -(-left // limit))  # equal parts of what is left
-            end = offsets[token + size][0]
-            middle = max(begin + 1, offsets[token + size // 2][0])
-            cuts = [[m.end() for m in rule.finditer(text, middle, end)] for rule in (_SENTENCE_END, _SPACE)]
-            cut = next((places[-1] for places in cuts if places), end)
-            parts.append(text[begin:cut])
-            begin, token = cut, next(i for i in range(token, len(offsets)) if offsets[i][1] > cut)
-        return [*parts, text[begin:]]
+        if self.longest is None:
+            return [text]
+        limit = self.longest + len(self.pipeline.tokenizer("")["input_ids"])
+        return [segment.text for segment in self.pipeline.segments(text, limit, overlap=0)] or [text]
 
     def join(self, lines: Iterable[str]) -> list[str]:
         """Lines in as few texts as memory holds well. A text is filled line by line, and stays once the next is begun.
