@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,51 +14,65 @@ from rich.table import Table
 from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.cli.options import CHECKPOINTS, DEVICE, chosen_device, context_of
+from gradmem_adapter.cli.inputs import Inputs
+from gradmem_adapter.cli.options import CHECKPOINT, DEVICE, JSON, QA_CHECKPOINT, chosen_device, print_json
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.files import check_writable
-
-CHECKPOINT = CHECKPOINTS / "smollm2-135m-qa"
-"""An adapter trained on questions."""
 
 
 def ask(
     questions: Annotated[list[str], typer.Argument(help="Questions, each answered by itself.")],
     text: Annotated[
-        list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="A file to ask about; several are read side by side."),
+        list[str] | None,
+        typer.Option(help="A file to ask about, or - for standard input; several are read side by side."),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="A trained adapter; default: checkpoints/smollm2-135m-qa of the source tree.")
-    ] = None,
+    checkpoint: Annotated[Path, CHECKPOINT] = QA_CHECKPOINT,
     state: Annotated[
         Path | None, typer.Option(help="Keep the memory in this file, or ask the one that was kept, without the text.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Write steps; default: the adapter's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
     device: Annotated[str | None, DEVICE] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Write texts into memory, drop them, and answer questions from the memory alone."""
     _check_questions(questions)
-    texts = [context_of(file).strip() for file in text or ()]
+    texts = [document.text.strip() for document in Inputs(text or ()).read_all()]
     _check_files(texts, state)
-    pipeline = GradMemPipeline(*load_checkpoint(checkpoint or CHECKPOINT, device=chosen_device(device)))
+    pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
     start = time.perf_counter()
     memory = _memory(pipeline, texts, state, steps)
-    seconds = time.perf_counter() - start
+    figures: dict[str, Any] = {
+        "context_tokens": int(memory.context_tokens[0]),
+        "memory_tokens": memory.num_memory_tokens,
+        "state_bytes": len(memory.to_bytes()),
+        "written": bool(texts),
+        "seconds": time.perf_counter() - start,
+    }
     answers = pipeline.generate(questions, memory=memory, max_new_tokens=max_new_tokens, do_sample=False)
-    console = Console()
-    console.print(
-        f"{int(memory.context_tokens[0])} tokens are in {memory.num_memory_tokens} vectors, "
-        f"{len(memory.to_bytes()):,} bytes ({'written' if texts else 'read'} in {seconds:.2f} s)."
-    )
-    table = Table("asked", "answered from memory")
-    for question, answer in zip(questions, answers, strict=True):
-        table.add_row(Text(question), Text(answer.strip()))
-    console.print(table)
+    figures["answers"] = [
+        {"question": question, "answer": answer.strip()} for question, answer in zip(questions, answers, strict=True)
+    ]
+    if as_json:
+        print_json(figures)
+    else:
+        _print(figures)
     if texts and state is not None:
         memory.save(state)  # after the answers, which a full disk must not take away
+
+
+def _print(figures: dict[str, Any]) -> None:
+    console = Console()
+    done = "written" if figures["written"] else "read"
+    console.print(
+        f"{figures['context_tokens']} tokens are in {figures['memory_tokens']} vectors, "
+        f"{figures['state_bytes']:,} bytes ({done} in {figures['seconds']:.2f} s)."
+    )
+    table = Table("asked", "answered from memory")
+    for row in figures["answers"]:
+        table.add_row(Text(row["question"]), Text(row["answer"]))
+    console.print(table)
 
 
 def _check_questions(questions: Sequence[str]) -> None:

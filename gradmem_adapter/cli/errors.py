@@ -67,6 +67,17 @@ class Commands(TyperGroup):
             warnings.showwarning = show
 
 
+def described(error: Exception) -> str:
+    """What an error says, in a line; of a file that cannot be opened or written also what to do.
+
+    Args:
+        error (`Exception`): one of `WRONG_INPUT`.
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}. {ADVICE.get(error.errno or 0, '')}".rstrip(". ") + "."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _outcome(error: Exception) -> tuple[int, str]:
     """The exit status and the line for an error."""
     from gradmem_adapter.training import TrainingDiverged  # not where nothing has failed: it takes a while to import
@@ -79,12 +90,10 @@ def _outcome(error: Exception) -> tuple[int, str]:
             f"Out of memory. Give shorter texts, fewer tokens at once (write: --max-tokens; train: "
             f"training.tokens_per_batch) or another --device. {line}"
         )
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return 2, f"{error.filename}: {error.strerror}. {ADVICE.get(error.errno or 0, '')}".rstrip(". ") + "."
     if isinstance(error, pydantic.ValidationError):
         return 2, "; ".join(map(_wrong_field, error.errors())) + "."
     if isinstance(error, WRONG_INPUT):
-        return 2, line or type(error).__name__
+        return 2, described(error)
     return 1, (
         f"This is a bug in gradmem-adapter, not in what you gave it. {type(error).__name__}: {line}. Please report it "
         "with what the same command prints with --debug."

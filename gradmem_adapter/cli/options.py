@@ -1,24 +1,33 @@
-"""What commands share: options, the texts of files, and what may be written where."""
+"""What commands share: options, how figures are printed, and what may be written where."""
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 
-from gradmem_adapter.utils.files import check_writable, read_text
+from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.state_file import is_memory_state
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 """Trained adapters of the source tree; the wheel does not carry them."""
 
-MAX_CONTEXT_BYTES = 2**26
-"""64 MiB: longer than any context that is written."""
+QA_CHECKPOINT = CHECKPOINTS / "smollm2-135m-qa"
+"""An adapter trained on questions."""
 
+CHECKPOINT = typer.Option(
+    help="A trained adapter; default: checkpoints/smollm2-135m-qa of the source tree.", show_default=False
+)
+TEXT_FIELD = typer.Option(help="JSON lines: the field with the text.")
+SOURCE_FIELD = typer.Option(help="JSON lines: the field with the text's name; default: the file and the line's number.")
+JSON_LINES = typer.Option("--json-lines", help="Standard input holds JSON lines.")
+JSON = typer.Option("--json", help="Print one JSON object, for programs, instead of tables.")
 DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
 
 
@@ -41,16 +50,13 @@ def chosen_device(name: str | None) -> torch.device:
     return device
 
 
-def context_of(file: Path) -> str:
-    """The text of a file that is to be written into memory.
+def print_json(figures: Mapping[str, Any]) -> None:
+    """Print an object as a line of JSON.
 
-    Raises:
-        ValueError: it is empty, or no text in UTF-8.
+    Args:
+        figures (`Mapping[str, Any]`): what it holds.
     """
-    text = read_text(file, max_bytes=MAX_CONTEXT_BYTES)
-    if not text.strip():
-        raise ValueError(f"{file} is empty: there is nothing to write.")
-    return text
+    typer.echo(json.dumps(figures))
 
 
 def check_output(path: Path, *, inputs: Iterable[Path], force: bool) -> None:

@@ -147,11 +147,25 @@ def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
             data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(max_bytes + 1)
         if len(data) > max_bytes:
             raise ValueError(f"{path} inflates to a text of more than {max_bytes:,} bytes, and no more are read.")
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as UTF-8.") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged, or not gzipped: {error}.") from error
+    return decoded(str(path), data)
+
+
+def decoded(name: str, data: bytes) -> str:
+    """The text of bytes in UTF-8, without the mark that may stand before it.
+
+    Args:
+        name (`str`): where they come from, for the message.
+        data (`bytes`): all of them.
+
+    Raises:
+        ValueError: they are in another encoding, or damaged.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no text in UTF-8: {error}. Save it as UTF-8.") from error
 
 
 def check_writable(path: Path, *, inputs: Iterable[Path] = ()) -> None:
@@ -168,7 +182,7 @@ def check_writable(path: Path, *, inputs: Iterable[Path] = ()) -> None:
     target = _followed(path)
     _check_target(target)
     for file in inputs:
-        if target.exists() and file.exists() and target.samefile(file):
+        if target.exists() and os.path.exists(file) and target.samefile(file):
             raise ValueError(
                 f"{str(path)!r} is one of the inputs ({str(file)!r}): writing it would destroy what it holds."
             )

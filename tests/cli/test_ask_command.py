@@ -1,5 +1,7 @@
 """`gradmem ask`: answers from a text, and then from what was kept of it."""
 
+import json
+
 import pytest
 from commands import invoke
 from tiny import tiny_text
@@ -31,6 +33,19 @@ def test_answers_from_the_text_and_then_from_the_state_alone(checkpoint, tmp_pat
     memory = MemoryState.load(tmp_path / "kept.safetensors")
     answers = pipeline.generate(["w1 w2", "w3"], memory=memory, max_new_tokens=4)
     assert all(answer.strip() in table for answer in answers)
+
+
+def test_answers_for_programs(checkpoint, tmp_path):
+    result = ask("w1 w2", "w3", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert (printed["context_tokens"], printed["memory_tokens"], printed["written"]) == (12, 3, True)
+    pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
+    expected = pipeline.generate(["w1 w2", "w3"], memory=pipeline.write(tiny_text(12)), max_new_tokens=4)
+    assert printed["answers"] == [
+        {"question": question, "answer": answer.strip()}
+        for question, answer in zip(["w1 w2", "w3"], expected, strict=True)
+    ]
 
 
 def test_states_of_several_texts_are_asked_together(checkpoint, tmp_path):

@@ -1,5 +1,7 @@
 """`gradmem write`: files in, a file of states out."""
 
+import json
+
 import pytest
 import torch
 from commands import invoke
@@ -49,6 +51,21 @@ def test_write_by_self_study(checkpoint, tmp_path):
     assert MemoryState.load(tmp_path / "states").equal(expected)
 
 
+def test_write_a_directory_and_json_lines_and_print_json(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    files_of(tmp_path / "notes", "w1 w2", "w3 w4 w5")
+    (tmp_path / "rows.jsonl").write_text('{"body": "w6"}\n')
+    arguments = ("--checkpoint", "checkpoint", "--device", "cpu", "--text-field", "body", "--json")
+    result = invoke("write", "notes", "rows.jsonl", "--output", "states", *arguments)
+    assert result.exit_code == 0, result.output
+    printed, states = json.loads(result.stdout), MemoryState.load("states")
+    assert printed["output"] == "states"
+    assert [row["source"] for row in printed["states"]] == ["notes/0[b].txt", "notes/1[b].txt", "rows.jsonl:1"]
+    assert [row["tokens"] for row in printed["states"]] == states.context_tokens.tolist() == [2, 3, 1]
+    assert [row["write_loss"] for row in printed["states"]] == states.write_losses[:, -1].tolist()
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
@@ -59,6 +76,8 @@ def test_write_by_self_study(checkpoint, tmp_path):
         ("w1", ["--max-tokens", "0"], "max_tokens must be an integer from 1"),
         ("w1", ["--output", "none/states"], "There is no directory 'none'"),
         ("w1", ["--output", "."], "is a directory"),
+        ("w1", ["--output", "1[b].txt", "--force"], "is one of the inputs"),
+        ("w1", ["missing"], "missing: No such file"),
         ("w1", ["--checkpoint", "backbone"], "adapter_config.json"),
     ],
 )

@@ -17,12 +17,11 @@ from rich.text import Text
 from transformers import set_seed
 
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
-from gradmem_adapter.cli.options import MAX_CONTEXT_BYTES
+from gradmem_adapter.cli.reading import whole
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.utils.files import read_text
 
 MIN_TOKENS = 40
 """A text of fewer tokens would show little."""
@@ -31,7 +30,7 @@ MIN_TOKENS = 40
 def demo_text(path: Path | None = None) -> str:
     """The paragraph to write: the one that ships with the package, or the content of a file."""
     if path is not None:
-        return read_text(path, max_bytes=MAX_CONTEXT_BYTES).strip()
+        return whole(str(path)).strip()
     return files("gradmem_adapter").joinpath("data/demo.txt").read_text(encoding="utf-8").strip()
 
 

@@ -1,0 +1,132 @@
+"""The texts that a command is given: files, directories, patterns, JSON lines and standard input, in order."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradmem_adapter.cli.errors import described
+from gradmem_adapter.cli.reading import STDIN, has_json_lines, is_text, lines, whole
+from gradmem_adapter.utils.fields import from_json
+from gradmem_adapter.utils.files import decoded
+from gradmem_adapter.utils.tokens import check_text
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it comes from: a file, or a line of JSON lines by its number or the name that it has itself."""
+
+    source: str
+    text: str
+
+
+@dataclass
+class Inputs:
+    """The documents at some paths, each read when it is its turn. What cannot be read is kept, and the rest goes on.
+
+    Directories are read with those in them, without hidden files. What is found there, or by a pattern, may also be
+    empty or no text; what is named itself may not.
+
+    Args:
+        paths (`Sequence[str]`): files, directories, patterns such as `notes/**/*.md`, or `-` for standard input.
+        text_field (`str`, *optional*, defaults to `"text"`): where the objects of JSON lines have their text.
+        source_field (`str`, *optional*): where they have their name; None: they go by file and number of the line.
+        json_lines (`bool`, *optional*, defaults to `False`): standard input holds JSON lines.
+        without (`Path`, *optional*): a directory that is not looked into.
+        refused (`list[str]`): what could not be read so far and why, a line each.
+        passed_over (`list[str]`): what was found and is empty or no text, so far.
+    """
+
+    paths: Sequence[str]
+    text_field: str = "text"
+    source_field: str | None = None
+    json_lines: bool = False
+    without: Path | None = None
+    refused: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Document]:
+        """The documents in order of the paths, and of their names in a directory."""
+        for path in self.paths:
+            if path != STDIN and os.path.isdir(path):
+                yield from self._found(self._walk(path))
+            elif glob.has_magic(path) and not os.path.lexists(path):
+                yield from self._found(self._matching(path))
+            else:
+                yield from self._read(path)
+
+    def read_all(self) -> list[Document]:
+        """All documents; `ValueError` where one of them cannot be read."""
+        documents = list(self)
+        if self.refused:
+            raise ValueError(self.refused[0])
+        return documents
+
+    def _refuse(self, error: Exception) -> None:
+        self.refused.append(described(error))  # not the error itself, which holds on to what was read
+
+    def _walk(self, directory: str) -> Iterator[str]:
+        own = None if self.without is None else os.path.realpath(self.without)
+        for folder, folders, files in os.walk(directory, onerror=self._refuse):
+            shown = (name for name in sorted(folders) if not name.startswith("."))
+            folders[:] = [name for name in shown if os.path.realpath(os.path.join(folder, name)) != own]
+            yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
+
+    def _matching(self, pattern: str) -> Iterator[str]:
+        matches = sorted(glob.iglob(pattern, recursive=True))
+        if not matches:
+            self.refused.append(f"No file matches {pattern!r}.")
+        yield from matches
+
+    def _found(self, paths: Iterable[str]) -> Iterator[Document]:
+        for path in filter(os.path.isfile, paths):
+            try:
+                text = is_text(path)
+            except OSError as error:
+                self._refuse(error)
+                continue
+            if text:
+                yield from self._read(path)
+            else:
+                self.passed_over.append(path)
+
+    def _read(self, path: str) -> Iterator[Document]:
+        try:
+            if self.json_lines if path == STDIN else has_json_lines(path):
+                for number, line in enumerate(lines(path), 1):
+                    yield from self._row(path, number, line)
+            else:
+                yield _document(path, whole(path))
+        except (OSError, ValueError) as error:
+            self._refuse(error)
+
+    def _row(self, path: str, number: int, line: bytes) -> Iterator[Document]:
+        place = f"{path}, line {number}"
+        try:
+            if line.strip():
+                row = from_json(decoded(place, line), place)
+                source = f"{path}:{number}" if self.source_field is None else _text(row, self.source_field, place)
+                yield _document(source, _text(row, self.text_field, place))
+        except ValueError as error:
+            self._refuse(error)
+
+
+def _text(row: Any, name: str, place: str) -> str:
+    """A field of an object of JSON lines."""
+    if isinstance(row, dict) and isinstance(row.get(name), str):
+        return row[name]
+    there = f"has the fields {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+    raise ValueError(
+        f"{place} must be an object with a text as {name!r}, and {there}. --text-field and --source-field name others."
+    )
+
+
+def _document(source: str, text: str) -> Document:
+    if not text.strip():
+        raise ValueError(f"{source} is empty: there is nothing to write.")
+    check_text(source, text)
+    return Document(source, text)

@@ -1,0 +1,81 @@
+"""What files and standard input hold: a text, or lines of JSON."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from gradmem_adapter.utils.files import decoded, open_regular, read_text
+
+STDIN = "-"
+MAX_BYTES = 2**27
+"""128 MiB: of a text, or of a line of JSON, which is read at once."""
+HEAD_BYTES = 2**13
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def has_json_lines(path: str) -> bool:
+    """Whether a file's name says that it holds JSON lines, gzipped or not."""
+    return path.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+
+
+def is_text(path: str) -> bool:
+    """Whether a file seems to be a text, as Git tells: it has no zero byte in front. An empty one is none.
+
+    UTF-16 is text, which whoever reads it refuses by its name, as other damage.
+    """
+    try:
+        with _opened(path) as stream:
+            head = stream.read(HEAD_BYTES)
+    except ValueError:
+        return True
+    return bool(head) and (b"\0" not in head or head.startswith(UTF16))
+
+
+def whole(path: str) -> str:
+    """The text of a file, or of standard input.
+
+    Raises:
+        OSError, ValueError: as `read_text`.
+    """
+    if path != STDIN:
+        return read_text(Path(path), max_bytes=MAX_BYTES)
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"Standard input has more than {MAX_BYTES:,} bytes, and no more are read.")
+    return decoded("Standard input", data)
+
+
+def lines(path: str) -> Iterator[bytes]:
+    """The lines of a file, or of standard input, each read when it is its turn.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged, or a line is too long.
+    """
+    with _opened(path) as stream:
+        number = 0
+        while line := stream.readline(MAX_BYTES + 1):
+            number += 1
+            if len(line) > MAX_BYTES:
+                raise ValueError(f"{path}, line {number} has more than {MAX_BYTES:,} bytes, and no more are read.")
+            yield line
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, inflated, or of standard input."""
+    if path == STDIN:
+        yield sys.stdin.buffer
+        return
+    try:
+        with open_regular(Path(path)) as file:
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, or not gzipped: {error}.") from error
