@@ -236,9 +236,9 @@ class MemoryState:
         Raises:
             MemoryStateError: the data is truncated, foreign, damaged or of a newer version.
         """
-        tensors, fingerprint = state_file.decode(data)
+        tensors, fingerprint, _ = state_file.decode(data)
         try:
-            state = cls(**tensors, fingerprint=fingerprint)
+            state = cls(**state_file.widened(tensors), fingerprint=fingerprint)
         except (TypeError, ValueError) as error:
             raise MemoryStateError(f"The memory state lacks a tensor or has a wrong one: {error}") from error
         return state.to(device)

@@ -473,7 +473,7 @@ _BAD_FILES: dict[str, tuple[bytes, str]] = {
     "not JSON": (_file("{format:"), "not a memory state"),
     "JSON but no object": (_file([1]), "not a memory state"),
     "no version": (_file({"format": "gradmem-memory-state", "fingerprint": "f"}), "not a memory state"),
-    "newer": (_file(_GOOD | {"version": 3}), "version 3, .*upgrade gradmem-adapter"),
+    "newer": (_file(_GOOD | {"version": 4}), "version 4, .*upgrade gradmem-adapter"),
     "deep description": (_file("[" * 100_000), "not a memory state"),
     "infinite version": (_file('{"format": "gradmem-memory-state", "version": 1e400, "fingerprint": "f"}'), "version"),
     "version true": (_file(_GOOD | {"version": True}), "version or fingerprint"),

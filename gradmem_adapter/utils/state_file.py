@@ -20,17 +20,31 @@ from torch import Tensor
 from gradmem_adapter.utils.files import open_regular
 
 FORMAT = "gradmem-memory-state"
-VERSION = 2
-"""Files of version 1 have no digest."""
+VERSION = 3
+"""Files of version 1 have no digest; those of version 3 have an entry, and may have vectors in int8."""
 TENSORS = ("vectors", "context_tokens", "write_losses")
+SCALES = "scales"
+"""`[B, m]`: what vectors in int8 are multiplied by."""
 MAX_CONTEXT_TOKENS = 2**24
 """More than anybody writes; READ generates as many tokens where it is asked to give a context back."""
 _KEY = "gradmem"
 """The one metadata key: with several, safetensors writes them in no fixed order and equal states differ in bytes."""
-_FIELDS = {1: {"format", "version", "fingerprint"}, 2: {"format", "version", "fingerprint", "digest"}}
+_FIELDS = {1: {"format", "version", "fingerprint"}}
+_FIELDS[2] = _FIELDS[1] | {"digest"}
+_FIELDS[3] = _FIELDS[2] | {"entry"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_DTYPES = {"vectors": _FLOATS, "context_tokens": ("I64", "I32", "I16", "I8", "U8"), "write_losses": _FLOATS}
-_KINDS = {"vectors": "floating point", "context_tokens": "integers", "write_losses": "floating point"}
+_DTYPES: dict[str, tuple[str, ...]] = {
+    "vectors": _FLOATS,
+    "context_tokens": ("I64", "I32", "I16", "I8", "U8"),
+    "write_losses": _FLOATS,
+}
+_DTYPES_INT8 = _DTYPES | {"vectors": ("I8",), SCALES: ("F32",)}
+_KINDS = {
+    "vectors": "floating point",
+    "context_tokens": "integers",
+    "write_losses": "floating point",
+    SCALES: "float32",
+}
 _MAX_HEADER = 2**20
 
 
@@ -38,21 +52,62 @@ class MemoryStateError(ValueError):
     """A file or bytes that cannot be read as a memory state."""
 
 
-def encode(tensors: Mapping[str, Tensor], fingerprint: str) -> bytes:
+def encode(tensors: Mapping[str, Tensor], fingerprint: str, entry: Mapping[str, Any] | None = None) -> bytes:
     """One safetensors file; equal states give equal bytes.
 
     Args:
-        tensors (`Mapping[str, Tensor]`): those of `TENSORS`.
+        tensors (`Mapping[str, Tensor]`): those of `TENSORS`, and `SCALES` where the vectors are in int8.
         fingerprint (`str`): of the model that wrote them.
+        entry (`Mapping[str, Any]`, *optional*): what a memory store keeps beside a state, as JSON has it.
+
+    Raises:
+        ValueError: the entry is too long for a file's header.
     """
-    plain = {name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in TENSORS}
-    description = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint}
-    description["digest"] = _digest(plain, fingerprint)
-    return safetensors_save(plain, metadata={_KEY: json.dumps(description, sort_keys=True)})
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    description = {"format": FORMAT, "version": 2, "fingerprint": fingerprint}
+    if entry is not None:
+        description |= {"version": VERSION, "entry": entry}
+    description["digest"] = _digest(plain, fingerprint, entry)
+    data = safetensors_save(plain, metadata={_KEY: json.dumps(description, sort_keys=True, ensure_ascii=entry is None)})
+    if (size := int.from_bytes(data[:8], "little")) > _MAX_HEADER:
+        raise ValueError(
+            f"Text and metadata of a state take {size:,} bytes of its file, and may take {_MAX_HEADER:,}. Keep less of "
+            "them, or write the text in segments."
+        )
+    return data
 
 
-def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the fingerprint of a file. Never unpickles.
+def narrowed(vectors: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Vectors `[B, m, d]` in fewer bytes, as the tensors of a file.
+
+    In int8 the largest value of a vector is 127 and the others are rounded: q = round(v / s), s = max |v| / 127.
+
+    Args:
+        vectors (`Tensor`): `[B, m, d]`.
+        dtype (`str`): `"int8"`, or the name of a floating dtype of torch.
+    """
+    if dtype != "int8":
+        return {"vectors": vectors.to(getattr(torch, dtype))}
+    scales = vectors.float().abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return {"vectors": (vectors.float() / scales[..., None]).round().to(torch.int8), SCALES: scales}
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file by the names in `TENSORS`, the vectors in a floating dtype.
+
+    Args:
+        tensors (`Mapping[str, Tensor]`): as `decode` returns them.
+    """
+    named = {name: tensors[name] for name in TENSORS if name in tensors}
+    if SCALES in tensors:
+        named["vectors"] = tensors["vectors"].float() * tensors[SCALES][..., None]
+    return named
+
+
+def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str, dict[str, Any] | None]:
+    """The tensors of a file as they are there, the fingerprint, and the entry if it has one. Never unpickles.
 
     Args:
         data (`bytes`): what `encode` made.
@@ -69,16 +124,19 @@ def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str
         tensors = safetensors_load(data)
     except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise MemoryStateError(f"The data is truncated or damaged: {error}.") from error
-    fingerprint: str = description["fingerprint"]
+    fingerprint, entry = description["fingerprint"], description.get("entry")
     if "digest" not in description:
         warnings.warn(
             "This memory state has no digest, because an older gradmem_adapter saved it: whether it is damaged cannot "
             "be told. Save it anew to give it one.",
             stacklevel=4,
         )
-    elif description["digest"] != _digest(tensors, fingerprint):
+    elif description["digest"] != _digest(tensors, fingerprint, entry):
         raise MemoryStateError("The memory state is damaged: it does not have the digest that it was saved with.")
-    if not tensors["vectors"].isfinite().all():
+    vectors, scales = tensors["vectors"], tensors.get(SCALES)
+    if scales is not None and scales.shape != vectors.shape[:2]:
+        raise MemoryStateError(f"The memory state has scales of a wrong shape, {tuple(scales.shape)}.")
+    if not (vectors if scales is None else scales).isfinite().all():
         raise MemoryStateError("The memory state has vectors that are not finite, which no model can read.")
     tokens = tensors["context_tokens"]
     if tokens.numel() and not 1 <= int(tokens.min()) <= int(tokens.max()) <= MAX_CONTEXT_TOKENS:
@@ -86,7 +144,7 @@ def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str
             f"The memory state says that its contexts have from {int(tokens.min())} to {int(tokens.max())} tokens; "
             f"from 1 to {MAX_CONTEXT_TOKENS} can be."
         )
-    return tensors, fingerprint
+    return tensors, fingerprint, entry
 
 
 def read(path: Path) -> bytes:
@@ -163,13 +221,14 @@ def _description(head: bytes, size: int) -> dict[str, Any]:
         )
     if description.keys() != _FIELDS[version]:
         raise MemoryStateError(f"The description of the memory state is damaged: it has {sorted(description)}.")
-    if dtypes.keys() != _DTYPES.keys():
+    allowed = _DTYPES_INT8 if "entry" in description and SCALES in dtypes else _DTYPES
+    if dtypes.keys() != allowed.keys():
         raise MemoryStateError(
             f"The memory state lacks a tensor or has a wrong one: it has {sorted(dtypes)} and should have "
-            f"{sorted(_DTYPES)}."
+            f"{sorted(allowed)}."
         )
     for name, dtype in dtypes.items():
-        if dtype not in _DTYPES[name]:
+        if dtype not in allowed[name]:
             raise MemoryStateError(
                 f"The memory state has a wrong tensor: {name} must be {_KINDS[name]}, got {str(dtype)[:50]}."
             )
@@ -180,10 +239,12 @@ def _description(head: bytes, size: int) -> dict[str, Any]:
     return description
 
 
-def _digest(tensors: Mapping[str, Tensor], fingerprint: str) -> str:
-    """SHA-256 of the fingerprint and of every tensor's name, type, shape and bits."""
-    shapes = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in TENSORS]
-    digest = hashlib.sha256(json.dumps([FORMAT, fingerprint, shapes]).encode())
-    for name in TENSORS:
+def _digest(tensors: Mapping[str, Tensor], fingerprint: str, entry: Mapping[str, Any] | None) -> str:
+    """SHA-256 of the fingerprint, the entry and of every tensor's name, type, shape and bits."""
+    names = [name for name in (*TENSORS, SCALES) if name in tensors]
+    shapes = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
+    what = [FORMAT, fingerprint, shapes, *([] if entry is None else [entry])]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    for name in names:
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

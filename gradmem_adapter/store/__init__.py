@@ -1,0 +1,7 @@
+"""Many memory states on disk, with an index."""
+
+from gradmem_adapter.store.entry import Entry, state_key
+from gradmem_adapter.store.errors import MemoryStoreError, UnknownStateError
+from gradmem_adapter.store.memory_store import MemoryStore
+
+__all__ = ["Entry", "MemoryStore", "MemoryStoreError", "UnknownStateError", "state_key"]

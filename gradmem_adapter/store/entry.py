@@ -1,0 +1,80 @@
+"""What a memory store knows of a state besides its vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.write.options import WriteOptions
+
+_WRITING = ("start", "write_steps", "write_lr", "write_optimizer", "write_clip_norm")
+"""The fields of the configuration that change how a context is written, and are not part of the fingerprint."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A state in a memory store, and a place that its text was found at.
+
+    Args:
+        key (`str`): of the state, 32 hexadecimal digits.
+        source (`str`, *optional*): where the text comes from, such as a file's name.
+        start, end (`int`, *optional*): the text's place in its source, in characters.
+        text (`str`, *optional*): what was written; None: the store does not keep it.
+        metadata (`Mapping`, *optional*): what else there is to say of the place, as JSON has it.
+        options (`Mapping`): how it was written: the configuration's fields, and the write options that were chosen.
+        tokens (`int`): of the text.
+        fingerprint (`str`): of the model that wrote it.
+        nbytes (`int`): of its file.
+        written (`float`): when, in seconds since 1970.
+    """
+
+    key: str
+    source: str | None = None
+    start: int | None = None
+    end: int | None = None
+    text: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    fingerprint: str = ""
+    nbytes: int = 0
+    written: float = 0.0
+
+    @property
+    def place(self) -> tuple[str | None, int | None, int | None]:
+        """Source, start and end."""
+        return self.source, self.start, self.end
+
+
+def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, Any]:
+    """How a text is written, as JSON has it: what is not at its default, so that a new option changes no key.
+
+    Args:
+        config (`GradMemConfig`): the adapter's.
+        options (`WriteOptions`): how to write.
+    """
+    default = WriteOptions()
+    chosen = {one.name: getattr(options, one.name) for one in fields(options)}
+    chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
+    identity = {name: getattr(config, name) for name in _WRITING} | chosen
+    return dict(json.loads(json.dumps(identity, default=vars)))
+
+
+def state_key(text: str, fingerprint: str, identity: Mapping[str, Any], namespace: str = "") -> str:
+    """The name of a state: what is written by the same model in the same way from the same text has the same.
+
+    Args:
+        text (`str`): the context.
+        fingerprint (`str`): of the model that writes it.
+        identity (`Mapping`): how, as `write_identity` says.
+        namespace (`str`, *optional*): of a tenant.
+
+    Returns:
+        `str`: 32 hexadecimal digits of a SHA-256.
+    """
+    whole = json.dumps([namespace, fingerprint, identity, text], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]

@@ -1,0 +1,213 @@
+"""The index of a memory store: one SQLite file, which can be made anew from the states' files at any time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.errors import MemoryStoreError, sqlite_errors
+from gradmem_adapter.utils.files import errors_named
+from gradmem_adapter.utils.temporary import locked, temporary_directory
+
+VERSION = 1
+"""`PRAGMA user_version` of the schema."""
+STATES = "states"
+"""The folder of the states' files, beside the index."""
+_SCHEMA = f"""
+    CREATE TABLE states(
+        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, text TEXT, tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL,
+        options TEXT NOT NULL, nbytes INTEGER NOT NULL, written REAL NOT NULL
+    );
+    -- A text that several sources have in common is one state with several places.
+    CREATE TABLE places(
+        key TEXT NOT NULL REFERENCES states(key) ON DELETE CASCADE, source TEXT, start INTEGER, "end" INTEGER,
+        metadata TEXT NOT NULL
+    );
+    CREATE INDEX places_of_a_state ON places(key);
+    CREATE INDEX places_of_a_source ON places(source, start);
+    CREATE TABLE embeddings(
+        key TEXT NOT NULL REFERENCES states(key) ON DELETE CASCADE, model TEXT NOT NULL, vector BLOB NOT NULL,
+        PRIMARY KEY (key, model)
+    );
+    CREATE VIRTUAL TABLE texts USING fts5(text, content='states', content_rowid='id', tokenize='porter unicode61');
+    CREATE TRIGGER texts_in AFTER INSERT ON states BEGIN
+        INSERT INTO texts(rowid, text) VALUES (new.id, new.text);
+    END;
+    CREATE TRIGGER texts_out AFTER DELETE ON states BEGIN
+        INSERT INTO texts(texts, rowid, text) VALUES ('delete', old.id, old.text);
+    END;
+    CREATE TRIGGER texts_changed AFTER UPDATE OF text ON states BEGIN
+        INSERT INTO texts(texts, rowid, text) VALUES ('delete', old.id, old.text);
+        INSERT INTO texts(rowid, text) VALUES (new.id, new.text);
+    END;
+    PRAGMA user_version = {VERSION};
+"""
+_ENTRIES = """
+    SELECT key, source, start, "end", text, metadata, options, tokens, fingerprint, nbytes, written
+    FROM states JOIN places USING (key)
+"""
+
+
+class Index:
+    """Connections to the index of a store, one for each piece of work: threads and processes share nothing else.
+
+    Args:
+        folder (`Path`): of the store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "index.sqlite"
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read by. A store that is not there yet is an empty one.
+
+        Raises:
+            MemoryStoreError: the index is damaged, lost, or of a newer version.
+            OSError: it cannot be opened.
+        """
+        if not self._exists():
+            with closing(sqlite3.connect(":memory:")) as connection:
+                connection.executescript(_SCHEMA)
+                yield connection
+            return
+        with locked(self.folder, shared=True), sqlite_errors(self.path), closing(self._readable()) as connection:
+            yield connection
+
+    def _readable(self) -> sqlite3.Connection:
+        try:
+            return self._connect("mode=rw")
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error) and "unable to open" not in str(error):
+                raise
+            return self._connect("immutable=1")  # on a file system that may only be read, where nobody writes
+
+    def _exists(self) -> bool:
+        states = (self.folder / STATES).exists()  # asked first, as it is made after the index
+        if self.path.exists():
+            return True
+        if states:
+            raise MemoryStoreError(
+                f"The index {str(self.path)!r} is gone. The states are not in it: MemoryStore.rebuild() makes it anew "
+                "from their files."
+            )
+        return False
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, beside which no other process or thread writes: neither to the index, nor the states' files.
+
+        An error undoes what was done to the index.
+
+        Raises:
+            MemoryStoreError: the index is damaged, lost, or of a newer version.
+            OSError: it cannot be written.
+        """
+        self.make()
+        with (
+            locked(self.folder, shared=True),
+            sqlite_errors(self.path),
+            closing(self._connect("mode=rw")) as connection,
+        ):
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection  # closed without COMMIT, nothing is changed
+            connection.execute("COMMIT")
+
+    def make(self) -> None:
+        """Make the folder and an empty index, if they are not there.
+
+        Raises:
+            MemoryStoreError: the index is lost.
+            OSError: they cannot be made.
+        """
+        with errors_named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._exists():
+            with self.replacing(missing=True):
+                pass
+
+    def _connect(self, how: str) -> sqlite3.Connection:
+        name = f"{self.path.absolute().as_uri()}?{how}"
+        connection = sqlite3.connect(name, uri=True, timeout=60, isolation_level=None)
+        try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > VERSION:
+                raise MemoryStoreError(
+                    f"The index {str(self.path)!r} has version {version}, and this gradmem_adapter knows versions up "
+                    f"to {VERSION}: upgrade gradmem-adapter to read it."
+                )
+            connection.execute("SELECT 1 FROM states")  # nothing is read of the file before
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
+            connection.execute("PRAGMA synchronous = NORMAL")  # what a crash of the machine takes, `add` finds again
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextmanager
+    def replacing(self, *, missing: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction in a new index, which takes the place of the old one when the block ends.
+
+        Nobody reads or writes the old one meanwhile.
+
+        Args:
+            missing (`bool`, *optional*, defaults to `False`): only if there is none.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with locked(self.folder), temporary_directory(self.folder) as temporary, sqlite_errors(self.path):
+            new = temporary / self.path.name
+            with closing(sqlite3.connect(new, isolation_level=None)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.executescript(_SCHEMA)
+                connection.execute("BEGIN")
+                yield connection
+                connection.execute("COMMIT")
+            if not (missing and self.path.exists()):
+                for log in ("-wal", "-shm"):
+                    Path(f"{self.path}{log}").unlink(missing_ok=True)
+                os.replace(new, self.path)
+
+
+def insert(connection: sqlite3.Connection, entries: Sequence[Entry]) -> None:
+    """Put a state in with all its places, in the place of what there was of it.
+
+    Args:
+        connection (`Connection`): in a transaction.
+        entries (`Sequence[Entry]`): one for each place, alike in all else.
+    """
+    one = entries[0]
+    connection.execute(
+        """
+        INSERT INTO states(key, text, tokens, fingerprint, options, nbytes, written) VALUES (?, ?, ?, ?, ?, ?, ?)
+        ON CONFLICT(key) DO UPDATE SET text = excluded.text, tokens = excluded.tokens, options = excluded.options,
+            fingerprint = excluded.fingerprint, nbytes = excluded.nbytes, written = excluded.written
+        """,
+        (one.key, one.text, one.tokens, one.fingerprint, json.dumps(one.options), one.nbytes, one.written),
+    )
+    connection.execute("DELETE FROM places WHERE key = ?", (one.key,))
+    connection.executemany(
+        "INSERT INTO places VALUES (?, ?, ?, ?, ?)",
+        [(entry.key, *entry.place, json.dumps(entry.metadata)) for entry in entries],
+    )
+
+
+def select(connection: sqlite3.Connection, where: str = "TRUE", values: Sequence[object] = ()) -> Iterator[Entry]:
+    """Entries in the order of their sources and places.
+
+    Args:
+        connection (`Connection`): to the index.
+        where (`str`, *optional*): which, in SQL.
+        values (`Sequence`, *optional*): for its question marks.
+    """
+    for row in connection.execute(f"{_ENTRIES} WHERE {where} ORDER BY source, start, states.id", values):
+        key, source, start, end, text, metadata, options, *rest = row
+        yield Entry(key, source, start, end, text, json.loads(metadata), json.loads(options), *rest)

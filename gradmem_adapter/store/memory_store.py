@@ -1,0 +1,279 @@
+"""A directory of memory states with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor
+
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.store import files
+from gradmem_adapter.store.entry import Entry, state_key, write_identity
+from gradmem_adapter.store.errors import UnknownStateError
+from gradmem_adapter.store.index import STATES, Index, insert, select
+from gradmem_adapter.utils.state_file import MemoryStateError
+from gradmem_adapter.utils.temporary import temporary_directory
+from gradmem_adapter.write.batching import progress_bar
+from gradmem_adapter.write.options import WriteFields, WriteOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Dtype = Literal["float32", "bfloat16", "int8"]
+_AT_ONCE = 256
+"""Texts that are given to the pipeline together, whose states are all in memory then."""
+
+
+class MemoryStore:
+    """Many memory states on disk: what was written once is found again, by key, by source or by what it says.
+
+    ```python
+    store = MemoryStore("states")
+    keys = store.add(pipeline, texts, sources=names)
+    pipeline.generate("A question?", memory=store.get(keys[0]))
+    ```
+
+    The files of the states hold everything; the index beside them can be made anew (`rebuild`). Threads and processes
+    of one machine may write to a store at once, and may be killed at any time.
+
+    Args:
+        path (`str` or `PathLike`): the directory; the first state makes it.
+        dtype (`str`, *optional*, defaults to `"float32"`): of the vectors in files that are written from now on:
+            `"float32"`, `"bfloat16"` or `"int8"`, with a scale for each vector. What is read is float32.
+        keep_text (`bool`, *optional*, defaults to `True`): keep the texts beside the states, so that answers can be
+            cited, states be found by words, and texts be written anew for another model.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, dtype: Dtype = "float32", keep_text: bool = True) -> None:
+        if dtype not in get_args(Dtype):
+            raise ValueError(f"dtype must be one of {get_args(Dtype)}, got {dtype!r}.")
+        self.path = Path(path)
+        self.dtype = dtype
+        self.keep_text = keep_text
+        self.index = Index(self.path)
+
+    # ---------------------------------------------------------------- write
+
+    def key(self, pipeline: GradMemPipeline, text: str, options: WriteOptions | None = None) -> str:
+        """The key that a text's state has, whether or not it is stored: model, way of writing and text decide it.
+
+        Args:
+            pipeline (`GradMemPipeline`): who would write.
+            text (`str`): one text.
+            options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
+        """
+        identity = write_identity(pipeline.model.active_peft_config, options or WriteOptions())
+        return state_key(text, pipeline.model.fingerprint(), identity)
+
+    def add(
+        self,
+        pipeline: GradMemPipeline,
+        texts: str | Sequence[str],
+        *,
+        sources: str | Sequence[str | None] | None = None,
+        offsets: Sequence[tuple[int, int]] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        options: WriteOptions | None = None,
+        progress: bool | None = False,
+        **fields: Unpack[WriteFields],
+    ) -> list[str]:
+        """The keys of texts. Those that are not stored, or damaged, are written, in batches that fit into memory.
+
+        Each batch is stored as soon as it is written, so that what fails later loses nothing.
+
+        Args:
+            pipeline (`GradMemPipeline`): who writes.
+            texts (`str` or `Sequence[str]`): one text or any number, of lengths that the model takes.
+            sources (`str` or `Sequence`, *optional*): where each comes from, such as a file's name; or all of them.
+            offsets (`Sequence[tuple[int, int]]`, *optional*): where each begins and ends in its source, in characters.
+            metadata (`Sequence[Mapping]`, *optional*): what else there is to say of each, as JSON has it.
+            options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
+            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
+            fields: the fields of `WriteOptions` by themselves, in place of those of `options`.
+
+        Returns:
+            `list[str]`: a key for each text, in order.
+
+        Raises:
+            ValueError: a text cannot be written; the message names it.
+            MemoryStoreError: the index is damaged.
+            OSError: the store cannot be written.
+        """
+        options = WriteOptions.of(options, **fields)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        entries = self._entries(pipeline, texts, sources, offsets, metadata, options)
+        missing = [(text, entry) for text, entry in self._first(texts, entries) if not self._is_readable(entry.key)]
+        with progress_bar(len(missing), progress) as advance:
+            for begin in range(0, len(missing), _AT_ONCE):
+                part = missing[begin : begin + _AT_ONCE]
+
+                def store(rows: list[int], states: MemoryState, part: Sequence[tuple[str, Entry]] = part) -> None:
+                    self.put(states, [part[i][1] for i in rows])
+                    advance(len(rows))
+
+                pipeline.write_many([text for text, _ in part], progress=False, done=store, options=options)
+        self._add_places(entries)
+        return [entry.key for entry in entries]
+
+    def _entries(
+        self,
+        pipeline: GradMemPipeline,
+        texts: Sequence[str],
+        sources: str | Sequence[str | None] | None,
+        offsets: Sequence[tuple[int, int]] | None,
+        metadata: Sequence[Mapping[str, Any]] | None,
+        options: WriteOptions,
+    ) -> list[Entry]:
+        if sources is None or isinstance(sources, str):
+            sources = [sources] * len(texts)
+        given = {"sources": sources, "offsets": offsets, "metadata": metadata}
+        for name, values in given.items():
+            if values is not None and len(values) != len(texts):
+                raise ValueError(f"There are {len(texts)} texts and {len(values)} {name}; give one for each text.")
+        identity = write_identity(pipeline.model.active_peft_config, options)
+        fingerprint = pipeline.model.fingerprint()
+        return [
+            Entry(
+                key=state_key(text, fingerprint, identity),
+                source=source,
+                start=offsets[i][0] if offsets else None,
+                end=offsets[i][1] if offsets else None,
+                text=text if self.keep_text else None,
+                metadata=metadata[i] if metadata else {},
+                options=identity,
+            )
+            for i, (text, source) in enumerate(zip(texts, sources, strict=True))
+        ]
+
+    @staticmethod
+    def _first(texts: Sequence[str], entries: Sequence[Entry]) -> list[tuple[str, Entry]]:
+        """Each state once."""
+        pairs = zip(reversed(texts), reversed(entries), strict=True)
+        return list({entry.key: (text, entry) for text, entry in pairs}.values())[::-1]
+
+    def put(self, states: MemoryState, entries: Iterable[Entry]) -> None:
+        """Store states that were written elsewhere, in the place of what there is under their keys.
+
+        Args:
+            states (`MemoryState`): any number.
+            entries (`Iterable[Entry]`): one for each, with what `key` says; what the states say of themselves is taken
+                from them.
+
+        Raises:
+            ValueError: no key, vectors that are not finite, or more or fewer entries than states.
+            OSError: they cannot be written; none is stored then.
+        """
+        now = time.time()
+        found: list[tuple[Mapping[str, Tensor], list[Entry]]] = []
+        for state, entry in zip(states.cpu(), entries, strict=True):
+            if not state.vectors.isfinite().all():
+                raise ValueError(f"The state of {entry.key} has vectors that are not finite: WRITE diverged.")
+            entry = replace(entry, tokens=int(state.context_tokens), fingerprint=state.fingerprint, written=now)
+            found.append((files.new_tensors(state, self.dtype), [entry]))
+        self._land(found)
+
+    def _add_places(self, entries: Sequence[Entry]) -> None:
+        """Note where stored texts were found, unless that is known; a state that the index lacks is in it then."""
+        with self.index.reading() as connection:
+            keys = json.dumps([entry.key for entry in entries])
+            chosen = select(connection, "key IN (SELECT value FROM json_each(?))", (keys,))
+            known = {(entry.key, entry.place) for entry in chosen}
+        new: dict[str, list[Entry]] = {}
+        for entry in entries:
+            if (entry.key, entry.place) not in known:
+                new.setdefault(entry.key, []).append(entry)
+        for key, places in new.items():
+            tensors, stored = files.read_file(self._file(key))
+            self._land([(tensors, [*stored, *(replace(stored[0], **_place(place)) for place in places)])])
+
+    def _land(self, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:
+        """Put the files of states into their places and into the index; places that it knows stay."""
+        self.index.make()
+        with temporary_directory(self.path) as folder:
+            written = []
+            for number, (tensors, entries) in enumerate(found):
+                written.append(files.write_file(folder / str(number), tensors, entries))
+            with self.index.writing() as connection:
+                for number, entries in enumerate(written):
+                    file, new = self._file(entries[0].key), folder / str(number)
+                    places = {entry.place: _place(entry) for entry in select(connection, "key = ?", (entries[0].key,))}
+                    places |= {entry.place: _place(entry) for entry in entries}
+                    if len(places) > len(entries):  # another process has found it elsewhere meanwhile
+                        entries = [replace(entries[0], **place) for place in places.values()]
+                        entries = files.write_file(new, found[number][0], entries)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(new, file)
+                    insert(connection, entries)
+
+    # ---------------------------------------------------------------- read
+
+    def get(self, keys: str | Sequence[str], fingerprint: str | None = None) -> MemoryState:
+        """States, in the order of their keys, on the CPU.
+
+        Args:
+            keys (`str` or `Sequence[str]`): one key or several.
+            fingerprint (`str`, *optional*): of the model that is to read them; None: any model's states.
+
+        Raises:
+            UnknownStateError: a state is not in this store.
+            MemoryStateError: a state is damaged, or another model than `fingerprint` wrote it.
+            ValueError: no key.
+        """
+        return MemoryState.stack([self._get(key, fingerprint) for key in ([keys] if isinstance(keys, str) else keys)])
+
+    def _get(self, key: str, fingerprint: str | None) -> MemoryState:
+        try:
+            state = files.read_memory(self._file(key))
+        except FileNotFoundError:
+            raise UnknownStateError(f"There is no memory state {key!r} in {str(self.path)!r}.") from None
+        except MemoryStateError as error:
+            raise MemoryStateError(f"The stored state {key!r} cannot be read: {error}") from error
+        if fingerprint is not None and state.fingerprint != fingerprint:
+            raise MemoryStateError(
+                f"The stored state {key!r} was written by model {state.fingerprint}, and this is model {fingerprint}: "
+                "it would be read as noise. Write the text again with this model."
+            )
+        return state
+
+    def entries(self, source: str | None = None) -> Iterator[Entry]:
+        """What is stored, in the order of sources and places; a text that was found at several has an entry for each.
+
+        Args:
+            source (`str`, *optional*): only those of this source.
+        """
+        with self.index.reading() as connection:
+            yield from select(connection, *(() if source is None else ("source = ?", (source,))))
+
+    def __len__(self) -> int:
+        """The number of states."""
+        with self.index.reading() as connection:
+            return int(connection.execute("SELECT count(*) FROM states").fetchone()[0])
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the index has a state of this key."""
+        with self.index.reading() as connection:
+            return connection.execute("SELECT 1 FROM states WHERE key = ?", (key,)).fetchone() is not None
+
+    def _file(self, key: str) -> Path:
+        return files.file_of(self.path / STATES, key)
+
+    def _is_readable(self, key: str) -> bool:
+        try:
+            files.read_file(self._file(key))
+        except (FileNotFoundError, MemoryStateError):
+            return False
+        return True
+
+
+def _place(entry: Entry) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in files.OF_A_PLACE}

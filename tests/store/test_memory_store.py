@@ -1,0 +1,194 @@
+"""MemoryStore: what is added is found again, written once, and named for what it is."""
+
+import sqlite3
+
+import pytest
+import torch
+from stores import NAMES, TEXTS, tiny_pipeline
+
+from gradmem_adapter import MemoryState, MemoryStateError, WriteOptions
+from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError
+
+
+@pytest.fixture
+def counted(pipeline, monkeypatch):
+    """The texts that are written."""
+    written = []
+    write_many = pipeline.write_many
+    monkeypatch.setattr(
+        pipeline, "write_many", lambda texts, **rest: written.extend(texts) or write_many(texts, **rest)
+    )
+    return written
+
+
+class TestAdd:
+    def test_states_are_those_of_write(self, store, keys, pipeline):
+        assert store.get(keys, pipeline.model.fingerprint()) == pipeline.write_many(TEXTS)
+        assert store.get(keys[2]) == store.get(keys)[2]
+
+    def test_a_text_is_written_once(self, store, keys, pipeline, counted):
+        assert store.add(pipeline, [TEXTS[1], "w1 w2 w3", TEXTS[1], "w1 w2 w3"])[0] == keys[1]
+        assert counted == ["w1 w2 w3"]
+        assert len(store) == 5
+
+    def test_another_store_in_the_same_directory_finds_them(self, store, keys, pipeline, counted):
+        assert MemoryStore(store.path).add(pipeline, TEXTS) == keys
+        assert counted == []
+
+    def test_what_a_killed_process_has_not_entered_is_not_written_again(self, store, keys, pipeline, counted):
+        with store.index.writing() as connection:
+            connection.execute("DELETE FROM states")
+        assert len(store) == 0
+        store.add(pipeline, TEXTS, sources="new")
+        assert counted == []
+        assert {entry.source for entry in store.entries()} == {*NAMES, "new"}
+
+    def test_what_is_damaged_is_written_again(self, store, keys, pipeline, counted):
+        file = store.path / "states" / keys[0][:2] / f"{keys[0]}.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(MemoryStateError, match=keys[0]):
+            store.get(keys)
+        store.add(pipeline, TEXTS)
+        assert counted == [TEXTS[0]]
+        assert torch.allclose(store.get(keys).vectors, pipeline.write_many(TEXTS).vectors, atol=1e-5)
+
+    def test_model_configuration_and_options_are_part_of_a_key(self, store, keys, pipeline):
+        others = [
+            store.key(tiny_pipeline(seed=1), TEXTS[0]),
+            store.key(pipeline, TEXTS[0], WriteOptions(steps=3)),
+            *(store.key(tiny_pipeline(**{name: 3}), TEXTS[0]) for name in ("write_steps", "write_lr")),
+            store.key(tiny_pipeline(write_clip_norm=0.1), TEXTS[0]),
+        ]
+        assert len({keys[0], *others}) == 6
+        assert store.key(tiny_pipeline(), TEXTS[0]) == store.key(pipeline, TEXTS[0], WriteOptions()) == keys[0]
+
+    def test_one_for_each_text(self, store, pipeline):
+        with pytest.raises(ValueError, match="4 texts and 2 sources"):
+            store.add(pipeline, TEXTS, sources=["a", "b"])
+        assert not store.path.exists()
+
+    def test_nothing_is_nothing(self, store, pipeline):
+        assert store.add(pipeline, []) == []
+        assert (len(store), list(store.entries())) == (0, [])
+
+
+class TestEntries:
+    def test_say_where_what_and_how(self, store, keys, pipeline):
+        entries = list(store.entries())
+        assert [entry.place for entry in entries] == [
+            ("a.txt", 0, 20), ("b.txt", 0, 10), ("b.txt", 10, 30), ("c.txt", 5, 40),
+        ]  # fmt: skip
+        assert [entry.text for entry in entries] == [TEXTS[i] for i in (1, 0, 2, 3)]
+        assert [entry.tokens for entry in entries] == [9, 5, 7, 12]
+        assert {entry.fingerprint for entry in entries} == {pipeline.model.fingerprint()}
+        assert entries[0].options["write_steps"] == 2
+        files = sorted((store.path / "states").rglob("*.safetensors"))
+        assert sum(entry.nbytes for entry in entries) == sum(file.stat().st_size for file in files)
+        assert [entry.key for entry in store.entries("b.txt")] == [keys[0], keys[2]]
+
+    def test_a_text_of_two_sources_has_two(self, store, keys, pipeline):
+        store.add(pipeline, TEXTS[:1], sources="d.txt", offsets=[(7, 9)], metadata=[{"title": "Ü"}])
+        store.add(pipeline, TEXTS[:1], sources="d.txt", offsets=[(7, 9)])
+        (entry,) = store.entries("d.txt")
+        assert (entry.key, entry.place, entry.metadata) == (keys[0], ("d.txt", 7, 9), {"title": "Ü"})
+        assert (len(store), len(list(store.entries()))) == (4, 5)
+
+    def test_without_text(self, tmp_path, pipeline):
+        store = MemoryStore(tmp_path, keep_text=False)
+        store.add(pipeline, TEXTS)
+        assert {entry.text for entry in store.entries()} == {None}
+        assert not any(TEXTS[0].encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+class TestPut:
+    def test_states_from_elsewhere(self, store, pipeline):
+        states = pipeline.write(TEXTS[:2])
+        entries = [Entry(store.key(pipeline, text), source="s", text=text) for text in TEXTS[:2]]
+        store.put(states, entries)
+        assert store.get([entry.key for entry in entries]) == states
+
+    def test_as_many_entries_as_states(self, store, pipeline):
+        with pytest.raises(ValueError, match="argument 2 is shorter"):
+            store.put(pipeline.write(TEXTS[:2]), [Entry(store.key(pipeline, TEXTS[0]))])
+
+    def test_no_path_for_a_key(self, store, pipeline):
+        with pytest.raises(ValueError, match="32 hexadecimal digits"):
+            store.put(pipeline.write(TEXTS[0]), [Entry("../../elsewhere")])
+
+    def test_nothing_that_is_not_finite(self, store, pipeline):
+        state = pipeline.write(TEXTS[0])
+        state.vectors[0, 0, 0] = float("nan")
+        with pytest.raises(ValueError, match="not finite"):
+            store.put(state, [Entry(store.key(pipeline, TEXTS[0]))])
+        assert len(store) == 0
+
+
+class TestGet:
+    def test_unknown_key(self, store, keys):
+        with pytest.raises(UnknownStateError, match="no memory state '0000"):
+            store.get([keys[0], "0" * 32])
+
+    def test_of_another_model(self, store, keys):
+        with pytest.raises(MemoryStateError, match="was written by model"):
+            store.get(keys[0], tiny_pipeline(seed=1).model.fingerprint())
+
+    def test_a_file_under_another_name(self, store, keys):
+        one, other = (store.path / "states" / key[:2] / f"{key}.safetensors" for key in keys[:2])
+        other.write_bytes(one.read_bytes())
+        with pytest.raises(MemoryStateError, match="copied or renamed"):
+            store.get(keys[1])
+
+
+class TestDtypes:
+    @pytest.mark.parametrize(("dtype", "error"), [("float32", 0), ("bfloat16", 2**-8), ("int8", 0.5 / 127)])
+    def test_are_as_near_as_they_can_be(self, tmp_path, pipeline, dtype, error):
+        store = MemoryStore(tmp_path, dtype=dtype)
+        keys = store.add(pipeline, TEXTS)
+        found, written = store.get(keys).vectors, pipeline.write_many(TEXTS).vectors
+        assert found.dtype == torch.float32
+        assert ((found - written).abs() <= error * written.abs().amax(-1, keepdim=True) * 1.001).all()
+
+    def test_what_is_noted_later_leaves_the_state_as_it_is(self, store, keys, pipeline):
+        before = store.get(keys)
+        MemoryStore(store.path, dtype="int8").add(pipeline, TEXTS, sources="again")
+        assert store.get(keys) == before
+
+    def test_every_file_is_one_of_a_memory_state(self, tmp_path, pipeline):
+        store = MemoryStore(tmp_path, dtype="int8")
+        (key,) = store.add(pipeline, TEXTS[:1])
+        assert MemoryState.load(tmp_path / "states" / key[:2] / f"{key}.safetensors") == store.get(key)
+
+    def test_no_other(self, tmp_path):
+        with pytest.raises(ValueError, match="dtype must be one of"):
+            MemoryStore(tmp_path, dtype="float16")
+
+
+class TestIndex:
+    def test_words_find_texts(self, store, pipeline):
+        (key,) = store.add(pipeline, ["the herons w1 reached an island"])
+        store.add(pipeline, TEXTS)
+        with store.index.reading() as connection:
+            found = connection.execute(
+                "SELECT key FROM texts JOIN states ON states.id = texts.rowid WHERE texts MATCH 'heron'"
+            ).fetchall()
+        assert found == [(key,)]
+
+    def test_damaged(self, store, keys, pipeline):
+        store.index.path.write_bytes(b"no index" * 1000)
+        with pytest.raises(MemoryStoreError, match=r"damaged .*rebuild"):
+            store.add(pipeline, TEXTS)
+        assert store.get(keys) == pipeline.write_many(TEXTS)
+
+    def test_lost(self, store, keys):
+        store.index.path.unlink()
+        with pytest.raises(MemoryStoreError, match=r"gone.*rebuild"):
+            list(store.entries())
+
+    def test_of_a_newer_version(self, store, keys):
+        connection = sqlite3.connect(store.index.path)
+        connection.execute("PRAGMA user_version = 99")
+        connection.close()
+        with pytest.raises(MemoryStoreError, match="upgrade gradmem-adapter"):
+            len(store)
