@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -83,8 +83,10 @@ class MemoryStore:
         sources: str | Sequence[str | None] | None = None,
         offsets: Sequence[tuple[int, int]] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
-        options: WriteOptions | None = None,
+        max_tokens: int | None = None,
         progress: bool | None = False,
+        done: Callable[[list[str]], None] = lambda keys: None,
+        options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> list[str]:
         """The keys of texts. Those that are not stored, or damaged, are written, in batches that fit into memory.
@@ -97,8 +99,10 @@ class MemoryStore:
             sources (`str` or `Sequence`, *optional*): where each comes from, such as a file's name; or all of them.
             offsets (`Sequence[tuple[int, int]]`, *optional*): where each begins and ends in its source, in characters.
             metadata (`Sequence[Mapping]`, *optional*): what else there is to say of each, as JSON has it.
-            options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
+            max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
             progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
+            done (`Callable`, *optional*): given the keys of each batch as soon as it is stored.
+            options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
             fields: the fields of `WriteOptions` by themselves, in place of those of `options`.
 
         Returns:
@@ -120,8 +124,10 @@ class MemoryStore:
                 def store(rows: list[int], states: MemoryState, part: Sequence[tuple[str, Entry]] = part) -> None:
                     self.put(states, [part[i][1] for i in rows])
                     advance(len(rows))
+                    done([part[i][1].key for i in rows])
 
-                pipeline.write_many([text for text, _ in part], progress=False, done=store, options=options)
+                part_texts = [text for text, _ in part]
+                pipeline.write_many(part_texts, max_tokens=max_tokens, progress=False, done=store, options=options)
         self._add_places(entries)
         return [entry.key for entry in entries]
 

@@ -31,6 +31,12 @@ class TestAdd:
         assert counted == ["w1 w2 w3"]
         assert len(store) == 5
 
+    def test_each_batch_is_told_of_when_it_is_stored(self, store, keys, pipeline):
+        told = []
+        texts = [*TEXTS, "w1 w2 w3", "w4 w5"]
+        added = store.add(pipeline, texts, max_tokens=1, done=lambda batch: told.append((batch, len(store))))
+        assert sorted(told) == sorted([([added[4]], 5), ([added[5]], 6)])
+
     def test_another_store_in_the_same_directory_finds_them(self, store, keys, pipeline, counted):
         assert MemoryStore(store.path).add(pipeline, TEXTS) == keys
         assert counted == []
