@@ -1,7 +1,9 @@
 """Many memory states on disk, with an index."""
 
+from gradmem_adapter.store.choose import Choice
+from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, state_key
 from gradmem_adapter.store.errors import MemoryStoreError, UnknownStateError
 from gradmem_adapter.store.memory_store import MemoryStore
 
-__all__ = ["Entry", "MemoryStore", "MemoryStoreError", "UnknownStateError", "state_key"]
+__all__ = ["Choice", "Embedding", "Entry", "MemoryStore", "MemoryStoreError", "UnknownStateError", "state_key"]

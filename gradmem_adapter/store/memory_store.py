@@ -15,6 +15,8 @@ from torch import Tensor
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import files
+from gradmem_adapter.store.choose import Choice, choose
+from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
 from gradmem_adapter.store.index import STATES, Index, insert, select
@@ -259,6 +261,45 @@ class MemoryStore:
         """
         with self.index.reading() as connection:
             yield from select(connection, *(() if source is None else ("source = ?", (source,))))
+
+    def choose(
+        self,
+        pipeline: GradMemPipeline,
+        query: str,
+        k: int = 4,
+        *,
+        source: str | None = None,
+        embedding: Embedding | None = None,
+    ) -> list[Choice]:
+        """The states that a question needs, the best first: those whose texts have its words.
+
+        ```python
+        chosen = store.choose(pipeline, "Where does the heron nest?")
+        memory = MemoryState.concat([store.get(choice.entry.key) for choice in chosen])
+        pipeline.generate("Where does the heron nest?", memory=memory)
+        ```
+
+        Words count by BM25, without their English endings and without those that only make a question. A language
+        written without spaces between words needs an embedding.
+
+        Args:
+            pipeline (`GradMemPipeline`): who is to read; states of other models are passed over.
+            query (`str`): the question.
+            k (`int`, *optional*, defaults to `4`): how many states at most.
+            source (`str`, *optional*): only states of this source.
+            embedding (`Embedding`, *optional*): what the meaning of texts counts by, beside their words. Its vectors
+                are kept in the index; texts that have none yet are embedded first.
+
+        Returns:
+            `list[Choice]`: fewer than `k` where fewer texts have a word of the question.
+
+        Raises:
+            ValueError: `k` is less than 1; the store has no state of this model, or keeps no texts; an embedding that
+                does not fit.
+            MemoryStoreError: the index is damaged.
+            OSError: vectors cannot be stored.
+        """
+        return choose(self.index, pipeline.model.fingerprint(), query, k, source, embedding)
 
     def __len__(self) -> int:
         """The number of states."""

@@ -1,0 +1,112 @@
+"""Which of many states a question needs: by the words of their texts, and by a sentence embedding."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from dataclasses import dataclass
+from typing import Any
+
+from gradmem_adapter.store.embedding import Embedding, cosines, embed_texts
+from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.index import Index, select
+from gradmem_adapter.utils.tokens import check_text
+
+_WORD = re.compile(r"\w+")
+_OF_QUESTIONS = {
+    "a", "an", "and", "are", "as", "at", "be", "by", "can", "could", "did", "do", "does", "for", "from", "had",
+    "has", "have", "how", "in", "is", "it", "its", "many", "much", "of", "on", "or", "that", "the", "this", "to",
+    "was", "were", "what", "when", "where", "which", "who", "whom", "whose", "why", "will", "with", "would",
+}  # fmt: skip
+"""English words that say nothing of what a question is about, and that BM25 asks for where texts have few of them."""
+_BY_WORDS = 64
+"""States whose words count beside an embedding."""
+_STATES = """
+    fingerprint = :fingerprint
+    AND (:source IS NULL OR EXISTS (SELECT 1 FROM places WHERE places.key = states.key AND places.source = :source))
+"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A state for a question.
+
+    Args:
+        entry (`Entry`): the state, with the first of the places that its text was found at.
+        score (`float`): the higher, the better. It says nothing beside the score for another question.
+    """
+
+    entry: Entry
+    score: float
+
+
+def choose(
+    index: Index, fingerprint: str, query: str, k: int, source: str | None, embedding: Embedding | None
+) -> list[Choice]:
+    """The best states for a question; `MemoryStore.choose` says what the arguments are.
+
+    The score of a state is its BM25. With an embedding it is its share of the best state's, plus the cosine:
+
+        s(i)  =  bm25(i) / max_j bm25(j)  +  cos(i)
+    """
+    if type(k) is not int or k < 1:
+        raise ValueError(f"k is how many states are wanted, 1 at least, got {k!r}.")
+    check_text("The query", query)
+    if embedding is not None:
+        embed_texts(index, embedding)
+    values = {"fingerprint": fingerprint, "source": source}
+    with index.reading() as connection:
+        if embedding is None:
+            scores = _by_words(connection, query, k, values)
+        else:
+            words = _by_words(connection, query, max(k, _BY_WORDS), values)
+            best = max(words.values(), default=1.0)
+            near = cosines(connection, embedding, query, _STATES, values)
+            both = {key: words.get(key, 0.0) / best + cosine for key, cosine in near.items()}
+            scores = dict(sorted(both.items(), key=lambda item: -item[1])[:k])
+        if not scores:
+            _check_states(connection, fingerprint)
+        place = "key = ? AND (? IS NULL OR source = ?)"
+        entries = {key: next(select(connection, place, (key, source, source))) for key in scores}
+    return [Choice(entries[key], score) for key, score in scores.items()]
+
+
+def match_any(query: str) -> str | None:
+    """What FTS5 is asked for: texts with any word that says what a question is about, or else with any word of it.
+
+    Args:
+        query (`str`): the question.
+
+    Returns:
+        `str`, *optional*: for MATCH; None: there is no word.
+    """
+    words = dict.fromkeys(_WORD.findall(query.lower()))
+    wanted = [word for word in words if word not in _OF_QUESTIONS] or words
+    return " OR ".join(f'"{word}"' for word in wanted) or None
+
+
+def _by_words(connection: sqlite3.Connection, query: str, limit: int, values: dict[str, Any]) -> dict[str, float]:
+    """By key, BM25 of the best states, in order."""
+    if (match := match_any(query)) is None:
+        return {}
+    found = connection.execute(
+        f"""
+        SELECT key, -rank FROM texts JOIN states ON states.id = texts.rowid
+        WHERE texts MATCH :match AND {_STATES} ORDER BY rank LIMIT :limit
+        """,
+        {**values, "match": match, "limit": limit},
+    )
+    return dict(found.fetchall())
+
+
+def _check_states(connection: sqlite3.Connection, fingerprint: str) -> None:
+    """Raise `ValueError` where no question can find a state: none is the model's, or none has a text."""
+    counts = "SELECT count(*), total(fingerprint = ?), total(fingerprint = ? AND text IS NOT NULL) FROM states"
+    states, own, texts = connection.execute(counts, (fingerprint, fingerprint)).fetchone()
+    if states and not own:
+        raise ValueError(
+            f"None of the {states} states in this store was written by this model ({fingerprint}): it would read them "
+            "as noise. Write the texts again with this model."
+        )
+    if own and not texts:
+        raise ValueError("This store keeps no texts (keep_text=False), by which states are chosen: name keys yourself.")
