@@ -66,12 +66,18 @@ class Inputs:
             raise ValueError(self.refused[0])
         return documents
 
-    def _refuse(self, error: Exception) -> None:
-        self.refused.append(described(error))  # not the error itself, which holds on to what was read
+    def refuse(self, error: Exception, place: str | None = None) -> None:
+        """Keep what is wrong with a text.
+
+        Args:
+            error (`Exception`): what was raised. It is not kept itself, since it holds on to what was read.
+            place (`str`, *optional*): where the text is from; None: the error says it.
+        """
+        self.refused.append(described(error) if place is None else f"{place}: {described(error)}")
 
     def _walk(self, directory: str) -> Iterator[str]:
         own = None if self.without is None else os.path.realpath(self.without)
-        for folder, folders, files in os.walk(directory, onerror=self._refuse):
+        for folder, folders, files in os.walk(directory, onerror=self.refuse):
             shown = (name for name in sorted(folders) if not name.startswith("."))
             folders[:] = [name for name in shown if os.path.realpath(os.path.join(folder, name)) != own]
             yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
@@ -87,7 +93,7 @@ class Inputs:
             try:
                 text = is_text(path)
             except OSError as error:
-                self._refuse(error)
+                self.refuse(error)
                 continue
             if text:
                 yield from self._read(path)
@@ -102,7 +108,7 @@ class Inputs:
             else:
                 yield _document(path, whole(path))
         except (OSError, ValueError) as error:
-            self._refuse(error)
+            self.refuse(error)
 
     def _row(self, path: str, number: int, line: bytes) -> Iterator[Document]:
         place = f"{path}, line {number}"
@@ -112,7 +118,7 @@ class Inputs:
                 source = f"{path}:{number}" if self.source_field is None else _text(row, self.source_field, place)
                 yield _document(source, _text(row, self.text_field, place))
         except ValueError as error:
-            self._refuse(error)
+            self.refuse(error)
 
 
 def _text(row: Any, name: str, place: str) -> str:

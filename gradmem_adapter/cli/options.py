@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import typer
 
+from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.state_file import is_memory_state
 
@@ -81,3 +82,31 @@ def check_output(path: Path, *, inputs: Iterable[Path], force: bool) -> None:
             f"{path} exists and holds what was written before. Name another file, or replace it with --force."
         )
     typer.confirm(f"{path} holds what was written before. Replace it?", abort=True)
+
+
+def existing_store(path: Path) -> MemoryStore:
+    """The memory store in a directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    store = MemoryStore(path)
+    if not store.exists():
+        raise FileNotFoundError(f"There is no memory store in {path}; gradmem write TEXTS --store {path} makes one.")
+    return store
+
+
+def writable_store(path: Path, *, keep_text: bool) -> MemoryStore:
+    """The memory store in a directory, or one to be, which is not made before there is something to store.
+
+    Raises:
+        FileExistsError: the directory holds something else.
+        OSError: nothing can be written there.
+        MemoryStoreError: the index is damaged or lost.
+    """
+    store = MemoryStore(path, keep_text=keep_text)
+    if path.exists() and not store.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise FileExistsError(f"{path} holds other files and is no memory store. Name an empty or a new directory.")
+    check_writable(next(place for place in (path, *path.absolute().parents) if place.exists()) / store.index.path.name)
+    len(store)  # a damaged index shows here, and not after the first texts are written
+    return store

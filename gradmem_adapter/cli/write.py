@@ -1,7 +1,8 @@
-"""`gradmem write`: texts in, a file of memory states out."""
+"""`gradmem write`: texts in, memory states out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
+from gradmem_adapter.cli.bulk import print_outcome, write_to_store
 from gradmem_adapter.cli.inputs import Document, Inputs
 from gradmem_adapter.cli.options import (
     CHECKPOINT,
@@ -23,22 +25,34 @@ from gradmem_adapter.cli.options import (
     check_output,
     chosen_device,
     print_json,
+    writable_store,
 )
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.write.options import Objective
+from gradmem_adapter.write.options import Objective, WriteOptions
 
-PATHS = """Texts in UTF-8: files, directories, patterns in quotes, - for standard input. A file is one context; of
+PATHS = """Texts in UTF-8: files, directories, patterns in quotes, - for standard input. A file is one text; of
 JSON lines (.jsonl) each line is."""
+STORE = """A directory for texts of any length, written in segments. What is there is not written again: after an
+interruption the same command goes on."""
 
 
 def write(
     paths: Annotated[list[str], typer.Argument(help=PATHS)],
-    output: Annotated[Path, typer.Option(dir_okay=False, help="The file for the memory states, in order.")],
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="A file for the states, one for each text.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(file_okay=False, help=STORE)] = None,
     checkpoint: Annotated[Path, CHECKPOINT] = QA_CHECKPOINT,
     text_field: Annotated[str, TEXT_FIELD] = "text",
     source_field: Annotated[str | None, SOURCE_FIELD] = None,
     json_lines: Annotated[bool, JSON_LINES] = False,
+    segment_tokens: Annotated[
+        int | None, typer.Option(help="store: most tokens of a segment; default: the checkpoint's trained length.")
+    ] = None,
+    keep_text: Annotated[
+        bool, typer.Option("--keep-text/--no-text", help="store: keep the texts, too, to search and to cite them.")
+    ] = True,
     steps: Annotated[
         int | None, typer.Option(min=0, help="Write steps; default: the checkpoint's, or 100 with self_study.")
     ] = None,
@@ -51,29 +65,41 @@ def write(
     device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Write texts into one memory state each, all in one file."""
-    documents = Inputs(paths, text_field, source_field, json_lines).read_all()
-    own = (file for file in checkpoint.rglob("*") if file.is_file())
-    check_output(output, inputs=[*map(Path, paths), *(Path(one.source) for one in documents), *own], force=force)
-    pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
-    texts = [document.text for document in documents]
-    states = pipeline.write_many(texts, steps=steps, max_tokens=max_tokens, objective=objective)
-    states.save(output)
-    written = [_figures(document, state) for document, state in zip(documents, states, strict=True)]
+    """Write texts into memory states: one for each in a file, or any number of any length in a memory store."""
+    inputs = Inputs(paths, text_field, source_field, json_lines, without=store)
+    how: dict[str, Any] = {"options": WriteOptions(steps=steps, objective=objective), "max_tokens": max_tokens}
+
+    def pipeline() -> GradMemPipeline:
+        return GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
+
+    if store is not None and output is None:
+        there = writable_store(store, keep_text=keep_text)
+        print_outcome(write_to_store(there, pipeline(), inputs, segment_tokens, **how), inputs, as_json)
+    elif output is not None and store is None:
+        documents = inputs.read_all()
+        own = (file for file in checkpoint.rglob("*") if file.is_file())
+        check_output(output, inputs=[*map(Path, paths), *(Path(one.source) for one in documents), *own], force=force)
+        states = pipeline().write_many([document.text for document in documents], **how)
+        states.save(output)
+        _print_states(documents, states, as_json)
+    else:
+        raise ValueError("Say where the states go: either --output FILE or --store DIR.")
+
+
+def _print_states(documents: Sequence[Document], states: MemoryState, as_json: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "source": document.source,
+            "tokens": int(state.context_tokens),
+            "bytes": state.nbytes,
+            "write_loss": state.write_losses[0, -1].item(),
+        }
+        for document, state in zip(documents, states, strict=True)
+    ]
     if as_json:
-        print_json({"output": str(output), "states": written})
+        print_json({"states": rows})
         return
     table = Table("source", "tokens", "bytes", "last write loss")
-    for row in written:
+    for row in rows:
         table.add_row(Text(row["source"]), str(row["tokens"]), str(row["bytes"]), f"{row['write_loss']:.4f}")
     Console().print(table)
-
-
-def _figures(document: Document, state: MemoryState) -> dict[str, Any]:
-    """What is told of a text and its state."""
-    return {
-        "source": document.source,
-        "tokens": int(state.context_tokens),
-        "bytes": state.nbytes,
-        "write_loss": state.write_losses[0, -1].item(),
-    }

@@ -301,6 +301,10 @@ class MemoryStore:
         """
         return choose(self.index, pipeline.model.fingerprint(), query, k, source, embedding)
 
+    def exists(self) -> bool:
+        """Whether there is a store in the directory, if only an empty or a damaged one."""
+        return self.index.path.exists() or (self.path / STATES).exists()
+
     def __len__(self) -> int:
         """The number of states."""
         with self.index.reading() as connection:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -69,6 +71,24 @@ def write(ready, folder):
             "cpu",
         ]
         app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def write_lines(folder, puts):
+    """`gradmem write` of JSON lines into a store, killed while it stores so many batches."""
+    from gradmem_adapter.cli import app
+    from gradmem_adapter.store import MemoryStore
+
+    put, count = MemoryStore.put, itertools.count(1)
+
+    def counted(*arguments):
+        if next(count) == puts:
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(*arguments)
+
+    MemoryStore.put = counted
+    arguments = ["write", folder / "lines.jsonl", "--store", folder / "memory", "--checkpoint", folder / "checkpoint"]
+    arguments += ["--segment-tokens", 20, "--max-tokens", 60, "--device", "cpu"]
+    app([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def train(ready, folder: Path):

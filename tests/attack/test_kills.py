@@ -2,17 +2,19 @@
 
 import json
 import os
+import signal
 
 import pytest
 import torch
 from adapters import make
-from jobs import put, save_checkpoints, save_states, train, write
+from jobs import put, save_checkpoints, save_states, train, write, write_lines
 from killing import SERVER, kill_often
 from langchain_gradmem import AtomicFileStore
 from peft import get_peft_model
 from tiny import rows, tiny, tiny_text, tiny_tokenizer
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryState, load_backbone, load_checkpoint, save_checkpoint
+from gradmem_adapter.store import MemoryStore
 
 
 def killed_while_saving_states(path, kills):
@@ -103,6 +105,27 @@ def test_the_command_write(folder):
     assert seen > 10
     state.save(folder / "states")
     assert sorted(os.listdir(folder)) == sorted([*before, "states"])
+
+
+def test_json_lines_are_written_on_after_kills(folder):
+    """No line is lost, none is written twice, and no more than a batch is written in vain."""
+    lines = [tiny_text(18, seed=seed) for seed in range(12)] + [tiny_text(33, seed=99)]
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    store, stored, states = MemoryStore(folder / "memory"), 0, {}
+    for puts in (2, 3, 1, 0):
+        process = SERVER.Process(target=write_lines, args=(folder, puts))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if puts else 0)
+        before, states = states, {entry.key: store.get(entry.key) for entry in store.entries()}
+        assert len(states) >= stored + 2 * max(puts - 1, 0)
+        assert all(torch.equal(states[key].vectors, state.vectors) for key, state in before.items())
+        stored = len(states)
+    found = {(int(entry.source.split(":")[1]) - 1, entry.start, entry.end): entry.text for entry in store.entries()}
+    assert len(found) == stored == 14
+    assert all(text == lines[number][start:end] for (number, start, end), text in found.items())
+    assert {number for number, _, _ in found} == set(range(13))
+    assert sorted(os.listdir(store.path)) == ["index.sqlite", "states"]
 
 
 @pytest.mark.slow

@@ -60,7 +60,6 @@ def test_write_a_directory_and_json_lines_and_print_json(checkpoint, tmp_path, m
     result = invoke("write", "notes", "rows.jsonl", "--output", "states", *arguments)
     assert result.exit_code == 0, result.output
     printed, states = json.loads(result.stdout), MemoryState.load("states")
-    assert printed["output"] == "states"
     assert [row["source"] for row in printed["states"]] == ["notes/0[b].txt", "notes/1[b].txt", "rows.jsonl:1"]
     assert [row["tokens"] for row in printed["states"]] == states.context_tokens.tolist() == [2, 3, 1]
     assert [row["write_loss"] for row in printed["states"]] == states.write_losses[:, -1].tolist()

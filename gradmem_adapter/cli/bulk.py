@@ -1,0 +1,126 @@
+"""Any number of documents of any length into a memory store."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from gradmem_adapter.cli.inputs import Inputs
+from gradmem_adapter.cli.options import print_json
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.segments import Segment
+from gradmem_adapter.store import MemoryStore, MemoryStoreError
+
+AT_ONCE = 256
+"""Segments that are given to the store together."""
+Piece: TypeAlias = tuple[str, Segment]
+"""A segment, and the source that it is of."""
+
+
+def write_to_store(
+    store: MemoryStore, pipeline: GradMemPipeline, inputs: Inputs, segment_tokens: int | None, **how: Any
+) -> Counter[str]:
+    """Write documents segment by segment. What is stored already is not written again; progress goes to a terminal.
+
+    Args:
+        store (`MemoryStore`): where to.
+        pipeline (`GradMemPipeline`): who writes.
+        inputs (`Inputs`): the documents. One that cannot be written is refused there, and the rest goes on.
+        segment_tokens (`int`, *optional*): most tokens of a segment; None: the adapter's trained length.
+        how: what else `MemoryStore.add` takes: options, max_tokens.
+
+    Returns:
+        `Counter`: of `documents`, their `segments` and `tokens`, and of the segments those that were `written` now.
+
+    Raises:
+        ValueError: the trained length is not known, or a segment would be longer than the model takes.
+        MemoryStoreError, OSError: the store cannot be read or written.
+    """
+    pipeline.segments("", segment_tokens)  # wrong numbers are no document's fault
+    counts: Counter[str] = Counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+
+        def written(keys: list[str]) -> None:
+            counts["written"] += len(keys)
+            bar.update(task, description=in_words(counts))
+
+        pieces = _pieces(pipeline, inputs, segment_tokens, counts)
+        while part := list(itertools.islice(pieces, AT_ONCE)):
+            _add(store, pipeline, part, inputs.refuse, how | {"done": written})
+            bar.update(task, description=in_words(counts))
+    return counts
+
+
+def in_words(counts: Counter[str]) -> str:
+    """What `write_to_store` has done, so far."""
+    return (
+        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens in {counts['segments']:,} segments, "
+        f"{counts['written']:,} of them written now"
+    )
+
+
+def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
+    """Say what `write_to_store` has done and left out, and end the command with status 2 if it was asked for more.
+
+    Args:
+        counts (`Counter`): what it returned.
+        inputs (`Inputs`): what it was given.
+        as_json (`bool`): as one object.
+    """
+    if not counts["documents"] and not inputs.refused:
+        raise ValueError(f"There is no text in {', '.join(inputs.paths)}.")
+    if as_json:
+        numbers = {name: counts[name] for name in ("documents", "segments", "tokens", "written")}
+        print_json(numbers | {"refused": inputs.refused, "passed_over": inputs.passed_over})
+    else:
+        typer.echo(f"{in_words(counts)}.")
+        if inputs.passed_over:
+            typer.echo(f"{len(inputs.passed_over):,} files were passed over, as they are empty or no text.")
+    for line in inputs.refused:
+        typer.secho(f"gradmem write: {line}", fg="red", err=True)
+    if inputs.refused:
+        raise typer.Exit(2)
+
+
+def _pieces(
+    pipeline: GradMemPipeline, inputs: Inputs, segment_tokens: int | None, counts: Counter[str]
+) -> Iterator[Piece]:
+    for document in inputs:
+        try:
+            for segment in pipeline.segments(document.text, segment_tokens):
+                counts.update(segments=1, tokens=segment.tokens)
+                yield document.source, segment
+            counts["documents"] += 1
+        except ValueError as error:
+            inputs.refuse(error, document.source)
+
+
+def _add(
+    store: MemoryStore,
+    pipeline: GradMemPipeline,
+    part: Sequence[Piece],
+    refuse: Callable[..., None],
+    how: dict[str, Any],
+) -> None:
+    """Store some segments; where that fails, one by one, so that only what is at fault is left out."""
+    sources = [source for source, _ in part]
+    offsets = [(segment.start, segment.end) for _, segment in part]
+    try:
+        store.add(pipeline, [segment.text for _, segment in part], sources=sources, offsets=offsets, **how)
+    except MemoryStoreError:
+        raise
+    except ValueError as error:
+        if len(part) > 1:
+            for piece in part:
+                _add(store, pipeline, [piece], refuse, how)
+        else:
+            refuse(error, f"{sources[0]}, characters {part[0][1].start} to {part[0][1].end}")

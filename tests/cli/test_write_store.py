@@ -1,0 +1,122 @@
+"""`gradmem write --store`: any number of texts of any length, each written once."""
+
+import json
+
+import pytest
+import torch
+from commands import invoke
+from tiny import tiny_text
+
+from gradmem_adapter import GradMemPipeline, load_checkpoint
+from gradmem_adapter.store import MemoryStore
+
+
+@pytest.fixture(autouse=True)
+def _texts(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "long.txt").write_text(tiny_text(50))
+    (tmp_path / "notes" / "short.txt").write_text("w1 w2 w3\n")
+    rows = [{"text": tiny_text(9, seed=i), "id": f"row {i}"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write(*arguments, store="memory"):
+    options = ("--checkpoint", "checkpoint", "--device", "cpu", "--segment-tokens", 20)
+    return invoke("write", *arguments, "--store", store, *options)
+
+
+def figures(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_files_and_rows_in_segments_and_each_once(checkpoint):
+    first = figures(write("notes", "rows.jsonl", "--source-field", "id", "--json"))
+    assert (first["documents"], first["segments"], first["written"], first["tokens"]) == (5, 7, 7, 82)
+    store = MemoryStore("memory")
+    entries = list(store.entries())
+    assert [entry.source for entry in entries] == ["notes/long.txt"] * 3 + [
+        "notes/short.txt",
+        "row 0",
+        "row 1",
+        "row 2",
+    ]
+    long = tiny_text(50)
+    assert all(entry.text == long[entry.start : entry.end] for entry in entries[:3])
+    pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
+    expected = pipeline.write_many([entry.text for entry in entries])
+    stored = store.get([entry.key for entry in entries], pipeline.model.fingerprint())
+    torch.testing.assert_close(stored.vectors, expected.vectors, rtol=0.1, atol=0.02)  # stored in fewer bits
+    again = figures(write("notes", "rows.jsonl", "--source-field", "id", "--json"))
+    assert again == first | {"written": 0}
+    (checkpoint.parent / "notes" / "new.txt").write_text("w9 w8")
+    more = write("notes")
+    assert more.exit_code == 0
+    assert "3 documents, 57 tokens in 5 segments, 1 of them written now." in more.stdout
+
+
+def test_without_texts(checkpoint):
+    assert write("notes", "--no-text").exit_code == 0
+    assert {entry.text for entry in MemoryStore("memory").entries()} == {None}
+
+
+def test_a_store_in_the_directory_that_is_written():
+    first = figures(write(".", "--json", store="notes/memory"))
+    assert figures(write(".", "--json", store="notes/memory"))["segments"] == first["segments"]
+
+
+def test_what_cannot_be_read_or_written_is_named_and_the_rest_is_written(tmp_path, monkeypatch):
+    add = MemoryStore.add
+
+    def diverging(store, pipeline, texts, **rest):
+        if any(text == tiny_text(9, seed=1) for text in texts):
+            raise ValueError("WRITE diverged.")
+        return add(store, pipeline, texts, **rest)
+
+    monkeypatch.setattr(MemoryStore, "add", diverging)
+    (tmp_path / "notes" / "latin.txt").write_bytes(b"w1 \xe4")
+    (tmp_path / "notes" / "picture").write_bytes(bytes(99))
+    result = write("missing", "notes", "rows.jsonl", "--json")
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[1] for line in lines] == [" missing", " notes/latin.txt is no text in UTF-8", " rows.jsonl"]
+    assert lines[2] == f"gradmem write: rows.jsonl:2, characters 0 to {len(tiny_text(9, seed=1))}: WRITE diverged."
+    printed = json.loads(result.stdout)
+    assert [f"gradmem write: {line}" for line in printed["refused"]] == lines
+    assert printed["passed_over"] == ["notes/picture"]
+    assert (len(MemoryStore("memory")), printed["written"]) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["notes"], "either --output FILE or --store DIR"),
+        (["notes", "--store", "memory", "--output", "x"], "either --output FILE or --store DIR"),
+        (["notes", "--store", "notes"], "notes holds other files and is no memory store"),
+        (["notes", "--store", "rows.jsonl"], "is a file"),
+        (["notes", "--store", "/proc/memory"], "/proc"),
+        (["empty", "--store", "memory"], "There is no text in empty"),
+        (["notes", "--store", "memory", "--segment-tokens", "999"], "at most the 93 tokens"),
+    ],
+)
+def test_what_cannot_work(tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    result = invoke("write", "--checkpoint", "checkpoint", "--device", "cpu", "--segment-tokens", "20", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "memory").exists()
+
+
+def test_a_damaged_index_is_found_before_the_work(tmp_path, monkeypatch):
+    assert write("notes").exit_code == 0
+    (tmp_path / "memory" / "index.sqlite").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 99)
+    monkeypatch.setattr("gradmem_adapter.cli.write.load_checkpoint", lambda *_, **__: pytest.fail("work was done"))
+    result = write("rows.jsonl")
+    assert result.exit_code == 2
+    assert "index.sqlite' is damaged" in result.stderr
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    assert "2 documents, 55 tokens in 4 segments, 4 of them written now" in write("notes").stderr
