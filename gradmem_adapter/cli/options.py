@@ -60,6 +60,16 @@ def print_json(figures: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(figures))
 
 
+def place(entry: Mapping[str, Any]) -> str:
+    """Where a stored text is from, in words.
+
+    Args:
+        entry (`Mapping[str, Any]`): its key, source, start and end.
+    """
+    source = entry["key"] if entry["source"] is None else entry["source"]
+    return source if entry["start"] is None else f"{source}, characters {entry['start']} to {entry['end']}"
+
+
 def check_output(path: Path, *, inputs: Iterable[Path], force: bool) -> None:
     """Raise before the work unless memory states may be saved there; on a terminal, ask before states are replaced.
 

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from commands import invoke
 from tiny import tiny_text
 
-from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint
+from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint, save_checkpoint
+from gradmem_adapter.store import MemoryStore
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_answers_for_programs(checkpoint, tmp_path):
     result = ask("w1 w2", "w3", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert (printed["context_tokens"], printed["memory_tokens"], printed["written"]) == (12, 3, True)
+    assert (printed["context_tokens"], printed["memory_tokens"], printed["done"]) == (12, 3, "written")
     pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
     expected = pipeline.generate(["w1 w2", "w3"], memory=pipeline.write(tiny_text(12)), max_new_tokens=4)
     assert printed["answers"] == [
@@ -83,3 +85,63 @@ def test_what_cannot_work(checkpoint, tmp_path, monkeypatch, arguments, message)
     result = ask("w1", "--checkpoint", checkpoint, *arguments)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
+
+
+class TestStore:
+    @pytest.fixture
+    def memory(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name, text in (("a.txt", tiny_text(50)), ("c.txt", "w1 w2 w3 w4"), ("d.txt", "w4 w5")):
+            (tmp_path / name).write_text(text)
+        options = ("--checkpoint", checkpoint, "--device", "cpu", "--segment-tokens", 20)
+        result = invoke("write", "a.txt", "c.txt", "d.txt", "--store", "memory", *options)
+        assert result.exit_code == 0, result.output
+        return MemoryStore("memory")
+
+    def test_answers_name_their_sources(self, checkpoint, memory):
+        result = ask("w4 w5", "nowhere", "--store", "memory", "--k", 2, "--checkpoint", checkpoint, "--json")
+        assert result.exit_code == 0, result.output
+        one, none = json.loads(result.stdout)["answers"]
+        assert none == {"question": "nowhere", "answer": None, "sources": []}
+        assert one["sources"][0]["source"] == "d.txt"
+        assert (one["sources"][0]["start"], one["sources"][0]["end"]) == (0, 5)
+        states = memory.get([source["key"] for source in one["sources"]])
+        assert len(states) == 2
+        pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
+        (answer,) = pipeline.generate(["w4 w5"], memory=MemoryState.concat(list(states)), max_new_tokens=4)
+        assert one["answer"] == answer.strip()
+        table = ask("w4 w5", "nowhere", "--store", "memory", "--checkpoint", checkpoint)
+        assert "d.txt, characters 0 to 5" in table.stdout
+        assert "no text in the store has a word of it" in table.stdout
+
+    def test_a_store_of_another_model(self, checkpoint, memory, tmp_path):
+        model, tokenizer = load_checkpoint(checkpoint)
+        with torch.no_grad():
+            model.base_model.slots.gradmem_memory["default"].add_(1)
+        save_checkpoint(model, tokenizer, tmp_path / "other")
+        result = ask("w4 w5", "--store", "memory", "--checkpoint", "other")
+        assert result.exit_code == 2
+        assert "None of the 5 states in this store was written by this model" in result.stderr
+
+    def test_a_damaged_state_is_named(self, checkpoint, memory):
+        (entry,) = memory.entries("d.txt")
+        file = memory.path / "states" / entry.key[:2] / f"{entry.key}.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        result = ask("w4 w5", "--store", "memory", "--checkpoint", checkpoint)
+        assert result.exit_code == 2
+        assert entry.key in result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--store", "a.txt"], "is a file"),
+            (["--store", "nowhere"], "There is no memory store in nowhere"),
+            (["--store", "memory", "--text", "a.txt"], "A store is asked by itself"),
+            (["--store", "memory", "--state", "kept"], "A store is asked by itself"),
+            (["--store", "memory", "--k", "0"], "Invalid value for '--k'"),
+        ],
+    )
+    def test_what_cannot_work(self, checkpoint, memory, arguments, message):
+        result = ask("w4", "--checkpoint", checkpoint, *arguments)
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.stderr.split())
