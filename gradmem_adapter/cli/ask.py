@@ -57,7 +57,7 @@ def ask(
     _check_memories(texts, state, there)
     pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
     start = time.perf_counter()
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     if there is not None:
         answers = [_from_store(there, pipeline, question, k, options) for question in questions]
         _print({"answers": answers}, as_json)
