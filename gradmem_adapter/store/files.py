@@ -22,7 +22,7 @@ _OF_THE_STATE = ("key", "text", "options", "written")
 OF_A_PLACE = ("source", "start", "end", "metadata")
 
 
-def file_of(states: Path, key: str) -> Path:
+def state_file_of(states: Path, key: str) -> Path:
     """Where a state is, whether or not it is there.
 
     Args:

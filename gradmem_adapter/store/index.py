@@ -16,8 +16,6 @@ from gradmem_adapter.utils.temporary import locked, temporary_directory
 
 VERSION = 1
 """`PRAGMA user_version` of the schema."""
-STATES = "states"
-"""The folder of the states' files, beside the index."""
 _SCHEMA = f"""
     CREATE TABLE states(
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, text TEXT, tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL,
@@ -63,6 +61,7 @@ class Index:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "index.sqlite"
+        self.states = folder / "states"
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -89,7 +88,7 @@ class Index:
             return self._connect("immutable=1")  # on a file system that may only be read, where nobody writes
 
     def _exists(self) -> bool:
-        states = (self.folder / STATES).exists()  # asked first, as it is made after the index
+        states = self.states.exists()  # asked first, as it is made after the index
         if self.path.exists():
             return True
         if states:

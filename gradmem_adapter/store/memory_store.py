@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.store import files
+from gradmem_adapter.store import files, upkeep
 from gradmem_adapter.store.choose import Choice, choose
 from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
-from gradmem_adapter.store.index import STATES, Index, insert, select
+from gradmem_adapter.store.index import Index, insert, select
 from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.temporary import temporary_directory
 from gradmem_adapter.write.batching import progress_bar
@@ -315,8 +315,51 @@ class MemoryStore:
         with self.index.reading() as connection:
             return connection.execute("SELECT 1 FROM states WHERE key = ?", (key,)).fetchone() is not None
 
+    # ---------------------------------------------------------------- upkeep
+
+    def stats(self) -> upkeep.Stats:
+        """How much there is."""
+        return upkeep.stats(self.index)
+
+    def verify(self) -> upkeep.Report:
+        """Read every state and compare it with the index; nothing is changed.
+
+        Raises:
+            MemoryStoreError: the index is damaged or lost; see `rebuild`.
+        """
+        return upkeep.verify(self.index)
+
+    def gc(self, keep: Collection[str] | None = None) -> list[str]:
+        """Remove what killed processes left and what cannot be read, and enter what the index lacks.
+
+        Args:
+            keep (`Collection[str]`, *optional*): keys; all other states go, too. None: all whole ones stay.
+
+        Returns:
+            `list[str]`: the keys of the states that are gone.
+        """
+        return upkeep.gc(self.index, keep)
+
+    def forget(self, source: str) -> int:
+        """Remove all that comes from a source, from the disk too.
+
+        Args:
+            source (`str`): its name. A state whose text another source has, too, stays for that.
+
+        Returns:
+            `int`: how many states are gone.
+        """
+        return upkeep.forget(self.index, source)
+
+    def rebuild(self) -> upkeep.Report:
+        """Make the index anew from the states' files, whatever has become of it.
+
+        Embeddings are lost, and made anew where they are asked for. Who reads or writes is waited for.
+        """
+        return upkeep.rebuild(self.index)
+
     def _file(self, key: str) -> Path:
-        return files.file_of(self.path / STATES, key)
+        return files.state_file_of(self.index.states, key)
 
     def _is_readable(self, key: str) -> bool:
         try:

@@ -1,0 +1,218 @@
+"""Whether a memory store is whole, and how it becomes so again."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.files import read_file, read_memory, state_file_of, write_file
+from gradmem_adapter.store.index import Index, insert, select
+from gradmem_adapter.utils.state_file import MemoryStateError
+from gradmem_adapter.utils.temporary import PREFIX, sweep, temporary_directory
+
+_NAME = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{30})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `MemoryStore.verify` and `rebuild` found.
+
+    Args:
+        states (`int`): that are whole and as the index says.
+        damaged (`Mapping[str, str]`): by key, what is wrong with a state that cannot be read.
+        unlisted (`tuple[str, ...]`): keys of whole states that the index lacks, or of which it says something else.
+        leftovers (`tuple[str, ...]`): files and folders that are no state's, of processes that are at work or were
+            killed, or somebody else's.
+    """
+
+    states: int
+    damaged: Mapping[str, str]
+    unlisted: tuple[str, ...] = ()
+    leftovers: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every state can be read and found."""
+        return not self.damaged and not self.unlisted
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How much a memory store holds.
+
+    Args:
+        states (`int`): in the index.
+        sources (`int`): different ones.
+        tokens (`int`): of all texts.
+        nbytes (`int`): of the states' files.
+        models (`Mapping[str, int]`): how many states each model has written, by fingerprint.
+    """
+
+    states: int
+    sources: int
+    tokens: int
+    nbytes: int
+    models: Mapping[str, int]
+
+
+def verify(index: Index) -> Report:
+    """Read every state and compare it with the index.
+
+    Args:
+        index (`Index`): of the store, which is changed in nothing.
+
+    Raises:
+        MemoryStoreError: the index is damaged or lost.
+    """
+    with index.reading() as connection:
+        for (wrong,) in connection.execute("PRAGMA integrity_check"):
+            if wrong != "ok":
+                raise sqlite3.DatabaseError(wrong)
+        listed = [key for (key,) in connection.execute("SELECT key FROM states ORDER BY key")]
+        files, leftovers = _files(index)
+        keys = dict.fromkeys([*listed, *files])
+        damaged, unlisted = _check(index, connection, keys)
+    if damaged or unlisted:  # which may be another process's work under way
+        with suppress(OSError), index.writing() as connection:
+            damaged, unlisted = _check(index, connection, [*damaged, *unlisted])
+    return Report(len(keys) - len(damaged) - len(unlisted), damaged, tuple(unlisted), tuple(leftovers))
+
+
+def _check(index: Index, connection: sqlite3.Connection, keys: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """What is damaged, and what the index does not say as it is."""
+    damaged, unlisted = {}, []
+    for key in keys:
+        entries = {entry.place: entry for entry in select(connection, "key = ?", (key,))}
+        file = state_file_of(index.states, key)
+        try:
+            read_memory(file)
+            stored = {entry.place: entry for entry in read_file(file)[1]}
+        except FileNotFoundError:
+            if entries:  # otherwise it was forgotten meanwhile
+                damaged[key] = "Its file is gone."
+        except MemoryStateError as error:
+            damaged[key] = str(error)
+        else:
+            if stored != entries:
+                unlisted.append(key)
+    return damaged, unlisted
+
+
+def _files(index: Index) -> tuple[list[str], list[str]]:
+    """The keys that have a file, and the names of what is no state's."""
+    keys, others = [], [path.name for path in index.folder.glob(f"{PREFIX}*")]
+    for path in sorted(index.states.rglob("*")):
+        name = path.relative_to(index.states).as_posix()
+        match = _NAME.fullmatch(name)
+        if match and path.is_file():
+            keys.append(match[2])
+        elif not path.is_dir() or not re.fullmatch("[0-9a-f]{2}", name):
+            others.append(f"{index.states.name}/{name}")
+    return keys, others
+
+
+def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
+    """Remove what killed processes left and what cannot be read, and enter what the index lacks.
+
+    Args:
+        index (`Index`): of the store.
+        keep (`Collection[str]`, *optional*): keys; all other states go, too. None: all whole ones stay.
+
+    Returns:
+        `list[str]`: the keys of the states that are gone.
+    """
+    sweep(index.folder)
+    report = verify(index)
+    with index.writing() as connection:
+        damaged, unlisted = _check(index, connection, [*report.damaged, *report.unlisted])
+        for key in unlisted:
+            insert(connection, read_file(state_file_of(index.states, key))[1])
+        gone = list(damaged)
+        if keep is not None:
+            kept = {*keep, *gone}
+            gone += [key for (key,) in connection.execute("SELECT key FROM states ORDER BY key") if key not in kept]
+        for key in gone:
+            _delete(index, connection, key)
+        _overwrite(connection)
+    return gone
+
+
+def forget(index: Index, source: str) -> int:
+    """Remove all that comes from a source, from the disk too.
+
+    Args:
+        index (`Index`): of the store.
+        source (`str`): its name. A state whose text another source has, too, stays for that.
+
+    Returns:
+        `int`: how many states are gone.
+    """
+    count = 0
+    with temporary_directory(index.folder) as folder, index.writing() as connection:
+        for entry in {entry.key: entry for entry in select(connection, "source = ?", (source,))}.values():
+            entries = list(select(connection, "key = ?", (entry.key,)))
+            others = [entry for entry in entries if entry.source != source]
+            if others:
+                _keep_places(index, connection, folder / entry.key, others)
+            else:
+                _delete(index, connection, entry.key)
+                count += 1
+        _overwrite(connection)
+    return count
+
+
+def _keep_places(index: Index, connection: sqlite3.Connection, new: Path, entries: list[Entry]) -> None:
+    file = state_file_of(index.states, entries[0].key)
+    with suppress(FileNotFoundError, MemoryStateError):  # which `verify` names
+        tensors, _ = read_file(file)
+        entries = write_file(new, tensors, entries)
+        new.replace(file)
+    insert(connection, entries)
+
+
+def _delete(index: Index, connection: sqlite3.Connection, key: str) -> None:
+    state_file_of(index.states, key).unlink(missing_ok=True)  # first: what is killed in between is found by its row
+    connection.execute("DELETE FROM states WHERE key = ?", (key,))
+
+
+def _overwrite(connection: sqlite3.Connection) -> None:
+    """Words of deleted texts stay in the full-text index until its parts are merged."""
+    connection.execute("INSERT INTO texts(texts) VALUES ('optimize')")
+
+
+def rebuild(index: Index) -> Report:
+    """Make the index anew from the states' files; embeddings are lost, and made anew where they are asked for.
+
+    Args:
+        index (`Index`): of the store, whatever has become of it. Who reads or writes is waited for.
+    """
+    damaged, states = {}, 0
+    with index.replacing() as connection:
+        keys, leftovers = _files(index)
+        for key in keys:
+            try:
+                insert(connection, read_file(state_file_of(index.states, key))[1])
+                states += 1
+            except MemoryStateError as error:
+                damaged[key] = str(error)
+    return Report(states, damaged, leftovers=tuple(leftovers))
+
+
+def stats(index: Index) -> Stats:
+    """Count what there is.
+
+    Args:
+        index (`Index`): of the store.
+    """
+    with index.reading() as connection:
+        counts = connection.execute(
+            "SELECT count(*), ifnull(sum(tokens), 0), ifnull(sum(nbytes), 0) FROM states"
+        ).fetchone()
+        sources = connection.execute("SELECT count(DISTINCT source) FROM places").fetchone()
+        models = connection.execute("SELECT fingerprint, count(*) FROM states GROUP BY fingerprint")
+        return Stats(counts[0], sources[0], counts[1], counts[2], dict(models.fetchall()))
