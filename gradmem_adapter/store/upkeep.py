@@ -128,6 +128,8 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
     """
     sweep(index.folder)
     report = verify(index)
+    if report.ok and keep is None:
+        return []
     with index.writing() as connection:
         damaged, unlisted = _check(index, connection, [*report.damaged, *report.unlisted])
         for key in unlisted:
@@ -153,6 +155,7 @@ def forget(index: Index, source: str) -> int:
         `int`: how many states are gone.
     """
     count = 0
+    index.make()
     with temporary_directory(index.folder) as folder, index.writing() as connection:
         for entry in {entry.key: entry for entry in select(connection, "source = ?", (source,))}.values():
             entries = list(select(connection, "key = ?", (entry.key,)))

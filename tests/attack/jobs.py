@@ -104,3 +104,39 @@ def train(ready, folder: Path):
         arguments += ["--set", f"training.{setting}"]
     arguments += ["--set", "memory.num_memory_tokens=2", "--set", "memory.lora_config.r=2", "--device", "cpu"]
     app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def stored_state(number):
+    from gradmem_adapter import MemoryState
+
+    return MemoryState(torch.full((1, 4, 64), float(number)), torch.tensor([number + 1]), torch.zeros(1, 1), "f")
+
+
+def key(number):
+    return f"{number:032x}"
+
+
+def put_state(path, number, source="source"):
+    from gradmem_adapter.store import Entry, MemoryStore
+
+    MemoryStore(path).put(stored_state(number), [Entry(key(number), source=source, text=f"text {number}")])
+
+
+def put_and_forget(path):
+    from gradmem_adapter.store import MemoryStore
+
+    put_state(path, 2, "other")
+    put_state(path, 2)
+    put_state(path, 3)
+    MemoryStore(path).forget("source")
+
+
+def fill_store(ready, path, count=None):
+    from gradmem_adapter.store import MemoryStore
+
+    store = MemoryStore(path)
+    numbers = itertools.count() if count is None else range(count)
+    ready()
+    for i in numbers:
+        if key(i) not in store:
+            put_state(path, i)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["gradmem_adapter"])
+SERVER.set_forkserver_preload(["gradmem_adapter", "gradmem_adapter.store"])
 CALLS = ("rename", "replace", "mkdir", "rmdir", "unlink")
 """What changes a directory."""
 

@@ -1,0 +1,104 @@
+"""Memory stores: several writers, processes that are killed at any moment, full disks and read-only ones."""
+
+import errno
+import os
+import shutil
+import threading
+
+import pytest
+from jobs import fill_store, key, put_and_forget, put_state, stored_state
+from killing import SERVER, kill_at_every_call, kill_often
+from test_full_disks import mount, small  # noqa: F401
+
+from gradmem_adapter.store import MemoryStore
+from gradmem_adapter.utils.temporary import PREFIX
+
+
+def test_every_state_that_is_in_the_index_is_whole(tmp_path):
+    store = MemoryStore(tmp_path)
+    for _ in kill_often(fill_store, tmp_path, kills=5, longest=0.1):
+        report = store.verify()
+        assert not report.damaged
+        assert len(report.leftovers) <= 1, "more than the last process left is there"
+    store.gc()
+    assert store.verify().ok
+    assert not list(tmp_path.glob(f"{PREFIX}*"))
+    assert [store.get(entry.key) for entry in store.entries()] == [stored_state(i) for i in range(len(store))]
+
+
+@pytest.mark.slow
+def test_every_state_that_is_in_the_index_is_whole_often(tmp_path):
+    for _ in kill_often(fill_store, tmp_path, kills=100, longest=0.2):
+        assert not MemoryStore(tmp_path).verify().damaged
+
+
+def test_killed_before_every_change_of_a_directory(tmp_path):
+    path = tmp_path / "store"
+    for count in kill_at_every_call(put_and_forget, path):
+        store = MemoryStore(path)
+        assert set(store.verify().damaged) <= {key(3)}, count  # of which the file went before the row
+        store.gc()
+        assert store.verify().ok
+        put_and_forget(path)
+        assert [(entry.key, entry.source) for entry in store.entries()] == [(key(2), "other")]
+        if count < 9:  # while the store is being made
+            shutil.rmtree(path)
+    assert not list(path.glob(f"{PREFIX}*"))
+
+
+def test_several_processes_and_threads_write_the_same(tmp_path):
+    processes = [SERVER.Process(target=fill_store, args=(int, tmp_path, 20)) for _ in range(2)]
+    threads = [threading.Thread(target=fill_store, args=(int, tmp_path, 20)) for _ in range(2)]
+    for worker in (*processes, *threads):
+        worker.start()
+    for worker in (*processes, *threads):
+        worker.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    report = MemoryStore(tmp_path).verify()
+    assert (report.ok, report.states, report.leftovers) == (True, 20, ())
+
+
+def test_rebuilt_while_others_write(tmp_path):
+    put_state(tmp_path, 0)
+    writers = [threading.Thread(target=fill_store, args=(int, tmp_path, 20)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert MemoryStore(tmp_path).rebuild().ok
+    report = MemoryStore(tmp_path).verify()
+    assert (report.ok, report.states) == (True, 20)
+
+
+def test_full_disk(small):  # noqa: F811
+    store = MemoryStore(small / "store")
+    with pytest.raises(OSError, match="No space left") as error:
+        fill_store(int, store.path)
+    assert error.value.errno == errno.ENOSPC
+    assert (count := len(store)) > 3
+    report = store.verify()
+    assert not report.damaged
+    assert report.states + len(report.unlisted) >= count
+    assert not report.leftovers
+    assert store.get(key(0)) == stored_state(0)
+
+
+def test_read_only(small):  # noqa: F811
+    store = MemoryStore(small / "store")
+    put_state(store.path, 0, "source")
+    mount("-o", "remount,ro", small)
+    assert store.get(key(0)) == stored_state(0)
+    assert [entry.source for entry in store.entries()] == ["source"]
+    assert store.verify().ok
+    for write in (lambda: put_state(store.path, 1), lambda: store.forget("source"), store.rebuild):
+        with pytest.raises(OSError, match="Read-only") as error:
+            write()
+        assert error.value.errno == errno.EROFS
+        assert str(store.path) in str(error.value.filename)
+
+
+def test_an_index_that_may_not_be_read(tmp_path):
+    put_state(tmp_path, 0)
+    os.remove(tmp_path / "index.sqlite")
+    (tmp_path / "index.sqlite").mkdir()
+    with pytest.raises(OSError, match=r"index\.sqlite"):
+        len(MemoryStore(tmp_path))

@@ -1,0 +1,127 @@
+"""What is wrong with a store is found and named; what is whole goes on, and what is forgotten is gone."""
+
+import pytest
+from stores import NAMES, TEXTS
+
+from gradmem_adapter.store import MemoryStore, MemoryStoreError, Stats
+from gradmem_adapter.utils.temporary import PREFIX
+
+
+def file_of(store, key):
+    return store.path / "states" / key[:2] / f"{key}.safetensors"
+
+
+def damage(file):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+class TestVerify:
+    def test_whole(self, store, keys):
+        report = store.verify()
+        assert (report.ok, report.states, report.leftovers) == (True, 4, ())
+
+    def test_nothing(self, store):
+        assert store.verify().ok
+
+    def test_everything_wrong_is_named(self, store, keys):
+        damage(file_of(store, keys[0]))
+        file_of(store, keys[1]).unlink()
+        with store.index.writing() as connection:
+            connection.execute("DELETE FROM states WHERE key = ?", (keys[2],))
+        (store.path / f"{PREFIX}1-x").mkdir()
+        (store.path / "states" / "notes.txt").write_text("mine")
+        report = store.verify()
+        assert not report.ok
+        assert report.states == 1
+        assert list(report.damaged) == sorted(keys[:2])
+        assert "digest" in report.damaged[keys[0]]
+        assert "gone" in report.damaged[keys[1]]
+        assert report.unlisted == (keys[2],)
+        assert report.leftovers == (f"{PREFIX}1-x", "states/notes.txt")
+        assert store.get(keys[3])
+
+    def test_what_the_index_says_otherwise(self, store, keys):
+        with store.index.writing() as connection:
+            connection.execute("UPDATE places SET source = 'other' WHERE source = 'a.txt'")
+        assert store.verify().unlisted == (keys[1],)
+        store.gc()
+        assert store.verify().ok
+        assert {entry.source for entry in store.entries()} == set(NAMES)
+
+    def test_pages_of_the_index(self, store, keys):
+        data = bytearray(store.index.path.read_bytes())
+        data[4096 + 8 : 5 * 4096] = bytes(4 * 4096 - 8)
+        store.index.path.write_bytes(data)
+        with pytest.raises(MemoryStoreError, match="rebuild"):
+            store.verify()
+
+
+class TestGc:
+    def test_whole_states_stay_and_the_rest_goes(self, store, keys, pipeline):
+        damage(file_of(store, keys[0]))
+        with store.index.writing() as connection:
+            connection.execute("DELETE FROM states WHERE key = ?", (keys[2],))
+        (store.path / f"{PREFIX}1-x").mkdir()
+        assert store.gc() == [keys[0]]
+        report = store.verify()
+        assert (report.ok, report.states, report.leftovers) == (True, 3, ())
+        store.add(pipeline, TEXTS, sources=NAMES)
+        assert len(store) == 4
+
+    def test_only_what_is_to_be_kept(self, store, keys):
+        assert set(store.gc(keep=keys[:1])) == set(keys[1:])
+        assert [entry.key for entry in store.entries()] == keys[:1]
+        assert len(list((store.path / "states").rglob("*.safetensors"))) == 1
+
+
+class TestForget:
+    def test_is_gone_from_the_disk(self, tmp_path, pipeline):
+        store = MemoryStore(tmp_path)
+        store.add(pipeline, ["abcdef w1 w2"], sources="secret.txt")
+        store.add(pipeline, TEXTS, sources="others.txt")
+        assert any(b"abcdef" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+        assert store.forget("secret.txt") == 1
+        for word in (b"abcdef", b"secret"):
+            assert not any(word in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+        assert store.verify().states == 4
+
+    def test_what_another_source_has_too_stays(self, store, keys, pipeline):
+        store.add(pipeline, TEXTS[:1], sources="d.txt")
+        before = store.get(keys[0])
+        assert store.forget("b.txt") == 1
+        assert store.get(keys[0]) == before
+        assert [entry.source for entry in store.entries()] == ["a.txt", "c.txt", "d.txt"]
+        assert store.verify().ok
+        assert store.forget("d.txt") == 1
+        assert not file_of(store, keys[0]).exists()
+
+    def test_an_unknown_source(self, store, keys):
+        assert store.forget("unknown") == 0
+        assert len(store) == 4
+
+
+class TestRebuild:
+    @pytest.mark.parametrize("wrong", ["lost", "damaged", "whole"])
+    def test_is_as_before(self, store, keys, pipeline, wrong):
+        before = list(store.entries())
+        if wrong == "lost":
+            store.index.path.unlink()
+        elif wrong == "damaged":
+            store.index.path.write_bytes(b"no index" * 1000)
+        report = store.rebuild()
+        assert (report.ok, report.states) == (True, 4)
+        assert sorted(store.entries(), key=str) == sorted(before, key=str)
+        assert store.verify().ok
+
+    def test_damaged_states_are_named(self, store, keys):
+        damage(file_of(store, keys[3]))
+        assert list(store.rebuild().damaged) == [keys[3]]
+        assert len(store) == 3
+
+
+def test_stats(store, keys, pipeline):
+    store.add(pipeline, TEXTS[:1], sources="d.txt")
+    nbytes = sum(file.stat().st_size for file in store.path.rglob("*.safetensors"))
+    assert store.stats() == Stats(4, 4, 33, nbytes, {pipeline.model.fingerprint(): 4})
