@@ -7,4 +7,14 @@ from gradmem_adapter.store.errors import MemoryStoreError, UnknownStateError
 from gradmem_adapter.store.memory_store import MemoryStore
 from gradmem_adapter.store.upkeep import Report, Stats
 
-__all__ = ["Choice", "Embedding", "Entry", "MemoryStore", "MemoryStoreError", "Report", "Stats", "UnknownStateError", "state_key"]
+__all__ = [
+    "Choice",
+    "Embedding",
+    "Entry",
+    "MemoryStore",
+    "MemoryStoreError",
+    "Report",
+    "Stats",
+    "UnknownStateError",
+    "state_key",
+]

@@ -202,7 +202,8 @@ class MemoryStore:
                 new.setdefault(entry.key, []).append(entry)
         for key, places in new.items():
             tensors, stored = files.read_file(self._file(key))
-            self._land([(tensors, [*stored, *(replace(stored[0], **_place(place)) for place in places)])])
+            all_places = {one.place: replace(stored[0], **_place(one)) for one in [*stored, *places]}
+            self._land([(tensors, list(all_places.values()))])
 
     def _land(self, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:
         """Put the files of states into their places and into the index; places that it knows stay."""

@@ -5,7 +5,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from stores import NAMES, TEXTS, tiny_pipeline
+from stores import NAMES, PLACES, TEXTS, tiny_pipeline
 
 from gradmem_adapter.store import MemoryStore
 
@@ -23,4 +23,4 @@ def store(tmp_path):
 @pytest.fixture
 def keys(store, pipeline):
     """Of four texts in `store`, from three sources."""
-    return store.add(pipeline, TEXTS, sources=NAMES, offsets=[(0, 10), (0, 20), (10, 30), (5, 40)])
+    return store.add(pipeline, TEXTS, sources=NAMES, offsets=PLACES)

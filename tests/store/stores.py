@@ -10,6 +10,7 @@ from gradmem_adapter import GradMemConfig, GradMemPipeline, get_peft_model
 
 TEXTS = [tiny_text(length, seed=length) for length in (5, 9, 7, 12)]
 NAMES = ["b.txt", "a.txt", "b.txt", "c.txt"]
+PLACES = [(0, 10), (0, 20), (10, 30), (5, 40)]
 
 
 def tiny_pipeline(seed: int = 0, **config: Any) -> GradMemPipeline:

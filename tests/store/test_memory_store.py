@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 import torch
-from stores import NAMES, TEXTS, tiny_pipeline
+from stores import NAMES, PLACES, TEXTS, tiny_pipeline
 
 from gradmem_adapter import MemoryState, MemoryStateError, WriteOptions
 from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError
@@ -45,9 +45,9 @@ class TestAdd:
         with store.index.writing() as connection:
             connection.execute("DELETE FROM states")
         assert len(store) == 0
-        store.add(pipeline, TEXTS, sources="new")
+        store.add(pipeline, TEXTS[:1] + TEXTS, sources=[*NAMES[:1], *NAMES], offsets=[(0, 10), *PLACES])
         assert counted == []
-        assert {entry.source for entry in store.entries()} == {*NAMES, "new"}
+        assert [entry.place for entry in store.entries()] == sorted(zip(NAMES, *zip(*PLACES, strict=True), strict=True))
 
     def test_what_is_damaged_is_written_again(self, store, keys, pipeline, counted):
         file = store.path / "states" / keys[0][:2] / f"{keys[0]}.safetensors"
