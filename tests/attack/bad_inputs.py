@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny, tiny_text, tiny_tokenizer
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline, load_backbone, load_checkpoint, save_checkpoint
+from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.utils.directory import SUMS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -92,6 +93,12 @@ TOKENIZERS: dict[str, dict[str, str]] = {
     "code": {"tokenizer_config.json": '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.T", null]}}'},
 }  # fmt: skip
 
+STORES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda index: b"", "cut": lambda index: index[: len(index) // 2], "zeros": lambda index: bytes(len(index)),
+    "text": lambda index: b"w1 w2", "version 9": lambda index: index[:63] + b"\x09" + index[64:],
+}  # fmt: skip
+"""What becomes of the index of a memory store; the version is the last byte of four from byte 60."""
+
 # ---------------------------------------------------------------- rows and configurations of training
 
 ROWS: dict[str, str] = {
@@ -165,6 +172,8 @@ def cases() -> Iterator[list[str]]:
     write = ["write", "notes.txt", "--output", "new", "--checkpoint", "checkpoint"]
     ask = ["ask", "w1", "--text", "notes.txt", "--checkpoint", "checkpoint"]
     kept = ["ask", "w1", "--checkpoint", "checkpoint"]
+    store = ["write", "notes.txt", "--store", "new", "--checkpoint", "checkpoint", "--segment-tokens", "9"]
+    stored = ["ask", "w1", "--store", "store", "--checkpoint", "checkpoint"]
     demo = ["demo", "--text", "story.txt", "--backbone", "backbone", "--steps", "1"]
     pairs = ["demo", "--task", "kv", "--pairs", "2"]
     train = ["train", "rows.jsonl", "--output", "new", "--backbone", "backbone", "--config", "config.yaml"]
@@ -172,6 +181,8 @@ def cases() -> Iterator[list[str]]:
     for text in NO_TEXTS:
         yield from (["write", text, *write[2:]], ["write", "notes.txt", text, *write[2:]], [*ask, "--text", text])
         yield [*demo, "--text", text]
+        if text != "long":  # which goes into segments
+            yield from (["write", text, *store[2:]], ["write", f"{text}*.jsonl", *store[2:]])
     for checkpoint in (*_checkpoints(), "missing", "notes.txt", "folder", "backbone", "pipe", ""):
         yield from ([*command, "--checkpoint", checkpoint] for command in (write, ask, pairs))
     for i in range(FLIPS):
@@ -188,6 +199,7 @@ def cases() -> Iterator[list[str]]:
         yield from ([*command, "--steps", number] for command in (write, ask, demo, pairs))
         yield from ([*write, "--max-tokens", number], [*ask, "--max-new-tokens", number], [*pairs, "--pairs", number])
         yield [*demo, "--memory-tokens", number]
+        yield from ([*store, "--segment-tokens", number], [*stored, "--k", number])
     yield from ([*demo, "--lr", number] for number in ("0", "-1", "x", "nan", "inf", "-inf", ""))
     yield from ([*demo, "--seed", number] for number in ("x", "1.5", "", str(2**70), str(-(2**70))))
     yield from ([*pairs, "--pairs", number] for number in ("0", "1000", "100000"))
@@ -202,6 +214,12 @@ def cases() -> Iterator[list[str]]:
     )
     yield from ([*kept, "--state", state] for state in _states())
     yield from ([*kept, "--state", state] for state in ("folder", "pipe", "link to zero", "sparse", "bomb.gz", "loop"))
+    for name in STORES:
+        yield from ([*command, "--store", f"stores/{name}"] for command in (store, stored))
+    for name in ("nowhere", "folder", "notes.txt", "pipe", "loop", "x" * 300, ""):
+        yield [*stored, "--store", name]
+    yield from ([*store, "--store", name] for name in (*PLACES[2:], "checkpoint") if name)
+    yield from ([*stored, *more] for more in (["--text", "notes.txt"], ["--state", "new"], ["--store", "stores/cut"]))
     for question in ("", "notes.txt", "./notes.txt", tiny_text(200), "w1 \udc80"):
         yield ["ask", question, *ask[2:]]
     yield from (["train", f"rows {rows}", *train[2:]] for rows in ROWS)
@@ -212,40 +230,6 @@ def cases() -> Iterator[list[str]]:
     for setting in SETTINGS:
         command = train[:4] + train[6:] if setting.startswith("backbone") else train
         yield [*command, *(part for one in setting.split("\n") for part in ("--set", one))]
-
-
-RECIPE_FIELDS = [
-    "colour=red", "tasks=[]", "tasks=3", "tasks.0=x", "tasks.1.name=x", "tasks.0.name=what", "tasks.0.colour=red",
-    "tasks.0.pairs=x", "tasks.x.name=babi", "tasks.0={name: babi}", "tasks.0={name: babi, source: nowhere, number: 2}",
-    "tasks.0={name: plain_text, files: [nowhere]}", "backbone=3", "backbone=nowhere/x/y",
-    "backbone={layers: 1, width: 7, heads: 2}", "backbone={layers: x}", "method=gradmem", "method={name: best}",
-    "method={name: gradmem, colour: red}", "memory.colour=red", "memory.num_memory_tokens=0", "memory=3",
-    "memory.write_lr=.nan", "training.colour=red", "training.max_steps=x", "training.learning_rate=.nan",
-    "training.write_steps=[-1]", "training.write_steps=[0]", "training.report_to=nobody", "batches.colour=red",
-    "init_from=nowhere", "evaluation.write_steps=[-1]", "evaluation.states=[0]", "evaluation=3",
-    "trained_minutes=x", "training=null",
-]  # fmt: skip
-
-
-def evaluation_cases() -> Iterator[list[str]]:
-    """Those of `python -m evaluation`."""
-    train = ["train", "recipe.yaml", "--output", "new"]
-    run = ["run", "folder", "--limit", "1"]
-    yield from (["what"], ["train"], ["run"], ["compare", "notes.txt"], ["tables", "--colour"])
-    yield from (["train", f"{name}.yaml", *train[2:]] for name in (*YAML, "config", "missing"))
-    yield from (["train", text, *train[2:]] for text in NO_TEXTS)
-    yield from ([*train, "--set", field] for field in RECIPE_FIELDS)
-    yield from ([*train, "--output", place] for place in ("notes.txt", "/dev/null", "notes.txt/x", "x" * 300))
-    yield from ([*command, "--device", device] for command in (train, run) for device in DEVICES)
-    yield from (["run", checkpoint, *run[2:]] for checkpoint in ("folder", "checkpoint", "missing", "notes.txt"))
-    yield from (["run", f"recipes/{name}", *run[2:]] for name in CONFIGS)
-    yield from (["compare", f"rows {rows}", "rows.jsonl"] for rows in ROWS)
-    yield from (["compare", text, "rows.jsonl"] for text in NO_TEXTS)
-    yield from (
-        [*run, option, number] for option in ("--pairs", "--steps", "--states") for number in ("x", "-1", "1,,2")
-    )
-    yield from ([*run, "--task", task] for task in ("x", "{", "{name: what}", "[]", YAML["aliases"]))
-    yield from ([*run, "--text", text] for text in ("missing", "pipe"))
 
 
 # ---------------------------------------------------------------- the files
@@ -383,6 +367,11 @@ def _damage_states(folder: Path) -> None:
     kinds["not finite"] = data[:-16] + b"\xff" * 16
     for name, content in kinds.items():
         (folder / "states" / name).write_bytes(content)
+    MemoryStore("store").add(pipeline, "w1 w2 w3", sources="notes.txt")
+    (folder / "stores").mkdir()
+    for name, damage in STORES.items():
+        file = Path(shutil.copytree("store", folder / "stores" / name)) / "index.sqlite"
+        file.write_bytes(damage(file.read_bytes()))
 
 
 def _copy(source: str, into: str) -> Path:

@@ -3,7 +3,8 @@
 import os
 
 import pytest
-from bad_inputs import cases, evaluation_cases, lay_out
+from bad_inputs import cases, lay_out
+from bad_recipes import evaluation_cases
 from commands import invoke
 
 from evaluation.cli import app as evaluation

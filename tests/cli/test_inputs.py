@@ -80,6 +80,7 @@ BAD = {
     "empty.txt": (b"", "is empty"),
     "blank.txt": (b" \n", "is empty"),
     "binary.dat": (b"\x00\xff" * 9, "is no text in UTF-8"),
+    "zero.dat": (b"w1\0w2", "is no text: it has a zero byte at place 2"),
     "latin1.txt": ("z\xe4h ".encode("latin-1") * 99, "is no text in UTF-8"),
     "mixed.txt": (b"w1 " * 9000 + "\xe4 ".encode() + b"\xe4 ", "can't decode byte 0xe4 in position 27003"),
     "utf16.txt": ("w1".encode("utf-16"), "is no text in UTF-8"),
@@ -109,7 +110,7 @@ def test_what_is_found_may_be_empty_or_no_text():
     os.mkfifo("all/pipe.txt")
     found, inputs = read("all")
     assert ("all/good.txt", "w1") in found
-    assert inputs.passed_over == ["all/binary.dat", "all/empty.txt"]
+    assert inputs.passed_over == ["all/binary.dat", "all/empty.txt", "all/zero.dat"]
     assert len(inputs.refused) == 6, "what is a text, or meant to be one, is named"
 
 
