@@ -65,8 +65,8 @@ class GradMemPipeline(TextEncoder):
             initial (`MemoryState`, *optional*): states to go on from, one per text, in place of the memory slots.
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
-            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study, the
-                fields of `WriteOptions` by themselves, in place of those of `options`.
+            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study,
+                max_memory, the fields of `WriteOptions` by themselves, in place of those of `options`.
 
         Returns:
             `MemoryState`: one state per text, on the model's device.
@@ -74,6 +74,7 @@ class GradMemPipeline(TextEncoder):
         Raises:
             TypeError: what is no text.
             ValueError: no text, or one without tokens or too long for the model.
+            MemoryError: there is not enough memory free for it.
         """
         options = self._with_study(WriteOptions.of(options, **fields))
         return self.model.write(
@@ -104,6 +105,7 @@ class GradMemPipeline(TextEncoder):
 
         Raises:
             ValueError: no text, or one without tokens or too long for the model; the message names it.
+            MemoryError: there is not enough memory free for the longest text.
             torch.cuda.OutOfMemoryError: a single text does not fit; the message names it.
         """
         options = self._with_study(WriteOptions.of(options, **fields))

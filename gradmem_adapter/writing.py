@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.state import MemoryState, check_readable
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.backbone import device_of
-from gradmem_adapter.utils.hardware import token_budget
+from gradmem_adapter.utils.hardware import check_memory, token_budget
 from gradmem_adapter.utils.tokens import check_token_types
 from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
 from gradmem_adapter.write.context import Context
@@ -48,7 +49,6 @@ class WritingModel(GradMemTuner):
     def _prefix(self, vectors: Tensor) -> Tensor:
         return self.slots.prefix(vectors, "read", self._adapter).to(self.model.get_input_embeddings().weight.dtype)
 
-    @of_one_adapter
     def write(
         self,
         input_ids: Tensor,
@@ -78,19 +78,45 @@ class WritingModel(GradMemTuner):
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
             token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
-            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study, the
-                fields of `WriteOptions` by themselves, in place of those of `options`.
+            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study,
+                max_memory, the fields of `WriteOptions` by themselves, in place of those of `options`.
 
         Returns:
             `MemoryState`: B states, detached, in float32 (or float64) on the model's device.
 
         Raises:
             TypeError, ValueError: input that cannot be written; the message says why and what to do.
+            MemoryError: there is not enough memory free for it.
         """
         options = WriteOptions.of(options, **fields)
         check_token_types(token_type_ids)
-        writer = self._writer
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
+        batch, length = context.input_ids.shape
+        self._check_size(batch, length, options)
+        return self._write(context, options, initial, callback, strict)
+
+    def _check_size(self, batch: int, length: int, options: WriteOptions) -> None:
+        """Warn of contexts that are longer than the adapter was trained for; refuse what memory cannot do."""
+        trained = self.peft_config[self._adapter].trained_length
+        if trained is not None and length > trained:
+            warnings.warn(
+                f"A context has {length:,} tokens, and the adapter was trained on up to {trained:,} in one state, "
+                "which keeps more of them worse. GradMemPipeline.write_document writes a long text in segments.",
+                stacklevel=3,
+            )
+        if options.objective == "reconstruction":  # self-study goes back through its short queries alone
+            check_memory(self.model, batch, length, options.max_memory)
+
+    @of_one_adapter
+    def _write(
+        self,
+        context: Context,
+        options: WriteOptions,
+        initial: MemoryState | None = None,
+        callback: Callable[[WriteProgress], None] | None = None,
+        strict: bool = True,
+    ) -> MemoryState:
+        writer = self._writer
         start = None if initial is None else self._vectors(initial, strict)
         if start is not None and len(start) != len(context.input_ids):
             raise ValueError(
@@ -136,13 +162,19 @@ class WritingModel(GradMemTuner):
 
         Raises:
             TypeError, ValueError: input that cannot be written; the message names the context.
+            MemoryError: there is not enough memory free for the longest context.
             torch.cuda.OutOfMemoryError: a single context does not fit; the message names it.
         """
         options = WriteOptions.of(options, **fields)
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise ValueError(f"max_tokens must be an integer from 1, got {max_tokens!r}.")
         rows = check_rows(contexts, self.model, self.prefix_length)
-        budget = token_budget(self.model) if max_tokens is None else max_tokens
+        self._check_size(1, max(map(len, rows)), options)
+        budget = token_budget(self.model, options.max_memory) if max_tokens is None else max_tokens
+
+        def write(ids: Tensor, mask: Tensor) -> MemoryState:
+            return self._write(Context.from_tokens(ids, mask, self.model, self.prefix_length), options)
+
         with progress_bar(len(rows), progress) as advance:
 
             def written(indices: list[int], states: MemoryState) -> None:
@@ -150,7 +182,7 @@ class WritingModel(GradMemTuner):
                 if done is not None:
                     done(indices, states)
 
-            states = write_batches(lambda ids, mask: self.write(ids, mask, options=options), rows, budget, written)
+            states = write_batches(write, rows, budget, written)
         self._fast_writes.make_room(device_of(self.model))
         return states
 

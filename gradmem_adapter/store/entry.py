@@ -58,7 +58,7 @@ def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, An
         options (`WriteOptions`): how to write.
     """
     default = WriteOptions()
-    chosen = {one.name: getattr(options, one.name) for one in fields(options)}
+    chosen = {one.name: getattr(options, one.name) for one in fields(options) if one.name != "max_memory"}
     chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
     identity = {name: getattr(config, name) for name in _WRITING} | chosen
     return dict(json.loads(json.dumps(identity, default=vars)))

@@ -84,7 +84,7 @@ def test_the_attack_would_find_mixtures(monkeypatch):
     """Without the comparison a state is a mixture that says it is of an adapter."""
     attack = Attack()
     model = attack.pipeline.model
-    monkeypatch.setattr(GradMemModel, "write", GradMemModel.write.__wrapped__)
+    monkeypatch.setattr(GradMemModel, "_write", GradMemModel._write.__wrapped__)
     model.set_adapter("default")
     meanwhile(model, lambda: model.set_adapter("other"))
     state = attack.pipeline.write(TEXTS[0])

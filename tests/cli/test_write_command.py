@@ -103,7 +103,7 @@ def test_write_out_of_memory(checkpoint, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(GradMemModel, "write", fail)
+    monkeypatch.setattr(GradMemModel, "_write", fail)
     arguments = ("--checkpoint", checkpoint, "--output", tmp_path / "states", "--device", "cpu")
     result = invoke("write", *files_of(tmp_path, "w1 w2"), *arguments)
     assert result.exit_code == 2

@@ -69,6 +69,7 @@ class TestAdd:
         ]
         assert len({keys[0], *others}) == 6
         assert store.key(tiny_pipeline(), TEXTS[0]) == store.key(pipeline, TEXTS[0], WriteOptions()) == keys[0]
+        assert store.key(pipeline, TEXTS[0], WriteOptions(max_memory=2**30)) == keys[0]
 
     def test_one_for_each_text(self, store, pipeline):
         with pytest.raises(ValueError, match="4 texts and 2 sources"):

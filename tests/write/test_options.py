@@ -30,6 +30,8 @@ def model():
         ({"optimizer": "lion"}, "optimizer must be one of"),
         ({"optimizer": ["adam"]}, "optimizer must be one of"),
         ({"tolerance": 1.0}, "tolerance must be at least 0"),
+        ({"max_memory": 0}, "max_memory must be a number of bytes from 1, got 0"),
+        ({"max_memory": 1e9}, "max_memory must be a number of bytes"),
         ({"tolerance": "x"}, "tolerance must be at least 0"),
         ({"stop_when_recovered": "no"}, "stop_when_recovered must be True or False"),
         ({"last_loss": "false"}, "last_loss must be True or False"),
@@ -76,6 +78,7 @@ def test_methods_take_every_option_by_name(method, model):
     assert list(WriteFields.__annotations__) == FIELDS
     values = {"steps": 0, "lr": 0.1, "optimizer": "adam", "tolerance": 0.1, "stop_when_recovered": True}
     values |= {"last_loss": True, "compile": False, "objective": "reconstruction", "study": Study()}
+    values |= {"max_memory": 2**30}
     assert list(values) == FIELDS
     getattr(model, method)(tokens(1, 4), **values)
     with pytest.raises(TypeError, match="unexpected keyword argument 'stesp'"):

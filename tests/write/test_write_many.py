@@ -14,7 +14,7 @@ from tiny import VOCABULARY, tiny, tokens
 
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.utils import hardware
-from gradmem_adapter.utils.hardware import token_budget
+from gradmem_adapter.utils.hardware import token_budget, write_memory
 from gradmem_adapter.write.batching import batches
 
 
@@ -73,13 +73,14 @@ class Small:
     """A GPU on which so many tokens fit."""
 
     def __init__(self, model, limit):
-        self.write, self.limit, self.sizes = model.base_model.write, limit, []
+        self.write, self.limit, self.sizes = model.base_model._write, limit, []
 
-    def __call__(self, ids, mask, **options):
-        self.sizes.append(ids.numel())
-        if ids.numel() > self.limit:
+    def __call__(self, context, options):
+        size = context.input_ids.numel()
+        self.sizes.append(size)
+        if size > self.limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return self.write(ids, mask, **options)
+        return self.write(context, options)
 
 
 def test_out_of_memory_halves_the_batches_and_says_so_once(model, monkeypatch):
@@ -87,7 +88,7 @@ def test_out_of_memory_halves_the_batches_and_says_so_once(model, monkeypatch):
     rows = contexts(*lengths)
     expected = model.write_many(rows, max_tokens=30)
     small = Small(model, 40)
-    monkeypatch.setattr(model.base_model, "write", small)
+    monkeypatch.setattr(model.base_model, "_write", small)
     with pytest.warns(RuntimeWarning, match="going on with at most 90 tokens") as caught:
         state = model.write_many(rows, max_tokens=200)
     assert len(caught) == 1
@@ -99,11 +100,11 @@ def test_out_of_memory_halves_the_batches_and_says_so_once(model, monkeypatch):
 def test_a_batch_that_did_not_fit_is_let_go_before_the_next(model, monkeypatch):
     small, held, alive = Small(model, 40), [], []
 
-    def write(ids, mask, **options):
-        held.append(weakref.ref(ids))
-        return small(ids, mask, **options)
+    def write(context, options):
+        held.append(weakref.ref(context.input_ids))
+        return small(context, options)
 
-    monkeypatch.setattr(model.base_model, "write", write)
+    monkeypatch.setattr(model.base_model, "_write", write)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[-1]() is not None))
     with pytest.warns(RuntimeWarning, match="Out of memory"):
         model.write_many(contexts(30, 30), max_tokens=60)
@@ -111,7 +112,7 @@ def test_a_batch_that_did_not_fit_is_let_go_before_the_next(model, monkeypatch):
 
 
 def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
-    monkeypatch.setattr(model.base_model, "write", Small(model, 20))
+    monkeypatch.setattr(model.base_model, "_write", Small(model, 20))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(torch.cuda.OutOfMemoryError, match="Context 1 with 30 tokens does not fit"):
@@ -132,7 +133,7 @@ def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(model, monkeypatch, bad, error, message):
-    monkeypatch.setattr(model.base_model, "write", None)
+    monkeypatch.setattr(model.base_model, "_write", None)
     with pytest.raises(error, match=message):
         model.write_many([[1, 2, 3], bad, [4]])
 
@@ -155,16 +156,16 @@ def test_a_context_that_diverges_is_named_by_its_place_in_the_input():
 def test_what_ends_a_later_batch_leaves_the_model_as_it_was(model, monkeypatch, error):
     rows = contexts(5, 20, 9)
     expected, fingerprint = model.write_many(rows, max_tokens=1), model.fingerprint()
-    write, calls = model.base_model.write, []
+    write, calls = model.base_model._write, []
 
-    def fail(ids, mask, **options):
-        calls.append(ids)
+    def fail(context, options):
+        calls.append(context)
         if len(calls) == 2:
             raise error("enough")
-        return write(ids, mask, **options)
+        return write(context, options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.base_model, "write", fail)
+        patch.setattr(model.base_model, "_write", fail)
         with pytest.raises(error, match="enough"):
             model.write_many(rows, max_tokens=1, progress=True)
     assert len(calls) == 2
@@ -201,6 +202,74 @@ def test_the_budget_follows_free_memory(model, monkeypatch):
     assert token_budget(model.base_model.model) == pytest.approx(2 * few, abs=1)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=0))
     assert token_budget(model.base_model.model) == 1
+
+
+class TestMemory:
+    """What does not fit is refused before it starts: the system would end the process without a word."""
+
+    def test_what_does_not_fit_is_refused(self, model, monkeypatch):
+        for write in (
+            lambda **options: model.write(tokens(2, 9), **options),
+            lambda **options: model.write_many(contexts(4, 9), **options),
+        ):
+            assert len(write(max_memory=2**20)) == 2
+            with pytest.raises(MemoryError, match=r"of 9 tokens takes about .* GB are allowed\. .*write_document"):
+                write(max_memory=1000)
+        monkeypatch.setattr(hardware, "UNCHECKED", 0)
+        monkeypatch.setattr(hardware, "free_memory", lambda device: 10**4)
+        with pytest.raises(MemoryError, match=r"To write 2 contexts of 9 tokens takes about .* 1e-05 GB are free"):
+            model.write(tokens(2, 9))
+
+    def test_more_for_longer_contexts_and_for_eager_attention(self):
+        fused, eager = tiny(), tiny(attn_implementation="eager")
+        assert write_memory(fused, 2, 10) == 2 * write_memory(fused, 1, 10) == 4 * write_memory(fused, 1, 5)
+        assert write_memory(eager, 1, 20) > 2 * write_memory(eager, 1, 10) > 2 * write_memory(fused, 1, 10)
+
+    @pytest.mark.parametrize(
+        ("line", "folder", "files"),
+        [
+            ("0::/a/b", "a", {"memory.max": 10**6, "memory.current": 4 * 10**5, "memory.stat": "inactive_file 5"}),
+            ("0::/", "", {"memory.max": 10**6, "memory.current": 4 * 10**5, "memory.stat": "anon 1\ninactive_file 5"}),
+            (
+                "4:memory:/of/the/host",
+                "memory",
+                {
+                    "memory.limit_in_bytes": 10**6,
+                    "memory.usage_in_bytes": 4 * 10**5,
+                    "memory.stat": "inactive_file 1\ntotal_inactive_file 5",
+                },
+            ),
+        ],
+    )
+    def test_a_container_has_less_than_the_machine(self, monkeypatch, tmp_path, line, folder, files):
+        own = tmp_path / "cgroup"
+        own.write_text(f"7:cpu:/else\n{line}\n")
+        (tmp_path / "groups" / folder).mkdir(parents=True)
+        for name, content in files.items():
+            (tmp_path / "groups" / folder / name).write_text(str(content))
+        monkeypatch.setattr(hardware, "_GROUPS", tmp_path / "groups")
+        monkeypatch.setattr(hardware, "_OWN_GROUPS", own)
+        assert hardware.free_memory(torch.device("cpu")) == 600_005
+        for name in files.keys() - {"memory.stat"}:
+            (tmp_path / "groups" / folder / name).write_text("max")
+        assert hardware.free_memory(torch.device("cpu")) > 600_005
+
+
+def test_contexts_longer_than_the_trained_length_are_told_of_once():
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, trained_length=8)).eval()
+    for write in (
+        lambda: model.write(tokens(3, 12)),
+        lambda: model.write_many(contexts(3, 12, 11, 9), max_tokens=12),
+    ):
+        with pytest.warns(UserWarning, match="trained") as told:
+            write()
+        assert len(told) == 1
+        assert "has 12 tokens, and the adapter was trained on up to 8 " in str(told[0].message)
+        assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.write(tokens(3, 8))
+        model.write_many(contexts(3, 8))
 
 
 def test_progress_is_shown_where_asked_for(model, capsys):

@@ -94,12 +94,12 @@ class TestCompressor:
         assert references_of(written)
 
     def test_many_documents_are_written_in_batches(self, pipeline, monkeypatch, capsys):
-        write, sizes = pipeline.model.base_model.write, []
+        write, sizes = pipeline.model.base_model._write, []
         monkeypatch.setattr(hardware, "SATURATED", {"cpu": 100})
         monkeypatch.setattr(
             pipeline.model.base_model,
-            "write",
-            lambda ids, *rest, **kw: sizes.append(ids.numel()) or write(ids, *rest, **kw),
+            "_write",
+            lambda context, options: sizes.append(context.input_ids.numel()) or write(context, options),
         )
         lengths = [3 + i % 40 for i in range(50)]
         compressor = GradMemCompressor(pipeline=pipeline)
@@ -110,7 +110,7 @@ class TestCompressor:
         assert capsys.readouterr() == ("", "")
 
     def test_what_was_written_before_a_failure_stays_written(self, pipeline, monkeypatch):
-        write, done = pipeline.model.base_model.write, []
+        write, done = pipeline.model.base_model._write, []
 
         def fail(ids, *rest, **options):
             if len(done) == 2:
@@ -121,7 +121,7 @@ class TestCompressor:
         compressor = GradMemCompressor(pipeline=pipeline)
         with monkeypatch.context() as patch:
             patch.setattr(hardware, "SATURATED", {"cpu": 1})
-            patch.setattr(pipeline.model.base_model, "write", fail)
+            patch.setattr(pipeline.model.base_model, "_write", fail)
             with pytest.raises(torch.cuda.OutOfMemoryError, match="Context 2 with 12 tokens does not fit"):
                 compressor.compress_documents([Document(text) for text in TEXTS], "")
         assert len(list(compressor.store.yield_keys())) == compressor.store.writes == 2
