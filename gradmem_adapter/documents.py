@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradmem_adapter.outputs import Fidelity
 from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
+from gradmem_adapter.utils.hardware import token_budget
+from gradmem_adapter.write.batching import batches
 from gradmem_adapter.write.options import WriteOptions
 
 Mode: TypeAlias = Literal["parallel"]
@@ -39,6 +46,26 @@ class DocumentMemory:
             indices (`Sequence[int]`, *optional*): which segments, in the order in which they are to stand; None: all.
         """
         return MemoryState.concat(list(self.states if indices is None else self.states[indices]))
+
+    def fidelity(self, encoder: TextEncoder, max_tokens: int | None = None) -> Fidelity:
+        """How much of each segment its state gives back.
+
+        Args:
+            encoder (`TextEncoder`): the pipeline that wrote it.
+            max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
+
+        Returns:
+            `Fidelity`: shares `[segments]`.
+        """
+        model = encoder.model
+        backbone = cast(PreTrainedModel, model.get_base_model())
+        budget = token_budget(backbone) if max_tokens is None else max_tokens
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for rows in batches([segment.tokens for segment in self.segments], budget):
+            ids, mask = encoder.encode_contexts([self.segments[i].text for i in rows])
+            found |= zip(rows, zip(*model.fidelity(self.states[rows], ids, mask), strict=True), strict=True)
+        greedy, forced = zip(*(found[i] for i in range(len(self))), strict=True)
+        return Fidelity(torch.stack(greedy), torch.stack(forced))
 
 
 def write_document(

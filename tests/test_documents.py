@@ -43,6 +43,16 @@ def test_segments_are_read_side_by_side(pipeline):
     assert len(pipeline.generate(["w1 w2"], memory=some, max_new_tokens=3)) == 1
 
 
+@pytest.mark.parametrize("max_tokens", [None, 1])
+def test_fidelity_is_that_of_each_segment(pipeline, max_tokens):
+    document = pipeline.write_document(TEXT, steps=40, optimizer="adam", lr=0.05)
+    found = document.fidelity(pipeline, max_tokens=max_tokens)
+    for i, (segment, state) in enumerate(zip(document.segments, document.states, strict=True)):
+        alone = pipeline.fidelity(segment.text, state)
+        assert (found.greedy[i], found.teacher_forced[i]) == (alone.greedy[0], alone.teacher_forced[0])
+    assert found.teacher_forced.min() > 0  # or the comparison says nothing
+
+
 @pytest.mark.parametrize(
     ("text", "options", "error", "message"),
     [
