@@ -10,6 +10,7 @@ import typer
 from gradmem_adapter.cli.ask import ask
 from gradmem_adapter.cli.demo import demo
 from gradmem_adapter.cli.errors import DEBUG, Commands
+from gradmem_adapter.cli.store import app as store
 from gradmem_adapter.cli.train import train
 from gradmem_adapter.cli.write import write
 
@@ -34,3 +35,4 @@ def main(
 
 for command in (demo, write, ask, train):
     app.command()(command)
+app.add_typer(store, name="store")

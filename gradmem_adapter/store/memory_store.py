@@ -304,7 +304,7 @@ class MemoryStore:
 
     def exists(self) -> bool:
         """Whether there is a store in the directory, if only an empty or a damaged one."""
-        return self.index.path.exists() or self.index.states.exists()
+        return self.index.path.exists() or any(self.index.states.glob("[0-9a-f]?/*.safetensors"))
 
     def __len__(self) -> int:
         """The number of states."""

@@ -216,8 +216,10 @@ def cases() -> Iterator[list[str]]:
     yield from ([*kept, "--state", state] for state in ("folder", "pipe", "link to zero", "sparse", "bomb.gz", "loop"))
     for name in STORES:
         yield from ([*command, "--store", f"stores/{name}"] for command in (store, stored))
+        yield from (["store", command, f"stores/{name}"] for command in ("list", "stats", "verify", "gc"))
     for name in ("nowhere", "folder", "notes.txt", "pipe", "loop", "x" * 300, ""):
-        yield [*stored, "--store", name]
+        yield from ([*stored, "--store", name], *(["store", command, name] for command in ("list", "gc", "rebuild")))
+    yield from (["store", command, "store", "nowhere"] for command in ("show", "forget", "list"))
     yield from ([*store, "--store", name] for name in (*PLACES[2:], "checkpoint") if name)
     yield from ([*stored, *more] for more in (["--text", "notes.txt"], ["--state", "new"], ["--store", "stores/cut"]))
     for question in ("", "notes.txt", "./notes.txt", tiny_text(200), "w1 \udc80"):

@@ -12,7 +12,7 @@ def test_help():
     result = invoke("--help")
     assert result.exit_code == 0
     assert "GradMem" in result.output
-    for command in ("write", "ask", "train", "demo"):
+    for command in ("write", "ask", "store", "train", "demo"):
         assert command in result.output
 
 
@@ -34,8 +34,9 @@ def test_the_help_of_train_says_what_a_row_has():
             "demo",
             ("--text", "--backbone", "--memory-tokens", "--steps", "--lr", "--seed", "--task", "--pairs", "--ask"),
         ),
-        ("write", ("--checkpoint", "--output", "--steps", "--max-tokens", "--device")),
-        ("ask", ("--text", "--checkpoint", "--state", "--steps", "--max-new-tokens", "--device")),
+        ("write", ("--checkpoint", "--output", "--store", "--steps", "--max-tokens", "--device", "--json")),
+        ("ask", ("--text", "--checkpoint", "--state", "--store", "--k", "--steps", "--max-new-tokens", "--json")),
+        ("store", ("list", "show", "verify", "gc", "forget", "rebuild", "stats")),
     ],
 )
 def test_help_of_commands(command, options):

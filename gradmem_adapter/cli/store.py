@@ -1,0 +1,137 @@
+"""`gradmem store`: what a memory store holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradmem_adapter.cli.options import JSON, existing_store, place, print_json
+from gradmem_adapter.store import Entry, Report
+
+app = typer.Typer(help="See what a memory store holds, and mend it.", no_args_is_help=True)
+
+DIR = typer.Argument(file_okay=False, help="What `gradmem write --store` made.")
+SHOWN = 60
+"""Characters of a text in a table."""
+
+
+@app.command("list")
+def list_sources(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
+    """List the sources, and how much is stored of each."""
+    rows = []
+    for source, group in itertools.groupby(existing_store(folder).entries(), lambda entry: entry.source):
+        entries = list(group)
+        sizes = {"tokens": sum(entry.tokens for entry in entries), "bytes": sum(entry.nbytes for entry in entries)}
+        rows.append({"source": source, "states": len(entries), **sizes})
+    _print_rows(rows, {"sources": rows}, as_json)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, DIR],
+    name: Annotated[str, typer.Argument(help="A source, or the key of a state.")],
+    as_json: Annotated[bool, JSON] = False,
+) -> None:
+    """Show the states of a source, or one by its key."""
+    store = existing_store(folder)
+    entries = list(store.entries(name)) or [entry for entry in store.entries() if entry.key == name]
+    if not entries:
+        raise ValueError(f"{folder} has neither a source nor a state {name!r}. `gradmem store list` names the sources.")
+    rows = [
+        {
+            "key": entry.key,
+            "place": place(asdict(entry)),
+            "tokens": entry.tokens,
+            "model": entry.fingerprint,
+            "written": datetime.fromtimestamp(entry.written).isoformat(" ", "seconds"),
+            "text": _beginning(entry),
+        }
+        for entry in entries
+    ]
+    _print_rows(rows, {"states": [asdict(entry) for entry in entries]}, as_json)
+
+
+@app.command()
+def verify(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
+    """Read every state and compare it with the index; exit status 1 if one cannot be read or found."""
+    _print_report(existing_store(folder).verify(), as_json)
+
+
+@app.command()
+def rebuild(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
+    """Make the index anew from the states, for instance because it is damaged; exit status 1 as for verify."""
+    _print_report(existing_store(folder).rebuild(), as_json)
+
+
+@app.command()
+def gc(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
+    """Remove states that cannot be read and what killed processes left, and enter states that the index lacks."""
+    removed = existing_store(folder).gc()
+    _print_numbers({"removed": removed if as_json else len(removed)}, as_json)
+
+
+@app.command()
+def forget(
+    folder: Annotated[Path, DIR],
+    source: Annotated[str, typer.Argument(help="As `gradmem store list` names it.")],
+    as_json: Annotated[bool, JSON] = False,
+) -> None:
+    """Remove all that comes from a source, from the disk too. Texts that other sources have, too, stay for those."""
+    store = existing_store(folder)
+    if next(store.entries(source), None) is None:
+        raise ValueError(f"{folder} has no source {source!r}. `gradmem store list` names the sources.")
+    _print_numbers({"removed": store.forget(source)}, as_json)
+
+
+@app.command()
+def stats(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
+    """Count states, sources, tokens and bytes, and the states of each model."""
+    _print_numbers(asdict(existing_store(folder).stats()), as_json)
+
+
+def _beginning(entry: Entry) -> str:
+    text = " ".join((entry.text or "")[: 2 * SHOWN].split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _print_rows(rows: Sequence[dict[str, Any]], figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(figures)
+    elif rows:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*(Text(str(value)) for value in row.values()))
+        Console().print(table)
+    else:
+        typer.echo("There is nothing in it.")
+
+
+def _print_numbers(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(figures)
+    else:
+        typer.echo("\n".join(f"{name}: {value}" for name, value in figures.items()))
+
+
+def _print_report(report: Report, as_json: bool) -> None:
+    if as_json:
+        print_json({"ok": report.ok} | asdict(report))
+    else:
+        typer.echo(f"{report.states:,} states are whole and as the index says.")
+        for key, wrong in report.damaged.items():
+            typer.echo(f"{key} is damaged: {wrong}")
+        for key in report.unlisted:
+            typer.echo(f"{key} is whole, and the index says something else. `gradmem store gc` puts it right.")
+        for name in report.leftovers:
+            typer.echo(f"{name} is no state.")
+    if not report.ok:
+        raise typer.Exit(1)
