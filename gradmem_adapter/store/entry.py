@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -50,6 +50,41 @@ class Entry:
         return self.source, self.start, self.end
 
 
+def places(
+    count: int,
+    sources: str | Sequence[str | None] | None,
+    offsets: Sequence[tuple[int, int]] | None,
+    metadata: Sequence[Mapping[str, Any]] | None,
+    options: Mapping[str, Any],
+) -> list[Entry]:
+    """Entries that say where texts come from, and have no key and no text yet.
+
+    Args:
+        count (`int`): of the texts.
+        sources, offsets, metadata (*optional*): as `MemoryStore.add` takes them.
+        options (`Mapping`): how they are written.
+
+    Raises:
+        ValueError: more or fewer of something than texts.
+    """
+    if sources is None or isinstance(sources, str):
+        sources = [sources] * count
+    for name, values in {"sources": sources, "offsets": offsets, "metadata": metadata}.items():
+        if values is not None and len(values) != count:
+            raise ValueError(f"There are {count} texts and {len(values)} {name}; give one for each text.")
+    return [
+        Entry(
+            key="",
+            source=source,
+            start=offsets[i][0] if offsets else None,
+            end=offsets[i][1] if offsets else None,
+            metadata=metadata[i] if metadata else {},
+            options=options,
+        )
+        for i, source in enumerate(sources)
+    ]
+
+
 def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, Any]:
     """How a text is written, as JSON has it: what is not at its default, so that a new option changes no key.
 
@@ -64,17 +99,16 @@ def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, An
     return dict(json.loads(json.dumps(identity, default=vars)))
 
 
-def state_key(text: str, fingerprint: str, identity: Mapping[str, Any], namespace: str = "") -> str:
+def state_key(text: str, fingerprint: str, identity: Mapping[str, Any]) -> str:
     """The name of a state: what is written by the same model in the same way from the same text has the same.
 
     Args:
         text (`str`): the context.
         fingerprint (`str`): of the model that writes it.
         identity (`Mapping`): how, as `write_identity` says.
-        namespace (`str`, *optional*): of a tenant.
 
     Returns:
         `str`: 32 hexadecimal digits of a SHA-256.
     """
-    whole = json.dumps([namespace, fingerprint, identity, text], sort_keys=True)
+    whole = json.dumps([fingerprint, identity, text], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:32]

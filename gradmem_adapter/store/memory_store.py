@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import files, upkeep
 from gradmem_adapter.store.choose import Choice, choose
+from gradmem_adapter.store.claims import Claims
 from gradmem_adapter.store.embedding import Embedding
-from gradmem_adapter.store.entry import Entry, state_key, write_identity
+from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
 from gradmem_adapter.store.index import Index, insert, select
 from gradmem_adapter.utils.state_file import MemoryStateError
@@ -63,6 +67,11 @@ class MemoryStore:
         self.dtype = dtype
         self.keep_text = keep_text
         self.index = Index(self.path)
+        self._claims = Claims()
+
+    def __reduce__(self) -> tuple[Callable[..., MemoryStore], tuple[Any, ...]]:
+        """A copy shares the directory, and does not wait for what threads are writing here."""
+        return partial(MemoryStore, dtype=self.dtype, keep_text=self.keep_text), (self.path,)
 
     # ---------------------------------------------------------------- write
 
@@ -93,7 +102,8 @@ class MemoryStore:
     ) -> list[str]:
         """The keys of texts. Those that are not stored, or damaged, are written, in batches that fit into memory.
 
-        Each batch is stored as soon as it is written, so that what fails later loses nothing.
+        Each batch is stored as soon as it is written, so that what fails later loses nothing. Threads that ask for one
+        text at the same time write it once.
 
         Args:
             pipeline (`GradMemPipeline`): who writes.
@@ -117,57 +127,51 @@ class MemoryStore:
         """
         options = WriteOptions.of(options, **fields)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        entries = self._entries(pipeline, texts, sources, offsets, metadata, options)
-        missing = [(text, entry) for text, entry in self._first(texts, entries) if not self._is_readable(entry.key)]
-        with progress_bar(len(missing), progress) as advance:
-            for begin in range(0, len(missing), _AT_ONCE):
-                part = missing[begin : begin + _AT_ONCE]
+        identity, fingerprint = write_identity(pipeline.model.active_peft_config, options), pipeline.model.fingerprint()
+        entries = [
+            replace(entry, key=state_key(text, fingerprint, identity), text=text if self.keep_text else None)
+            for text, entry in zip(texts, places(len(texts), sources, offsets, metadata, identity), strict=True)
+        ]
+        number = {entry.key: i for i, entry in reversed(list(enumerate(entries)))}
+        waiting = sorted(number, key=number.__getitem__)
+        with progress_bar(len(waiting), progress) as advance:
 
-                def store(rows: list[int], states: MemoryState, part: Sequence[tuple[str, Entry]] = part) -> None:
-                    self.put(states, [part[i][1] for i in rows])
-                    advance(len(rows))
-                    done([part[i][1].key for i in rows])
+            def stored(keys: list[str]) -> None:
+                advance(len(keys))
+                done(keys)
 
-                part_texts = [text for text, _ in part]
-                pipeline.write_many(part_texts, max_tokens=max_tokens, progress=False, done=store, options=options)
+            while waiting:
+                with self._claims.taken(waiting) as mine:
+                    missing = [number[key] for key in mine if not self._is_readable(key)]
+                    advance(len(mine) - len(missing))
+                    for begin in range(0, len(missing), _AT_ONCE):
+                        part = missing[begin : begin + _AT_ONCE]
+                        given = {i: (texts[i], entries[i]) for i in part}
+                        self._write(pipeline, given, stored, max_tokens=max_tokens, options=options)
+                waiting = [key for key in waiting if key not in mine]  # where another thread's write may have failed
         self._add_places(entries)
         return [entry.key for entry in entries]
 
-    def _entries(
+    def _write(
         self,
         pipeline: GradMemPipeline,
-        texts: Sequence[str],
-        sources: str | Sequence[str | None] | None,
-        offsets: Sequence[tuple[int, int]] | None,
-        metadata: Sequence[Mapping[str, Any]] | None,
-        options: WriteOptions,
-    ) -> list[Entry]:
-        if sources is None or isinstance(sources, str):
-            sources = [sources] * len(texts)
-        given = {"sources": sources, "offsets": offsets, "metadata": metadata}
-        for name, values in given.items():
-            if values is not None and len(values) != len(texts):
-                raise ValueError(f"There are {len(texts)} texts and {len(values)} {name}; give one for each text.")
-        identity = write_identity(pipeline.model.active_peft_config, options)
-        fingerprint = pipeline.model.fingerprint()
-        return [
-            Entry(
-                key=state_key(text, fingerprint, identity),
-                source=source,
-                start=offsets[i][0] if offsets else None,
-                end=offsets[i][1] if offsets else None,
-                text=text if self.keep_text else None,
-                metadata=metadata[i] if metadata else {},
-                options=identity,
-            )
-            for i, (text, source) in enumerate(zip(texts, sources, strict=True))
-        ]
+        given: Mapping[int, tuple[str, Entry]],
+        stored: Callable[[list[str]], None],
+        **how: Any,
+    ) -> None:
+        """Write texts, whose numbers are for messages."""
+        numbers = list(given)
 
-    @staticmethod
-    def _first(texts: Sequence[str], entries: Sequence[Entry]) -> list[tuple[str, Entry]]:
-        """Each state once."""
-        pairs = zip(reversed(texts), reversed(entries), strict=True)
-        return list({entry.key: (text, entry) for text, entry in pairs}.values())[::-1]
+        def put(rows: list[int], states: MemoryState) -> None:
+            entries = [given[numbers[i]][1] for i in rows]
+            self.put(states, entries)
+            stored([entry.key for entry in entries])
+
+        try:
+            pipeline.write_many([text for text, _ in given.values()], progress=False, done=put, **how)
+        except (TypeError, ValueError, torch.OutOfMemoryError) as error:
+            message = re.sub(r"(?<=^Context )\d+", lambda match: str(numbers[int(match[0])]), str(error))
+            raise type(error)(message) from error
 
     def put(self, states: MemoryState, entries: Iterable[Entry]) -> None:
         """Store states that were written elsewhere, in the place of what there is under their keys.
@@ -200,9 +204,9 @@ class MemoryStore:
         for entry in entries:
             if (entry.key, entry.place) not in known:
                 new.setdefault(entry.key, []).append(entry)
-        for key, places in new.items():
+        for key, lacking in new.items():
             tensors, stored = files.read_file(self._file(key))
-            all_places = {one.place: replace(stored[0], **_place(one)) for one in [*stored, *places]}
+            all_places = {one.place: replace(stored[0], **_place(one)) for one in [*stored, *lacking]}
             self._land([(tensors, list(all_places.values()))])
 
     def _land(self, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:
@@ -215,10 +219,10 @@ class MemoryStore:
             with self.index.writing() as connection:
                 for number, entries in enumerate(written):
                     file, new = self._file(entries[0].key), folder / str(number)
-                    places = {entry.place: _place(entry) for entry in select(connection, "key = ?", (entries[0].key,))}
-                    places |= {entry.place: _place(entry) for entry in entries}
-                    if len(places) > len(entries):  # another process has found it elsewhere meanwhile
-                        entries = [replace(entries[0], **place) for place in places.values()]
+                    found_at = {one.place: _place(one) for one in select(connection, "key = ?", (entries[0].key,))}
+                    found_at |= {entry.place: _place(entry) for entry in entries}
+                    if len(found_at) > len(entries):  # another process has found it elsewhere meanwhile
+                        entries = [replace(entries[0], **place) for place in found_at.values()]
                         entries = files.write_file(new, found[number][0], entries)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(new, file)
@@ -316,6 +320,11 @@ class MemoryStore:
         with self.index.reading() as connection:
             return connection.execute("SELECT 1 FROM states WHERE key = ?", (key,)).fetchone() is not None
 
+    def keys(self) -> list[str]:
+        """The keys of all states, those that were stored first at the front."""
+        with self.index.reading() as connection:
+            return [key for (key,) in connection.execute("SELECT key FROM states ORDER BY id")]
+
     # ---------------------------------------------------------------- upkeep
 
     def stats(self) -> upkeep.Stats:
@@ -351,6 +360,17 @@ class MemoryStore:
             `int`: how many states are gone.
         """
         return upkeep.forget(self.index, source)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove states, wherever their texts come from. Some of their words may stay in the index until `gc`.
+
+        Args:
+            keys (`Iterable[str]`): of the states; those that are not there are passed over.
+
+        Raises:
+            ValueError: no key; nothing is removed then.
+        """
+        upkeep.delete(self.index, keys)
 
     def rebuild(self) -> upkeep.Report:
         """Make the index anew from the states' files, whatever has become of it.

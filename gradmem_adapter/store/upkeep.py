@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +142,25 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
             _delete(index, connection, key)
         _overwrite(connection)
     return gone
+
+
+def delete(index: Index, keys: Iterable[str]) -> None:
+    """Remove states, from the disk too.
+
+    Args:
+        index (`Index`): of the store.
+        keys (`Iterable[str]`): of the states; those that are not there are passed over.
+
+    Raises:
+        ValueError: no key; nothing is removed then.
+    """
+    keys = list(keys)
+    for key in keys:
+        state_file_of(index.states, key)
+    if keys:
+        with index.writing() as connection:
+            for key in keys:
+                _delete(index, connection, key)
 
 
 def forget(index: Index, source: str) -> int:

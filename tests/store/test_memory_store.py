@@ -1,10 +1,16 @@
 """MemoryStore: what is added is found again, written once, and named for what it is."""
 
+import copy
+import pickle
 import sqlite3
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from stores import NAMES, PLACES, TEXTS, tiny_pipeline
+from tiny import tiny_text
 
 from gradmem_adapter import MemoryState, MemoryStateError, WriteOptions
 from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError
@@ -199,3 +205,58 @@ class TestIndex:
         connection.close()
         with pytest.raises(MemoryStoreError, match="upgrade gradmem-adapter"):
             len(store)
+
+
+def test_a_text_that_cannot_be_written_is_named_by_its_number(store, keys, pipeline):
+    with pytest.raises(ValueError, match=r"Context 5 .*tokens"):
+        store.add(pipeline, [*TEXTS, "w1 w2", tiny_text(500)])
+    assert set(store.keys()) == set(keys)
+
+
+def test_deleted_states_are_gone_and_others_are_passed_over(store, keys):
+    with pytest.raises(ValueError, match="32 hexadecimal digits"):
+        store.delete([keys[0], "x"])
+    store.delete([keys[0], "0" * 32, keys[2]])
+    assert set(store.keys()) == {keys[1], keys[3]}
+    assert store.verify().states == 2
+
+
+def test_a_text_that_many_ask_for_at_once_is_written_once(store, pipeline, monkeypatch):
+    """The others wait for it; where its write fails, they write it themselves."""
+    all_in, write_many, calls = threading.Barrier(8), pipeline.write_many, []
+
+    def slow(texts, **options):
+        calls.append(list(texts))
+        if len(calls) == 1:
+            time.sleep(0.2)
+            raise RuntimeError("once")
+        return write_many(texts, **options)
+
+    def ask(i):
+        all_in.wait()
+        return store.add(pipeline, [TEXTS[i % 2], TEXTS[2]])
+
+    monkeypatch.setattr(pipeline, "write_many", slow)
+    with ThreadPoolExecutor(8) as threads:
+        futures = [threads.submit(ask, i) for i in range(8)]
+        errors = [future.exception() for future in futures]
+    assert sum(error is not None for error in errors) == 1
+    written = [text for call in calls[1:] for text in call]
+    assert sorted(written) == sorted(TEXTS[:3])
+    expected = [store.key(pipeline, text) for text in TEXTS]
+    for i, future in enumerate(futures):
+        assert errors[i] or future.result() == [expected[i % 2], expected[2]]
+
+
+def test_a_copy_does_not_wait_for_what_the_original_writes(store, pipeline, monkeypatch):
+    copies, write_many = [], pipeline.write_many
+
+    def copy_meanwhile(*args, **kwargs):
+        copies.extend((copy.deepcopy(store), pickle.loads(pickle.dumps(store))))
+        return write_many(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "write_many", copy_meanwhile)
+    keys = store.add(pipeline, TEXTS[0])
+    for same in copies:
+        assert same.add(pipeline, TEXTS[0]) == keys
+    assert len(copies) == 2
