@@ -7,7 +7,10 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
-from gradmem_adapter.store.embedding import Embedding, cosines, embed_texts
+import torch
+from torch import Tensor
+
+from gradmem_adapter.store.embedding import Embedding, cosines
 from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.store.index import Index, select
 from gradmem_adapter.utils.tokens import check_text
@@ -52,23 +55,19 @@ def choose(
     if type(k) is not int or k < 1:
         raise ValueError(f"k is how many states are wanted, 1 at least, got {k!r}.")
     check_text("The query", query)
-    if embedding is not None:
-        embed_texts(index, embedding)
     values = {"fingerprint": fingerprint, "source": source}
+    near = None if embedding is None else cosines(index, embedding, query, _STATES, values)
     with index.reading() as connection:
-        if embedding is None:
+        if near is None:
             scores = _by_words(connection, query, k, values)
         else:
             words = _by_words(connection, query, max(k, _BY_WORDS), values)
-            best = max(words.values(), default=1.0)
-            near = cosines(connection, embedding, query, _STATES, values)
-            both = {key: words.get(key, 0.0) / best + cosine for key, cosine in near.items()}
-            scores = dict(sorted(both.items(), key=lambda item: -item[1])[:k])
+            scores = _with_words(*near, words, k)
         if not scores:
             _check_states(connection, fingerprint)
-        place = "key = ? AND (? IS NULL OR source = ?)"
-        entries = {key: next(select(connection, place, (key, source, source))) for key in scores}
-    return [Choice(entries[key], score) for key, score in scores.items()]
+        place = "states.id = ? AND (? IS NULL OR source = ?)"
+        found = [next(select(connection, place, (state, source, source)), None) for state in scores]
+    return [Choice(entry, score) for entry, score in zip(found, scores.values(), strict=True) if entry is not None]
 
 
 def match_any(query: str) -> str | None:
@@ -85,18 +84,26 @@ def match_any(query: str) -> str | None:
     return " OR ".join(f'"{word}"' for word in wanted) or None
 
 
-def _by_words(connection: sqlite3.Connection, query: str, limit: int, values: dict[str, Any]) -> dict[str, float]:
-    """By key, BM25 of the best states, in order."""
+def _by_words(connection: sqlite3.Connection, query: str, limit: int, values: dict[str, Any]) -> dict[int, float]:
+    """By id, BM25 of the best states, in order."""
     if (match := match_any(query)) is None:
         return {}
     found = connection.execute(
         f"""
-        SELECT key, -rank FROM texts JOIN states ON states.id = texts.rowid
+        SELECT states.id, -rank FROM texts JOIN states ON states.id = texts.rowid
         WHERE texts MATCH :match AND {_STATES} ORDER BY rank LIMIT :limit
         """,
         {**values, "match": match, "limit": limit},
     )
     return dict(found.fetchall())
+
+
+def _with_words(states: list[int], cosine: Tensor, words: dict[int, float], k: int) -> dict[int, float]:
+    """The scores of the best states, in order."""
+    best = max(words.values(), default=1.0)
+    both = cosine + torch.tensor([words.get(state, 0.0) / best for state in states])
+    top, places = both.topk(min(k, len(states)))
+    return {states[i]: score for i, score in zip(places.tolist(), top.tolist(), strict=True)}
 
 
 def _check_states(connection: sqlite3.Connection, fingerprint: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,60 +47,56 @@ class Embedding:
         return torch.nn.functional.normalize(found, dim=1)
 
 
-def embed_texts(index: Index, embedding: Embedding) -> None:
-    """Embed all texts that have no vector of this model yet; what is done is kept, whatever happens later.
-
-    Args:
-        index (`Index`): of the store.
-        embedding (`Embedding`): by what.
-
-    Raises:
-        ValueError: see `Embedding.vectors`.
-        OSError: the index cannot be written.
-    """
-    with index.reading() as connection:
-        missing = connection.execute(
-            """
-            SELECT key, text FROM states WHERE text IS NOT NULL
-            AND NOT EXISTS (SELECT 1 FROM embeddings WHERE embeddings.key = states.key AND model = ?)
-            """,
-            (embedding.name,),
-        ).fetchall()
-    for begin in range(0, len(missing), _AT_ONCE):
-        part = missing[begin : begin + _AT_ONCE]
-        vectors = embedding.vectors([text for _, text in part]).numpy()
-        with index.writing() as connection:
-            connection.executemany(
-                "INSERT OR REPLACE INTO embeddings SELECT key, ?, ? FROM states WHERE key = ?",  # it may be gone by now
-                [(embedding.name, vector.tobytes(), key) for (key, _), vector in zip(part, vectors, strict=True)],
-            )
-
-
 def cosines(
-    connection: sqlite3.Connection, embedding: Embedding, query: str, where: str, values: Mapping[str, Any]
-) -> dict[str, float]:
-    """By key, the cosine of each state's text with a question.
+    index: Index, embedding: Embedding, query: str, where: str, values: Mapping[str, Any]
+) -> tuple[list[int], Tensor]:
+    """Ids of states that have a text, and the cosines `[n]` of these with a question.
+
+    Texts that have no vector of this model are embedded first; what is done is kept, whatever happens later.
 
     Args:
-        connection (`Connection`): to the index.
-        embedding (`Embedding`): what made the vectors there.
+        index (`Index`): of the store. It keeps the vectors of one model at a time.
+        embedding (`Embedding`): of texts and question.
         query (`str`): the question.
         where, values: which states, in SQL with named values.
 
     Raises:
-        ValueError: the vectors in the index have another width: they are of another model of that name.
+        ValueError: see `Embedding.vectors`; or the vectors in the index have another width.
+        OSError: the index cannot be written.
     """
-    rows = connection.execute(
-        f"SELECT key, vector FROM embeddings JOIN states USING (key) WHERE model = :model AND {where}",
-        {**values, "model": embedding.name},
-    ).fetchall()
-    if not rows:
-        return {}
+    sql = f"""
+        SELECT states.id, CASE WHEN model = :model THEN vector END FROM states LEFT JOIN embeddings USING (id)
+        WHERE text IS NOT NULL AND {where}
+    """
+
+    def read() -> list[tuple[int, bytes | None]]:
+        with index.reading() as connection:
+            return connection.execute(sql, {**values, "model": embedding.name}).fetchall()
+
+    rows = read()
+    if missing := [number for number, stored in rows if stored is None]:
+        for begin in range(0, len(missing), _AT_ONCE):
+            _embed(index, embedding, missing[begin : begin + _AT_ONCE])
+        rows = read()
     (vector,) = embedding.vectors([query])
-    if wrong := {len(stored) // 4 for _, stored in rows} - {len(vector)}:
+    kept = [(number, stored) for number, stored in rows if stored is not None]
+    data = bytearray().join(stored for _, stored in kept)
+    if len(data) != len(kept) * vector.nbytes:
         raise ValueError(
-            f"The embedding {embedding.name!r} has {len(vector)} numbers, and the index has vectors of {min(wrong)} "
+            f"The embedding {embedding.name!r} has {len(vector)} numbers, and the index has vectors of another length "
             "under that name: give another model another name."
         )
-    stored = torch.frombuffer(bytearray().join(data for _, data in rows), dtype=torch.float32).view(len(rows), -1)
-    return dict(zip((key for key, _ in rows), (stored @ vector).tolist(), strict=True))
+    vectors = torch.frombuffer(data, dtype=torch.float32) if kept else vector[:0]
+    return [number for number, _ in kept], vectors.view(-1, len(vector)) @ vector
+
+
+def _embed(index: Index, embedding: Embedding, states: Sequence[int]) -> None:
+    with index.reading() as connection:
+        chosen = "SELECT id, text FROM states WHERE text IS NOT NULL AND id IN (SELECT value FROM json_each(?))"
+        found = connection.execute(chosen, (json.dumps(states),)).fetchall()
+    vectors = embedding.vectors([text for _, text in found]).numpy()
+    with index.writing() as connection:
+        connection.executemany(
+            "INSERT OR REPLACE INTO embeddings SELECT id, ?, ? FROM states WHERE id = ? AND text = ?",  # if still there
+            [(embedding.name, vector.tobytes(), *row) for row, vector in zip(found, vectors, strict=True)],
+        )

@@ -29,8 +29,7 @@ _SCHEMA = f"""
     CREATE INDEX places_of_a_state ON places(key);
     CREATE INDEX places_of_a_source ON places(source, start);
     CREATE TABLE embeddings(
-        key TEXT NOT NULL REFERENCES states(key) ON DELETE CASCADE, model TEXT NOT NULL, vector BLOB NOT NULL,
-        PRIMARY KEY (key, model)
+        id INTEGER PRIMARY KEY REFERENCES states(id) ON DELETE CASCADE, model TEXT NOT NULL, vector BLOB NOT NULL
     );
     CREATE VIRTUAL TABLE texts USING fts5(text, content='states', content_rowid='id', tokenize='porter unicode61');
     CREATE TRIGGER texts_in AFTER INSERT ON states BEGIN
