@@ -123,10 +123,12 @@ class Method(ABC):
         lengths = [self.length(model, row) for row in ids]
         device = next(model.parameters()).device
         answers: dict[int, str] = {}
-        for rows in batches([sum(lengths[i] for i in row) + 64 for row in reads], tokens):
-            texts = [format_query(queries[i], query_format, tokenizer) for i in rows]
-            prompts = [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
-            query, mask = (tensor.to(device) for tensor in pad(prompts, "left", int(tokenizer.pad_token_id)))
+        texts = [format_query(query, query_format, tokenizer) for query in queries]
+        prompts = [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
+        sizes = [sum(lengths[i] for i in row) + max(64, len(ids)) for row, ids in zip(reads, prompts, strict=True)]
+        for rows in batches(sizes, tokens):
+            own = [prompts[i] for i in rows]
+            query, mask = (tensor.to(device) for tensor in pad(own, "left", int(tokenizer.pad_token_id)))
             with torch.no_grad():
                 new = self.generate(
                     model, kept, [list(reads[i]) for i in rows], query, mask,

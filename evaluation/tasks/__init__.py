@@ -5,6 +5,7 @@ from .babi import Babi
 from .base import Measurement, Task
 from .continuation import Continuation
 from .kv_retrieval import KVRetrieval
+from .long_documents import LongDocuments
 from .passages import Passages
 from .plain_text import PlainText
 from .reconstruction import Reconstruction
@@ -15,6 +16,7 @@ TASKS: dict[str, type[Task]] = {
     Babi.name: Babi,
     Continuation.name: Continuation,
     KVRetrieval.name: KVRetrieval,
+    LongDocuments.name: LongDocuments,
     Passages.name: Passages,
     PlainText.name: PlainText,
     Reconstruction.name: Reconstruction,
@@ -22,6 +24,6 @@ TASKS: dict[str, type[Task]] = {
 }
 
 __all__ = [
-    "TASKS", "Answerable", "Babi", "Continuation", "KVRetrieval", "Measurement", "Passages", "PlainText",
-    "Reconstruction", "ShortSquad", "Task",
+    "TASKS", "Answerable", "Babi", "Continuation", "KVRetrieval", "LongDocuments", "Measurement", "Passages",
+    "PlainText", "Reconstruction", "ShortSquad", "Task",
 ]  # fmt: skip

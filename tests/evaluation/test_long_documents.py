@@ -1,0 +1,85 @@
+"""Questions about long articles: what is read of them, and what a question is asked of."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny, tiny_text, tiny_tokenizer
+
+from evaluation.config import RunConfig
+from evaluation.run import Answerer
+from gradmem_adapter import GradMemConfig
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Two articles of four paragraphs of ten words, with a question on each."""
+    lines = []
+    for article in range(2):
+        paragraphs = [tiny_text(10, seed=10 * article + i) for i in range(4)]
+        asked = [
+            {"query": " ".join(words[2:6]), "answers": [words[0]], "para": i}
+            for i, words in enumerate(paragraph.split() for paragraph in paragraphs)
+        ]
+        lines.append({"doc_id": str(article), "context": "\n\n".join(paragraphs), "questions": asked})
+    with gzip.open(tmp_path / "squad_articles_test.jsonl.gz", "wt") as file:
+        file.write("\n".join(json.dumps(line) for line in lines))
+    return tmp_path
+
+
+@pytest.fixture
+def measure(source):
+    def run(method="gradmem", states=1, **options):
+        memory = {"num_memory_tokens": 3, "trained_length": 20}
+        task = {"name": "long_documents", "source": str(source)}
+        config = RunConfig.of({"backbone": "none", "method": {"name": method}, "tasks": [task | options]})
+        backbone = tiny(max_position_embeddings=300)
+        model = (
+            get_peft_model(backbone, GradMemConfig(**memory))
+            if method == "gradmem"
+            else config.method.build(backbone, {})
+        )
+        answerer = Answerer(model.eval(), tiny_tokenizer(), config, steps=1)
+        return config.tasks[0].measure(answerer, "test", states=states)
+
+    return run
+
+
+def test_the_right_paragraph(measure):
+    found = measure(pieces="paragraphs", chosen="right")
+    assert found.values["found"].tolist() == [1.0] * 8
+    assert found.facts["context_tokens"] == 10
+    assert {"f1", "exact_match", "rouge_l", "found"} == set(found.values)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_paragraphs_by_words(measure, alone):
+    one, all_four = (measure(pieces="paragraphs", states=k, alone=alone).values["found"] for k in (1, 4))
+    assert one.mean() > 0.7
+    assert all_four.tolist() == [1.0] * 8
+
+
+def test_segments_are_as_long_as_the_adapter_was_trained(measure):
+    assert 10 < measure(states=2).facts["context_tokens"] <= 20
+    assert measure(segment_tokens=7).facts["context_tokens"] <= 7
+    with pytest.raises(ValueError, match="needs segment_tokens"):
+        measure(method="full_context")
+
+
+def test_whole_articles_are_cut_to_what_the_model_takes(measure):
+    assert measure(method="full_context", pieces="whole").facts["context_tokens"] == 40
+    assert 22 <= measure(method="full_context", pieces="segments", segment_tokens=44).facts["context_tokens"] <= 44
+
+
+def test_so_many_questions_of_each_article(measure):
+    some = measure(questions=2)
+    assert len(some.answers) == 4
+    assert torch.equal(measure(questions=2).values["f1"], some.values["f1"])
+    assert len(measure(questions=9).answers) == 8
+
+
+def test_scores_need_states(measure):
+    with pytest.raises(TypeError, match="needs the method gradmem"):
+        measure(method="full_context", segment_tokens=7, alone=True)
