@@ -22,6 +22,7 @@ from gradmem_adapter.write.fidelity import fidelity, reconstruct
 from gradmem_adapter.write.loop import warn_diverged, write_contexts
 from gradmem_adapter.write.loss import Writer
 from gradmem_adapter.write.options import WriteFields, WriteOptions
+from gradmem_adapter.write.rehearsal import rehearsed
 from gradmem_adapter.write.self_study import study_contexts
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class WritingModel(GradMemTuner):
         initial: MemoryState | None = None,
         callback: Callable[[WriteProgress], None] | None = None,
         strict: bool = True,
+        more: bool = False,
     ) -> MemoryState:
         writer = self._writer
         start = None if initial is None else self._vectors(initial, strict)
@@ -128,10 +130,65 @@ class WritingModel(GradMemTuner):
             warn_diverged(diverged)
             return MemoryState(memory, context.lengths, losses, fingerprint)
         with self._fast_writes.of(writer, context, options.compile) as run:
-            memory, losses, diverged = write_contexts(writer, context, options, start, callback, run)
+            memory, losses, diverged = write_contexts(writer, context, options, start, callback, run, more)
             fingerprint = self.fingerprint()  # while a GPU is still at work
             warn_diverged(diverged)
         return MemoryState(memory, context.lengths, losses, fingerprint)
+
+    @of_one_adapter
+    def update(
+        self,
+        memory: MemoryState,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        limit: int | None = None,
+        options: WriteOptions | None = None,
+        strict: bool = True,
+        **fields: Unpack[WriteFields],
+    ) -> MemoryState:
+        """WRITE more text into states, each of which keeps what it can recite of the earlier (see
+        `write/rehearsal.py`).
+
+        Args:
+            memory (`MemoryState`): B states, which stay as they are.
+            input_ids (`Tensor`): `[B, N]`, what each is to know besides.
+            attention_mask (`Tensor`, *optional*): `[B, N]`, padding on either side.
+            limit (`int`, *optional*): most tokens of a state, recited and new ones. `None`: the adapter's trained
+                length, or without one twice the longest new text. A state at its limit loses the end of what it knew.
+            options (`WriteOptions`, *optional*): how to write. `None`: as the configuration says.
+            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
+            fields: as for `write`.
+
+        Returns:
+            `MemoryState`: B states; their `context_tokens` count what was rehearsed and what is new.
+
+        Raises:
+            ValueError: a text that leaves no room below the limit, or `objective="self_study"`, whose states were not
+                made to be recited.
+        """
+        options = WriteOptions.of(options, **fields)
+        if options.objective == "self_study":
+            raise ValueError(
+                "A state written with objective='self_study' cannot be recited, and what it knew would be lost. Write "
+                "the new text into a state of its own, and join both with MemoryState.concat."
+            )
+        context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
+        vectors = self._vectors(memory, strict)
+        if len(vectors) != len(context.input_ids):
+            raise ValueError(f"There are {len(vectors)} states for {len(context.input_ids)} texts; pass one text each.")
+        longest = context.input_ids.shape[1]
+        limit = limit or self.peft_config[self._adapter].trained_length or 2 * longest
+        limit = min(limit, self._writer.longest_context or limit)
+        if longest >= limit:
+            raise ValueError(
+                f"A text of {longest} tokens leaves no room for what the state knows, of {limit} in all: write it in "
+                f"parts of, say, {max(1, limit // 2)} tokens, or pass a higher limit."
+            )
+        both = rehearsed(self._writer, vectors, context, min(int(memory.context_tokens.max()), limit - longest))
+        self._check_size(*both.input_ids.shape, options)
+        start = memory if self.peft_config[self._adapter].start == "slots" else None
+        return self._write(both, options, start, strict=strict, more=True)
 
     def write_many(
         self,

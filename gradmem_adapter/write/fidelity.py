@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,9 @@ from gradmem_adapter.outputs import Fidelity
 from gradmem_adapter.utils.backbone import first_position, fresh, trunk
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
+
+CONFIDENT = 0.1
+"""What memory gives a token that it is sure of; of what is no text to it, it gives every token less."""
 
 
 @torch.no_grad()
@@ -28,31 +32,60 @@ def reconstruct(writer: Writer, memory: Tensor, length: int) -> Tensor:
     Returns:
         `Tensor`: `[B, n]` token ids.
     """
+    tokens = [token for token, _ in _decode(writer, memory, length)]
+    return torch.stack(tokens, dim=1) if tokens else torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
+
+
+@torch.no_grad()
+def recite(writer: Writer, memory: Tensor, length: int) -> Context:
+    """What memory is sure of: greedy decoding from it alone, up to an end token or to one that it gives less than
+    CONFIDENT.
+
+    Args:
+        writer (`Writer`): the model.
+        memory (`Tensor`): `[B, m, d]`.
+        length (`int`): most tokens, n.
+
+    Returns:
+        `Context`: B rows of at most n tokens; those of length 0 are of a memory that cannot recite.
+    """
+    end = getattr(writer.backbone.generation_config, "eos_token_id", None)
+    ends = torch.tensor([] if end is None else end, dtype=torch.long, device=memory.device).flatten()
+    sure = torch.ones(len(memory), dtype=torch.bool, device=memory.device)
+    lengths, tokens = sure.long() * 0, []
+    for token, probability in _decode(writer, memory, length):
+        sure = sure & (probability >= CONFIDENT) & ~torch.isin(token, ends)
+        if not sure.any():
+            break
+        tokens.append(token)
+        lengths += sure
+    return Context(torch.stack(tokens, dim=1) if tokens else lengths.new_zeros(len(memory), 0), lengths)
+
+
+def _decode(writer: Writer, memory: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """First choices `[B]`, one place after the other, and their probabilities."""
     embedding = writer.backbone.get_input_embeddings()
     head = output_head(writer.backbone, writer.slots.write_head(writer.adapter))
     names_positions = "position_ids" in inspect.signature(trunk(writer.backbone).forward).parameters
-    tokens: list[Tensor] = []
     cache = None
-    with write_phase():
-        given = writer.slots.prefix(memory, "write", writer.adapter).to(cast(Tensor, embedding.weight).dtype)
-        for _ in range(length):
-            # A backbone that gives no cache of keys and values (Mamba and its kin) reads everything again.
-            known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            # A copy: some add positions to what they are given, in place (GIT), and this may be the state itself.
-            new = (given if cache is None else given[:, -1:]).clone()
-            if names_positions:  # some count from the start again, whatever is in the cache (RoBERTa, Bamba)
-                positions = torch.arange(given.shape[1] - new.shape[1], given.shape[1], device=given.device)
-                known["position_ids"] = (positions + first_position(writer.backbone)).expand(len(given), -1)
+    given = writer.slots.prefix(memory, "write", writer.adapter).to(cast(Tensor, embedding.weight).dtype)
+    for place in range(length):
+        # A backbone that gives no cache of keys and values (Mamba and its kin) reads everything again.
+        known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        # A copy: some add positions to what they are given, in place (GIT), and this may be the state itself.
+        new = (given if cache is None else given[:, -1:]).clone()
+        if names_positions:  # some count from the start again, whatever is in the cache (RoBERTa, Bamba)
+            positions = torch.arange(given.shape[1] - new.shape[1], given.shape[1], device=given.device)
+            known["position_ids"] = (positions + first_position(writer.backbone)).expand(len(given), -1)
+        with write_phase():  # not while the caller has its turn
             output = trunk(fresh(writer.backbone))(
-                inputs_embeds=new,
-                use_cache=cache is not None or not tokens,
-                return_dict=True,
-                **known,
+                inputs_embeds=new, use_cache=cache is not None or place == 0, return_dict=True, **known
             )
-            cache = output.get("past_key_values")
-            tokens.append(head(output.last_hidden_state[:, -1:])[:, -1].argmax(-1))
-            given = torch.cat([given, embedding(tokens[-1][:, None])], dim=1)
-    return torch.stack(tokens, dim=1) if tokens else torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
+            logits = head(output.last_hidden_state[:, -1:])[:, -1]
+        cache = output.get("past_key_values")
+        probability, token = logits.float().softmax(-1).max(-1)
+        given = torch.cat([given, embedding(token[:, None])], dim=1)
+        yield token, probability
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ def write_contexts(
     initial: Tensor | None = None,
     callback: Callable[[WriteProgress], None] | None = None,
     run: RunPass | None = None,
+    more: bool = False,
 ) -> Written:
     """WRITE contexts, from where the configuration says or from a memory that was written before.
 
@@ -57,6 +58,8 @@ def write_contexts(
         initial (`Tensor`, *optional*): `[B, m, d]`, a memory to go on from.
         callback (`Callable`, *optional*): told of each step.
         run (`RunPass`, *optional*): a faster `write_pass`.
+        more (`bool`, *optional*, defaults to `False`): `initial` was written from less than these contexts, so that
+            the steps are first ones again.
     """
     memory = initial
     if memory is None:
@@ -65,7 +68,7 @@ def write_contexts(
     lrs: Sequence[Rate] = [options.lr] if options.lr is not None else []
     if not lrs:
         # On a memory that was written before, further steps are late ones.
-        taken = 0 if initial is None else writer.config.num_write_lrs
+        taken = 0 if initial is None or more else writer.config.num_write_lrs
         steps = writer.config.write_steps if options.steps is None else options.steps
         lrs = write_lrs(writer.slots, writer.adapter, writer.config, steps, taken).detach().unbind()
     wide = memory.to(torch.promote_types(memory.dtype, torch.float32))

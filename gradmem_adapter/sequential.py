@@ -1,0 +1,46 @@
+"""A long text in one memory state: each segment is written into the state of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from gradmem_adapter.segments import Segment
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.texts import TextEncoder
+from gradmem_adapter.write.options import WriteOptions
+
+
+def write_sequential(
+    encoder: TextEncoder,
+    segments: Iterable[Segment],
+    options: WriteOptions,
+    memory: MemoryState | None = None,
+    limit: int | None = None,
+    strict: bool = True,
+) -> MemoryState:
+    """WRITE segments one after the other into one state, in the memory that a single one takes.
+
+    Args:
+        encoder (`TextEncoder`): a model with its tokenizer.
+        segments (`Iterable[Segment]`): in order; read as they are written.
+        options (`WriteOptions`): how each is written.
+        memory (`MemoryState`, *optional*): a state that is to know them besides what it knows. None: a new one.
+        limit (`int`, *optional*): most tokens of the state, recited and new ones, as `model.update` has it.
+        strict (`bool`, *optional*, defaults to `True`): refuse a `memory` that another model wrote.
+
+    Raises:
+        ValueError: there are no segments, or `memory` holds several states.
+    """
+    if memory is not None and len(memory) != 1:
+        raise ValueError(f"One state takes one text, got {len(memory)} states: update them one by one, memory[i].")
+    for segment in segments:
+        if memory is None:
+            memory = encoder.model.write(*encoder.encode_contexts(segment.text), options=options)
+        else:  # in the middle of a text there are no special tokens
+            ids = torch.tensor([encoder.tokenizer(segment.text, add_special_tokens=False)["input_ids"]])
+            memory = encoder.model.update(memory, ids, limit=limit, options=options, strict=strict)
+    if memory is None:
+        raise ValueError("There is no text to write: the document is empty.")
+    return memory
