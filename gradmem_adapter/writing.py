@@ -186,7 +186,8 @@ class WritingModel(GradMemTuner):
                 f"parts of, say, {max(1, limit // 2)} tokens, or pass a higher limit."
             )
         both = rehearsed(self._writer, vectors, context, min(int(memory.context_tokens.max()), limit - longest))
-        self._check_size(*both.input_ids.shape, options)
+        batch, length = both.input_ids.shape
+        self._check_size(batch, length, options)
         start = memory if self.peft_config[self._adapter].start == "slots" else None
         return self._write(both, options, start, strict=strict, more=True)
 
