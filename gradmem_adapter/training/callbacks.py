@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .schedule import multiply, warmup_stable_decay
+from .schedule import LEAST_RATE, multiply, set_rates
 
 LOOK_EVERY = 8
 """Of several processes all look at what one of them knows every so many steps, because that waits for the GPUs."""
@@ -25,51 +24,37 @@ LOOK_EVERY = 8
 class EndByClock(TrainerCallback, ExportableState):
     """Ends a run after `max_minutes` of its parts together, and lets the learning rate fall in time.
 
-    When all but `decay_share` of the time is over, the decay is planned from the steps that the clock has seen.
-    Evaluation and saving count.
+    Over the last `decay_share` of the time it falls with the clock, not with a number of steps: the rate of steps is
+    another once everything is compiled. Evaluation and saving count.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         """That are over."""
-        self.mark: list[float] | None = None
-        """A step in the middle of the constant part, and the seconds then: the rate is measured from there."""
-        self.decay: list[int] | None = None
-        """The first and the last step of the decay, once it is planned."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"seconds": self.seconds, "mark": self.mark, "decay": self.decay}}
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         """Start the clock."""
         self._start = time.monotonic() - self.seconds
-        if self.decay is not None:
-            self._plan(state, lr_scheduler)
+        multiply(lr_scheduler, lambda step: self.share_of_rate(args))
 
     def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         """Look at the clock: that of process 0, because clocks differ."""
         if not due(args, state):
             return
         self.seconds = agreed(time.monotonic() - self._start, args)
-        limit, step = 60 * args.max_minutes, state.global_step
-        stable = (1 - args.decay_share) * limit
-        if self.mark is None and self.seconds >= stable / 2:
-            self.mark = [step, self.seconds]
-        if self.decay is None and args.decay_share and self.seconds >= stable:
-            first, then = self.mark if self.mark and step > self.mark[0] else (0, 0.0)
-            rate = (step - first) / (self.seconds - then)
-            self.decay = [step, step + max(1, round(rate * (limit - self.seconds)))]
-            self._plan(state, lr_scheduler)
-        if self.seconds >= limit:
+        set_rates(lr_scheduler)
+        if self.seconds >= 60 * args.max_minutes:
             control.should_training_stop = control.should_save = True
 
-    def _plan(self, state: TrainerState, scheduler: LambdaLR) -> None:
-        assert self.decay is not None  # for the type checker
-        first, last = self.decay
-        state.max_steps = min(state.max_steps, last)
-        (fall,) = warmup_stable_decay(torch.optim.SGD([torch.zeros(1)]), 0, first, last - first).lr_lambdas
-        multiply(scheduler, fall)
+    def share_of_rate(self, args: Any) -> float:
+        """What is left of the learning rate, as the clock was last seen."""
+        limit = 60 * args.max_minutes
+        over = self.seconds - (1 - args.decay_share) * limit
+        return max(LEAST_RATE, 1 - (1 - LEAST_RATE) * over / (args.decay_share * limit)) if over > 0 else 1.0
 
 
 def due(args: TrainingArguments, state: TrainerState) -> bool:

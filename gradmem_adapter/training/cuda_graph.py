@@ -99,6 +99,7 @@ class GraphedBackward:
         # The threads of NCCL's process group may ask for events meanwhile, which is nothing to the capture.
         mode = "thread_local" if distributed.is_initialized() else "global"
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a capture takes memory from a pool of its own and cannot free what others keep
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             loss, table, reached = self._passes(batch | inputs)
         return _Graph(graph, inputs, (loss, table), reached)

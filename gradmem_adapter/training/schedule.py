@@ -40,6 +40,12 @@ def multiply(scheduler: LambdaLR, factor: Callable[[int], float]) -> None:
         return lambda step: before(step) * factor(step)
 
     scheduler.lr_lambdas = [both(before) for before in scheduler.lr_lambdas]
+    set_rates(scheduler)
+
+
+def set_rates(scheduler: LambdaLR) -> None:
+    """Give the optimizer the learning rates that a schedule has now, where more than the step decides on them."""
     groups = scheduler.optimizer.param_groups
     for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * share(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in groups]  # what is logged

@@ -80,6 +80,19 @@ class TestEndByClock:
         run.train()
         assert run.state.global_step == 14
 
+    def test_a_rate_that_rises_ends_it_no_earlier(self, tmp_path, clock):
+        """As where the first steps compile: 8 take a second each, and 48 a quarter of one."""
+        run = self.run(tmp_path, clock)
+
+        class Faster(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                clock.now -= 0.75 if state.global_step >= 8 else 0.0
+
+        run.add_callback(Faster())
+        run.train()
+        assert run.state.global_step == 8 + 48
+        assert logs(run, "learning_rate")[-1] == pytest.approx(1 - 0.95 * 9.75 / 10)
+
     def test_max_steps_may_be_before(self, tmp_path, clock):
         run = self.run(tmp_path, clock, max_steps=15)
         run.train()
