@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
@@ -22,7 +22,7 @@ from gradmem_adapter.cli.options import (
     QA_CHECKPOINT,
     chosen_device,
     existing_store,
-    place,
+    in_words,
     print_json,
 )
 from gradmem_adapter.pipeline import GradMemPipeline
@@ -100,11 +100,12 @@ def _print(figures: dict[str, Any], as_json: bool) -> None:
             f"{figures['context_tokens']} tokens are in {figures['memory_tokens']} vectors, "
             f"{figures['state_bytes']:,} bytes ({figures['done']} in {figures['seconds']:.2f} s)."
         )
-    table = Table(*("asked", "answered from memory", "of")[: len(figures["answers"][0])])
+    names = ("asked", "answered from memory", "of")
+    table = Table(*(Column(name, overflow="fold") for name in names[: len(figures["answers"][0])]))
     for row in figures["answers"]:
         cells = [row["question"], "(no text in the store has a word of it)" if row["answer"] is None else row["answer"]]
         if "sources" in row:
-            cells.append("\n".join(map(place, row["sources"])))
+            cells.append(in_words(row["sources"]))
         table.add_row(*map(Text, cells))
     console.print(table)
 

@@ -14,7 +14,7 @@ from gradmem_adapter.backbones import SMOLLM2
 from gradmem_adapter.cli.demos.key_values import run_key_value_demo
 from gradmem_adapter.cli.demos.recite import demo_text, run_recite_demo
 from gradmem_adapter.cli.demos.story import run_story_demo
-from gradmem_adapter.cli.options import CHECKPOINTS
+from gradmem_adapter.cli.options import CHECKPOINTS, JSON, QA_CHECKPOINT, print_json
 
 
 class DemoTask(str, Enum):
@@ -45,38 +45,36 @@ def demo(
         bool, typer.Option(help="recite: then also three questions about a story, by an adapter trained on questions.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the first memory, or of the pairs.")] = 0,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Write a context into a few vectors, forget it, and answer from them.
 
     Recite: exit status 1 if the paragraph does not come back.
     """
-    console = Console()
+    console = Console(quiet=as_json)
     if ask and task is DemoTask.kv:
         raise ValueError("--ask belongs to the task recite: leave one of them out.")
+    figures: dict[str, dict[str, Any]] = {}
     if task is DemoTask.kv:
         checkpoint = checkpoint or CHECKPOINTS / "kv-retrieval"
-        retrieved = run_key_value_demo(
-            checkpoint, pairs=pairs, steps=5 if steps is None else steps, seed=seed, console=console
+        steps = 5 if steps is None else steps
+        figures["demo"] = run_key_value_demo(checkpoint, pairs=pairs, steps=steps, seed=seed, console=console)
+    else:
+        recited = run_recite_demo(
+            demo_text(text),
+            backbone=backbone,
+            memory_tokens=memory_tokens,
+            steps=300 if steps is None else steps,
+            lr=lr,
+            seed=seed,
+            console=console,
         )
-        _print_figures(console, "demo", retrieved)
-        return
-    recited = run_recite_demo(
-        demo_text(text),
-        backbone=backbone,
-        memory_tokens=memory_tokens,
-        steps=300 if steps is None else steps,
-        lr=lr,
-        seed=seed,
-        console=console,
-    )
-    if ask:
-        answered = run_story_demo(checkpoint or CHECKPOINTS / "smollm2-135m-qa", console=console)
-        _print_figures(console, "ask", answered)
-    _print_figures(console, "demo", recited)
-    if not recited["reconstructed"]:
+        if ask:
+            figures["ask"] = run_story_demo(checkpoint or QA_CHECKPOINT, console=console)
+        figures["demo"] = recited
+    if as_json:
+        print_json(figures)
+    for name, found in figures.items():
+        console.print(f"{name}: {json.dumps(found)}", soft_wrap=True, highlight=False, markup=False)
+    if not figures["demo"].get("reconstructed", True):
         raise typer.Exit(1)
-
-
-def _print_figures(console: Console, name: str, figures: dict[str, Any]) -> None:
-    """The figures of a demonstration in a line for programs to read."""
-    console.print(f"{name}: {json.dumps(figures)}", soft_wrap=True, highlight=False, markup=False)

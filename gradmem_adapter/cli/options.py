@@ -60,14 +60,17 @@ def print_json(figures: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(figures))
 
 
-def place(entry: Mapping[str, Any]) -> str:
-    """Where a stored text is from, in words.
+def in_words(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Where stored texts are from: a line for each source, with the characters in it.
 
     Args:
-        entry (`Mapping[str, Any]`): its key, source, start and end.
+        entries (`Iterable[Mapping[str, Any]]`): key, source, start and end of each.
     """
-    source = entry["key"] if entry["source"] is None else entry["source"]
-    return source if entry["start"] is None else f"{source}, characters {entry['start']} to {entry['end']}"
+    places: dict[str, list[str]] = {}
+    for entry in entries:
+        source = f"state {entry['key']}" if entry["source"] is None else entry["source"]
+        places.setdefault(source, []).extend([] if entry["start"] is None else [f"{entry['start']}-{entry['end']}"])
+    return "\n".join(f"{source}: {', '.join(found)}".removesuffix(": ") for source, found in places.items())
 
 
 def check_output(path: Path, *, inputs: Iterable[Path], force: bool) -> None:

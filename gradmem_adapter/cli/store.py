@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from gradmem_adapter.cli.options import JSON, existing_store, place, print_json
+from gradmem_adapter.cli.options import JSON, existing_store, in_words, print_json
 from gradmem_adapter.store import Entry, Report
 
 app = typer.Typer(help="See what a memory store holds, and mend it.", no_args_is_help=True)
@@ -49,7 +49,7 @@ def show(
     rows = [
         {
             "key": entry.key,
-            "place": place(asdict(entry)),
+            "place": in_words([asdict(entry)]),
             "tokens": entry.tokens,
             "model": entry.fingerprint,
             "written": datetime.fromtimestamp(entry.written).isoformat(" ", "seconds"),
@@ -107,7 +107,7 @@ def _print_rows(rows: Sequence[dict[str, Any]], figures: dict[str, Any], as_json
     if as_json:
         print_json(figures)
     elif rows:
-        table = Table(*rows[0])
+        table = Table(*(Column(name, overflow="fold") for name in rows[0]))
         for row in rows:
             table.add_row(*(Text(str(value)) for value in row.values()))
         Console().print(table)

@@ -111,7 +111,7 @@ class TestStore:
         (answer,) = pipeline.generate(["w4 w5"], memory=MemoryState.concat(list(states)), max_new_tokens=4)
         assert one["answer"] == answer.strip()
         table = ask("w4 w5", "nowhere", "--store", "memory", "--checkpoint", checkpoint)
-        assert "d.txt, characters 0 to 5" in table.stdout
+        assert "d.txt: 0-5" in table.stdout
         assert "no text in the store has a word of it" in table.stdout
 
     def test_a_store_of_another_model(self, checkpoint, memory, tmp_path):

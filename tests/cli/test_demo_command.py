@@ -1,6 +1,7 @@
 """`gradmem demo`: what it prints, and with which exit status it ends."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -36,6 +37,9 @@ def test_text_that_does_not_come_back(backbone, text):
     assert values["state_bytes"] > 9 * 32 * 4
     assert values["kv_cache_bytes"] == 48 * 2 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, heads, width, bytes
     assert values["write_seconds"] >= 0
+    printed = invoke("demo", "--text", text, "--backbone", backbone, "--steps", 2, "--json")
+    assert printed.exit_code == 1
+    assert json.loads(printed.stdout)["demo"] | {"write_seconds": 0} == values | {"write_seconds": 0}
 
 
 def test_text_that_comes_back(backbone, tmp_path):

@@ -51,7 +51,7 @@ def test_show(memory):
     (entry,) = memory.entries("[b].txt")
     assert figures["states"][0]["text"] == "w1 w2 w3 w4"
     assert figures["states"][0]["key"] == entry.key
-    assert "[b].txt, characters 0 to 11" in table
+    assert "[b].txt: 0-11" in table
     assert store("show", entry.key)[1] == figures
 
 

@@ -12,7 +12,7 @@ from tiny import tiny, tiny_tokenizer
 from transformers import TrainerCallback
 
 from gradmem_adapter import load_checkpoint
-from gradmem_adapter.cli import train as command
+from gradmem_adapter.cli.train_config import MEMORY, TrainConfig
 from gradmem_adapter.training import GradMemTrainer
 from gradmem_adapter.utils.fields import read_fields
 
@@ -48,6 +48,10 @@ def test_makes_an_adapter_that_opens(files):
     result = train(files, "--eval", files / "test.jsonl.gz")
     assert result.exit_code == 0, result.output
     assert "exact match" in result.output
+    again = train(files, "--eval", files / "test.jsonl.gz", "--json")
+    printed = json.loads(again.stdout)
+    assert printed["checkpoint"] == str(files / "run" / "checkpoint")
+    assert {"eval_exact_match", "eval_f1", "eval_loss"} <= printed["metrics"].keys()
     model, _ = load_checkpoint(files / "run" / "checkpoint")
     config = model.active_peft_config
     assert (config.num_memory_tokens, config.start, config.query_format) == (2, "pooled_context", "chat")
@@ -57,10 +61,10 @@ def test_makes_an_adapter_that_opens(files):
 
 
 def test_one_setting_of_the_lora_leaves_its_others():
-    plan = command.TrainConfig.of(read_fields(None, ["rows=a", "memory.lora_config.r=8"]))
+    plan = TrainConfig.of(read_fields(None, ["rows=a", "memory.lora_config.r=8"]))
     assert plan.memory_fields["lora_config"] == {"r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
-    assert command.MEMORY["lora_config"]["r"] == 16
-    plan = command.TrainConfig.of(read_fields(None, ["rows=a", "memory.lora_config=null"]))
+    assert MEMORY["lora_config"]["r"] == 16
+    plan = TrainConfig.of(read_fields(None, ["rows=a", "memory.lora_config=null"]))
     assert plan.memory_fields["lora_config"] is None
 
 
@@ -80,14 +84,14 @@ class Interrupt(TrainerCallback):
 
 def test_an_interrupted_run_goes_on(files, monkeypatch):
     with monkeypatch.context() as patch:
-        original = command.TrainConfig.trainer
+        original = TrainConfig.trainer
 
         def interrupted(*arguments):
             made = original(*arguments)
             made.add_callback(Interrupt())
             return made
 
-        patch.setattr(command.TrainConfig, "trainer", interrupted)
+        patch.setattr(TrainConfig, "trainer", interrupted)
         result = train(files)
     assert result.exit_code == 130, result.output
     assert "the same command goes on" in " ".join(result.output.split())

@@ -1,0 +1,126 @@
+"""What a run of `gradmem train` is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradmem_adapter.backbones import SMOLLM2
+from gradmem_adapter.config import unknown_fields
+from gradmem_adapter.utils.fields import merged
+
+if TYPE_CHECKING:
+    from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
+
+ROWS_AT_ONCE = 256
+MEMORY: dict[str, Any] = {
+    "num_memory_tokens": 32, "write_steps": 1, "write_lr": 0.6, "learn_write_lr": "per_element", "write_clip_norm": 0.5,
+    "start": "pooled_context", "meta_gradient": "finite_difference", "reconstruction_weight": 0.5,
+    "lora_config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+}  # fmt: skip
+TRAINING: dict[str, Any] = {
+    "learning_rate": 1e-3, "lr_scheduler_type": "warmup_stable_decay",
+    "write_lr_factor": 10.0, "per_device_train_batch_size": 16, "tokens_per_batch": 8192, "num_train_epochs": 3,
+    "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
+}  # fmt: skip
+OWN = {"output_dir", "use_cpu", "resume_from_checkpoint"}
+"""What the command says itself of a run."""
+ON_GPU: dict[str, Any] = {"bf16": True, "cuda_graphs": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run is made of.
+
+    Args:
+        rows (`str`): a file of rows to train on, see `read_rows`.
+        eval_rows (`str`, *optional*): a file of rows that are not trained on.
+        backbone (`str`, *optional*, defaults to `SMOLLM2`): a local directory, a hub id, or
+            package:<package>/<file>.gguf.
+        memory (`dict`, *optional*): fields of `GradMemConfig`, in the place of those in `MEMORY`; of `lora_config` only
+            the fields that are given.
+        training (`dict`, *optional*): fields of `GradMemTrainingArguments`, in the place of those in `TRAINING`, and
+            in `ON_GPU` on a GPU.
+    """
+
+    rows: str
+    eval_rows: str | None = None
+    backbone: str = SMOLLM2
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> TrainConfig:
+        """The configuration with these fields; `ValueError` names one that is unknown."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := unknown_fields(fields, known):
+            raise ValueError(f"There is no field {unknown} There are {', '.join(known)}.")
+        for name in ("rows", "eval_rows", "backbone"):
+            if not isinstance(fields.get(name) or "", str):
+                raise ValueError(f"{name} must be a text, got {fields[name]!r}.")
+        for name in ("memory", "training"):
+            if not isinstance(fields.get(name, {}), dict):
+                raise ValueError(f"{name} must be a mapping of fields, got {fields[name]!r}.")
+        return cls(**fields)
+
+    @property
+    def memory_fields(self) -> dict[str, Any]:
+        """Fields of `GradMemConfig`, without those that depend on the rows and the tokenizer."""
+        return merged(MEMORY, self.memory)
+
+    def check(self, output: Path, device: torch.device) -> GradMemTrainingArguments:
+        """How the run trains; `TypeError` or `ValueError` where a field of it, or of the memory, cannot be used."""
+        from gradmem_adapter import GradMemConfig
+        from gradmem_adapter.training import GradMemTrainingArguments
+
+        known = {field.name for field in dataclasses.fields(GradMemTrainingArguments)} - OWN
+        if unknown := unknown_fields(self.training, known):
+            raise ValueError(f"training has no field {unknown} It takes those of GradMemTrainingArguments.")
+        memory = GradMemConfig(**self.memory_fields)
+        steps: dict[str, Any] = {"warmup_steps": 50 if "max_minutes" in self.training else 0.05}  # a share, or a number
+        if memory.start != "slots":
+            steps["write_steps"] = [0, memory.write_steps]  # 0 trains the start
+        bars = {"disable_tqdm": not sys.stderr.isatty()}
+        defaults = TRAINING | bars | steps | ({} if device.type == "cpu" else ON_GPU)
+        run = {"output_dir": str(output), "use_cpu": device.type == "cpu"}
+        return GradMemTrainingArguments(**(merged(defaults, self.training) | run))
+
+    def trainer(self, arguments: GradMemTrainingArguments) -> GradMemTrainer:
+        """The trainer of this run."""
+        from peft import get_peft_model
+        from transformers import set_seed
+
+        from gradmem_adapter import GradMemConfig, load_backbone
+        from gradmem_adapter.training import GradMemTrainer, read_rows
+
+        rows = read_rows(self.rows)
+        held_out = None if self.eval_rows is None else read_rows(self.eval_rows)
+        set_seed(arguments.seed)
+        backbone, tokenizer = load_backbone(self.backbone)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        found = {
+            "query_format": "text" if tokenizer.chat_template is None else "chat",
+            "trained_length": max(map(len, tokenizer([row["context"] for row in rows])["input_ids"])),
+        }
+        model = get_peft_model(backbone, GradMemConfig(**(found | self.memory_fields)))
+        trainer = GradMemTrainer(
+            model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+        )
+        _check_rows(self.rows, rows, trainer.data_collator)
+        if held_out is not None and self.eval_rows is not None:
+            _check_rows(self.eval_rows, held_out, trainer.data_collator)
+        return trainer
+
+
+def _check_rows(file: str, rows: list[dict[str, Any]], collator: Any) -> None:
+    """Raise for a row that does not fit, before hours of training and not after them."""
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        try:
+            collator(rows[first : first + ROWS_AT_ONCE], first)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
