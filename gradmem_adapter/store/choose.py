@@ -44,7 +44,13 @@ class Choice:
 
 
 def choose(
-    index: Index, fingerprint: str, query: str, k: int, source: str | None, embedding: Embedding | None
+    index: Index,
+    fingerprint: str,
+    query: str,
+    k: int,
+    source: str | None,
+    embedding: Embedding | None,
+    shortlist: int = 0,
 ) -> list[Choice]:
     """The best states for a question; `MemoryStore.choose` says what the arguments are.
 
@@ -54,6 +60,9 @@ def choose(
     """
     if type(k) is not int or k < 1:
         raise ValueError(f"k is how many states are wanted, 1 at least, got {k!r}.")
+    if type(shortlist) is not int or (shortlist and shortlist < k):
+        raise ValueError(f"shortlist is 0, or at least the {k} states that are wanted, got {shortlist!r}.")
+    k = max(k, shortlist)
     check_text("The query", query)
     values = {"fingerprint": fingerprint, "source": source}
     near = None if embedding is None else cosines(index, embedding, query, _STATES, values)

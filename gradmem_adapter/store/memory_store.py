@@ -24,6 +24,7 @@ from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
 from gradmem_adapter.store.index import Index, insert, select
+from gradmem_adapter.store.likelihood import by_likelihood
 from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.temporary import temporary_directory
 from gradmem_adapter.write.batching import progress_bar
@@ -275,14 +276,9 @@ class MemoryStore:
         *,
         source: str | None = None,
         embedding: Embedding | None = None,
+        shortlist: int = 0,
     ) -> list[Choice]:
         """The states that a question needs, the best first: those whose texts have its words.
-
-        ```python
-        chosen = store.choose(pipeline, "Where does the heron nest?")
-        memory = MemoryState.concat([store.get(choice.entry.key) for choice in chosen])
-        pipeline.generate("Where does the heron nest?", memory=memory)
-        ```
 
         Words count by BM25, without their English endings and without those that only make a question. A language
         written without spaces between words needs an embedding.
@@ -294,17 +290,21 @@ class MemoryStore:
             source (`str`, *optional*): only states of this source.
             embedding (`Embedding`, *optional*): what the meaning of texts counts by, beside their words. Its vectors
                 are kept in the index; texts that have none yet are embedded first.
+            shortlist (`int`, *optional*, defaults to `0`): of so many of the best it counts, too, how well each state
+                explains the question. The model reads the question from each: worth it for `k=1`.
 
         Returns:
             `list[Choice]`: fewer than `k` where fewer texts have a word of the question.
 
         Raises:
-            ValueError: `k` is less than 1; the store has no state of this model, or keeps no texts; an embedding that
-                does not fit.
-            MemoryStoreError: the index is damaged.
+            ValueError: `k` is less than 1; the store has no state of this model, or no texts; an embedding that does
+                not fit.
+            MemoryStoreError, MemoryStateError: the index, or a state of the shortlist, is damaged.
             OSError: vectors cannot be stored.
         """
-        return choose(self.index, pipeline.model.fingerprint(), query, k, source, embedding)
+        fingerprint = pipeline.model.fingerprint()
+        found = choose(self.index, fingerprint, query, k, source, embedding, shortlist)
+        return by_likelihood(pipeline, query, found, self.get)[:k] if shortlist else found
 
     def exists(self) -> bool:
         """Whether there is a store in the directory, if only an empty or a damaged one."""

@@ -124,7 +124,39 @@ class TestEmbedding:
             filled.choose(pipeline, "heron", embedding=Embedding("letters", lambda batch: [[1.0]] * len(batch)))
 
 
+class TestLikelihood:
+    def test_what_explains_the_question_comes_first(self, filled, pipeline):
+        """Scores and likelihoods of the whole shortlist decide; `forward` says what the likelihoods are."""
+        query = "w3 w4 heron frogs water"
+        words = filled.choose(pipeline, query, k=6)
+        chat, _ = pipeline.format_query(query)
+        before, own, _ = chat.partition(query)
+        before, own = (pipeline.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, own))
+        expected = {}
+        for choice in words:
+            labels = torch.tensor([[-100] * len(before) + own])
+            memory = filled.get(choice.entry.key)
+            loss = pipeline.model(torch.tensor([before + own]), labels=labels, memory=memory).loss.item()
+            expected[choice.entry.key] = choice.score / words[0].score - 0.4 * loss
+        found = filled.choose(pipeline, query, k=2, shortlist=6)
+        assert [choice.entry.key for choice in found] == sorted(expected, key=expected.get, reverse=True)[:2]
+        assert [choice.score for choice in found] == pytest.approx(
+            sorted(expected.values(), reverse=True)[:2], abs=1e-4
+        )
+
+    def test_a_short_list(self, filled, pipeline):
+        best = filled.choose(pipeline, "heron frogs", k=2)
+        found = filled.choose(pipeline, "heron frogs", k=2, shortlist=2)
+        assert {choice.entry.key for choice in found} == {choice.entry.key for choice in best}
+        assert filled.choose(pipeline, "quantum", shortlist=9) == []
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("shortlist", [1, -1, 2.5])
+    def test_a_shortlist_that_is_shorter_than_what_is_wanted(self, filled, pipeline, shortlist):
+        with pytest.raises(ValueError, match="shortlist is 0, or at least the 2 states"):
+            filled.choose(pipeline, "heron", 2, shortlist=shortlist)
+
     @pytest.mark.parametrize("k", [0, -1, 2.0, True])
     def test_k(self, filled, pipeline, k):
         with pytest.raises(ValueError, match="k is how many states"):

@@ -1,0 +1,50 @@
+"""Which of a few states a question needs, by how well each explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.store.choose import Choice
+
+_WEIGHT = 0.4
+"""Of a nat a token against the best score: what a sample of SQuAD asked for (docs/lab/LOG.md)."""
+_AT_ONCE = 16
+"""States that the question is read behind together."""
+
+
+def by_likelihood(
+    pipeline: GradMemPipeline, query: str, choices: Sequence[Choice], get: Callable[[Sequence[str]], MemoryState]
+) -> list[Choice]:
+    """Choices anew in order, by their scores s and by the mean log-likelihood of the question's tokens q behind each
+    state M:
+
+        s'(i)  =  s(i) / max_j s(j)  +  w log p(q | M_i)
+
+    Args:
+        pipeline (`GradMemPipeline`): who is to read.
+        query (`str`): the question.
+        choices (`Sequence[Choice]`): the best first.
+        get (`Callable`): returns the states of keys.
+    """
+    before, after = _around(pipeline, query)
+    scores: list[float] = []
+    for begin in range(0, len(choices), _AT_ONCE):
+        part = choices[begin : begin + _AT_ONCE]
+        memory = get([choice.entry.key for choice in part])
+        found = pipeline.model.log_likelihood([before] * len(part), [after] * len(part), memory)
+        scores += [c.score / choices[0].score + _WEIGHT * x for c, x in zip(part, found.tolist(), strict=True)]
+    anew = [replace(choice, score=score) for choice, score in zip(choices, scores, strict=True)]
+    return sorted(anew, key=lambda choice: -choice.score)
+
+
+def _around(pipeline: GradMemPipeline, query: str) -> tuple[list[int], list[int]]:
+    """Tokens: what stands before a question as the model is asked it, and the question's own."""
+    mark = "QUERY"
+    text, special = pipeline.format_query(mark)
+    before, _, _ = text.partition(mark)
+    tokenizer = pipeline.tokenizer
+    own = tokenizer(query, add_special_tokens=False)["input_ids"]
+    return tokenizer(before, add_special_tokens=special)["input_ids"], own
