@@ -1,5 +1,6 @@
 """The benchmarks run on a CPU in seconds, and their records say what they should; no time is looked at."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from peft import get_peft_model
 from tiny import tiny, tokens
 
 from benchmarks import (
+    choose,
     common,
     kinks,
     kv_meta_gradient,
@@ -55,6 +57,18 @@ def test_read(run):
     assert all(record.metrics["first_token_ms"] > 0 < record.metrics["tokens_per_second"] for record in records)
     kept = 2 * (3 * KV_BYTES_PER_TOKEN + 3 * 576 * 4)  # two states' keys, values and vectors
     assert [record.metrics["kept_mib"] for record in records] == [0, 0, kept / 2**20] * 2
+
+
+def test_choose(run, tmp_path):
+    for split, word in (("test", "heron"), ("train", "frog")):
+        lines = [
+            {"context": f"{word}{i} lives in a lake", "query": f"What is {word}{i}?", "target": "lake"}
+            for i in range(9)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (few, more) = run(choose, "choose", str(tmp_path), "--states", "4", "12", "--k", "1", "2")
+    assert settings([few, more], "states", "questions") == [(4, 4), (12, 9)]
+    assert few.metrics["right_of_1"] == more.metrics["right_of_2"] == 1
 
 
 def test_kinks(run):
