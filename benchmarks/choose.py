@@ -14,6 +14,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks import common
@@ -23,7 +24,7 @@ from gradmem_adapter.store import Embedding, Entry
 from gradmem_adapter.store.choose import choose
 from gradmem_adapter.store.index import Index, insert
 
-MINILM = Embedding("all-MiniLM-L6-v2", lambda texts: embed(texts))
+MINILM = Embedding("all-MiniLM-L6-v2", embed)
 
 
 def measure(passages: Sequence[str], questions: Sequence[tuple[str, int]], args: Namespace) -> dict[str, float]:
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         of_these = [(question, own) for question, own in questions if own < states]
         method = "words and embedding" if args.embedding else "words"
         common.record(
-            args, "choose", method, lambda n=states, asked=of_these: measure(passages[:n], asked, args),
+            args, "choose", method, partial(measure, passages[:states], of_these, args),
             states=min(states, len(passages)), questions=len(of_these),
         )  # fmt: skip
 
