@@ -233,7 +233,9 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
 
 @torch.no_grad()
 def _load_weights(model: PeftModel, path: Path, may_lack: Collection[str]) -> None:
-    loaded = _adapter_tensors(model, path, embeddings=_is_resized(model), may_lack=may_lack)
+    tuner, resized = cast(GradMemModel, model.base_model), _is_resized(model)
+    saved = _adapter_tensors(model, path, embeddings=resized, may_lack=may_lack)
+    own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=resized)
     if model.active_peft_config.train_backbone:
         if not _has_backbone(path, _config(path)):
             raise FileNotFoundError(
@@ -241,12 +243,13 @@ def _load_weights(model: PeftModel, path: Path, may_lack: Collection[str]) -> No
                 "load_checkpoint, or make the model with train_backbone=False."
             )
         backbone = cast(PreTrainedModel, model.get_base_model())
-        saved: dict[str, Tensor] = type(backbone).from_pretrained(str(path / BACKBONE), dtype="auto").state_dict()
+        of_backbone = type(backbone).from_pretrained(str(path / BACKBONE), dtype="auto").state_dict()
         trained = backbone_state_dict(model)
-        check_tensors(path / BACKBONE, saved, trained)
-        for name, tensor in trained.items():
+        check_tensors(path / BACKBONE, of_backbone, trained)
+        saved, own = saved | of_backbone, own | trained
+    with tuner.changing():
+        for name, tensor in own.items():
             tensor.copy_(saved[name])
-    set_peft_model_state_dict(model, loaded, adapter_name=model.active_adapter)
 
 
 def _adapter_tensors(

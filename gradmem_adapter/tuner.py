@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -166,6 +166,10 @@ class GradMemTuner(BaseTuner):
             super().unload()
             delattr(self.model, SLOTS)
         return self.model
+
+    def changing(self) -> AbstractContextManager[None]:
+        """Weights are changed inside: what other threads write or read meanwhile is of no adapter."""
+        return self._changes.one()
 
     @contextmanager
     def _unchanged(self) -> Iterator[Callable[[], None]]:

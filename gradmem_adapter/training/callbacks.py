@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .schedule import LEAST_RATE, multiply, set_rates
+from .sharding import own_part
 
 LOOK_EVERY = 8
 """Of several processes all look at what one of them knows every so many steps, because that waits for the GPUs."""
@@ -84,7 +86,9 @@ class AverageWeights(TrainerCallback):
 
     @staticmethod
     def _weights(model: nn.Module) -> list[torch.Tensor]:
-        return [parameter.data for parameter in model.parameters() if parameter.requires_grad]
+        if isinstance(model, FSDPModule):
+            model.reshard()  # each process averages its own part
+        return [own_part(parameter.data) for parameter in model.parameters() if parameter.requires_grad]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start from the weights as they are."""

@@ -20,6 +20,7 @@ from gradmem_adapter.utils.files import errors_named, replacing
 from gradmem_adapter.utils.temporary import temporary_directory
 
 from .arguments import GradMemTrainingArguments
+from .sharding import whole_weights
 from .weights import load_trained_weights, save_trained_weights, trained_weights
 
 
@@ -106,6 +107,11 @@ class SavingTrainer(Trainer):
         for path in old[: max(0, len(all_of_them) - (self.args.save_total_limit or len(all_of_them)))]:
             path.rename(saved.with_name(path.name))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter (and the backbone, where it is trained) for `load_checkpoint`."""
+        with whole_weights(self.model):
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write what `save_checkpoint` writes, beside the files that Transformers keeps in the same directory."""
         for name, weight in trained_weights(self.model).items():
@@ -123,10 +129,11 @@ class SavingTrainer(Trainer):
             torch.save(self.args, temporary)
 
     def _load_weights(self, path: str) -> None:
-        if self.config is not None:
-            load_weights(cast(PeftModel, self.model), path)
-        else:
-            load_trained_weights(self.model, path)
+        with whole_weights(self.model, keep=True):
+            if self.config is not None:
+                load_weights(cast(PeftModel, self.model), path)
+            else:
+                load_trained_weights(self.model, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_weights(resume_from_checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from .evaluation import EvaluatingTrainer
 from .metrics import Score, score_answer
 from .optimizer import with_own_rates
 from .schedule import multiply, own_schedule
+from .sharding import check_sharding, shard_as_one, whole, whole_weights
 from .sums import Count, Sums, batch_sums, count, in_order, model_inputs, write_lr_means
 
 
@@ -112,11 +113,6 @@ class GradMemTrainer(EvaluatingTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NotImplementedError(
-                "GradMemTrainer works with one process per device (DDP), not with FSDP or DeepSpeed: WRITE runs the "
-                "backbone inside the backward pass, where sharded weights are not gathered."
-            )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by what get_batch_samples counts
         self.score = score
         self.distillation: Distillation | None = None
@@ -131,6 +127,13 @@ class GradMemTrainer(EvaluatingTrainer):
         super().create_accelerator_and_postprocess()
         # Otherwise it would compile the PeftModel as a whole, the loop of WRITE included.
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
+        check_sharding(self.accelerator, self.args)
+        if self.is_fsdp_enabled:
+            shard_as_one(self.accelerator)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Accelerate does not wrap the forward pass of a model that FSDP2 shards."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
     @property
     def slots(self) -> MemorySlots | None:
@@ -263,7 +266,7 @@ class GradMemTrainer(EvaluatingTrainer):
             gradient = self.slots.gradmem_memory[cast(PeftModel, self.model).active_adapter].grad
             if gradient is not None:
                 scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-                norm = gradient.norm() / scale
+                norm = whole(gradient.norm()) / scale
                 counted = norm.isfinite()  # a scaler skips the other steps
                 self._sums.add(in_order({"memory_grad_norm": torch.where(counted, norm, 0), "steps": counted}))
         return loss
@@ -317,10 +320,10 @@ class GradMemTrainer(EvaluatingTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradients, before the optimizer's step; which there is none of where it is not finite."""
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        grad_norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm)))
         # A gradient scaler (fp16) finds its scale by gradients that overflow, and skips their steps itself.
         if self.accelerator.scaler is None:
-            self._finite[1] &= torch.as_tensor(grad_norm).isfinite()
+            self._finite[1] &= grad_norm.isfinite()
         if not self.args.cuda_graphs:
             self.check_finite()
         return grad_norm
@@ -336,5 +339,7 @@ class GradMemTrainer(EvaluatingTrainer):
             self._sums = Sums(self.args.device)
             if self.slots is not None and self.config is not None and self.config.learn_write_lr != "no":
                 adapter = cast(PeftModel, self.model).active_adapter
-                logs |= write_lr_means(write_lrs(self.slots, adapter, self.config, steps=self.config.num_write_lrs))
+                with whole_weights(self.slots):
+                    rates = write_lrs(self.slots, adapter, self.config, steps=self.config.num_write_lrs)
+                logs |= write_lr_means(rates)
         super().log(logs, start_time)

@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from test_trainer import LORA, Gradients, Poison, logs, make, rows, trainer, weights
 from tiny import tiny_tokenizer
 from transformers import TrainerCallback
 
 from gradmem_adapter.training import Batches, GradMemCollator, TrainingDiverged, callbacks
 from gradmem_adapter.training.callbacks import StopOnSignal
+from gradmem_adapter.training.sharding import whole_weights
 
 SHARED = {"ddp_backend": "gloo"} if not torch.cuda.is_available() else {"ddp_backend": "nccl", "use_cpu": False}
 """The options of a trainer that shares its work; CUDA_VISIBLE_DEVICES hides GPUs that are not to be used."""
@@ -29,29 +32,73 @@ LOGGED = (
 )
 
 
+NOT_SHARDED = (
+    {"fsdp_config": {"version": 1, "sync_module_states": False}},
+    {"fsdp_config": {"activation_checkpointing": True}},
+    {"fsdp_config": {"cpu_offload": True}},
+    {"muon_lr_factor": 1.0},
+    {"cuda_graphs": True},
+)
+
+
 def score(answer, references):
     """Different for different answers, where exact match would be 0 for all of a model that is not trained."""
     return {"exact_match": float(len(answer.split())), "f1": float(len(set(answer.split())))}
 
 
-def train(output, processes, meta_gradient):
-    """Two optimizer steps on the same rows, however many processes share them; then an uneven evaluation."""
-    seen = Gradients()
-    model = make(meta_gradient=meta_gradient, lora_config=LORA, learn_write_lr="scalar", write_head=True)
-    run = trainer(
-        model, output, rows(8, queries=3), rows(5, 30, queries=3), callbacks=[seen], score=score,
-        per_device_train_batch_size=2 // processes, gradient_accumulation_steps=2, max_grad_norm=0,
-        train_sampling_strategy="sequential", write_steps=[1, 2, 3], generation_max_new_tokens=6,
-        save_strategy="steps", save_steps=2, **(SHARED if processes > 1 else {}),
-    )  # fmt: skip
+def train(output, processes, meta_gradient, **options):
+    """Two optimizer steps on the same rows, however many processes share them; then an uneven evaluation. And the
+    weights of a run that goes on from the checkpoint after the first step, once for all meta-gradients."""
+
+    def runner():
+        seen = Gradients()
+        model = make(
+            meta_gradient=meta_gradient, lora_config=LORA, learn_write_lr="scalar", write_head=True,
+            memory_projection="shared", train_backbone=meta_gradient == "exact",
+        )  # fmt: skip
+        run = trainer(
+            model, output, rows(8, queries=3), rows(5, 30, queries=3), callbacks=[seen], score=score,
+            per_device_train_batch_size=2 // processes, gradient_accumulation_steps=2, max_grad_norm=0,
+            train_sampling_strategy="sequential", write_steps=[1, 2, 3], generation_max_new_tokens=6,
+            save_strategy="steps", save_steps=1, seed=1, **(SHARED if processes > 1 else {}), **options,
+        )  # fmt: skip
+        return run, seen.steps
+
+    run, gradients = runner()
     run.train()
     metrics = run.evaluate()
-    return {
-        "gradients": seen.steps,
-        "weights": weights(model),
-        "logs": {name: logs(run, name) for name in (*LOGGED, "write_steps")},
-        "metrics": {name: metrics[name] for name in EVALUATED},
-    }
+    again = run
+    if meta_gradient == "exact":
+        again, _ = runner()
+        again.train(resume_from_checkpoint=str(output / "checkpoint-1"))
+    with whole_weights(run.model), whole_weights(again.model):
+        return {
+            "gradients": gradients,
+            "weights": weights(run.model),
+            "resumed": weights(again.model),
+            "logs": {name: logs(run, name) for name in (*LOGGED, "write_steps")},
+            "metrics": {name: metrics[name] for name in EVALUATED},
+        }
+
+
+def sharded_on_cpus():
+    """Accelerate lets FSDP2 work on GPUs alone, and PyTorch on CPUs, too."""
+    made = AcceleratorState.__init__
+
+    def __init__(self, *args, fsdp_plugin=None, **kwargs):
+        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = __init__
+
+
+def refused(output, **options):
+    """What a trainer says that cannot be made."""
+    try:
+        trainer(make(), output, rows(2), fsdp=True, **SHARED, **options)
+    except NotImplementedError as error:
+        return str(error)
 
 
 def train_ready(output, processes):
@@ -123,5 +170,10 @@ if __name__ == "__main__":
         callbacks.time = SimpleNamespace(monotonic=lambda: 1000 * time.monotonic())
     results["clock"] = ended(folder / "clock", max_minutes=1.5 / 60, max_steps=-1, logging_steps=100)
     results["diverged"] = diverge(folder / "diverged")
+    sharded_on_cpus()  # last: from now on every trainer would be sharded
+    for name in ("exact", "finite_difference"):
+        results[f"sharded {name}"] = train(folder / f"sharded {name}", 2, name, fsdp=True)
+    results["sharded average"] = train(folder / "average", 2, "first_order", fsdp=True, ema_decay=0.5)
+    results["refused"] = [refused(folder / "refused", **options) for options in NOT_SHARDED]
     torch.save(results, folder / f"results-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

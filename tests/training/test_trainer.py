@@ -21,6 +21,7 @@ from gradmem_adapter.training import (
     TrainingDiverged,
 )
 from gradmem_adapter.training.compiled import layers_of
+from gradmem_adapter.training.sharding import whole
 
 LORA = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.0}
 
@@ -70,7 +71,7 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        self.steps.append({name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 def trainer(model, path, train=None, evaluation=None, callbacks=(), score=None, teacher=None, **options):
@@ -90,11 +91,11 @@ def gradients(model, path, train, **options):
     return seen.steps[0], run
 
 
-def close(first, second):
+def close(first, second, atol=1e-6):
     assert first.keys() == second.keys()
     for name, gradient in first.items():
         torch.testing.assert_close(
-            gradient, second[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            gradient, second[name], rtol=1e-4, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
