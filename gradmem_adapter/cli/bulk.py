@@ -63,8 +63,8 @@ def write_to_store(
 def in_words(counts: Counter[str]) -> str:
     """What `write_to_store` has done, so far."""
     return (
-        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens in {counts['segments']:,} segments, "
-        f"{counts['written']:,} of them written now"
+        f"documents: {counts['documents']:,}, tokens: {counts['tokens']:,}, segments: {counts['segments']:,}, "
+        f"of which written now: {counts['written']:,}"
     )
 
 
@@ -82,9 +82,9 @@ def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
         numbers = {name: counts[name] for name in ("documents", "segments", "tokens", "written")}
         print_json(numbers | {"refused": inputs.refused, "passed_over": inputs.passed_over})
     else:
-        typer.echo(f"{in_words(counts)}.")
+        typer.echo(in_words(counts))
         if inputs.passed_over:
-            typer.echo(f"{len(inputs.passed_over):,} files were passed over, as they are empty or no text.")
+            typer.echo(f"passed over, as they are empty or no text: {len(inputs.passed_over):,} files")
     for line in inputs.refused:
         typer.secho(f"gradmem write: {line}", fg="red", err=True)
     if inputs.refused:

@@ -53,7 +53,7 @@ def test_files_and_rows_in_segments_and_each_once(checkpoint):
     (checkpoint.parent / "notes" / "new.txt").write_text("w9 w8")
     more = write("notes")
     assert more.exit_code == 0
-    assert "3 documents, 57 tokens in 5 segments, 1 of them written now." in more.stdout
+    assert "documents: 3, tokens: 57, segments: 5, of which written now: 1" in more.stdout
 
 
 def test_without_texts(checkpoint):
@@ -119,4 +119,4 @@ def test_a_damaged_index_is_found_before_the_work(tmp_path, monkeypatch):
 
 def test_progress_on_a_terminal(monkeypatch):
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
-    assert "2 documents, 55 tokens in 4 segments, 4 of them written now" in write("notes").stderr
+    assert "documents: 2, tokens: 55, segments: 4, of which written now: 4" in write("notes").stderr
