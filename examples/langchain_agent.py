@@ -16,7 +16,7 @@ from pathlib import Path
 
 from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage
-from langchain_gradmem import AtomicFileStore, ChatGradMem, MemoryStateStore, TurnMemory
+from langchain_gradmem import ChatGradMem, MemoryStateStore, TurnMemory
 from langchain_gradmem.middleware import GradMemMiddleware
 from langchain_pipeline import arguments, open_pipeline
 from langgraph.checkpoint.sqlite import SqliteSaver
@@ -24,7 +24,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 
 def run(checkpoint: str, folder: Path, first: int, last: int) -> None:
     """Turns `first` to `last` of one conversation."""
-    store = MemoryStateStore(AtomicFileStore(folder / "states"))
+    store = MemoryStateStore(folder / "states")
     chat = ChatGradMem(pipeline=open_pipeline(checkpoint), store=store, max_tokens=8)
     memory = TurnMemory.from_chat(chat, max_turns=3, keep_turns=2)
     with SqliteSaver.from_conn_string(str(folder / "agent.sqlite")) as checkpointer:

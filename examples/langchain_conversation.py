@@ -11,7 +11,6 @@ from statistics import mean
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_gradmem import (
-    AtomicFileStore,
     ChatGradMem,
     GradMemChatMessageHistory,
     MemoryStateStore,
@@ -43,7 +42,7 @@ def turn(number: int) -> list[BaseMessage]:
 def main() -> None:
     args = arguments(__doc__, turns=40, max_tokens=16)
     with tempfile.TemporaryDirectory() as folder:
-        store = MemoryStateStore(AtomicFileStore(folder))
+        store = MemoryStateStore(folder)
         chat = ChatGradMem(pipeline=open_pipeline(args.checkpoint), store=store, max_tokens=args.max_tokens)
         # Many short parts: the adapter that ships keeps short texts best.
         memory = TurnMemory.from_chat(chat, max_turns=6, keep_turns=3, part_tokens=128, max_parts=8)

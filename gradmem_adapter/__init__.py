@@ -15,6 +15,7 @@ from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.registration import register
 from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState, MemoryStateError
+from gradmem_adapter.store import MemoryStore, MemoryStoreError, UnknownStateError
 from gradmem_adapter.tuner import AdapterChangedError
 from gradmem_adapter.write.options import Study, WriteOptions
 
@@ -35,9 +36,12 @@ __all__ = [
     "GradMemPipeline",
     "MemoryState",
     "MemoryStateError",
+    "MemoryStore",
+    "MemoryStoreError",
     "ScoredText",
     "Segment",
     "Study",
+    "UnknownStateError",
     "WriteOptions",
     "WriteProgress",
     "__version__",

@@ -39,6 +39,8 @@ def sqlite_errors(index: Path) -> Iterator[None]:
     """
     try:
         yield
+    except sqlite3.ProgrammingError:  # our fault
+        raise
     except sqlite3.DatabaseError as error:
         for said, number in _OF_THE_SYSTEM.items():
             if said in str(error):

@@ -132,7 +132,8 @@ class Index:
 
     def _connect(self, how: str) -> sqlite3.Connection:
         name = f"{self.path.absolute().as_uri()}?{how}"
-        connection = sqlite3.connect(name, uri=True, timeout=60, isolation_level=None)
+        # `entries` may be gone through by another thread than the one that began: of one connection, one at a time.
+        connection = sqlite3.connect(name, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
         try:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version > VERSION:

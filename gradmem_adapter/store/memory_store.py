@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -320,10 +321,10 @@ class MemoryStore:
         with self.index.reading() as connection:
             return connection.execute("SELECT 1 FROM states WHERE key = ?", (key,)).fetchone() is not None
 
-    def keys(self) -> list[str]:
+    def __iter__(self) -> Iterator[str]:
         """The keys of all states, those that were stored first at the front."""
         with self.index.reading() as connection:
-            return [key for (key,) in connection.execute("SELECT key FROM states ORDER BY id")]
+            yield from [key for (key,) in connection.execute("SELECT key FROM states ORDER BY id")]
 
     # ---------------------------------------------------------------- upkeep
 
@@ -385,7 +386,10 @@ class MemoryStore:
     def _is_readable(self, key: str) -> bool:
         try:
             files.read_file(self._file(key))
-        except (FileNotFoundError, MemoryStateError):
+        except FileNotFoundError:
+            return False
+        except MemoryStateError as error:
+            warnings.warn(f"The stored state {key!r} is written anew, as it cannot be read: {error}", stacklevel=4)
             return False
         return True
 

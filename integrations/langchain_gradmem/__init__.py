@@ -4,19 +4,17 @@
 `langchain-classic`; they are imported by themselves.
 """
 
-from .byte_stores import AtomicFileStore
 from .chains import create_gradmem_stuff_chain
 from .chat_message_histories import GradMemChatMessageHistory, StoredChatMessageHistory
 from .chat_models import ChatGradMem
 from .document_compressors import GradMemCompressor
 from .references import attach, attach_documents, marker, references_of
 from .retrievers import GradMemRetriever
-from .stores import MemoryStateStore, UnknownReferenceError
+from .stores import MemoryStateStore
 from .turns import TurnMemory
 from .writer import MemoryWriter
 
 __all__ = [
-    "AtomicFileStore",
     "ChatGradMem",
     "GradMemChatMessageHistory",
     "GradMemCompressor",
@@ -25,7 +23,6 @@ __all__ = [
     "MemoryWriter",
     "StoredChatMessageHistory",
     "TurnMemory",
-    "UnknownReferenceError",
     "attach",
     "attach_documents",
     "create_gradmem_stuff_chain",

@@ -11,6 +11,9 @@ from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import BaseMessage, message_to_dict, messages_from_dict
 from typing_extensions import Self
 
+from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.utils.temporary import locked
+
 from .stores import MemoryStateStore
 from .turns import TurnMemory
 
@@ -73,26 +76,23 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
 
 
 class StoredChatMessageHistory(BaseChatMessageHistory):
-    """A session's messages as JSON, in the store of bytes and the namespace where the memory states are.
+    """A session's messages as JSON, in the directory of the memory states.
 
-    Threads may share a session; of processes, one at a time may add to it.
+    Threads and processes may share a session.
 
     Args:
-        store (`MemoryStateStore`): over a store of bytes that outlives the process, such as an `AtomicFileStore`.
+        store (`MemoryStateStore`): over a directory that outlives the process.
         session_id (`str`): any text.
     """
 
-    _adding = threading.Lock()
-
     def __init__(self, store: MemoryStateStore, session_id: str) -> None:
-        self.store = store.store
-        self.key = f"{store.namespace}/session-{hashlib.sha256(session_id.encode()).hexdigest()}"
+        name = hashlib.sha256(session_id.encode()).hexdigest()
+        self.path = store.store.path / "sessions" / f"{name}.json"
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
         """The session's messages."""
-        (data,) = self.store.mget([self.key])
-        return messages_from_dict(json.loads(data)) if data else []
+        return messages_from_dict(json.loads(self.path.read_text("utf-8"))) if self.path.exists() else []
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
         """Add messages.
@@ -100,13 +100,14 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
         Args:
             messages (`Sequence[BaseMessage]`): what came since the last call.
         """
-        with self._adding:  # every message is written again
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path.parent), replacing(self.path) as temporary:  # every message is written again
             everything = [message_to_dict(message) for message in [*self.messages, *messages]]
-            self.store.mset([(self.key, json.dumps(everything).encode())])
+            temporary.write_text(json.dumps(everything), "utf-8")
 
     def clear(self) -> None:
         """Delete the session."""
-        self.store.mdelete([self.key])
+        self.path.unlink(missing_ok=True)
 
 
 class _InProcess(BaseChatMessageHistory):

@@ -60,7 +60,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
 
     Args:
         pipeline (`GradMemPipeline`): the model and its tokenizer, which needs a chat template.
-        store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where the states are that references
+        store (`MemoryStateStore`, *optional*, defaults to a temporary one): where the states are that references
             name.
         model_name (`str`, *optional*, defaults to `"gradmem"`): what is reported as the model.
         max_tokens (`int`, *optional*, defaults to `256`): most new tokens of an answer.
@@ -113,7 +113,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
     def _identifying_params(self) -> Mapping[str, Any]:
         # With the fingerprint, or two adapters under one name would share entries of an LLM cache.
         own = {name: getattr(self, name) for name in ("model_name", *CallOptions.model_fields)}
-        return own | {"fingerprint": self.pipeline.model.fingerprint(), "namespace": self.store.namespace}
+        return own | {"fingerprint": self.pipeline.model.fingerprint(), "store": str(self.store.store.path.absolute())}
 
     def bind_tools(self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any) -> Any:
         """The model with tools, where its chat template knows them.

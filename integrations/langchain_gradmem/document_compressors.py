@@ -28,7 +28,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
 
     Args:
         pipeline (`GradMemPipeline`): who writes.
-        store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
+        store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
         part_tokens (`int`, *optional*): tokens of the longest part; None: the adapter's trained length.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
@@ -65,7 +65,13 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         ]
         texts = [text for pieces in parts for text in pieces]
         before = self.store.writes
-        references = iter(self.write_texts(texts) if texts else [])
+        named = [document.metadata.get("source") for document in documents]
+        sources = [
+            source if isinstance(source, str) else None
+            for source, pieces in zip(named, parts, strict=True)
+            for _ in pieces
+        ]
+        references = iter(self.write_texts(texts, sources) if texts else [])
         if callbacks:
             data = {"documents": len(documents), "contexts": len(texts), "written": self.store.writes - before}
             dispatch_custom_event(EVENT, data, config={"callbacks": callbacks})

@@ -30,7 +30,7 @@ class GradMemMiddleware(AgentMiddleware):
 
     Args:
         memory (`TurnMemory`): which turns stay text, and who writes the others. For an agent that outlives its process
-            its store must, too (`MemoryStateStore(AtomicFileStore(...))`).
+            its store must, too (`MemoryStateStore(path)`).
     """
 
     state_schema = GradMemState

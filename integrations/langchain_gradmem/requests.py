@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage, UsageMetadata
 
-from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError
+from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, UnknownStateError
 
 from .messages import accepted, template_entry, usage_metadata
 from .references import MARKER, check_references, references_of
-from .stores import MemoryStateStore, UnknownReferenceError
+from .stores import MemoryStateStore
 
 
 class Request(NamedTuple):
@@ -58,7 +58,7 @@ def request_of(
 
     Raises:
         ValueError: no human message; what is no reference; more bound states than are read.
-        UnknownReferenceError, MemoryStateError: a state that this turn needs is not there or cannot be read. One that
+        UnknownStateError, MemoryStateError: a state that this turn needs is not there or cannot be read. One that
             an earlier message carried is left out with a warning, so that the conversation goes on.
     """
     human = [i for i, message in enumerate(messages) if isinstance(message, HumanMessage)]
@@ -105,7 +105,7 @@ def _states(
     for reference in references:
         try:
             states.append(store.get(reference, fingerprint=fingerprint))
-        except (UnknownReferenceError, MemoryStateError) as error:
+        except (UnknownStateError, MemoryStateError) as error:
             if reference in needed:
                 raise
             warnings.warn(f"{error} An earlier message carries it; it is left out.", stacklevel=3)

@@ -1,76 +1,61 @@
-"""Memory states by reference, over any store of bytes that LangChain has."""
+"""Memory states by reference: LangChain's interface of stores over a memory store."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import atexit
+import functools
+import os
 import re
+import shutil
+import tempfile
 import threading
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
-from typing import Any
+from pathlib import Path
 
-from langchain_core.stores import BaseStore, ByteStore, InMemoryByteStore
+from langchain_core.stores import BaseStore
 
-from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, WriteOptions
+from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, MemoryStore, UnknownStateError, WriteOptions
+from gradmem_adapter.store import Entry
 
-from .references import REFERENCE, check_references
+from .references import check_references
 
-_MARK = b"gradmem "
-"""What a stored state begins with, followed by its key: the state alone does not say which text it is of."""
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-class UnknownReferenceError(KeyError):
-    """A reference that the store does not hold: of another tenant, deleted, or made up."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class MemoryStateStore(BaseStore[str, MemoryState]):
     """Memory states, content-addressed: the same text under the same model and options is written once.
 
     Args:
-        store (`ByteStore`, *optional*, defaults to one in memory): where the bytes go, such as an `AtomicFileStore`,
-            a directory.
-        namespace (`str`, *optional*, defaults to `"default"`): of a tenant, at most 64 letters, digits, `_` and `-`.
-            Stores of other namespaces do not see its states, nor do their references fit.
+        store (`MemoryStore`, `str` or `PathLike`, *optional*): where the states are: a memory store, or its directory.
+            None: a temporary directory, which goes with the process.
+        namespace (`str`, *optional*): of a tenant, at most 64 letters, digits, `_` and `-`. Its states are in a
+            directory of their own, which the stores of other namespaces do not see. None: what `store` itself holds.
 
     Raises:
         ValueError: a namespace of other characters.
     """
 
-    def __init__(self, store: ByteStore | None = None, *, namespace: str = "default") -> None:
-        if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
-            raise ValueError(f"A namespace is made of at most 64 letters, digits, _ and -, got {namespace!r}.")
-        self.store = InMemoryByteStore() if store is None else store
-        self._namespace = namespace
+    def __init__(
+        self, store: MemoryStore | str | os.PathLike[str] | None = None, *, namespace: str | None = None
+    ) -> None:
+        if store is None:
+            store = _temporary_directory() / uuid.uuid4().hex
+        if not isinstance(store, MemoryStore):
+            store = MemoryStore(store)
+        if namespace is not None:
+            if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
+                raise ValueError(f"A namespace is made of at most 64 letters, digits, _ and -, got {namespace!r}.")
+            path = store.path / "namespaces" / namespace
+            store = MemoryStore(path, dtype=store.dtype, keep_text=store.keep_text)
+        self.store = store
         self.writes = 0
-        """How many contexts have been written, as opposed to found."""
-        self._claims: dict[str, threading.Event] = {}
-        """References that a thread is writing, and what it sets when it has."""
-        self._claiming = threading.Lock()
+        """How many contexts this object has written, as opposed to found."""
+        self._counting = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: not what threads are writing here."""
-        return {"store": self.store, "_namespace": self.namespace, "writes": self.writes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_claims": {}, "_claiming": threading.Lock()}
-
-    @property
-    def namespace(self) -> str:
-        """The tenant's."""
-        return self._namespace
-
-    def _keys(self, references: Sequence[str]) -> list[str]:
-        """Where states are in the store of bytes: the one way there, which nothing but a reference can go.
-
-        A store of files takes keys for paths; any other text could lead into another namespace.
-        """
-        return [f"{self.namespace}/{reference}" for reference in check_references(list(references))]
+    def __reduce__(self) -> tuple[type[MemoryStateStore], tuple[MemoryStore]]:
+        return MemoryStateStore, (self.store,)  # copies share the directory, and count by themselves
 
     def mget(self, keys: Sequence[str]) -> list[MemoryState | None]:
         """The states, None where there is none, and where it is damaged: a warning names it, and `write` replaces it.
@@ -81,29 +66,16 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         Raises:
             ValueError: a key that is no reference.
         """
-        states: list[MemoryState | None] = []
-        for found in self._read(keys):
-            if isinstance(found, MemoryStateError):
-                warnings.warn(f"{found} It counts as missing.", stacklevel=2)
-            states.append(None if isinstance(found, MemoryStateError) else found)
-        return states
+        return [self._find(reference) for reference in check_references(list(keys))]
 
-    def _read(self, references: Sequence[str]) -> list[MemoryState | MemoryStateError | None]:
-        """What is stored, or why it cannot be read."""
-        keys = self._keys(references)
-        return [self._decoded(key, data) for key, data in zip(keys, self.store.mget(keys), strict=True)]
-
-    @staticmethod
-    def _decoded(key: str, data: bytes | None) -> MemoryState | MemoryStateError | None:
-        if data is None:
-            return None
-        name, _, rest = data.partition(b"\n") if data.startswith(_MARK) else (_MARK + key.encode(), b"", data)
-        if name != _MARK + key.encode():  # copied or renamed in the store of bytes
-            return MemoryStateError(f"What is stored as {key!r} is another state, {name[len(_MARK) :][:120]!r}.")
+    def _find(self, reference: str) -> MemoryState | None:
         try:
-            return MemoryState.from_bytes(rest)
+            return self.store.get(reference)
+        except UnknownStateError:
+            return None
         except MemoryStateError as error:
-            return MemoryStateError(f"The stored state {key!r} cannot be read: {error}")
+            warnings.warn(f"{error} It counts as missing.", stacklevel=4)
+            return None
 
     def mset(self, key_value_pairs: Sequence[tuple[str, MemoryState]]) -> None:
         """Put states in.
@@ -114,9 +86,9 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         Raises:
             ValueError: a key that is no reference; nothing is stored then.
         """
-        keys = self._keys([reference for reference, _ in key_value_pairs])
-        states = [state.to_bytes() for _, state in key_value_pairs]
-        self.store.mset([(key, _MARK + key.encode() + b"\n" + data) for key, data in zip(keys, states, strict=True)])
+        check_references([reference for reference, _ in key_value_pairs])
+        for reference, state in key_value_pairs:
+            self.store.put(state, [Entry(reference)])
 
     def mdelete(self, keys: Sequence[str]) -> None:
         """Delete states.
@@ -127,19 +99,15 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         Raises:
             ValueError: a key that is no reference; nothing is deleted then.
         """
-        self.store.mdelete(self._keys(keys))
+        self.store.delete(check_references(list(keys)))
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
-        """The references of this namespace.
+        """The references of all states.
 
         Args:
             prefix (`str`, *optional*): only those that begin so.
         """
-        own = f"{self.namespace}/"
-        for key in self.store.yield_keys(prefix=own):
-            reference = key.removeprefix(own)
-            if key.startswith(own) and REFERENCE.fullmatch(reference) and reference.startswith(prefix or ""):
-                yield reference
+        yield from (key for key in self.store if key.startswith(prefix or ""))
 
     def get(self, reference: str, *, fingerprint: str | None = None) -> MemoryState:
         """The state of a reference.
@@ -150,34 +118,20 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
 
         Raises:
             ValueError: it is no reference.
-            UnknownReferenceError: this store does not hold it.
+            UnknownStateError: this store does not hold it: it was deleted, belongs to another tenant, or was made up.
             MemoryStateError: it is damaged or not what was stored there, or another model than `fingerprint` wrote it.
         """
-        (state,) = self._read([reference])
-        if isinstance(state, MemoryStateError):
-            raise state
-        if state is None:
-            raise UnknownReferenceError(
-                f"There is no memory state {reference!r} in namespace {self.namespace!r}. It was deleted, belongs to "
-                "another tenant, or the store is another one than it was written to; write the text again."
-            )
-        if fingerprint is not None and state.fingerprint != fingerprint:
-            raise MemoryStateError(
-                f"Memory state {reference!r} was written by model {state.fingerprint}, and this is model "
-                f"{fingerprint}: it would be read as noise. Write the text again with this model."
-            )
-        return state
+        return self.store.get(check_references(reference), fingerprint)
 
     def reference(self, pipeline: GradMemPipeline, text: str, options: WriteOptions | None = None) -> str:
-        """What `write` returns for a text, without writing: namespace, model, options and text decide it.
+        """What `write` returns for a text, without writing: model, way of writing and text decide it.
 
         Args:
             pipeline (`GradMemPipeline`): who would write.
             text (`str`): one text.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
-        identity = [self.namespace, pipeline.model.fingerprint(), _chosen(options or WriteOptions()), text]
-        return hashlib.sha256(json.dumps(identity, default=vars).encode()).hexdigest()[:32]
+        return self.store.key(pipeline, text, options)
 
     def write(
         self,
@@ -185,6 +139,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         texts: str | Sequence[str],
         options: WriteOptions | None = None,
         *,
+        sources: Sequence[str | None] | None = None,
         progress: bool | None = False,
     ) -> list[str]:
         """The references of texts; those not yet stored, or damaged, are written, in batches that fit into memory.
@@ -196,50 +151,23 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             pipeline (`GradMemPipeline`): who writes.
             texts (`str` or `Sequence[str]`): one text, or any number, of lengths that the model takes.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
+            sources (`Sequence[str]`, *optional*): where each text comes from, for `MemoryStore.forget` and citations.
             progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
 
         Returns:
             `list[str]`: a reference for each text, in order.
 
         Raises:
-            ValueError: a text cannot be written; none is written then.
+            ValueError: a text cannot be written.
         """
-        texts = [texts] if isinstance(texts, str) else texts
-        references = [self.reference(pipeline, text, options) for text in texts]
-        waiting = dict(zip(references, texts, strict=True))
-        while waiting:
-            with self._claiming:
-                others = {reference: self._claims[reference] for reference in waiting.keys() & self._claims.keys()}
-                mine = {reference: text for reference, text in waiting.items() if reference not in others}
-                done = threading.Event()
-                self._claims |= dict.fromkeys(mine, done)
-            try:
-                self._write_missing(pipeline, mine, options, progress)
-            finally:
-                with self._claiming:
-                    for reference in mine:
-                        del self._claims[reference]
-                done.set()
-            for event in others.values():
-                event.wait()
-            waiting = {reference: waiting[reference] for reference in others}  # another's write may have failed
-        return references
+        return self.store.add(pipeline, texts, sources=sources, options=options, progress=progress, done=self._count)
 
-    def _write_missing(
-        self, pipeline: GradMemPipeline, texts: dict[str, str], options: WriteOptions | None, progress: bool | None
-    ) -> None:
-        missing = [reference for reference, state in zip(texts, self.mget(list(texts)), strict=True) if state is None]
-
-        def store(indices: list[int], states: MemoryState) -> None:
-            self.mset([(missing[i], state) for i, state in zip(indices, states.cpu(), strict=True)])
-            with self._claiming:
-                self.writes += len(indices)
-
-        if missing:
-            pipeline.write_many([texts[r] for r in missing], progress=progress, done=store, options=options)
+    def _count(self, keys: list[str]) -> None:
+        with self._counting:
+            self.writes += len(keys)
 
     def gc(self, keep: Iterable[str]) -> int:
-        """Delete the namespace's states but those that are still in use. A text whose state is gone is written anew.
+        """Delete all states but those that are still in use. A text whose state is gone is written anew.
 
         Args:
             keep (`Iterable[str]`): references, of histories (`GradMemChatMessageHistory.references`), documents, ...
@@ -250,13 +178,17 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         Raises:
             ValueError: what is to be kept is no reference; nothing is deleted then.
         """
-        kept = set(check_references(list(keep)))
-        gone = [reference for reference in self.yield_keys() if reference not in kept]
-        self.mdelete(gone)
-        return len(gone)
+        return len(self.store.gc(check_references(list(keep))))
 
 
-def _chosen(options: WriteOptions) -> list[tuple[str, Any]]:
-    """The fields that are not at their defaults, by name: a new field changes no reference."""
-    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
-    return sorted((name, value) for name, value in chosen.items() if value != getattr(WriteOptions(), name))
+@functools.cache
+def _temporary_directory() -> Path:
+    """Of this process; those that are forked from it share the directory and leave it there."""
+    path, maker = Path(tempfile.mkdtemp(prefix="gradmem-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == maker:
+            shutil.rmtree(path, ignore_errors=True)
+
+    atexit.register(remove)
+    return path

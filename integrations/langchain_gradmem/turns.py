@@ -22,7 +22,7 @@ class TurnMemory(MemoryWriter):
 
     Args:
         pipeline (`GradMemPipeline`): who writes.
-        store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
+        store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
         part_tokens (`int`, *optional*): tokens of the longest part; None: the adapter's trained length.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a

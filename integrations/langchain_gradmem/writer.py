@@ -25,7 +25,7 @@ class MemoryWriter(BaseModel):
 
     Args:
         pipeline (`GradMemPipeline`): who writes.
-        store (`MemoryStateStore`, *optional*, defaults to a new one in memory): where states are kept.
+        store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
         part_tokens (`int`, *optional*): tokens of the longest part that a text is split into; None: the adapter's
             trained length, beyond which memory keeps a text worse.
@@ -51,17 +51,18 @@ class MemoryWriter(BaseModel):
         """
         return cls(pipeline=chat.pipeline, store=chat.store, **options)
 
-    def write_texts(self, texts: str | Sequence[str]) -> list[str]:
+    def write_texts(self, texts: str | Sequence[str], sources: Sequence[str | None] | None = None) -> list[str]:
         """The references of texts in the store; those not yet stored are written.
 
         Args:
             texts (`str` or `Sequence[str]`): one text, or any number, of lengths that the model takes; see `split` and
                 `join`.
+            sources (`Sequence[str]`, *optional*): where each comes from, for `MemoryStore.forget` and citations.
 
         Raises:
-            ValueError: a text cannot be written; none is written then.
+            ValueError: a text cannot be written.
         """
-        return self.store.write(self.pipeline, texts, self.write_options, progress=self.progress)
+        return self.store.write(self.pipeline, texts, self.write_options, sources=sources, progress=self.progress)
 
     @property
     def longest(self) -> int | None:

@@ -23,16 +23,6 @@ def save_states(ready, path):
         states[i % 2].save(path)
 
 
-def put(ready, root):
-    from langchain_gradmem import AtomicFileStore
-
-    store = AtomicFileStore(root)
-    store.mset([(f"x/{key}", b"0" * 200_000) for key in range(4)])
-    ready()
-    for i in itertools.count():
-        store.mset([(f"x/{i % 4}", str(i % 10).encode() * 200_000)])
-
-
 def filled(model, value):
     with torch.no_grad():
         for name, parameter in model.named_parameters():

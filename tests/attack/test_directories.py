@@ -5,8 +5,7 @@ import shutil
 import threading
 
 import pytest
-from killing import SERVER, kill_at_every_call
-from langchain_gradmem import AtomicFileStore
+from killing import kill_at_every_call
 
 from gradmem_adapter.utils.directory import reading_together, replacing_together
 
@@ -82,38 +81,4 @@ def test_two_writers_and_two_readers(tmp_path):
     assert seen <= {"start", "a", "b"}
     assert load(path) in ("a", "b")
     assert sorted(os.listdir(path)) == ["README.md", "SHA256SUMS", "one", "parts", "two"]
-    assert os.listdir(tmp_path) == ["saved"]
-
-
-def test_two_writers_of_one_file(tmp_path):
-    store, errors = AtomicFileStore(tmp_path), []
-    store.mset([("key", b"0" * 100_000)])
-
-    def loop(value):
-        try:
-            for _ in range(100):
-                store.mset([("key", value)])
-                (found,) = store.mget(["key"])
-                assert len(found) == 100_000
-                assert len(set(found)) == 1
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=loop, args=(value * 100_000,)) for value in (b"1", b"2")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    assert os.listdir(tmp_path) == ["key"]
-
-
-def test_two_who_make_it_at_once(tmp_path):
-    processes = [SERVER.Process(target=save, args=(tmp_path / "saved", name)) for name in "abcd"]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert load(tmp_path / "saved") in "abcd"
     assert os.listdir(tmp_path) == ["saved"]

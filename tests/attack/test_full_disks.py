@@ -8,7 +8,6 @@ import subprocess
 import pytest
 import torch
 from adapters import make
-from langchain_gradmem import AtomicFileStore
 from tiny import rows, tiny, tiny_tokenizer
 
 from gradmem_adapter import MemoryState, load_checkpoint, save_checkpoint
@@ -73,13 +72,6 @@ def test_states_that_may_not_grow(tmp_path, short):
     save_state(tmp_path, errno.EFBIG)
 
 
-def test_stored_bytes(small):
-    store = AtomicFileStore(small / "store")
-    store.mset([("x/a", b"a" * 1000), ("x/b", b"b" * 1000)])
-    refused(small / "store" / "x" / "b", errno.ENOSPC, lambda: store.mset([("x/b", b"c" * 300_000)]))
-    assert store.mget(["x/a", "x/b"]) == [b"a" * 1000, b"b" * 1000]
-
-
 @pytest.mark.parametrize("free", range(0, 60_000, 12_000))
 def test_checkpoints_at_any_place(small, free):
     """Wherever in a save the disk is full."""
@@ -119,13 +111,9 @@ def test_training(small):
 
 def test_what_may_only_be_read(small):
     state(10).save(small / "states")
-    store = AtomicFileStore(small)
-    store.mset([("x", b"x")])
     save_checkpoint(make(**CONFIG), tiny_tokenizer(), small / "saved")
     mount("-o", "remount,ro", small)
     assert MemoryState.load(small / "states") == state(10)
-    assert store.mget(["x", "y"]) == [b"x", None]
     load_checkpoint(small / "saved", backbone=tiny())
     refused(small / "states", errno.EROFS, lambda: state(11).save(small / "states"))
-    refused(small / "x", errno.EROFS, lambda: store.mset([("x", b"y")]))
     refused(small / "saved", errno.EROFS, lambda: save_checkpoint(make(**CONFIG), tiny_tokenizer(), small / "saved"))

@@ -7,9 +7,8 @@ import signal
 import pytest
 import torch
 from adapters import make
-from jobs import put, save_checkpoints, save_states, train, write, write_lines
+from jobs import save_checkpoints, save_states, train, write, write_lines
 from killing import SERVER, kill_often
-from langchain_gradmem import AtomicFileStore
 from peft import get_peft_model
 from tiny import rows, tiny, tiny_text, tiny_tokenizer
 
@@ -33,25 +32,6 @@ def test_states(tmp_path):
 @pytest.mark.slow
 def test_states_often(tmp_path):
     killed_while_saving_states(tmp_path / "state.safetensors", 200)
-
-
-def killed_while_putting(root, kills):
-    store = AtomicFileStore(root)
-    for _ in kill_often(put, root, kills=kills, longest=0.05):
-        values = store.mget([f"x/{i}" for i in range(4)])
-        assert all(len(value) == 200_000 and len(set(value)) == 1 for value in values)
-        assert sorted(store.yield_keys()) == [f"x/{i}" for i in range(4)]
-    store.mset([("x/0", b"")])
-    assert sorted(os.listdir(root / "x")) == ["0", "1", "2", "3"]
-
-
-def test_stored_bytes(tmp_path):
-    killed_while_putting(tmp_path / "store", 5)
-
-
-@pytest.mark.slow
-def test_stored_bytes_often(tmp_path):
-    killed_while_putting(tmp_path / "store", 200)
 
 
 @pytest.mark.slow

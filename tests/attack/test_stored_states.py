@@ -25,16 +25,20 @@ def damage(data, how):
     return b"something else"
 
 
+def file_of(store, reference):
+    return store.store.path / "states" / reference[:2] / f"{reference}.safetensors"
+
+
 @pytest.mark.parametrize("how", ["empty", "cut", "bit", "foreign"])
 def test_a_damaged_entry_blocks_neither_its_text_nor_the_others(pipeline, how):
     store = MemoryStateStore()
     references = store.write(pipeline, TEXTS)
     states = [store.get(reference) for reference in references]
-    key = f"default/{references[1]}"
-    store.store.mset([(key, damage(store.store.mget([key])[0], how))])
+    file = file_of(store, references[1])
+    file.write_bytes(damage(file.read_bytes(), how))
     with pytest.raises(MemoryStateError, match=f"{references[1]}' cannot be read"):
         store.get(references[1])
-    with pytest.warns(UserWarning, match=f"{references[1]}.*counts as missing"):
+    with pytest.warns(UserWarning, match=f"{references[1]}.*written anew"):
         assert store.write(pipeline, TEXTS) == references
     assert store.writes == 4, "the damaged one alone is written anew"
     again = [store.get(reference) for reference in references]
@@ -44,26 +48,18 @@ def test_a_damaged_entry_blocks_neither_its_text_nor_the_others(pipeline, how):
 
 def test_exchanged_entries_are_not_read(pipeline):
     store = MemoryStateStore()
-    first, second, _ = store.write(pipeline, TEXTS)
-    keys = [f"default/{first}", f"default/{second}"]
-    data = store.store.mget(keys)
-    store.store.mset(list(zip(keys, reversed(data), strict=True)))
-    for reference in (first, second):
+    files = [file_of(store, reference) for reference in store.write(pipeline, TEXTS[:2])]
+    data = [file.read_bytes() for file in files]
+    for file, other in zip(files, reversed(data), strict=True):
+        file.write_bytes(other)
+    for file in files:
         with pytest.raises(MemoryStateError, match="is another state"):
-            store.get(reference)
+            store.get(file.stem)
 
 
-def test_another_tenants_entry_is_not_read(pipeline):
-    store = MemoryStateStore(namespace="alice")
-    (reference,) = store.write(pipeline, TEXTS[:1])
-    store.store.mset([(f"bob/{reference}", store.store.mget([f"alice/{reference}"])[0])])
-    with pytest.raises(MemoryStateError, match="is another state"):
-        MemoryStateStore(store.store, namespace="bob").get(reference)
-
-
-def test_entries_of_before_there_were_names_are_read(pipeline):
+def test_a_plain_state_is_no_entry(pipeline):
     store = MemoryStateStore()
     (reference,) = store.write(pipeline, TEXTS[:1])
-    state = store.get(reference)
-    store.store.mset([(f"default/{reference}", state.to_bytes())])
-    assert store.get(reference) == state
+    store.get(reference).save(file_of(store, reference))
+    with pytest.raises(MemoryStateError, match="not as a memory store writes it"):
+        store.get(reference)

@@ -114,6 +114,13 @@ class TestEntries:
         assert {entry.text for entry in store.entries()} == {None}
         assert not any(TEXTS[0].encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
+    def test_may_be_begun_and_ended_by_different_threads(self, store, keys):
+        entries, found = store.entries(), []
+        thread = threading.Thread(target=lambda: found.append(next(entries)))
+        thread.start()
+        thread.join()
+        assert len([*found, *entries]) == 4
+
 
 class TestPut:
     def test_states_from_elsewhere(self, store, pipeline):
@@ -210,14 +217,14 @@ class TestIndex:
 def test_a_text_that_cannot_be_written_is_named_by_its_number(store, keys, pipeline):
     with pytest.raises(ValueError, match=r"Context 5 .*tokens"):
         store.add(pipeline, [*TEXTS, "w1 w2", tiny_text(500)])
-    assert set(store.keys()) == set(keys)
+    assert set(store) == set(keys)
 
 
 def test_deleted_states_are_gone_and_others_are_passed_over(store, keys):
     with pytest.raises(ValueError, match="32 hexadecimal digits"):
         store.delete([keys[0], "x"])
     store.delete([keys[0], "0" * 32, keys[2]])
-    assert set(store.keys()) == {keys[1], keys[3]}
+    assert set(store) == {keys[1], keys[3]}
     assert store.verify().states == 2
 
 

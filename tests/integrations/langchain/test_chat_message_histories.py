@@ -4,7 +4,6 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from langchain_classic.storage import LocalFileStore
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables.history import RunnableWithMessageHistory
@@ -77,7 +76,7 @@ class TestHistory:
         session = {"configurable": {"session_id": "1"}}
         chain.invoke([HumanMessage("w1")], session)
         with monkeypatch.context() as patch:
-            patch.setattr(chat.store.store, "mset", fail)
+            patch.setattr(chat.store.store, "put", fail)
             with pytest.warns(RuntimeWarning, match="stay text: OSError: disk full"):
                 chain.invoke([HumanMessage("w2")], session)
         assert [m.content for m in history.history.messages if isinstance(m, HumanMessage)] == ["w1", "w2"]
@@ -91,7 +90,7 @@ class TestHistory:
         assert len(history.messages) <= 1 + 2 * memory.max_turns
 
 
-def fail(pairs):
+def fail(*_):
     raise OSError("disk full")
 
 
@@ -111,7 +110,7 @@ class TestPersistence:
 
     def test_another_process_goes_on(self, pipeline, turn, tmp_path):
         def history(session):
-            store = MemoryStateStore(LocalFileStore(tmp_path))
+            store = MemoryStateStore(tmp_path)
             memory = TurnMemory(pipeline=pipeline, store=store, max_turns=3, keep_turns=2)
             return GradMemChatMessageHistory(memory, StoredChatMessageHistory(store, session))
 

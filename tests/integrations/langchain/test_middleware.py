@@ -91,7 +91,7 @@ class TestAgent:
         agent.invoke({"messages": messages})
         assert [m.content for m in shown[-1] if m.content in ("w30", "w31")] == ["w30", "w31"]
         assert len(shown[-1]) < len(messages)
-        monkeypatch.setattr(memory.store.store, "mget", fail)
+        monkeypatch.setattr(memory.store.store, "_file", fail)
         with pytest.warns(RuntimeWarning, match="stay text: OSError"):
             agent.invoke({"messages": messages})
         assert len(shown[-1]) == len(messages) + 1

@@ -1,20 +1,18 @@
 """MemoryStateStore: states by reference, each text written once, and what it refuses."""
 
 import copy
-import hashlib
-import json
 import pickle
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from langchain_gradmem import AtomicFileStore, MemoryStateStore
+from langchain_gradmem import MemoryStateStore
 from langchain_gradmem.writer import MemoryWriter
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
-from gradmem_adapter import MemoryStateError, WriteOptions
+from gradmem_adapter import MemoryStateError, MemoryStore, WriteOptions
 from gradmem_adapter.utils import hardware
 
 TEXTS = [tiny_text(12, seed=i) for i in range(4)]
@@ -29,8 +27,8 @@ def state(pipeline):
 def test_damaged_states_raise(state):
     store = MemoryStateStore()
     store.mset([(REFERENCE, state)])
-    (key,) = store.store.yield_keys()
-    store.store.mset([(key, store.store.mget([key])[0][:-7])])
+    (file,) = store.store.path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(MemoryStateError, match=f"{REFERENCE}' cannot be read"):
         store.get(REFERENCE)
     with pytest.warns(UserWarning, match="counts as missing"):
@@ -43,21 +41,29 @@ def test_namespaces_that_could_reach_another_are_refused(namespace):
         MemoryStateStore(namespace=namespace)
 
 
-def test_a_copy_does_not_wait_for_what_the_original_writes(pipeline, tmp_path, monkeypatch):
-    store = MemoryStateStore(AtomicFileStore(tmp_path), namespace="a")
-    copies = []
-    write = pipeline.write_many
+def test_copies_share_the_states(pipeline, tmp_path):
+    store = MemoryStateStore(tmp_path, namespace="a")
+    references = store.write(pipeline, TEXTS)
+    for same in (copy.deepcopy(store), pickle.loads(pickle.dumps(store)), MemoryStateStore(tmp_path, namespace="a")):
+        assert same.write(pipeline, TEXTS) == references
+        assert same.writes == 0
 
-    def copy_meanwhile(*args, **kwargs):
-        copies.extend((copy.deepcopy(store), pickle.loads(pickle.dumps(store))))
-        write(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_many", copy_meanwhile)
-        references = store.write(pipeline, TEXTS[0])
-    for same in copies:
-        assert same.write(pipeline, TEXTS[0]) == references
-        assert (same.namespace, same.writes) == ("a", 0), "found in the directory that they share"
+def test_a_temporary_directory_goes_with_its_process(tmp_path):
+    script = "from langchain_gradmem import MemoryStateStore as S; s = S(); s.store.index.make(); print(s.store.path)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not Path(ran.stdout.strip()).parent.exists()
+
+
+def test_a_memory_store_is_taken_as_it_is(pipeline, tmp_path):
+    states = MemoryStore(tmp_path, dtype="int8", keep_text=False)
+    keys = states.add(pipeline, TEXTS, sources="a.txt")
+    store = MemoryStateStore(states)
+    assert store.write(pipeline, TEXTS) == keys
+    assert store.writes == 0
+    MemoryStateStore(states, namespace="tenant").write(pipeline, TEXTS)
+    assert len(states) == 4
+    assert not any(TEXTS[0].encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
 class TestWrite:
@@ -86,11 +92,7 @@ class TestWrite:
         assert len(references) == 3
 
     def test_fields_at_their_defaults_change_no_reference(self, pipeline):
-        """So that stored states are found again when WRITE has a new option."""
         store = MemoryStateStore()
-        identity = [store.namespace, pipeline.model.fingerprint(), [("lr", 0.1), ("steps", 3)], TEXTS[0]]
-        expected = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-        assert store.reference(pipeline, TEXTS[0], WriteOptions(steps=3, lr=0.1)) == expected
         assert store.reference(pipeline, TEXTS[0]) == store.reference(pipeline, TEXTS[0], WriteOptions())
 
     def test_what_is_stored_is_what_write_gives(self, pipeline):
@@ -99,8 +101,8 @@ class TestWrite:
         assert store.get(reference) == pipeline.write(TEXTS[0]).cpu()
 
     def test_a_directory_outlives_the_store(self, pipeline, tmp_path):
-        (reference,) = MemoryStateStore(AtomicFileStore(tmp_path)).write(pipeline, TEXTS[:1])
-        again = MemoryStateStore(AtomicFileStore(tmp_path))
+        (reference,) = MemoryStateStore(tmp_path).write(pipeline, TEXTS[:1])
+        again = MemoryStateStore(tmp_path)
         assert again.write(pipeline, TEXTS[:1]) == [reference]
         assert again.writes == 0
 
@@ -113,41 +115,14 @@ class TestWrite:
     def test_batches_are_stored_as_they_are_written(self, pipeline, monkeypatch):
         store, found = MemoryStateStore(), []
         monkeypatch.setattr(hardware, "SATURATED", {"cpu": 24})
-        write = pipeline.model.base_model.write
+        write = pipeline.model.base_model._write
         monkeypatch.setattr(
             pipeline.model.base_model,
-            "write",
+            "_write",
             lambda *a, **k: found.append(len(list(store.yield_keys()))) or write(*a, **k),
         )
         store.write(pipeline, TEXTS)
         assert found == [0, 2]
-
-    def test_a_text_that_many_ask_for_at_once_is_written_once(self, pipeline, monkeypatch):
-        """The others wait for it; where its write fails, they write it themselves."""
-        store, all_in = MemoryStateStore(), threading.Barrier(8)
-        write_many, calls = pipeline.write_many, []
-
-        def slow(texts, **options):
-            calls.append(list(texts))
-            if len(calls) == 1:
-                time.sleep(0.2)
-                raise RuntimeError("once")
-            return write_many(texts, **options)
-
-        def ask(i):
-            all_in.wait()
-            return store.write(pipeline, [TEXTS[i % 2], TEXTS[2]])
-
-        monkeypatch.setattr(pipeline, "write_many", slow)
-        with ThreadPoolExecutor(8) as threads:
-            futures = [threads.submit(ask, i) for i in range(8)]
-            errors = [future.exception() for future in futures]
-        assert sum(error is not None for error in errors) == 1
-        assert store.writes == 3
-        assert store._claims == {}
-        expected = [store.reference(pipeline, text) for text in TEXTS]
-        for i, future in enumerate(futures):
-            assert errors[i] or future.result() == [expected[i % 2], expected[2]]
 
 
 def test_garbage_of_other_namespaces_stays(pipeline):

@@ -2,10 +2,11 @@
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.stores import InMemoryByteStore
 from langchain_gradmem import MemoryStateStore, TurnMemory, attach, marker, references_of
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
+
+from gradmem_adapter import MemoryStore
 
 
 @pytest.fixture
@@ -92,16 +93,16 @@ class TestManyParts:
 
 
 class TestFailures:
-    def test_a_failed_write_leaves_the_text_and_is_tried_again(self, pipeline, conversation):
-        class Failing(InMemoryByteStore):
+    def test_a_failed_write_leaves_the_text_and_is_tried_again(self, pipeline, conversation, tmp_path):
+        class Failing(MemoryStore):
             broken = True
 
-            def mset(self, key_value_pairs):
+            def put(self, states, entries):
                 if self.broken:
                     raise OSError("disk full")
-                super().mset(key_value_pairs)
+                super().put(states, entries)
 
-        failing = Failing()
+        failing = Failing(tmp_path)
         memory = TurnMemory(pipeline=pipeline, store=MemoryStateStore(failing), max_turns=1, keep_turns=1)
         with pytest.warns(RuntimeWarning, match="stay text: OSError: disk full"):
             assert memory.shown(conversation(3)) == conversation(3)
@@ -111,9 +112,9 @@ class TestFailures:
     def test_a_damaged_state_is_written_anew_from_the_text(self, memory, conversation):
         (reference,) = references_of(carriers(memory.shown(conversation(4)))[0])
         good = memory.store.get(reference)
-        (key,) = memory.store.store.yield_keys()
-        memory.store.store.mset([(key, b"damaged")])
-        with pytest.warns(UserWarning, match="counts as missing"):
+        (file,) = memory.store.store.path.rglob("*.safetensors")
+        file.write_bytes(b"damaged")
+        with pytest.warns(UserWarning, match="written anew"):
             memory.shown(conversation(4))
         assert memory.store.get(reference) == good
 
