@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
@@ -12,13 +13,14 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.outputs import Fidelity
 from gradmem_adapter.segments import Segment
+from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.utils.hardware import token_budget
-from gradmem_adapter.write.batching import batches
+from gradmem_adapter.write.batching import batches, progress_bar
 from gradmem_adapter.write.options import WriteOptions
 
-Mode: TypeAlias = Literal["parallel"]
+Mode: TypeAlias = Literal["parallel", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class DocumentMemory:
 
     Args:
         segments (`tuple[Segment, ...]`): the pieces that it was written in, in order.
-        states (`MemoryState`): with `"parallel"` one state per segment.
+        states (`MemoryState`): with `"parallel"` one state per segment, with `"sequential"` one for all.
         mode (`str`): how it was written.
     """
 
@@ -44,11 +46,19 @@ class DocumentMemory:
 
         Args:
             indices (`Sequence[int]`, *optional*): which segments, in the order in which they are to stand; None: all.
+
+        Raises:
+            ValueError: some segments are asked for of the one state that a `"sequential"` document has.
         """
+        if indices is not None and self.mode == "sequential":
+            raise ValueError("A document written with mode='sequential' has one state for all segments: read .states.")
         return MemoryState.concat(list(self.states if indices is None else self.states[indices]))
 
     def fidelity(self, encoder: TextEncoder, max_tokens: int | None = None) -> Fidelity:
         """How much of each segment its state gives back.
+
+        With `"sequential"`, `greedy` is the share that the state recites anywhere, in runs of at least four tokens;
+        `teacher_forced` is of the segment as if it came first.
 
         Args:
             encoder (`TextEncoder`): the pipeline that wrote it.
@@ -63,9 +73,21 @@ class DocumentMemory:
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for rows in batches([segment.tokens for segment in self.segments], budget):
             ids, mask = encoder.encode_contexts([self.segments[i].text for i in rows])
-            found |= zip(rows, zip(*model.fidelity(self.states[rows], ids, mask), strict=True), strict=True)
-        greedy, forced = zip(*(found[i] for i in range(len(self))), strict=True)
-        return Fidelity(torch.stack(greedy), torch.stack(forced))
+            states = self.states[rows if self.mode == "parallel" else [0] * len(rows)]
+            found |= zip(rows, zip(*model.fidelity(states, ids, mask), strict=True), strict=True)
+        greedy, forced = (torch.stack(shares) for shares in zip(*(found[i] for i in range(len(self))), strict=True))
+        if self.mode == "sequential":
+            recital = model.reconstruct(self.states)[0].tolist()
+            texts = [segment.text if i == 0 else f" {segment.text}" for i, segment in enumerate(self.segments)]
+            tokens = encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            greedy = torch.tensor([_share_recited(ids, recital) for ids in tokens], device=greedy.device)
+        return Fidelity(greedy, forced)
+
+
+def _share_recited(tokens: list[int], recital: list[int]) -> float:
+    """The share of tokens that a recital has in the same order, without what it has of any text."""
+    runs = SequenceMatcher(None, recital, tokens, autojunk=False).get_matching_blocks()
+    return sum(run.size for run in runs if run.size >= min(4, len(tokens))) / len(tokens)
 
 
 def write_document(
@@ -81,9 +103,55 @@ def write_document(
     """WRITE a text of any length in segments; `GradMemPipeline.write_document` says what the arguments are."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
+    if mode == "sequential":
+        return _in_one_state(encoder, text, segment_tokens, overlap, options, progress)
     found = tuple(encoder.segments(text, segment_tokens, overlap))
     if not found:
         raise ValueError("There is no text to write: the document is empty.")
     ids = [encoder.tokenizer(segment.text)["input_ids"] for segment in found]
     states = encoder.model.write_many(ids, max_tokens=max_tokens, progress=progress, options=options)
     return DocumentMemory(found, states, mode)
+
+
+def _in_one_state(
+    encoder: TextEncoder,
+    text: str | Iterable[str] | Iterable[int],
+    segment_tokens: int | None,
+    overlap: int | None,
+    options: WriteOptions,
+    progress: bool | None,
+) -> DocumentMemory:
+    found: list[Segment] = []
+    with progress_bar(None, progress) as advance:
+
+        def read() -> Iterator[Segment]:
+            for segment in sequential_segments(encoder, text, segment_tokens, overlap):
+                found.append(segment)
+                yield segment
+                advance(1)
+
+        state = write_sequential(encoder, read(), options)
+    return DocumentMemory(tuple(found), state, "sequential")
+
+
+def sequential_segments(
+    encoder: TextEncoder,
+    text: str | Iterable[str] | Iterable[int],
+    segment_tokens: int | None = None,
+    overlap: int | None = None,
+) -> Iterator[Segment]:
+    """Segments that leave room for what a state knows already.
+
+    Args:
+        encoder (`TextEncoder`): who writes them.
+        text, segment_tokens, overlap: as for `encoder.segments`, but None: half of the trained length, and no overlap.
+    """
+    trained = encoder.model.active_peft_config.trained_length
+    if segment_tokens is None and trained is not None:
+        segment_tokens = max(1, trained // 2)
+    if segment_tokens is not None and trained is not None and segment_tokens >= trained:
+        raise ValueError(
+            f"Segments of {segment_tokens} tokens leave no room for what a state knows of those before: it is to hold "
+            f"{trained} tokens at once, the adapter's trained length. Half of that is the default."
+        )
+    return encoder.segments(text, segment_tokens, 0 if overlap is None else overlap)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradmem_adapter.documents import DocumentMemory, Mode, write_document
+from gradmem_adapter.documents import DocumentMemory, Mode, sequential_segments, write_document
 from gradmem_adapter.lora import without_lora
 from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
 from gradmem_adapter.prompts import Prompt, prompt_list, study_tokens
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.likelihood import calibrated
 from gradmem_adapter.read.streaming import stream_text
+from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.write.options import WriteFields, WriteOptions
@@ -128,8 +129,11 @@ class GradMemPipeline(TextEncoder):
         """WRITE a text of any length in segments, which end where paragraphs or sentences do.
 
         Args:
-            text, segment_tokens, overlap: as for `segments`.
-            mode (`str`, *optional*, defaults to `"parallel"`): `"parallel"`: a state for each segment.
+            text, segment_tokens, overlap: as for `segments`; with `"sequential"` a segment has by default half of the
+                trained length and no overlap.
+            mode (`str`, *optional*, defaults to `"parallel"`): `"parallel"`: a state for each segment. `"sequential"`:
+                one state for all, into which one segment after the other is written with what the state recites of
+                those before, in the memory of a single one.
             max_tokens, progress, options, fields: as for `write_many`.
 
         Raises:
@@ -138,6 +142,33 @@ class GradMemPipeline(TextEncoder):
         """
         options = self._with_study(WriteOptions.of(options, **fields))
         return write_document(self, text, mode, segment_tokens, overlap, options, max_tokens, progress)
+
+    def update(
+        self,
+        memory: MemoryState,
+        text: str | Iterable[str] | Iterable[int],
+        *,
+        segment_tokens: int | None = None,
+        options: WriteOptions | None = None,
+        strict: bool = True,
+        **fields: Unpack[WriteFields],
+    ) -> MemoryState:
+        """WRITE more text into a state, which keeps what it can recite of what it knew.
+
+        Args:
+            memory (`MemoryState`): one state, which stays as it is.
+            text (`str`, `Iterable[str]` or `Iterable[int]`): of any length, as for `segments`.
+            segment_tokens (`int`, *optional*): most tokens that are written at once; None: half of the trained length.
+            options, strict, fields: as for `write`.
+
+        Returns:
+            `MemoryState`: one state of the size of `memory`.
+
+        Raises:
+            TypeError, ValueError: a text that cannot be written, or several states.
+        """
+        options = WriteOptions.of(options, **fields)
+        return write_sequential(self, sequential_segments(self, text, segment_tokens), options, memory, strict=strict)
 
     def _with_study(self, options: WriteOptions) -> WriteOptions:
         """Options that say in tokens how the model is asked about a text, where it is to study it."""

@@ -38,8 +38,8 @@ def write_sequential(
     for segment in segments:
         if memory is None:
             memory = encoder.model.write(*encoder.encode_contexts(segment.text), options=options)
-        else:  # in the middle of a text there are no special tokens
-            ids = torch.tensor([encoder.tokenizer(segment.text, add_special_tokens=False)["input_ids"]])
+        else:  # in the middle of a text there are no special tokens, and there is white space before
+            ids = torch.tensor([encoder.tokenizer(f" {segment.text}", add_special_tokens=False)["input_ids"]])
             memory = encoder.model.update(memory, ids, limit=limit, options=options, strict=strict)
     if memory is None:
         raise ValueError("There is no text to write: the document is empty.")

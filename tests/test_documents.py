@@ -45,12 +45,65 @@ def test_segments_are_read_side_by_side(pipeline):
 
 @pytest.mark.parametrize("max_tokens", [None, 1])
 def test_fidelity_is_that_of_each_segment(pipeline, max_tokens):
-    document = pipeline.write_document(TEXT, steps=40, optimizer="adam", lr=0.05)
+    document = pipeline.write_document(TEXT, steps=20, optimizer="adam", lr=0.05)
     found = document.fidelity(pipeline, max_tokens=max_tokens)
     for i, (segment, state) in enumerate(zip(document.segments, document.states, strict=True)):
         alone = pipeline.fidelity(segment.text, state)
         assert (found.greedy[i], found.teacher_forced[i]) == (alone.greedy[0], alone.teacher_forced[0])
     assert found.teacher_forced.min() > 0  # or the comparison says nothing
+
+
+class TestSequential:
+    def test_one_state_of_all_segments(self, pipeline):
+        options = WriteOptions(steps=5, optimizer="adam", lr=0.05)
+        document = pipeline.write_document(TEXT, "sequential", segment_tokens=20, options=options)
+        assert len(document) > 3
+        assert document.states.vectors.shape == document.side_by_side().vectors.shape == (1, 3, 32)
+        found = document.fidelity(pipeline)
+        assert found.greedy.shape == found.teacher_forced.shape == (len(document),)
+        with pytest.raises(ValueError, match="one state for all segments"):
+            document.side_by_side([0])
+
+    def test_fidelity_is_the_share_that_is_recited_anywhere(self, monkeypatch):
+        pipeline = tiny_pipeline(trained_length=50)
+        document = pipeline.write_document(TEXT, "sequential", segment_tokens=20, steps=0)
+        ids = pipeline.tokenizer(TEXT)["input_ids"]
+        recital = [*ids[:30], *ids[33:60], *reversed(ids[60:80]), *ids[-3:]]
+        monkeypatch.setattr(pipeline.model.base_model, "reconstruct", lambda memory: torch.tensor([recital]))
+        lengths, found = [segment.tokens for segment in document.segments], document.fidelity(pipeline)
+        known, place = [*range(30), *range(33, 60)], 0
+        for length, share in zip(lengths, found.greedy.tolist(), strict=True):
+            kept = sum(place <= i < place + length for i in known)
+            assert share == pytest.approx(kept / length, abs=3.5 / length)  # runs shorter than four do not count
+            place += length
+        assert found.greedy[0] == 1
+        assert found.greedy[-1] == 0
+
+    def test_segments_leave_room_for_what_is_known(self, pipeline):
+        document = pipeline.write_document(iter(TEXT.splitlines(keepends=True)), "sequential", steps=0)
+        assert max(segment.tokens for segment in document.segments) <= 25
+        assert document.segments == tuple(pipeline.segments(TEXT, 25, overlap=0))
+
+    def test_a_document_is_its_beginning_updated(self, pipeline):
+        first, *rest = pipeline.segments(TEXT, 20, overlap=0)
+        state = pipeline.write(first.text, steps=2)
+        for segment in rest:
+            state = pipeline.update(state, segment.text, segment_tokens=20, steps=2)
+        document = pipeline.write_document(TEXT, "sequential", segment_tokens=20, steps=2)
+        assert state == document.states
+        again = pipeline.update(pipeline.write(first.text, steps=2), TEXT[first.end :], segment_tokens=20, steps=2)
+        assert again == state
+
+    def test_bad_input(self, pipeline):
+        state = pipeline.write(["w1 w2", "w3"])
+        with pytest.raises(ValueError, match="One state takes one text, got 2 states"):
+            pipeline.update(state, "w4")
+        with pytest.raises(ValueError, match="no text"):
+            pipeline.write_document(" ", "sequential")
+        with pytest.raises(ValueError, match="Segments of 50 tokens leave no room"):
+            pipeline.write_document(TEXT, "sequential", segment_tokens=50)
+        with pytest.raises(ValueError, match="written by model"):
+            pipeline.update(tiny_pipeline(seed=1).write("w1"), "w4", segment_tokens=10)
 
 
 @pytest.mark.parametrize(

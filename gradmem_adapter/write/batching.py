@@ -126,11 +126,11 @@ def _token_ids(index: int, context: Tensor | Sequence[int], device: torch.device
 
 
 @contextmanager
-def progress_bar(total: int, wanted: bool | None) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int | None, wanted: bool | None) -> Iterator[Callable[[int], None]]:
     """Show how many contexts are written, and give the function that is told of more of them.
 
     Args:
-        total (`int`): how many there are.
+        total (`int`, *optional*): how many there are. `None`: unknown.
         wanted (`bool`, *optional*): `None`: where stderr is a terminal.
     """
     if not (sys.stderr.isatty() if wanted is None else wanted):
