@@ -1,6 +1,7 @@
 """File systems that run full or may only be read, and files that may not grow: what is there stays as it is."""
 
 import errno
+import json
 import os
 import resource
 import subprocess
@@ -8,9 +9,11 @@ import subprocess
 import pytest
 import torch
 from adapters import make
-from tiny import rows, tiny, tiny_tokenizer
+from commands import invoke
+from tiny import rows, tiny, tiny_text, tiny_tokenizer
 
 from gradmem_adapter import MemoryState, load_checkpoint, save_checkpoint
+from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 
 CONFIG = {"lora_config": {"r": 2, "target_modules": ["q_proj"]}}
@@ -107,6 +110,32 @@ def test_training(small):
     for name in whole:
         load_checkpoint(small / "run" / name, backbone=tiny())
     assert trainer.has_checkpoint()
+
+
+def test_the_command_write_goes_on_when_there_is_room(small, folder):
+    lines = [json.dumps({"text": tiny_text(30, seed=seed)}) for seed in range(60)]
+    (folder / "lines.jsonl").write_text("\n".join(lines))
+    options = ("--checkpoint", folder / "checkpoint", "--segment-tokens", 20, "--max-tokens", 60, "--device", "cpu")
+    command = ("write", folder / "lines.jsonl", "--store", small / "memory", *options)
+    result = invoke(*command)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "No space left on device" in result.stderr
+    assert "Make room there" in result.stderr
+    store = MemoryStore(small / "memory")
+    stored = len(store)
+    assert 0 < stored < 120
+    assert not store.verify().damaged
+    mount("-o", "remount,size=8m", small)
+    again = invoke(*command, "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["segments"] == len(store) == 120
+    assert json.loads(again.stdout)["written"] <= 120 - stored
+    assert store.verify().ok
+    mount("-o", "remount,ro", small)
+    assert "Read-only file system" in invoke(*command).stderr
+    asked = ("ask", "w1", "--store", small / "memory", "--checkpoint", folder / "checkpoint", "--device", "cpu")
+    assert invoke(*asked, "--max-new-tokens", 2).exit_code == 0
 
 
 def test_what_may_only_be_read(small):

@@ -9,10 +9,9 @@ import torch
 from adapters import make
 from jobs import save_checkpoints, save_states, train, write, write_lines
 from killing import SERVER, kill_often
-from peft import get_peft_model
-from tiny import rows, tiny, tiny_text, tiny_tokenizer
+from tiny import tiny, tiny_text, tiny_tokenizer
 
-from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryState, load_backbone, load_checkpoint, save_checkpoint
+from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint, save_checkpoint
 from gradmem_adapter.store import MemoryStore
 
 
@@ -58,18 +57,6 @@ def test_checkpoints_often(tmp_path, config):
     save_checkpoint(model, tiny_tokenizer(), path)
     assert os.listdir(tmp_path) == ["saved"]
     assert not [name for name in os.listdir(path) if name.startswith(".")]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny().save_pretrained(tmp_path / "backbone")
-    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
-    backbone, tokenizer = load_backbone(str(tmp_path / "backbone"))
-    save_checkpoint(get_peft_model(backbone, GradMemConfig(num_memory_tokens=2)), tokenizer, tmp_path / "checkpoint")
-    for i in range(2):
-        (tmp_path / f"{i}.txt").write_text(tiny_text(10, seed=i))
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(8, 8))))
-    return tmp_path
 
 
 @pytest.mark.slow
