@@ -87,8 +87,8 @@ def _outcome(error: Exception) -> tuple[int, str]:
         return 1, line
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
         return 2, (
-            f"Out of memory. Give shorter texts, fewer tokens at once (write: --max-tokens; train: "
-            f"training.tokens_per_batch) or another --device. {line}"
+            "Out of memory. Give shorter texts, or long ones to gradmem write --store, which cuts them into segments; "
+            f"fewer tokens at once (write: --max-tokens; train: training.tokens_per_batch); or another --device. {line}"
         )
     if isinstance(error, pydantic.ValidationError):
         return 2, "; ".join(map(_wrong_field, error.errors())) + "."
