@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -190,12 +191,15 @@ def _short(pieces: Iterator[str]) -> Iterator[str]:
         yield from (piece[i : i + _PIECE] for i in range(0, len(piece), _PIECE))
 
 
-def _decoded(ids: Iterator[object], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    stream = DecodeStream(skip_special_tokens=True)
+def _decoded(ids: Iterator[Any], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    stream, known = DecodeStream(skip_special_tokens=True), range(len(tokenizer))
     for number, token in enumerate(ids):
         try:
-            piece = stream.step(tokenizer.backend_tokenizer, int(token))  # type: ignore[call-overload]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise TypeError(f"Place {number} of the text holds {token!r}, which is no token id.") from error
+            index = operator.index(token)
+        except TypeError:
+            index = -1
+        if index not in known:
+            raise TypeError(f"Place {number} of the text holds {token!r}, which is no token id of the tokenizer's.")
+        piece = stream.step(tokenizer.backend_tokenizer, index)
         if piece:
             yield piece

@@ -102,7 +102,8 @@ class WritingModel(GradMemTuner):
         if trained is not None and length > trained:
             warnings.warn(
                 f"A context has {length:,} tokens, and the adapter was trained on up to {trained:,} in one state, "
-                "which keeps more of them worse. GradMemPipeline.write_document writes a long text in segments.",
+                "which keeps more of them worse. GradMemPipeline.write_document (or gradmem write --store) writes a "
+                "long text in segments.",
                 stacklevel=3,
             )
         if options.objective == "reconstruction":  # self-study goes back through its short queries alone

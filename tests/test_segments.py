@@ -93,8 +93,9 @@ def test_a_text_in_tokens():
     ids = tokenizer(text)["input_ids"]
     assert list(segments(ids, tokenizer, 20, 4)) == expected
     assert list(segments(iter(torch.tensor(ids)), tokenizer, 20, 4)) == expected
-    with pytest.raises(TypeError, match=r"Place 1 of the text holds 'a', which is no token id"):
-        list(segments([1, "a"], tokenizer, 20))
+    for wrong in ("a", 2.5, -1, 10**6, None):
+        with pytest.raises(TypeError, match=f"Place 1 of the text holds {wrong!r}, which is no token id"):
+            list(segments([1, wrong], tokenizer, 20))
 
 
 def test_a_character_is_not_cut():

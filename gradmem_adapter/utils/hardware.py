@@ -60,8 +60,8 @@ def check_memory(backbone: PreTrainedModel, batch: int, length: int, max_memory:
         raise MemoryError(
             f"To write {f'{batch} contexts' if batch > 1 else 'a context'} of {length:,} tokens takes about "
             f"{needed / 1e9:.2g} GB, and {room / 1e9:.2g} GB are {'free' if max_memory is None else 'allowed'}. "
-            "GradMemPipeline.write_document writes a long text in segments, write_many many texts in batches; in "
-            "bfloat16 a model needs half."
+            "GradMemPipeline.write_document (or gradmem write --store) writes a long text in segments, write_many many "
+            "texts in batches; in bfloat16 a model needs half."
         )
 
 

@@ -9,6 +9,7 @@ from tiny import tiny_text
 
 from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint, save_checkpoint
 from gradmem_adapter.store import MemoryStore
+from gradmem_adapter.utils import hardware
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,17 @@ def test_answers_for_programs(checkpoint, tmp_path):
         {"question": question, "answer": answer.strip()}
         for question, answer in zip(["w1 w2", "w3"], expected, strict=True)
     ]
+
+
+def test_a_text_that_does_not_fit_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
+    """The system would end the process without a word."""
+    monkeypatch.setattr(hardware, "UNCHECKED", 0)
+    monkeypatch.setattr(hardware, "free_memory", lambda device: 10**4)
+    result = ask("w1", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint)
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.split())
+    assert "To write a context of 12 tokens takes about" in said
+    assert "gradmem write --store" in said
 
 
 def test_states_of_several_texts_are_asked_together(checkpoint, tmp_path):
