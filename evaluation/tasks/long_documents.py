@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import pydantic
 import torch
@@ -15,10 +15,12 @@ from peft import PeftModel
 from evaluation.data import Rows, group
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.segments import Segment, segments
+from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store.choose import choose
 from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.store.index import Index, insert
 from gradmem_adapter.training.rows import json_lines
+from gradmem_adapter.write.options import WriteOptions
 
 from .base import OPTIONS, Measurement, Task
 
@@ -27,6 +29,15 @@ if TYPE_CHECKING:
 
 _ROOM = 256
 """Tokens of a model's positions that are left to question and answer, where an article is cut to what it takes."""
+
+
+class Asked(NamedTuple):
+    """A question, and the numbers of the pieces that it is asked of and of the right one."""
+
+    query: str
+    accepted: list[str]
+    reads: list[int]
+    right: int
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
@@ -38,7 +49,8 @@ class LongDocuments(Task):
             paragraphs have empty lines between them, and `questions` with `query`, `answers` and `para`, the number of
             the paragraph that answers.
         pieces (`str`, *optional*, defaults to `"segments"`): what is read by itself: `"segments"` of an article, its
-            `"paragraphs"`, or the `"whole"` of it, cut to what the model takes.
+            `"paragraphs"`, the `"whole"` of it, cut to what the model takes, or the whole of it in one state, written
+            segment by segment (`"sequential"`).
         segment_tokens (`int`, *optional*): most tokens of a segment; None: the adapter's trained length.
         chosen (`str`, *optional*, defaults to `"words"`): what a question is asked of: as many pieces as there are
             states to ask, by `"words"`, as `MemoryStore.choose` finds them; or the `"right"` piece.
@@ -48,7 +60,7 @@ class LongDocuments(Task):
     """
 
     source: str
-    pieces: Literal["segments", "paragraphs", "whole"] = "segments"
+    pieces: Literal["segments", "paragraphs", "whole", "sequential"] = "segments"
     segment_tokens: pydantic.PositiveInt | None = None
     chosen: Literal["words", "right"] = "words"
     alone: bool = False
@@ -90,74 +102,88 @@ class LongDocuments(Task):
 
         Raises:
             ValueError: the length of segments is not known.
-            TypeError: `alone` asks for scores, and the model has no memory states.
+            TypeError: `alone` and `"sequential"` are about memory states, and the model has none.
         """
         draw = random.Random(seed)
         pieces: list[str] = []
-        asked: list[
-            tuple[str, list[str], list[int], int]
-        ] = []  # question, accepted answers, pieces to ask, the right one
+        asked: list[Asked] = []
         for row in self.articles(split)[:limit]:
-            cut = self._cut(answerer, row["context"])
             questions = row["questions"]
             if self.questions is not None and self.questions < len(questions):
                 questions = draw.sample(questions, self.questions)
-            right = [_holds(cut, *_paragraphs(row["context"])[question["para"]]) for question in questions]
-            queries = [question["query"] for question in questions]
-            reads = [[i] for i in right] if self.chosen == "right" else by_words(cut, queries, states)
-            for question, read, own in zip(questions, reads, right, strict=True):
-                places = [len(pieces) + i for i in read]
-                asked.append((question["query"], question["answers"], places, len(pieces) + own))
+            cut = self._cut(answerer, row["context"])
+            asked += self._asked(row["context"], questions, cut, len(pieces), states)
             pieces += [piece.text for piece in cut]
-        queries, accepted, reads, right = (list(column) for column in zip(*asked, strict=True))
-        answers = self._answers(answerer, pieces, queries, reads)
-        scores = [self.score(answer, known) for answer, known in zip(answers, accepted, strict=True)]
-        values = {name: torch.tensor([s[name] for s in scores], dtype=torch.float64) for name in scores[0]}
-        found = [own in read for own, read in zip(right, reads, strict=True)]
-        lengths = [len(ids) for ids in answerer.tokenizer(pieces)["input_ids"]]
+        answers = self._answers(answerer, pieces, asked)
+        scores = [self.score(answer, question.accepted) for answer, question in zip(answers, asked, strict=True)]
+        lengths = [len(ids) for ids in answerer.tokenizer(pieces, verbose=False)["input_ids"]]
+        found = [float(question.right in question.reads) for question in asked]
         return Measurement(
-            values | {"found": torch.tensor(found, dtype=torch.float64)},
+            {name: torch.tensor([s[name] for s in scores], dtype=torch.float64) for name in scores[0]}
+            | {"found": torch.tensor(found, dtype=torch.float64)},
             {"context_tokens": sum(lengths) / len(lengths)},
             {"checkpoint": answerer.checkpoint},
             [
-                {"query": query, "answer": answer, "accepted": known, "found": own, **values}
-                for query, answer, known, own, values in zip(queries, answers, accepted, found, scores, strict=True)
+                {"query": question.query, "answer": answer, "accepted": question.accepted, "found": own, **values}
+                for question, answer, own, values in zip(asked, answers, found, scores, strict=True)
             ],
         )
+
+    def _asked(
+        self, text: str, questions: Sequence[Any], pieces: Sequence[Segment], before: int, states: int
+    ) -> list[Asked]:
+        paragraphs = _paragraphs(text)
+        right = [_holding(pieces, *paragraphs[question["para"]]) for question in questions]
+        queries = [question["query"] for question in questions]
+        reads = [[i] for i in right] if self.chosen == "right" else by_words(pieces, queries, states)
+        return [
+            Asked(question["query"], question["answers"], [before + i for i in read], before + own)
+            for question, read, own in zip(questions, reads, right, strict=True)
+        ]
 
     def _cut(self, answerer: Answerer, text: str) -> list[Segment]:
         if self.pieces == "paragraphs":
             return [Segment(text[start:end], start, end, 0) for start, end in _paragraphs(text)]
         if self.pieces == "whole":
             room = answerer.backbone.config.get_text_config().max_position_embeddings - _ROOM
-            return [next(segments(text, answerer.tokenizer, room))]
+            kept = answerer.tokenizer(text, truncation=True, max_length=room, return_offsets_mapping=True)
+            text = text[: max(end for _, end in kept["offset_mapping"])]
+        if self.pieces in ("whole", "sequential"):
+            return [Segment(text, 0, len(text), 0)]
         config = getattr(answerer.model, "active_peft_config", None)
         limit = self.segment_tokens or getattr(config, "trained_length", None)
         if limit is None:
             raise ValueError("long_documents needs segment_tokens where the model does not say its trained length.")
         return list(segments(text, answerer.tokenizer, limit))
 
-    def _answers(
-        self, answerer: Answerer, pieces: Sequence[str], queries: list[str], reads: list[list[int]]
-    ) -> list[str]:
+    def _answers(self, answerer: Answerer, pieces: Sequence[str], asked: Sequence[Asked]) -> list[str]:
         """The answer to each question; only pieces that are asked are read."""
-        used = sorted({i for read in reads for i in read})
-        reads, texts = [[used.index(i) for i in read] for read in reads], [pieces[i] for i in used]
-        if not self.alone:
+        used = sorted({i for question in asked for i in question.reads})
+        texts, queries = [pieces[i] for i in used], [question.query for question in asked]
+        reads = [[used.index(i) for i in question.reads] for question in asked]
+        if not self.alone and self.pieces != "sequential":
             return answerer.answer(texts, queries, reads, max_new_tokens=self.max_new_tokens)
-        model = answerer.model
-        if not isinstance(model, PeftModel):
-            raise TypeError("alone asks for scores of answers from memory states: it needs the method gradmem.")
-        ids = [list(row) for row in answerer.tokenizer(texts)["input_ids"]]
-        memory = answerer.config.method.read(model, answerer.tokenizer, ids, answerer.steps)
-        pipeline = GradMemPipeline(model, answerer.tokenizer)
+        if not isinstance(answerer.model, PeftModel):
+            raise TypeError("alone and sequential are about memory states: they need the method gradmem.")
+        pipeline = GradMemPipeline(answerer.model, answerer.tokenizer)
+        memory = self._memory(answerer, pipeline, texts)
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "return_scores": True}
-        return [
-            max(
-                pipeline.generate([query] * len(read), memory=memory[read], **options), key=lambda answer: answer.score
-            ).text.strip()
-            for query, read in zip(queries, reads, strict=True)
-        ]
+        answers = []
+        for query, read in zip(queries, reads, strict=True):
+            found = pipeline.generate([query] * len(read), memory=memory[read], **options)
+            answers.append(max(found, key=lambda answer: answer.score).text.strip())
+        return answers
+
+    def _memory(self, answerer: Answerer, pipeline: GradMemPipeline, texts: list[str]) -> MemoryState:
+        if self.pieces == "sequential":
+            options = WriteOptions(steps=answerer.steps, last_loss=False)
+            documents = [
+                pipeline.write_document(text, "sequential", segment_tokens=self.segment_tokens, options=options)
+                for text in texts
+            ]
+            return MemoryState.stack([document.states for document in documents])
+        ids = [list(row) for row in answerer.tokenizer(texts)["input_ids"]]
+        return cast(MemoryState, answerer.config.method.read(answerer.model, answerer.tokenizer, ids, answerer.steps))
 
 
 def by_words(pieces: Sequence[Segment], queries: Sequence[str], k: int) -> list[list[int]]:
@@ -183,6 +209,6 @@ def _paragraphs(text: str) -> list[tuple[int, int]]:
     return places
 
 
-def _holds(pieces: Sequence[Segment], start: int, end: int) -> int:
+def _holding(pieces: Sequence[Segment], start: int, end: int) -> int:
     """The piece that has most of a part of the text."""
     return max(range(len(pieces)), key=lambda i: min(pieces[i].end, end) - max(pieces[i].start, start))

@@ -80,6 +80,14 @@ def test_so_many_questions_of_each_article(measure):
     assert len(measure(questions=9).answers) == 8
 
 
-def test_scores_need_states(measure):
-    with pytest.raises(TypeError, match="needs the method gradmem"):
+def test_one_state_for_an_article(measure):
+    found = measure(pieces="sequential")
+    assert found.facts["context_tokens"] == 40
+    assert len(found.answers) == 8
+
+
+def test_states_are_those_of_gradmem(measure):
+    with pytest.raises(TypeError, match="need the method gradmem"):
+        measure(method="full_context", pieces="sequential")
+    with pytest.raises(TypeError, match="need the method gradmem"):
         measure(method="full_context", segment_tokens=7, alone=True)
