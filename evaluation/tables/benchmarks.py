@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from .cells import Frame, grid, in_order, read, time_and_memory
+from .cells import Frame, grid, in_order, percent, read, time_and_memory
 
 H100 = "NVIDIA H100 80GB HBM3"
 HOW = {
@@ -39,6 +39,16 @@ def spans(milliseconds: float) -> str:
     if milliseconds < 1000:
         return f"{math.floor(milliseconds + 0.5)} ms"
     return f"{milliseconds / 1000:,.{1 if milliseconds >= 10_000 else 2}f} s"
+
+
+def choice() -> Frame:
+    """How often the state that a question needs is among those chosen, and how long a choice takes."""
+    rows = []
+    for _, row in read("choose").iterrows():
+        where = {"by": row["method"], "states": f"{row['states']:,}", "questions": f"{row['questions']:,}"}
+        shares = {"the right one first %": percent(row["right_of_1"]), "among 4 %": percent(row["right_of_4"])}
+        rows.append(where | shares | {"processor time": f"{row['processor_milliseconds']:.0f} ms"})
+    return Frame(rows)
 
 
 # ---------------------------------------------------------------- WRITE and READ
@@ -199,7 +209,7 @@ def training_speed() -> Frame:
 
 
 TABLES = (
-    kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, train_step, training_speed,
-    versus_prompting, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many, write_time,
-    write_time_cpu,
+    choice, kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, train_step,
+    training_speed, versus_prompting, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many,
+    write_time, write_time_cpu,
 )  # fmt: skip
