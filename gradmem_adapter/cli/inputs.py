@@ -137,4 +137,9 @@ def _document(source: str, text: str) -> Document:
     if "\0" in text:
         raise ValueError(f"{source} is no text: it has a zero byte at place {text.index(chr(0))}.")
     check_text(source, text)
-    return Document(source, text)
+    return Document(_readable(source), text)
+
+
+def _readable(name: str) -> str:
+    """A name without the bytes that are none in UTF-8, which Linux allows in those of files and nobody can print."""
+    return os.fsencode(name).decode(errors="replace")

@@ -46,6 +46,15 @@ def test_files_directories_and_patterns():
     assert read("x[1].txt")[0] == [("x[1].txt", "its name is no pattern")]
 
 
+def test_a_name_that_is_no_text():
+    os.makedirs("notes")
+    with open(b"notes/caf\xe9.txt", "w") as file:
+        file.write("w1")
+    put("rows.jsonl", rows({"text": "w1", "id": "\ud800"}))
+    assert read("notes")[0] == [("notes/caf\ufffd.txt", "w1")]
+    assert len(read("rows.jsonl", source_field="id")[1].refused) == 1
+
+
 def test_the_store_is_no_input(tmp_path):
     put("a.txt", "a")
     put("memory/b.txt", "b")
