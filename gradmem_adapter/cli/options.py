@@ -25,9 +25,12 @@ QA_CHECKPOINT = CHECKPOINTS / "smollm2-135m-qa"
 CHECKPOINT = typer.Option(
     help="A trained adapter; default: checkpoints/smollm2-135m-qa of the source tree.", show_default=False
 )
-TEXT_FIELD = typer.Option(help="JSON lines: the field with the text.")
-SOURCE_FIELD = typer.Option(help="JSON lines: the field with the text's name; default: the file and the line's number.")
-JSON_LINES = typer.Option("--json-lines", help="Standard input holds JSON lines.")
+OF_LINES = "For JSON lines"
+TEXT_FIELD = typer.Option(help="The field with the text.", rich_help_panel=OF_LINES)
+SOURCE_FIELD = typer.Option(
+    help="The field with the text's name; default: the file and the line's number.", rich_help_panel=OF_LINES
+)
+JSON_LINES = typer.Option("--json-lines", help="Standard input holds some.", rich_help_panel=OF_LINES)
 JSON = typer.Option("--json", help="Print one JSON object, for programs, instead of tables.")
 DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
 

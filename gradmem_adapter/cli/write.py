@@ -48,10 +48,18 @@ def write(
     source_field: Annotated[str | None, SOURCE_FIELD] = None,
     json_lines: Annotated[bool, JSON_LINES] = False,
     segment_tokens: Annotated[
-        int | None, typer.Option(help="store: most tokens of a segment; default: the checkpoint's trained length.")
+        int | None,
+        typer.Option(
+            help="Most tokens of a segment; default: the checkpoint's trained length.", rich_help_panel="With --store"
+        ),
     ] = None,
     keep_text: Annotated[
-        bool, typer.Option("--keep-text/--no-text", help="store: keep the texts, too, to search and to cite them.")
+        bool,
+        typer.Option(
+            "--keep-text/--no-text",
+            help="Keep the texts, too, by which ask finds the states for a question.",
+            rich_help_panel="With --store",
+        ),
     ] = True,
     steps: Annotated[
         int | None, typer.Option(min=0, help="Write steps; default: the checkpoint's, or 100 with self_study.")
