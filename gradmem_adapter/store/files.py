@@ -95,8 +95,8 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], list[Entry]]:
     return tensors, entries
 
 
-def read_memory(file: Path) -> MemoryState:
-    """A state, in float32.
+def read_memory(file: Path) -> tuple[MemoryState, list[Entry]]:
+    """A state, in float32, and its entries.
 
     Args:
         file (`Path`): what `write_file` made.
@@ -106,6 +106,7 @@ def read_memory(file: Path) -> MemoryState:
     """
     tensors, entries = read_file(file)
     try:
-        return MemoryState(**widened(tensors), fingerprint=entries[0].fingerprint).to(dtype=torch.float32)
+        state = MemoryState(**widened(tensors), fingerprint=entries[0].fingerprint)
     except (TypeError, ValueError) as error:
         raise MemoryStateError(f"It has a wrong tensor: {error}") from error
+    return state.to(dtype=torch.float32), entries

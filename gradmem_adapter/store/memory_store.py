@@ -53,8 +53,8 @@ class MemoryStore:
 
     Args:
         path (`str` or `PathLike`): the directory; the first state makes it.
-        dtype (`str`, *optional*, defaults to `"float32"`): of the vectors in files that are written from now on:
-            `"float32"`, `"bfloat16"` or `"int8"`, with a scale for each vector. What is read is float32.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`): of the vectors in files that are written from now on:
+            `"float32"`, `"bfloat16"`, or `"int8"` with a scale for each vector. What is read is float32.
         keep_text (`bool`, *optional*, defaults to `True`): keep the texts beside the states, so that answers can be
             cited, states be found by words, and texts be written anew for another model.
 
@@ -62,7 +62,7 @@ class MemoryStore:
         ValueError: another dtype.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, dtype: Dtype = "float32", keep_text: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, dtype: Dtype = "bfloat16", keep_text: bool = True) -> None:
         if dtype not in get_args(Dtype):
             raise ValueError(f"dtype must be one of {get_args(Dtype)}, got {dtype!r}.")
         self.path = Path(path)
@@ -248,7 +248,7 @@ class MemoryStore:
 
     def _get(self, key: str, fingerprint: str | None) -> MemoryState:
         try:
-            state = files.read_memory(self._file(key))
+            state, _ = files.read_memory(self._file(key))
         except FileNotFoundError:
             raise UnknownStateError(f"There is no memory state {key!r} in {str(self.path)!r}.") from None
         except MemoryStateError as error:

@@ -90,8 +90,7 @@ def _check(index: Index, connection: sqlite3.Connection, keys: Collection[str]) 
         entries = {entry.place: entry for entry in select(connection, "key = ?", (key,))}
         file = state_file_of(index.states, key)
         try:
-            read_memory(file)
-            stored = {entry.place: entry for entry in read_file(file)[1]}
+            stored = {entry.place: entry for entry in read_memory(file)[1]}
         except FileNotFoundError:
             if entries:  # otherwise it was forgotten meanwhile
                 damaged[key] = "Its file is gone."

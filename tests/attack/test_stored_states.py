@@ -43,7 +43,7 @@ def test_a_damaged_entry_blocks_neither_its_text_nor_the_others(pipeline, how):
     assert store.writes == 4, "the damaged one alone is written anew"
     again = [store.get(reference) for reference in references]
     assert (again[0], again[2]) == (states[0], states[2])
-    torch.testing.assert_close(again[1].vectors, states[1].vectors)  # written in another batch
+    torch.testing.assert_close(again[1].vectors, states[1].vectors, rtol=2**-7, atol=1e-5)  # written in another batch
 
 
 def test_exchanged_entries_are_not_read(pipeline):

@@ -1,6 +1,7 @@
 """A tenant's store reaches no other tenant's states, whatever it is asked for."""
 
 import pytest
+import torch
 from langchain_gradmem import MemoryStateStore
 from tiny_pipeline import tiny_pipeline
 
@@ -14,7 +15,8 @@ PATHS = [
 
 @pytest.fixture(scope="module")
 def states():
-    return list(tiny_pipeline().write(["w1 w2 w3", "w4 w5"]))
+    written = tiny_pipeline().write(["w1 w2 w3", "w4 w5"])
+    return list(written.to(dtype=torch.bfloat16).to(dtype=torch.float32))  # as they are stored
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

@@ -17,7 +17,7 @@ def pipeline():
 
 @pytest.fixture
 def store(tmp_path):
-    return MemoryStore(tmp_path / "store")
+    return MemoryStore(tmp_path / "store", dtype="float32")
 
 
 @pytest.fixture

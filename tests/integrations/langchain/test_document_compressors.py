@@ -51,8 +51,9 @@ class TestCompressor:
             TEXTS[0][:12].strip()
         )
 
-    def test_a_damaged_state_is_written_anew(self, pipeline):
-        compressor = GradMemCompressor(pipeline=pipeline)
+    def test_a_damaged_state_is_written_anew(self, pipeline, tmp_path):
+        store = MemoryStateStore(MemoryStore(tmp_path, dtype="float32"))
+        compressor = GradMemCompressor(pipeline=pipeline, store=store)
         written = compressor.compress_documents([Document(TEXTS[0])], "")
         (file,) = compressor.store.store.path.rglob("*.safetensors")
         file.write_bytes(b"damaged")

@@ -1,6 +1,7 @@
 """LangChain's own standard tests."""
 
 import pytest
+import torch
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_gradmem import ChatGradMem, GradMemCompressor, GradMemRetriever, MemoryStateStore
@@ -59,7 +60,8 @@ class TestRetriever(RetrieversIntegrationTests):
 
 @pytest.fixture(scope="module")
 def states():
-    return tuple(PIPELINE.write(["w1 w2 w3", "w4 w5", "w6"]))
+    written = PIPELINE.write(["w1 w2 w3", "w4 w5", "w6"])
+    return tuple(written.to(dtype=torch.bfloat16).to(dtype=torch.float32))  # as they are stored
 
 
 class _ByName(MemoryStateStore):

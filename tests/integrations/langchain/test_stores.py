@@ -95,8 +95,8 @@ class TestWrite:
         store = MemoryStateStore()
         assert store.reference(pipeline, TEXTS[0]) == store.reference(pipeline, TEXTS[0], WriteOptions())
 
-    def test_what_is_stored_is_what_write_gives(self, pipeline):
-        store = MemoryStateStore()
+    def test_what_is_stored_is_what_write_gives(self, pipeline, tmp_path):
+        store = MemoryStateStore(MemoryStore(tmp_path, dtype="float32"))
         (reference,) = store.write(pipeline, TEXTS[:1])
         assert store.get(reference) == pipeline.write(TEXTS[0]).cpu()
 
