@@ -150,7 +150,8 @@ class MemoryStore:
                         part = missing[begin : begin + _AT_ONCE]
                         given = {i: (texts[i], entries[i]) for i in part}
                         self._write(pipeline, given, stored, max_tokens=max_tokens, options=options)
-                waiting = [key for key in waiting if key not in mine]  # where another thread's write may have failed
+                # What another thread had may have failed there.
+                waiting = sorted(set(waiting).difference(mine), key=number.__getitem__)
         self._add_places(entries)
         return [entry.key for entry in entries]
 
