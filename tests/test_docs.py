@@ -61,9 +61,9 @@ def test_commands_exist(command, monkeypatch):
         if shutil.which("make") is None:
             pytest.fail("make is needed for the documented commands")
         subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
-    elif program == "python" and arguments[0] == "-m":
+    elif "-m" in arguments and program in {"python", "accelerate"}:
         monkeypatch.syspath_prepend(str(ROOT))
-        assert importlib.util.find_spec(arguments[1]) is not None
+        assert importlib.util.find_spec(arguments[arguments.index("-m") + 1]) is not None
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
     elif program == "gradmem":

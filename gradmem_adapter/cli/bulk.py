@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gradmem_adapter.cli.inputs import Inputs
 from gradmem_adapter.cli.options import print_json
+from gradmem_adapter.cli.processes import shared_out, together
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.segments import Segment
 from gradmem_adapter.store import MemoryStore, MemoryStoreError
@@ -28,6 +29,8 @@ def write_to_store(
 ) -> Counter[str]:
     """Write documents segment by segment. What is stored already is not written again; progress goes to a terminal.
 
+    Of several processes each writes its share.
+
     Args:
         store (`MemoryStore`): where to.
         pipeline (`GradMemPipeline`): who writes.
@@ -36,7 +39,8 @@ def write_to_store(
         how: what else `MemoryStore.add` takes: options, max_tokens.
 
     Returns:
-        `Counter`: of `documents`, their `segments` and `tokens`, and of the segments those that were `written` now.
+        `Counter`: of `documents`, their `segments` and `tokens`, and of the segments those that were `written` now; by
+        all processes.
 
     Raises:
         ValueError: the trained length is not known, or a segment would be longer than the model takes.
@@ -57,7 +61,7 @@ def write_to_store(
         while part := list(itertools.islice(pieces, AT_ONCE)):
             _add(store, pipeline, part, inputs.refuse, how | {"done": written})
             bar.update(task, description=in_words(counts))
-    return counts
+    return together(counts, inputs)
 
 
 def in_words(counts: Counter[str]) -> str:
@@ -94,7 +98,7 @@ def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
 def _pieces(
     pipeline: GradMemPipeline, inputs: Inputs, segment_tokens: int | None, counts: Counter[str]
 ) -> Iterator[Piece]:
-    for document in inputs:
+    for document in shared_out(inputs):
         try:
             for segment in pipeline.segments(document.text, segment_tokens):
                 counts.update(segments=1, tokens=segment.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,7 @@ DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", sh
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of a name; None: the GPU if there is one.
+    """The device of a name; None: the GPU if there is one. Of several processes each has a GPU of its own.
 
     Raises:
         ValueError: there is no such device here.
@@ -47,6 +48,8 @@ def chosen_device(name: str | None) -> torch.device:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's of kinds that there once were
             device = torch.device(name)
+            if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.zeros(1, device=device).item()  # which is how one finds out
     except (RuntimeError, AssertionError, ImportError) as error:
         there = "cpu or cuda" if torch.cuda.is_available() else "cpu"

@@ -27,6 +27,8 @@ from gradmem_adapter.cli.options import (
     print_json,
     writable_store,
 )
+from gradmem_adapter.cli.processes import meet
+from gradmem_adapter.cli.reading import STDIN
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.write.options import Objective, WriteOptions
@@ -78,11 +80,19 @@ def write(
     how: dict[str, Any] = {"options": WriteOptions(steps=steps, objective=objective), "max_tokens": max_tokens}
 
     def pipeline() -> GradMemPipeline:
-        return GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
+        return GradMemPipeline(*load_checkpoint(checkpoint, device=place))
 
+    place = chosen_device(device)
+    processes = meet(cpu=place.type == "cpu")
+    if processes.num_processes > 1 and (store is None or STDIN in paths):
+        raise ValueError(
+            "Several processes write files, directories and patterns into a store: leave out --output and -."
+        )
     if store is not None and output is None:
         there = writable_store(store, keep_text=keep_text)
-        print_outcome(write_to_store(there, pipeline(), inputs, segment_tokens, **how), inputs, as_json)
+        counts = write_to_store(there, pipeline(), inputs, segment_tokens, **how)
+        if processes.is_main_process:
+            print_outcome(counts, inputs, as_json)
     elif output is not None and store is None:
         documents = inputs.read_all()
         own = (file for file in checkpoint.rglob("*") if file.is_file())

@@ -2,7 +2,7 @@
 
 from gradmem_adapter.store.choose import Choice
 from gradmem_adapter.store.embedding import Embedding
-from gradmem_adapter.store.entry import Entry, state_key
+from gradmem_adapter.store.entry import Entry, state_key, write_identity
 from gradmem_adapter.store.errors import MemoryStoreError, UnknownStateError
 from gradmem_adapter.store.memory_store import MemoryStore
 from gradmem_adapter.store.upkeep import Report, Stats
@@ -17,4 +17,5 @@ __all__ = [
     "Stats",
     "UnknownStateError",
     "state_key",
+    "write_identity",
 ]

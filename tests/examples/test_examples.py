@@ -6,7 +6,8 @@ import re
 import pytest
 from tiny import tiny_text
 
-from gradmem_adapter import load_checkpoint
+from gradmem_adapter import GradMemPipeline, load_checkpoint
+from gradmem_adapter.store import MemoryStore
 
 
 def test_quickstart(run, checkpoint, tmp_path):
@@ -47,3 +48,24 @@ def test_train_on_your_rows_and_go_on(run, checkpoint, tmp_path):
         assert (tmp_path / f"run/steps/checkpoint-{steps}").is_dir()
     model, _ = load_checkpoint(tmp_path / "run/checkpoint")
     assert model.fingerprint() != load_checkpoint(checkpoint)[0].fingerprint()
+
+
+@pytest.mark.slow
+def test_ray(run, checkpoint, tmp_path):
+    pytest.importorskip("ray")
+    texts = {f"row {i}": tiny_text(10 + i, seed=i) for i in range(40)}
+    rows = [json.dumps({"source": source, "text": text}) for source, text in texts.items()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:30]))
+    arguments = ("ray_write.py", tmp_path / "rows.jsonl", "--store", tmp_path / "memory", "--checkpoint", checkpoint)
+    options = ("--workers", 2, "--segment-tokens", 30)
+    assert "30 sources in 39 segments" in run(*arguments, *options)
+    store = MemoryStore(tmp_path / "memory")
+    before = {entry.key: entry.written for entry in store.entries()}
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    assert "40 sources" in run(*arguments, *options)
+    after = {entry.key: entry for entry in store.entries()}
+    assert all(after[key].written == written for key, written in before.items())
+    assert all(entry.text == texts[entry.source][entry.start : entry.end] for entry in after.values())
+    pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
+    assert store.add(pipeline, [entry.text for entry in after.values()]) == list(after)
+    assert store.verify().ok

@@ -13,7 +13,9 @@ from accelerate.utils import DistributedType
 from test_trainer import LORA, Gradients, Poison, logs, make, rows, trainer, weights
 from tiny import tiny_tokenizer
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
+from gradmem_adapter.cli import app
 from gradmem_adapter.training import Batches, GradMemCollator, TrainingDiverged, callbacks
 from gradmem_adapter.training.callbacks import StopOnSignal
 from gradmem_adapter.training.sharding import whole_weights
@@ -152,6 +154,14 @@ def ended(output, **options):
     return {"step": run.state.global_step, "seen": stop.seen, "weights": weights(model), "saved": run.has_checkpoint()}
 
 
+def write(folder):
+    """What `gradmem write` prints in each process, and how it ends."""
+    arguments = ["write", folder / "texts", "--store", folder / "memory", "--checkpoint", folder / "checkpoint"]
+    arguments += ["--segment-tokens", 20, "--max-tokens", 60, "--device", "cpu", "--json"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return {"stdout": result.stdout, "stderr": result.stderr, "exit_code": result.exit_code}
+
+
 class Interrupt(TrainerCallback):
     """A signal that process 0 alone gets."""
 
@@ -163,7 +173,8 @@ class Interrupt(TrainerCallback):
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
     torch.set_num_threads(1)
-    results = {name: train(folder / name, 2, name) for name in sys.argv[1].split(",")}
+    results = {"written": write(folder)}
+    results |= {name: train(folder / name, 2, name) for name in sys.argv[1].split(",")}
     results["ready"] = train_ready(folder / "ready", 2)
     results["interrupted"] = ended(folder / "interrupted", callbacks=[Interrupt()], max_steps=99)
     if torch.distributed.get_rank():  # a clock that runs differently

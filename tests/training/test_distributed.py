@@ -1,14 +1,17 @@
 """Two processes that share the work give what one gives: gradients, logs, evaluation, checkpoints."""
 
+import json
+
 import distributed_run
 import pytest
 import torch
 import two_processes
-from test_trainer import close, same
+from test_trainer import close, make, same
 from test_trainer import weights as trained
-from tiny import tiny
+from tiny import tiny, tiny_text, tiny_tokenizer
 
-from gradmem_adapter import load_checkpoint
+from gradmem_adapter import load_checkpoint, save_checkpoint
+from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.training.callbacks import LOOK_EVERY
 
 META_GRADIENTS = ("exact", "finite_difference", "first_order")
@@ -20,6 +23,12 @@ A_STEP = 1e-2
 def two(tmp_path_factory):
     """What both processes saw, and the folder they wrote into; one start for all, because starting takes seconds."""
     folder = tmp_path_factory.mktemp("two")
+    save_checkpoint(make(train_backbone=True), tiny_tokenizer(), folder / "checkpoint")
+    (folder / "texts").mkdir()
+    for i in range(5):
+        (folder / "texts" / f"{i}.txt").write_text(tiny_text(10 + 10 * i, seed=i))
+    (folder / "texts" / "latin.txt").write_bytes(b"w1 \xe4")
+    (folder / "texts" / "picture").write_bytes(bytes(99))
     results, _ = two_processes.start("training/distributed_run.py", ",".join(META_GRADIENTS), folder, folder=folder)
     return results, folder
 
@@ -49,6 +58,19 @@ def test_two_processes_are_one(two, one, run):
     own = None if meta_gradient == "exact" else tiny()
     model, _ = load_checkpoint(folder / run / "checkpoint-2", backbone=own, is_trainable=True)
     assert same(weights, trained(model))
+
+
+def test_two_processes_write_each_document_once(two):
+    results, folder = two
+    first, second = (result["written"] for result in results)
+    assert (first["exit_code"], second) == (2, {"stdout": "", "stderr": "", "exit_code": 0})
+    figures, store = json.loads(first["stdout"]), MemoryStore(folder / "memory")
+    assert (figures["documents"], figures["tokens"]) == (5, 155)  # 150 of them by themselves, and an overlap
+    assert figures["segments"] == figures["written"] == len(store) == 10
+    assert len(figures["refused"]) == len(figures["passed_over"]) == 1
+    found = {int(entry.source[-5]) for entry in store.entries()}
+    assert found == set(range(5))
+    assert store.verify().ok
 
 
 def test_average_of_sharded_weights(two, tmp_path):

@@ -1,0 +1,46 @@
+"""A command that several processes run together, as `torchrun` and `accelerate launch` start them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from gradmem_adapter.cli.inputs import Document, Inputs
+
+PATIENCE = timedelta(days=30)
+"""How long a process that has done its share waits for the others."""
+
+
+def meet(*, cpu: bool) -> PartialState:
+    """Find the other processes, each of which has to call this.
+
+    Args:
+        cpu (`bool`): they compute on CPUs.
+    """
+    return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def shared_out(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents that this process has to do with: all processes take turns."""
+    state = PartialState()
+    return itertools.islice(documents, state.process_index, None, state.num_processes)
+
+
+def together(counts: Counter[str], inputs: Inputs) -> Counter[str]:
+    """The sums over all processes. What any of them has left out is in `inputs` then, once.
+
+    Args:
+        counts (`Counter`): what this process has done.
+        inputs (`Inputs`): what it was given.
+    """
+    if PartialState().num_processes == 1:
+        return counts
+    found = gather_object([(counts, inputs.refused, inputs.passed_over)])
+    inputs.refused = list(dict.fromkeys(line for _, refused, _ in found for line in refused))
+    inputs.passed_over = list(dict.fromkeys(path for _, _, passed_over in found for path in passed_over))
+    return sum((part for part, _, _ in found), Counter())
