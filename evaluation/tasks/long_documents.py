@@ -101,9 +101,11 @@ class LongDocuments(Task):
         """See `Task.measure`. Beside the scores of the answers `found` says whether the right piece was asked.
 
         Raises:
-            ValueError: the length of segments is not known.
+            ValueError: the length of segments is not known; or several are to be asked where there is one.
             TypeError: `alone` and `"sequential"` are about memory states, and the model has none.
         """
+        if states > 1 and (self.chosen == "right" or self.pieces in ("whole", "sequential")):
+            raise ValueError(f"There is one right piece and one whole; a question cannot be asked of {states}.")
         draw = random.Random(seed)
         pieces: list[str] = []
         asked: list[Asked] = []

@@ -86,6 +86,12 @@ def test_one_state_for_an_article(measure):
     assert len(found.answers) == 8
 
 
+@pytest.mark.parametrize("options", [{"chosen": "right"}, {"pieces": "whole"}, {"pieces": "sequential"}])
+def test_there_is_one_right_piece_and_one_whole(measure, options):
+    with pytest.raises(ValueError, match="cannot be asked of 2"):
+        measure(states=2, **options)
+
+
 def test_states_are_those_of_gradmem(measure):
     with pytest.raises(TypeError, match="need the method gradmem"):
         measure(method="full_context", pieces="sequential")
