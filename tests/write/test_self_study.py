@@ -7,11 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 from adapters import lora, make
-from langchain_gradmem import MemoryStateStore
 from peft import get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer, tokens
 
-from gradmem_adapter import GradMemConfig, GradMemPipeline, Study, WriteOptions
+from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryStore, Study, WriteOptions
 from gradmem_adapter.ops import answers
 from gradmem_adapter.prompts import study_tokens
 from gradmem_adapter.write import self_study
@@ -149,7 +148,7 @@ class TestPipeline:
         shown = [*study["before"], *pipeline.tokenizer("w1 w2", add_special_tokens=False)["input_ids"], *study["after"]]
         assert pipeline.encode_prompts(["w1 w2"])[0][0].tolist() == shown
 
-    def test_options_and_fields(self):
+    def test_options_and_fields(self, tmp_path):
         pipeline = self.pipeline()
         study = Study(queries=4, batch=2, query_tokens=3, answer_tokens=4)
         options = WriteOptions(objective="self_study", study=study, steps=3)
@@ -159,8 +158,8 @@ class TestPipeline:
         filled = replace(study, **study_tokens("chat", pipeline.tokenizer))
         assert state.equal(pipeline.write(tiny_text(9), objective="self_study", study=filled, steps=3))
         assert pipeline.generate("w1", memory=state, max_new_tokens=3)
-        store = MemoryStateStore()
-        assert store.get(store.write(pipeline, tiny_text(9), options)[0]).equal(state)
+        store = MemoryStore(tmp_path, dtype="float32")
+        assert store.get(store.add(pipeline, tiny_text(9), options=options)).equal(state)
 
     def test_progress(self):
         seen = []
