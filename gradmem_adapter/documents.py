@@ -77,7 +77,8 @@ class DocumentMemory:
             found |= zip(rows, zip(*model.fidelity(states, ids, mask), strict=True), strict=True)
         greedy, forced = (torch.stack(shares) for shares in zip(*(found[i] for i in range(len(self))), strict=True))
         if self.mode == "sequential":
-            recital = model.reconstruct(self.states)[0].tolist()
+            most = model.active_peft_config.trained_length or encoder.max_context_tokens or self.segments[-1].end
+            recital = model.reconstruct(self.states, min(int(self.states.context_tokens), most))[0].tolist()
             texts = [segment.text if i == 0 else f" {segment.text}" for i, segment in enumerate(self.segments)]
             tokens = encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
             greedy = torch.tensor([_share_recited(ids, recital) for ids in tokens], device=greedy.device)

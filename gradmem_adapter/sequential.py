@@ -17,7 +17,6 @@ def write_sequential(
     segments: Iterable[Segment],
     options: WriteOptions,
     memory: MemoryState | None = None,
-    limit: int | None = None,
     strict: bool = True,
 ) -> MemoryState:
     """WRITE segments one after the other into one state, in the memory that a single one takes.
@@ -27,7 +26,6 @@ def write_sequential(
         segments (`Iterable[Segment]`): in order; read as they are written.
         options (`WriteOptions`): how each is written.
         memory (`MemoryState`, *optional*): a state that is to know them besides what it knows. None: a new one.
-        limit (`int`, *optional*): most tokens of the state, recited and new ones, as `model.update` has it.
         strict (`bool`, *optional*, defaults to `True`): refuse a `memory` that another model wrote.
 
     Raises:
@@ -40,7 +38,7 @@ def write_sequential(
             memory = encoder.model.write(*encoder.encode_contexts(segment.text), options=options)
         else:  # in the middle of a text there are no special tokens, and there is white space before
             ids = torch.tensor([encoder.tokenizer(f" {segment.text}", add_special_tokens=False)["input_ids"]])
-            memory = encoder.model.update(memory, ids, limit=limit, options=options, strict=strict)
+            memory = encoder.model.update(memory, ids, options=options, strict=strict)
     if memory is None:
         raise ValueError("There is no text to write: the document is empty.")
     return memory

@@ -21,8 +21,8 @@ from gradmem_adapter.write.fast import FastWrites
 from gradmem_adapter.write.fidelity import fidelity, reconstruct
 from gradmem_adapter.write.loop import warn_diverged, write_contexts
 from gradmem_adapter.write.loss import Writer
+from gradmem_adapter.write.more import more_text
 from gradmem_adapter.write.options import WriteFields, WriteOptions
-from gradmem_adapter.write.rehearsal import rehearsed
 from gradmem_adapter.write.self_study import study_contexts
 
 if TYPE_CHECKING:
@@ -143,54 +143,44 @@ class WritingModel(GradMemTuner):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        limit: int | None = None,
         options: WriteOptions | None = None,
         strict: bool = True,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
-        """WRITE more text into states, each of which keeps what it can recite of the earlier (see
-        `write/rehearsal.py`).
+        """WRITE more text into states, which keep what they can of the earlier (see `write/more.py`).
 
         Args:
             memory (`MemoryState`): B states, which stay as they are.
             input_ids (`Tensor`): `[B, N]`, what each is to know besides.
             attention_mask (`Tensor`, *optional*): `[B, N]`, padding on either side.
-            limit (`int`, *optional*): most tokens of a state, recited and new ones. `None`: the adapter's trained
-                length, or without one twice the longest new text. A state at its limit loses the end of what it knew.
             options (`WriteOptions`, *optional*): how to write. `None`: as the configuration says.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
             fields: as for `write`.
 
         Returns:
-            `MemoryState`: B states; their `context_tokens` count what was rehearsed and what is new.
+            `MemoryState`: B states; their `context_tokens` count old and new ones, `write_losses` are of the new text.
 
         Raises:
-            ValueError: a text that leaves no room below the limit, or `objective="self_study"`, whose states were not
-                made to be recited.
+            ValueError: `objective="self_study"`, which writes each text by itself; else as for `write`.
         """
         options = WriteOptions.of(options, **fields)
         if options.objective == "self_study":
             raise ValueError(
-                "A state written with objective='self_study' cannot be recited, and what it knew would be lost. Write "
-                "the new text into a state of its own, and join both with MemoryState.concat."
+                "objective='self_study' writes each text into a state of its own. Write the new text so, and join both "
+                "states with MemoryState.concat."
             )
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
         vectors = self._vectors(memory, strict)
         if len(vectors) != len(context.input_ids):
             raise ValueError(f"There are {len(vectors)} states for {len(context.input_ids)} texts; pass one text each.")
-        longest = context.input_ids.shape[1]
-        limit = limit or self.peft_config[self._adapter].trained_length or 2 * longest
-        limit = min(limit, self._writer.longest_context or limit)
-        if longest >= limit:
-            raise ValueError(
-                f"A text of {longest} tokens leaves no room for what the state knows, of {limit} in all: write it in "
-                f"parts of, say, {max(1, limit // 2)} tokens, or pass a higher limit."
-            )
-        both = rehearsed(self._writer, vectors, context, min(int(memory.context_tokens.max()), limit - longest))
-        batch, length = both.input_ids.shape
+        known, config = memory.context_tokens.to(context.lengths.device), self.peft_config[self._adapter]
+        with torch.no_grad():
+            start, whole = more_text(self._writer, vectors, known, context, config.trained_length)
+        batch, length = whole.input_ids.shape
         self._check_size(batch, length, options)
-        start = memory if self.peft_config[self._adapter].start == "slots" else None
-        return self._write(both, options, start, strict=strict, more=True)
+        begun = MemoryState(start, known, memory.write_losses, memory.fingerprint)
+        written = self._write(whole, options, begun, strict=strict, more=True)
+        return MemoryState(written.vectors, known + context.lengths, written.write_losses, written.fingerprint)
 
     def write_many(
         self,

@@ -69,7 +69,7 @@ class TestSequential:
         document = pipeline.write_document(TEXT, "sequential", segment_tokens=20, steps=0)
         ids = pipeline.tokenizer(TEXT)["input_ids"]
         recital = [*ids[:30], *ids[33:60], *reversed(ids[60:80]), *ids[-3:]]
-        monkeypatch.setattr(pipeline.model.base_model, "reconstruct", lambda memory: torch.tensor([recital]))
+        monkeypatch.setattr(pipeline.model.base_model, "reconstruct", lambda memory, length: torch.tensor([recital]))
         lengths, found = [segment.tokens for segment in document.segments], document.fidelity(pipeline)
         known, place = [*range(30), *range(33, 60)], 0
         for length, share in zip(lengths, found.greedy.tolist(), strict=True):

@@ -16,8 +16,8 @@ from gradmem_adapter.utils.backbone import first_position, fresh, trunk
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
-CONFIDENT = 0.1
-"""What memory gives a token that it is sure of; of what is no text to it, it gives every token less."""
+CONFIDENT = 0.25
+"""What memory gives a token that it is sure of. Where it cannot recite, it gives the first tokens less."""
 
 
 @torch.no_grad()

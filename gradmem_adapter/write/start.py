@@ -42,12 +42,49 @@ def start_memory(writer: Writer, context: Context) -> Tensor:
             f"start={writer.config.start!r} cannot be trained with gradient checkpointing and a LoRA of one phase "
             "together: use lora_phase='both', or do without checkpointing."
         )
+    return _from_context(writer, context, slots)
+
+
+def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context) -> Tensor:
+    """The memory that WRITE of more text starts from, with a start that reads contexts. Of m vectors the old text, of n
+    tokens, and the new, of N, have as many each as of tokens:
+
+        M_0(C | M) = [means of neighbours in M, k of them; S' + gain * h_S'],    k = m n / (n + N),
+
+    S' being the other slots (with the means of parts of C), and [h_M; h_C; h_S'] = backbone([M; C; S']).
+
+    Args:
+        writer (`Writer`): the model.
+        memory (`Tensor`): `[B, m, d]`, M.
+        known (`Tensor`): `[B]`, n.
+        context (`Context`): B new contexts, C.
+
+    Returns:
+        `Tensor`: `[B, m, d]`.
+    """
+    slots = writer.slots.gradmem_memory[writer.adapter].to(memory.dtype)
+    before = writer.slots.prefix(memory, "write", writer.adapter)
+    started, m = [], len(slots)
+    for row, (tokens, length) in enumerate(zip(known.tolist(), context.lengths.tolist(), strict=True)):
+        kept = min(round(m * tokens / (tokens + length)), m - 1)  # the new text has one at least
+        new = Context(context.input_ids[row : row + 1, :length], context.lengths[row : row + 1])
+        old, _ = part_means(memory[row : row + 1], new.lengths.new_tensor([memory.shape[1]]), max(kept, 1))
+        begun = _from_context(writer, new, slots[None, kept:], before[row : row + 1])
+        started.append(torch.cat([old[:, :kept], begun], dim=1))
+    return torch.cat(started)
+
+
+def _from_context(writer: Writer, context: Context, slots: Tensor, before: Tensor | None = None) -> Tensor:
+    """Slots `[B, n, d]` with what they read of contexts, behind other embeddings `[B, P, d]` if there are any."""
     with write_phase():
-        embeddings = writer.backbone.get_input_embeddings()(context.input_ids)
+        embeddings, lengths = writer.backbone.get_input_embeddings()(context.input_ids), context.lengths
         if writer.config.start == "pooled_context":
-            means, _ = part_means(embeddings.to(slots.dtype), context.lengths, slots.shape[1])
+            means, _ = part_means(embeddings.to(slots.dtype), lengths, slots.shape[1])
             slots = slots + writer.slots.gradmem_pool_gain[writer.adapter] * means
-        tokens, places = append(embeddings, context.lengths, slots.to(embeddings.dtype))
+        if before is not None:
+            embeddings = torch.cat([before.to(embeddings.dtype), embeddings], dim=1)
+            lengths = lengths + before.shape[1]
+        tokens, places = append(embeddings, lengths, slots.to(embeddings.dtype))
         hidden = trunk(fresh(writer.backbone))(
             inputs_embeds=tokens, use_cache=False, return_dict=True
         ).last_hidden_state

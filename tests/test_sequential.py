@@ -1,0 +1,57 @@
+"""A text of many segments in one state."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_text
+from tiny_pipeline import tiny_pipeline
+
+from gradmem_adapter import MemoryState, WriteOptions
+from gradmem_adapter.sequential import write_sequential
+
+TEXT = tiny_text(50, 1)
+OPTIONS = WriteOptions(steps=1)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline(trained_length=40)
+
+
+def test_each_segment_is_written_into_the_state_of_the_one_before(pipeline):
+    parts = list(pipeline.segments(TEXT, 20))
+    assert len(parts) == 3
+    expected = pipeline.write(parts[0].text, steps=1)
+    for part in parts[1:]:
+        ids = torch.tensor([pipeline.tokenizer(part.text)["input_ids"]])
+        expected = pipeline.model.update(expected, ids, steps=1)
+    assert write_sequential(pipeline, iter(parts), OPTIONS).equal(expected)
+    assert expected.context_tokens == sum(part.tokens for part in parts)
+
+
+def test_a_saved_state_goes_on(pipeline):
+    parts = list(pipeline.segments(TEXT, 20))
+    first = MemoryState.from_bytes(write_sequential(pipeline, parts[:1], OPTIONS).to_bytes())
+    assert write_sequential(pipeline, parts[1:], OPTIONS, first).equal(write_sequential(pipeline, parts, OPTIONS))
+
+
+def test_what_is_no_text_or_several_states_is_refused(pipeline):
+    with pytest.raises(ValueError, match="the document is empty"):
+        write_sequential(pipeline, [], OPTIONS)
+    with pytest.raises(ValueError, match="got 2 states: update them one by one"):
+        write_sequential(pipeline, pipeline.segments(TEXT, 20), OPTIONS, pipeline.write([TEXT[:20], TEXT[:30]]))
+
+
+@pytest.mark.slow
+def test_a_million_tokens_take_the_memory_of_a_tenth():
+    def run(tokens):
+        script = Path(__file__).with_name("sequential_run.py")
+        done = subprocess.run([sys.executable, str(script), str(tokens)], capture_output=True, text=True, check=True)
+        peak, kept, finite = done.stdout.split()[-3:]
+        assert (int(kept) > tokens, finite) == (True, "True")
+        return int(peak)
+
+    assert run(1_000_000) <= 1.2 * run(100_000)
