@@ -19,6 +19,7 @@ from gradmem_adapter.training.pools import load_pools
 from gradmem_adapter.utils.fields import released_on_error
 
 from .config import RunConfig
+from .data import REFUSAL
 from .models import RECIPE, build_model, claim_run, load_teacher, save_model
 
 CHECKPOINT = "checkpoint"
@@ -50,6 +51,8 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
         data = training_batches(config, tokenizer)
         if isinstance(data, RowBatches) and isinstance(model, PeftModel):
             model.active_peft_config.trained_length = data.longest_context
+            if any(getattr(task, "unanswerable", 0) for task in config.tasks):
+                model.active_peft_config.refusal = REFUSAL
         trainer = GradMemTrainer(
             model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[LearningCurve(output / CURVE)],
             teacher=load_teacher(config, torch.bfloat16 if arguments.bf16 else torch.float32),

@@ -136,9 +136,11 @@ class GradMemConfig(PeftConfig):
             is), `"chat"` (the tokenizer's chat template) or a template that contains `"{query}"`.
         trained_length (`int`, *optional*): tokens of the longest context that the adapter was trained to write. `None`:
             unknown.
-        score_calibration (`tuple[float, float]`, *optional*): scale and offset of the logistic map from an answer's
-            mean log-likelihood to the probability that memory holds it, found on validation data, for
-            `GradMemPipeline.generate(return_scores=True)`. `None`: the score is the likelihood itself.
+        refusal (`str`, *optional*): what the adapter was trained to answer where memory holds no answer. How likely it
+            is then decides on the scores of `GradMemPipeline.generate(return_scores=True)`. `None`: there is none, and
+            how likely the answer itself is decides.
+        score_calibration (`tuple[float, float]`, *optional*): scale and offset of the logistic map from either to the
+            probability that memory holds the answer, found on validation data. `None`: it is taken as it is.
         probe_backbone (`bool`, *optional*, defaults to `True`): try the backbone on a few tokens when the adapter is
             attached, and refuse one on which GradMem would be wrong. It is not saved: an adapter that is loaded to be
             used was tried when it was made.
@@ -175,6 +177,7 @@ class GradMemConfig(PeftConfig):
     memory_init_std: float = 0.02
     query_format: str = "text"
     trained_length: int | None = None
+    refusal: str | None = None
     score_calibration: tuple[float, float] | None = None
     probe_backbone: InitVar[bool] = True
 
@@ -208,6 +211,8 @@ class GradMemConfig(PeftConfig):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.score_calibration is not None:
             self._check_calibration()
+        if self.refusal is not None and not (isinstance(self.refusal, str) and self.refusal.strip()):
+            raise ValueError(f"refusal must be a text that the adapter answers, or None, got {self.refusal!r}.")
         self._check_choice("write_optimizer", REGISTRIES["write_optimizer"])
         self._check_choice("meta_gradient", (*REGISTRIES["meta_gradient"], "none"))
         self._check_choice("learn_write_lr", get_args(LearnWriteLR))

@@ -15,7 +15,7 @@ from gradmem_adapter.lora import without_lora
 from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
 from gradmem_adapter.prompts import Prompt, prompt_list, study_tokens
 from gradmem_adapter.read.left_padding import check_left_padding
-from gradmem_adapter.read.likelihood import calibrated
+from gradmem_adapter.read.likelihood import scores
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState
@@ -226,9 +226,10 @@ class GradMemPipeline(TextEncoder):
             memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt; None: the backbone alone,
                 without the adapter.
             chat_template_kwargs (`Mapping`, *optional*): what the chat template is given, such as `enable_thinking`.
-            return_scores (`bool`, *optional*, defaults to `False`): say with each answer how far memory supports it:
-                the mean likelihood of its tokens, or, with `score_calibration` in the adapter's configuration, the
-                probability that goes with it. It takes one more pass over prompt and answer.
+            return_scores (`bool`, *optional*, defaults to `False`): say with each answer how far memory supports it,
+                from 0 to 1. Where the adapter was trained to refuse (`GradMemConfig.refusal`), this is the probability
+                that it does not refuse the question; otherwise the mean likelihood of the answer's tokens. With
+                `score_calibration` it is the probability that goes with either. It takes one more pass.
             options: what `model.generate` takes: `max_new_tokens`, `do_sample`, `stop_strings`, `context_index`, ...
 
         Returns:
@@ -249,19 +250,22 @@ class GradMemPipeline(TextEncoder):
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         if memory is None or not return_scores:
             return texts
-        scores = self._scores(input_ids, mask, new, memory, options)
-        return [ScoredText(text, score) for text, score in zip(texts, scores, strict=True)]
+        supported = self._scores(input_ids, mask, new, memory, options)
+        return [ScoredText(text, score) for text, score in zip(texts, supported, strict=True)]
 
     def _scores(
         self, input_ids: Tensor, mask: Tensor, new: Tensor, memory: MemoryState, options: dict[str, Any]
     ) -> list[float]:
         """How far memory supports new tokens `[B x sequences, n]` behind prompts `[B, T]`."""
-        end = options.get("eos_token_id", self.model.generation_config.eos_token_id)
-        ends = {*(end if isinstance(end, list) else [end]), self._pad_token_id}
-        answers = []
-        for row in new.tolist():
-            last = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
-            answers.append(row[: last + 1])
+        config = self.model.active_peft_config
+        if config.refusal is None:
+            end = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+            ends = {*(end if isinstance(end, list) else [end]), self._pad_token_id}
+            ended = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in new.tolist()]
+            answers = [row[: last + 1] for row, last in zip(new.tolist(), ended, strict=True)]
+        else:
+            refusal = self.tokenizer(config.refusal, add_special_tokens=False)["input_ids"]
+            answers = [[*refusal, *([] if (own := self.tokenizer.eos_token_id) is None else [own])]] * len(new)
         prompts = [ids[counts.bool()].tolist() for ids, counts in zip(input_ids, mask, strict=True)]
         index = options.get("context_index")
         if index is None:
@@ -274,7 +278,7 @@ class GradMemPipeline(TextEncoder):
             context_index=torch.as_tensor(index).repeat_interleave(each, dim=0),
             strict=options.get("strict", True),
         )
-        return calibrated(found, self.model.active_peft_config.score_calibration).tolist()
+        return scores(found, config.score_calibration, None if config.refusal is None else len(answers[0])).tolist()
 
     def stream(
         self,

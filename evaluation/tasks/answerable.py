@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from evaluation.data import questions
+from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.pipeline import GradMemPipeline
 
 from .base import OPTIONS, Measurement, QuestionTask
@@ -63,7 +64,7 @@ class Answerable(QuestionTask):
             {"auc": placements(right, wrong), "brier": (scores - kind) ** 2},
             {
                 "context_tokens": sum(map(len, ids)) / len(ids),
-                "score_calibration": fitted(scores, kind, model.active_peft_config.score_calibration),
+                "score_calibration": fitted(scores, kind, model.active_peft_config),
             },
             {"checkpoint": answerer.checkpoint},
             [
@@ -82,17 +83,18 @@ def placements(right: Tensor, wrong: Tensor) -> Tensor:
     return (above + same / 2).mean(1)
 
 
-def fitted(scores: Tensor, kind: Tensor, calibration: tuple[float, float] | None) -> list[float]:
+def fitted(scores: Tensor, kind: Tensor, config: GradMemConfig) -> list[float]:
     """The scale and the offset of the logistic map that fits `kind` `[n]` (1 or 0) best, in place of the one that made
     the scores."""
-    scale, offset = calibration or (1.0, 0.0)
-    likelihoods = scores.clamp(min=1e-12).log() if calibration is None else (scores.logit(eps=1e-12) - offset) / scale
+    scale, offset = config.score_calibration or (1.0, 0.0)
+    as_they_are = config.score_calibration is None and config.refusal is None
+    mapped = scores.clamp(min=1e-12).log() if as_they_are else (scores.logit(eps=1e-12) - offset) / scale
     found = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(found[0] * likelihoods + found[1], kind)
+        value = torch.nn.functional.binary_cross_entropy_with_logits(found[0] * mapped + found[1], kind)
         value.backward()
         return value
 

@@ -23,8 +23,8 @@ def log_likelihood(
 
         s(y)  =  (1/n) sum_t log p(y_t | [M; q; y_<t])
 
-    Of an answer of the model's own, read from memory, it tells what memory holds from what it does not better than the
-    ratio to the likelihood without memory does (docs/lab/LOG.md).
+    Of an answer of the model's own it tells what memory holds from what it does not better than the ratio to the
+    likelihood without memory does, and that of the refusal of a model trained to refuse far better (docs/lab/LOG.md).
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -44,14 +44,29 @@ def log_likelihood(
     return -nll / mask.sum(1)
 
 
-def calibrated(likelihoods: Tensor, calibration: tuple[float, float] | None) -> Tensor:
-    """Scores from 0 to 1 of mean log-likelihoods s `[B]`: sigmoid(scale * s + offset), or without calibration exp(s).
+def scores(
+    log_likelihoods: Tensor, calibration: tuple[float, float] | None, refusal_tokens: int | None = None
+) -> Tensor:
+    """How far memory supports answers, from 0 to 1: sigmoid(scale * z + offset).
+
+    z is an answer's mean log-likelihood s, and without calibration the score is exp(s). Of an adapter that was trained
+    to refuse, s is that of its refusal of n tokens, z the log-odds of any other answer, and without calibration the
+    score is the probability of one:
+
+        p  =  exp(n s)        z  =  log (1 - p) / p
 
     Args:
-        likelihoods (`Tensor`): as `log_likelihood` returns them.
+        log_likelihoods (`Tensor`): `[B]`, as `log_likelihood` returns them.
         calibration (`tuple[float, float]`, *optional*): scale and offset, `GradMemConfig.score_calibration`.
+        refusal_tokens (`int`, *optional*): n; None: the likelihoods are those of the answers.
+
+    Returns:
+        `Tensor`: `[B]`.
     """
-    if calibration is None:
-        return likelihoods.exp()
-    scale, offset = calibration
-    return (scale * likelihoods + offset).sigmoid()
+    if refusal_tokens is None and calibration is None:
+        return log_likelihoods.exp()
+    scale, offset = calibration or (1.0, 0.0)
+    if refusal_tokens is None:
+        return (scale * log_likelihoods + offset).sigmoid()
+    refused = (refusal_tokens * log_likelihoods.double()).clamp(max=-1e-12)
+    return (scale * (torch.log(-torch.expm1(refused)) - refused) + offset).sigmoid()

@@ -89,7 +89,8 @@ class RowBatches(Batches):
             of this length have on average.
         side_by_side (`Sequence`, *optional*, defaults to `(1,)`): the kind of a batch is drawn from these. S: each
             query is asked of S states, its own context's in a random place among those of other contexts. Or [S, P]:
-            each context is cut into P parts that are written by themselves, and P of the S states are its own.
+            each context is cut into P parts that are written by themselves, and P of the S states are its own. Of
+            `queries`, a context has the S-th part then, at least one: what is read is S times as long.
         write_steps (`Sequence[int]`, *optional*): K of a batch is drawn from these; None: the trainer draws it.
         write_steps_side_by_side (`Sequence[int]`, *optional*): the same for batches with several states, of which few
             kinds should do: each is compiled and captured by itself. None: as for the others.
@@ -184,7 +185,7 @@ class RowBatches(Batches):
         several = self.write_steps_side_by_side
         write_steps = single if states == 1 or several is None else draw.choice(several)
         pool = self.pools[number] = self.pools[number].to(device)
-        queries = min(self.queries, pool.most_queries)
+        queries = max(1, min(self.queries, pool.most_queries) // states)
         batch = pool.sample(
             self.batch_size(pool, states), queries, states, parts, generator=self.generator(step, device)
         )

@@ -12,22 +12,32 @@ from evaluation.run import Answerer
 from evaluation.tasks import Answerable
 from evaluation.tasks.answerable import fitted, placements
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.read.likelihood import calibrated
+from gradmem_adapter.read.likelihood import scores
 
 
 def test_placements_are_the_area_under_the_curve():
-    scores = torch.rand(40, dtype=torch.float64).mul(10).round() / 10  # with ties
+    drawn = torch.rand(40, dtype=torch.float64).mul(10).round() / 10  # with ties
     kind = torch.arange(40) < 15
-    found = placements(scores[kind], scores[~kind]).mean()
-    assert found == pytest.approx(float(binary_auroc(scores, kind.long())), abs=1e-6)
+    found = placements(drawn[kind], drawn[~kind]).mean()
+    assert found == pytest.approx(float(binary_auroc(drawn, kind.long())), abs=1e-6)
 
 
 def test_the_fit_finds_what_made_the_kinds():
     likelihoods = -2 * torch.rand(4000, dtype=torch.float64)
     kind = (torch.rand(4000) < (3 * likelihoods + 2).sigmoid()).double()
     for calibration in (None, (3.0, 1.0)):
-        found = fitted(calibrated(likelihoods, calibration), kind, calibration)
-        assert found == pytest.approx([3, 2], abs=0.4)
+        config = GradMemConfig(score_calibration=calibration)
+        assert fitted(scores(likelihoods, calibration), kind, config) == pytest.approx([3, 2], abs=0.4)
+
+
+def test_the_fit_of_scores_by_the_refusal():
+    """The log-odds of an answer are what is fitted."""
+    refused = -3 * torch.rand(4000, dtype=torch.float64)
+    odds = scores(refused, None, 2).logit()
+    kind = (torch.rand(4000) < (0.5 * odds - 1).sigmoid()).double()
+    for calibration in (None, (2.0, 1.0)):
+        config = GradMemConfig(refusal="no idea", score_calibration=calibration)
+        assert fitted(scores(refused, calibration, 2), kind, config) == pytest.approx([0.5, -1], abs=0.2)
 
 
 def test_measure(tmp_path):

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer, tokens
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline, ScoredText
+from gradmem_adapter.read.likelihood import scores
 
 CONTEXTS = [tiny_text(9, 1), tiny_text(5, 2), tiny_text(12, 3)]
 PROMPTS = [tiny_text(6, 4), tiny_text(2, 5), tiny_text(4, 6)]
@@ -74,6 +75,23 @@ def test_calibration_is_the_adapters():
     assert other == pytest.approx(1 / (1 + math.exp(-(2 * math.log(score) - 0.5))), abs=1e-4)
 
 
+@pytest.mark.parametrize("calibration", [None, [0.5, 1.0]])
+def test_an_adapter_that_refuses_is_scored_by_its_refusal(calibration):
+    pipeline = make(refusal="no idea", score_calibration=calibration)
+    scale, offset = calibration or (1, 0)
+    states = pipeline.write(CONTEXTS)
+    refusal = [*pipeline.tokenizer("no idea")["input_ids"], pipeline.tokenizer.eos_token_id]
+    scored = pipeline.generate(PROMPTS, memory=states, return_scores=True, **OPTIONS)
+    for prompt, state, (_, score) in zip(PROMPTS, states, scored, strict=True):
+        ids, _ = pipeline.encode_prompts([prompt])
+        p = math.exp(len(refusal) * likelihood(pipeline.model, ids[0].tolist(), refusal, memory=state))
+        assert score == pytest.approx(1 / (1 + math.exp(-scale * math.log((1 - p) / p) - offset)), rel=1e-4)
+
+
+def test_a_sure_refusal_and_a_sure_answer_have_scores():
+    assert scores(torch.tensor([0.0, -1e-9, -200.0]), None, 4).tolist() == pytest.approx([0, 4e-9, 1], abs=1e-9)
+
+
 def test_what_ends_early_is_scored_as_it_is_alone():
     """What fills up a batch behind the end token is no part of an answer."""
     pipeline = make()
@@ -105,3 +123,6 @@ def test_refused():
     for wrong in (1.0, (1.0,), (0.0, 1.0), (1.0, float("nan")), "ab"):
         with pytest.raises(ValueError, match="score_calibration must be two finite numbers"):
             GradMemConfig(score_calibration=wrong)
+    for nothing in ("", "  ", 3):
+        with pytest.raises(ValueError, match="refusal must be a text"):
+            GradMemConfig(refusal=nothing)

@@ -151,7 +151,13 @@ class TestRowBatches:
         assert {batch["write_steps"] for batch in drawn} == {0, 1, 2}
         assert {batch["context_input_ids"].shape for batch in drawn} == {(6, 10), (4, 16)}  # 64 tokens of each
         assert {batch["context_index"].dim() for batch in drawn} == {1, 2}
-        assert {len(batch["input_ids"]) for batch in drawn} == {12, 8}  # each context has two queries, not three
+        read = {(batch["context_index"].dim(), len(batch["input_ids"])) for batch in drawn}
+        assert read == {
+            (1, 12),
+            (1, 8),
+            (2, 6),
+            (2, 4),
+        }  # two queries of each context, not three; one where two are read
         assert {batch["max_targets"] for batch in drawn} == {3}  # two words and the end token
 
     def test_several_states_have_write_steps_of_their_own(self):
