@@ -51,7 +51,8 @@ def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context
 
         M_0(C | M) = [means of neighbours in M, k of them; S' + gain * h_S'],    k = m n / (n + N),
 
-    S' being the other slots (with the means of parts of C), and [h_M; h_C; h_S'] = backbone([M; C; S']).
+    S' being the other slots (with the means of parts of C). They stand where they were trained to stand, m - k behind
+    the k means: [.., h_S'] = backbone([M; C; means; S']).
 
     Args:
         writer (`Writer`): the model.
@@ -69,13 +70,15 @@ def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context
         kept = min(round(m * tokens / (tokens + length)), m - 1)  # the new text has one at least
         new = Context(context.input_ids[row : row + 1, :length], context.lengths[row : row + 1])
         old, _ = part_means(memory[row : row + 1], new.lengths.new_tensor([memory.shape[1]]), max(kept, 1))
-        begun = _from_context(writer, new, slots[None, kept:], before[row : row + 1])
+        begun = _from_context(writer, new, slots[None, kept:], before[row : row + 1], old[:, :kept])
         started.append(torch.cat([old[:, :kept], begun], dim=1))
     return torch.cat(started)
 
 
-def _from_context(writer: Writer, context: Context, slots: Tensor, before: Tensor | None = None) -> Tensor:
-    """Slots `[B, n, d]` with what they read of contexts, behind other embeddings `[B, P, d]` if there are any."""
+def _from_context(
+    writer: Writer, context: Context, slots: Tensor, before: Tensor | None = None, between: Tensor | None = None
+) -> Tensor:
+    """Slots `[B, n, d]` with what they read of contexts, where [before; C; between; slots] stand `[B, ., d]`."""
     with write_phase():
         embeddings, lengths = writer.backbone.get_input_embeddings()(context.input_ids), context.lengths
         if writer.config.start == "pooled_context":
@@ -84,9 +87,11 @@ def _from_context(writer: Writer, context: Context, slots: Tensor, before: Tenso
         if before is not None:
             embeddings = torch.cat([before.to(embeddings.dtype), embeddings], dim=1)
             lengths = lengths + before.shape[1]
-        tokens, places = append(embeddings, lengths, slots.to(embeddings.dtype))
+        tail = slots if between is None else torch.cat([between, slots], dim=1)
+        tokens, places = append(embeddings, lengths, tail.to(embeddings.dtype))
         hidden = trunk(fresh(writer.backbone))(
             inputs_embeds=tokens, use_cache=False, return_dict=True
         ).last_hidden_state
-    read = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).to(slots.dtype)
+    places = places[:, -slots.shape[1] :, None]
+    read = hidden.gather(1, places.expand(-1, -1, hidden.shape[-1])).to(slots.dtype)
     return slots + writer.slots.gradmem_start_gain[writer.adapter] * read

@@ -107,14 +107,16 @@ def test_texts_share_the_vectors_if_the_old_one_is_not_recited(start, texts, mon
     pairs[0] = state.vectors[1, :2].mean(0)
     pairs[1:] = state.vectors[1, 2:]
     torch.testing.assert_close(updated.vectors[1, :5], pairs)
-    # The new ones are what the slots read of memory and new text.
+    # The new ones are what the slots read of memory and new text, from where they always stand.
     backbone, slots = model.get_base_model(), model.base_model.slots
     tail = slots.gradmem_memory["default"][3:][None]
     new = backbone.get_input_embeddings()(texts[1][:1])
     if start == "pooled_context":
         means = torch.stack([new[:, :2].mean(1), new[:, 2], new[:, 3]], dim=1)
         tail = tail + slots.gradmem_pool_gain["default"] * means
-    hidden = backbone.base_model(inputs_embeds=torch.cat([state.vectors[:1], new, tail], dim=1)).last_hidden_state
+    hidden = backbone.base_model(
+        inputs_embeds=torch.cat([state.vectors[:1], new, updated.vectors[:1, :3], tail], dim=1)
+    ).last_hidden_state
     expected = tail + slots.gradmem_start_gain["default"] * hidden[:, -3:]
     torch.testing.assert_close(updated.vectors[:1, 3:], expected)
 
