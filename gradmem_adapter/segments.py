@@ -6,7 +6,7 @@ import itertools
 import operator
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -82,6 +82,8 @@ def _check_numbers(limit: int, overlap: int, own: int) -> None:
 def _segments(
     ahead: _Ahead, tokenizer: PreTrainedTokenizerBase, limit: int, overlap: int, own: int
 ) -> Iterator[Segment]:
+    end = 0
+    """Of the last segment."""
     while True:
         window, ends, places = _look(ahead, tokenizer, limit)
         if not window:
@@ -98,9 +100,11 @@ def _segments(
             room -= max(1, tokens - limit)  # tokens at a cut may be others than they were in the text
             if room < 1:
                 raise ValueError(f"{window[0]!r} alone has more than the {limit} tokens that a segment may have.")
-        if tokens > own:
-            yield Segment(text, ahead.start, ahead.start + len(text), tokens)
-        ahead.drop(cut if cut == len(window) and ends else _next_start(window, places, text, cut, overlap))
+        if (new := ahead.start + len(text) > end) and tokens > own:
+            end = ahead.start + len(text)
+            yield Segment(text, ahead.start, end, tokens)
+        last = cut == len(window) and ends
+        ahead.drop(_next_start(window, places, text, cut, overlap) if new and not last else cut)
 
 
 def _look(ahead: _Ahead, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[str, bool, list[int]]:
@@ -137,7 +141,7 @@ def _cut(window: str, places: list[int], room: int) -> int:
 def _next_start(window: str, places: list[int], text: str, cut: int, overlap: int) -> int:
     """Where the next segment begins, which repeats the end of this one unless a paragraph ended there."""
     tokens = bisect_left(places, len(text))
-    if overlap and tokens > overlap and not _PARAGRAPH_END.match(window, len(text)):
+    if overlap and tokens > overlap and not _PARAGRAPH_END.search(window, len(text), cut):
         floor = places[tokens - overlap]
         for rule in (_SENTENCE_END, _WORD_END):
             if (match := rule.search(window, max(floor - 1, 1), len(text))) and match.end() < len(text):
@@ -175,7 +179,7 @@ class _Ahead:
 
 def _pieces(text: str | Iterable[str] | Iterable[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     """A text in short pieces."""
-    if not isinstance(text, str | Iterable):
+    if not isinstance(text, str | Iterable) or isinstance(text, bytes | bytearray | memoryview | Mapping | Set):
         raise TypeError(f"A text, its pieces or its token ids can be cut, got {type(text).__name__}.")
     rest = iter([text] if isinstance(text, str) else text)
     first = next(rest, "")
@@ -193,6 +197,7 @@ def _short(pieces: Iterator[str]) -> Iterator[str]:
 
 def _decoded(ids: Iterator[Any], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     stream, known = DecodeStream(skip_special_tokens=True), range(len(tokenizer))
+    waiting: list[int] = []
     for number, token in enumerate(ids):
         try:
             index = operator.index(token)
@@ -200,6 +205,8 @@ def _decoded(ids: Iterator[Any], tokenizer: PreTrainedTokenizerFast) -> Iterator
             index = -1
         if index not in known:
             raise TypeError(f"Place {number} of the text holds {token!r}, which is no token id of the tokenizer's.")
-        piece = stream.step(tokenizer.backend_tokenizer, index)
-        if piece:
+        waiting.append(index)
+        if piece := stream.step(tokenizer.backend_tokenizer, index):
             yield piece
+            waiting.clear()
+    yield str(tokenizer.decode(waiting, skip_special_tokens=True))  # a character that is cut off at the end, or �

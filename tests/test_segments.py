@@ -79,6 +79,15 @@ def test_segments_overlap_by_sentences_else_by_words_and_not_over_a_paragraph():
     assert cut("w1 w2 w3 w4 w5 w6.\n\nw7 w8 w9 w10 w11 w12", 9, 2) == ["w1 w2 w3 w4 w5 w6.", "w7 w8 w9 w10 w11 w12"]
 
 
+@pytest.mark.parametrize("end", ["\r\n\r\n", " \n\n", "\t\n \n"])
+def test_a_paragraph_that_ended_is_not_repeated_whatever_stands_before_its_end(end):
+    assert cut(f"w1 w2 w3 w4 w5 w6.{end}w7 w8 w9 w10 w11 w12", 9, 2) == ["w1 w2 w3 w4 w5 w6.", "w7 w8 w9 w10 w11 w12"]
+
+
+def test_no_segment_has_nothing_but_what_it_repeats():
+    assert cut(". 。京 ", 6, 1, tokenizer=byte_tokenizer()) == [". 。", "京"]
+
+
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_the_pieces_that_a_text_comes_in_do_not_count(size):
     text = " \n" + PROSE * 20
@@ -93,6 +102,9 @@ def test_a_text_in_tokens():
     ids = tokenizer(text)["input_ids"]
     assert list(segments(ids, tokenizer, 20, 4)) == expected
     assert list(segments(iter(torch.tensor(ids)), tokenizer, 20, 4)) == expected
+    for text in ("broken \ufffd", "\ufffd", "€"):
+        assert "".join(segment.text for segment in segments(tokenizer(text)["input_ids"], tokenizer, 20)) == text
+    assert [segment.text for segment in segments(tokenizer("a €")["input_ids"][:-1], tokenizer, 20)] == ["a \ufffd"]
     for wrong in ("a", 2.5, -1, 10**6, None):
         with pytest.raises(TypeError, match=f"Place 1 of the text holds {wrong!r}, which is no token id"):
             list(segments([1, wrong], tokenizer, 20))
@@ -127,6 +139,9 @@ def test_no_more_is_read_than_the_next_segment_needs():
     ("arguments", "error", "message"),
     [
         ((3, WORDS, 5), TypeError, "can be cut, got int"),
+        ((b"w1", WORDS, 5), TypeError, "can be cut, got bytes"),  # which is a series of numbers, too
+        ((WORDS("w1"), WORDS, 5), TypeError, "can be cut, got BatchEncoding"),  # of which the names would be read
+        (({"w1"}, WORDS, 5), TypeError, "can be cut, got set"),
         ((["w1", 3], WORDS, 5), TypeError, "Piece 1 of the text is a int"),
         (("w1 \ud83d", WORDS, 5), ValueError, "The text has half a character.*at place 3"),
         ((["w1", "w1 \ud83d"], WORDS, 5), ValueError, "Piece 1 of the text has half a character"),
