@@ -15,7 +15,7 @@ from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query
 from gradmem_adapter.segments import Segment, segments
 from gradmem_adapter.utils.backbone import device_of
-from gradmem_adapter.utils.tokens import check_fits, check_text
+from gradmem_adapter.utils.tokens import check_fits, check_text, text_list
 
 
 class TextEncoder:
@@ -134,13 +134,7 @@ class TextEncoder:
         return self._pad(self._context_ids(texts), "right")
 
     def _context_ids(self, texts: str | Sequence[str]) -> list[list[int]]:
-        if not isinstance(texts, str | Iterable):
-            raise TypeError(f"A text or a list of texts can be written, got {type(texts).__name__}.")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if wrong := [
-            f"text {i} is a {type(text).__name__}" for i, text in enumerate(texts) if not isinstance(text, str)
-        ]:
-            raise TypeError(f"A text or a list of texts can be written: {', '.join(wrong[:3])}.")
+        texts = text_list(texts)
         if not texts:
             raise ValueError("There is no text to write.")
         if empty := [i for i, text in enumerate(texts) if not text]:

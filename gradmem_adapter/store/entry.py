@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.write.options import WriteOptions
@@ -30,6 +31,9 @@ class Entry:
         fingerprint (`str`): of the model that wrote it.
         nbytes (`int`): of its file.
         written (`float`): when, in seconds since 1970.
+
+    Raises:
+        TypeError, ValueError: a source that is no text, offsets that are none, or metadata that JSON does not have.
     """
 
     key: str
@@ -43,6 +47,25 @@ class Entry:
     fingerprint: str = ""
     nbytes: int = 0
     written: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str | None):
+            raise TypeError(f"A source is a text, got {self.source!r}: pass str() of it.")
+        if self.place[1:] != (None, None):
+            start, end = (x if type(x) is int else -1 for x in self.place[1:])
+            if not 0 <= start <= end < 2**63:
+                raise ValueError(f"Offsets are a text's first character and the one behind it, got {self.place[1:]}.")
+        if not isinstance(self.metadata, Mapping):
+            raise TypeError(f"Metadata are a mapping, got {self.metadata!r}.")
+        try:
+            kept = json.dumps(dict(self.metadata), allow_nan=False, ensure_ascii=False)
+            f"{self.source}{kept}".encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"A source and metadata are what JSON has in UTF-8, and something of {self.source!r} is not: {error}. "
+                "Leave it out, or pass it as another text."
+            ) from error
+        object.__setattr__(self, "metadata", json.loads(kept))  # as it is read again
 
     @property
     def place(self) -> tuple[str | None, int | None, int | None]:
@@ -65,20 +88,22 @@ def places(
         options (`Mapping`): how they are written.
 
     Raises:
-        ValueError: more or fewer of something than texts.
+        TypeError, ValueError: more or fewer of something than texts, or what no entry can have.
     """
-    if sources is None or isinstance(sources, str):
-        sources = [sources] * count
+    if sources is None or isinstance(sources, str) or not hasattr(sources, "__len__"):
+        sources = [cast(Any, sources)] * count
     for name, values in {"sources": sources, "offsets": offsets, "metadata": metadata}.items():
         if values is not None and len(values) != count:
             raise ValueError(f"There are {count} texts and {len(values)} {name}; give one for each text.")
+    if offsets is not None and not all(len(pair) == 2 for pair in offsets):
+        raise ValueError("Offsets are pairs: where each text begins and ends in its source.")
     return [
         Entry(
             key="",
             source=source,
-            start=offsets[i][0] if offsets else None,
-            end=offsets[i][1] if offsets else None,
-            metadata=metadata[i] if metadata else {},
+            start=operator.index(offsets[i][0]) if offsets is not None else None,
+            end=operator.index(offsets[i][1]) if offsets is not None else None,
+            metadata=metadata[i] if metadata is not None else {},
             options=options,
         )
         for i, source in enumerate(sources)

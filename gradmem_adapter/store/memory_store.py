@@ -28,6 +28,7 @@ from gradmem_adapter.store.index import Index, insert, select
 from gradmem_adapter.store.likelihood import by_likelihood
 from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.temporary import temporary_directory
+from gradmem_adapter.utils.tokens import text_list
 from gradmem_adapter.write.batching import progress_bar
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
@@ -123,12 +124,12 @@ class MemoryStore:
             `list[str]`: a key for each text, in order.
 
         Raises:
-            ValueError: a text cannot be written; the message names it.
+            TypeError, ValueError: a text cannot be written, whose number the message names; or what no entry can have.
             MemoryStoreError: the index is damaged.
             OSError: the store cannot be written.
         """
         options = WriteOptions.of(options, **fields)
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = text_list(texts)
         identity, fingerprint = write_identity(pipeline.model.active_peft_config, options), pipeline.model.fingerprint()
         entries = [
             replace(entry, key=state_key(text, fingerprint, identity), text=text if self.keep_text else None)
@@ -150,8 +151,7 @@ class MemoryStore:
                         part = missing[begin : begin + _AT_ONCE]
                         given = {i: (texts[i], entries[i]) for i in part}
                         self._write(pipeline, given, stored, max_tokens=max_tokens, options=options)
-                # What another thread had may have failed there.
-                waiting = sorted(set(waiting).difference(mine), key=number.__getitem__)
+                waiting = sorted(set(waiting).difference(mine), key=number.__getitem__)  # others may have failed
         self._add_places(entries)
         return [entry.key for entry in entries]
 
@@ -173,8 +173,9 @@ class MemoryStore:
         try:
             pipeline.write_many([text for text, _ in given.values()], progress=False, done=put, **how)
         except (TypeError, ValueError, torch.OutOfMemoryError) as error:
-            message = re.sub(r"(?<=^Context )\d+", lambda match: str(numbers[int(match[0])]), str(error))
-            raise type(error)(message) from error
+            if not (match := re.match(r"Context (\d+)", str(error))):
+                raise
+            raise type(error)(f"Context {numbers[int(match[1])]}{str(error)[match.end() :]}") from error
 
     def put(self, states: MemoryState, entries: Iterable[Entry]) -> None:
         """Store states that were written elsewhere, in the place of what there is under their keys.
@@ -198,27 +199,26 @@ class MemoryStore:
         self._land(found)
 
     def _add_places(self, entries: Sequence[Entry]) -> None:
-        """Note where stored texts were found, unless that is known; a state that the index lacks is in it then."""
+        """Note what is new of stored texts: places, metadata, or that they are kept; enter what the index lacks."""
         with self.index.reading() as connection:
-            keys = json.dumps([entry.key for entry in entries])
-            chosen = select(connection, "key IN (SELECT value FROM json_each(?))", (keys,))
-            known = {(entry.key, entry.place) for entry in chosen}
+            of_these = "key IN (SELECT value FROM json_each(?))", (json.dumps([entry.key for entry in entries]),)
+            known = {(entry.key, entry.place): entry for entry in select(connection, *of_these)}
         new: dict[str, list[Entry]] = {}
         for entry in entries:
-            if (entry.key, entry.place) not in known:
+            stored = known.get((entry.key, entry.place))
+            if stored is None or entry.metadata not in ({}, stored.metadata) or (entry.text and not stored.text):
                 new.setdefault(entry.key, []).append(entry)
         for key, lacking in new.items():
-            tensors, stored = files.read_file(self._file(key))
-            all_places = {one.place: replace(stored[0], **_place(one)) for one in [*stored, *lacking]}
-            self._land([(tensors, list(all_places.values()))])
+            tensors, before = files.read_file(self._file(key))
+            places = {one.place: one for one in [*lacking, *before, *(one for one in lacking if one.metadata)]}
+            one = replace(before[0], text=before[0].text or lacking[0].text)
+            self._land([(tensors, [replace(one, **_place(other)) for other in places.values()])])
 
     def _land(self, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:
         """Put the files of states into their places and into the index; places that it knows stay."""
         self.index.make()
         with temporary_directory(self.path) as folder:
-            written = []
-            for number, (tensors, entries) in enumerate(found):
-                written.append(files.write_file(folder / str(number), tensors, entries))
+            written = [files.write_file(folder / str(number), *one) for number, one in enumerate(found)]
             with self.index.writing() as connection:
                 for number, entries in enumerate(written):
                     file, new = self._file(entries[0].key), folder / str(number)
@@ -251,7 +251,8 @@ class MemoryStore:
         try:
             state, _ = files.read_memory(self._file(key))
         except FileNotFoundError:
-            raise UnknownStateError(f"There is no memory state {key!r} in {str(self.path)!r}.") from None
+            lost = "If the index has it, its file was deleted, which gc puts right."
+            raise UnknownStateError(f"There is no memory state {key!r} in {str(self.path)!r}. {lost}") from None
         except MemoryStateError as error:
             raise MemoryStateError(f"The stored state {key!r} cannot be read: {error}") from error
         if fingerprint is not None and state.fingerprint != fingerprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
@@ -114,13 +115,33 @@ def check_fits(name: str, text: str, tokenizer: Any, limit: int | None) -> None:
         piece *= 4
 
 
+def text_list(texts: str | Sequence[str]) -> list[str]:
+    """One text as a list of one, several as a list; `TypeError` for anything else.
+
+    Args:
+        texts (`str` or `Sequence[str]`): in order, which sets are not; no mapping, whose keys would be read.
+    """
+    if not isinstance(texts, str | Iterable) or isinstance(texts, bytes | Mapping | Set):
+        raise TypeError(f"A text or a list of texts can be written, got {type(texts).__name__}.")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if wrong := [f"text {i} is a {type(text).__name__}" for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise TypeError(f"A text or a list of texts can be written: {', '.join(wrong[:3])}.")
+    return texts
+
+
 def check_text(name: str, text: str) -> None:
-    """Raise `ValueError` for a text that is none in Unicode: with half of a character, as broken PDFs give it.
+    """Raise for a text that is none in Unicode: with half of a character, as broken PDFs give it.
 
     Args:
         name (`str`): what the text is called in the message.
         text (`str`): what a tokenizer is to be given.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: half a character.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a text, got {type(text).__name__}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

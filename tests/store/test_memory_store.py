@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,55 @@ class TestAdd:
             store.add(pipeline, TEXTS, sources=["a", "b"])
         assert not store.path.exists()
 
+    @pytest.mark.parametrize(
+        ("places", "error", "message"),
+        [
+            ({"sources": Path("a.txt")}, TypeError, r"A source is a text, got .*Path\('a.txt'\): pass str\(\) of it"),
+            ({"sources": [5]}, TypeError, "A source is a text, got 5"),  # which the index would have as "5"
+            ({"sources": ["a\udcff"]}, ValueError, "surrogates not allowed. Leave it out"),
+            ({"offsets": [(0, 2**70)]}, ValueError, "Offsets are a text's first character and the one behind it"),
+            ({"offsets": [(5, 2)]}, ValueError, "Offsets are"),
+            ({"offsets": [(5,)]}, ValueError, "Offsets are pairs"),
+            ({"offsets": [("1", "2")]}, TypeError, "as an integer"),
+            ({"metadata": ["title"]}, TypeError, "Metadata are a mapping"),
+            ({"metadata": [{"score": float("nan")}]}, ValueError, "not JSON compliant"),
+            ({"metadata": [{"path": Path("a.txt")}]}, ValueError, "not JSON serializable"),
+            ({"metadata": [{"path": "\udcff"}]}, ValueError, "surrogates not allowed"),
+        ],
+    )
+    def test_a_place_that_no_entry_has_is_refused_before_anything_is_written(
+        self, store, pipeline, places, error, message
+    ):
+        with pytest.raises(error, match=message):
+            store.add(pipeline, ["w1 w2"], **places)
+        assert not store.path.exists()
+
+    def test_places_as_other_libraries_have_them(self, store, pipeline):
+        offsets = torch.tensor([[3, 8]])
+        store.add(pipeline, ["w1 w2"], sources=["a"], offsets=offsets, metadata=[{"pages": (1, 2), 5: None}])
+        (entry,) = store.entries()
+        assert (entry.place, entry.metadata) == (("a", 3, 8), {"pages": [1, 2], "5": None})
+        assert store.verify().ok
+
+    @pytest.mark.parametrize("texts", [{"a.txt": "w1 w2"}, {"w1 w2"}, b"w1 w2", ["w1", 2]])
+    def test_what_is_no_list_of_texts(self, store, pipeline, texts):
+        for write in (store.add, lambda pipeline, texts: pipeline.write(texts)):
+            with pytest.raises(TypeError, match="A text or a list of texts can be written"):
+                write(pipeline, texts)
+
+    def test_metadata_that_are_others_now(self, store, keys, pipeline):
+        for title in ("old", "new", None):
+            store.add(pipeline, TEXTS[:1], sources=NAMES[:1], offsets=PLACES[:1], metadata=title and [{"title": title}])
+        assert [entry.metadata for entry in store.entries("b.txt")] == [{"title": "new"}, {}]
+        assert store.verify().ok
+
+    def test_an_error_of_the_caller_is_his(self, store, pipeline):
+        def done(keys):
+            b"\xff".decode()
+
+        with pytest.raises(UnicodeDecodeError):
+            store.add(pipeline, TEXTS, done=done)
+
     def test_nothing_is_nothing(self, store, pipeline):
         assert store.add(pipeline, []) == []
         assert (len(store), list(store.entries())) == (0, [])
@@ -113,6 +163,14 @@ class TestEntries:
         store.add(pipeline, TEXTS)
         assert {entry.text for entry in store.entries()} == {None}
         assert not any(TEXTS[0].encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+    def test_a_text_that_is_kept_later(self, tmp_path, pipeline):
+        MemoryStore(tmp_path, keep_text=False).add(pipeline, TEXTS, sources="a", metadata=[{"title": "T"}] * 4)
+        store = MemoryStore(tmp_path)
+        store.add(pipeline, TEXTS, sources="a")
+        assert {entry.text for entry in store.entries()} == set(TEXTS)
+        assert [entry.metadata for entry in store.entries()] == [{"title": "T"}] * 4
+        assert store.choose(pipeline, TEXTS[1])[0].entry.text == TEXTS[1]
 
     def test_may_be_begun_and_ended_by_different_threads(self, store, keys):
         entries, found = store.entries(), []
