@@ -62,7 +62,7 @@ def choose(
         raise ValueError(f"k is how many states are wanted, 1 at least, got {k!r}.")
     if type(shortlist) is not int or (shortlist and shortlist < k):
         raise ValueError(f"shortlist is 0, or at least the {k} states that are wanted, got {shortlist!r}.")
-    k = max(k, shortlist)
+    k = min(max(k, shortlist), 2**32)  # SQLite knows no larger numbers than 2**63
     check_text("The query", query)
     values = {"fingerprint": fingerprint, "source": source}
     near = None if embedding is None else cosines(index, embedding, query, _STATES, values)

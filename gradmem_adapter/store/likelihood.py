@@ -23,6 +23,8 @@ def by_likelihood(
 
         s'(i)  =  s(i) / max_j s(j)  +  w log p(q | M_i)
 
+    Where no score is above 0, it is s(i) - max_j s(j) in place of the share.
+
     Args:
         pipeline (`GradMemPipeline`): who is to read.
         query (`str`): the question.
@@ -30,19 +32,22 @@ def by_likelihood(
         get (`Callable`): returns the states of keys.
     """
     before, after = _around(pipeline, query)
-    scores: list[float] = []
+    if not after or not choices:
+        return list(choices)
+    best, scores = choices[0].score, list[float]()
     for begin in range(0, len(choices), _AT_ONCE):
         part = choices[begin : begin + _AT_ONCE]
         memory = get([choice.entry.key for choice in part])
         found = pipeline.model.log_likelihood([before] * len(part), [after] * len(part), memory)
-        scores += [c.score / choices[0].score + _WEIGHT * x for c, x in zip(part, found.tolist(), strict=True)]
+        known = [choice.score / best if best > 0 else choice.score - best for choice in part]
+        scores += [score + _WEIGHT * x for score, x in zip(known, found.tolist(), strict=True)]
     anew = [replace(choice, score=score) for choice, score in zip(choices, scores, strict=True)]
     return sorted(anew, key=lambda choice: -choice.score)
 
 
 def _around(pipeline: GradMemPipeline, query: str) -> tuple[list[int], list[int]]:
     """Tokens: what stands before a question as the model is asked it, and the question's own."""
-    mark = "QUERY"
+    mark = "\ue000"  # which nobody writes into a format
     text, special = pipeline.format_query(mark)
     before, _, _ = text.partition(mark)
     tokenizer = pipeline.tokenizer

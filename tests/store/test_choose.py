@@ -150,6 +150,28 @@ class TestLikelihood:
         assert {choice.entry.key for choice in found} == {choice.entry.key for choice in best}
         assert filled.choose(pipeline, "quantum", shortlist=9) == []
 
+    @pytest.mark.parametrize("query", ["quantum", ""])
+    def test_scores_that_are_not_above_zero(self, filled, pipeline, monkeypatch, query):
+        """The share of the best would turn the order of those below, and there is none of 0."""
+        monkeypatch.setattr(pipeline.model, "log_likelihood", lambda before, *_: torch.zeros(len(before)))
+        for at, best in (([0.0, 0.0], 0.0), ([0.0, 1.0], None)):
+            embedding = Embedding(
+                f"to {at}", lambda batch, at=at: [at if t == query else [-1.0 - len(t), 9.0 - len(t)] for t in batch]
+            )
+            plain = filled.choose(pipeline, query, k=6, embedding=embedding)
+            found = filled.choose(pipeline, query, k=6, embedding=embedding, shortlist=6)
+            assert texts(found) == texts(plain)
+            assert best is None or found[0].score == best
+
+    def test_a_word_of_the_format_is_not_taken_for_the_question(self, filled, monkeypatch):
+        asked = []
+        pipeline = tiny_pipeline(query_format="QUERY w1 {query}")
+        monkeypatch.setattr(
+            pipeline.model, "log_likelihood", lambda before, *_: asked.append(before[0]) or torch.zeros(len(before))
+        )
+        filled.choose(pipeline, "heron", shortlist=4)
+        assert asked == [pipeline.tokenizer("QUERY w1 ")["input_ids"]]
+
 
 class TestRefusals:
     @pytest.mark.parametrize("shortlist", [1, -1, 2.5])
@@ -161,6 +183,16 @@ class TestRefusals:
     def test_k(self, filled, pipeline, k):
         with pytest.raises(ValueError, match="k is how many states"):
             filled.choose(pipeline, "heron", k)
+
+    def test_more_than_there_are(self, filled, pipeline):
+        assert (
+            len(filled.choose(pipeline, "heron", 2**70))
+            == len(filled.choose(pipeline, "heron", 1, shortlist=2**70)) + 1
+        )
+
+    def test_a_question_that_is_no_text(self, filled, pipeline):
+        with pytest.raises(TypeError, match="The query must be a text, got bytes"):
+            filled.choose(pipeline, b"heron")
 
     def test_half_a_character(self, filled, pipeline):
         with pytest.raises(ValueError, match="half a character"):
