@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 from typer.core import TyperGroup
 
+from gradmem_adapter.store import UnknownStateError
+
 DEBUG = typer.Option("--debug", help="Where an error comes from: show its trace, too. May stand at the end as well.")
-WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
+WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError, UnknownStateError)
 """What this package and the libraries below it raise where an input, an option or the machine is not as it should."""
 ADVICE = {
     errno.ENOSPC: "Make room there, or name another place",

@@ -39,8 +39,10 @@ def sqlite_errors(index: Path) -> Iterator[None]:
     """
     try:
         yield
-    except sqlite3.ProgrammingError:  # our fault
-        raise
+    except sqlite3.ProgrammingError as error:
+        if "is not supported" in str(error):
+            raise TypeError(f"A source and a key of a memory store are texts: {error}.") from error
+        raise  # our fault
     except sqlite3.DatabaseError as error:
         for said, number in _OF_THE_SYSTEM.items():
             if said in str(error):

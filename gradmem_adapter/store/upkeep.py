@@ -124,7 +124,14 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
 
     Returns:
         `list[str]`: the keys of the states that are gone.
+
+    Raises:
+        ValueError: what is to be kept is no key; nothing is removed then.
     """
+    if keep is not None:
+        keep = [keep] if isinstance(keep, str) else list(keep)
+        for key in keep:
+            state_file_of(index.states, key)
     sweep(index.folder)
     report = verify(index)
     if report.ok and keep is None:

@@ -135,6 +135,13 @@ class TestStore:
         assert result.exit_code == 2
         assert "None of the 5 states in this store was written by this model" in result.stderr
 
+    def test_a_state_whose_file_is_gone_is_named(self, checkpoint, memory):
+        (entry,) = memory.entries("d.txt")
+        (memory.path / "states" / entry.key[:2] / f"{entry.key}.safetensors").unlink()
+        result = ask("w4 w5", "--store", "memory", "--checkpoint", checkpoint)
+        assert result.exit_code == 2, result.output
+        assert f"no memory state '{entry.key}' in 'memory'. If the index has it" in " ".join(result.stderr.split())
+
     def test_a_damaged_state_is_named(self, checkpoint, memory):
         (entry,) = memory.entries("d.txt")
         file = memory.path / "states" / entry.key[:2] / f"{entry.key}.safetensors"

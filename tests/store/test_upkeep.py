@@ -1,5 +1,7 @@
 """What is wrong with a store is found and named; what is whole goes on, and what is forgotten is gone."""
 
+from pathlib import Path
+
 import pytest
 from stores import NAMES, TEXTS
 
@@ -75,6 +77,14 @@ class TestGc:
         assert [entry.key for entry in store.entries()] == keys[:1]
         assert len(list((store.path / "states").rglob("*.safetensors"))) == 1
 
+    def test_one_key_or_what_is_none(self, store, keys):
+        for wrong in ("", "x", [keys[0], "x"]):
+            with pytest.raises(ValueError, match="32 hexadecimal digits"):
+                store.gc(keep=wrong)
+        assert len(store) == 4
+        store.gc(keep=keys[1])
+        assert list(store) == [keys[1]]
+
 
 class TestForget:
     def test_is_gone_from_the_disk(self, tmp_path, pipeline):
@@ -99,6 +109,8 @@ class TestForget:
 
     def test_an_unknown_source(self, store, keys):
         assert store.forget("unknown") == 0
+        with pytest.raises(TypeError, match="A source and a key of a memory store are texts"):
+            store.forget(Path("a.txt"))
         assert len(store) == 4
 
 
