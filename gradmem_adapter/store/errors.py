@@ -18,6 +18,11 @@ _OF_THE_SYSTEM = {
 }
 """What SQLite says where the system keeps it from reading or writing."""
 
+ANEW = (
+    "The states are not in it: `gradmem store rebuild {}`, or MemoryStore.rebuild() in Python, makes it anew from "
+    "their files."
+)
+
 
 class MemoryStoreError(ValueError):
     """An index that cannot be read: damaged, lost, or of another version."""
@@ -47,7 +52,4 @@ def sqlite_errors(index: Path) -> Iterator[None]:
         for said, number in _OF_THE_SYSTEM.items():
             if said in str(error):
                 raise OSError(number, f"{os.strerror(number)} (SQLite: {error})", str(index)) from error
-        raise MemoryStoreError(
-            f"The index {str(index)!r} is damaged ({error}). The states are not in it: MemoryStore.rebuild() makes it "
-            "anew from their files."
-        ) from error
+        raise MemoryStoreError(f"The index {str(index)!r} is damaged ({error}). {ANEW.format(index.parent)}") from error

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from gradmem_adapter.store.entry import Entry
-from gradmem_adapter.store.errors import MemoryStoreError, sqlite_errors
+from gradmem_adapter.store.errors import ANEW, MemoryStoreError, sqlite_errors
 from gradmem_adapter.utils.files import errors_named
 from gradmem_adapter.utils.temporary import locked, temporary_directory
 
@@ -91,10 +91,7 @@ class Index:
         if self.path.exists():
             return True
         if states:
-            raise MemoryStoreError(
-                f"The index {str(self.path)!r} is gone. The states are not in it: MemoryStore.rebuild() makes it anew "
-                "from their files."
-            )
+            raise MemoryStoreError(f"The index {str(self.path)!r} is gone. {ANEW.format(self.folder)}")
         return False
 
     @contextmanager

@@ -221,14 +221,13 @@ def rebuild(index: Index) -> Report:
     """
     damaged, states = {}, 0
     with index.replacing() as connection:
-        keys, leftovers = _files(index)
-        for key in keys:
+        for key in _files(index)[0]:
             try:
                 insert(connection, read_file(state_file_of(index.states, key))[1])
                 states += 1
             except MemoryStateError as error:
                 damaged[key] = str(error)
-    return Report(states, damaged, leftovers=tuple(leftovers))
+    return Report(states, damaged, leftovers=tuple(_files(index)[1]))  # by now without our own
 
 
 def stats(index: Index) -> Stats:

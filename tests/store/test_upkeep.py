@@ -123,7 +123,7 @@ class TestRebuild:
         elif wrong == "damaged":
             store.index.path.write_bytes(b"no index" * 1000)
         report = store.rebuild()
-        assert (report.ok, report.states) == (True, 4)
+        assert (report.ok, report.states, report.leftovers) == (True, 4, ())
         assert sorted(store.entries(), key=str) == sorted(before, key=str)
         assert store.verify().ok
 
