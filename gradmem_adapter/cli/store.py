@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gradmem_adapter.cli.options import JSON, existing_store, in_words, print_json
-from gradmem_adapter.store import Entry, Report
+from gradmem_adapter.store import Entry, MemoryStore, Report
 
 app = typer.Typer(help="See what a memory store holds, and mend it.", no_args_is_help=True)
 
@@ -63,13 +63,15 @@ def show(
 @app.command()
 def verify(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
     """Read every state and compare it with the index; exit status 1 if one cannot be read or found."""
-    _print_report(existing_store(folder).verify(), as_json)
+    store = existing_store(folder)
+    _print_report(store, store.verify(), as_json)
 
 
 @app.command()
 def rebuild(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
     """Make the index anew from the states, for instance because it is damaged; exit status 1 as for verify."""
-    _print_report(existing_store(folder).rebuild(), as_json)
+    store = existing_store(folder)
+    _print_report(store, store.rebuild(), as_json)
 
 
 @app.command()
@@ -95,7 +97,11 @@ def forget(
 @app.command()
 def stats(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
     """Count states, sources, tokens and bytes, and the states of each model."""
-    _print_numbers(asdict(existing_store(folder).stats()), as_json)
+    figures = asdict(existing_store(folder).stats())
+    figures["bytes"] = figures.pop("nbytes")
+    if not as_json:
+        figures |= {f"model {name}": states for name, states in figures.pop("models").items()}
+    _print_numbers(figures, as_json)
 
 
 def _beginning(entry: Entry) -> str:
@@ -122,13 +128,16 @@ def _print_numbers(figures: dict[str, Any], as_json: bool) -> None:
         typer.echo("\n".join(f"{name}: {value}" for name, value in figures.items()))
 
 
-def _print_report(report: Report, as_json: bool) -> None:
+def _print_report(store: MemoryStore, report: Report, as_json: bool) -> None:
     if as_json:
         print_json({"ok": report.ok} | asdict(report))
     else:
         typer.echo(f"{report.states:,} states are whole and as the index says.")
         for key, wrong in report.damaged.items():
-            typer.echo(f"{key} is damaged: {wrong}")
+            places = in_words(asdict(entry) for entry in store.entries() if entry.key == key).replace("\n", "; ")
+            typer.echo(f"{key}{f' ({places})' if places else ''} is damaged: {wrong}")
+        if report.damaged:
+            typer.echo("`gradmem write` writes the texts of damaged states anew; `gradmem store gc` removes these.")
         for key in report.unlisted:
             typer.echo(f"{key} is whole, and the index says something else. `gradmem store gc` puts it right.")
         for name in report.leftovers:

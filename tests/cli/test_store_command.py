@@ -59,7 +59,9 @@ def test_stats():
     text, figures = store("stats")
     assert (figures["states"], figures["sources"], figures["tokens"]) == (4, 2, 56)
     assert sum(figures["models"].values()) == 4
-    assert "tokens: 56" in text
+    assert "tokens: 56\nbytes: " in text
+    (model,) = figures["models"]
+    assert text.endswith(f"model {model}: 4\n")
 
 
 def test_forget(memory):
@@ -81,7 +83,7 @@ def test_verify_and_gc(memory):
     assert (figures["ok"], figures["states"], list(figures["damaged"])) == (False, 2, [key])
     assert len(figures["unlisted"]) == 1
     assert figures["leftovers"] == ["states/notes"]
-    assert f"{key} is damaged: " in text
+    assert f"{key} (a.txt: " in text
     assert "`gradmem store gc` puts it right" in text
     assert json.loads(invoke("store", "gc", "memory", "--json").stdout) == {"removed": [key]}
     assert invoke("store", "gc", "memory").stdout == "removed: 0\n"
@@ -94,7 +96,7 @@ def test_rebuild(memory):
         result = invoke("store", command, "memory")
         assert result.exit_code == 2
         assert result.stderr.startswith("gradmem store: ")
-        assert "rebuild" in result.stderr
+        assert "`gradmem store rebuild memory`" in result.stderr
     assert store("rebuild")[1]["states"] == 4
     key = damage(memory, "a.txt")
     assert list(store("rebuild", status=1)[1]["damaged"]) == [key]
