@@ -20,6 +20,8 @@ from gradmem_adapter.store import MemoryStore, MemoryStoreError
 
 AT_ONCE = 256
 """Segments that are given to the store together."""
+SHOWN = 20
+"""Texts that could not be written and are named on a terminal."""
 Piece: TypeAlias = tuple[str, Segment]
 """A segment, and the source that it is of."""
 
@@ -89,7 +91,9 @@ def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
         typer.echo(in_words(counts))
         if inputs.passed_over:
             typer.echo(f"passed over, as they are empty or no text: {len(inputs.passed_over):,} files")
-    for line in inputs.refused:
+    more = len(inputs.refused) - SHOWN
+    named = [*inputs.refused[:SHOWN], f"{more:,} more are left out likewise; --json names them."]
+    for line in named if more > 0 else inputs.refused:
         typer.secho(f"gradmem write: {line}", fg="red", err=True)
     if inputs.refused:
         raise typer.Exit(2)

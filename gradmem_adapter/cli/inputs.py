@@ -101,21 +101,22 @@ class Inputs:
                 self.passed_over.append(path)
 
     def _read(self, path: str) -> Iterator[Document]:
+        name = "stdin" if path == STDIN else path
         try:
             if self.json_lines if path == STDIN else has_json_lines(path):
                 for number, line in enumerate(lines(path), 1):
-                    yield from self._row(path, number, line)
+                    yield from self._row(name, number, line)
             else:
-                yield _document(path, whole(path))
+                yield _document(name, whole(path))
         except (OSError, ValueError) as error:
             self.refuse(error)
 
-    def _row(self, path: str, number: int, line: bytes) -> Iterator[Document]:
-        place = f"{path}, line {number}"
+    def _row(self, name: str, number: int, line: bytes) -> Iterator[Document]:
+        place = f"{name}, line {number}"
         try:
             if line.strip():
                 row = from_json(decoded(place, line), place)
-                source = f"{path}:{number}" if self.source_field is None else _text(row, self.source_field, place)
+                source = f"{name}:{number}" if self.source_field is None else _text(row, self.source_field, place)
                 yield _document(source, _text(row, self.text_field, place))
         except ValueError as error:
             self.refuse(error)

@@ -70,10 +70,12 @@ def test_json_lines_go_by_line_or_by_their_own_name():
     assert [text for _, text in read("rows.jsonl", text_field="id")[0]] == ["first", "second"]
 
 
-@pytest.mark.parametrize(("json_lines", "expected"), [(False, [("-", '{"text": "w1"}\n')]), (True, [("-:1", "w1")])])
+@pytest.mark.parametrize(
+    ("json_lines", "expected"), [(False, ("stdin", '{"text": "w1"}\n')), (True, ("stdin:1", "w1"))]
+)
 def test_standard_input(monkeypatch, json_lines, expected):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "w1"}\n')))
-    assert read("-", json_lines=json_lines)[0] == expected
+    assert read("-", json_lines=json_lines)[0] == [expected]
 
 
 def test_documents_are_read_when_it_is_their_turn():

@@ -88,6 +88,15 @@ def test_what_cannot_be_read_or_written_is_named_and_the_rest_is_written(tmp_pat
     assert (len(MemoryStore("memory")), printed["written"]) == (6, 6)
 
 
+def test_of_many_faults_the_first_are_printed(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"txt": "w1"}\n' * 30)
+    result = write("bad.jsonl", "--json")
+    assert len(json.loads(result.stdout)["refused"]) == 30
+    lines = result.stderr.splitlines()
+    assert len(lines) == 21
+    assert lines[-1].startswith("gradmem write: 10 more ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
