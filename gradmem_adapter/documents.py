@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Literal, TypeAlias, cast, get_args
 
@@ -33,7 +33,7 @@ class DocumentMemory:
         mode (`str`): how it was written.
     """
 
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...] = field(repr=False)  # the whole text
     states: MemoryState
     mode: Mode
 

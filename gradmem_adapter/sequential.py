@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -33,6 +34,7 @@ def write_sequential(
     """
     if memory is not None and len(memory) != 1:
         raise ValueError(f"One state takes one text, got {len(memory)} states: update them one by one, memory[i].")
+    known = 0 if memory is None else int(memory.context_tokens)
     for segment in segments:
         if memory is None:
             memory = encoder.model.write(*encoder.encode_contexts(segment.text), options=options)
@@ -41,4 +43,11 @@ def write_sequential(
             memory = encoder.model.update(memory, ids, options=options, strict=strict)
     if memory is None:
         raise ValueError("There is no text to write: the document is empty.")
+    tokens, trained = int(memory.context_tokens), encoder.model.active_peft_config.trained_length
+    if trained is not None and known <= trained < tokens:
+        warnings.warn(
+            f"One state now stands for {tokens:,} tokens, and the adapter was trained on up to {trained:,} in one: "
+            "most of the rest is lost, new text too. write_document(mode='parallel') writes a state for each segment.",
+            stacklevel=3,
+        )
     return memory

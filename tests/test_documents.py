@@ -19,6 +19,7 @@ def test_parallel_equals_segment_by_segment(pipeline):
     document = pipeline.write_document(TEXT)
     assert document.mode == "parallel"
     assert len(document) == len(document.segments) == len(document.states) == 3
+    assert TEXT[:10] not in repr(document)
     assert all(segment.tokens <= 50 for segment in document.segments)
     assert document.states.context_tokens.tolist() == [segment.tokens for segment in document.segments]
     for segment, state in zip(document.segments, document.states, strict=True):
@@ -53,6 +54,7 @@ def test_fidelity_is_that_of_each_segment(pipeline, max_tokens):
     assert found.teacher_forced.min() > 0  # or the comparison says nothing
 
 
+@pytest.mark.filterwarnings("ignore:One state now stands for")
 class TestSequential:
     def test_one_state_of_all_segments(self, pipeline):
         options = WriteOptions(steps=5, optimizer="adam", lr=0.05)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_what_is_no_text_or_several_states_is_refused(pipeline):
         write_sequential(pipeline, [], OPTIONS)
     with pytest.raises(ValueError, match="got 2 states: update them one by one"):
         write_sequential(pipeline, pipeline.segments(TEXT, 20), OPTIONS, pipeline.write([TEXT[:20], TEXT[:30]]))
+
+
+def test_more_than_the_trained_length_in_one_state_is_told_of_once(pipeline):
+    first = pipeline.write(TEXT[:60])
+    for write in (lambda: pipeline.write_document(TEXT, "sequential"), lambda: pipeline.update(first, TEXT)):
+        with pytest.warns(UserWarning, match="trained on up to 40") as told:
+            write()
+        assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.update(first, "w1 w2")
 
 
 @pytest.mark.slow
