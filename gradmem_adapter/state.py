@@ -290,7 +290,8 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
     """
     if not isinstance(memory, MemoryState):
         raise TypeError(
-            f"memory must be a MemoryState, as write() and MemoryState.load() return, got {type(memory).__name__}."
+            "memory must be a MemoryState, as write() and MemoryState.load() return, and as a DocumentMemory has in "
+            f".states, got {type(memory).__name__}."
         )
     if memory.width != width:
         raise ValueError(
