@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -84,6 +85,12 @@ class Index:
         except sqlite3.OperationalError as error:
             if "readonly" not in str(error) and "unable to open" not in str(error):
                 raise
+            log = Path(f"{self.path}-wal")
+            if log.exists() and log.stat().st_size:
+                raise OSError(
+                    errno.EROFS, "has changes beside it that can only be read where it may be written; copy the store",
+                    str(self.path),
+                ) from error  # fmt: skip
             return self._connect("immutable=1")  # on a file system that may only be read, where nobody writes
 
     def _exists(self) -> bool:
@@ -206,4 +213,8 @@ def select(connection: sqlite3.Connection, where: str = "TRUE", values: Sequence
     """
     for row in connection.execute(f"{_ENTRIES} WHERE {where} ORDER BY source, start, states.id", values):
         key, source, start, end, text, metadata, options, *rest = row
-        yield Entry(key, source, start, end, text, json.loads(metadata), json.loads(options), *rest)
+        try:
+            entry = Entry(key, source, start, end, text, json.loads(metadata), json.loads(options), *rest)
+        except (TypeError, ValueError) as error:
+            raise sqlite3.DatabaseError(f"what it says of {key} is nothing that was stored: {error}") from error
+        yield entry

@@ -74,18 +74,24 @@ def verify(index: Index) -> Report:
             if wrong != "ok":
                 raise sqlite3.DatabaseError(wrong)
         listed = [key for (key,) in connection.execute("SELECT key FROM states ORDER BY key")]
+        if wrong := [key for key in listed if not re.fullmatch("[0-9a-f]{32}", str(key))]:
+            raise sqlite3.DatabaseError(f"it has keys that are none, such as {wrong[0]!r}")
         files, leftovers = _files(index)
         keys = dict.fromkeys([*listed, *files])
         damaged, unlisted = _check(index, connection, keys)
     if damaged or unlisted:  # which may be another process's work under way
         with suppress(OSError), index.writing() as connection:
             damaged, unlisted = _check(index, connection, [*damaged, *unlisted])
-    return Report(len(keys) - len(damaged) - len(unlisted), damaged, tuple(unlisted), tuple(leftovers))
+    named = {key: str(error) for key, error in damaged.items()}
+    return Report(len(keys) - len(damaged) - len(unlisted), named, tuple(unlisted), tuple(leftovers))
 
 
-def _check(index: Index, connection: sqlite3.Connection, keys: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """What is damaged, and what the index does not say as it is."""
-    damaged, unlisted = {}, []
+def _check(
+    index: Index, connection: sqlite3.Connection, keys: Collection[str]
+) -> tuple[dict[str, Exception], list[str]]:
+    """What is damaged, or kept back by the system, and what the index does not say as it is."""
+    damaged: dict[str, Exception] = {}
+    unlisted = []
     for key in keys:
         entries = {entry.place: entry for entry in select(connection, "key = ?", (key,))}
         file = state_file_of(index.states, key)
@@ -93,9 +99,9 @@ def _check(index: Index, connection: sqlite3.Connection, keys: Collection[str]) 
             stored = {entry.place: entry for entry in read_memory(file)[1]}
         except FileNotFoundError:
             if entries:  # otherwise it was forgotten meanwhile
-                damaged[key] = "Its file is gone."
-        except MemoryStateError as error:
-            damaged[key] = str(error)
+                damaged[key] = MemoryStateError("Its file is gone.")
+        except (MemoryStateError, OSError) as error:
+            damaged[key] = error
         else:
             if stored != entries:
                 unlisted.append(key)
@@ -140,7 +146,7 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
         damaged, unlisted = _check(index, connection, [*report.damaged, *report.unlisted])
         for key in unlisted:
             insert(connection, read_file(state_file_of(index.states, key))[1])
-        gone = list(damaged)
+        gone = [key for key, error in damaged.items() if not isinstance(error, OSError)]  # the others may come back
         if keep is not None:
             kept = {*keep, *gone}
             gone += [key for (key,) in connection.execute("SELECT key FROM states ORDER BY key") if key not in kept]
@@ -225,7 +231,7 @@ def rebuild(index: Index) -> Report:
             try:
                 insert(connection, read_file(state_file_of(index.states, key))[1])
                 states += 1
-            except MemoryStateError as error:
+            except (MemoryStateError, OSError) as error:
                 damaged[key] = str(error)
     return Report(states, damaged, leftovers=tuple(_files(index)[1]))  # by now without our own
 

@@ -96,6 +96,25 @@ def test_read_only(small):  # noqa: F811
         assert str(store.path) in str(error.value.filename)
 
 
+def test_read_only_with_changes_that_a_killed_process_left(small, tmp_path):  # noqa: F811
+    """They are beside the index, in SQLite's log, which is not passed over."""
+    path = tmp_path / "store"
+    put_state(path, 0)
+    reader = MemoryStore(path).entries()
+    next(reader)  # keeps the next change from being written into the index
+    put_state(path, 1)
+    store = MemoryStore(shutil.copytree(path, small / "store"))
+    reader.close()
+    mount("-o", "remount,ro", small)
+    assert len(store) == 2
+    mount("-o", "remount,rw", small)
+    os.remove(store.path / "index.sqlite-shm")
+    mount("-o", "remount,ro", small)
+    with pytest.raises(OSError, match="copy the store") as error:
+        len(store)
+    assert error.value.errno == errno.EROFS
+
+
 def test_an_index_that_may_not_be_read(tmp_path):
     put_state(tmp_path, 0)
     os.remove(tmp_path / "index.sqlite")

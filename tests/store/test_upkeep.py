@@ -52,6 +52,31 @@ class TestVerify:
         assert store.verify().ok
         assert {entry.source for entry in store.entries()} == set(NAMES)
 
+    def test_a_state_that_the_system_keeps_back_is_named_and_stays(self, store, keys):
+        file = file_of(store, keys[0])
+        file.rename(file.with_name("kept"))
+        file.mkdir()
+        report = store.verify()
+        assert (report.states, list(report.damaged)) == (3, [keys[0]])
+        assert "Is a directory" in report.damaged[keys[0]]
+        assert store.gc() == []
+        file.rmdir()
+        file.with_name("kept").rename(file)
+        assert store.verify().ok
+
+    @pytest.mark.parametrize(
+        "damage", ["places SET metadata = '{'", "places SET start = 'x'", "states SET key = '../x'"]
+    )
+    def test_what_no_store_writes_into_an_index(self, store, keys, damage):
+        with store.index.writing() as connection:
+            connection.execute("PRAGMA defer_foreign_keys = ON")
+            connection.execute(f"UPDATE {damage} WHERE key = ?", keys[:1])
+            connection.execute("UPDATE places SET key = '../x' WHERE key NOT IN (SELECT key FROM states)")
+        with pytest.raises(MemoryStoreError, match=r"damaged \(.*rebuild"):
+            store.verify()
+        assert store.rebuild().ok
+        assert store.verify().ok
+
     def test_pages_of_the_index(self, store, keys):
         data = bytearray(store.index.path.read_bytes())
         data[4096 + 8 : 5 * 4096] = bytes(4 * 4096 - 8)
