@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.outputs import Fidelity
 from gradmem_adapter.segments import Segment
-from gradmem_adapter.sequential import write_sequential
+from gradmem_adapter.sequential import text_behind, write_sequential
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.utils.hardware import token_budget
@@ -79,7 +80,8 @@ class DocumentMemory:
         if self.mode == "sequential":
             most = model.active_peft_config.trained_length or encoder.max_context_tokens or self.segments[-1].end
             recital = model.reconstruct(self.states, min(int(self.states.context_tokens), most))[0].tolist()
-            texts = [segment.text if i == 0 else f" {segment.text}" for i, segment in enumerate(self.segments)]
+            first, *_ = self.segments
+            texts = [first.text, *(text_behind(*pair) for pair in itertools.pairwise(self.segments))]
             tokens = encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
             greedy = torch.tensor([_share_recited(ids, recital) for ids in tokens], device=greedy.device)
         return Fidelity(greedy, forced)

@@ -35,13 +35,15 @@ def write_sequential(
     if memory is not None and len(memory) != 1:
         raise ValueError(f"One state takes one text, got {len(memory)} states: update them one by one, memory[i].")
     known = 0 if memory is None else int(memory.context_tokens)
+    before: Segment | None = None
     for segment in segments:
         if memory is None:
             memory = encoder.model.write(*encoder.encode_contexts(segment.text), options=options)
-        else:  # in the middle of a text there are no special tokens, and there is white space before
-            ids = torch.tensor([encoder.tokenizer(f" {segment.text}", add_special_tokens=False)["input_ids"]])
+        else:
+            ids = torch.tensor([encoder.tokenizer(text_behind(before, segment), add_special_tokens=False)["input_ids"]])
             memory = encoder.model.update(memory, ids, options=options, strict=strict)
-    if memory is None:
+        before = segment
+    if memory is None or before is None:
         raise ValueError("There is no text to write: the document is empty.")
     tokens, trained = int(memory.context_tokens), encoder.model.active_peft_config.trained_length
     if trained is not None and known <= trained < tokens:
@@ -51,3 +53,13 @@ def write_sequential(
             stacklevel=3,
         )
     return memory
+
+
+def text_behind(before: Segment | None, segment: Segment) -> str:
+    """What is written of a segment behind others: with white space in between, unless there was none in the text.
+
+    Args:
+        before (`Segment`, *optional*): the one before in the same text.
+        segment (`Segment`): without special tokens, which are not in the middle of a text.
+    """
+    return segment.text if before is not None and before.end == segment.start else f" {segment.text}"

@@ -105,7 +105,7 @@ class MemoryState:
         Raises:
             IndexError: there is no such state, or none is selected.
         """
-        if isinstance(index, SupportsIndex) and not (isinstance(index, Tensor) and index.dim()):
+        if isinstance(index, SupportsIndex) and not getattr(index, "ndim", 0):
             number = index.__index__()
             if not -len(self) <= number < len(self):
                 raise IndexError(f"There are {len(self)} memory states, and index {number} is none of them.")

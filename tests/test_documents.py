@@ -41,6 +41,7 @@ def test_segments_are_read_side_by_side(pipeline):
     assert document.side_by_side().vectors.shape[:2] == (1, 3 * 3)
     some = document.side_by_side([2, 0])
     assert torch.equal(some.vectors[0], torch.cat([document.states[2].vectors[0], document.states[0].vectors[0]]))
+    assert document.side_by_side(torch.tensor([2, 0]).numpy()).equal(some)
     assert len(pipeline.generate(["w1 w2"], memory=some, max_new_tokens=3)) == 1
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_segments import byte_tokenizer
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import MemoryState, WriteOptions
+from gradmem_adapter.segments import segments
 from gradmem_adapter.sequential import write_sequential
 
 TEXT = tiny_text(50, 1)
@@ -39,9 +41,23 @@ def test_a_saved_state_goes_on(pipeline):
     assert write_sequential(pipeline, parts[1:], OPTIONS, first).equal(write_sequential(pipeline, parts, OPTIONS))
 
 
+@pytest.mark.parametrize("text", ["w1w2w3w4w5 w6", "\n\nw1 w2 w3 w4 w5 w6"])
+def test_white_space_is_between_segments_where_the_text_has_some(pipeline, monkeypatch, text):
+    """Of scripts without spaces, for example, there is none."""
+    given, tokenizer = [], byte_tokenizer()
+    monkeypatch.setattr(pipeline, "tokenizer", tokenizer)
+    monkeypatch.setattr(pipeline.model, "write", lambda ids, *_, **__: given.extend(ids[0].tolist()) or "a state")
+    monkeypatch.setattr(pipeline.model, "update", lambda _, ids, **__: given.extend(ids[0].tolist()) or "a state")
+    monkeypatch.setattr(pipeline, "encode_contexts", lambda text: [torch.tensor([tokenizer(text)["input_ids"]])])
+    write_sequential(pipeline, segments(text, tokenizer, 6), OPTIONS)
+    assert tokenizer.decode(given) == text.strip()
+
+
 def test_what_is_no_text_or_several_states_is_refused(pipeline):
     with pytest.raises(ValueError, match="the document is empty"):
         write_sequential(pipeline, [], OPTIONS)
+    with pytest.raises(ValueError, match="There is no text to write"):
+        pipeline.update(pipeline.write("w1"), " \n")
     with pytest.raises(ValueError, match="got 2 states: update them one by one"):
         write_sequential(pipeline, pipeline.segments(TEXT, 20), OPTIONS, pipeline.write([TEXT[:20], TEXT[:30]]))
 
