@@ -32,9 +32,11 @@ def write_sequential(
     Raises:
         ValueError: there are no segments, or `memory` holds several states.
     """
-    if memory is not None and len(memory) != 1:
-        raise ValueError(f"One state takes one text, got {len(memory)} states: update them one by one, memory[i].")
-    known = 0 if memory is None else int(memory.context_tokens)
+    known = 0
+    if isinstance(memory, MemoryState):  # anything else is refused by `update`
+        if len(memory) != 1:
+            raise ValueError(f"One state takes one text, got {len(memory)} states: update them one by one, memory[i].")
+        known = int(memory.context_tokens)
     before: Segment | None = None
     for segment in segments:
         if memory is None:

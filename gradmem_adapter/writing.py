@@ -174,6 +174,11 @@ class WritingModel(GradMemTuner):
         if len(vectors) != len(context.input_ids):
             raise ValueError(f"There are {len(vectors)} states for {len(context.input_ids)} texts; pass one text each.")
         known, config = memory.context_tokens.to(context.lengths.device), self.peft_config[self._adapter]
+        if config.start != "slots" and memory.num_memory_tokens != config.num_memory_tokens:
+            raise ValueError(
+                f"The state has {memory.num_memory_tokens} vectors, and with start={config.start!r} text is written "
+                f"into {config.num_memory_tokens}. Update states first, and put them side by side then."
+            )
         with torch.no_grad():
             start, whole = more_text(self._writer, vectors, known, context, config.trained_length)
         batch, length = whole.input_ids.shape

@@ -44,10 +44,10 @@ def test_a_saved_state_goes_on(pipeline):
 @pytest.mark.parametrize("text", ["w1w2w3w4w5 w6", "\n\nw1 w2 w3 w4 w5 w6"])
 def test_white_space_is_between_segments_where_the_text_has_some(pipeline, monkeypatch, text):
     """Of scripts without spaces, for example, there is none."""
-    given, tokenizer = [], byte_tokenizer()
+    given, tokenizer, state = [], byte_tokenizer(), pipeline.write("w1")
     monkeypatch.setattr(pipeline, "tokenizer", tokenizer)
-    monkeypatch.setattr(pipeline.model, "write", lambda ids, *_, **__: given.extend(ids[0].tolist()) or "a state")
-    monkeypatch.setattr(pipeline.model, "update", lambda _, ids, **__: given.extend(ids[0].tolist()) or "a state")
+    monkeypatch.setattr(pipeline.model, "write", lambda ids, *_, **__: given.extend(ids[0].tolist()) or state)
+    monkeypatch.setattr(pipeline.model, "update", lambda _, ids, **__: given.extend(ids[0].tolist()) or state)
     monkeypatch.setattr(pipeline, "encode_contexts", lambda text: [torch.tensor([tokenizer(text)["input_ids"]])])
     write_sequential(pipeline, segments(text, tokenizer, 6), OPTIONS)
     assert tokenizer.decode(given) == text.strip()
@@ -56,6 +56,13 @@ def test_white_space_is_between_segments_where_the_text_has_some(pipeline, monke
 def test_what_is_no_text_or_several_states_is_refused(pipeline):
     with pytest.raises(ValueError, match="the document is empty"):
         write_sequential(pipeline, [], OPTIONS)
+    for wrong in ("a state", ["a state"]):
+        with pytest.raises(TypeError, match="memory must be a MemoryState"):
+            pipeline.update(wrong, "w1")
+    other = tiny_pipeline(trained_length=40, start="context")
+    state = other.write("w1 w2")
+    with pytest.raises(ValueError, match="The state has 6 vectors, and with start='context' text is written into 3"):
+        other.update(MemoryState.concat([state, state]), "w3")
     with pytest.raises(ValueError, match="There is no text to write"):
         pipeline.update(pipeline.write("w1"), " \n")
     with pytest.raises(ValueError, match="got 2 states: update them one by one"):
