@@ -121,6 +121,8 @@ def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, An
     chosen = {one.name: getattr(options, one.name) for one in fields(options) if one.name != "max_memory"}
     chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
     identity = {name: getattr(config, name) for name in _WRITING} | chosen
+    if options.objective == "self_study":  # which asks about the text in this format
+        identity["query_format"] = config.query_format
     return dict(json.loads(json.dumps(identity, default=vars)))
 
 

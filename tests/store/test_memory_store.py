@@ -125,6 +125,13 @@ class TestAdd:
         assert [entry.metadata for entry in store.entries("b.txt")] == [{"title": "new"}, {}]
         assert store.verify().ok
 
+    def test_self_study_in_another_format_is_another_way_of_writing(self, store):
+        pipelines = [tiny_pipeline(query_format=text) for text in ("Q: {query}", "{query}?")]
+        assert pipelines[0].model.fingerprint() == pipelines[1].model.fingerprint()
+        for objective, different in (("self_study", 2), ("reconstruction", 1)):
+            options = WriteOptions(objective=objective)
+            assert len({store.key(pipeline, "w1", options) for pipeline in pipelines}) == different
+
     def test_an_error_of_the_caller_is_his(self, store, pipeline):
         def done(keys):
             b"\xff".decode()
