@@ -211,3 +211,7 @@ class TestRefusals:
         store.add(pipeline, PASSAGES)
         with pytest.raises(ValueError, match="keeps no texts"):
             store.choose(pipeline, "heron")
+        written = {entry.key: entry.written for entry in store.entries()}
+        MemoryStore(store.path).add(pipeline, PASSAGES)
+        assert store.choose(pipeline, "heron")
+        assert {entry.key: entry.written for entry in store.entries()} == written
