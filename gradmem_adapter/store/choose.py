@@ -126,6 +126,6 @@ def _check_states(connection: sqlite3.Connection, fingerprint: str) -> None:
         )
     if own and not texts:
         raise ValueError(
-            "This store keeps no texts (keep_text=False), by which states are chosen. Write them again, which keeps the "
-            "texts beside the states that are there, or name keys yourself: MemoryStore.get(keys)."
+            "This store keeps no texts (keep_text=False), by which states are chosen. Write them again, which keeps "
+            "the texts beside the states that are there, or name keys yourself: MemoryStore.get(keys)."
         )
