@@ -254,6 +254,12 @@ class GradMemConfig(PeftConfig):
         """How many positions the memory takes with its control vectors, m + 2c."""
         return self.num_memory_tokens + 2 * self.num_control_tokens
 
+    @property
+    def segment_tokens(self) -> int | None:
+        """Tokens of a segment of a long text unless another number is asked for: four for each vector, of which memory
+        keeps more than of longer ones (docs/lab/LOG.md), and no more than the trained length; None: that is unknown."""
+        return None if self.trained_length is None else min(self.trained_length, 4 * self.num_memory_tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; the nested LoRA as its own dict, its sets as sorted lists."""
         result = {f.name: getattr(self, f.name) for f in fields(self)}

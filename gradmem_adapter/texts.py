@@ -54,15 +54,15 @@ class TextEncoder:
         Args:
             text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its pieces in order as they stand, such as
                 the lines of an open file; or its token ids.
-            segment_tokens (`int`, *optional*): most tokens of a segment, special ones included; None: the adapter's
-                trained length.
+            segment_tokens (`int`, *optional*): most tokens of a segment, special ones included; None: four for each of
+                the adapter's vectors, no more than its trained length.
             overlap (`int`, *optional*): most tokens that a segment repeats of the one before, where no paragraph ended
                 there; None: a sixteenth of a segment.
 
         Raises:
             ValueError: the trained length is not known, or a segment would be longer than the model takes.
         """
-        limit = self.model.active_peft_config.trained_length if segment_tokens is None else segment_tokens
+        limit = self.model.active_peft_config.segment_tokens if segment_tokens is None else segment_tokens
         if limit is None:
             raise ValueError(
                 "The adapter's configuration does not say its trained length: pass segment_tokens, how many tokens one "

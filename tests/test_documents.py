@@ -5,14 +5,14 @@ import torch
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
-from gradmem_adapter import WriteOptions
+from gradmem_adapter import GradMemConfig, WriteOptions
 
 TEXT = f"{tiny_text(30, 1)}.\n\n{tiny_text(50, 2)}.\n\n{tiny_text(35, 3)}."
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return tiny_pipeline(trained_length=50)
+    return tiny_pipeline(trained_length=50, num_memory_tokens=13)
 
 
 def test_parallel_equals_segment_by_segment(pipeline):
@@ -24,6 +24,13 @@ def test_parallel_equals_segment_by_segment(pipeline):
     assert document.states.context_tokens.tolist() == [segment.tokens for segment in document.segments]
     for segment, state in zip(document.segments, document.states, strict=True):
         torch.testing.assert_close(state.vectors, pipeline.write(segment.text).vectors)
+
+
+def test_a_segment_has_four_tokens_a_vector_and_no_more_than_were_trained():
+    for m, trained, most in ((3, 50, 12), (13, 50, 50), (3, None, None)):
+        assert GradMemConfig(num_memory_tokens=m, trained_length=trained).segment_tokens == most
+    segments = list(tiny_pipeline(trained_length=50).segments(TEXT))
+    assert 10 <= max(segment.tokens for segment in segments) <= 12
 
 
 def test_a_text_in_pieces_and_options(pipeline):
@@ -38,7 +45,7 @@ def test_a_text_in_pieces_and_options(pipeline):
 
 def test_segments_are_read_side_by_side(pipeline):
     document = pipeline.write_document(TEXT)
-    assert document.side_by_side().vectors.shape[:2] == (1, 3 * 3)
+    assert document.side_by_side().vectors.shape[:2] == (1, 3 * 13)
     some = document.side_by_side([2, 0])
     assert torch.equal(some.vectors[0], torch.cat([document.states[2].vectors[0], document.states[0].vectors[0]]))
     assert document.side_by_side(torch.tensor([2, 0]).numpy()).equal(some)
@@ -61,14 +68,14 @@ class TestSequential:
         options = WriteOptions(steps=5, optimizer="adam", lr=0.05)
         document = pipeline.write_document(TEXT, "sequential", segment_tokens=20, options=options)
         assert len(document) > 3
-        assert document.states.vectors.shape == document.side_by_side().vectors.shape == (1, 3, 32)
+        assert document.states.vectors.shape == document.side_by_side().vectors.shape == (1, 13, 32)
         found = document.fidelity(pipeline)
         assert found.greedy.shape == found.teacher_forced.shape == (len(document),)
         with pytest.raises(ValueError, match="one state for all segments"):
             document.side_by_side([0])
 
     def test_fidelity_is_the_share_that_is_recited_anywhere(self, monkeypatch):
-        pipeline = tiny_pipeline(trained_length=50)
+        pipeline = tiny_pipeline(trained_length=50, num_memory_tokens=13)
         document = pipeline.write_document(TEXT, "sequential", segment_tokens=20, steps=0)
         ids = pipeline.tokenizer(TEXT)["input_ids"]
         recital = [*ids[:30], *ids[33:60], *reversed(ids[60:80]), *ids[-3:]]
@@ -115,7 +122,7 @@ class TestSequential:
         (" \n", {}, ValueError, "no text to write: the document is empty"),
         (TEXT, {"mode": "serial"}, ValueError, "mode must be one of"),
         (TEXT, {"segment_tokens": 0}, ValueError, "at least 1 tokens"),
-        (TEXT, {"segment_tokens": 158}, ValueError, "at most the 157 tokens that the model takes, got 158"),
+        (TEXT, {"segment_tokens": 148}, ValueError, "at most the 147 tokens that the model takes, got 148"),
         (TEXT, {"overlap": 13}, ValueError, "less than a quarter of a segment's 50 tokens"),
         (None, {}, TypeError, "can be cut, got NoneType"),
     ],

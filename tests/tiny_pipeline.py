@@ -13,5 +13,6 @@ from gradmem_adapter import GradMemConfig, GradMemPipeline
 def tiny_pipeline(seed: int = 0, **config: Any) -> GradMemPipeline:
     backbone = tiny(seed=seed, max_position_embeddings=160)
     backbone.generation_config.eos_token_id = None
-    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, write_steps=1, write_lr=0.3, **config)).eval()
+    config = {"num_memory_tokens": 3, "write_steps": 1, "write_lr": 0.3} | config
+    model = get_peft_model(backbone, GradMemConfig(**config)).eval()
     return GradMemPipeline(model, tiny_tokenizer())

@@ -51,7 +51,7 @@ class LongDocuments(Task):
         pieces (`str`, *optional*, defaults to `"segments"`): what is read by itself: `"segments"` of an article, its
             `"paragraphs"`, the `"whole"` of it, cut to what the model takes, or the whole of it in one state, written
             segment by segment (`"sequential"`).
-        segment_tokens (`int`, *optional*): most tokens of a segment; None: the adapter's trained length.
+        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
         chosen (`str`, *optional*, defaults to `"words"`): what a question is asked of: as many pieces as there are
             states to ask, by `"words"`, as `MemoryStore.choose` finds them; or the `"right"` piece.
         alone (`bool`, *optional*, defaults to `False`): ask each chosen piece by itself, and take the answer with the
@@ -153,7 +153,7 @@ class LongDocuments(Task):
         if self.pieces in ("whole", "sequential"):
             return [Segment(text, 0, len(text), 0)]
         config = getattr(answerer.model, "active_peft_config", None)
-        limit = self.segment_tokens or getattr(config, "trained_length", None)
+        limit = self.segment_tokens or getattr(config, "segment_tokens", None)
         if limit is None:
             raise ValueError("long_documents needs segment_tokens where the model does not say its trained length.")
         return list(segments(text, answerer.tokenizer, limit))

@@ -37,7 +37,7 @@ def write_to_store(
         store (`MemoryStore`): where to.
         pipeline (`GradMemPipeline`): who writes.
         inputs (`Inputs`): the documents. One that cannot be written is refused there, and the rest goes on.
-        segment_tokens (`int`, *optional*): most tokens of a segment; None: the adapter's trained length.
+        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
         how: what else `MemoryStore.add` takes: options, max_tokens.
 
     Returns:

@@ -51,9 +51,7 @@ def write(
     json_lines: Annotated[bool, JSON_LINES] = False,
     segment_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Most tokens of a segment; default: the checkpoint's trained length.", rich_help_panel="With --store"
-        ),
+        typer.Option(help="Most tokens of a segment; default: four for each vector.", rich_help_panel="With --store"),
     ] = None,
     keep_text: Annotated[
         bool,
