@@ -18,7 +18,7 @@ STORY = """Once upon a time a poor woodcutter called Hans lived at the edge of a
 a golden key in the snow, and under the snow an iron chest. In the chest lay a red cloak that made him
 invisible. He put it on and went to the castle of a giant, who kept a princess in a tower. The princess gave
 Hans a silver ring."""
-QUESTIONS = ("Where did Hans live?", "What lay in the chest?", "What did the princess give Hans?")
+QUESTIONS = ("Where did Hans live?", "Who kept the princess?", "What did the princess give Hans?", "Who wrote Hamlet?")
 
 
 def main() -> None:

@@ -79,12 +79,20 @@ def ask(
 def _from_store(
     store: MemoryStore, pipeline: GradMemPipeline, question: str, k: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """An answer from the states that a question needs, side by side; None where the store has none for it."""
+    """An answer from the states that a question needs; None where the store has none for it.
+
+    An adapter that knows when a state does not hold an answer reads each by itself; others read them side by side.
+    """
     chosen = store.choose(pipeline, question, k)
     answer = None
     if chosen:
         states = store.get([choice.entry.key for choice in chosen], pipeline.model.fingerprint())
-        (answer,) = pipeline.generate([question], memory=MemoryState.concat(list(states)), **options)
+        if pipeline.model.active_peft_config.refusal is None:
+            (answer,) = pipeline.generate([question], memory=MemoryState.concat(list(states)), **options)
+        else:
+            found = pipeline.generate([question] * len(chosen), memory=states, return_scores=True, **options)
+            best = max(range(len(found)), key=lambda i: found[i].score)
+            answer, chosen = found[best].text, [chosen[best]]
     named = ("key", "source", "start", "end")
     sources = [{name: getattr(one.entry, name) for name in named} | {"score": one.score} for one in chosen]
     return {"question": question, "answer": answer and answer.strip(), "sources": sources}

@@ -126,6 +126,23 @@ class TestStore:
         assert "d.txt: 0-5" in table.stdout
         assert "no text in the store has a word of it" in table.stdout
 
+    def test_an_adapter_that_refuses_reads_each_state_by_itself(self, checkpoint, memory, tmp_path):
+        """And the one answers whose answer it is surest of."""
+        model, tokenizer = load_checkpoint(checkpoint)
+        model.active_peft_config.refusal = "w7"
+        save_checkpoint(model, tokenizer, tmp_path / "refuses")
+        result = ask("w4 w5", "--store", "memory", "--k", 2, "--checkpoint", tmp_path / "refuses", "--json")
+        assert result.exit_code == 0, result.output
+        (one,) = json.loads(result.stdout)["answers"]
+        pipeline = GradMemPipeline(model, tokenizer)
+        keys = [choice.entry.key for choice in memory.choose(pipeline, "w4 w5", 2)]
+        options = {"return_scores": True, "max_new_tokens": 4, "do_sample": False}
+        found = {key: pipeline.generate("w4 w5", memory=memory.get(key), **options)[0] for key in keys}
+        best = max(found, key=lambda key: found[key].score)
+        assert len(found) == 2
+        assert [source["key"] for source in one["sources"]] == [best]
+        assert one["answer"] == found[best].text.strip()
+
     def test_a_store_of_another_model(self, checkpoint, memory, tmp_path):
         model, tokenizer = load_checkpoint(checkpoint)
         with torch.no_grad():
