@@ -23,11 +23,7 @@ def own_schedule(optimizer: Any, args: GradMemTrainingArguments, steps: int) -> 
         return None
     warmup = args.get_warmup_steps(steps)
     decay = 0 if args.max_minutes is not None else round(args.decay_share * steps)
-    return warmup_stable_decay(optimizer, warmup, max(0, steps - warmup - decay), decay)
-
-
-def warmup_stable_decay(optimizer: Any, warmup: int, stable: int, decay: int) -> LambdaLR:
-    """Warm-up, constant, linear decay; each for so many steps."""
+    stable = max(0, steps - warmup - decay)
     return get_wsd_schedule(
         optimizer, warmup, decay, num_stable_steps=stable, decay_type="linear", min_lr_ratio=LEAST_RATE
     )
