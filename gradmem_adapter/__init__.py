@@ -12,6 +12,7 @@ from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.outputs import Fidelity, GradMemOutput, ScoredText, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
 from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.read.reader import Reader
 from gradmem_adapter.registration import register
 from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState, MemoryStateError
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryStateError",
     "MemoryStore",
     "MemoryStoreError",
+    "Reader",
     "ScoredText",
     "Segment",
     "Study",

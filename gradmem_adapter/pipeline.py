@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.documents import DocumentMemory, Mode, sequential_segments, write_document
 from gradmem_adapter.lora import without_lora
@@ -16,6 +17,7 @@ from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
 from gradmem_adapter.prompts import Prompt, prompt_list, study_tokens
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.likelihood import scores
+from gradmem_adapter.read.reader import Reader
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState
@@ -40,11 +42,17 @@ class GradMemPipeline(TextEncoder):
     Args:
         model (`PeftModel`): with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer, with a pad or an end token.
+        reader (`Reader`, *optional*): who answers from memory, such as an engine of `gradmem_adapter.export`; None:
+            `model` itself. What is asked without memory is answered by `model`'s backbone in any case.
 
     Raises:
         TypeError: `model` has no GradMem adapter.
         ValueError: the tokenizer has neither a pad nor an end token.
     """
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, reader: Reader | None = None) -> None:
+        super().__init__(model, tokenizer)
+        self.reader: Reader = self.model if reader is None else reader
 
     # ---------------------------------------------------------------- WRITE
 
@@ -327,10 +335,12 @@ class GradMemPipeline(TextEncoder):
         Returns:
             What Transformers returns: prompts and new tokens `[B, T + new]`.
         """
-        if memory is None and options.get("context_index") is None:
+        if memory is None:
+            if options.get("context_index") is not None:
+                raise ValueError("context_index needs a memory.")
             own = {name: value for name, value in options.items() if name not in ("context_index", "strict")}
             backbone = cast(PreTrainedModel, self.model.get_base_model())
             check_left_padding(backbone, not attention_mask.all())
             backbone = without_lora(backbone)
             return backbone.generate(input_ids, attention_mask=attention_mask, **own)  # type: ignore[operator]
-        return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **options)
+        return self.reader.generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **options)

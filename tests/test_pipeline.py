@@ -404,3 +404,33 @@ class TestRefused:
         lora = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"]))
         with pytest.raises(TypeError, match="needs a model with a GradMem adapter"):
             GradMemPipeline(lora, tiny_tokenizer())
+
+
+class Recording:
+    """A reader that hands on to a model and keeps what it was asked."""
+
+    def __init__(self, model):
+        self.model, self.asked = model, []
+
+    def generate(self, **options):
+        self.asked.append(options)
+        return self.model.generate(**options)
+
+
+class TestReader:
+    def test_answers_from_memory_alone_and_all_of_them(self, pipeline):
+        reader = Recording(pipeline.model)
+        other = GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=reader)
+        states = pipeline.write(CONTEXTS)
+        assert answer(other, PROMPTS, states) == answer(pipeline, PROMPTS, states)
+        (whole,) = answer(pipeline, PROMPTS[0], states[0])
+        pieces = other.stream(PROMPTS[0], memory=states[0], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert "".join(pieces) == whole
+        assert [len(asked["input_ids"]) for asked in reader.asked] == [3, 1]
+        assert all(asked["memory"] is not None and "attention_mask" in asked for asked in reader.asked)
+
+    def test_is_not_asked_without_memory(self, pipeline):
+        reader = Recording(pipeline.model)
+        other = GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=reader)
+        assert answer(other, PROMPTS) == answer(pipeline, PROMPTS)
+        assert reader.asked == []
