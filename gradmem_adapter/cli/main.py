@@ -10,6 +10,7 @@ import typer
 from gradmem_adapter.cli.ask import ask
 from gradmem_adapter.cli.demo import demo
 from gradmem_adapter.cli.errors import DEBUG, Commands
+from gradmem_adapter.cli.export import export, export_states
 from gradmem_adapter.cli.store import app as store
 from gradmem_adapter.cli.train import train
 from gradmem_adapter.cli.write import write
@@ -33,6 +34,6 @@ def main(
     """Write long contexts into a few vectors by gradient descent, and answer from them (GradMem)."""
 
 
-for command in (demo, write, ask, train):
+for command in (demo, write, ask, train, export, export_states):
     app.command()(command)
 app.add_typer(store, name="store")

@@ -1,0 +1,71 @@
+"""`gradmem export` and `gradmem export-states`: an adapter and its states for other engines."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import torch
+import typer
+
+from gradmem_adapter.checkpoint import load_checkpoint
+from gradmem_adapter.cli.options import CHECKPOINT, QA_CHECKPOINT
+from gradmem_adapter.export import export_model, prompt_embeds
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.files import check_writable, replacing
+
+
+class Type(str, Enum):
+    """Types of exported numbers."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A trained adapter.")],
+    directory: Annotated[Path, typer.Argument(file_okay=False, help="A new or empty directory for the model.")],
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge/--lora", help="Add the LoRA to the weights, or write it beside them, into the folder lora."
+        ),
+    ] = True,
+    dtype: Annotated[Type, typer.Option(help="Of the weights.")] = Type.float32,
+    gguf: Annotated[
+        Type | None, typer.Option(help="Also write model.gguf for llama.cpp, by its own converter: float32 or float16.")
+    ] = None,
+) -> None:
+    """Write the model that answers from memory as a plain Hugging Face directory, for vLLM and other engines."""
+    if gguf is Type.bfloat16:
+        raise ValueError("--gguf is float32 or float16.")
+    model, tokenizer = load_checkpoint(checkpoint, dtype=getattr(torch, dtype.value))
+    kind = cast(Literal["float32", "float16"] | None, None if gguf is None else gguf.value)
+    export_model(model, tokenizer, directory, merge=merge, gguf=kind)
+    typer.echo(f"{directory} answers from states of model {model.fingerprint()}, {model.prefix_length} vectors each.")
+
+
+def export_states(
+    states: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Memory states, as gradmem write makes.")],
+    output: Annotated[Path, typer.Argument(dir_okay=False, help="A file for JSON lines, one for each state.")],
+    checkpoint: Annotated[Path, CHECKPOINT] = QA_CHECKPOINT,
+    dtype: Annotated[Type, typer.Option(help="Of the vectors; bfloat16 halves the lines.")] = Type.float32,
+) -> None:
+    """Write memory states as vLLM's API takes them: prompt_embeds, in base64."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists. Name another file.")
+    check_writable(output)
+    memory = MemoryState.load(states)
+    model, _ = load_checkpoint(checkpoint)
+    rows = [
+        {"context_tokens": int(tokens), "fingerprint": memory.fingerprint, "prompt_embeds": text}
+        for tokens, text in zip(
+            memory.context_tokens, prompt_embeds(model, memory, getattr(torch, dtype.value)), strict=True
+        )
+    ]
+    with replacing(output) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    typer.echo(f"{output} has {len(rows)} states for an engine that serves what gradmem export made of {checkpoint}.")

@@ -1,0 +1,35 @@
+"""Chat templates that put memory before the conversation, wherever in its messages memory is sent."""
+
+from __future__ import annotations
+
+MARK = "<prompt_embeds>"
+"""What vLLM writes where a message has a part of embeddings: a line of its text, or a part of it."""
+
+_BEGINNING = (
+    "{%- set found = namespace(memory='', messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set content, count = message.content, 0 -%}"
+    "{%- if content is string -%}"
+    "{%- set count = content.count('<MARK>') -%}"
+    "{%- set content = content.replace('<MARK>\\n', '').replace('\\n<MARK>', '').replace('<MARK>', '') -%}"
+    "{%- elif content -%}"
+    "{%- set count = content | selectattr('text', 'equalto', '<MARK>') | list | length -%}"
+    "{%- set content = content | rejectattr('text', 'equalto', '<MARK>') | list -%}"
+    "{%- endif -%}"
+    "{%- set found.memory = found.memory ~ '<MARK>' * count -%}"
+    "{%- set found.messages = found.messages + [dict(message, content=content) if count else message] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = found.messages -%}"
+    "{%- if found.memory %}{{ found.memory }}{% endif %}\n"
+).replace("<MARK>", MARK)
+
+
+def memory_first(template: str) -> str:
+    """A chat template that writes the marks of all memories before everything else; without marks nothing changes.
+
+    The adapter was trained on `[memory; prompt]`, and an engine puts the vectors where the mark stands.
+
+    Args:
+        template (`str`): in Jinja, as Transformers and vLLM run it.
+    """
+    return _BEGINNING + template
