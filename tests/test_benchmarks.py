@@ -9,6 +9,7 @@ from peft import get_peft_model
 from tiny import tiny, tokens
 
 from benchmarks import (
+    bulk_write,
     choose,
     common,
     kinks,
@@ -69,6 +70,13 @@ def test_choose(run, tmp_path):
     (few, more) = run(choose, "choose", str(tmp_path), "--states", "4", "12", "--k", "1", "2")
     assert settings([few, more], "states", "questions") == [(4, 4), (12, 9)]
     assert few.metrics["right_of_1"] == more.metrics["right_of_2"] == 1
+
+
+def test_bulk_write(run):
+    (record,) = run(bulk_write, "bulk_write", "--texts", "4", "--words", "20", "20", "--segment-tokens", "10")
+    assert settings([record], "processes", "texts") == [(1, 4)]
+    documents, segments, tokens = (record.metrics[f"{name}_per_second"] for name in ("documents", "segments", "tokens"))
+    assert (segments / documents, tokens / documents) == pytest.approx((2, 20))
 
 
 def test_kinks(run):

@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "int8"]
 _AT_ONCE = 256
 """Texts that are given to the pipeline together, whose states are all in memory then."""
+_FILES_AT_ONCE = 16
+"""Files that wait for the disk together: most of the time that storing takes is this."""
 
 
 class MemoryStore:
@@ -218,15 +221,17 @@ class MemoryStore:
         """Put the files of states into their places and into the index; places that it knows stay."""
         self.index.make()
         with temporary_directory(self.path) as folder:
-            written = [files.write_file(folder / str(number), *one) for number, one in enumerate(found)]
+            new_files = [folder / str(number) for number in range(len(found))]
+            with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+                written = list(threads.map(files.write_file, new_files, *zip(*found, strict=True)))
             with self.index.writing() as connection:
-                for number, entries in enumerate(written):
-                    file, new = self._file(entries[0].key), folder / str(number)
+                for (tensors, _), new, entries in zip(found, new_files, written, strict=True):
+                    file = self._file(entries[0].key)
                     found_at = {one.place: _place(one) for one in select(connection, "key = ?", (entries[0].key,))}
                     found_at |= {entry.place: _place(entry) for entry in entries}
                     if len(found_at) > len(entries):  # another process has found it elsewhere meanwhile
                         entries = [replace(entries[0], **place) for place in found_at.values()]
-                        entries = files.write_file(new, found[number][0], entries)
+                        entries = files.write_file(new, tensors, entries)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(new, file)
                     insert(connection, entries)
