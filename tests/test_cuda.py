@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import two_processes
 from peft import LoraConfig, get_peft_model
 from tiny import tiny, tokens
 
@@ -131,17 +130,6 @@ def test_one_write_step_alone_learns_and_does_not_diverge(tmp_path):
     measured = Evaluation(tasks=(KVRetrieval(pairs=16),), write_steps=(1,))
     (record,) = evaluate(checkpoint, device=torch.device("cuda"), evaluation=measured)
     assert record.metrics["exact_match"] > 0.95
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_two_processes_capture_the_mean_of_their_gradients(tmp_path):
-    """Over NCCL; tests/training/test_distributed.py has what does not depend on the device."""
-    (first, second), _ = two_processes.start(
-        "training/distributed_run.py", "finite_difference", tmp_path, folder=tmp_path, cuda=True
-    )
-    assert first["ready"]["logs"] == second["ready"]["logs"]
-    for name, weight in first["finite_difference"]["weights"].items():
-        assert torch.equal(weight, second["finite_difference"]["weights"][name]), name
 
 
 @pytest.mark.parametrize("compile", [True, "auto"])

@@ -20,4 +20,4 @@ def start(script, *arguments, folder, cuda=False):
     command += [str(FOLDER / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-8000:]
-    return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)], done
+    return [torch.load(folder / f"results-{rank}.pt", map_location="cpu") for rank in range(2)], done

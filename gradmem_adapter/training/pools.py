@@ -72,7 +72,7 @@ class Pool:
 
         Args:
             contexts: C contexts, drawn with replacement.
-            queries: on each, drawn with replacement.
+            queries: on each; different ones, where it has so many.
             side_by_side: S, the states that each query is asked of, in random order: those of its own context, and
                 others of the next contexts of the batch.
             parts: P, the states that a context is written into, each a P-th of its tokens; its own stay in order.
@@ -80,7 +80,9 @@ class Pool:
         device = self.contexts.device
         options: dict[str, Any] = {"device": device, "generator": generator}
         chosen = torch.searchsorted(self.bounds, torch.rand(contexts, **options)).clamp(max=len(self.bounds) - 1)
-        which = (torch.rand(contexts, queries, **options) * self.count[chosen, None]).long()
+        # One draw for each context, and equal distances from it: no query comes twice while there are others.
+        places = (torch.rand(contexts, 1, **options) + torch.arange(queries, device=device)) / queries
+        which = (places * self.count[chosen, None]).long().clamp(max=self.count[chosen, None] - 1)
         rows = (self.first[chosen, None] + which).flatten()
         own = torch.arange(contexts, device=device).repeat_interleave(queries)
         texts, lengths = self.contexts[chosen].long(), self.lengths[chosen]

@@ -170,11 +170,10 @@ class Interrupt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    torch.set_num_threads(1)
+def on_cpus(folder, meta_gradients):
+    """Everything, shared by processes on the CPU."""
     results = {"written": write(folder)}
-    results |= {name: train(folder / name, 2, name) for name in sys.argv[1].split(",")}
+    results |= {name: train(folder / name, 2, name) for name in meta_gradients}
     results["ready"] = train_ready(folder / "ready", 2)
     results["interrupted"] = ended(folder / "interrupted", callbacks=[Interrupt()], max_steps=99)
     if torch.distributed.get_rank():  # a clock that runs differently
@@ -186,5 +185,21 @@ if __name__ == "__main__":
         results[f"sharded {name}"] = train(folder / f"sharded {name}", 2, name, fsdp=True)
     results["sharded average"] = train(folder / "average", 2, "first_order", fsdp=True, ema_decay=0.5)
     results["refused"] = [refused(folder / "refused", **options) for options in NOT_SHARDED]
+    return results
+
+
+def on_gpus(folder, meta_gradients):
+    """What may depend on the device."""
+    results = {name: train(folder / name, 2, name) for name in meta_gradients}
+    results["ready"] = train_ready(folder / "ready", 2)
+    return results | {
+        f"sharded {name}": train(folder / f"sharded {name}", 2, name, fsdp=True) for name in meta_gradients
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    torch.set_num_threads(1)
+    results = (on_gpus if torch.cuda.is_available() else on_cpus)(folder, sys.argv[1].split(","))
     torch.save(results, folder / f"results-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

@@ -61,6 +61,19 @@ class TestPools:
         second = (drawn[:, None] == pool.contexts[8:]).all(-1).any(1)
         assert second.float().mean().item() == pytest.approx(0.75, abs=0.03)
 
+    @pytest.mark.parametrize("wanted", [2, 3, 5])
+    def test_no_query_comes_twice_while_there_are_others(self, wanted):
+        texts = [row["context"] for row in rows(6, 9)]
+        data = [
+            {"context": text, "queries": [f"w{i}" for i in range(count)], "targets": ["w1"] * count}
+            for text, count in zip(texts, (1, 2, 3, 4, 5, 6), strict=True)
+        ]
+        (pool,) = make_pools([(data, 1.0)], COLLATOR, [10])
+        batch = pool.sample(50, wanted)
+        for context, drawn in zip(batch["context_input_ids"], batch["input_ids"].view(50, wanted, -1), strict=True):
+            number = (pool.contexts == context).all(1).int().argmax().item()
+            assert len({tuple(row.tolist()) for row in drawn}) == min(wanted, pool.count[number])
+
     def test_side_by_side_has_the_own_context_somewhere_and_different_others(self, pools):
         index = pools[0].sample(5, 4, side_by_side=3)["context_index"]
         own = torch.arange(5).repeat_interleave(4)

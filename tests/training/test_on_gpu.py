@@ -1,8 +1,10 @@
 """Captured training steps on a GPU, which give what steps as they are give; skipped on machines without one."""
 
+import distributed_run
 import pytest
 import torch
-from test_trainer import Gradients, logs, make, rows, trainer
+import two_processes
+from test_trainer import Gradients, logs, make, rows, same, trainer
 from tiny import tiny, tiny_tokenizer
 from transformers import TrainerCallback
 
@@ -117,3 +119,25 @@ def test_memory_does_not_grow_and_is_given_back(tmp_path):
     assert memory.allocated[-1] <= memory.allocated[40] + 2**20
     assert made._graphed is None
     assert torch.cuda.memory_allocated() < memory.allocated[-1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_are_one(tmp_path):
+    """Over NCCL, each with the whole model (also by CUDA graphs) or a half of it."""
+    names = ("exact", "finite_difference")
+    first, second = two_processes.start(
+        "training/distributed_run.py", ",".join(names), tmp_path, folder=tmp_path, cuda=True
+    )[0]
+    assert first["ready"]["logs"] == second["ready"]["logs"]
+    for name in names:
+        one = distributed_run.train(tmp_path / f"one {name}", 1, name, use_cpu=False)
+        for run in (name, f"sharded {name}"):
+            assert same(first[run]["weights"], second[run]["weights"])
+            assert same(first[run]["weights"], first[run]["resumed"])
+            assert first[run]["logs"]["loss"] == pytest.approx(one["logs"]["loss"], rel=1e-3)
+            for shared, alone in zip(first[run]["gradients"], one["gradients"], strict=True):
+                for weight, gradient in alone.items():
+                    assert (shared[weight] - gradient.cpu()).norm() < 1e-3 * gradient.norm().item() + 1e-5, (
+                        run,
+                        weight,
+                    )
