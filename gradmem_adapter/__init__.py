@@ -9,7 +9,7 @@ from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.documents import DocumentMemory
 from gradmem_adapter.model import GradMemModel
-from gradmem_adapter.outputs import Fidelity, GradMemOutput, ScoredText, WriteProgress
+from gradmem_adapter.outputs import Fidelity, GradMemOutput, ScoredText, SurestAnswer, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.read.reader import Reader
@@ -43,6 +43,7 @@ __all__ = [
     "ScoredText",
     "Segment",
     "Study",
+    "SurestAnswer",
     "UnknownStateError",
     "WriteOptions",
     "WriteProgress",

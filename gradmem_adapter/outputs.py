@@ -77,3 +77,17 @@ class ScoredText(NamedTuple):
 
     text: str
     score: float
+
+
+class SurestAnswer(NamedTuple):
+    """What `GradMemPipeline.surest_answer` returns.
+
+    Args:
+        text (`str`): the answer.
+        score (`float`): from 0 to 1, how far the state supports it.
+        state (`int`): the index of the state that it is from.
+    """
+
+    text: str
+    score: float
+    state: int

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.documents import DocumentMemory, Mode, sequential_segments, write_document
 from gradmem_adapter.lora import without_lora
-from gradmem_adapter.outputs import Fidelity, ScoredText, WriteProgress
+from gradmem_adapter.outputs import Fidelity, ScoredText, SurestAnswer, WriteProgress
 from gradmem_adapter.prompts import Prompt, prompt_list, study_tokens
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.likelihood import scores
@@ -260,6 +260,34 @@ class GradMemPipeline(TextEncoder):
             return texts
         supported = self._scores(input_ids, mask, new, memory, options)
         return [ScoredText(text, score) for text, score in zip(texts, supported, strict=True)]
+
+    def surest_answer(
+        self,
+        prompt: Prompt,
+        *,
+        memory: MemoryState,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> SurestAnswer:
+        """Ask several states the same, each by itself, in one batch, and take the answer with the highest score.
+
+        For adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): the states that do not hold
+        it score low. Others are better read side by side (`MemoryState.concat`).
+
+        Args:
+            prompt (`str` or `list[dict]`): a text or chat messages.
+            memory (`MemoryState`): one state or several.
+            chat_template_kwargs, options: as for `generate`, which says what a score is.
+
+        Returns:
+            `SurestAnswer`: the answer, its score, and the index of the state that it is from.
+        """
+        prompts = [prompt] * len(memory)
+        found = self.generate(
+            prompts, memory=memory, chat_template_kwargs=chat_template_kwargs, return_scores=True, **options
+        )
+        best = max(range(len(found)), key=lambda i: found[i].score)
+        return SurestAnswer(*found[best], state=best * len(memory) // len(found))
 
     def _scores(
         self, input_ids: Tensor, mask: Tensor, new: Tensor, memory: MemoryState, options: dict[str, Any]

@@ -61,7 +61,7 @@ def test_commands_exist(command, monkeypatch):
         if shutil.which("make") is None:
             pytest.fail("make is needed for the documented commands")
         subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
-    elif "-m" in arguments and program in {"python", "accelerate"}:
+    elif "-m" in arguments and program in {"python", "accelerate", "torchrun"}:
         monkeypatch.syspath_prepend(str(ROOT))
         assert importlib.util.find_spec(arguments[arguments.index("-m") + 1]) is not None
     elif program == "python":

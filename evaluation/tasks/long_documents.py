@@ -169,12 +169,11 @@ class LongDocuments(Task):
             raise TypeError("alone and sequential are about memory states: they need the method gradmem.")
         pipeline = GradMemPipeline(answerer.model, answerer.tokenizer)
         memory = self._memory(answerer, pipeline, texts)
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "return_scores": True}
-        answers = []
-        for query, read in zip(queries, reads, strict=True):
-            found = pipeline.generate([query] * len(read), memory=memory[read], **options)
-            answers.append(max(found, key=lambda answer: answer.score).text.strip())
-        return answers
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return [
+            pipeline.surest_answer(query, memory=memory[read], **options).text.strip()
+            for query, read in zip(queries, reads, strict=True)
+        ]
 
     def _memory(self, answerer: Answerer, pipeline: GradMemPipeline, texts: list[str]) -> MemoryState:
         if self.pieces == "sequential":

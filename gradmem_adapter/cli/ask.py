@@ -90,9 +90,8 @@ def _from_store(
         if pipeline.model.active_peft_config.refusal is None:
             (answer,) = pipeline.generate([question], memory=MemoryState.concat(list(states)), **options)
         else:
-            found = pipeline.generate([question] * len(chosen), memory=states, return_scores=True, **options)
-            best = max(range(len(found)), key=lambda i: found[i].score)
-            answer, chosen = found[best].text, [chosen[best]]
+            found = pipeline.surest_answer(question, memory=states, **options)
+            answer, chosen = found.text, [chosen[found.state]]
     named = ("key", "source", "start", "end")
     sources = [{name: getattr(one.entry, name) for name in named} | {"score": one.score} for one in chosen]
     return {"question": question, "answer": answer and answer.strip(), "sources": sources}

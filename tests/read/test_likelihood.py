@@ -117,6 +117,18 @@ def test_several_sequences():
     assert scored[2].score == pytest.approx(best[0].score, abs=1e-4)
 
 
+def test_of_several_states_the_surest_answers():
+    pipeline = make(refusal="no idea")
+    states = pipeline.write(CONTEXTS)
+    for prompt in PROMPTS:
+        each = [pipeline.generate(prompt, memory=state, return_scores=True, **OPTIONS)[0] for state in states]
+        found = pipeline.surest_answer(prompt, memory=states, **OPTIONS)
+        assert found.state == max(range(3), key=lambda i: each[i].score)
+        assert (found.text, found.score) == (each[found.state].text, pytest.approx(each[found.state].score, abs=1e-4))
+        several = pipeline.surest_answer(prompt, memory=states, num_return_sequences=2, num_beams=2, max_new_tokens=4)
+        assert several.state == found.state
+
+
 def test_refused():
     with pytest.raises(ValueError, match="pass a memory"):
         make().generate(PROMPTS, return_scores=True)
