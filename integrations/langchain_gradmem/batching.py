@@ -15,6 +15,7 @@ from gradmem_adapter import GradMemPipeline, MemoryState
 
 from .sampling import Sampling
 from .stopping import NewTokens
+from .structured import Constraint
 
 _WINDOW = 0.005
 """Seconds without a further call after which a batch begins. It begins after ten of them in any case."""
@@ -26,12 +27,16 @@ class Options(NamedTuple):
     max_tokens: int
     sampling: Sampling
     stops: tuple[str, ...]
+    grammar: str | None = None
+    """What answers keep to, see `structured`."""
 
     def generate(
         self, pipeline: GradMemPipeline, seeds: Sequence[int | None], criterion: StoppingCriteria
     ) -> dict[str, Any]:
         """Options of the pipeline's `generate_ids` for rows with these seeds."""
         processors = self.sampling.processors(seeds, pipeline.model.device)
+        if self.grammar is not None:
+            processors.insert(0, Constraint(pipeline, self.grammar, len(seeds)))
         options = {"max_new_tokens": self.max_tokens, "do_sample": False, "logits_processor": processors}
         return pipeline.generation_options(options | {"stopping_criteria": [criterion]})
 

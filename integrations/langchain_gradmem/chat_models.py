@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mappi
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
@@ -22,12 +22,14 @@ from typing_extensions import Self
 from gradmem_adapter import GradMemPipeline, load_checkpoint
 
 from .batching import Call, Options, batcher_of
+from .binding import BoundChat
 from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools
 from .options import CallOptions
 from .requests import Request, request_of
 from .sampling import Sampling
 from .stopping import NewTokens, cut_at_stop, pieces_until_stop
 from .stores import MemoryStateStore
+from .structured import AVAILABLE, grammar_of, parsed, response_format
 
 _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
 """Standard options of LangChain's chat models that a local model has no use for, and passes over."""
@@ -127,18 +129,63 @@ class ChatGradMem(BaseChatModel, CallOptions):
             NotImplementedError: it does not; or structured output or a choice of tool is asked for, which a template
                 cannot enforce.
         """
-        if "ls_structured_output_format" in kwargs:  # with_structured_output() calls this
-            raise NotImplementedError(
-                "ChatGradMem has no structured output: nothing makes a local model keep to a schema while it decodes. "
-                "Ask for JSON in the prompt and parse it with a PydanticOutputParser, or answer with "
-                "GradMemPipeline.generate and the logits_processor of a library for constrained decoding."
-            )
-        require_tools(self.pipeline.tokenizer)
+        if tools:
+            require_tools(self.pipeline.tokenizer)
         if tool_choice not in (None, "auto"):
             raise NotImplementedError(
                 f"tool_choice={tool_choice!r} cannot be enforced: the model chooses. Leave tool_choice out."
             )
         return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model with answers that keep to a schema, since nothing else can be decoded. Needs `llguidance`.
+
+        The model is not shown the schema: a question says what is wanted.
+
+        Args:
+            schema (`dict` or `type`): a JSON schema, a tool's, a TypedDict or a pydantic class. Objects have the
+                properties that it names, and others only where it says `additionalProperties`.
+            method (`str`, *optional*): makes no difference: the answer is JSON that keeps to the schema.
+            include_raw (`bool`, *optional*, defaults to `False`): give a `dict` with the message (`raw`), its content
+                (`parsed`) and what went wrong (`parsing_error`).
+            strict (`bool`, *optional*): True: all properties are required.
+            kwargs: what else the bound calls pass, such as `memory`.
+
+        Returns:
+            `Runnable`: gives objects of a pydantic class, or a `dict` for any other schema. An answer that ends before
+            its JSON is whole raises an `OutputParserException`.
+
+        Raises:
+            ModuleNotFoundError: `llguidance` is not installed.
+            ValueError: the schema asks for something that cannot be enforced.
+        """
+        wanted = response_format(schema, strict)
+        grammar_of(self.pipeline, wanted)  # what is wrong with it is said here
+        told = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+        llm = self.bind(response_format=wanted, ls_structured_output_format=told, **kwargs)
+        return parsed(llm, schema, include_raw)
+
+    def bind(self, **kwargs: Any) -> Any:
+        """The model with arguments that its calls pass, also those of what is made of it.
+
+        Args:
+            kwargs: what `invoke` takes, such as `memory`.
+        """
+        return BoundChat(bound=self, kwargs=kwargs)
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        profile = ModelProfile(structured_output=AVAILABLE)  # agents choose by it how they ask for a schema
+        if (positions := self.pipeline.model.positions) is not None:
+            profile["max_input_tokens"] = positions
+        return profile
 
     # ---------------------------------------------------------------- what a call asks
 
@@ -163,7 +210,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
     def _ask(self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Asked:
         """What a call asks the pipeline, whatever is wrong with it said here."""
         known = {*CallOptions.model_fields, "memory"}
-        if unknown := kwargs.keys() - known - {"stream", "tools"}:
+        if unknown := kwargs.keys() - known - {"response_format", "stream", "tools"}:
             raise TypeError(f"ChatGradMem got unexpected arguments: {_named(unknown, known)}.")
         given = {"stop": stop, **kwargs}
         chosen = CallOptions(
@@ -175,12 +222,15 @@ class ChatGradMem(BaseChatModel, CallOptions):
         stops = tuple(text for text in chosen.stop or [] if text)
         if any(isinstance(m, ToolMessage) or getattr(m, "tool_calls", None) for m in messages):
             require_tools(self.pipeline.tokenizer)
-        template, tools = chosen.chat_template_kwargs, kwargs.get("tools")
+        template, tools, wanted = chosen.chat_template_kwargs, kwargs.get("tools"), kwargs.get("response_format")
+        if tools and wanted:
+            raise NotImplementedError("A call takes tools or a response_format, not both.")
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
         (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
         room = self._room(len(ids), request.memory_vectors)
         longest = chosen.max_tokens if room is None else min(chosen.max_tokens, room)
-        options = Options(longest, Sampling(chosen.temperature, chosen.top_p), stops)
+        grammar = grammar_of(self.pipeline, wanted) if wanted else None
+        options = Options(longest, Sampling(chosen.temperature, chosen.top_p), stops, grammar)
         return _Asked(Call(self.pipeline, ids, request.memory, options, chosen.seed), request, tools)
 
     def _room(self, prompt_tokens: int, memory_vectors: int) -> int | None:
@@ -314,7 +364,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
 
     def _chunks(self, asked: _Asked) -> Iterator[ChatGenerationChunk]:
         """An answer piece by piece, the last one with what is known of the whole."""
-        call, (_, _, stops) = asked.call, asked.call.options
+        call, stops = asked.call, asked.call.options.stops
         new_tokens = NewTokens(self.pipeline.tokenizer, len(call.prompt), stops, [call.cancelled])
         pieces = self.pipeline.stream_ids(
             *self.pipeline.pad_prompts([call.prompt]),

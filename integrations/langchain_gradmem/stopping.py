@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first stop, and whether there was one."""
-    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+    """The text before the stop that is complete first, as a stream finds it, and whether there was one."""
+    places = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)[1]], True) if places else (text, False)
 
 
 def pieces_until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[tuple[str, bool]]:

@@ -191,10 +191,6 @@ class TestReferences:
 
 
 class TestOptions:
-    def test_structured_output_is_refused_by_name(self, chat):
-        with pytest.raises(NotImplementedError, match="no structured output"):
-            chat.with_structured_output({"title": "Answer", "type": "object"})
-
     def test_unexpected_arguments(self, chat):
         with pytest.raises(TypeError, match="max_token"):
             chat.invoke("w3", max_token=3)

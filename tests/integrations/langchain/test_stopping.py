@@ -1,7 +1,7 @@
 """Stop strings, however pieces and tokens fall on them."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from langchain_gradmem.stopping import cut_at_stop, pieces_until_stop
 
@@ -21,6 +21,7 @@ def test_cut(text, stops, expected):
 
 
 @given(st.lists(st.text("ab.", max_size=3), max_size=8), st.lists(st.text("ab.", min_size=1, max_size=3), max_size=3))
+@example(pieces=[".", "b", "."], stops=["b", ".b."])
 def test_a_stream_ends_where_the_whole_text_does(pieces, stops):
     shown = list(pieces_until_stop(iter(pieces), stops))
     assert ("".join(piece for piece, _ in shown), any(stopped for _, stopped in shown)) == cut_at_stop(
