@@ -213,7 +213,7 @@ class MemoryState:
         """One safetensors file with a digest of what it holds; equal states give equal bytes.
 
         Raises:
-            ValueError: vectors that are not finite, which `from_bytes` would refuse.
+            ValueError: what `from_bytes` would refuse: vectors that are not finite, or numbers of tokens that cannot be.
         """
         if not self.vectors.isfinite().all():
             raise ValueError(
@@ -252,7 +252,7 @@ class MemoryState:
         Raises:
             FileNotFoundError: the directory does not exist.
             OSError: the file cannot be written, or `path` is something else than a file.
-            ValueError: vectors that are not finite.
+            ValueError: as for `to_bytes`.
         """
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(self.to_bytes())

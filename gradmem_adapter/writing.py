@@ -259,14 +259,17 @@ class WritingModel(GradMemTuner):
 
         Args:
             memory (`MemoryState`): B states.
-            max_new_tokens (`int`, *optional*): how many tokens. `None`: those of the longest context.
+            max_new_tokens (`int`, *optional*): how many tokens. `None`: those of the longest context, as far as the
+                backbone has positions.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
 
         Returns:
             `Tensor`: `[B, max_new_tokens]` token ids; those of sample i count up to `memory.context_tokens[i]`.
         """
-        length = int(memory.context_tokens.max()) if max_new_tokens is None else max_new_tokens
-        return reconstruct(self._writer, self._vectors(memory, strict), length)
+        if max_new_tokens is None:
+            counts = (int(memory.context_tokens.max()), self._writer.longest_context)
+            max_new_tokens = min(count for count in counts if count is not None)
+        return reconstruct(self._writer, self._vectors(memory, strict), max_new_tokens)
 
     @of_one_adapter
     def fidelity(

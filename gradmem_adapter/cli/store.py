@@ -30,7 +30,7 @@ def list_sources(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = 
     rows = []
     for source, group in itertools.groupby(existing_store(folder).entries(), lambda entry: entry.source):
         entries = list(group)
-        sizes = {"tokens": sum(entry.tokens for entry in entries), "bytes": sum(entry.nbytes for entry in entries)}
+        sizes = {"tokens": sum(entry.tokens for entry in entries), "nbytes": sum(entry.nbytes for entry in entries)}
         rows.append({"source": source, "states": len(entries), **sizes})
     _print_rows(rows, {"sources": rows}, as_json)
 
@@ -98,7 +98,6 @@ def forget(
 def stats(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
     """Count states, sources, tokens and bytes, and the states of each model."""
     figures = asdict(existing_store(folder).stats())
-    figures["bytes"] = figures.pop("nbytes")
     if not as_json:
         figures |= {f"model {name}": states for name, states in figures.pop("models").items()}
     _print_numbers(figures, as_json)

@@ -107,7 +107,7 @@ def _print_states(documents: Sequence[Document], states: MemoryState, as_json: b
         {
             "source": document.source,
             "tokens": int(state.context_tokens),
-            "bytes": state.nbytes,
+            "nbytes": state.nbytes,
             "write_loss": state.write_losses[0, -1].item(),
         }
         for document, state in zip(documents, states, strict=True)
@@ -115,7 +115,7 @@ def _print_states(documents: Sequence[Document], states: MemoryState, as_json: b
     if as_json:
         print_json({"states": rows})
         return
-    table = Table("source", "tokens", "bytes", "last write loss")
+    table = Table("source", "tokens", "nbytes", "last write loss")
     for row in rows:
-        table.add_row(Text(row["source"]), str(row["tokens"]), str(row["bytes"]), f"{row['write_loss']:.4f}")
+        table.add_row(Text(row["source"]), str(row["tokens"]), str(row["nbytes"]), f"{row['write_loss']:.4f}")
     Console().print(table)

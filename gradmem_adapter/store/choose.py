@@ -107,12 +107,14 @@ def _by_words(connection: sqlite3.Connection, query: str, limit: int, values: di
     return dict(found.fetchall())
 
 
-def _with_words(states: list[int], cosine: Tensor, words: dict[int, float], k: int) -> dict[int, float]:
+def _with_words(ids: Tensor, cosine: Tensor, words: dict[int, float], k: int) -> dict[int, float]:
     """The scores of the best states, in order."""
     best = max(words.values(), default=1.0)
-    both = cosine + torch.tensor([words.get(state, 0.0) / best for state in states])
-    top, places = both.topk(min(k, len(states)))
-    return {states[i]: score for i, score in zip(places.tolist(), top.tolist(), strict=True)}
+    both = cosine.clone()
+    for i in torch.isin(ids, torch.tensor(list(words), dtype=torch.long)).nonzero().flatten().tolist():
+        both[i] += words[int(ids[i])] / best
+    top, places = both.topk(min(k, len(ids)))
+    return dict(zip(ids[places].tolist(), top.tolist(), strict=True))
 
 
 def _check_states(connection: sqlite3.Connection, fingerprint: str) -> None:

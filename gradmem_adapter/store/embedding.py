@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,28 @@ class Embedding:
         return torch.nn.functional.normalize(found, dim=1)
 
 
-def cosines(
-    index: Index, embedding: Embedding, query: str, where: str, values: Mapping[str, Any]
-) -> tuple[list[int], Tensor]:
-    """Ids of states that have a text, and the cosines `[n]` of these with a question.
+@dataclass(frozen=True)
+class _Vectors:
+    """What was read of an index.
 
-    Texts that have no vector of this model are embedded first; what is done is kept, whatever happens later.
+    Args:
+        of (`tuple`): what decides it: which states, by which model, and how often the index had changed.
+        ids (`Tensor`): `[n]`, of the states.
+        vectors (`Tensor`): `[n, d]`.
+    """
+
+    of: tuple[Any, ...]
+    ids: Tensor
+    vectors: Tensor
+
+
+def cosines(
+    index: Index, embedding: Embedding, query: str, where: str, values: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Ids `[n]` of states that have a text, and the cosines `[n]` of these with a question.
+
+    Texts that have no vector of this model are embedded first; what is done is kept, whatever happens later. Vectors
+    stay in memory, and are read again when the index has changed: reading them takes longer than all the rest.
 
     Args:
         index (`Index`): of the store. It keeps the vectors of one model at a time.
@@ -64,30 +80,40 @@ def cosines(
         ValueError: see `Embedding.vectors`; or the vectors in the index have another width.
         OSError: the index cannot be written.
     """
-    sql = f"""
-        SELECT states.id, CASE WHEN model = :model THEN vector END FROM states LEFT JOIN embeddings USING (id)
-        WHERE text IS NOT NULL AND {where}
-    """
-
-    def read() -> list[tuple[int, bytes | None]]:
-        with index.reading() as connection:
-            return connection.execute(sql, {**values, "model": embedding.name}).fetchall()
-
-    rows = read()
-    if missing := [number for number, stored in rows if stored is None]:
+    (vector,) = embedding.vectors([query])
+    which = values | {"model": embedding.name}
+    known, missing = _read(index, where, which, len(vector))
+    if missing:
         for begin in range(0, len(missing), _AT_ONCE):
             _embed(index, embedding, missing[begin : begin + _AT_ONCE])
-        rows = read()
-    (vector,) = embedding.vectors([query])
+        known, _ = _read(index, where, which, len(vector))
+    index.vectors = known
+    return known.ids, known.vectors @ vector
+
+
+def _read(index: Index, where: str, which: dict[str, Any], width: int) -> tuple[_Vectors, list[int]]:
+    """The vectors of states, and the ids of those that have none."""
+    with index.reading() as connection:
+        (changes,) = connection.execute("SELECT count FROM changes").fetchone()
+        of = (changes, *which.values(), width)
+        known: _Vectors | None = index.vectors
+        if known is not None and known.of == of:
+            return known, []
+        sql = f"""
+            SELECT states.id, CASE WHEN model = :model THEN vector END FROM states LEFT JOIN embeddings USING (id)
+            WHERE text IS NOT NULL AND {where}
+        """
+        rows = connection.execute(sql, which).fetchall()
     kept = [(number, stored) for number, stored in rows if stored is not None]
     data = bytearray().join(stored for _, stored in kept)
-    if len(data) != len(kept) * vector.nbytes:
+    if len(data) != len(kept) * width * torch.float32.itemsize:
         raise ValueError(
-            f"The embedding {embedding.name!r} has {len(vector)} numbers, and the index has vectors of another length "
-            "under that name: give another model another name."
+            f"The embedding {which['model']!r} has {width} numbers, and the index has vectors of another length under "
+            "that name: give another model another name."
         )
-    vectors = torch.frombuffer(data, dtype=torch.float32) if kept else vector[:0]
-    return [number for number, _ in kept], vectors.view(-1, len(vector)) @ vector
+    vectors = torch.frombuffer(data, dtype=torch.float32) if kept else torch.zeros(0)
+    ids = torch.tensor([number for number, _ in kept], dtype=torch.long)
+    return _Vectors(of, ids, vectors.view(-1, width)), [number for number, stored in rows if stored is None]
 
 
 def _embed(index: Index, embedding: Embedding, states: Sequence[int]) -> None:

@@ -7,13 +7,16 @@ import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.write.options import WriteOptions
 
 _WRITING = ("start", "write_steps", "write_lr", "write_optimizer", "write_clip_norm")
 """The fields of the configuration that change how a context is written, and are not part of the fingerprint."""
+
+Place: TypeAlias = tuple[str | None, int | None, int | None]
+"""Source, start and end."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Entry:
         object.__setattr__(self, "metadata", json.loads(kept))  # as it is read again
 
     @property
-    def place(self) -> tuple[str | None, int | None, int | None]:
+    def place(self) -> Place:
         """Source, start and end."""
         return self.source, self.start, self.end
 

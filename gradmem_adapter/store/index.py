@@ -6,16 +6,17 @@ import errno
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
-from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.entry import Entry, Place
 from gradmem_adapter.store.errors import ANEW, MemoryStoreError, sqlite_errors
 from gradmem_adapter.utils.files import errors_named
 from gradmem_adapter.utils.temporary import locked, temporary_directory
 
-VERSION = 1
+VERSION = 2
 """`PRAGMA user_version` of the schema."""
 _SCHEMA = f"""
     CREATE TABLE states(
@@ -43,6 +44,9 @@ _SCHEMA = f"""
         INSERT INTO texts(texts, rowid, text) VALUES ('delete', old.id, old.text);
         INSERT INTO texts(rowid, text) VALUES (new.id, new.text);
     END;
+    -- How often something was written, from a number on that another index hardly begins with.
+    CREATE TABLE changes(count INTEGER NOT NULL);
+    INSERT INTO changes VALUES (random() / 2);
     PRAGMA user_version = {VERSION};
 """
 _ENTRIES = """
@@ -62,6 +66,8 @@ class Index:
         self.folder = folder
         self.path = folder / "index.sqlite"
         self.states = folder / "states"
+        self.vectors: Any = None
+        """What `embedding.cosines` read last."""
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -119,6 +125,7 @@ class Index:
         ):
             connection.execute("BEGIN IMMEDIATE")
             yield connection  # closed without COMMIT, nothing is changed
+            connection.execute("UPDATE changes SET count = count + 1")
             connection.execute("COMMIT")
 
     def make(self) -> None:
@@ -136,8 +143,7 @@ class Index:
 
     def _connect(self, how: str) -> sqlite3.Connection:
         name = f"{self.path.absolute().as_uri()}?{how}"
-        # `entries` may be gone through by another thread than the one that began: of one connection, one at a time.
-        connection = sqlite3.connect(name, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(name, uri=True, timeout=60, isolation_level=None)
         try:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version > VERSION:
@@ -146,6 +152,11 @@ class Index:
                     f"to {VERSION}: upgrade gradmem-adapter to read it."
                 )
             connection.execute("SELECT 1 FROM states")  # nothing is read of the file before
+            if version < VERSION:
+                raise MemoryStoreError(
+                    f"The index {str(self.path)!r} has version {version}, as an older gradmem_adapter made it. "
+                    f"{ANEW.format(self.folder)}"
+                )
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
             connection.execute("PRAGMA synchronous = NORMAL")  # what a crash of the machine takes, `add` finds again
@@ -201,6 +212,34 @@ def insert(connection: sqlite3.Connection, entries: Sequence[Entry]) -> None:
         "INSERT INTO places VALUES (?, ?, ?, ?, ?)",
         [(entry.key, *entry.place, json.dumps(entry.metadata)) for entry in entries],
     )
+
+
+def places_of(connection: sqlite3.Connection, source: str | None) -> list[tuple[str, Place]]:
+    """Keys and places in the order of sources and places.
+
+    Args:
+        connection (`Connection`): to the index.
+        source (`str`, *optional*): only those of this source.
+    """
+    where, values = ("TRUE", ()) if source is None else ("source = ?", (source,))
+    rows = connection.execute(
+        f"""
+        SELECT key, source, start, "end" FROM states JOIN places USING (key) WHERE {where}
+        ORDER BY source, start, states.id
+        """,
+        values,
+    )
+    return [(key, (source, start, end)) for key, source, start, end in rows]
+
+
+def entries_of(connection: sqlite3.Connection, keys: Collection[str]) -> Iterator[Entry]:
+    """All entries of some states.
+
+    Args:
+        connection (`Connection`): to the index.
+        keys (`Collection[str]`): theirs; those that are not there are passed over.
+    """
+    return select(connection, "key IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),))
 
 
 def select(connection: sqlite3.Connection, where: str = "TRUE", values: Sequence[object] = ()) -> Iterator[Entry]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -25,7 +24,7 @@ from gradmem_adapter.store.claims import Claims
 from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
-from gradmem_adapter.store.index import Index, insert, select
+from gradmem_adapter.store.index import Index, entries_of, insert, places_of, select
 from gradmem_adapter.store.likelihood import by_likelihood
 from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.temporary import temporary_directory
@@ -204,8 +203,8 @@ class MemoryStore:
     def _add_places(self, entries: Sequence[Entry]) -> None:
         """Note what is new of stored texts: places, metadata, or that they are kept; enter what the index lacks."""
         with self.index.reading() as connection:
-            of_these = "key IN (SELECT value FROM json_each(?))", (json.dumps([entry.key for entry in entries]),)
-            known = {(entry.key, entry.place): entry for entry in select(connection, *of_these)}
+            stored_entries = entries_of(connection, {entry.key for entry in entries})
+            known = {(entry.key, entry.place): entry for entry in stored_entries}
         new: dict[str, list[Entry]] = {}
         for entry in entries:
             stored = known.get((entry.key, entry.place))
@@ -272,9 +271,17 @@ class MemoryStore:
 
         Args:
             source (`str`, *optional*): only those of this source.
+
+        Yields:
+            `Entry`: of what there was at the beginning, without what is removed before it is its turn.
         """
         with self.index.reading() as connection:
-            yield from select(connection, *(() if source is None else ("source = ?", (source,))))
+            found = places_of(connection, source)
+        for begin in range(0, len(found), _AT_ONCE):  # between which nobody is kept waiting, however slowly it is read
+            part = found[begin : begin + _AT_ONCE]
+            with self.index.reading() as connection:
+                known = {(entry.key, entry.place): entry for entry in entries_of(connection, {key for key, _ in part})}
+            yield from [known[one] for one in part if one in known]
 
     def choose(
         self,
@@ -331,7 +338,8 @@ class MemoryStore:
     def __iter__(self) -> Iterator[str]:
         """The keys of all states, those that were stored first at the front."""
         with self.index.reading() as connection:
-            yield from [key for (key,) in connection.execute("SELECT key FROM states ORDER BY id")]
+            found = connection.execute("SELECT key FROM states ORDER BY id").fetchall()
+        return (key for (key,) in found)
 
     # ---------------------------------------------------------------- upkeep
 

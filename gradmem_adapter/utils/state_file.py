@@ -25,8 +25,8 @@ VERSION = 3
 TENSORS = ("vectors", "context_tokens", "write_losses")
 SCALES = "scales"
 """`[B, m]`: what vectors in int8 are multiplied by."""
-MAX_CONTEXT_TOKENS = 2**24
-"""More than anybody writes; READ generates as many tokens where it is asked to give a context back."""
+MAX_CONTEXT_TOKENS = 2**40
+"""More than anybody writes; a million such states side by side can be counted in 64 bits."""
 _KEY = "gradmem"
 """The one metadata key: with several, safetensors writes them in no fixed order and equal states differ in bytes."""
 _FIELDS = {1: {"format", "version", "fingerprint"}}
@@ -61,8 +61,10 @@ def encode(tensors: Mapping[str, Tensor], fingerprint: str, entry: Mapping[str, 
         entry (`Mapping[str, Any]`, *optional*): what a memory store keeps beside a state, as JSON has it.
 
     Raises:
-        ValueError: the entry is too long for a file's header.
+        ValueError: the entry is too long for a file's header, or a number of tokens that cannot be.
     """
+    if wrong := _wrong_counts(tensors["context_tokens"]):
+        raise ValueError(wrong)
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
@@ -138,13 +140,19 @@ def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str
         raise MemoryStateError(f"The memory state has scales of a wrong shape, {tuple(scales.shape)}.")
     if not (vectors if scales is None else scales).isfinite().all():
         raise MemoryStateError("The memory state has vectors that are not finite, which no model can read.")
-    tokens = tensors["context_tokens"]
-    if tokens.numel() and not 1 <= int(tokens.min()) <= int(tokens.max()) <= MAX_CONTEXT_TOKENS:
-        raise MemoryStateError(
-            f"The memory state says that its contexts have from {int(tokens.min())} to {int(tokens.max())} tokens; "
-            f"from 1 to {MAX_CONTEXT_TOKENS} can be."
-        )
+    if wrong := _wrong_counts(tensors["context_tokens"]):
+        raise MemoryStateError(wrong)
     return tensors, fingerprint, entry
+
+
+def _wrong_counts(tokens: Tensor) -> str | None:
+    """What is wrong with numbers of tokens; the same is saved that is read."""
+    if not tokens.numel() or 1 <= int(tokens.min()) <= int(tokens.max()) <= MAX_CONTEXT_TOKENS:
+        return None
+    return (
+        f"The memory state says that its contexts have from {int(tokens.min())} to {int(tokens.max())} tokens; "
+        f"from 1 to {MAX_CONTEXT_TOKENS} can be."
+    )
 
 
 def read(path: Path) -> bytes:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gradmem_adapter import MemoryState, MemoryStateError
+from gradmem_adapter.utils import state_file
 
 
 def state(seed, dtype=torch.float32):
@@ -127,11 +128,22 @@ def test_headers_are_refused_by_one_error(header, kind):
         MemoryState.from_bytes(kind(data))
 
 
-@pytest.mark.parametrize("tokens", [2**62, 2**24 + 1, 0, -1])
-def test_contexts_have_as_many_tokens_as_can_be(tokens):
+@pytest.mark.parametrize("tokens", [2**62, 2**40 + 1, 0, -1])
+def test_contexts_have_as_many_tokens_as_can_be(tokens, monkeypatch):
     absurd = MemoryState(torch.ones(1, 1, 1), torch.tensor([tokens]), torch.zeros(1, 1), "model")
-    with pytest.raises(MemoryStateError, match="from 1 to 16777216 can be"):
-        MemoryState.from_bytes(absurd.to_bytes())
+    with pytest.raises(ValueError, match="from 1 to 1099511627776 can be"):
+        absurd.to_bytes()
+    with monkeypatch.context() as lax:
+        lax.setattr(state_file, "_wrong_counts", lambda tokens: None)
+        forged = absurd.to_bytes()
+    with pytest.raises(MemoryStateError, match="from 1 to 1099511627776 can be"):
+        MemoryState.from_bytes(forged)
+
+
+def test_what_can_be_saved_can_be_read():
+    """A sequential document may have any number of tokens."""
+    long = MemoryState(torch.ones(2, 1, 1), torch.tensor([2**24 + 1, 2**40]), torch.zeros(2, 1), "model")
+    assert MemoryState.from_bytes(long.to_bytes()) == long
 
 
 @pytest.mark.parametrize("data", [2**40, None, "text", [1]])

@@ -40,8 +40,8 @@ def test_list(memory):
     table, figures = store("list")
     sizes = {source: sum(entry.nbytes for entry in memory.entries(source)) for source in ("[b].txt", "a.txt")}
     assert figures["sources"] == [
-        {"source": "[b].txt", "states": 1, "tokens": 4, "bytes": sizes["[b].txt"]},
-        {"source": "a.txt", "states": 3, "tokens": 52, "bytes": sizes["a.txt"]},
+        {"source": "[b].txt", "states": 1, "tokens": 4, "nbytes": sizes["[b].txt"]},
+        {"source": "a.txt", "states": 3, "tokens": 52, "nbytes": sizes["a.txt"]},
     ]
     assert "[b].txt" in table
 
@@ -59,7 +59,7 @@ def test_stats():
     text, figures = store("stats")
     assert (figures["states"], figures["sources"], figures["tokens"]) == (4, 2, 56)
     assert sum(figures["models"].values()) == 4
-    assert "tokens: 56\nbytes: " in text
+    assert "tokens: 56\nnbytes: " in text
     (model,) = figures["models"]
     assert text.endswith(f"model {model}: 4\n")
 

@@ -91,7 +91,23 @@ class TestEmbedding:
         assert filled.choose(pipeline, "heron", embedding=embedding) == first
         filled.add(pipeline, "Another text on herons.")
         filled.choose(pipeline, "heron", embedding=embedding)
-        assert calls == [6, 1, 1, 1, 1]
+        assert calls == [1, 6, 1, 1, 1]
+
+    def test_vectors_are_read_once_and_again_when_any_process_has_changed_the_index(self, filled, pipeline):
+        embedding = letters([])
+        best = filled.choose(pipeline, "heron", k=1, embedding=embedding)
+        known = filled.index.vectors
+        assert filled.choose(pipeline, "heron", k=1, embedding=embedding) == best
+        assert filled.index.vectors is known
+        other = MemoryStore(filled.path)
+        (last,) = other.entries("vogel.txt")
+        other.delete([last.key])  # whose number in the index is the next one's
+        other.add(pipeline, "heron heron heron")
+        for store in (filled, other, MemoryStore(filled.path)):
+            (choice,) = store.choose(pipeline, "heron", k=1, embedding=embedding)
+            assert choice.entry.text == "heron heron heron"
+        filled.rebuild()
+        assert filled.choose(pipeline, "heron", k=7, embedding=embedding)[0].entry.text == "heron heron heron"
 
     def test_the_score_is_the_share_of_bm25_and_the_cosine(self, filled, pipeline):
         words = filled.choose(pipeline, "heron frogs", k=6)

@@ -14,7 +14,7 @@ from stores import NAMES, PLACES, TEXTS, tiny_pipeline
 from tiny import tiny_text
 
 from gradmem_adapter import MemoryState, MemoryStateError, WriteOptions
-from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError
+from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError, memory_store
 
 
 @pytest.fixture
@@ -186,6 +186,25 @@ class TestEntries:
         thread.join()
         assert len([*found, *entries]) == 4
 
+    def test_who_stops_in_the_middle_keeps_nobody_waiting(self, store, keys):
+        """`rebuild` waits for those that read the index."""
+        entries, every_key = store.entries(), iter(store)
+        seen = [next(entries), next(every_key)]
+        thread = threading.Thread(target=store.rebuild, daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+        assert len([*seen, *entries, *every_key]) == 8
+
+    def test_are_of_the_beginning_without_what_was_removed(self, store, pipeline, monkeypatch):
+        monkeypatch.setattr(memory_store, "_AT_ONCE", 1)
+        store.add(pipeline, TEXTS, sources=["a", "b", "c", "d"])
+        entries = store.entries()
+        assert next(entries).source == "a"
+        store.forget("c")
+        store.add(pipeline, "w1 w2", sources=["b"])
+        assert [(entry.source, entry.text) for entry in entries] == [("b", TEXTS[1]), ("d", TEXTS[3])]
+
 
 class TestPut:
     def test_states_from_elsewhere(self, store, pipeline):
@@ -271,12 +290,15 @@ class TestIndex:
         with pytest.raises(MemoryStoreError, match=r"gone.*rebuild"):
             list(store.entries())
 
-    def test_of_a_newer_version(self, store, keys):
+    @pytest.mark.parametrize(("version", "message"), [(99, "upgrade gradmem-adapter"), (1, "older.*rebuild")])
+    def test_of_another_version(self, store, keys, version, message):
         connection = sqlite3.connect(store.index.path)
-        connection.execute("PRAGMA user_version = 99")
+        connection.execute(f"PRAGMA user_version = {version}")
         connection.close()
-        with pytest.raises(MemoryStoreError, match="upgrade gradmem-adapter"):
+        with pytest.raises(MemoryStoreError, match=message):
             len(store)
+        store.rebuild()
+        assert len(store) == 4
 
 
 def test_a_text_that_cannot_be_written_is_named_by_its_number(store, keys, pipeline):

@@ -5,6 +5,8 @@ import torch
 from reading import make, pad_left
 from tiny import ARCHITECTURES, tokens
 
+from gradmem_adapter import MemoryState
+
 
 @pytest.mark.parametrize("write_head", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -29,6 +31,14 @@ def test_reconstruct_equals_argmax_of_the_write_model(architecture, write_head):
         assert torch.equal(got[i], ids[0])
     fidelity = model.fidelity(state, context)
     torch.testing.assert_close(fidelity.greedy, (got == context).float().mean(1))
+
+
+def test_reconstruct_ends_where_the_positions_do():
+    """A sequential document may have any number of tokens, and a file may claim them."""
+    model = make()
+    state = model.write(tokens(1, 5), steps=0)
+    endless = MemoryState(state.vectors, torch.tensor([2**40]), state.write_losses, state.fingerprint)
+    assert model.reconstruct(endless).shape == (1, model.positions - model.prefix_length)
 
 
 def test_fidelity_counts_real_tokens_of_padded_contexts():
