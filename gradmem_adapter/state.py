@@ -213,7 +213,7 @@ class MemoryState:
         """One safetensors file with a digest of what it holds; equal states give equal bytes.
 
         Raises:
-            ValueError: what `from_bytes` would refuse: vectors that are not finite, or numbers of tokens that cannot be.
+            ValueError: vectors that are not finite, or numbers of tokens that cannot be; `from_bytes` refuses them.
         """
         if not self.vectors.isfinite().all():
             raise ValueError(
