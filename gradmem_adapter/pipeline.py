@@ -22,6 +22,7 @@ from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
+from gradmem_adapter.utils.tokens import check_no_file
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
 if TYPE_CHECKING:
@@ -145,9 +146,10 @@ class GradMemPipeline(TextEncoder):
             max_tokens, progress, options, fields: as for `write_many`.
 
         Raises:
-            TypeError, ValueError: what cannot be written; a mode that there is not; `segment_tokens` is needed where
-                the adapter's configuration does not say its trained length.
+            TypeError, ValueError: what cannot be written; a text that is the name of a file; a mode that there is not;
+                `segment_tokens` is needed where the adapter's configuration does not say its trained length.
         """
+        check_no_file(text)
         options = self._with_study(WriteOptions.of(options, **fields))
         return write_document(self, text, mode, segment_tokens, overlap, options, max_tokens, progress)
 
@@ -173,8 +175,9 @@ class GradMemPipeline(TextEncoder):
             `MemoryState`: one state of the size of `memory`.
 
         Raises:
-            TypeError, ValueError: a text that cannot be written, or several states.
+            TypeError, ValueError: a text that cannot be written or is the name of a file, or several states.
         """
+        check_no_file(text)
         options = WriteOptions.of(options, **fields)
         return write_sequential(self, sequential_segments(self, text, segment_tokens), options, memory, strict=strict)
 

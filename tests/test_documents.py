@@ -132,6 +132,16 @@ def test_bad_input(pipeline, text, options, error, message):
         pipeline.write_document(text, **options)
 
 
+def test_a_text_that_is_the_name_of_a_file_is_refused(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text(TEXT)
+    for write in (pipeline.write_document, lambda text: pipeline.update(pipeline.write("w1"), text)):
+        with pytest.raises(ValueError, match=r"name of a file, 'book\.txt'.*open\('book\.txt'\)"):
+            write("book.txt")
+    with open("book.txt") as file:
+        assert pipeline.write_document(file).states == pipeline.write_document(TEXT).states
+
+
 def test_an_adapter_of_unknown_length_needs_the_length_of_segments():
     pipeline = tiny_pipeline()
     with pytest.raises(ValueError, match="does not say its trained length: pass segment_tokens"):

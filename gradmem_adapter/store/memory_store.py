@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
-import time
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch import Tensor
-
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.store import files, upkeep
+from gradmem_adapter.store import files, landing, upkeep
+from gradmem_adapter.store.adding import AT_ONCE, write_missing
 from gradmem_adapter.store.choose import Choice, choose
 from gradmem_adapter.store.claims import Claims
 from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
-from gradmem_adapter.store.index import Index, entries_of, insert, places_of, select
+from gradmem_adapter.store.index import Index, entries_of, places_of
 from gradmem_adapter.store.likelihood import by_likelihood
 from gradmem_adapter.utils.state_file import MemoryStateError
-from gradmem_adapter.utils.temporary import temporary_directory
-from gradmem_adapter.utils.tokens import text_list
+from gradmem_adapter.utils.tokens import check_no_file, text_list
 from gradmem_adapter.write.batching import progress_bar
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
@@ -37,9 +31,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 _AT_ONCE = 256
-"""Texts that are given to the pipeline together, whose states are all in memory then."""
-_FILES_AT_ONCE = 16
-"""Files that wait for the disk together: most of the time that storing takes is this."""
+"""Entries that are read together."""
 
 
 class MemoryStore:
@@ -137,47 +129,58 @@ class MemoryStore:
             replace(entry, key=state_key(text, fingerprint, identity), text=text if self.keep_text else None)
             for text, entry in zip(texts, places(len(texts), sources, offsets, metadata, identity), strict=True)
         ]
-        number = {entry.key: i for i, entry in reversed(list(enumerate(entries)))}
-        waiting = sorted(number, key=number.__getitem__)
-        with progress_bar(len(waiting), progress) as advance:
-
-            def stored(keys: list[str]) -> None:
-                advance(len(keys))
-                done(keys)
-
-            while waiting:
-                with self._claims.taken(waiting) as mine:
-                    missing = [number[key] for key in mine if not self._is_readable(key)]
-                    advance(len(mine) - len(missing))
-                    for begin in range(0, len(missing), _AT_ONCE):
-                        part = missing[begin : begin + _AT_ONCE]
-                        given = {i: (texts[i], entries[i]) for i in part}
-                        self._write(pipeline, given, stored, max_tokens=max_tokens, options=options)
-                waiting = sorted(set(waiting).difference(mine), key=number.__getitem__)  # others may have failed
-        self._add_places(entries)
+        how: dict[str, Any] = {"max_tokens": max_tokens, "options": options}
+        write_missing(self.index, self._claims, pipeline, texts, entries, self.put, done, progress, **how)
+        landing.add_places(self.index, entries)
         return [entry.key for entry in entries]
 
-    def _write(
+    def add_document(
         self,
         pipeline: GradMemPipeline,
-        given: Mapping[int, tuple[str, Entry]],
-        stored: Callable[[list[str]], None],
+        text: str | Iterable[str] | Iterable[int],
+        *,
+        source: str | None = None,
+        segment_tokens: int | None = None,
+        overlap: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        progress: bool | None = False,
         **how: Any,
-    ) -> None:
-        """Write texts, whose numbers are for messages."""
-        numbers = list(given)
+    ) -> list[str]:
+        """The keys of a long text's segments, in order. Those that are not stored, or damaged, are written.
 
-        def put(rows: list[int], states: MemoryState) -> None:
-            entries = [given[numbers[i]][1] for i in rows]
-            self.put(states, entries)
-            stored([entry.key for entry in entries])
+        What was stored before an interruption is not written again: the same call goes on. No more of the text is held
+        than the segments that are written together.
 
-        try:
-            pipeline.write_many([text for text, _ in given.values()], progress=False, done=put, **how)
-        except (TypeError, ValueError, torch.OutOfMemoryError) as error:
-            if not (match := re.match(r"Context (\d+)", str(error))):
-                raise
-            raise type(error)(f"Context {numbers[int(match[1])]}{str(error)[match.end() :]}") from error
+        Args:
+            pipeline (`GradMemPipeline`): who writes.
+            text (`str`, `Iterable[str]` or `Iterable[int]`): of any length, as for `pipeline.segments`.
+            source (`str`, *optional*): where it comes from; each entry says where in it its segment begins and ends.
+            segment_tokens, overlap: as for `pipeline.segments`.
+            metadata (`Mapping`, *optional*): what else there is to say of each segment, as JSON has it.
+            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
+            how: what else `add` takes: done, max_tokens, options, fields.
+
+        Raises:
+            TypeError, ValueError: a text that cannot be cut or written, or that is the name of a file; see `add`.
+            MemoryStoreError, OSError: as for `add`.
+        """
+        check_no_file(text)
+        keys: list[str] = []
+        segments = pipeline.segments(text, segment_tokens, overlap)
+        with progress_bar(None, progress) as advance:
+            while part := list(itertools.islice(segments, AT_ONCE)):
+                keys += self.add(
+                    pipeline,
+                    [segment.text for segment in part],
+                    sources=source,
+                    offsets=[(segment.start, segment.end) for segment in part],
+                    metadata=None if metadata is None else [metadata] * len(part),
+                    **how,
+                )
+                advance(len(part))
+        if not keys:
+            raise ValueError("There is no text to write: the document is empty.")
+        return keys
 
     def put(self, states: MemoryState, entries: Iterable[Entry]) -> None:
         """Store states that were written elsewhere, in the place of what there is under their keys.
@@ -191,49 +194,7 @@ class MemoryStore:
             ValueError: no key, vectors that are not finite, or more or fewer entries than states.
             OSError: they cannot be written; none is stored then.
         """
-        now = time.time()
-        found: list[tuple[Mapping[str, Tensor], list[Entry]]] = []
-        for state, entry in zip(states.cpu(), entries, strict=True):
-            if not state.vectors.isfinite().all():
-                raise ValueError(f"The state of {entry.key} has vectors that are not finite: WRITE diverged.")
-            entry = replace(entry, tokens=int(state.context_tokens), fingerprint=state.fingerprint, written=now)
-            found.append((files.new_tensors(state, self.dtype), [entry]))
-        self._land(found)
-
-    def _add_places(self, entries: Sequence[Entry]) -> None:
-        """Note what is new of stored texts: places, metadata, or that they are kept; enter what the index lacks."""
-        with self.index.reading() as connection:
-            stored_entries = entries_of(connection, {entry.key for entry in entries})
-            known = {(entry.key, entry.place): entry for entry in stored_entries}
-        new: dict[str, list[Entry]] = {}
-        for entry in entries:
-            stored = known.get((entry.key, entry.place))
-            if stored is None or entry.metadata not in ({}, stored.metadata) or (entry.text and not stored.text):
-                new.setdefault(entry.key, []).append(entry)
-        for key, lacking in new.items():
-            tensors, before = files.read_file(self._file(key))
-            places = {one.place: one for one in [*lacking, *before, *(one for one in lacking if one.metadata)]}
-            one = replace(before[0], text=before[0].text or lacking[0].text)
-            self._land([(tensors, [replace(one, **_place(other)) for other in places.values()])])
-
-    def _land(self, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:
-        """Put the files of states into their places and into the index; places that it knows stay."""
-        self.index.make()
-        with temporary_directory(self.path) as folder:
-            new_files = [folder / str(number) for number in range(len(found))]
-            with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-                written = list(threads.map(files.write_file, new_files, *zip(*found, strict=True)))
-            with self.index.writing() as connection:
-                for (tensors, _), new, entries in zip(found, new_files, written, strict=True):
-                    file = self._file(entries[0].key)
-                    found_at = {one.place: _place(one) for one in select(connection, "key = ?", (entries[0].key,))}
-                    found_at |= {entry.place: _place(entry) for entry in entries}
-                    if len(found_at) > len(entries):  # another process has found it elsewhere meanwhile
-                        entries = [replace(entries[0], **place) for place in found_at.values()]
-                        entries = files.write_file(new, tensors, entries)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(new, file)
-                    insert(connection, entries)
+        landing.put(self.index, states, entries, self.dtype)
 
     # ---------------------------------------------------------------- read
 
@@ -253,7 +214,7 @@ class MemoryStore:
 
     def _get(self, key: str, fingerprint: str | None) -> MemoryState:
         try:
-            state, _ = files.read_memory(self._file(key))
+            state, _ = files.read_memory(files.state_file_of(self.index.states, key))
         except FileNotFoundError:
             lost = "If the index has it, its file was deleted, which gc puts right."
             raise UnknownStateError(f"There is no memory state {key!r} in {str(self.path)!r}. {lost}") from None
@@ -394,20 +355,3 @@ class MemoryStore:
         Embeddings are lost, and made anew where they are asked for. Who reads or writes is waited for.
         """
         return upkeep.rebuild(self.index)
-
-    def _file(self, key: str) -> Path:
-        return files.state_file_of(self.index.states, key)
-
-    def _is_readable(self, key: str) -> bool:
-        try:
-            files.read_file(self._file(key))
-        except FileNotFoundError:
-            return False
-        except MemoryStateError as error:
-            warnings.warn(f"The stored state {key!r} is written anew, as it cannot be read: {error}", stacklevel=4)
-            return False
-        return True
-
-
-def _place(entry: Entry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in files.OF_A_PLACE}

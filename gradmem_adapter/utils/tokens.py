@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, cast
 
@@ -149,3 +150,16 @@ def check_text(name: str, text: str) -> None:
             f"{name} has half a character, {text[error.start]!r}, at place {error.start}, which no tokenizer reads. "
             "Replace it: text.encode('utf-8', 'replace').decode()."
         ) from error
+
+
+def check_no_file(text: Any) -> None:
+    """Raise `ValueError` if a text is the name of a file, which would be written in place of what is in it.
+
+    Args:
+        text (`Any`): what is to be written as a document.
+    """
+    if isinstance(text, str) and os.path.isfile(text):
+        raise ValueError(
+            f"The text is the name of a file, {text!r}, and would be written itself. Pass what is in the file: "
+            f"open({text!r}), which is read as it is needed."
+        )

@@ -149,7 +149,8 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
 
         Args:
             pipeline (`GradMemPipeline`): who writes.
-            texts (`str` or `Sequence[str]`): one text, or any number, of lengths that the model takes.
+            texts (`str` or `Sequence[str]`): one text, or any number, of lengths that memory keeps; each has one state.
+                See `write_document` for longer ones.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
             sources (`Sequence[str]`, *optional*): where each text comes from, for `MemoryStore.forget` and citations.
             progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
@@ -161,6 +162,33 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             ValueError: a text cannot be written.
         """
         return self.store.add(pipeline, texts, sources=sources, options=options, progress=progress, done=self._count)
+
+    def write_document(
+        self,
+        pipeline: GradMemPipeline,
+        text: str | Iterable[str],
+        options: WriteOptions | None = None,
+        *,
+        source: str | None = None,
+        segment_tokens: int | None = None,
+        progress: bool | None = False,
+    ) -> list[str]:
+        """The references of a long text's segments, in order; see `MemoryStore.add_document`.
+
+        Args:
+            pipeline (`GradMemPipeline`): who writes.
+            text (`str` or `Iterable[str]`): of any length, or its pieces in order, such as the lines of an open file.
+            options, progress: as for `write`.
+            source (`str`, *optional*): where the text comes from.
+            segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
+
+        Raises:
+            TypeError, ValueError: the text cannot be written, or is the name of a file.
+        """
+        return self.store.add_document(
+            pipeline, text, source=source, segment_tokens=segment_tokens, options=options, progress=progress,
+            done=self._count,
+        )  # fmt: skip
 
     def _count(self, keys: list[str]) -> None:
         with self._counting:

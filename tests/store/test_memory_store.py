@@ -144,6 +144,45 @@ class TestAdd:
         assert (len(store), list(store.entries())) == (0, [])
 
 
+class TestAddDocument:
+    TEXT = f"{tiny_text(9, 1)}.\n\n{tiny_text(7, 2)}.\n\n{tiny_text(8, 3)}."
+
+    def test_is_cut_and_each_segment_says_where_it_is_from(self, store, pipeline):
+        keys = store.add_document(pipeline, self.TEXT, source="book", segment_tokens=12, metadata={"by": "Ada"})
+        segments = list(pipeline.segments(self.TEXT, 12))
+        assert len(keys) == len(segments) == 3
+        assert store.get(keys) == pipeline.write_document(self.TEXT, segment_tokens=12).states
+        assert [(entry.key, *entry.place, entry.text, entry.metadata) for entry in store.entries("book")] == [
+            (key, "book", segment.start, segment.end, segment.text, {"by": "Ada"})
+            for key, segment in zip(keys, segments, strict=True)
+        ]
+
+    def test_goes_on_where_it_was_interrupted_and_reads_no_further_than_it_writes(
+        self, store, pipeline, counted, monkeypatch
+    ):
+        monkeypatch.setattr(memory_store, "AT_ONCE", 1)
+        lines = iter([*self.TEXT.splitlines(keepends=True), *["w1 w2. "] * 10_000])
+
+        def interrupt(keys):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            store.add_document(pipeline, lines, segment_tokens=12, done=interrupt)
+        assert len(list(lines)) > 9_000
+        (first,) = store
+        assert store.add_document(pipeline, self.TEXT, segment_tokens=12)[0] == first
+        assert counted == [segment.text for segment in pipeline.segments(self.TEXT, 12)]
+
+    def test_what_is_no_document(self, store, pipeline, tmp_path):
+        (tmp_path / "book.txt").write_text(self.TEXT)
+        with pytest.raises(ValueError, match=r"name of a file, .*book.txt.*Pass what is in the file: open\("):
+            store.add_document(pipeline, str(tmp_path / "book.txt"), segment_tokens=12)
+        with pytest.raises(ValueError, match="the document is empty"):
+            store.add_document(pipeline, " \n", segment_tokens=12)
+        with (tmp_path / "book.txt").open() as file:
+            assert len(store.add_document(pipeline, file, segment_tokens=12)) == 3
+
+
 class TestEntries:
     def test_say_where_what_and_how(self, store, keys, pipeline):
         entries = list(store.entries())

@@ -82,6 +82,14 @@ class TestWrite:
         assert MemoryWriter(pipeline=pipeline, store=store).write_texts(TEXTS[0]) == store.write(pipeline, TEXTS[0])
         assert store.writes == 1
 
+    def test_a_long_text_has_a_reference_for_each_segment(self, pipeline):
+        store, text = MemoryStateStore(), ". ".join(TEXTS)
+        references = store.write_document(pipeline, text, source="book", segment_tokens=20)
+        assert len(references) == store.writes == len(list(pipeline.segments(text, 20)))
+        assert [entry.key for entry in store.store.entries("book")] == references
+        assert store.write_document(pipeline, text, source="book", segment_tokens=20) == references
+        assert store.writes == len(references)
+
     def test_options_and_model_are_part_of_the_identity(self, pipeline):
         store = MemoryStateStore()
         references = {

@@ -1,0 +1,98 @@
+"""Texts into a memory store: those that it does not have are written."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.store import files
+from gradmem_adapter.store.claims import Claims
+from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.index import Index
+from gradmem_adapter.utils.state_file import MemoryStateError
+from gradmem_adapter.write.batching import progress_bar
+
+AT_ONCE = 256
+"""Texts that are given to the pipeline together, whose states are all in memory then."""
+
+
+def write_missing(
+    index: Index,
+    claims: Claims,
+    pipeline: GradMemPipeline,
+    texts: Sequence[str],
+    entries: Sequence[Entry],
+    put: Callable[[MemoryState, list[Entry]], None],
+    done: Callable[[list[str]], None],
+    progress: bool | None,
+    **how: Any,
+) -> None:
+    """Write the texts whose states are not stored or are damaged, each once.
+
+    Args:
+        index (`Index`): of the store.
+        claims (`Claims`): what threads are writing into it.
+        pipeline, texts, done, progress: as for `MemoryStore.add`.
+        entries (`Sequence[Entry]`): one for each text, with its key.
+        put (`Callable`): stores states with their entries.
+        how: what else `pipeline.write_many` takes.
+    """
+    number = {entry.key: i for i, entry in reversed(list(enumerate(entries)))}
+    waiting = sorted(number, key=number.__getitem__)
+    with progress_bar(len(waiting), progress) as advance:
+
+        def stored(keys: list[str]) -> None:
+            advance(len(keys))
+            done(keys)
+
+        while waiting:
+            with claims.taken(waiting) as mine:
+                missing = []
+                for key in mine:
+                    if not _is_readable(index, key):
+                        missing.append(number[key])
+                advance(len(mine) - len(missing))
+                for begin in range(0, len(missing), AT_ONCE):
+                    _write(pipeline, texts, entries, missing[begin : begin + AT_ONCE], put, stored, **how)
+            waiting = sorted(set(waiting).difference(mine), key=number.__getitem__)  # others may have failed
+
+
+def _write(
+    pipeline: GradMemPipeline,
+    texts: Sequence[str],
+    entries: Sequence[Entry],
+    numbers: Sequence[int],
+    put: Callable[[MemoryState, list[Entry]], None],
+    stored: Callable[[list[str]], None],
+    **how: Any,
+) -> None:
+    """Write some of the texts; an error names one by its number among all."""
+
+    def done(rows: list[int], states: MemoryState) -> None:
+        written = [entries[numbers[i]] for i in rows]
+        put(states, written)
+        stored([entry.key for entry in written])
+
+    try:
+        pipeline.write_many([texts[i] for i in numbers], progress=False, done=done, **how)
+    except (TypeError, ValueError, torch.OutOfMemoryError) as error:
+        if not (match := re.match(r"Context (\d+)", str(error))):
+            raise
+        raise type(error)(f"Context {numbers[int(match[1])]}{str(error)[match.end() :]}") from error
+
+
+def _is_readable(index: Index, key: str) -> bool:
+    try:
+        files.read_file(files.state_file_of(index.states, key))
+    except FileNotFoundError:
+        return False
+    except MemoryStateError as error:
+        warnings.warn(f"The stored state {key!r} is written anew, as it cannot be read: {error}", stacklevel=4)
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""The way of states into a memory store: into files first, and then into the index."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.store import files
+from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.index import Index, entries_of, insert, select
+from gradmem_adapter.utils.temporary import temporary_directory
+
+_FILES_AT_ONCE = 16
+"""Files that wait for the disk together: most of the time that storing takes is this."""
+
+
+def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: str) -> None:
+    """Store states; `MemoryStore.put` says what the arguments are.
+
+    Args:
+        index (`Index`): of the store.
+        states, entries: as there.
+        dtype (`str`): of the vectors in files.
+    """
+    now = time.time()
+    found: list[tuple[Mapping[str, Tensor], list[Entry]]] = []
+    for state, entry in zip(states.cpu(), entries, strict=True):
+        if not state.vectors.isfinite().all():
+            raise ValueError(f"The state of {entry.key} has vectors that are not finite: WRITE diverged.")
+        entry = replace(entry, tokens=int(state.context_tokens), fingerprint=state.fingerprint, written=now)
+        found.append((files.new_tensors(state, dtype), [entry]))
+    _land(index, found)
+
+
+def add_places(index: Index, entries: Sequence[Entry]) -> None:
+    """Note what is new of stored texts: places, metadata, or that they are kept; enter what the index lacks.
+
+    Args:
+        index (`Index`): of the store.
+        entries (`Sequence[Entry]`): of texts whose states have a file.
+    """
+    with index.reading() as connection:
+        known = {(entry.key, entry.place): entry for entry in entries_of(connection, {entry.key for entry in entries})}
+    new: dict[str, list[Entry]] = {}
+    for entry in entries:
+        stored = known.get((entry.key, entry.place))
+        if stored is None or entry.metadata not in ({}, stored.metadata) or (entry.text and not stored.text):
+            new.setdefault(entry.key, []).append(entry)
+    for key, lacking in new.items():
+        tensors, before = files.read_file(files.state_file_of(index.states, key))
+        places = {one.place: one for one in [*lacking, *before, *(one for one in lacking if one.metadata)]}
+        one = replace(before[0], text=before[0].text or lacking[0].text)
+        _land(index, [(tensors, [replace(one, **_place(other)) for other in places.values()])])
+
+
+def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:
+    """Put the files of states into their places and into the index; places that it knows stay."""
+    index.make()
+    with temporary_directory(index.folder) as folder:
+        new_files = [folder / str(number) for number in range(len(found))]
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+            written = list(threads.map(files.write_file, new_files, *zip(*found, strict=True)))
+        with index.writing() as connection:
+            for (tensors, _), new, entries in zip(found, new_files, written, strict=True):
+                file = files.state_file_of(index.states, entries[0].key)
+                found_at = {one.place: _place(one) for one in select(connection, "key = ?", (entries[0].key,))}
+                found_at |= {entry.place: _place(entry) for entry in entries}
+                if len(found_at) > len(entries):  # another process has found it elsewhere meanwhile
+                    entries = [replace(entries[0], **place) for place in found_at.values()]
+                    entries = files.write_file(new, tensors, entries)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(new, file)
+                insert(connection, entries)
+
+
+def _place(entry: Entry) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in files.OF_A_PLACE}
