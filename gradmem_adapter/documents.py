@@ -17,8 +17,8 @@ from gradmem_adapter.segments import Segment
 from gradmem_adapter.sequential import text_behind, write_sequential
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
-from gradmem_adapter.utils.hardware import token_budget
 from gradmem_adapter.write.batching import batches, progress_bar
+from gradmem_adapter.write.budget import Budget
 from gradmem_adapter.write.options import WriteOptions
 
 Mode: TypeAlias = Literal["parallel", "sequential"]
@@ -70,7 +70,7 @@ class DocumentMemory:
         """
         model = encoder.model
         backbone = cast(PreTrainedModel, model.get_base_model())
-        budget = token_budget(backbone) if max_tokens is None else max_tokens
+        budget = Budget.of(backbone).tokens(backbone) if max_tokens is None else max_tokens
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for rows in batches([segment.tokens for segment in self.segments], budget):
             ids, mask = encoder.encode_contexts([self.segments[i].text for i in rows])

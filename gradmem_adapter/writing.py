@@ -13,9 +13,9 @@ from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.state import MemoryState, check_readable
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.backbone import device_of
-from gradmem_adapter.utils.hardware import check_memory, token_budget
 from gradmem_adapter.utils.tokens import check_token_types
 from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
+from gradmem_adapter.write.budget import BoundedPass, Budget
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.fast import FastWrites
 from gradmem_adapter.write.fidelity import fidelity, reconstruct
@@ -92,12 +92,11 @@ class WritingModel(GradMemTuner):
         options = WriteOptions.of(options, **fields)
         check_token_types(token_type_ids)
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
-        batch, length = context.input_ids.shape
-        self._check_size(batch, length, options)
+        self._check_length(context.input_ids.shape[1])
         return self._write(context, options, initial, callback, strict)
 
-    def _check_size(self, batch: int, length: int, options: WriteOptions) -> None:
-        """Warn of contexts that are longer than the adapter was trained for; refuse what memory cannot do."""
+    def _check_length(self, length: int) -> None:
+        """Warn of contexts that are longer than the adapter was trained for."""
         trained = self.peft_config[self._adapter].trained_length
         if trained is not None and length > trained:
             warnings.warn(
@@ -106,8 +105,6 @@ class WritingModel(GradMemTuner):
                 "long text in segments.",
                 stacklevel=3,
             )
-        if options.objective == "reconstruction":  # self-study goes back through its short queries alone
-            check_memory(self.model, batch, length, options.max_memory)
 
     @of_one_adapter
     def _write(
@@ -130,8 +127,12 @@ class WritingModel(GradMemTuner):
             fingerprint = self.fingerprint()
             warn_diverged(diverged)
             return MemoryState(memory, context.lengths, losses, fingerprint)
-        with self._fast_writes.of(writer, context, options.compile) as run:
-            memory, losses, diverged = write_contexts(writer, context, options, start, callback, run, more)
+        batch, length = context.input_ids.shape
+        plans = Budget.of(self.model).plans(self.model, batch, length, options.max_memory)
+        with self._fast_writes.of(writer, context, options.compile) as pass_of:
+            run = BoundedPass(self.model, plans, pass_of)
+            written = write_contexts(writer, context, options, start, callback, run, more, plans[0].rows)
+            memory, losses, diverged = written
             fingerprint = self.fingerprint()  # while a GPU is still at work
             warn_diverged(diverged)
         return MemoryState(memory, context.lengths, losses, fingerprint)
@@ -181,8 +182,7 @@ class WritingModel(GradMemTuner):
             )
         with torch.no_grad():
             start, whole = more_text(self._writer, vectors, known, context, config.trained_length)
-        batch, length = whole.input_ids.shape
-        self._check_size(batch, length, options)
+        self._check_length(whole.input_ids.shape[1])
         begun = MemoryState(start, known, memory.write_losses, memory.fingerprint)
         written = self._write(whole, options, begun, strict=strict, more=True)
         return MemoryState(written.vectors, known + context.lengths, written.write_losses, written.fingerprint)
@@ -199,8 +199,7 @@ class WritingModel(GradMemTuner):
     ) -> MemoryState:
         """WRITE any number of contexts of any lengths, in batches that fit into memory.
 
-        Contexts of similar length are written together. Out of memory on a GPU, the batches are halved, with a
-        warning. All contexts are checked before the first is written.
+        Contexts of similar length are written together. All are checked before the first is written.
 
         Args:
             contexts (`Sequence`): token ids `[n]` of each.
@@ -223,8 +222,11 @@ class WritingModel(GradMemTuner):
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise ValueError(f"max_tokens must be an integer from 1, got {max_tokens!r}.")
         rows = check_rows(contexts, self.model, self.prefix_length)
-        self._check_size(1, max(map(len, rows)), options)
-        budget = token_budget(self.model, options.max_memory) if max_tokens is None else max_tokens
+        longest, budget = max(map(len, rows)), Budget.of(self.model)
+        self._check_length(longest)
+        if options.objective == "reconstruction":
+            budget.plans(self.model, 1, longest, options.max_memory)  # or nothing is written
+        size = budget.tokens(self.model, options.max_memory) if max_tokens is None else max_tokens
 
         def write(ids: Tensor, mask: Tensor) -> MemoryState:
             return self._write(Context.from_tokens(ids, mask, self.model, self.prefix_length), options)
@@ -236,9 +238,7 @@ class WritingModel(GradMemTuner):
                 if done is not None:
                     done(indices, states)
 
-            states = write_batches(write, rows, budget, written)
-        self._fast_writes.make_room(device_of(self.model))
-        return states
+            return write_batches(write, rows, size, written)
 
     def prefix_embeddings(self, memory: MemoryState, *, strict: bool = True) -> Tensor:
         """What READ puts before the query, for any engine that takes input embeddings.

@@ -72,8 +72,7 @@ def sequence_nll(
         Negative log-likelihoods `[B]`, and counts `[B]` or `None`.
     """
     grad = torch.is_grad_enabled()
-    in_cache = hidden.device.type == "cpu" and (fused or not grad)
-    limit = min(MAX_LOGITS, MAX_LOGITS_IN_CACHE) if in_cache else MAX_LOGITS
+    limit = max_logits(hidden.device) if fused or not grad else MAX_LOGITS
     size = max(1, limit // (len(hidden) * vocabulary))
     if fused and grad:
         return _GradientInForward.apply(hidden, targets, mask, head, fused, size, count_correct)
@@ -89,6 +88,11 @@ def sequence_nll(
         sums = [checkpoint(chunk_nll, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     nll, correct = zip(*sums, strict=True)
     return torch.stack(nll).sum(0), torch.stack(correct).sum(0) if count_correct else None
+
+
+def max_logits(device: torch.device) -> int:
+    """How many logits are held at once where nothing is computed twice."""
+    return min(MAX_LOGITS, MAX_LOGITS_IN_CACHE) if device.type == "cpu" else MAX_LOGITS
 
 
 def _chunks(hidden: Tensor, targets: Tensor, mask: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -7,15 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gradmem_adapter.utils.backbone import layers_of
 
 RECOMPILE_LIMIT = 64
 """How many shapes of batch a layer is compiled for, with and without gradients."""
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of the causal LM in a model."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager

@@ -15,11 +15,14 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.attention import CAUSAL
 from gradmem_adapter.utils.capture import static_shapes
+from gradmem_adapter.utils.graphs import GraphPool
 
 Batch: TypeAlias = dict[str, Any]
 """Tensors, and ints that decide what is done with them."""
 WARM_UP = 2
 """How often a kind of batch is run as it is before it is captured; the first time compiles what is to be compiled."""
+SHARE = 0.8
+"""The share of a GPU's free memory that graphs may hold: in training they are what the memory is for."""
 
 
 @dataclass
@@ -35,7 +38,8 @@ class GraphedBackward:
 
     A small model computes faster than Python launches its kernels. Batches are of one kind if their tensors have the
     same shapes and their ints the same values. From the third batch of a kind on, the passes are captured as a CUDA
-    graph and from then on replayed on the new tensors. On the CPU every batch runs as it is.
+    graph and from then on replayed on the new tensors. On the CPU every batch runs as it is, and so does one whose
+    graph would hold more than most of the GPU's memory.
 
     The gradients are always in the same tensors, which every graph adds to: they become the parameters' `.grad`, so
     that clipping, accumulation and any optimizer work on them as usual. Set them to None (`zero_grad`) to start anew.
@@ -50,10 +54,9 @@ class GraphedBackward:
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.device = self.parameters[0].device
         self._seen: Counter[Hashable] = Counter()
-        self._graphs: dict[Hashable, _Graph] = {}
         if self.device.type == "cuda":
+            self._graphs: GraphPool[_Graph] = GraphPool(self.device, SHARE)
             self._stream = torch.cuda.Stream(self.device)
-            self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add the gradients of a batch to the parameters'; returns what `run` returns, detached.
@@ -66,16 +69,15 @@ class GraphedBackward:
         self._seen[kind] += 1
         if self.device.type != "cuda":
             *outputs, reached = self._passes(batch)
-        elif self._seen[kind] <= WARM_UP:
+        elif self._seen[kind] <= WARM_UP or not (
+            graph := self._graphs.get(kind, lambda pool: self._capture(batch, pool))
+        ):
             self._stream.wait_stream(torch.cuda.current_stream())
             # With the shapes of the capture that follows: what is compiled now must not be compiled in it.
             with torch.cuda.stream(self._stream), static_shapes():
                 *outputs, reached = self._passes(batch)
             torch.cuda.current_stream().wait_stream(self._stream)
         else:
-            if kind not in self._graphs:
-                self._graphs[kind] = self._capture(batch)
-            graph = self._graphs[kind]
             for name, tensor in graph.inputs.items():
                 tensor.copy_(batch[name])
             graph.graph.replay()
@@ -93,14 +95,14 @@ class GraphedBackward:
         torch._foreach_add_([total for total, _ in pairs], [part for _, part in pairs])
         return loss.detach(), table, [part is not None for part in found]
 
-    def _capture(self, batch: Batch) -> _Graph:
+    def _capture(self, batch: Batch, pool: Any) -> _Graph:
         inputs = {name: value.clone() for name, value in batch.items() if isinstance(value, Tensor)}
         graph = torch.cuda.CUDAGraph()
         # The threads of NCCL's process group may ask for events meanwhile, which is nothing to the capture.
         mode = "thread_local" if distributed.is_initialized() else "global"
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a capture takes memory from a pool of its own and cannot free what others keep
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
             loss, table, reached = self._passes(batch | inputs)
         return _Graph(graph, inputs, (loss, table), reached)
 

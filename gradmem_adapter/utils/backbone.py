@@ -13,6 +13,7 @@ from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from gradmem_adapter.utils.capture import capturing
@@ -213,3 +214,13 @@ def check_length(prefix_length: int, query: Tensor, attention_mask: Tensor | Non
 def uses_checkpointing(backbone: PreTrainedModel) -> bool:
     """Whether the backbone's layers are computed again in backward passes (gradient checkpointing)."""
     return backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers in a model that Transformers marks as such."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a causal LM that tokens go through, not those of what sees or hears."""
+    return layers_of(backbone.get_decoder())

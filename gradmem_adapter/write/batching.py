@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,7 +39,7 @@ def write_batches(
     budget: int,
     done: Callable[[list[int], MemoryState], None] = lambda rows, states: None,
 ) -> MemoryState:
-    """WRITE contexts in batches within a token budget, which is halved where memory does not suffice.
+    """WRITE contexts in batches within a token budget.
 
     Args:
         write (`Callable`): from right-padded token ids `[B, N]` and their mask to B states.
@@ -52,39 +51,21 @@ def write_batches(
         `MemoryState`: one state per context, in the order of `contexts`.
 
     Raises:
-        torch.cuda.OutOfMemoryError: a single context does not fit; the message names it.
+        torch.cuda.OutOfMemoryError: a context does not fit, the most frugal way; the message names it.
     """
     states: dict[int, MemoryState] = {}
-    waiting, warned = batches([len(context) for context in contexts], budget), False
-    while waiting:
-        rows = waiting.pop(0)
+    for rows in batches([len(context) for context in contexts], budget):
         try:
             with sample_names(rows):
                 written = write(*pad([contexts[i] for i in rows], "right"))
         except torch.cuda.OutOfMemoryError as error:
-            if len(rows) == 1:
-                raise torch.cuda.OutOfMemoryError(
-                    f"Context {rows[0]} with {len(contexts[rows[0]])} tokens does not fit into the GPU's memory by "
-                    "itself. Split it (MemoryState.concat joins the states of its parts), free memory, or load the "
-                    "model in bfloat16."
-                ) from error
-        else:
-            states |= zip(rows, written, strict=True)
-            done(rows, written)
-            continue
-        # Only here, as the traceback of the error holds what the batch had on the GPU.
-        torch.cuda.empty_cache()
-        budget = min(budget, len(rows) * len(contexts[rows[0]])) // 2
-        if not warned:
-            warnings.warn(
-                f"Out of memory at {len(rows)} contexts of up to {len(contexts[rows[0]])} tokens: going on with at "
-                f"most {budget} tokens a batch. max_tokens={budget} spares the try.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            warned = True
-        left = [i for batch in (rows, *waiting) for i in batch]
-        waiting = [[left[i] for i in batch] for batch in batches([len(contexts[i]) for i in left], budget)]
+            raise torch.cuda.OutOfMemoryError(
+                f"Context {rows[0]} with {len(contexts[rows[0]])} tokens does not fit into the GPU's memory by itself. "
+                "Split it (MemoryState.concat joins the states of its parts), free memory, or load the model in "
+                "bfloat16."
+            ) from error
+        states |= zip(rows, written, strict=True)
+        done(rows, written)
     return MemoryState.stack([states[i] for i in range(len(contexts))])
 
 

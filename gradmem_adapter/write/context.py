@@ -30,6 +30,10 @@ class Context(NamedTuple):
         """`[B, N]`, True where a token counts."""
         return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
+    def split(self, rows: int) -> list[Context]:
+        """The same contexts, at most `rows` at a time."""
+        return [Context(*part) for part in zip(self.input_ids.split(rows), self.lengths.split(rows), strict=True)]
+
     @classmethod
     def from_tokens(
         cls,

@@ -1,24 +1,34 @@
-"""A write pass on a frozen, compiled twin of the model, launched as one CUDA graph per bucket of shapes."""
+"""A write pass on a frozen, compiled twin of the model, launched as one CUDA graph per bucket of shapes where launching
+is what takes time."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy
+from gradmem_adapter.utils.backbone import decoder_layers, layers_of
 from gradmem_adapter.utils.capture import static_shapes
+from gradmem_adapter.utils.graphs import GraphPool
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Pass, Writer, write_pass
+from gradmem_adapter.write.plan import Plan
 from gradmem_adapter.write.twin import frozen_twin
 
-MAX_GRAPHS = 16
-"""How many buckets have a CUDA graph; the one used longest ago makes room."""
+LAUNCH_BOUND = 1e11
+"""Weights of a layer times tokens, beyond which computing takes longer than launching: about a millisecond a layer."""
+
+
+def launch_bound(backbone: PreTrainedModel, tokens: int) -> bool:
+    """Whether a pass of so many tokens is over before Python has launched its kernels."""
+    layers = decoder_layers(backbone)
+    return bool(layers) and sum(p.numel() for p in layers[0].parameters()) * tokens < LAUNCH_BOUND
 
 
 class Bucket(NamedTuple):
@@ -64,47 +74,38 @@ class FastPass:
     Args:
         writer (`Writer`): the model.
         compiled (`bool`): compile the layers of the twin.
-        graphed (`bool`): launch each pass as a CUDA graph, one per bucket.
+        graphed (`bool`): launch a pass as a CUDA graph, one per bucket, where that is what takes time.
     """
 
     def __init__(self, writer: Writer, *, compiled: bool, graphed: bool) -> None:
         backbone = frozen_twin(writer.backbone)
         if compiled:
-            for layer in backbone.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.compile(dynamic=True)
+            for layer in layers_of(backbone):
+                layer.compile(dynamic=True)
         self.writer = replace(writer, backbone=backbone, fused=FusedCrossEntropy.compiled() if compiled else FUSED)
-        self.compiled, self.graphed, self.trusted = compiled, graphed, False
-        self._graphs: OrderedDict[tuple[Bucket, bool, bool], Callable[[Tensor, Context], Pass]] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if graphed else None
+        self.compiled, self.trusted = compiled, False
+        device = writer.slots.gradmem_memory[writer.adapter].device
+        self.graphs: GraphPool[Callable[[Tensor, Context], Pass]] | None = GraphPool(device) if graphed else None
 
-    def __call__(self, bucket: Bucket, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
-        if not self.graphed:
-            return write_pass(self.writer, memory, context, gradient, recovered)
-        padded = bucket.pad(memory, context)
-        key = bucket, gradient, recovered
-        if key not in self._graphs:
-            while len(self._graphs) >= 2 * MAX_GRAPHS:  # with and without a gradient
-                self._graphs.popitem(last=False)
-            self._graphs[key] = self._capture(*padded, gradient, recovered)
-        self._graphs.move_to_end(key)
-        found = self._graphs[key](*padded)
+    def __call__(self, plan: Plan, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
+        bucket = Bucket.of(context, self.writer.longest_context)
+        if self.graphs is not None and plan.recomputed == 0 and launch_bound(self.writer.backbone, math.prod(bucket)):
+            padded = bucket.pad(memory, context)
+            wanted = gradient, recovered
+            launch = self.graphs.get((bucket, wanted), lambda pool: self._capture(pool, *padded, *wanted))
+            if launch is not None:
+                return self._own(launch(*padded), len(memory))
+        return write_pass(plan.of(self.writer), memory, context, gradient, recovered)
 
-        def own(part: Tensor) -> Tensor:
-            """Without the bucket's other rows, and not where the graph writes next time."""
-            return part[: len(memory)].clone()
-
-        return Pass(
-            None if found.gradient is None else own(found.gradient),
-            own(found.losses),
-            None if found.recovered is None else own(found.recovered),
-        )
+    @staticmethod
+    def _own(found: Pass, rows: int) -> Pass:
+        """Without the bucket's other rows, and not where the graph writes next time."""
+        return Pass._make(None if part is None else part[:rows].clone() for part in found)
 
     def clear(self) -> None:
         """Give the memory of all graphs back."""
-        self._graphs.clear()
-        self._pool = torch.cuda.graph_pool_handle() if self.graphed else None
-        torch.cuda.empty_cache()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def agrees(self, found: Pass, expected: Pass) -> bool:
         """Whether a fast pass, with its gradient, is the plain one, up to what its precision costs."""
@@ -119,7 +120,7 @@ class FastPass:
         return self.trusted
 
     def _capture(
-        self, memory: Tensor, context: Context, gradient: bool, recovered: bool
+        self, pool: Any, memory: Tensor, context: Context, gradient: bool, recovered: bool
     ) -> Callable[[Tensor, Context], Pass]:
         """A function that copies its arguments to where the graph reads them, and launches it."""
         memory, context = memory.clone(), Context(*(part.clone() for part in context))
@@ -130,7 +131,7 @@ class FastPass:
                 write_pass(self.writer, memory, context, gradient, recovered)
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize(memory.device)
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = write_pass(self.writer, memory, context, gradient, recovered)
         used = torch.cuda.Event()
 

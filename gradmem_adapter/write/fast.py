@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,16 +17,14 @@ from torch import Tensor
 
 from gradmem_adapter.utils.fingerprint import walk
 from gradmem_adapter.write.context import Context
-from gradmem_adapter.write.cuda_graph import Bucket, FastPass
+from gradmem_adapter.write.cuda_graph import Bucket, FastPass, launch_bound
 from gradmem_adapter.write.loop import RunPass
 from gradmem_adapter.write.loss import Pass, Writer, write_pass
+from gradmem_adapter.write.plan import Plan
 
 COMPILE_SECONDS = 20.0
 """`compile="auto"` compiles once WRITE has taken this long, about as long as compiling takes: however much is written
 after it, that takes at most twice the time of whoever had known beforehand."""
-
-SPARE_MEMORY = 0.25
-"""The share of a GPU's memory that bulk WRITE leaves to what follows it, if its graphs hold more than the rest."""
 
 
 def unsuited(writer: Writer, context: Context) -> str | None:
@@ -72,8 +71,8 @@ class FastWrites:
         self._fast: FastPass | None = None
 
     @contextmanager
-    def of(self, writer: Writer, context: Context, compile: bool | str) -> Iterator[RunPass]:
-        """Choose the pass for a batch of contexts, and measure the time that WRITE takes inside.
+    def of(self, writer: Writer, context: Context, compile: bool | str) -> Iterator[Callable[[Plan], RunPass]]:
+        """What chooses the pass for a plan of a batch of contexts; the time that WRITE takes inside is measured.
 
         Args:
             writer (`Writer`): the model.
@@ -83,29 +82,20 @@ class FastWrites:
         Raises:
             ValueError: `compile=True`, and the model cannot be compiled for these contexts.
         """
-        plain = partial(write_pass, writer)
+
+        def pass_of(plan: Plan) -> RunPass:
+            plain = partial(write_pass, plan.of(writer))
+            if compile is False:
+                return plain
+            return self._choose(writer, plan, context.split(plan.rows)[0], compile is True) or plain
+
         start = time.perf_counter()
         try:
-            yield plain if compile is False else self._choose(writer, context, compile is True) or plain
+            yield pass_of
         finally:
             self._seconds += time.perf_counter() - start
 
-    def make_room(self, device: torch.device) -> None:
-        """Give the memory of all graphs back where they leave little of it: READ needs some, and cannot take theirs."""
-        with self._lock:
-            if self._fast is None or not self._fast.graphed:
-                return
-            free, total = torch.cuda.mem_get_info(device)
-            # And what PyTorch keeps for anybody: blocks of a graph's pool are for that graph alone.
-            free += sum(
-                segment["total_size"] - segment["allocated_size"]
-                for segment in torch.cuda.memory_snapshot()
-                if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == (0, 0)
-            )
-            if free < SPARE_MEMORY * total:
-                self._fast.clear()
-
-    def _choose(self, writer: Writer, context: Context, demanded: bool) -> RunPass | None:
+    def _choose(self, writer: Writer, plan: Plan, context: Context, demanded: bool) -> RunPass | None:
         cuda = context.input_ids.device.type == "cuda"
         if not (demanded or cuda):
             return None  # on a CPU compiling saves a seventh of the time: not worth the stall unless asked for
@@ -119,20 +109,22 @@ class FastWrites:
                 if demanded:
                     raise ValueError(f"compile=True cannot be had: {reason}. Use compile='auto' or compile=False.")
                 return None
-            bucket = Bucket.of(context, writer.longest_context)
-            if not demanded and bucket not in self._seen:
-                self._seen.add(bucket)
-                return None
             compiled = demanded or self._seconds > COMPILE_SECONDS
+            bucket = Bucket.of(context, writer.longest_context)
+            graphed = cuda and not plan.recomputed and launch_bound(writer.backbone, math.prod(bucket))
+            again = bucket in self._seen
+            self._seen.add(bucket)
+            if not demanded and not (again if graphed else compiled):
+                return None
             if self._fast is None or (compiled and not self._fast.compiled):
                 self._fast = FastPass(writer, compiled=compiled, graphed=cuda)
-            return partial(self._checked, self._fast, writer, bucket, demanded)
+            return partial(self._checked, self._fast, writer, plan, demanded)
 
     def _checked(
         self,
         fast: FastPass,
         writer: Writer,
-        bucket: Bucket,
+        plan: Plan,
         demanded: bool,
         memory: Tensor,
         context: Context,
@@ -140,15 +132,20 @@ class FastWrites:
         recovered: bool,
     ) -> Pass:
         """A fast pass; the first one is compared with the plain one, which takes over where something is amiss."""
-        plain = partial(write_pass, writer, memory, context, gradient, recovered)
+
+        def plain() -> Pass:
+            return write_pass(plan.of(writer), memory, context, gradient, recovered)
+
         with self._lock:
             if self._plain_only is not None:
                 return plain()
             problem = ""
             try:
-                found = fast(bucket, memory, context, gradient, recovered)
+                found = fast(plan, memory, context, gradient, recovered)
             except torch.cuda.OutOfMemoryError:
-                pass  # dealt with below: until the error is gone, its traceback holds what did not fit
+                if not fast.graphs:
+                    raise
+                # dealt with below: until the error is gone, its traceback holds what did not fit
             except Exception as error:
                 if demanded:
                     raise

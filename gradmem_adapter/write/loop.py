@@ -48,6 +48,7 @@ def write_contexts(
     callback: Callable[[WriteProgress], None] | None = None,
     run: RunPass | None = None,
     more: bool = False,
+    rows: int | None = None,
 ) -> Written:
     """WRITE contexts, from where the configuration says or from a memory that was written before.
 
@@ -60,11 +61,13 @@ def write_contexts(
         run (`RunPass`, *optional*): a faster `write_pass`.
         more (`bool`, *optional*, defaults to `False`): `initial` was written from less than these contexts, so that
             the steps are first ones again.
+        rows (`int`, *optional*): how many contexts a start may read at a time. `None`: all.
     """
     memory = initial
     if memory is None:
         with torch.no_grad():
-            memory = start_memory(writer, context)
+            parts = context.split(rows or len(context.input_ids))
+            memory = torch.cat([start_memory(writer, part) for part in parts])
     lrs: Sequence[Rate] = [options.lr] if options.lr is not None else []
     if not lrs:
         # On a memory that was written before, further steps are late ones.

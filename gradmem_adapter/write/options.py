@@ -65,7 +65,7 @@ class WriteFields(TypedDict, total=False):
     compile: bool | Literal["auto"] | None
     objective: Objective | None
     study: Study | None
-    max_memory: int | None
+    max_memory: int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,10 @@ class WriteOptions:
             the model makes itself. It needs no trained adapter and takes seconds to minutes a context
             (`write/self_study.py`); steps, lr and optimizer have defaults of their own then.
         study (`Study`, *optional*): how the model studies a context with `"self_study"`.
-        max_memory (`int`, *optional*): bytes that the contexts of a batch may take, beside the model, in place of what
-            the device has free. What needs more is refused.
+        max_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`): bytes that the contexts of a batch may take,
+            beside the model. `"auto"`: what the device has free. What needs more is done with less, as fast as that
+            goes: contexts one after the other, layers computed again in the backward pass, their inputs kept on the CPU
+            (`write/plan.py`). What does not fit then is refused.
 
     Raises:
         ValueError: a value that cannot work; the message says what was expected.
@@ -109,7 +111,7 @@ class WriteOptions:
     compile: bool | Literal["auto"] = "auto"
     objective: Objective = "reconstruction"
     study: Study = Study()
-    max_memory: int | None = None
+    max_memory: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if self.steps is not None and (
@@ -133,8 +135,8 @@ class WriteOptions:
             raise ValueError(f"objective must be one of {get_args(Objective)}, got {self.objective!r}.")
         if not isinstance(self.study, Study):
             raise ValueError(f"study must be a Study, got {type(self.study).__name__}.")
-        if self.max_memory is not None and (type(self.max_memory) is not int or self.max_memory < 1):
-            raise ValueError(f"max_memory must be a number of bytes from 1, got {self.max_memory!r}.")
+        if self.max_memory != "auto" and (type(self.max_memory) is not int or self.max_memory < 1):
+            raise ValueError(f"max_memory must be a number of bytes from 1, or 'auto', got {self.max_memory!r}.")
         if self.objective == "self_study":
             self._check_self_study()
         elif self.study != Study():

@@ -9,7 +9,7 @@ from tiny import tiny_text
 
 from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint, save_checkpoint
 from gradmem_adapter.store import MemoryStore
-from gradmem_adapter.utils import hardware
+from gradmem_adapter.write import budget
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +53,8 @@ def test_answers_for_programs(checkpoint, tmp_path):
 
 def test_a_text_that_does_not_fit_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
     """The system would end the process without a word."""
-    monkeypatch.setattr(hardware, "UNCHECKED", 0)
-    monkeypatch.setattr(hardware, "free_memory", lambda device: 10**4)
+    monkeypatch.setattr(budget, "UNCHECKED", 0)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 10**4)
     result = ask("w1", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint)
     assert result.exit_code == 2
     said = " ".join(result.stderr.split())

@@ -6,7 +6,6 @@ import threading
 import warnings
 import weakref
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ from gradmem_adapter.utils.capture import static_shapes
 from gradmem_adapter.write import fast
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.cuda_graph import Bucket, FastPass
-from gradmem_adapter.write.fast import FastWrites, unsuited
+from gradmem_adapter.write.fast import unsuited
 from gradmem_adapter.write.loss import Pass, write_pass
+from gradmem_adapter.write.plan import Plan
 
 
 def make(backbone=None, **kwargs):
@@ -47,10 +47,10 @@ def batch(model, *lengths):
 def compare(model, memory, context, tolerance=1e-5, **options):
     writer = model.base_model._writer
     fast = FastPass(writer, **{"compiled": False, "graphed": False} | options)
-    bucket = Bucket.of(context, None)
+    plan = Plan(len(memory))
     for gradient, first in product((True, False), repeat=2):
         expected = write_pass(writer, memory, context, gradient, first)
-        for value, right in zip(fast(bucket, memory, context, gradient, first), expected, strict=True):
+        for value, right in zip(fast(plan, memory, context, gradient, first), expected, strict=True):
             if right is None:
                 assert value is None
             else:
@@ -184,7 +184,7 @@ def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
     model, ids = make(), tokens(2, 9)
     expected = model.write(ids, compile=False).vectors
 
-    def broken(self, bucket, memory, context, gradient, first):
+    def broken(self, plan, memory, context, gradient, first):
         slope, losses, recovered = write_pass(self.writer, memory, context, gradient, first)
         return Pass(None if slope is None else -slope, losses, recovered)
 
@@ -219,7 +219,7 @@ def test_a_fast_pass_that_does_not_fit_is_let_go_before_the_plain_one(monkeypatc
     model, ids, held, alive = make(), tokens(2, 9), [], []
     expected = model.write(ids, compile=False).vectors
 
-    def too_large(self, bucket, memory, context, gradient, first):
+    def too_large(self, plan, memory, context, gradient, first):
         activations = torch.zeros(3)
         held.append(weakref.ref(activations))
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
@@ -229,6 +229,7 @@ def test_a_fast_pass_that_does_not_fit_is_let_go_before_the_plain_one(monkeypatc
         return write_pass(*args)
 
     monkeypatch.setattr(FastPass, "__call__", too_large)
+    monkeypatch.setattr(FastPass, "graphs", property(lambda self: True, lambda self, pool: None), raising=False)
     monkeypatch.setattr(FastPass, "clear", lambda self: alive.append(held[-1]() is not None))
     monkeypatch.setattr(fast, "write_pass", plain)
     assert torch.equal(model.write(ids, compile=True).vectors, expected)
@@ -268,23 +269,3 @@ def test_threads_may_write_compiled_at_once():
         thread.join()
     for index, right in enumerate(expected):
         assert torch.equal(results[index], right)
-
-
-@pytest.mark.parametrize(("pool", "kept"), [((0, 0), True), ((0, 7), False)])
-def test_bulk_write_leaves_memory_to_what_follows(monkeypatch, pool, kept):
-    """What the pool of a graph holds is nobody else's, however much of it is free."""
-    writes, cleared = FastWrites(), []
-    writes._fast = SimpleNamespace(graphed=True, clear=lambda: cleared.append(True))
-    segments = [{"device": 0, "total_size": 60, "allocated_size": 10, "segment_pool_id": pool},
-                {"device": 1, "total_size": 90, "allocated_size": 0, "segment_pool_id": (0, 0)}]  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 100))
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
-    writes.make_room(torch.device("cuda", 0))
-    assert bool(cleared) != kept
-
-
-def test_bulk_write_asks_for_room(monkeypatch):
-    model, asked = make(), []
-    monkeypatch.setattr(type(model.base_model._fast_writes), "make_room", lambda self, device: asked.append(device))
-    model.write_many(tokens(2, 6).tolist(), progress=False)
-    assert asked == [torch.device("cpu")]

@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-import weakref
 
 import psutil
 import pytest
@@ -14,8 +13,9 @@ from tiny import VOCABULARY, tiny, tokens
 
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.utils import hardware
-from gradmem_adapter.utils.hardware import token_budget, write_memory
+from gradmem_adapter.write import budget
 from gradmem_adapter.write.batching import batches
+from gradmem_adapter.write.budget import Budget
 
 
 @pytest.fixture(scope="module")
@@ -69,54 +69,13 @@ def test_samples_that_stop_after_different_steps_are_stacked(model):
         assert one.write_losses[0, -1] == losses[0, -1]
 
 
-class Small:
-    """A GPU on which so many tokens fit."""
-
-    def __init__(self, model, limit):
-        self.write, self.limit, self.sizes = model.base_model._write, limit, []
-
-    def __call__(self, context, options):
-        size = context.input_ids.numel()
-        self.sizes.append(size)
-        if size > self.limit:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return self.write(context, options)
-
-
-def test_out_of_memory_halves_the_batches_and_says_so_once(model, monkeypatch):
-    lengths = [7, 30, 12, 29, 3, 28, 9, 27]
-    rows = contexts(*lengths)
-    expected = model.write_many(rows, max_tokens=30)
-    small = Small(model, 40)
-    monkeypatch.setattr(model.base_model, "_write", small)
-    with pytest.warns(RuntimeWarning, match="going on with at most 90 tokens") as caught:
-        state = model.write_many(rows, max_tokens=200)
-    assert len(caught) == 1
-    assert small.sizes[:2] == [180, 90]
-    assert state.context_tokens.tolist() == lengths
-    torch.testing.assert_close(state.vectors, expected.vectors, rtol=1e-4, atol=1e-6)
-
-
-def test_a_batch_that_did_not_fit_is_let_go_before_the_next(model, monkeypatch):
-    small, held, alive = Small(model, 40), [], []
-
-    def write(context, options):
-        held.append(weakref.ref(context.input_ids))
-        return small(context, options)
-
-    monkeypatch.setattr(model.base_model, "_write", write)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[-1]() is not None))
-    with pytest.warns(RuntimeWarning, match="Out of memory"):
-        model.write_many(contexts(30, 30), max_tokens=60)
-    assert alive == [False]
-
-
 def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
-    monkeypatch.setattr(model.base_model, "_write", Small(model, 20))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(torch.cuda.OutOfMemoryError, match="Context 1 with 30 tokens does not fit"):
-            model.write_many(contexts(7, 30, 12), max_tokens=100)
+    def full(context, options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model.base_model, "_write", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="Context 1 with 30 tokens does not fit"):
+        model.write_many(contexts(7, 30, 12), max_tokens=100)
 
 
 @pytest.mark.parametrize(
@@ -192,16 +151,14 @@ def test_options_that_cannot_work(model, options, error):
 
 
 def test_the_budget_follows_free_memory(model, monkeypatch):
-    memory = psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**40))
-    assert token_budget(model.base_model.model) == hardware.SATURATED["cpu"]
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**20))
-    few = token_budget(model.base_model.model)
-    assert 1 <= few < hardware.SATURATED["cpu"]
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**21))
-    assert token_budget(model.base_model.model) == pytest.approx(2 * few, abs=1)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=0))
-    assert token_budget(model.base_model.model) == 1
+    memory, backbone = psutil.virtual_memory(), model.get_base_model()
+    own = Budget.of(backbone)
+    for free, expected in ((2**40, hardware.SATURATED["cpu"]), (0, 1)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
+        assert own.tokens(backbone) == expected
+    few, twice = (own.tokens(backbone, max_memory) for max_memory in (2**20, 2**21))
+    assert 1 < few < hardware.SATURATED["cpu"]
+    assert twice == pytest.approx(2 * few, abs=1)
 
 
 class TestMemory:
@@ -215,15 +172,10 @@ class TestMemory:
             assert len(write(max_memory=2**20)) == 2
             with pytest.raises(MemoryError, match=r"of 9 tokens takes about .* GB are allowed\. .*write_document"):
                 write(max_memory=1000)
-        monkeypatch.setattr(hardware, "UNCHECKED", 0)
-        monkeypatch.setattr(hardware, "free_memory", lambda device: 10**4)
-        with pytest.raises(MemoryError, match=r"To write 2 contexts of 9 tokens takes about .* 1e-05 GB are free"):
+        monkeypatch.setattr(budget, "UNCHECKED", 0)
+        monkeypatch.setattr(budget, "free_memory", lambda device: 10**4)
+        with pytest.raises(MemoryError, match=r"of 9 tokens takes about .* 1e-05 GB are free"):
             model.write(tokens(2, 9))
-
-    def test_more_for_longer_contexts_and_for_eager_attention(self):
-        fused, eager = tiny(), tiny(attn_implementation="eager")
-        assert write_memory(fused, 2, 10) == 2 * write_memory(fused, 1, 10) == 4 * write_memory(fused, 1, 5)
-        assert write_memory(eager, 1, 20) > 2 * write_memory(eager, 1, 10) > 2 * write_memory(fused, 1, 10)
 
     @pytest.mark.parametrize(
         ("line", "folder", "files"),

@@ -1,0 +1,111 @@
+"""CUDA graphs in one pool of memory, which is bounded and given back."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
+
+import torch
+
+SHARE = 0.25
+"""The share of a GPU's free memory that the graphs of one model may hold."""
+MAX_GRAPHS = 32
+"""How many graphs there are at once; the one used longest ago makes room."""
+
+Graph = TypeVar("Graph")
+
+
+class GraphPool(Generic[Graph]):
+    """Graphs by what they were captured for.
+
+    Graphs that are launched one after the other share their memory, so a pool holds about what its largest graph takes;
+    more where they were captured from small to large. It comes back when all graphs of the pool are gone. So what goes
+    beyond the bound lets all of them go, and those that are used again are captured again: then there is room, because
+    a large one came first.
+
+    Args:
+        device (`torch.device`): a GPU.
+        share (`float`, *optional*, defaults to `SHARE`): of its free memory, which is the bound.
+    """
+
+    def __init__(self, device: torch.device, share: float = SHARE) -> None:
+        self.device, self.share, self.held = device, share, 0
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._too_large: set[Hashable] = set()
+        self._handle: Any = None
+        _pools.add(self)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def get(self, key: Hashable, capture: Callable[[Any], Graph]) -> Graph | None:
+        """The graph for a key, or `None` where it would hold more than the bound by itself.
+
+        Args:
+            key (`Hashable`): what it is for.
+            capture (`Callable`): makes it, in the pool whose handle it is given.
+        """
+        if key in self._too_large:
+            return None
+        if key not in self._graphs:
+            self._add(key, capture)
+            if self.held > self._bound() and len(self) > 1:
+                self.clear()
+                self._add(key, capture)
+            if self.held > self._bound():
+                self.clear()
+                self._too_large.add(key)
+                return None
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+    def clear(self) -> None:
+        """Give the memory of all graphs back."""
+        if self._graphs:
+            torch.cuda.synchronize(self.device)
+            self._graphs.clear()
+            torch.cuda.empty_cache()
+        self._handle, self.held = None, 0
+
+    def _add(self, key: Hashable, capture: Callable[[Any], Graph]) -> None:
+        while len(self) >= MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        try:
+            self._graphs[key] = capture(self._handle)
+        finally:
+            self.held = self._measure()
+
+    def _measure(self) -> int:
+        return sum(
+            segment["total_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == self.device.index and tuple(segment["segment_pool_id"]) == tuple(self._handle)
+        )
+
+    def _bound(self) -> float:
+        return self.share * (free_memory(self.device) + self.held)
+
+
+_pools: WeakSet[GraphPool[Any]] = WeakSet()
+
+
+def held_by_graphs(device: torch.device) -> int:
+    """Bytes that graphs hold on a GPU; they are for nobody else, however much of them is free."""
+    return sum(pool.held for pool in _pools if pool.device == device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that PyTorch may still have: what nobody has, within the limit that was set on the process
+    (`torch.cuda.set_per_process_memory_fraction`), and what it keeps for anybody.
+
+    Args:
+        device (`torch.device`): a GPU.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return max(0, min(free, limit)) + max(0, reserved - allocated - held_by_graphs(device))

@@ -1,0 +1,137 @@
+"""WRITE within the memory there is: the fastest plan that fits, and a more frugal one where it turns out not to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradmem_adapter.utils.backbone import device_of
+from gradmem_adapter.utils.hardware import SATURATED, SHARE_OF_FREE_MEMORY, UNCHECKED, free_memory
+from gradmem_adapter.write.context import Context
+from gradmem_adapter.write.loop import RunPass
+from gradmem_adapter.write.loss import Pass
+from gradmem_adapter.write.plan import Footprint, Plan, plans
+
+MaxMemory: TypeAlias = int | Literal["auto"]
+"""Bytes that contexts may take beside the model, or what the device has free."""
+
+
+class Budget:
+    """What WRITE of one model takes, as was seen of a few tokens, and corrected where that was too little."""
+
+    def __init__(self) -> None:
+        self._footprints: dict[Hashable, Footprint] = {}
+        self._correction = 1.0  # a factor
+        self._said = False
+
+    @classmethod
+    def of(cls, backbone: PreTrainedModel) -> Budget:
+        """The budget of a causal LM, one for as long as it lives."""
+        return _budgets.setdefault(backbone, cls())
+
+    def bytes(self, backbone: PreTrainedModel, plan: Plan, length: int) -> float:
+        """About how many bytes a plan takes for contexts of `length` tokens each."""
+        return self._correction * self._footprint(backbone).bytes(plan, length)
+
+    def plans(self, backbone: PreTrainedModel, batch: int, length: int, max_memory: MaxMemory) -> list[Plan]:
+        """The fastest plan that fits, and the more frugal ones.
+
+        Args:
+            backbone (`PreTrainedModel`): the causal LM, on its device and in its type.
+            batch (`int`): how many contexts.
+            length (`int`): tokens of the longest.
+            max_memory (`int` or `"auto"`): as in `WriteOptions`.
+
+        Raises:
+            MemoryError: none fits. On a CPU the system would end the process without a word.
+        """
+        footprint, device = self._footprint(backbone), device_of(backbone)
+        left = plans(batch, length, footprint.layers, device)
+        needed = self._correction * footprint.bytes(left[0], length)
+        if max_memory == "auto" and needed < UNCHECKED:
+            return left
+        room = free_memory(device) if max_memory == "auto" else max_memory
+        while needed > room and len(left) > 1:
+            left = left[1:]
+            needed = self._correction * footprint.bytes(left[0], length)
+        if needed > room:
+            raise MemoryError(
+                f"To write {'a context' if batch == 1 else 'one context after the other'} of {length:,} tokens takes "
+                f"about {needed / 1e9:.2g} GB at least, and {room / 1e9:.2g} GB are "
+                f"{'free' if max_memory == 'auto' else 'allowed'}. GradMemPipeline.write_document (or gradmem write "
+                "--store) writes a long text in segments; in bfloat16 a model needs half."
+            )
+        return left
+
+    def exceeded(self, backbone: PreTrainedModel, plan: Plan, following: Plan, length: int) -> None:
+        """Learn that a plan did not fit into what is free, and say so once."""
+        seen = 1.01 * free_memory(device_of(backbone)) / self._footprint(backbone).bytes(plan, length)
+        self._correction = max(self._correction, seen)
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                f"Out of memory in WRITE with {plan}: going on with {following}. max_memory sets a bound that is kept "
+                "from the start.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def tokens(self, backbone: PreTrainedModel, max_memory: MaxMemory = "auto") -> int:
+        """How many padded tokens to write at once: at least 1, at most what saturates the device."""
+        device = device_of(backbone)
+        share = SHARE_OF_FREE_MEMORY.get(device.type, SHARE_OF_FREE_MEMORY["cpu"])
+        room = share * free_memory(device) if max_memory == "auto" else max_memory
+        each = self.bytes(backbone, Plan(1), 1)
+        return max(1, min(int(room / each), SATURATED.get(device.type, SATURATED["cpu"])))
+
+    def _footprint(self, backbone: PreTrainedModel) -> Footprint:
+        device = device_of(backbone)
+        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        key = device, backbone.dtype, backbone.config._attn_implementation, backbone.training, autocast
+        if key not in self._footprints:
+            self._footprints[key] = Footprint.of(backbone)
+        return self._footprints[key]
+
+
+_budgets: WeakKeyDictionary[PreTrainedModel, Budget] = WeakKeyDictionary()
+
+
+class BoundedPass:
+    """A `RunPass` that goes by a plan, and by the next one where memory does not suffice.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        plans (`list[Plan]`): the one to go by, and the more frugal ones.
+        pass_of (`Callable`): the pass for a plan; it is given the plan's rows at most.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, plans: list[Plan], pass_of: Callable[[Plan], RunPass]) -> None:
+        self.backbone, self.plans, self.pass_of = backbone, plans, pass_of
+        self.run = pass_of(plans[0])
+
+    def __call__(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
+        while True:
+            try:
+                return self._by_parts(memory, context, gradient, recovered)
+            except torch.cuda.OutOfMemoryError:
+                if len(self.plans) == 1:
+                    raise
+            # Only here, as the traceback of the error holds what the pass had on the GPU.
+            torch.cuda.empty_cache()
+            plan, *self.plans = self.plans
+            Budget.of(self.backbone).exceeded(self.backbone, plan, self.plans[0], context.input_ids.shape[1])
+            self.run = self.pass_of(self.plans[0])
+
+    def _by_parts(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
+        rows = self.plans[0].rows
+        parts = zip(memory.split(rows), context.split(rows), strict=True)
+        found = [self.run(part, few, gradient, recovered) for part, few in parts]
+        if len(found) == 1:
+            return found[0]
+        return Pass._make(None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True))

@@ -1,0 +1,174 @@
+"""What a pass of WRITE keeps for its backward pass, how many bytes that are, and how to do with less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from gradmem_adapter.lora import write_phase
+from gradmem_adapter.ops.cross_entropy import max_logits
+from gradmem_adapter.utils.backbone import decoder_layers, device_of, fresh, trunk
+from gradmem_adapter.utils.hardware import OVERHEAD, SATURATED
+from gradmem_adapter.write.loss import Writer
+from gradmem_adapter.write.recompute import recomputed
+
+WORKSPACE = 0.75
+"""What the backward pass of a layer takes beyond what was saved for it, as a share of that; from 0.5 to 0.9 by the
+architecture (tests/write/test_plan.py)."""
+LOGIT_BYTES = 12
+"""Of each logit that is held at once: its own, those of its probability in float32, and of both gradients."""
+PROBED = 8
+"""So many tokens, twice and three times as many go through a model to see what it saves."""
+
+
+class Plan(NamedTuple):
+    """How a pass of WRITE goes through the model.
+
+    Args:
+        rows (`int`): contexts at a time.
+        recomputed (`int`, *optional*, defaults to `0`): how many layers, from the first, keep their input alone for the
+            backward pass, and compute the rest again in it.
+        offloaded (`bool`, *optional*, defaults to `False`): these inputs wait on the CPU.
+    """
+
+    rows: int
+    recomputed: int = 0
+    offloaded: bool = False
+
+    def of(self, writer: Writer) -> Writer:
+        """The writer with a backbone that goes by the plan."""
+        if not self.recomputed:
+            return writer
+        return replace(writer, backbone=recomputed(writer.backbone, self.recomputed, offloaded=self.offloaded))
+
+    def __str__(self) -> str:
+        said = [f"{self.rows} context{'s' * (self.rows > 1)} at a time"]
+        if self.recomputed:
+            said.append(f"{self.recomputed} layers computed again in the backward pass")
+        if self.offloaded:
+            said.append("their inputs kept on the CPU")
+        return ", ".join(said)
+
+
+def plans(batch: int, length: int, layers: int, device: torch.device) -> list[Plan]:
+    """The plans for a batch, each slower and more frugal than the one before.
+
+    Contexts are split as long as a part keeps the device busy, which costs nothing. Then a quarter of the layers after
+    the other is computed again, then the contexts are split further, and at last what is kept goes to the CPU.
+
+    Args:
+        batch (`int`): how many contexts.
+        length (`int`): tokens of the longest.
+        layers (`int`): of the model; 0 where nothing can be computed again.
+        device (`torch.device`): where it runs.
+    """
+    rows = [batch]
+    while rows[-1] > 1:
+        rows.append(-(-rows[-1] // 2))
+    busy = SATURATED.get(device.type, SATURATED["cpu"])
+    many = [n for n in rows if n == batch or n * length >= busy]
+    result = [Plan(n) for n in many]
+    result += [Plan(many[-1], again) for again in sorted({-(-layers * part // 4) for part in (1, 2, 3, 4)}) if again]
+    result += [Plan(n, layers) for n in rows[len(many) :]]
+    if layers and device.type != "cpu":
+        result.append(Plan(1, layers, offloaded=True))
+    return result
+
+
+class Footprint(NamedTuple):
+    """How many bytes a model takes for a pass of WRITE.
+
+    Args:
+        layers (`int`): of the model.
+        fixed (`float`): bytes that it saves whatever the tokens are: weights that were brought to the device for it.
+        token (`float`): bytes that all layers save of a token for the backward pass.
+        pair (`float`): and of each pair of tokens, where attention weights are kept.
+        inputs (`float`): bytes of one token in the input of one layer.
+        vocabulary (`int`): logits of a token.
+        device (`torch.device`): where it runs.
+    """
+
+    layers: int
+    fixed: float
+    token: float
+    pair: float
+    inputs: float
+    vocabulary: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, backbone: PreTrainedModel) -> Footprint:
+        """See what a model saves: by a few tokens, as each architecture and quantisation saves its own.
+
+        Args:
+            backbone (`PreTrainedModel`): the causal LM, in its type and with its adapters.
+        """
+        n = PROBED
+        once, twice, thrice = (saved_bytes(backbone, n * times) for times in (1, 2, 3))
+        pair = max(0.0, (thrice - 2 * twice + once) / (2 * n * n))  # of a + b n + c n^2 at n, 2n and 3n
+        token = (twice - once) / n - 3 * n * pair
+        config = backbone.config.get_text_config()
+        width = getattr(config, "hidden_size", None) or _embeddings(backbone).shape[1]
+        return cls(
+            layers=len(decoder_layers(backbone)),
+            fixed=once - n * token - n * n * pair,
+            token=token,
+            pair=pair,
+            inputs=width * backbone.dtype.itemsize,
+            vocabulary=len(_embeddings(backbone)),
+            device=device_of(backbone),
+        )
+
+    def bytes(self, plan: Plan, length: int) -> float:
+        """How many bytes a plan takes for contexts of `length` tokens each, beside the model.
+
+        What is saved is there when the backward pass begins; then the layers' own are freed one by one, and one that is
+        computed again has its saved tensors while its gradients are found.
+        """
+        tokens = plan.rows * length
+        layer = tokens * (self.token + self.pair * length) / max(1, self.layers)
+        waiting = 0.0 if plan.offloaded else plan.recomputed * tokens * self.inputs
+        kept = (max(1, self.layers) - plan.recomputed) * layer
+        logits = LOGIT_BYTES * min(tokens * self.vocabulary, max_logits(self.device))
+        work = max(kept + WORKSPACE * layer, kept + logits, (1 + WORKSPACE) * layer)
+        ends = 4 * tokens * self.inputs  # embeddings, alone and behind the prefix, last hidden states, their gradient
+        return OVERHEAD.get(self.device.type, 1.0) * (self.fixed + waiting + work + ends)
+
+
+def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
+    """How many bytes a model saves for the backward pass to the embeddings of `length` tokens, weights not counted.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        length (`int`): tokens.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes(), tensor  # kept, so that no other gets the same place
+        return tensor
+
+    device = device_of(backbone)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        write_phase(),
+        saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        embeddings = backbone.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long, device=device))
+        output = trunk(fresh(backbone))(inputs_embeds=embeddings.detach().requires_grad_(), use_cache=False)
+        del output
+    return sum(size for size, _ in found.values())
+
+
+def _embeddings(backbone: PreTrainedModel) -> Tensor:
+    return cast(Tensor, backbone.get_input_embeddings().weight)
