@@ -13,7 +13,10 @@ from evaluation.run import evaluate
 from evaluation.tasks import KVRetrieval
 from evaluation.train import train
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.utils.graphs import free_memory
+from gradmem_adapter.write.budget import Budget
 from gradmem_adapter.write.cuda_graph import FastPass
+from gradmem_adapter.write.plan import Plan, plans
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -152,9 +155,9 @@ def test_graphs_of_write_give_the_plain_states(compile, dtype):
 def test_a_bucket_is_captured_once(monkeypatch):
     captured, capture = [], FastPass._capture
 
-    def counted(self, memory, context, *wanted):
+    def counted(self, pool, memory, context, *wanted):
         captured.append((context.input_ids.shape, wanted))
-        return capture(self, memory, context, *wanted)
+        return capture(self, pool, memory, context, *wanted)
 
     monkeypatch.setattr(FastPass, "_capture", counted)
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3)).cuda().eval()
@@ -203,3 +206,65 @@ def test_new_weights_drop_the_graphs():
     plain = model.write(ids, compile=False).vectors
     for _ in range(3):
         assert (model.write(ids).vectors - plain).norm() < 1e-4 * plain.norm()
+
+
+MIDDLE = {
+    "scale": 1.0, "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "max_position_embeddings": 16384,
+}  # fmt: skip
+"""A shape whose activations count."""
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_write_stays_within_max_memory(compile):
+    """Whatever plan that takes; the last keeps the inputs of layers on the CPU."""
+    model = get_peft_model(tiny(**MIDDLE), GradMemConfig(num_memory_tokens=8, write_lr=0.3)).cuda().eval()
+    backbone, ids = model.get_base_model(), tokens(2, 4096).cuda()
+    expected = model.write(ids, compile=False)
+    for plan in plans(2, 4096, 8, ids.device):
+        allowed = int(Budget.of(backbone).bytes(backbone, plan, 4096)) + 1
+        model.write(ids, compile=compile, max_memory=allowed)  # compiles
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        state = model.write(ids, compile=compile, max_memory=allowed)
+        peak = torch.cuda.max_memory_allocated() - before
+        print(f"compile={compile}, {plan}: foretold {allowed / 2**20:.0f} MiB, found {peak / 2**20:.0f}")
+        assert peak <= allowed
+        assert (state.vectors - expected.vectors).norm() < 1e-3 * expected.vectors.norm()
+
+
+def test_what_does_not_fit_is_written_more_frugally():
+    model = get_peft_model(tiny(**MIDDLE), GradMemConfig(num_memory_tokens=8, write_lr=0.3)).cuda().eval()
+    backbone, ids = model.get_base_model(), tokens(2, 8192).cuda()
+    expected = model.write(ids, compile=False)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = Budget.of(backbone).bytes(backbone, Plan(1, 8), 8192)
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1.3 * room) / total)
+        for options in ({}, {"max_memory": 2**40}):  # foreseen, and found out
+            state = model.write(ids, compile=False, **options)
+            assert (state.vectors - expected.vectors).norm() < 1e-3 * expected.vectors.norm()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_thirty_shapes_and_then_a_large_one():
+    model = get_peft_model(tiny(**MIDDLE), GradMemConfig(num_memory_tokens=8, write_lr=0.3)).cuda().eval()
+    device = torch.device("cuda", 0)
+    model.write(tokens(1, 64).cuda())
+    model.write(tokens(1, 64).cuda())
+    graphs = model.base_model._fast_writes._fast.graphs
+    graphs.share = 2**30 / free_memory(device)
+    before = torch.cuda.memory_reserved()
+    for length in range(128, 31 * 128, 128):
+        for _ in range(2):
+            model.write(tokens(1, length).cuda())
+        assert graphs.held <= 1.01 * 2**30
+    assert len(graphs) > 0
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < 1.2 * 2**30
+    large = tokens(8, 8192).cuda()
+    model.write(large)
+    model.generate(large[:, :8], memory=model.write(large[:, :64]), max_new_tokens=4)
