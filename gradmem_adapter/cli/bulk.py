@@ -47,6 +47,7 @@ def write_to_store(
     Raises:
         ValueError: the trained length is not known, or a segment would be longer than the model takes.
         MemoryStoreError, OSError: the store cannot be read or written.
+        typer.Exit: Ctrl-C; what is stored by then is said.
     """
     pipeline.segments("", segment_tokens)  # wrong numbers are no document's fault
     counts: Counter[str] = Counter()
@@ -60,9 +61,14 @@ def write_to_store(
             bar.update(task, description=in_words(counts))
 
         pieces = _pieces(pipeline, inputs, segment_tokens, counts)
-        while part := list(itertools.islice(pieces, AT_ONCE)):
-            _add(store, pipeline, part, inputs.refuse, how | {"done": written})
-            bar.update(task, description=in_words(counts))
+        try:
+            while part := list(itertools.islice(pieces, AT_ONCE)):
+                _add(store, pipeline, part, inputs.refuse, how | {"done": written})
+                bar.update(task, description=in_words(counts))
+        except KeyboardInterrupt:
+            stored = f"{counts['written']:,} segments were written now and are stored"
+            typer.echo(f"gradmem write: interrupted. {stored}; the same command goes on from there.", err=True)
+            raise typer.Exit(130) from None
     return together(counts, inputs)
 
 

@@ -10,8 +10,8 @@ import torch
 
 from gradmem_adapter.utils import graphs
 
-SATURATED = {"cuda": 16_384, "cpu": 2_048}
-"""Padded tokens a batch beyond which a device gets no faster, only fuller."""
+SATURATED = {"cuda": 16_384, "cpu": 512}
+"""Padded tokens a batch beyond which a device gets no faster, only fuller, and what is interrupted loses more."""
 
 SHARE_OF_FREE_MEMORY = {"cuda": 0.3, "cpu": 0.6}
 """What the tensors of a batch of many contexts may fill of it."""

@@ -7,7 +7,7 @@ import torch
 from commands import invoke
 from tiny import tiny_text
 
-from gradmem_adapter import GradMemPipeline, load_checkpoint
+from gradmem_adapter import GradMemModel, GradMemPipeline, load_checkpoint
 from gradmem_adapter.store import MemoryStore
 
 
@@ -124,6 +124,24 @@ def test_a_damaged_index_is_found_before_the_work(tmp_path, monkeypatch):
     result = write("rows.jsonl")
     assert result.exit_code == 2
     assert "index.sqlite' is damaged" in result.stderr
+
+
+def test_ctrl_c_leaves_what_is_written_and_says_so(checkpoint, monkeypatch):
+    write_batch, batches = GradMemModel._write, []
+
+    def interrupted(model, context, *rest, **how):
+        batches.append(len(context.input_ids))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return write_batch(model, context, *rest, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradMemModel, "_write", interrupted)
+        result = write("rows.jsonl", "notes", "--max-tokens", 20)
+    assert result.exit_code == 130
+    assert "interrupted. 2 segments were written now and are stored; the same command goes on" in result.stderr
+    assert sum(batches[:2]) == len(MemoryStore("memory")) == 2
+    assert figures(write("rows.jsonl", "notes", "--json"))["written"] == 5
 
 
 def test_progress_on_a_terminal(monkeypatch):
