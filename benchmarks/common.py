@@ -22,16 +22,14 @@ from typing import Any, cast
 import psutil
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.shapes import DEFAULT, SHAPES
 from evaluation.results import RESULTS, Record, add_records
 from gradmem_adapter import GradMemConfig, load_backbone
 from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
 
-SMOLLM2_135M = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
+SMOLLM2_135M = SHAPES["smollm2-135m"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,9 +44,10 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--model",
         default="random",
-        help="a name on the hub, a directory or package:<package>/<file>.gguf; 'random': SmolLM2-135M's shape with "
-        "random weights (what things cost does not depend on the weights)",
+        help="a name on the hub, a directory or package:<package>/<file>.gguf; 'random': a shape with random weights "
+        "(what things cost does not depend on the weights)",
     )
+    result.add_argument("--shape", choices=SHAPES, default=DEFAULT, help="of a random model")
     result.add_argument("--layers", type=int, help="of a random model, to try the benchmark out")
     result.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result files")
     result.add_argument("--repeats", type=int, default=5, help="calls that are timed")
@@ -60,8 +59,9 @@ def backbone(args: argparse.Namespace, attention: str = "sdpa") -> PreTrainedMod
     dtype = DTYPES[args.dtype]
     if args.model == "random":
         torch.manual_seed(0)
-        fields: dict[str, Any] = SMOLLM2_135M | ({"num_hidden_layers": args.layers} if args.layers else {})
-        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**fields))
+        fields = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+        with torch.device(args.device):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype)
     else:
         model, _ = load_backbone(args.model)
     model.set_attn_implementation(attention)
@@ -218,7 +218,9 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "commit": commit + ("+" if _output("git", "status", "--porcelain") else ""),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    } | ({"layers": args.layers} if args.layers else {})
+    } | {
+        name: value for name, value in (("layers", args.layers), ("shape", args.shape)) if value not in (None, DEFAULT)
+    }
 
 
 def versions() -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Answering from memory against prompting with the whole context.
 
     python -m benchmarks.versus_prompting [--lengths 256 512 1024 2048 4096 8192] [--max-batch 256]
+    python -m benchmarks.versus_prompting --shape llama-3.1-8b --lengths 1024 8192 65536 --write-steps 1 --compile \\
+        --process-gib 24
 
 Three ways to answer a question on a context: from its memory; with the context's KV cache kept; with the context
 prefilled anew. Prefills and decoding steps are plain forward passes with Transformers' DynamicCache, which copies the
@@ -9,8 +11,10 @@ is less than 8192. For batches, the KV cache of one context is repeated.
 
 Of "answer", one record per context length, batch size 1:
     state_bytes, memory_kv_bytes, context_kv_bytes: per context, of the state's file, of the keys and values of memory
-        and control vectors, of those of the context.
-    write_ms, prefill_ms: WRITE with all its steps; the context's forward pass.
+        and control vectors, of those of the context. states_per_gib, memory_kv_per_gib, context_kv_per_gib: how many
+        contexts that makes in a GiB.
+    write_ms, write_peak_gib, prefill_ms: WRITE with all its steps, and the memory that it takes beside the model; the
+        context's forward pass.
     first_token_*_ms: from question to first new token, from memory (its keys and values computed anew, or kept), with
         the context's KV cache kept, with the context prefilled anew.
     break_even_prefill: questions after which writing has paid for itself against prefilling anew; null: never.
@@ -33,6 +37,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import common
+from gradmem_adapter import WriteOptions
 from gradmem_adapter.peft_model import GradMemPeftModel
 
 
@@ -76,11 +81,19 @@ def answer(model: GradMemPeftModel, backbone: PreTrainedModel, length: int, args
         prefix = model.prefix_embeddings(state).detach()
         prefill(backbone, torch.cat([prefix, embed(question)], dim=1))
 
+    sizes = {"state": len(state[0].to_bytes()), "memory_kv": kv_bytes(memory_kept), "context_kv": kv_bytes(kept)}
+    options = WriteOptions(
+        steps=args.write_steps,
+        compile=args.compile or "auto",
+        last_loss=args.last_loss,
+        max_memory=args.max_memory or "auto",
+    )
+    write = common.measure(lambda: model.write(context, options=options), args.device, repeats=args.repeats)
     found = {
-        "state_bytes": len(state[0].to_bytes()),
-        "memory_kv_bytes": kv_bytes(memory_kept),
-        "context_kv_bytes": kv_bytes(kept),
-        "write_ms": ms(lambda: model.write(context, steps=args.write_steps)),
+        **{f"{name}_bytes": size for name, size in sizes.items()},
+        **{f"{name.replace('state', 'states')}_per_gib": 2**30 // size for name, size in sizes.items()},
+        "write_ms": write.milliseconds,
+        "write_peak_gib": write.peak_gib,
         "prefill_ms": ms(lambda: prefill(backbone, context)),
         "first_token_memory_ms": ms(from_memory),
         "first_token_memory_kept_ms": ms(lambda: prefill(backbone, question, reopened(memory_kept))),
@@ -120,16 +133,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--write-steps", type=int, default=5)
     parser.add_argument("--question", type=int, default=16, help="tokens of a question")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--compile", action="store_true", help="compile WRITE at once")
+    parser.add_argument("--last-loss", action=argparse.BooleanOptionalAction, default=True, help="of WRITE")
+    parser.add_argument("--max-memory", type=int, help="bytes that WRITE may take beside the model")
+    parser.add_argument("--process-gib", type=float, help="a limit on the GPU memory of the process")
     parser.add_argument("--max-batch", type=int, default=256, help="answers at a time, at most")
     args = parser.parse_args(argv)
+    if args.process_gib:
+        total = torch.cuda.get_device_properties(args.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.process_gib * 2**30 / total, args.device)
     model, backbone = common.adapter(args)
     reserved = max(args.question + args.new_tokens, model.prefix_length)
     lengths = common.fitting(args.lengths, backbone.config.max_position_embeddings - reserved)
 
+    chosen = {
+        "compile": args.compile, "last_loss": args.last_loss, "max_memory": args.max_memory,
+        "process_limit_gib": args.process_gib,
+    }  # fmt: skip
+    options = {name: value for name, value in chosen.items() if value != parser.get_default(name) and value is not None}
+
     def record(method: str, function: Any, **settings: Any) -> bool:
         found = common.record(
             args, "versus_prompting", method, function, memory_tokens=args.memory, write_steps=args.write_steps,
-            question_tokens=args.question, **settings,
+            question_tokens=args.question, **options, **settings,
         )  # fmt: skip
         return "error" not in found.facts
 

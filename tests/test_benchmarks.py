@@ -16,12 +16,14 @@ from benchmarks import (
     kv_meta_gradient,
     meta_gradient,
     read,
+    sizes,
     textbook,
     train_step,
     training_speed,
     versus_prompting,
     write,
 )
+from benchmarks.shapes import DEFAULT, SHAPES
 from evaluation.results import load_records
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.meta_gradients import STRATEGIES
@@ -99,6 +101,29 @@ def test_what_was_measured_is_kept_when_a_benchmark_is_stopped(run, tmp_path, mo
     assert [record.method for record in load_records(tmp_path / "read.jsonl")] == ["plain"]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape, monkeypatch):
+    monkeypatch.setitem(SHAPES[shape], "vocab_size", 300)
+    small = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for name, value in small.items():
+        monkeypatch.setitem(SHAPES[shape], name, value)
+    options = ["--device", "cpu", "--dtype", "bfloat16", "--layers", "1", "--shape", shape]
+    args = common.parser("", "").parse_args(options)
+    backbone = common.backbone(args)
+    assert (backbone.dtype, backbone.config.model_type) == (torch.bfloat16, SHAPES[shape]["model_type"])
+    assert backbone.config.max_position_embeddings == SHAPES[shape]["max_position_embeddings"] >= 8192
+    assert common.environment(args).get("shape") == (None if shape == DEFAULT else shape)
+
+
+def test_sizes(run, monkeypatch):
+    monkeypatch.setattr(common, "matmul_tflops", lambda *device: 1.0)
+    options = ["--writes", "2x64", "2x64:0.013", "--memory", "3", "--no-compile"]
+    free, bounded = run(sizes, "write_sizes", *options)
+    assert (free.metrics["rows"], free.metrics["recomputed"]) == (2, 0)
+    assert bounded.metrics["recomputed"] == 2 == bounded.settings["batch"]
+    assert bounded.metrics["foretold_gib"] <= 0.013 == bounded.settings["max_memory_gib"] < free.metrics["foretold_gib"]
+
+
 def test_versus_prompting(run):
     options = ["--lengths", "64", "128", "--max-batch", "2", "--memory", "3", "--write-steps", "1", "--new-tokens", "2"]
     records = run(versus_prompting, "versus_prompting", *options)
@@ -109,6 +134,8 @@ def test_versus_prompting(run):
         assert record.metrics["memory_kv_bytes"] == 3 * KV_BYTES_PER_TOKEN
         assert 3 * 576 * 4 < record.metrics["state_bytes"] < 3 * 576 * 4 + 1000
         times = [value for name, value in record.metrics.items() if name.endswith("_ms")]
+        assert record.metrics["context_kv_per_gib"] == 2**30 // record.metrics["context_kv_bytes"]
+        assert {"states_per_gib", "memory_kv_per_gib", "write_peak_gib"} <= record.metrics.keys()
         assert len(times) == 6
         assert min(times) > 0
     decoded = [record for record in records if record.method != "answer"]

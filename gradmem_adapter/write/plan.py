@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.lora import write_phase
 from gradmem_adapter.ops.cross_entropy import max_logits
-from gradmem_adapter.utils.backbone import decoder_layers, device_of, fresh, trunk
+from gradmem_adapter.utils.backbone import decoder_layers, device_of, fresh, max_positions, trunk
 from gradmem_adapter.utils.hardware import OVERHEAD, SATURATED
 from gradmem_adapter.write.loss import Writer
 from gradmem_adapter.write.recompute import recomputed
@@ -22,8 +22,9 @@ WORKSPACE = 0.75
 architecture (tests/write/test_plan.py)."""
 LOGIT_BYTES = 12
 """Of each logit that is held at once: its own, those of its probability in float32, and of both gradients."""
-PROBED = 8
-"""So many tokens, twice and three times as many go through a model to see what it saves."""
+PROBED = {"cuda": 128, "cpu": 8}
+"""So many tokens, twice and three times as many go through a model to see what it saves; some kernels of a GPU round
+lengths up to such a number."""
 
 
 class Plan(NamedTuple):
@@ -108,7 +109,8 @@ class Footprint(NamedTuple):
         Args:
             backbone (`PreTrainedModel`): the causal LM, in its type and with its adapters.
         """
-        n = PROBED
+        device = device_of(backbone)
+        n = min(PROBED.get(device.type, PROBED["cpu"]), (max_positions(backbone) or 2**20) // 3)
         once, twice, thrice = (saved_bytes(backbone, n * times) for times in (1, 2, 3))
         pair = max(0.0, (thrice - 2 * twice + once) / (2 * n * n))  # of a + b n + c n^2 at n, 2n and 3n
         token = (twice - once) / n - 3 * n * pair
@@ -121,23 +123,23 @@ class Footprint(NamedTuple):
             pair=pair,
             inputs=width * backbone.dtype.itemsize,
             vocabulary=len(_embeddings(backbone)),
-            device=device_of(backbone),
+            device=device,
         )
 
     def bytes(self, plan: Plan, length: int) -> float:
         """How many bytes a plan takes for contexts of `length` tokens each, beside the model.
 
-        What is saved is there when the backward pass begins; then the layers' own are freed one by one, and one that is
-        computed again has its saved tensors while its gradients are found.
+        What layers keep is there with the logits at the loss; then one layer after the other is freed, and one that is
+        computed again has what it saves while its gradients are found.
         """
         tokens = plan.rows * length
         layer = tokens * (self.token + self.pair * length) / max(1, self.layers)
         waiting = 0.0 if plan.offloaded else plan.recomputed * tokens * self.inputs
         kept = (max(1, self.layers) - plan.recomputed) * layer
         logits = LOGIT_BYTES * min(tokens * self.vocabulary, max_logits(self.device))
-        work = max(kept + WORKSPACE * layer, kept + logits, (1 + WORKSPACE) * layer)
         ends = 4 * tokens * self.inputs  # embeddings, alone and behind the prefix, last hidden states, their gradient
-        return OVERHEAD.get(self.device.type, 1.0) * (self.fixed + waiting + work + ends)
+        most = max(kept + logits + ends, kept + WORKSPACE * layer, (1 + WORKSPACE) * layer)
+        return OVERHEAD.get(self.device.type, 1.0) * (self.fixed + waiting + most)
 
 
 def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
