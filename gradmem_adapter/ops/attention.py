@@ -161,10 +161,13 @@ def double_backward_problem(attention: Callable[..., Any], dtype: torch.dtype, d
         dtype (`torch.dtype`): of queries, keys and values.
         device (`str`): where they are.
     """
-    generator = torch.Generator().manual_seed(0)
+    options: Any = {
+        "generator": torch.Generator("cpu").manual_seed(0),
+        "device": "cpu",
+    }  # whatever the default device is
     shape = (3, 1, 2, 16, 64)  # (q k v), batch, heads, positions, head size
-    inputs, direction = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
-    weights = torch.randn((1, 16, 2, 64), generator=generator).to(device, dtype)
+    inputs, direction = (torch.randn(shape, **options).to(device, dtype) for _ in range(2))
+    weights = torch.randn((1, 16, 2, 64), **options).to(device, dtype)
 
     def gradient(point: Tensor, create_graph: bool) -> Tensor:
         query, key, value = point.unbind()

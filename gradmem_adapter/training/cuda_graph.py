@@ -56,7 +56,9 @@ class GraphedBackward:
         self._seen: Counter[Hashable] = Counter()
         if self.device.type == "cuda":
             self._graphs: GraphPool[_Graph] = GraphPool(self.device, SHARE)
-            self._stream = torch.cuda.Stream(self.device)
+            current = torch.cuda.current_stream(self.device)
+            standard = torch.cuda.default_stream(self.device)  # by which nothing can be captured
+            self._stream = torch.cuda.Stream(self.device) if current == standard else current
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add the gradients of a batch to the parameters'; returns what `run` returns, detached.
@@ -114,6 +116,20 @@ class GraphedBackward:
             flat = cast(Tensor, reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean"))
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Everything goes through one stream that is not the default one, which a capture must not wait for.
+
+    DistributedDataParallel holds the nodes that add to its parameters' gradients, and these keep the stream that they
+    were made on.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def _kind(batch: Batch) -> Hashable:

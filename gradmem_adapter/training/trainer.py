@@ -28,7 +28,7 @@ from .batches import Batches, RowBatches
 from .callbacks import AverageWeights, EndByClock
 from .checks import check_arguments, check_datasets, check_model, limited_collator
 from .compiled import compiled_layers
-from .cuda_graph import Batch, GraphedBackward, maskless_attention
+from .cuda_graph import Batch, GraphedBackward, maskless_attention, own_stream
 from .distillation import Distillation
 from .evaluation import EvaluatingTrainer
 from .metrics import Score, score_answer
@@ -165,6 +165,8 @@ class GradMemTrainer(EvaluatingTrainer):
             torch.set_float32_matmul_precision("high")
         with ExitStack() as stack:
             stack.callback(setattr, self, "_graphed", None)  # graphs hold the memory of a step
+            if self.args.cuda_graphs and self.args.world_size > 1 and self.args.device.type == "cuda":
+                stack.enter_context(own_stream(self.args.device))
             if self.args.torch_compile:
                 static = isinstance(self.train_dataset, Batches)
                 backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode

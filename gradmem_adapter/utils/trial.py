@@ -81,10 +81,11 @@ def sample_tokens(backbone: PreTrainedModel, rows: int) -> Tensor:
         if name.endswith(("token_id", "token_index"))
         for token in (value if isinstance(value, list) else [value])
     }
-    plain = torch.tensor([token for token in range(min(vocabulary, 1000)) if token not in special])
+    plain = [token for token in range(min(vocabulary, 1000)) if token not in special]
     length = min(TOKENS, max_positions(backbone) or TOKENS)
-    draws = torch.randint(len(plain), (rows, length), generator=torch.Generator().manual_seed(0))
-    return plain[draws].to(device_of(backbone))
+    generator = torch.Generator("cpu").manual_seed(0)  # the same tokens everywhere, whatever the default device is
+    draws = torch.randint(len(plain), (rows, length), generator=generator, device="cpu")
+    return torch.tensor(plain, device="cpu")[draws].to(device_of(backbone))
 
 
 def tolerance(backbone: PreTrainedModel) -> float:

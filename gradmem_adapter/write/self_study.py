@@ -102,7 +102,7 @@ class SelfStudy:
 
     def __init__(self, writer: Writer, lessons: Sequence[list[Lesson]], study: Study) -> None:
         self.writer, self.lessons, self.batch = writer, lessons, study.batch
-        self.draw = torch.Generator().manual_seed(study.seed)
+        self.draw = torch.Generator("cpu").manual_seed(study.seed)
         self.waiting: list[int] = []
 
     def __call__(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
@@ -123,7 +123,7 @@ class SelfStudy:
     def _next(self) -> list[int]:
         """The lessons of a step: all come up before one comes again."""
         if len(self.waiting) < self.batch:
-            self.waiting += torch.randperm(len(self.lessons[0]), generator=self.draw).tolist()
+            self.waiting += torch.randperm(len(self.lessons[0]), generator=self.draw, device="cpu").tolist()
         chosen, self.waiting = self.waiting[: self.batch], self.waiting[self.batch :]
         return chosen
 

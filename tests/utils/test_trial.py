@@ -10,7 +10,7 @@ from peft import get_peft_model
 from tiny import tiny, tokens
 
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.utils.trial import trial_of
+from gradmem_adapter.utils.trial import sample_tokens, trial_of
 
 
 def test_what_is_done_to_a_model_while_it_is_tried_stays():
@@ -71,3 +71,10 @@ def test_the_copy_is_the_same_model_and_none_of_its_modules(change):
     assert ran
     assert not any(module.training for module in ran)
     assert not any(module._forward_pre_hooks for module in backbone.modules())
+
+
+def test_the_default_device_does_not_matter():
+    backbone = tiny()
+    with torch.device("meta"):
+        there = sample_tokens(backbone, rows=2)
+    assert torch.equal(there, sample_tokens(backbone, rows=2))
