@@ -18,6 +18,7 @@ from gradmem_adapter.write.loop import RunPass
 from gradmem_adapter.write.loss import Pass
 from gradmem_adapter.write.plan import Footprint, Plan, plans
 
+CPU = torch.device("cpu")
 MaxMemory: TypeAlias = int | Literal["auto"]
 """Bytes that contexts may take beside the model, or what the device has free."""
 
@@ -57,6 +58,8 @@ class Budget:
         if max_memory == "auto" and needed < UNCHECKED:
             return left
         room = free_memory(device) if max_memory == "auto" else max_memory
+        if left[-1].offloaded and footprint.layers * length * footprint.inputs > free_memory(CPU):
+            left.pop()
         while needed > room and len(left) > 1:
             left = left[1:]
             needed = self._correction * footprint.bytes(left[0], length)

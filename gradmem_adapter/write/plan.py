@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import NamedTuple, cast
 
@@ -145,18 +146,23 @@ class Footprint(NamedTuple):
 def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
     """How many bytes a model saves for the backward pass to the embeddings of `length` tokens, weights not counted.
 
+    They are counted and let go: this takes no more memory than a forward pass.
+
     Args:
         backbone (`PreTrainedModel`): the causal LM.
         length (`int`): tokens.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
-    found: dict[int, tuple[int, Tensor]] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
+    there: set[int] = set()
+    total = 0
 
-    def note(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:
+        nonlocal total
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes(), tensor  # kept, so that no other gets the same place
-        return tensor
+        if storage.data_ptr() not in weights and storage._cdata not in there:
+            there.add(storage._cdata)
+            weakref.finalize(storage, there.discard, storage._cdata)  # the next one at this place is another
+            total += storage.nbytes()
 
     device = device_of(backbone)
     with (
@@ -164,12 +170,11 @@ def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
         torch.enable_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         write_phase(),
-        saved_tensors_hooks(note, lambda tensor: tensor),
+        saved_tensors_hooks(count, lambda nothing: nothing),
     ):
         embeddings = backbone.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long, device=device))
-        output = trunk(fresh(backbone))(inputs_embeds=embeddings.detach().requires_grad_(), use_cache=False)
-        del output
-    return sum(size for size, _ in found.values())
+        trunk(fresh(backbone))(inputs_embeds=embeddings.detach().requires_grad_(), use_cache=False)
+    return total
 
 
 def _embeddings(backbone: PreTrainedModel) -> Tensor:

@@ -161,6 +161,13 @@ class TestBytes:
             run(memory, context, True, False)
         assert 0.65 * foretold < live.most < 1.1 * foretold
 
+    def test_looking_keeps_nothing(self):
+        backbone = tiny(**WIDE)
+        gc.collect()
+        with Live() as live:
+            saved = saved_bytes(backbone, 300)
+        assert live.most < saved / 2
+
     def test_a_trained_lora_keeps_more(self):
         lora = LoraConfig(r=2, target_modules="all-linear")
         plain, with_lora = make(), make(lora_config=lora)
@@ -205,6 +212,17 @@ class TestBudget:
             assert found[0] == chosen
         with pytest.raises(MemoryError, match="one context after the other of 20 tokens takes"):
             own.plans(backbone, 4, 20, 1000)
+
+    def test_inputs_go_to_a_cpu_that_has_room(self, monkeypatch):
+        backbone, free = tiny(num_hidden_layers=8), {"cuda": 2**40, "cpu": 2**40}
+        monkeypatch.setattr(budget, "free_memory", lambda device: free[device.type])
+        monkeypatch.setattr(plan, "device_of", lambda backbone: GPU)
+        monkeypatch.setattr(budget, "device_of", lambda backbone: GPU)
+        monkeypatch.setattr(plan, "saved_bytes", lambda backbone, length: 4096 * 8 * length)
+        own = Budget.of(backbone)
+        assert own.plans(backbone, 1, 20, 10**9)[-1].offloaded
+        free["cpu"] = 1000
+        assert own.plans(backbone, 1, 20, 10**9)[-1] == Plan(1, 8)
 
     def test_a_limit_on_free_memory_is_looked_at_for_large_writes_alone(self, monkeypatch):
         backbone, asked = tiny(), []
