@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny import tiny, tokens
+from tiny_pipeline import byte_pipeline
 
 from benchmarks import (
     bulk_write,
@@ -16,6 +17,7 @@ from benchmarks import (
     kv_meta_gradient,
     meta_gradient,
     read,
+    service,
     sizes,
     textbook,
     train_step,
@@ -25,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.shapes import DEFAULT, SHAPES
 from evaluation.results import load_records
-from gradmem_adapter import GradMemConfig
+from gradmem_adapter import GradMemConfig, save_checkpoint
 from gradmem_adapter.meta_gradients import STRATEGIES
 
 KV_BYTES_PER_TOKEN = 2 * 2 * 3 * 64 * 4  # keys and values of 2 layers with 3 heads of 64, in float32
@@ -222,6 +224,19 @@ def test_texts_of_8192_tokens():
     batch = training_speed.Texts(args).batch(0, torch.device("cpu"))
     assert batch["context_input_ids"].shape == (36, 224)
     assert (batch["labels"] >= 0).sum(1).tolist() == [12] * 72
+
+
+def test_service(run, tmp_path):
+    """Concurrent calls over a few documents: none is written twice, none fails, and cancelled ones hold up nobody."""
+    pipeline = byte_pipeline()
+    pipeline.model.get_base_model().save_pretrained(tmp_path / "backbone")
+    pipeline.tokenizer.save_pretrained(tmp_path / "backbone")
+    pipeline.model.active_peft_config.base_model_name_or_path = str(tmp_path / "backbone")
+    save_checkpoint(pipeline.model, pipeline.tokenizer, tmp_path / "adapter")
+    options = [str(tmp_path / "adapter"), "--requests", "11", "--rounds", "2", "--max-batch", "1", "4"]
+    records = run(service, "service", *options)
+    assert settings(records, "max_batch", "documents") == [(1, 10), (4, 10)]
+    assert [(record.metrics["writes"], record.metrics["errors"]) for record in records] == [(10, 0)] * 2
 
 
 def test_a_bias_is_told_from_noise():
