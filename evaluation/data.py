@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.prompts import Prompt
+from gradmem_adapter.store.choose import choose
+from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.index import Index, insert
 from gradmem_adapter.training.collator import read_row
 from gradmem_adapter.training.rows import json_lines
 from gradmem_adapter.utils.fields import from_json
@@ -233,3 +237,17 @@ def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, cou
             f"The text has {len(ids)} tokens: {len(ids) // tokens} passages of {tokens}, not {count or 'one'}."
         )
     return found
+
+
+def by_words(texts: Sequence[str], queries: Sequence[str], k: int) -> list[list[int]]:
+    """For each question the k texts that `MemoryStore.choose` would find, the best first; the first ones where no text
+    has a word of it."""
+    with TemporaryDirectory() as folder:
+        index = Index(Path(folder))
+        index.make()
+        with index.writing() as connection:
+            for i, text in enumerate(texts):
+                insert(connection, [Entry(f"{i:032x}", text=text)])
+        found = [[int(choice.entry.key, 16) for choice in choose(index, "", query, k, None, None)] for query in queries]
+    rest = range(min(k, len(texts)))
+    return [read + [i for i in rest if i not in read][: len(rest) - len(read)] for read in found]

@@ -264,6 +264,28 @@ class GradMemPipeline(TextEncoder):
         supported = self._scores(input_ids, mask, new, memory, options)
         return [ScoredText(text, score) for text, score in zip(texts, supported, strict=True)]
 
+    def support(
+        self, prompt: Prompt, *, memory: MemoryState, tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, strict: bool = True,
+    ) -> list[float]:  # fmt: skip
+        """How far each of several states holds an answer to a prompt, which is not computed for it.
+
+        Args:
+            prompt (`str` or `list[dict]`): a text or chat messages.
+            memory (`MemoryState`): one state or several, each asked by itself.
+            tools, chat_template_kwargs, strict: as for `encode_prompts` and `generate`.
+
+        Returns:
+            `list[float]`: of each state the score that `generate` gives with its answer, from 0 to 1.
+
+        Raises:
+            ValueError: the adapter was not trained to refuse (`GradMemConfig.refusal`); scores need answers then.
+        """
+        if self.model.active_peft_config.refusal is None:
+            raise ValueError("This adapter was not trained to say what memory does not hold: it scores answers alone.")
+        ids, mask = (row.expand(len(memory), -1) for row in self.encode_prompts([prompt], tools, chat_template_kwargs))
+        return self._scores(ids, mask, ids.new_empty(len(ids), 0), memory, {"strict": strict})
+
     def surest_answer(
         self,
         prompt: Prompt,
@@ -272,10 +294,10 @@ class GradMemPipeline(TextEncoder):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> SurestAnswer:
-        """Ask several states the same, each by itself, in one batch, and take the answer with the highest score.
+        """Ask several states the same, each by itself, and take the answer with the highest score.
 
         For adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): the states that do not hold
-        it score low. Others are better read side by side (`MemoryState.concat`).
+        it score low, and the best one alone answers. Others are better read side by side (`MemoryState.concat`).
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
@@ -285,12 +307,14 @@ class GradMemPipeline(TextEncoder):
         Returns:
             `SurestAnswer`: the answer, its score, and the index of the state that it is from.
         """
-        prompts = [prompt] * len(memory)
-        found = self.generate(
-            prompts, memory=memory, chat_template_kwargs=chat_template_kwargs, return_scores=True, **options
-        )
-        best = max(range(len(found)), key=lambda i: found[i].score)
-        return SurestAnswer(*found[best], state=best * len(memory) // len(found))
+        kwargs: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
+        if self.model.active_peft_config.refusal is None:
+            found = self.generate([prompt] * len(memory), memory=memory, return_scores=True, **kwargs, **options)
+            best = max(range(len(found)), key=lambda i: found[i].score)
+            return SurestAnswer(*found[best], state=best * len(memory) // len(found))
+        scored = self.support(prompt, memory=memory, strict=options.get("strict", True), **kwargs)
+        best = max(range(len(scored)), key=scored.__getitem__)
+        return SurestAnswer(self.generate(prompt, memory=memory[best], **kwargs, **options)[0], scored[best], best)
 
     def _scores(
         self, input_ids: Tensor, mask: Tensor, new: Tensor, memory: MemoryState, options: dict[str, Any]

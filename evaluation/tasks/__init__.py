@@ -4,10 +4,12 @@ from .answerable import Answerable
 from .babi import Babi
 from .base import Measurement, Task
 from .continuation import Continuation
+from .conversation import Conversation
 from .kv_retrieval import KVRetrieval
 from .long_documents import LongDocuments
 from .passages import Passages
 from .plain_text import PlainText
+from .rag import Rag
 from .reconstruction import Reconstruction
 from .short_squad import ShortSquad
 
@@ -15,15 +17,17 @@ TASKS: dict[str, type[Task]] = {
     Answerable.name: Answerable,
     Babi.name: Babi,
     Continuation.name: Continuation,
+    Conversation.name: Conversation,
     KVRetrieval.name: KVRetrieval,
     LongDocuments.name: LongDocuments,
     Passages.name: Passages,
     PlainText.name: PlainText,
+    Rag.name: Rag,
     Reconstruction.name: Reconstruction,
     ShortSquad.name: ShortSquad,
 }
 
 __all__ = [
-    "TASKS", "Answerable", "Babi", "Continuation", "KVRetrieval", "LongDocuments", "Measurement", "Passages",
-    "PlainText", "Reconstruction", "ShortSquad", "Task",
+    "TASKS", "Answerable", "Babi", "Continuation", "Conversation", "KVRetrieval", "LongDocuments", "Measurement",
+    "Passages", "PlainText", "Rag", "Reconstruction", "ShortSquad", "Task",
 ]  # fmt: skip

@@ -5,20 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import pydantic
 import torch
 from peft import PeftModel
 
-from evaluation.data import Rows, group
+from evaluation.data import Rows, by_words, group
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.segments import Segment, segments
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.store.choose import choose
-from gradmem_adapter.store.entry import Entry
-from gradmem_adapter.store.index import Index, insert
 from gradmem_adapter.training.rows import json_lines
 from gradmem_adapter.write.options import WriteOptions
 
@@ -137,7 +133,11 @@ class LongDocuments(Task):
         paragraphs = _paragraphs(text)
         right = [_holding(pieces, *paragraphs[question["para"]]) for question in questions]
         queries = [question["query"] for question in questions]
-        reads = [[i] for i in right] if self.chosen == "right" else by_words(pieces, queries, states)
+        reads = (
+            [[i] for i in right]
+            if self.chosen == "right"
+            else by_words([piece.text for piece in pieces], queries, states)
+        )
         return [
             Asked(question["query"], question["answers"], [before + i for i in read], before + own)
             for question, read, own in zip(questions, reads, right, strict=True)
@@ -185,20 +185,6 @@ class LongDocuments(Task):
             return MemoryState.stack([document.states for document in documents])
         ids = [list(row) for row in answerer.tokenizer(texts)["input_ids"]]
         return cast(MemoryState, answerer.config.method.read(answerer.model, answerer.tokenizer, ids, answerer.steps))
-
-
-def by_words(pieces: Sequence[Segment], queries: Sequence[str], k: int) -> list[list[int]]:
-    """For each question the k pieces that `MemoryStore.choose` would find, the best first; the first pieces where no
-    text has a word of it."""
-    with TemporaryDirectory() as folder:
-        index = Index(Path(folder))
-        index.make()
-        with index.writing() as connection:
-            for i, piece in enumerate(pieces):
-                insert(connection, [Entry(f"{i:032x}", text=piece.text)])
-        found = [[int(choice.entry.key, 16) for choice in choose(index, "", query, k, None, None)] for query in queries]
-    rest = range(min(k, len(pieces)))
-    return [read + [i for i in rest if i not in read][: len(rest) - len(read)] for read in found]
 
 
 def _paragraphs(text: str) -> list[tuple[int, int]]:

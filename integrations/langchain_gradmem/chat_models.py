@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list, run_in_executor
@@ -23,7 +23,7 @@ from gradmem_adapter import GradMemPipeline, load_checkpoint
 
 from .batching import Call, Options, batcher_of
 from .binding import BoundChat
-from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools
+from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools, usage_metadata
 from .options import CallOptions
 from .requests import Request, request_of
 from .sampling import Sampling
@@ -48,13 +48,18 @@ class _Asked(NamedTuple):
     request: Request
     tools: list[Any] | None
 
+    def usage(self, new_tokens: int) -> UsageMetadata:
+        """Tokens of the call."""
+        vectors = 0 if self.call.memory is None else self.call.memory.num_memory_tokens
+        return usage_metadata(len(self.call.prompt), new_tokens, vectors, self.request.context_tokens)
+
 
 class ChatGradMem(BaseChatModel, CallOptions):
     """A local model with GradMem memory as a LangChain chat model.
 
-    Which memory states a call reads is said by `bind(memory=reference)` or by references attached to its messages
-    (`attach`, `attach_documents`); several are read side by side. Markers in texts are never resolved; one that
-    nothing carries comes with a warning. A call that reads no state is answered by the backbone alone, without the
+    Which memory states a call may read is said by `bind(memory=reference)` or by references attached to its messages
+    (`attach`, `attach_documents`); `side_by_side` says how several are read. Markers in texts are never resolved; one
+    that nothing carries comes with a warning. A call that reads no state is answered by the backbone alone, without the
     adapter.
 
     Calls that come at the same time, from threads, tasks or `batch`, are answered together. One whose task is cancelled
@@ -73,6 +78,8 @@ class ChatGradMem(BaseChatModel, CallOptions):
         streaming (`bool`, *optional*, defaults to `False`): let `invoke` stream to its callbacks.
         max_states (`int`, *optional*, defaults to `8`): most states that one call reads. Those of the last turn come
             first, then the newest; others are left out with a warning.
+        side_by_side (`bool`, *optional*): True: read all states of a call; False: only the one that holds the answer,
+            as the adapter's refusal tells; None: all, where the adapter was not trained to refuse.
         max_batch (`int`, *optional*, defaults to `16`): most calls that are answered together.
         chat_template_kwargs (`dict`, *optional*): what the chat template is given, such as `enable_thinking`.
     """
@@ -82,6 +89,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
     model_name: str = "gradmem"
     streaming: bool = False
     max_states: int = Field(default=8, ge=1)
+    side_by_side: bool | None = None
     max_batch: int = Field(default=16, ge=1)
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -227,11 +235,12 @@ class ChatGradMem(BaseChatModel, CallOptions):
             raise NotImplementedError("A call takes tools or a response_format, not both.")
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
         (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
-        room = self._room(len(ids), request.memory_vectors)
+        memory = request.memory(self.pipeline, self.side_by_side, tools, template)
+        room = self._room(len(ids), 0 if memory is None else memory.num_memory_tokens)
         longest = chosen.max_tokens if room is None else min(chosen.max_tokens, room)
         grammar = grammar_of(self.pipeline, wanted) if wanted else None
         options = Options(longest, Sampling(chosen.temperature, chosen.top_p), stops, grammar)
-        return _Asked(Call(self.pipeline, ids, request.memory, options, chosen.seed), request, tools)
+        return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), request, tools)
 
     def _room(self, prompt_tokens: int, memory_vectors: int) -> int | None:
         """The backbone's positions that are left for an answer; None: it sets no limit."""
@@ -311,7 +320,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
             text,
             **calls,
             response_metadata=self._metadata(ended or stopped),
-            usage_metadata=asked.request.usage(len(asked.call.prompt), len(tokens)),
+            usage_metadata=asked.usage(len(tokens)),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -384,7 +393,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
             message=AIMessageChunk(
                 content="",
                 response_metadata=self._metadata(ended or stopped),
-                usage_metadata=asked.request.usage(len(call.prompt), len(tokens)),
+                usage_metadata=asked.usage(len(tokens)),
                 chunk_position="last",
             )
         )

@@ -8,11 +8,11 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
-from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage, UsageMetadata
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, UnknownStateError
 
-from .messages import accepted, template_entry, usage_metadata
+from .messages import accepted, template_entry
 from .references import MARKER, check_references, references_of
 from .stores import MemoryStateStore
 
@@ -21,18 +21,31 @@ class Request(NamedTuple):
     """What one call asks of the pipeline."""
 
     chat: list[dict[str, Any]]
-    memory: MemoryState | None
-    """[1, m * states, d], the states side by side."""
-    context_tokens: int
+    states: list[MemoryState]
+    """That the messages refer to, at most `max_states`."""
 
     @property
-    def memory_vectors(self) -> int:
-        """How many vectors stand before the prompt."""
-        return 0 if self.memory is None else self.memory.num_memory_tokens
+    def context_tokens(self) -> int:
+        """Of all texts that the states stand for."""
+        return sum(int(state.context_tokens.sum()) for state in self.states)
 
-    def usage(self, prompt_tokens: int, new_tokens: int) -> UsageMetadata:
-        """Tokens of the call."""
-        return usage_metadata(prompt_tokens, new_tokens, self.memory_vectors, self.context_tokens)
+    def memory(
+        self, pipeline: GradMemPipeline, side_by_side: bool | None, tools: Any, template: Mapping[str, Any] | None
+    ) -> MemoryState | None:
+        """What is read: all states side by side, or the one that holds the answer, as its refusal tells.
+
+        Args:
+            pipeline (`GradMemPipeline`): who is to read.
+            side_by_side (`bool`, *optional*): None: where the adapter was not trained to refuse.
+            tools, template: what the chat template is given.
+        """
+        if side_by_side is None:
+            side_by_side = pipeline.model.active_peft_config.refusal is None
+        if side_by_side or len(self.states) < 2:
+            return MemoryState.concat(self.states) if self.states else None
+        states = MemoryState.stack(self.states)
+        supported = pipeline.support(self.chat, memory=states, tools=tools, chat_template_kwargs=template)
+        return self.states[max(range(len(supported)), key=supported.__getitem__)]
 
 
 def request_of(
@@ -88,9 +101,7 @@ def request_of(
     states = _states([r for r in everything if r in chosen], needed, pipeline.model.fingerprint(), store)
     entries = [template_entry(message, everything) for message in messages]
     chat = [entry for entry, m in zip(entries, messages, strict=True) if entry["content"].strip() or not _is_carrier(m)]
-    tokens = sum(int(state.context_tokens.sum()) for state in states)
-    chat = accepted(chat, partial(pipeline.format_query, chat_template_kwargs=chat_template_kwargs))
-    return Request(chat, MemoryState.concat(states) if states else None, tokens)
+    return Request(accepted(chat, partial(pipeline.format_query, chat_template_kwargs=chat_template_kwargs)), states)
 
 
 def _is_carrier(message: BaseMessage) -> bool:

@@ -123,10 +123,22 @@ def test_of_several_states_the_surest_answers():
     for prompt in PROMPTS:
         each = [pipeline.generate(prompt, memory=state, return_scores=True, **OPTIONS)[0] for state in states]
         found = pipeline.surest_answer(prompt, memory=states, **OPTIONS)
+        assert pipeline.support(prompt, memory=states) == pytest.approx([one.score for one in each], abs=1e-4)
         assert found.state == max(range(3), key=lambda i: each[i].score)
         assert (found.text, found.score) == (each[found.state].text, pytest.approx(each[found.state].score, abs=1e-4))
         several = pipeline.surest_answer(prompt, memory=states, num_return_sequences=2, num_beams=2, max_new_tokens=4)
         assert several.state == found.state
+
+
+def test_of_an_adapter_that_never_refuses_the_likeliest_answer_counts():
+    pipeline = make()
+    states = pipeline.write(CONTEXTS)
+    each = [pipeline.generate(PROMPTS[0], memory=state, return_scores=True, **OPTIONS)[0] for state in states]
+    best = max(range(3), key=lambda i: each[i].score)
+    found = pipeline.surest_answer(PROMPTS[0], memory=states, **OPTIONS)
+    assert (found.text, found.state) == (each[best].text, best)
+    with pytest.raises(ValueError, match="not trained to say what memory does not hold"):
+        pipeline.support(PROMPTS[0], memory=states)
 
 
 def test_refused():

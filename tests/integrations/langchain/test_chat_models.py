@@ -157,14 +157,14 @@ class TestReferences:
             with pytest.warns(
                 UserWarning, match=r"refer to 5 memory states, and max_states are read: the other \d are not"
             ):
-                memory = limited._ask(messages, None, {}).request.memory
+                memory = limited._ask(messages, None, {}).call.memory
             assert memory == MemoryState.concat([store.get(reference) for reference in references])
 
     def test_a_state_that_an_earlier_message_lost_ends_no_conversation(self, chat, reference, other):
         messages = [attach(HumanMessage("w1"), [other]), AIMessage("w2"), attach(HumanMessage("w3"), [reference])]
         chat.store.mdelete([other])
         with pytest.warns(UserWarning, match="An earlier message carries it; it is left out"):
-            assert chat._ask(messages, None, {}).request.memory == chat.store.get(reference)
+            assert chat._ask(messages, None, {}).call.memory == chat.store.get(reference)
         for needed in (messages[:1], [attach(SystemMessage("w0"), [other]), HumanMessage("w1")]):
             with pytest.raises(UnknownStateError):
                 chat.invoke(needed)
@@ -322,3 +322,36 @@ def test_from_checkpoint(llama_directory, tmp_path):
     expected = ChatGradMem(pipeline=GradMemPipeline(model, tokenizer), max_tokens=4).invoke("the heron").content
     chat = ChatGradMem.from_checkpoint(tmp_path / "checkpoint", max_tokens=4)
     assert chat.invoke("the heron").content == expected
+
+
+class TestSeveralStates:
+    """An adapter that was trained to refuse is asked which state holds the answer, and reads that one alone."""
+
+    @pytest.fixture
+    def refusing(self):
+        return ChatGradMem(pipeline=tiny_pipeline(refusal="w50 w51"), max_tokens=6)
+
+    @pytest.fixture
+    def references(self, refusing):
+        return refusing.store.write(refusing.pipeline, ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"])
+
+    def test_the_one_that_holds_the_answer_is_read(self, refusing, references):
+        supported = refusing.pipeline.support(
+            [{"role": "user", "content": "w4"}], memory=MemoryState.stack([*map(refusing.store.get, references)])
+        )
+        best = references[supported.index(max(supported))]
+        answer = refusing.invoke("w4", memory=references)
+        assert answer.text == refusing.invoke("w4", memory=best).text
+        assert answer.usage_metadata["input_token_details"] == {"memory_vectors": 3, "memory_saved": 6}
+        assert "".join(chunk.text for chunk in refusing.stream("w4", memory=references)) == answer.text
+
+    def test_all_are_read_where_that_is_asked_for(self, refusing, references):
+        chat = refusing.model_copy(update={"side_by_side": True})
+        answer = chat.invoke("w4", memory=references)
+        assert answer.usage_metadata["input_token_details"]["memory_vectors"] == 9
+
+    def test_an_adapter_that_never_refuses_reads_all(self, chat, reference, other):
+        details = chat.invoke("w3", memory=[reference, other]).usage_metadata["input_token_details"]
+        assert details["memory_vectors"] == 6
+        with pytest.raises(ValueError, match="not trained to say what memory does not hold"):
+            chat.model_copy(update={"side_by_side": False}).invoke("w3", memory=[reference, other])

@@ -75,7 +75,7 @@ class TestSystemRole:
         memory = TurnMemory.from_chat(chat, max_turns=1, keep_turns=1, notice="")
         request = chat._ask(memory.shown([*turn(0), *turn(1), HumanMessage("w1")]), None, {}).request
         assert [entry["role"] for entry in request.chat] == ["user"]
-        assert request.memory_vectors == 3
+        assert len(request.states) == 1
 
 
 def test_what_a_template_refuses_anyhow_is_a_value_error():
