@@ -70,7 +70,7 @@ class DocumentMemory:
         """
         model = encoder.model
         backbone = cast(PreTrainedModel, model.get_base_model())
-        budget = Budget.of(backbone).tokens(backbone) if max_tokens is None else max_tokens
+        budget = Budget.of(backbone).tokens() if max_tokens is None else max_tokens
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for rows in batches([segment.tokens for segment in self.segments], budget):
             ids, mask = encoder.encode_contexts([self.segments[i].text for i in rows])

@@ -128,9 +128,10 @@ class WritingModel(GradMemTuner):
             warn_diverged(diverged)
             return MemoryState(memory, context.lengths, losses, fingerprint)
         batch, length = context.input_ids.shape
-        plans = Budget.of(self.model).plans(self.model, batch, length, options.max_memory)
+        budget = Budget.of(self.model)
+        plans = budget.plans(batch, length, options.max_memory)
         with self._fast_writes.of(writer, context, options.compile) as pass_of:
-            run = BoundedPass(self.model, plans, pass_of)
+            run = BoundedPass(budget, plans, pass_of)
             written = write_contexts(writer, context, options, start, callback, run, more, plans[0].rows)
             memory, losses, diverged = written
             fingerprint = self.fingerprint()  # while a GPU is still at work
@@ -225,8 +226,8 @@ class WritingModel(GradMemTuner):
         longest, budget = max(map(len, rows)), Budget.of(self.model)
         self._check_length(longest)
         if options.objective == "reconstruction":
-            budget.plans(self.model, 1, longest, options.max_memory)  # or nothing is written
-        size = budget.tokens(self.model, options.max_memory) if max_tokens is None else max_tokens
+            budget.plans(1, longest, options.max_memory)  # or nothing is written
+        size = budget.tokens(options.max_memory) if max_tokens is None else max_tokens
 
         def write(ids: Tensor, mask: Tensor) -> MemoryState:
             return self._write(Context.from_tokens(ids, mask, self.model, self.prefix_length), options)

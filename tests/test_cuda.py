@@ -222,7 +222,7 @@ def test_write_stays_within_max_memory(compile):
     backbone, ids = model.get_base_model(), tokens(2, 4096).cuda()
     expected = model.write(ids, compile=False)
     for plan in plans(2, 4096, 8, ids.device):
-        allowed = int(Budget.of(backbone).bytes(backbone, plan, 4096)) + 1
+        allowed = int(Budget.of(backbone).bytes(plan, 4096)) + 1
         model.write(ids, compile=compile, max_memory=allowed)  # compiles
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_written_more_frugally():
     expected = model.write(ids, compile=False)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    room = Budget.of(backbone).bytes(backbone, Plan(1, 8), 8192)
+    room = Budget.of(backbone).bytes(Plan(1, 8), 8192)
     try:
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1.3 * room) / total)
         for options in ({}, {"max_memory": 2**40}):  # foreseen, and found out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Literal, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -19,14 +19,21 @@ from gradmem_adapter.write.loss import Pass
 from gradmem_adapter.write.plan import Footprint, Plan, plans
 
 CPU = torch.device("cpu")
+MOST_CORRECTED = 2.0
+"""The largest factor that an estimate is corrected by: memory may have run out for another's sake."""
 MaxMemory: TypeAlias = int | Literal["auto"]
 """Bytes that contexts may take beside the model, or what the device has free."""
 
 
 class Budget:
-    """What WRITE of one model takes, as was seen of a few tokens, and corrected where that was too little."""
+    """What WRITE of one model takes, as was seen of a few tokens, and corrected where that was too little.
 
-    def __init__(self) -> None:
+    Args:
+        backbone (`PreTrainedModel`): the causal LM, on its device and in its type. It may go before its budget.
+    """
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        self._backbone = ref(backbone)
         self._footprints: dict[Hashable, Footprint] = {}
         self._correction = 1.0  # a factor
         self._said = False
@@ -34,17 +41,16 @@ class Budget:
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Budget:
         """The budget of a causal LM, one for as long as it lives."""
-        return _budgets.setdefault(backbone, cls())
+        return _budgets.setdefault(backbone, cls(backbone))
 
-    def bytes(self, backbone: PreTrainedModel, plan: Plan, length: int) -> float:
+    def bytes(self, plan: Plan, length: int) -> float:
         """About how many bytes a plan takes for contexts of `length` tokens each."""
-        return self._correction * self._footprint(backbone).bytes(plan, length)
+        return self._correction * self._footprint().bytes(plan, length)
 
-    def plans(self, backbone: PreTrainedModel, batch: int, length: int, max_memory: MaxMemory) -> list[Plan]:
+    def plans(self, batch: int, length: int, max_memory: MaxMemory) -> list[Plan]:
         """The fastest plan that fits, and the more frugal ones.
 
         Args:
-            backbone (`PreTrainedModel`): the causal LM, on its device and in its type.
             batch (`int`): how many contexts.
             length (`int`): tokens of the longest.
             max_memory (`int` or `"auto"`): as in `WriteOptions`.
@@ -52,7 +58,8 @@ class Budget:
         Raises:
             MemoryError: none fits. On a CPU the system would end the process without a word.
         """
-        footprint, device = self._footprint(backbone), device_of(backbone)
+        footprint = self._footprint()
+        device = footprint.device
         left = plans(batch, length, footprint.layers, device)
         needed = self._correction * footprint.bytes(left[0], length)
         if max_memory == "auto" and needed < UNCHECKED:
@@ -72,10 +79,11 @@ class Budget:
             )
         return left
 
-    def exceeded(self, backbone: PreTrainedModel, plan: Plan, following: Plan, length: int) -> None:
+    def exceeded(self, plan: Plan, following: Plan, length: int) -> None:
         """Learn that a plan did not fit into what is free, and say so once."""
-        seen = 1.01 * free_memory(device_of(backbone)) / self._footprint(backbone).bytes(plan, length)
-        self._correction = max(self._correction, seen)
+        footprint = self._footprint()
+        seen = 1.01 * free_memory(footprint.device) / footprint.bytes(plan, length)
+        self._correction = max(self._correction, min(seen, MOST_CORRECTED))
         if not self._said:
             self._said = True
             warnings.warn(
@@ -85,15 +93,19 @@ class Budget:
                 stacklevel=2,
             )
 
-    def tokens(self, backbone: PreTrainedModel, max_memory: MaxMemory = "auto") -> int:
+    def tokens(self, max_memory: MaxMemory = "auto") -> int:
         """How many padded tokens to write at once: at least 1, at most what saturates the device."""
-        device = device_of(backbone)
+        device = self._footprint().device
         share = SHARE_OF_FREE_MEMORY.get(device.type, SHARE_OF_FREE_MEMORY["cpu"])
         room = share * free_memory(device) if max_memory == "auto" else max_memory
-        each = self.bytes(backbone, Plan(1), 1)
-        return max(1, min(int(room / each), SATURATED.get(device.type, SATURATED["cpu"])))
+        most = SATURATED.get(device.type, SATURATED["cpu"])
+        each = self.bytes(Plan(most), 1) / most  # with a token's part of the logits, of which few are held
+        return max(1, min(int(room / each), most))
 
-    def _footprint(self, backbone: PreTrainedModel) -> Footprint:
+    def _footprint(self) -> Footprint:
+        backbone = self._backbone()
+        if backbone is None:
+            raise ReferenceError("The model that this budget was of is gone.")
         device = device_of(backbone)
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         key = device, backbone.dtype, backbone.config._attn_implementation, backbone.training, autocast
@@ -109,13 +121,13 @@ class BoundedPass:
     """A `RunPass` that goes by a plan, and by the next one where memory does not suffice.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM.
+        budget (`Budget`): of the model.
         plans (`list[Plan]`): the one to go by, and the more frugal ones.
         pass_of (`Callable`): the pass for a plan; it is given the plan's rows at most.
     """
 
-    def __init__(self, backbone: PreTrainedModel, plans: list[Plan], pass_of: Callable[[Plan], RunPass]) -> None:
-        self.backbone, self.plans, self.pass_of = backbone, plans, pass_of
+    def __init__(self, budget: Budget, plans: list[Plan], pass_of: Callable[[Plan], RunPass]) -> None:
+        self.budget, self.plans, self.pass_of = budget, plans, pass_of
         self.run = pass_of(plans[0])
 
     def __call__(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
@@ -128,7 +140,7 @@ class BoundedPass:
             # Only here, as the traceback of the error holds what the pass had on the GPU.
             torch.cuda.empty_cache()
             plan, *self.plans = self.plans
-            Budget.of(self.backbone).exceeded(self.backbone, plan, self.plans[0], context.input_ids.shape[1])
+            self.budget.exceeded(plan, self.plans[0], context.input_ids.shape[1])
             self.run = self.pass_of(self.plans[0])
 
     def _by_parts(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:

@@ -84,7 +84,9 @@ class TestStates:
         memory = model.base_model.slots.gradmem_memory["default"].detach().double().expand(3, -1, -1)
         expected = write_pass(writer, memory, context, True, True)
         for chosen in (Plan(3, 1), Plan(3, 2), Plan(2, 2), Plan(1, 2, offloaded=True)):
-            run = BoundedPass(model.get_base_model(), [chosen], lambda p: lambda *args: write_pass(p.of(writer), *args))
+            run = BoundedPass(
+                Budget.of(model.get_base_model()), [chosen], lambda p: lambda *args: write_pass(p.of(writer), *args)
+            )
             for found, right in zip(run(memory, context, True, True), expected, strict=True):
                 torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
 
@@ -104,7 +106,7 @@ class TestStates:
         ids, mask = batch(30, 12, 30)
         backbone = model.get_base_model()
         expected = model.write(ids, mask)
-        few = Budget.of(backbone).bytes(backbone, Plan(1, 2), 30)
+        few = Budget.of(backbone).bytes(Plan(1, 2), 30)
         frugal = model.write(ids, mask, max_memory=int(few) + 1, **options)
         torch.testing.assert_close(frugal.vectors, expected.vectors, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(frugal.write_losses, expected.write_losses, rtol=1e-4, atol=1e-6)
@@ -155,7 +157,7 @@ class TestBytes:
         writer, context = model.base_model._writer, Context(ids, torch.full((2,), 150))
         memory = model.base_model.slots.gradmem_memory["default"].detach().expand(2, -1, -1)
         foretold = Footprint.of(backbone).bytes(chosen, 150)
-        run = BoundedPass(backbone, [chosen], lambda p: lambda *args: write_pass(p.of(writer), *args))
+        run = BoundedPass(Budget.of(backbone), [chosen], lambda p: lambda *args: write_pass(p.of(writer), *args))
         gc.collect()
         with Live() as live:
             run(memory, context, True, False)
@@ -208,10 +210,10 @@ class TestBudget:
         own = Budget.of(backbone)
         assert Budget.of(backbone) is own is not Budget.of(tiny())
         for chosen in plans(4, 20, 8, torch.device("cpu")):
-            found = own.plans(backbone, 4, 20, int(own.bytes(backbone, chosen, 20)) + 1)
+            found = own.plans(4, 20, int(own.bytes(chosen, 20)) + 1)
             assert found[0] == chosen
         with pytest.raises(MemoryError, match="one context after the other of 20 tokens takes"):
-            own.plans(backbone, 4, 20, 1000)
+            own.plans(4, 20, 1000)
 
     def test_inputs_go_to_a_cpu_that_has_room(self, monkeypatch):
         backbone, free = tiny(num_hidden_layers=8), {"cuda": 2**40, "cpu": 2**40}
@@ -220,17 +222,17 @@ class TestBudget:
         monkeypatch.setattr(budget, "device_of", lambda backbone: GPU)
         monkeypatch.setattr(plan, "saved_bytes", lambda backbone, length: 4096 * 8 * length)
         own = Budget.of(backbone)
-        assert own.plans(backbone, 1, 20, 10**9)[-1].offloaded
+        assert own.plans(1, 20, 10**9)[-1].offloaded
         free["cpu"] = 1000
-        assert own.plans(backbone, 1, 20, 10**9)[-1] == Plan(1, 8)
+        assert own.plans(1, 20, 10**9)[-1] == Plan(1, 8)
 
     def test_a_limit_on_free_memory_is_looked_at_for_large_writes_alone(self, monkeypatch):
         backbone, asked = tiny(), []
         monkeypatch.setattr(budget, "free_memory", lambda device: asked.append(device) or 10**4)
-        assert Budget.of(backbone).plans(backbone, 1, 20, "auto")[0] == Plan(1)
+        assert Budget.of(backbone).plans(1, 20, "auto")[0] == Plan(1)
         monkeypatch.setattr(budget, "UNCHECKED", 0)
         with pytest.raises(MemoryError, match="1e-05 GB are free"):
-            Budget.of(backbone).plans(backbone, 1, 20, "auto")
+            Budget.of(backbone).plans(1, 20, "auto")
         assert len(asked) == 1
 
 
@@ -273,14 +275,15 @@ class TestOutOfMemory:
             torch.testing.assert_close(model.write(ids).vectors, expected.vectors)
 
     def test_what_did_not_fit_is_not_tried_again(self, full, monkeypatch):
+        model, ids, full.layers = make(tiny(num_hidden_layers=8)), tokens(2, 9), 12
+        free = 1.2 * Budget.of(model.get_base_model()).bytes(Plan(2), 9)
         monkeypatch.setattr(budget, "UNCHECKED", 0)
-        monkeypatch.setattr(budget, "free_memory", lambda device: 10**9)
-        model, ids = make(), tokens(2, 9)
+        monkeypatch.setattr(budget, "free_memory", lambda device: free)
         with pytest.warns(RuntimeWarning, match="Out of memory"):
             model.write(ids)
-        seen = len(full.seen)
+        assert [kept for _, kept in full.seen] == [16, 12, 12, 12]
         model.write(ids)
-        assert {kept for _, kept in full.seen[seen:]} == {0}
+        assert [kept for _, kept in full.seen[4:]] == [12, 12, 12]
 
     def test_no_plan_fits(self, full):
         full.layers = -1
@@ -293,4 +296,4 @@ def test_layers_without_a_mark_are_not_computed_again(monkeypatch):
     """Of models whose code comes with their weights."""
     monkeypatch.setattr(plan, "decoder_layers", lambda backbone: [])
     backbone = tiny()
-    assert Budget.of(backbone).plans(backbone, 2, 20, 10**9) == [Plan(2), Plan(1)]
+    assert Budget.of(backbone).plans(2, 20, 10**9) == [Plan(2), Plan(1)]

@@ -155,8 +155,8 @@ def test_the_budget_follows_free_memory(model, monkeypatch):
     own = Budget.of(backbone)
     for free, expected in ((2**40, hardware.SATURATED["cpu"]), (0, 1)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
-        assert own.tokens(backbone) == expected
-    few, twice = (own.tokens(backbone, max_memory) for max_memory in (2**20, 2**21))
+        assert own.tokens() == expected
+    few, twice = (own.tokens(max_memory) for max_memory in (2**20, 2**21))
     assert 1 < few < hardware.SATURATED["cpu"]
     assert twice == pytest.approx(2 * few, abs=1)
 
