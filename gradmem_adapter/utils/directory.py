@@ -87,13 +87,16 @@ def reading_together(path: Path, own: Collection[str], unread: Collection[str] =
 
 
 def _seal(folder: Path) -> None:
-    """Write the digests of all files, which are on the disk then."""
+    """Write the digests of all files, which are on the disk then, and may be read by whom the umask lets."""
     lines = []
-    for file in sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CARD):
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CARD)
+    for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
         lines.append(f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n")
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    for file in files:  # safetensors makes files that are their owner's alone
+        file.chmod((folder / SUMS).stat().st_mode)
 
 
 def _finish(path: Path, own: Collection[str]) -> None:

@@ -1,5 +1,6 @@
 """What is exported answers in plain Transformers as the model does from memory, token for token."""
 
+import os
 import stat
 
 import pytest
@@ -113,6 +114,16 @@ def test_a_directory_is_whole_or_not_there(model, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         export_model(model, tiny_tokenizer(), tmp_path / "model", merge=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_whoever_serves_it_may_read_it(model, tmp_path):
+    before = os.umask(0o022)
+    try:
+        export_model(model, tiny_tokenizer(), tmp_path / "model", merge=False)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {path.name: 0o644 for path in files}
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):
