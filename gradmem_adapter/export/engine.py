@@ -1,0 +1,216 @@
+"""What readers have in common that ask an engine: checks before anything is sent, and tokens as Transformers returns
+them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+
+from gradmem_adapter.export.prompt_embeds import check_finite
+from gradmem_adapter.ops.padding import move_padding_left
+from gradmem_adapter.peft_model import GradMemPeftModel
+from gradmem_adapter.read.generation import check_prompt, end_with_positions, generation_option, query_mask
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.backbone import check_length
+
+_KNOWN = {
+    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id"),
+    *("stop_strings", "tokenizer", "streamer", "stopping_criteria", "generation_config"),
+}
+_WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
+_OF_CONFIGS = {"bos_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config", "use_cache"}
+
+
+class EnginePrompt(NamedTuple):
+    """What an engine reads for one prompt.
+
+    Args:
+        prefix (`Tensor`): `[P, d]`, the memory with its control vectors.
+        tokens (`list[int]`): the prompt behind it.
+    """
+
+    prefix: Tensor
+    tokens: list[int]
+
+
+class Sampling(NamedTuple):
+    """How an engine draws tokens.
+
+    Args:
+        max_new_tokens (`int`): most tokens of an answer.
+        stop_token_ids (`list[int]`): each of them ends an answer, and is its last token.
+        temperature (`float`): 0: greedily.
+        top_k (`int`): 0: all tokens.
+        top_p (`float`): 1: all tokens.
+    """
+
+    max_new_tokens: int
+    stop_token_ids: list[int]
+    temperature: float
+    top_k: int
+    top_p: float
+
+    @classmethod
+    def of(cls, options: dict[str, Any], default: GenerationConfig) -> Sampling:
+        """What Transformers' `generate` would do with the same options; `ValueError` where no length is given."""
+        chosen = {name: generation_option(name, options, default) for name in _KNOWN}
+        if chosen["max_new_tokens"] is None:
+            raise ValueError("Pass max_new_tokens, the most tokens of an answer.")
+        ends = [] if chosen["eos_token_id"] is None else chosen["eos_token_id"]
+        sample = bool(chosen["do_sample"])
+        temperature = 1.0 if chosen["temperature"] is None else float(chosen["temperature"])
+        return cls(
+            max_new_tokens=chosen["max_new_tokens"],
+            stop_token_ids=list(ends) if isinstance(ends, list | tuple) else [int(ends)],
+            temperature=temperature if sample else 0.0,
+            top_k=(chosen["top_k"] or 0) if sample else 0,
+            top_p=1.0 if chosen["top_p"] is None or not sample else float(chosen["top_p"]),
+        )
+
+
+class EngineReader(ABC):
+    """Answers from memory by an engine that serves what `export_model` made of the model's checkpoint.
+
+    Args:
+        model (`PeftModel`): with the adapter that writes the states. What it does not write, it refuses before anything
+            is sent.
+    """
+
+    def __init__(self, model: PeftModel | GradMemPeftModel) -> None:
+        self.model = cast(GradMemPeftModel, model)
+
+    @abstractmethod
+    def _answers(
+        self, prompts: Sequence[EnginePrompt], sampling: Sampling
+    ) -> Generator[tuple[int, list[int], bool], None, None]:
+        """Ask the engine.
+
+        Yields:
+            The number of a prompt, new tokens of its answer, and whether they are its last.
+        """
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        memory: MemoryState,
+        context_index: Tensor | None = None,
+        strict: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        """Answer prompts from memory, as `model.generate` does.
+
+        Args:
+            input_ids (`Tensor`): `[B, T]` prompts.
+            attention_mask (`Tensor`, *optional*): `[B, T]`, padding on either side.
+            memory (`MemoryState`): one state for all prompts or one per prompt.
+            context_index (`Tensor`, *optional*): `[B]`, the state of each prompt, or `[B, S]`, those read side by side.
+            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
+            options: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `eos_token_id`, `stop_strings`,
+                `streamer`, `stopping_criteria`, as Transformers has them.
+
+        Returns:
+            `Tensor`: prompts and new tokens `[B, T + new]`.
+
+        Raises:
+            NotImplementedError: other options, which the engine would not follow as Transformers does.
+            TypeError, ValueError: prompts or states that do not fit the model or each other.
+            RuntimeError: the engine failed.
+        """
+        backbone = cast(PreTrainedModel, self.model.get_base_model())
+        default = backbone.generation_config
+        _check_options(options, default)
+        options["attention_mask"] = attention_mask
+        input_ids = check_prompt(backbone, input_ids, options)
+        mask = options.pop("attention_mask")
+        mask = query_mask(input_ids, options, default) if mask is None else mask.to(input_ids.device)
+        input_ids, mask = move_padding_left(input_ids, mask)
+        prefix = self._prefix(memory, len(input_ids), context_index, strict)
+        check_length(prefix.shape[1], input_ids, mask, backbone)
+        if (longest := generation_option("max_length", options, default)) is not None:
+            options.setdefault("max_new_tokens", longest - input_ids.shape[1])
+        end_with_positions(backbone, prefix.shape[1], mask, options)
+        prompts = [
+            EnginePrompt(one, ids[counts.bool()].tolist())
+            for one, ids, counts in zip(prefix, input_ids, mask, strict=True)
+        ]
+        return self._follow(prompts, input_ids, Sampling.of(options, default), options, default)
+
+    def _prefix(self, memory: MemoryState, prompts: int, index: Tensor | None, strict: bool) -> Tensor:
+        """What stands before each prompt, `[B, P, d]`."""
+        if index is not None:
+            side_by_side = torch.as_tensor(index).reshape(prompts, -1).T
+            memory = MemoryState.concat([memory[column] for column in side_by_side])
+        prefix = self.model.prefix_embeddings(memory, strict=strict)
+        if len(prefix) not in (1, prompts):
+            raise ValueError(f"There are {len(prefix)} memory states for {prompts} prompts: pass one, or one each.")
+        check_finite(prefix)
+        return prefix.expand(prompts, -1, -1)
+
+    def _follow(
+        self,
+        prompts: list[EnginePrompt],
+        input_ids: Tensor,
+        sampling: Sampling,
+        options: dict[str, Any],
+        default: GenerationConfig,
+    ) -> Tensor:
+        """Prompts and new tokens, shown to streamer and stopping criteria token by token as Transformers does."""
+        criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+        if stops := generation_option("stop_strings", options, default):
+            criteria.append(StopStringCriteria(options["tokenizer"], stops))
+        filler = generation_option("pad_token_id", options, default)
+        filler = next(iter(sampling.stop_token_ids), 0) if filler is None else filler
+        streamer = options.get("streamer")
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        rows: list[list[int]] = [[] for _ in prompts]
+        ended, output, length = [False] * len(prompts), input_ids, 0
+        with closing(self._answers(prompts, sampling)) as pieces:
+            for i, tokens, last in pieces:
+                if not ended[i]:
+                    rows[i], ended[i] = rows[i] + tokens, last
+                while length < max(map(len, rows)) and all(
+                    len(row) > length or end for row, end in zip(rows, ended, strict=True)
+                ):
+                    length += 1
+                    column = [row[length - 1] if len(row) >= length else filler for row in rows]
+                    output = torch.cat([output, output.new_tensor(column)[:, None]], dim=1)
+                    if streamer is not None:
+                        streamer.put(output[:, -1].cpu())
+                    for stopped in criteria(output, cast(Any, None)).nonzero().flatten().tolist():
+                        rows[stopped], ended[stopped] = rows[stopped][:length], True
+                if all(ended) and length == max(map(len, rows)):
+                    break
+        if not all(ended):
+            raise RuntimeError("The engine ended before its answers did.")
+        if streamer is not None:
+            streamer.end()
+        return output
+
+
+def _check_options(options: dict[str, Any], default: GenerationConfig) -> None:
+    """Raise for options, passed or of a generation configuration, that an engine would not follow."""
+    asked = dict(options)
+    for config in (options.get("generation_config"), default):
+        if config is not None:
+            asked = {k: v for k, v in config.to_diff_dict().items() if k not in _OF_CONFIGS} | asked
+    wrong = [
+        name
+        for name, value in asked.items()
+        if name not in _KNOWN and (isinstance(value, Tensor) or value) and value != _WITHOUT_EFFECT.get(name)
+    ]
+    if wrong:
+        raise NotImplementedError(
+            f"An engine does not take {', '.join(sorted(wrong))}, only {', '.join(sorted(_KNOWN))}. Leave the others "
+            "out, or read with the model itself."
+        )

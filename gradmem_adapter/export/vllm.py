@@ -1,0 +1,137 @@
+"""READ by vLLM, inside this process or by its server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+
+from gradmem_adapter.export.engine import EnginePrompt, EngineReader, Sampling
+from gradmem_adapter.export.prompt_embeds import encoded
+from gradmem_adapter.peft_model import GradMemPeftModel
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+class VLLMReader(EngineReader):
+    """Answers from memory by vLLM, which serves a directory that `gradmem export` made.
+
+    ```python
+    llm = LLM("exported", enable_prompt_embeds=True)
+    pipeline = GradMemPipeline(model, tokenizer, reader=VLLMReader(model, llm))
+    ```
+
+    Args:
+        model (`PeftModel`): with the adapter that writes the states.
+        engine (`LLM` or `str`): made with `enable_prompt_embeds=True`; or the address of a server that was started with
+            `--enable-prompt-embeds`, such as `"http://localhost:8000"`. An `LLM` gives an answer as a whole, a server
+            token by token.
+        name (`str`, *optional*): a server's name of the model or LoRA; None: the first that it names.
+        lora (`str` or `Path`, *optional*): the exported folder `lora`, for an `LLM` of the backbone beside it.
+        api_key (`str`, *optional*): of a server.
+        timeout (`float`, *optional*, defaults to 600): most seconds that a server may be silent.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel | GradMemPeftModel,
+        engine: LLM | str,
+        *,
+        name: str | None = None,
+        lora: str | Path | None = None,
+        api_key: str | None = None,
+        timeout: float = 600,
+    ) -> None:
+        super().__init__(model)
+        if isinstance(engine, str) and lora is not None:
+            raise ValueError("A server has its LoRA from --lora-modules: pass the name that it has there.")
+        self.engine, self.name, self.lora, self.api_key, self.timeout = engine, name, lora, api_key, timeout
+        self._lock = threading.Lock()
+
+    def _answers(
+        self, prompts: Sequence[EnginePrompt], sampling: Sampling
+    ) -> Generator[tuple[int, list[int], bool], None, None]:
+        if isinstance(self.engine, str):
+            yield from self._of_server(self.engine.rstrip("/").removesuffix("/v1"), prompts, sampling)
+        else:
+            yield from self._of_llm(self.engine, prompts, sampling)
+
+    def _of_llm(
+        self, llm: LLM, prompts: Sequence[EnginePrompt], sampling: Sampling
+    ) -> Generator[tuple[int, list[int], bool], None, None]:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        lora = None if self.lora is None else LoRARequest("gradmem", 1, str(self.lora))
+        parameters = SamplingParams(**_parameters(sampling), detokenize=False)
+        inputs: Any = [mixed_prompt(prompt) for prompt in prompts]
+        with self._lock:  # an LLM is no more than one thread's
+            outputs = llm.generate(inputs, parameters, lora_request=lora, use_tqdm=False)
+        for i, output in enumerate(outputs):
+            yield i, list(output.outputs[0].token_ids), True
+
+    def _of_server(
+        self, url: str, prompts: Sequence[EnginePrompt], sampling: Sampling
+    ) -> Generator[tuple[int, list[int], bool], None, None]:
+        embed = self.model.get_input_embeddings()
+        device = embed.weight.device
+        whole = [torch.cat([one.prefix, embed(torch.tensor(one.tokens, device=device))]) for one in prompts]
+        if self.name is None:
+            with self._request(f"{url}/v1/models") as response:
+                self.name = json.load(response)["data"][0]["id"]
+        body = _parameters(sampling) | {
+            "model": self.name,
+            "prompt_embeds": [encoded(one) for one in whole],
+            "stream": True,
+            "return_token_ids": True,
+        }
+        with self._request(f"{url}/v1/completions", body) as response:
+            for line in response:
+                event = line.decode().strip().removeprefix("data: ")
+                if not event or event == "[DONE]":
+                    continue
+                chunk = json.loads(event)
+                if "error" in chunk:
+                    raise RuntimeError(f"vLLM failed: {chunk['error']}")
+                for choice in chunk["choices"]:
+                    yield choice["index"], choice.get("token_ids") or [], choice.get("finish_reason") is not None
+
+    def _request(self, url: str, body: dict[str, Any] | None = None) -> Any:
+        """A response of the server, open to be read."""
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            said = error.read(2000).decode(errors="replace")
+            raise RuntimeError(f"vLLM at {url} refused the request ({error.code}): {said}") from error
+        except urllib.error.URLError as error:
+            raise ConnectionError(f"There is no vLLM server at {url}: {error.reason}.") from error
+
+
+def mixed_prompt(prompt: EnginePrompt) -> dict[str, Any]:
+    """A prompt for `LLM.generate`: vectors where memory stands, zeros where the engine embeds a token by itself."""
+    memory, length = prompt.prefix, len(prompt.prefix) + len(prompt.tokens)
+    embeddings = memory.new_zeros(length, memory.shape[1])
+    embeddings[: len(memory)] = memory
+    return {
+        "prompt_embeds": embeddings.cpu(),
+        "prompt_token_ids": [0] * len(memory) + prompt.tokens,
+        "prompt_is_token_ids": [False] * len(memory) + [True] * len(prompt.tokens),
+    }
+
+
+def _parameters(sampling: Sampling) -> dict[str, Any]:
+    """Sampling as vLLM names it; what is left out it would take from the model's generation configuration."""
+    own = sampling._asdict()
+    return own | {"max_tokens": own.pop("max_new_tokens"), "min_p": 0.0, "repetition_penalty": 1.0}

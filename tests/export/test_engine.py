@@ -1,0 +1,245 @@
+"""Readers of engines give what Transformers gives, whatever order an engine answers in, and check before they ask."""
+
+import pytest
+import torch
+from adapters import lora, make
+from tiny import tiny_tokenizer, tokens
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+)
+
+from gradmem_adapter import GradMemPipeline, MemoryState
+from gradmem_adapter.export import export_model
+from gradmem_adapter.export.engine import EngineReader
+
+GREEDY = {"max_new_tokens": 10, "do_sample": False}
+
+
+class PlainReader(EngineReader):
+    """Plain Transformers on an exported directory as the engine; later prompts are further than earlier ones."""
+
+    def __init__(self, model, path):
+        super().__init__(model)
+        self.engine = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.asked, self.closed = [], 0
+
+    def _answers(self, prompts, sampling):
+        self.asked.append((prompts, sampling))
+        answers = []
+        for prefix, query in prompts:
+            embeddings = torch.cat([prefix, self.engine.get_input_embeddings()(torch.tensor(query))])[None]
+            answers.append(
+                self.engine.generate(
+                    inputs_embeds=embeddings,
+                    attention_mask=torch.ones(embeddings.shape[:2]),
+                    max_new_tokens=sampling.max_new_tokens,
+                    eos_token_id=sampling.stop_token_ids or None,
+                    do_sample=False,
+                )[0].tolist()
+            )
+        try:
+            turn = 0
+            while any(answers):
+                for i in reversed(range(len(answers))):
+                    count = min(1 + (i + turn) % 3, len(answers[i]))
+                    if count:
+                        given, answers[i] = answers[i][:count], answers[i][count:]
+                        yield i, given, not answers[i]
+                turn += 1
+        finally:
+            self.closed += 1
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "model"
+    model = make(lora_config=lora(), num_control_tokens=1)
+    export_model(model, tiny_tokenizer(), path)
+    return PlainReader(model, path)
+
+
+@pytest.fixture(scope="module")
+def states(reader):
+    return reader.model.write(tokens(3, 9))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    ids, mask = tokens(3, 6, seed=1), torch.ones(3, 6, dtype=torch.long)
+    ids[1, :2], mask[1, :2] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("eos", [None, [2, 9, 17, 23, 31, 44]])
+def test_a_batch(reader, states, prompts, eos):
+    options = GREEDY | {"eos_token_id": eos}
+    expected = reader.model.generate(**prompts, memory=states, **options)
+    assert reader.generate(**prompts, memory=states, **options).tolist() == expected.tolist()
+    one = reader.model.generate(**prompts, memory=states[0], **options)
+    assert reader.generate(**prompts, memory=states[0], **options).tolist() == one.tolist()
+
+
+def test_padding_on_the_right_and_max_length(reader, states, prompts):
+    right = {name: value.flip(1) for name, value in prompts.items()}
+    expected = reader.model.generate(**right, memory=states, max_length=12, do_sample=False)
+    assert reader.generate(**right, memory=states, max_length=12, do_sample=False).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("index", [[2, 0, 0], [[0, 1], [1, 2], [2, 2]]])
+def test_states_by_their_numbers(reader, states, prompts, index):
+    options = {"memory": states, "context_index": torch.tensor(index), **GREEDY}
+    assert reader.generate(**prompts, **options).tolist() == reader.model.generate(**prompts, **options).tolist()
+
+
+class Counting(StoppingCriteria):
+    """Ends each row after a number of tokens, and keeps what it was shown."""
+
+    def __init__(self, counts, length):
+        self.counts, self.length, self.shown = torch.tensor(counts), length, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.shown.append(input_ids.tolist())
+        return self.counts <= input_ids.shape[1] - self.length
+
+
+def test_stopping_criteria_see_what_transformers_shows(reader, states, prompts):
+    shown = []
+    for model in (reader.model, reader):
+        criterion = Counting([3, 1, 5], 6)
+        output = model.generate(**prompts, memory=states, stopping_criteria=[criterion], **GREEDY)
+        shown.append((output.tolist(), criterion.shown))
+    assert shown[0] == shown[1]
+    assert len(shown[0][0][0]) == 6 + 5
+
+
+def test_the_pipeline(reader, states):
+    tokenizer = tiny_tokenizer()
+    own, other = GradMemPipeline(reader.model, tokenizer), GradMemPipeline(reader.model, tokenizer, reader=reader)
+    questions = ["w1 w2", "w3 w4 w5", "w6"]
+    expected = own.generate(questions, memory=states, **GREEDY)
+    assert other.generate(questions, memory=states, **GREEDY) == expected
+    assert "".join(other.stream(questions[0], memory=states[0], **GREEDY)) == expected[0]
+    stop = expected[0].split()[2]
+    options = GREEDY | {"stop_strings": [stop]}
+    assert other.generate(questions, memory=states, **options) == own.generate(questions, memory=states, **options)
+    asked = len(reader.asked)
+    assert other.generate(questions, **GREEDY) == own.generate(questions, **GREEDY)
+    assert len(reader.asked) == asked
+
+
+def test_a_stream_that_is_closed_ends_the_engine(reader, states):
+    pipeline = GradMemPipeline(reader.model, tiny_tokenizer(), reader=reader)
+    closed = reader.closed
+    pieces = pipeline.stream("w1 w2", memory=states[0], max_new_tokens=60, do_sample=False, eos_token_id=None)
+    next(pieces)
+    pieces.close()
+    assert reader.closed == closed + 1
+
+
+def test_sampling(reader, states, prompts):
+    reader.generate(**prompts, memory=states, max_new_tokens=2, do_sample=True, temperature=0.5, top_k=7, top_p=0.9)
+    assert reader.asked[-1][1] == (2, [2], 0.5, 7, 0.9)
+    reader.generate(**prompts, memory=states, max_new_tokens=2, do_sample=False, temperature=0.5, eos_token_id=[3, 4])
+    assert reader.asked[-1][1] == (2, [3, 4], 0.0, 0, 1.0)
+
+
+def test_answers_end_with_the_models_positions(reader, states):
+    with pytest.warns(UserWarning, match="The answer ends after"):
+        output = reader.generate(tokens(1, 80), memory=states[0], max_new_tokens=50, do_sample=False, eos_token_id=None)
+    assert output.shape[1] == 96 + 1 - reader.model.prefix_length
+
+
+class TestRefused:
+    @pytest.fixture(autouse=True)
+    def _nothing_is_asked(self, reader):
+        before = len(reader.asked)
+        yield
+        assert len(reader.asked) == before
+
+    def test_states(self, reader, states, prompts):
+        ids = prompts["input_ids"]
+        other = make(num_memory_tokens=4).write(tokens(1, 9))
+        with pytest.raises(ValueError, match="written by model"):
+            reader.generate(ids, memory=other, **GREEDY)
+        for value in (float("nan"), float("inf")):
+            vectors = states.vectors.clone()
+            vectors[1, 2, 3] = value
+            broken = MemoryState(vectors, states.context_tokens, states.write_losses, states.fingerprint)
+            with pytest.raises(ValueError, match="not finite"):
+                reader.generate(ids, memory=broken, **GREEDY)
+        with pytest.raises(ValueError, match="2 memory states for 3 prompts"):
+            reader.generate(ids, memory=states[:2], **GREEDY)
+        with pytest.raises(TypeError, match="MemoryState"):
+            reader.generate(ids, memory=states.vectors, **GREEDY)
+
+    def test_prompts(self, reader, states):
+        with pytest.raises(ValueError, match="are allowed"):
+            reader.generate(tokens(1, 95), memory=states[0], **GREEDY)
+        with pytest.raises(ValueError, match="1000"):
+            reader.generate(torch.tensor([[1000]]), memory=states[0], **GREEDY)
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"num_beams": 2},
+            {"repetition_penalty": 1.2},
+            {"num_return_sequences": 2},
+            {"min_new_tokens": 1},
+            {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)])},
+            {"return_dict_in_generate": True},
+        ],
+    )
+    def test_options(self, reader, states, prompts, option):
+        with pytest.raises(NotImplementedError, match=next(iter(option))):
+            reader.generate(**prompts, memory=states, **GREEDY | option)
+
+    def test_those_of_the_model(self, reader, states, prompts, monkeypatch):
+        config = reader.model.get_base_model().generation_config
+        monkeypatch.setattr(config, "repetition_penalty", 1.3)
+        with pytest.raises(NotImplementedError, match="repetition_penalty"):
+            reader.generate(**prompts, memory=states, **GREEDY)
+
+
+def test_options_without_effect(reader, states, prompts):
+    options = {
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "logits_processor": LogitsProcessorList(),
+        "min_new_tokens": 0,
+    }
+    expected = reader.model.generate(**prompts, memory=states, **GREEDY)
+    assert reader.generate(**prompts, memory=states, **GREEDY | options).tolist() == expected.tolist()
+
+
+def test_an_engine_that_breaks_off_is_an_error(reader, states, prompts, monkeypatch):
+    monkeypatch.setattr(PlainReader, "_answers", lambda *_: iter_of((0, [5], True)))
+    with pytest.raises(RuntimeError, match="ended before"):
+        reader.generate(**prompts, memory=states, **GREEDY)
+
+
+def iter_of(*pieces):
+    yield from pieces
+
+
+def test_errors_of_the_engine_end_a_stream(reader, states, monkeypatch):
+    def broken(*_):
+        yield 0, [5], False
+        raise RuntimeError("out of blocks")
+
+    monkeypatch.setattr(PlainReader, "_answers", broken)
+    pipeline = GradMemPipeline(reader.model, tiny_tokenizer(), reader=reader)
+    with pytest.raises(RuntimeError, match="out of blocks"):
+        list(pipeline.stream("w1", memory=states[0], **GREEDY))
+
+
+def test_streamers_are_used_as_transformers_uses_them(reader, states):
+    texts = []
+    for model in (reader.model, reader):
+        streamer = TextIteratorStreamer(tiny_tokenizer(), timeout=60)
+        model.generate(tokens(1, 4), memory=states[0], streamer=streamer, **GREEDY)
+        texts.append(list(streamer))
+    assert texts[0] == texts[1]

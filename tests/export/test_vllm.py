@@ -1,0 +1,187 @@
+"""What vLLM is sent, offline and over HTTP, by a module and a server that keep it; tests/engines has the real ones."""
+
+import base64
+import io
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from adapters import make
+from tiny import tiny_tokenizer, tokens
+
+from gradmem_adapter import GradMemPipeline, MemoryState
+from gradmem_adapter.export.vllm import VLLMReader
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = make(num_control_tokens=1)
+    model.get_base_model().generation_config.eos_token_id = [2, 7]
+    return model
+
+
+@pytest.fixture(scope="module")
+def states(model):
+    return model.write(tokens(2, 9))
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each prompt with the tokens 10, 11, ..., in chunks; prompts in reverse."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked, self.headers, self.status, self.chunks = [], [], 200, None
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.answer(json.dumps({"data": [{"id": "exported"}, {"id": "lora"}]}).encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, body))
+        self.server.headers.append(dict(self.headers))
+        chunks = self.server.chunks or [
+            {"choices": [{"index": i, "token_ids": [10 + n], "finish_reason": None if n < 5 else "length"}]}
+            for n in range(6)
+            for i in reversed(range(len(body["prompt_embeds"])))
+        ]
+        events = [*map(json.dumps, chunks), "[DONE]"]
+        self.answer("".join(f"data: {event}\n\n" for event in events).encode())
+
+    def answer(self, data):
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def decoded(text):
+    return torch.load(io.BytesIO(base64.b64decode(text, validate=True)), weights_only=True)
+
+
+class TestServer:
+    def test_is_sent_memory_and_embedded_prompts(self, model, states, server):
+        ids = tokens(2, 4, seed=1)
+        output = VLLMReader(model, server.url).generate(ids, MASK, memory=states, **GREEDY)
+        assert output.tolist() == [[*row, 10, 11, 12, 13, 14, 15] for row in ids.tolist()]
+        ((path, body),) = server.asked
+        assert path == "/v1/completions"
+        prefix, embed = model.prefix_embeddings(states), model.get_input_embeddings()
+        for text, memory, row, counts in zip(body.pop("prompt_embeds"), prefix, ids, MASK, strict=True):
+            assert torch.equal(decoded(text), torch.cat([memory, embed(row[counts.bool()])]))
+        assert body == {
+            "model": "exported", "max_tokens": 6, "stop_token_ids": [2, 7], "temperature": 0.0, "top_k": 0,
+            "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "stream": True, "return_token_ids": True,
+        }  # fmt: skip
+
+    def test_may_be_named_as_openai_names_it_and_have_a_key(self, model, states, server):
+        reader = VLLMReader(model, server.url + "/v1/", name="lora", api_key="secret")
+        reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
+        assert server.asked[0][0] == "/v1/completions"
+        assert server.asked[0][1]["model"] == "lora"
+        assert server.headers[0]["Authorization"] == "Bearer secret"
+
+    def test_streams(self, model, states, server):
+        server.chunks = [
+            {"choices": [{"index": 0, "token_ids": [20, 21], "finish_reason": None}]},
+            {"choices": [{"index": 0, "token_ids": [2], "finish_reason": "stop"}]},
+        ]
+        pipeline = GradMemPipeline(model, tiny_tokenizer(), reader=VLLMReader(model, server.url))
+        text = pipeline.tokenizer.decode([20, 21])
+        assert "".join(pipeline.stream("w1 w2", memory=states[0], **GREEDY)) == text
+        assert pipeline.generate("w1 w2", memory=states[0], **GREEDY) == [text]
+
+    def test_what_it_refuses_is_said(self, model, states, server):
+        server.status = 400
+        server.chunks = [{"error": {"message": "This model's maximum context length is 64 tokens."}}]
+        reader = VLLMReader(model, server.url, name="exported")
+        with pytest.raises(RuntimeError, match=r"\(400\).*maximum context length"):
+            reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
+        server.status = 200
+        with pytest.raises(RuntimeError, match="maximum context length"):
+            reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
+
+    def test_that_is_not_there(self, model, states):
+        with pytest.raises(ConnectionError, match="no vLLM server"):
+            VLLMReader(model, "http://127.0.0.1:9").generate(tokens(1, 4), memory=states[0], **GREEDY)
+
+    def test_nothing_is_sent_of_a_state_that_is_not_finite(self, model, states, server):
+        vectors = states.vectors * torch.tensor(float("nan"))
+        broken = MemoryState(vectors, states.context_tokens, states.write_losses, states.fingerprint)
+        with pytest.raises(ValueError, match="not finite"):
+            VLLMReader(model, server.url).generate(tokens(2, 4), memory=broken, **GREEDY)
+        assert server.asked == []
+
+    def test_has_its_loras_itself(self, model):
+        with pytest.raises(ValueError, match="--lora-modules"):
+            VLLMReader(model, "http://localhost:8000", lora="exported/lora")
+
+
+class Llm:
+    """`vllm.LLM` as far as it is used."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts, parameters, lora_request=None, use_tqdm=True):
+        self.asked.append((prompts, parameters, lora_request, use_tqdm))
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(12, 13 + i, 2))]) for i in range(len(prompts))]
+
+
+@pytest.fixture
+def llm(monkeypatch):
+    vllm, lora, request = (ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request"))
+    vllm.SamplingParams, request.LoRARequest = dict, lambda *given: given
+    for module in (vllm, lora, request):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return Llm()
+
+
+class TestLlm:
+    def test_is_given_memory_and_tokens(self, model, states, llm):
+        ids = tokens(2, 4, seed=1)
+        output = VLLMReader(model, llm).generate(ids, MASK, memory=states, **GREEDY)
+        assert output[:, 4:].tolist() == [[12, 13, 2], [12, 14, 2]]
+        ((prompts, parameters, lora, use_tqdm),) = llm.asked
+        length = model.prefix_length
+        for prompt, memory, row, counts in zip(prompts, model.prefix_embeddings(states), ids, MASK, strict=True):
+            query = row[counts.bool()].tolist()
+            assert torch.equal(prompt["prompt_embeds"][:length], memory)
+            assert not prompt["prompt_embeds"][length:].any()
+            assert prompt["prompt_token_ids"][length:] == query
+            assert prompt["prompt_is_token_ids"] == [False] * length + [True] * len(query)
+            assert {len(part) for part in prompt.values()} == {length + len(query)}
+        assert (lora, use_tqdm) == (None, False)
+        assert parameters == {
+            "max_tokens": 6, "stop_token_ids": [2, 7], "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+            "repetition_penalty": 1.0, "detokenize": False,
+        }  # fmt: skip
+
+    def test_with_a_lora(self, model, states, llm, tmp_path):
+        VLLMReader(model, llm, lora=tmp_path / "lora").generate(tokens(1, 4), memory=states[0], **GREEDY)
+        assert llm.asked[0][2] == ("gradmem", 1, str(tmp_path / "lora"))
