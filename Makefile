@@ -73,8 +73,9 @@ $(ENGINES)/llama_cpp/.ready: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(ENGINE_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gguf]" pytest pytest-asyncio
-	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary :all: -d $(@D) llama-cpp-python==0.3.2
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check $(@D)/llama_cpp_python-0.3.2.tar.gz
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python==0.3.2
+	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary llama-cpp-python -d $(@D) \
+		llama-cpp-python==0.3.2
 	mkdir -p $(@D)/converter
 	tar -xzf $(@D)/llama_cpp_python-0.3.2.tar.gz -C $(@D)/converter --strip-components=3 --wildcards \
 		"*/vendor/llama.cpp/gguf-py" "*/vendor/llama.cpp/convert_hf_to_gguf.py"

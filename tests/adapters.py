@@ -10,6 +10,6 @@ def lora(**options):
     return LoraConfig(**{"r": 2, "target_modules": "all-linear", "init_lora_weights": False} | options)
 
 
-def make(architecture="llama", **config):
+def make(architecture="llama", backbone=None, **config):
     defaults = {"num_memory_tokens": 3, "write_lr": 0.3, "memory_init_std": 0.5}
-    return get_peft_model(tiny(architecture), GradMemConfig(**defaults | config)).eval()
+    return get_peft_model(tiny(architecture, **backbone or {}), GradMemConfig(**defaults | config)).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def export_model(
         tokenizer.chat_template = memory_first(tokenizer.chat_template)
     with replacing_together(path, ()) as folder:
         backbone.save_pretrained(str(folder), state_dict=weights)
+        _name_rope_as_before(folder / "config.json")
         tokenizer.save_pretrained(str(folder))
         if isinstance(lora, LoraConfig) and not merge:
             _write_lora(model, lora, folder / LORA)
@@ -111,6 +113,19 @@ def _check_untied(own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
                 f"{places[tensor.data_ptr()]} and {key} are one tensor, and the LoRA is of one of them alone: it "
                 "cannot be merged. Export it beside the backbone (merge=False, --lora)."
             )
+
+
+def _name_rope_as_before(file: Path) -> None:
+    """Give a configuration the names that rotary embeddings had before Transformers 5, too: other readers of it, such
+    as llama.cpp's converter, look for these, and take a default where there are none."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return
+    config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_lora(model: PeftModel, lora: LoraConfig, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What is exported answers in plain Transformers as the model does from memory, token for token."""
 
+import json
 import os
 import stat
 
@@ -90,6 +91,19 @@ def test_a_trained_backbone_and_a_second_adapter(tmp_path):
         export_model(model, tiny_tokenizer(), tmp_path / str(merge), merge=merge)
         found = answers(plain(tmp_path / str(merge), merge), model.prefix_embeddings(state), ids)
         assert found.tolist() == from_memory(model, state, ids).tolist()
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 4.0}])
+def test_positions_are_named_as_other_readers_know_them(scaling, tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 123.0} | scaling
+    model = make(lora_config=lora(), backbone={"rope_parameters": rope})
+    export_model(model, tiny_tokenizer(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["rope_theta"], config.get("rope_scaling", {})) == (123.0, scaling)
+    assert plain(tmp_path / "model").config.rope_parameters == rope
+    state, ids = model.write(tokens(1, 9)), tokens(2, 5, seed=1)
+    found = answers(plain(tmp_path / "model"), model.prefix_embeddings(state), ids)
+    assert found.tolist() == from_memory(model, state, ids).tolist()
 
 
 def test_the_model_stays_as_it_is(model, tmp_path):
