@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
 from gradmem_adapter.export.prompt_embeds import check_finite
+from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.read.generation import check_prompt, end_with_positions, generation_option, query_mask
+from gradmem_adapter.read.prefix import memory_of_queries
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.backbone import check_length
 
@@ -134,27 +136,19 @@ class EngineReader(ABC):
         mask = options.pop("attention_mask")
         mask = query_mask(input_ids, options, default) if mask is None else mask.to(input_ids.device)
         input_ids, mask = move_padding_left(input_ids, mask)
-        prefix = self._prefix(memory, len(input_ids), context_index, strict)
+        tuner = cast(GradMemModel, self.model.base_model)
+        prefix = tuner._prefix(memory_of_queries(tuner._vectors(memory, strict), len(input_ids), context_index))
+        check_finite(prefix)
         check_length(prefix.shape[1], input_ids, mask, backbone)
-        if (longest := generation_option("max_length", options, default)) is not None:
-            options.setdefault("max_new_tokens", longest - input_ids.shape[1])
+        new, longest = (generation_option(name, options, default) for name in ("max_new_tokens", "max_length"))
+        if new is None and longest is not None:
+            options["max_new_tokens"] = longest - input_ids.shape[1]
         end_with_positions(backbone, prefix.shape[1], mask, options)
         prompts = [
             EnginePrompt(one, ids[counts.bool()].tolist())
             for one, ids, counts in zip(prefix, input_ids, mask, strict=True)
         ]
         return self._follow(prompts, input_ids, Sampling.of(options, default), options, default)
-
-    def _prefix(self, memory: MemoryState, prompts: int, index: Tensor | None, strict: bool) -> Tensor:
-        """What stands before each prompt, `[B, P, d]`."""
-        if index is not None:
-            side_by_side = torch.as_tensor(index).reshape(prompts, -1).T
-            memory = MemoryState.concat([memory[column] for column in side_by_side])
-        prefix = self.model.prefix_embeddings(memory, strict=strict)
-        if len(prefix) not in (1, prompts):
-            raise ValueError(f"There are {len(prefix)} memory states for {prompts} prompts: pass one, or one each.")
-        check_finite(prefix)
-        return prefix.expand(prompts, -1, -1)
 
     def _follow(
         self,

@@ -171,8 +171,10 @@ class TestRefused:
             broken = MemoryState(vectors, states.context_tokens, states.write_losses, states.fingerprint)
             with pytest.raises(ValueError, match="not finite"):
                 reader.generate(ids, memory=broken, **GREEDY)
-        with pytest.raises(ValueError, match="2 memory states for 3 prompts"):
+        with pytest.raises(ValueError, match="3 queries for 2 memory states"):
             reader.generate(ids, memory=states[:2], **GREEDY)
+        with pytest.raises(ValueError, match="must lie in 0 to 2"):
+            reader.generate(ids, memory=states, context_index=torch.tensor([0, -1, 2]), **GREEDY)
         with pytest.raises(TypeError, match="MemoryState"):
             reader.generate(ids, memory=states.vectors, **GREEDY)
 

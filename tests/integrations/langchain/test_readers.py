@@ -1,0 +1,30 @@
+"""A chat model on a pipeline with a reader of an engine answers, streams and stops as on one without."""
+
+from langchain_core.messages import HumanMessage
+from langchain_gradmem import ChatGradMem, MemoryStateStore, attach
+
+from gradmem_adapter import GradMemPipeline
+from gradmem_adapter.export.engine import EngineReader
+
+
+class Words(EngineReader):
+    """An engine that answers with the tokens 20, 21, ..., one at a time."""
+
+    def _answers(self, prompts, sampling):
+        for n in range(sampling.max_new_tokens):
+            for i in range(len(prompts)):
+                yield i, [20 + n], n + 1 == sampling.max_new_tokens
+
+
+def test_answers_streams_and_stops(pipeline):
+    other = GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=Words(pipeline.model))
+    store = MemoryStateStore()
+    chat = ChatGradMem(pipeline=other, store=store, max_tokens=5)
+    words = pipeline.tokenizer.decode([20, 21, 22, 23, 24]).split()
+    (reference,) = store.write(pipeline, ["w1 w2 w3"])
+    message = attach(HumanMessage("w4"), [reference])
+    assert chat.invoke([message]).text.split() == words
+    assert [answer.text.split() for answer in chat.batch([[message]] * 3)] == [words] * 3
+    assert "".join(chunk.text for chunk in chat.stream([message])).split() == words
+    assert chat.invoke([message], stop=[words[3]]).text.split() == words[:3]
+    assert chat.invoke([HumanMessage("w4")]).text == ChatGradMem(pipeline=pipeline, max_tokens=5).invoke("w4").text
