@@ -261,7 +261,7 @@ def test_thirty_shapes_and_then_a_large_one():
     for length in range(128, 31 * 128, 128):
         for _ in range(2):
             model.write(tokens(1, length).cuda())
-        assert graphs.held <= 1.01 * 2**30
+        assert 0 < graphs.held <= 1.01 * 2**30
     assert len(graphs) > 0
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - before < 1.2 * 2**30
