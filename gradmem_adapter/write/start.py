@@ -11,6 +11,10 @@ from gradmem_adapter.utils.backbone import fresh, trunk, uses_checkpointing
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
+MOST_OF_A_SHORT_TEXT = 1 / 4
+"""The share of the vectors up to which a short text has one for each token, however long the old text is. In fewer it
+is lost, and the old text hardly misses them (docs/lab/LOG.md)."""
+
 
 def start_memory(writer: Writer, context: Context) -> Tensor:
     """The memory that WRITE starts from: the slots M_0, or with `start="context"`
@@ -47,12 +51,14 @@ def start_memory(writer: Writer, context: Context) -> Tensor:
 
 def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context) -> Tensor:
     """The memory that WRITE of more text starts from, with a start that reads contexts. Of m vectors the old text, of n
-    tokens, and the new, of N, have as many each as of tokens:
+    tokens, and the new, of N, have as many each as of tokens, but the new has one for each of its first m / 4
+    tokens: a sentence behind a long text would be lost in one or two.
 
-        M_0(C | M) = [means of neighbours in M, k of them; S' + gain * h_S'],    k = m n / (n + N),
+        M_0(C | M) = [means of neighbours in M, m - k of them; S' + gain * h_S'],
+        k = max(m N / (n + N), min(N, m / 4)),
 
-    S' being the other slots (with the means of parts of C). They stand where they were trained to stand, m - k behind
-    the k means: [.., h_S'] = backbone([M; C; means; S']).
+    S' being the other slots (with the means of parts of C). They stand where they were trained to stand, k behind
+    the m - k means: [.., h_S'] = backbone([M; C; means; S']).
 
     Args:
         writer (`Writer`): the model.
@@ -67,7 +73,8 @@ def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context
     before = writer.slots.prefix(memory, "write", writer.adapter)
     started, m = [], len(slots)
     for row, (tokens, length) in enumerate(zip(known.tolist(), context.lengths.tolist(), strict=True)):
-        kept = min(round(m * tokens / (tokens + length)), m - 1)  # the new text has one at least
+        least = max(1, min(length, int(m * MOST_OF_A_SHORT_TEXT)))
+        kept = min(round(m * tokens / (tokens + length)), m - least)
         new = Context(context.input_ids[row : row + 1, :length], context.lengths[row : row + 1])
         old, _ = part_means(memory[row : row + 1], new.lengths.new_tensor([memory.shape[1]]), max(kept, 1))
         begun = _from_context(writer, new, slots[None, kept:], before[row : row + 1], old[:, :kept])

@@ -7,6 +7,7 @@ from reading import make, pad_left
 from tiny import tiny, tokens
 
 from gradmem_adapter import GradMemConfig, MemoryState, WriteOptions
+from gradmem_adapter.ops.padding import part_means
 from gradmem_adapter.write import fidelity
 from gradmem_adapter.write.context import Context
 
@@ -119,6 +120,19 @@ def test_texts_share_the_vectors_if_the_old_one_is_not_recited(start, texts, mon
     ).last_hidden_state
     expected = tail + slots.gradmem_start_gain["default"] * hidden[:, -3:]
     torch.testing.assert_close(updated.vectors[:1, 3:], expected)
+
+
+@pytest.mark.parametrize(("length", "vectors"), [(3, 3), (20, 8), (50, 11)])
+def test_a_short_text_has_enough_vectors_beside_a_long_one(length, vectors, monkeypatch):
+    """A vector for each token, up to a quarter of all; a longer text has its share by tokens if that is more."""
+    monkeypatch.setattr(fidelity, "CONFIDENT", 1.1)
+    model = make(start="pooled_context", num_memory_tokens=32, num_control_tokens=0, memory_projection="none")
+    state = model.write(tokens(1, 40))
+    full = MemoryState(state.vectors, torch.tensor([96]), state.write_losses, state.fingerprint)
+    updated = model.update(full, tokens(1, length, seed=1), steps=0)
+    means, _ = part_means(state.vectors, torch.tensor([32]), 32 - vectors)
+    torch.testing.assert_close(updated.vectors[:, : 32 - vectors], means)
+    assert not torch.isclose(updated.vectors[0, -vectors], state.vectors[0, -vectors]).all()
 
 
 def test_what_cannot_be_updated_is_refused(model, texts, first):
