@@ -100,11 +100,11 @@ def test_read_only_with_changes_that_a_killed_process_left(small, tmp_path):  # 
     """They are beside the index, in SQLite's log, which is not passed over."""
     path = tmp_path / "store"
     put_state(path, 0)
-    reader = MemoryStore(path).entries()
-    next(reader)  # keeps the next change from being written into the index
-    put_state(path, 1)
-    store = MemoryStore(shutil.copytree(path, small / "store"))
-    reader.close()
+    with MemoryStore(path).index.reading() as connection:
+        cursor = connection.execute("SELECT key FROM states")  # which keeps the next change from being written there
+        put_state(path, 1)
+        store = MemoryStore(shutil.copytree(path, small / "store"))
+        cursor.close()
     mount("-o", "remount,ro", small)
     assert len(store) == 2
     mount("-o", "remount,rw", small)
