@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from questions import QUESTIONS
@@ -17,6 +18,7 @@ from gradmem_adapter.export.vllm import VLLMReader
 
 vllm = pytest.importorskip("vllm")
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "vllm_server.sh"
 SIZES = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 50, "block_size": 32}
 LORA = {"enable_lora": True, "max_lora_rank": 16}
 
@@ -46,20 +48,15 @@ def test_offline(pipeline, questions, exported, merge):
 
 @pytest.fixture(scope="module")
 def server(exported):
-    """The address of vLLM's server, with the backbone as `backbone` and its LoRA as `memory`."""
+    """The address of vLLM's server as the example starts it: the backbone as `backbone`, its LoRA as `memory`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path = exported[False]
-    options = {f"--{name.replace('_', '-')}": str(value) for name, value in SIZES.items()}
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--port", str(port),
-        "--served-model-name", "backbone", "--enable-prompt-embeds", "--enable-lora", "--max-lora-rank", "16",
-        "--lora-modules", f"memory={path / 'lora'}", "--lora-target-modules", *targets(path),
-        *(part for option in options.items() for part in option),
-    ]  # fmt: skip
+    sizes = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["sh", str(SCRIPT), str(exported[False]), *sizes]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as process:
+    with subprocess.Popen(command, env=os.environ | {"PORT": str(port), "PATH": path}) as process:
         try:
             while not answers(url):
                 assert process.poll() is None, "the server ended"
