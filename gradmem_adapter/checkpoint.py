@@ -51,7 +51,7 @@ _SHOWN = 8
 
 
 def save_checkpoint(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, lora_dtype: torch.dtype | None = None
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, dtype: torch.dtype | None = None
 ) -> None:
     """Save the active adapter and the tokenizer, and the backbone where it was trained, for `load_checkpoint`.
 
@@ -63,7 +63,7 @@ def save_checkpoint(
         model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): the directory.
-        lora_dtype (`torch.dtype`, *optional*): what the LoRA's weights are rounded to in the file; bfloat16 halves it.
+        dtype (`torch.dtype`, *optional*): what the adapter's weights are rounded to in the file; bfloat16 halves it.
             What is loaded from it has another fingerprint than `model`.
 
     Raises:
@@ -76,7 +76,7 @@ def save_checkpoint(
             f"{str(path)!r} exists and is no adapter checkpoint of GradMem. Saving could replace what it holds; choose "
             "another place."
         )
-    save_beside(model, tokenizer, path, lora_dtype=lora_dtype)
+    save_beside(model, tokenizer, path, dtype=dtype)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -102,13 +102,14 @@ def _has_backbone(path: Path, config: GradMemConfig) -> bool:
     return config.train_backbone and (path / BACKBONE).is_dir()
 
 
-def _round_lora(file: Path, dtype: torch.dtype) -> None:
+def _round(file: Path, dtype: torch.dtype) -> None:
     tensors = load_file(file)
-    save_file({n: t.to(dtype) if ".lora_" in n else t for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    rounded = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    save_file(rounded, file, metadata={"format": "pt"})
 
 
 def save_beside(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, lora_dtype: torch.dtype | None = None
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, dtype: torch.dtype | None = None
 ) -> None:
     """Save as `save_checkpoint` does, beside whatever the directory holds.
 
@@ -116,12 +117,12 @@ def save_beside(
         model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): the directory.
-        lora_dtype (`torch.dtype`, *optional*): see `save_checkpoint`.
+        dtype (`torch.dtype`, *optional*): see `save_checkpoint`.
     """
     with replacing_together(Path(path), OWN) as folder:
         _write(model, tokenizer, folder)
-        if lora_dtype is not None:
-            _round_lora(folder / SAFETENSORS_WEIGHTS_NAME, lora_dtype)
+        if dtype is not None:
+            _round(folder / SAFETENSORS_WEIGHTS_NAME, dtype)
 
 
 def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

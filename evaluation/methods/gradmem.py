@@ -28,12 +28,12 @@ class GradMem(Method):
     """A GradMem adapter.
 
     Args:
-        lora_dtype (`str`, *optional*): what the LoRA's weights are rounded to when the model is saved.
+        dtype (`str`, *optional*): what the adapter's weights are rounded to when the model is saved.
         keep_write_lrs (`int`, *optional*): keep so many of the `num_write_lrs` when the model is saved; None: all.
         objective (`str`, *optional*, defaults to `"reconstruction"`): as in `WriteOptions`, when it is measured.
     """
 
-    lora_dtype: Literal["bfloat16", "float16"] | None = None
+    dtype: Literal["bfloat16", "float16"] | None = None
     keep_write_lrs: pydantic.PositiveInt | None = None
     objective: Objective = "reconstruction"
 
@@ -55,8 +55,8 @@ class GradMem(Method):
         """A checkpoint that opens with `load_checkpoint`; with `keep_write_lrs` the model loses further write rates."""
         if self.keep_write_lrs is not None:
             keep_write_lrs(cast(PeftModel, model), self.keep_write_lrs)
-        dtype = None if self.lora_dtype is None else getattr(torch, self.lora_dtype)
-        save_checkpoint(cast(PeftModel, model), tokenizer, path, lora_dtype=dtype)
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        save_checkpoint(cast(PeftModel, model), tokenizer, path, dtype=dtype)
 
     def load_weights(self, model: nn.Module, path: Path) -> None:
         """See `Method.load_weights`; tensors that change nothing before they are trained may be missing."""

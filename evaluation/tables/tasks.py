@@ -84,9 +84,10 @@ def answers() -> Frame:
 
 
 def general() -> Frame:
-    """The general adapter that ships, beside its backbone with the whole context: F1, and exact match on bAbI."""
+    """The general adapters that ship, beside their backbone with the whole context: F1, and exact match on bAbI."""
     table = frame(load_records(RESULTS / "general.jsonl"))
-    table = table[(table["states"] == 1) & table["unanswerable"].isna()].sort_values(["method", "write_steps"])
+    table = table[(table["states"] == 1) & table["unanswerable"].isna() & (table["write_steps"] != 1)]
+    table = table.sort_values(["method", "memory_tokens", "write_steps"])
 
     def label(row: Any) -> str:
         if row["method"] != "gradmem":

@@ -11,11 +11,12 @@ from evaluation.tasks import Babi
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 DATA = Path(__file__).parents[1] / "data"
+SEVERAL = [(0, 1), (1, 1), (2, 1), (4, 1), (2, 2), (2, 4), (2, 8)]
 TASKS = {"babi 1", "babi 2", "babi 4", "babi 5"}
-both = pytest.mark.parametrize("checkpoint", ["smollm2-135m-qa", "smollm2-135m-babi"])
+each = pytest.mark.parametrize("checkpoint", ["smollm2-135m-qa", "smollm2-135m-qa-128", "smollm2-135m-babi"])
 
 
-@both
+@each
 def test_is_small(checkpoint):
     assert (CHECKPOINTS / checkpoint / "adapter_model.safetensors").stat().st_size < 10_000_000
 
@@ -23,7 +24,8 @@ def test_is_small(checkpoint):
 @pytest.mark.parametrize(
     ("checkpoint", "results", "datasets", "columns"),
     [
-        ("smollm2-135m-qa", "general", {"squad", "fairytaleqa"}, [(0, 1), (1, 1), (2, 1), (4, 1), (2, 4)]),
+        ("smollm2-135m-qa", "general", {"squad", "fairytaleqa", "babi 1", "babi 2", "babi 4"}, SEVERAL),
+        ("smollm2-135m-qa-128", "general", {"squad", "fairytaleqa", *TASKS}, [(0, 1), (1, 1), (2, 1), (4, 1)]),
         ("smollm2-135m-babi", "answers", TASKS, [(0, 1), (1, 1), (2, 1)]),
     ],
 )
@@ -51,7 +53,7 @@ def score(metrics):
 
 
 @pytest.mark.smollm
-@both
+@each
 def test_answers_stories(checkpoint):
     """Six questions each, of bAbI 1, of which the one for bAbI answers all, and the general one at least five."""
     evaluation = Evaluation(tasks=(Babi(source=str(DATA), number=1),), write_steps=(1,))

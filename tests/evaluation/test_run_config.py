@@ -32,7 +32,8 @@ def test_the_recipes_that_ship_are_sound(path):
     ("checkpoint", "recipe"),
     [
         ("kv-retrieval", "kv_retrieval_longer"),
-        ("smollm2-135m-qa", "qa_general_refusals"),
+        ("smollm2-135m-qa", "qa_general_longer"),
+        ("smollm2-135m-qa-128", "qa_general_128_longer"),
         ("smollm2-135m-babi", "qa_babi_all_questions"),
     ],
 )
@@ -82,7 +83,7 @@ def test_settings_take_the_place_of_fields(tmp_path):
     ("change", "message"),
     [
         ({"method": {"name": "magic"}}, "method's name must be one of extractive, forward_memory, .*got 'magic'"),
-        ({"method": {"name": "full_context", "lora_dtype": "bfloat16"}}, "lora_dtype"),
+        ({"method": {"name": "full_context", "dtype": "bfloat16"}}, "dtype"),
         ({"tasks": []}, "tasks"),
         ({"tasks": [{"name": "passages"}]}, "source"),
         ({"tasks": [{"name": "riddles"}]}, "task's name must be one of answerable, babi"),
