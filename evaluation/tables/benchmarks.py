@@ -51,6 +51,25 @@ def choice() -> Frame:
     return Frame(rows)
 
 
+def service() -> Frame:
+    """LangChain's chat model under concurrent requests, with and without batches."""
+    rows = [
+        {
+            "answered together": row["max_batch"],
+            "requests a second": f"{row['requests_per_second']:.2f}",
+            "in the first round": f"{row['cold_requests_per_second']:.2f}",
+            "writes": f"{row['writes']:.0f}",
+            "errors": f"{row['errors']:.0f}",
+            "right %": percent(row["right"]),
+            "growth": f"{row['growth_mib']:.0f} MiB",
+            "one request": spans(row["alone_ms"]),
+            "one after cancelled ones": spans(row["after_cancelled_ms"]),
+        }
+        for _, row in read("service").iterrows()
+    ]
+    return Frame(rows)
+
+
 # ---------------------------------------------------------------- WRITE and READ
 
 
@@ -209,7 +228,7 @@ def training_speed() -> Frame:
 
 
 TABLES = (
-    choice, kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, train_step,
+    choice, kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, service, train_step,
     training_speed, versus_prompting, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many,
     write_time, write_time_cpu,
 )  # fmt: skip
