@@ -30,7 +30,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         pipeline (`GradMemPipeline`): who writes.
         store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
-        part_tokens (`int`, *optional*): tokens of the longest part; None: the adapter's trained length.
+        part_tokens (`int`, *optional*): tokens of the longest part; None: as `pipeline.segments` has them.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
             terminal.
         fallback (`str`, *optional*): `"text"` leaves a document without references where memory holds too little of it.

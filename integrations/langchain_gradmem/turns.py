@@ -24,7 +24,7 @@ class TurnMemory(MemoryWriter):
         pipeline (`GradMemPipeline`): who writes.
         store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
-        part_tokens (`int`, *optional*): tokens of the longest part; None: the adapter's trained length.
+        part_tokens (`int`, *optional*): tokens of the longest part; None: as `pipeline.segments` has them.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
             terminal.
         max_turns (`int`, *optional*, defaults to `8`): with more turns (human messages) than that, old ones are

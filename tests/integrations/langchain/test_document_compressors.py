@@ -96,7 +96,7 @@ class TestCompressor:
 
     def test_many_documents_are_written_in_batches(self, pipeline, monkeypatch, capsys):
         write, sizes = pipeline.model.base_model._write, []
-        monkeypatch.setattr(hardware, "SATURATED", {"cpu": 100})
+        monkeypatch.setitem(hardware.SATURATED, "cpu", 100)
         monkeypatch.setattr(
             pipeline.model.base_model,
             "_write",
@@ -121,7 +121,7 @@ class TestCompressor:
 
         compressor = GradMemCompressor(pipeline=pipeline)
         with monkeypatch.context() as patch:
-            patch.setattr(hardware, "SATURATED", {"cpu": 1})
+            patch.setitem(hardware.SATURATED, "cpu", 1)
             patch.setattr(pipeline.model.base_model, "_write", fail)
             with pytest.raises(torch.cuda.OutOfMemoryError, match="Context 2 with 12 tokens does not fit"):
                 compressor.compress_documents([Document(text) for text in TEXTS], "")

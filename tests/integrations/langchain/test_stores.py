@@ -122,7 +122,7 @@ class TestWrite:
 
     def test_batches_are_stored_as_they_are_written(self, pipeline, monkeypatch):
         store, found = MemoryStateStore(), []
-        monkeypatch.setattr(hardware, "SATURATED", {"cpu": 24})
+        monkeypatch.setitem(hardware.SATURATED, "cpu", 24)
         write = pipeline.model.base_model._write
         monkeypatch.setattr(
             pipeline.model.base_model,

@@ -65,7 +65,9 @@ def test_long_turns_are_split(memory, conversation):
 class TestManyParts:
     @pytest.fixture
     def memory(self):
-        return TurnMemory(pipeline=tiny_pipeline(trained_length=20), max_turns=1, keep_turns=1, max_parts=3)
+        return TurnMemory(
+            pipeline=tiny_pipeline(num_memory_tokens=5, trained_length=20), max_turns=1, keep_turns=1, max_parts=3
+        )
 
     @pytest.fixture
     def lines(self):

@@ -53,9 +53,11 @@ def test_lines_are_joined_as_long_as_they_fit(writer):
     assert writer.join(lines) == ["\n".join(lines[:2]), "\n".join(lines[2:4]), lines[4]]
 
 
-def test_parts_are_as_long_as_the_adapter_was_trained_for():
-    """Where it says so, and not as long as the backbone takes: memory would keep them worse."""
-    trained = MemoryWriter(pipeline=tiny_pipeline(trained_length=50))
+def test_parts_are_segments_of_the_adapter_s():
+    """Where it says its trained length, and neither as long as that nor as the backbone takes: memory keeps them worse."""
+    trained = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=13, trained_length=50))
+    small = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=3, trained_length=50))
+    assert [len(part.split()) for part in small.split(tiny_text(24))] == [12, 12]
     assert [len(part.split()) for part in trained.split(tiny_text(120))] == [50, 35, 35]
     assert [len(part.split()) for part in trained.join([tiny_text(120)])] == [50, 35, 35]
     chosen = MemoryWriter(pipeline=trained.pipeline, part_tokens=30)
