@@ -173,7 +173,8 @@ def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
         saved_tensors_hooks(count, lambda nothing: nothing),
     ):
         embeddings = backbone.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long, device=device))
-        trunk(fresh(backbone))(inputs_embeds=embeddings.detach().requires_grad_(), use_cache=False)
+        embeddings = embeddings.detach().requires_grad_().clone()  # some models write into them
+        trunk(fresh(backbone))(inputs_embeds=embeddings, use_cache=False)
     return total
 
 

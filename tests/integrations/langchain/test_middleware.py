@@ -18,7 +18,7 @@ from langgraph.graph.message import REMOVE_ALL_MESSAGES
 ask = ChatGradMem._ask
 
 
-def fail(keys):
+def fail(*args):
     raise OSError("no connection")
 
 
@@ -91,7 +91,7 @@ class TestAgent:
         agent.invoke({"messages": messages})
         assert [m.content for m in shown[-1] if m.content in ("w30", "w31")] == ["w30", "w31"]
         assert len(shown[-1]) < len(messages)
-        monkeypatch.setattr(memory.store.store, "_file", fail)
+        monkeypatch.setattr("gradmem_adapter.store.files.state_file_of", fail)
         with pytest.warns(RuntimeWarning, match="stay text: OSError"):
             agent.invoke({"messages": messages})
         assert len(shown[-1]) == len(messages) + 1
