@@ -44,8 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = MemoryStateStore(folder)
         chat = ChatGradMem(pipeline=open_pipeline(args.checkpoint), store=store, max_tokens=args.max_tokens)
-        # Many short parts: the adapter that ships keeps short texts best.
-        memory = TurnMemory.from_chat(chat, max_turns=6, keep_turns=3, part_tokens=128, max_parts=8)
+        memory = TurnMemory.from_chat(chat, max_turns=6, keep_turns=3)
 
         def history(session: str) -> GradMemChatMessageHistory:
             """A session's own, opened anew at every turn as a web server would."""

@@ -67,9 +67,14 @@ class MemoryWriter(BaseModel):
     @property
     def longest(self) -> int | None:
         """Tokens of the longest part, without special ones; None: there is no limit."""
-        chosen = self.part_tokens or self.pipeline.model.active_peft_config.segment_tokens
+        chosen = self.part_tokens or self._usual_part
         limits = [limit for limit in (chosen, self.pipeline.max_context_tokens) if limit is not None]
         return min(limits) - len(self.pipeline.tokenizer("")["input_ids"]) if limits else None
+
+    @property
+    def _usual_part(self) -> int | None:
+        tokens: int | None = self.pipeline.model.active_peft_config.segment_tokens
+        return tokens
 
     def split(self, text: str, name: str = "The text") -> list[str]:
         """Parts of a text that memory holds well, as `pipeline.segments` cuts them, without overlap.

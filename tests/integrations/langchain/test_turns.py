@@ -3,6 +3,7 @@
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_gradmem import MemoryStateStore, TurnMemory, attach, marker, references_of
+from langchain_gradmem.writer import MemoryWriter
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
@@ -62,11 +63,20 @@ def test_long_turns_are_split(memory, conversation):
     assert tokens > 300
 
 
+def test_parts_are_half_as_long_as_segments():
+    pipeline = tiny_pipeline(num_memory_tokens=5, trained_length=20)
+    assert TurnMemory(pipeline=pipeline).longest == MemoryWriter(pipeline=pipeline).longest - 10
+
+
 class TestManyParts:
     @pytest.fixture
     def memory(self):
         return TurnMemory(
-            pipeline=tiny_pipeline(num_memory_tokens=5, trained_length=20), max_turns=1, keep_turns=1, max_parts=3
+            pipeline=tiny_pipeline(num_memory_tokens=5, trained_length=20),
+            part_tokens=20,
+            max_turns=1,
+            keep_turns=1,
+            max_parts=3,
         )
 
     @pytest.fixture
