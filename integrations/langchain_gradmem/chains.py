@@ -49,12 +49,19 @@ def create_gradmem_stuff_chain(
         `Runnable[dict, Any]`: takes the prompt's variables, documents as a list among them.
 
     Raises:
+        TypeError: `llm` is something that holds no `ChatGradMem`, as one with a schema; or, in a call, the documents
+            are a text.
         ValueError: the prompt has no variable for the documents.
     """
     if document_variable_name not in prompt.input_variables:
         raise ValueError(
             f"The prompt needs the variable {document_variable_name!r} for the documents, and has "
             f"{', '.join(prompt.input_variables) or 'none'}. Name another by document_variable_name."
+        )
+    if compressor is None and not hasattr(llm, "pipeline"):
+        raise TypeError(
+            f"create_gradmem_stuff_chain needs a ChatGradMem, bound or not; got {type(llm).__name__}. For answers by a "
+            "schema give attach_documents(question, documents) to chat.with_structured_output(schema)."
         )
     writer = GradMemCompressor.from_chat(llm) if compressor is None else compressor
 
@@ -65,7 +72,13 @@ def create_gradmem_stuff_chain(
         return format_document(document, document_prompt or _TEXT_ALONE)
 
     def messages(inputs: dict[str, Any], config: RunnableConfig) -> list[BaseMessage]:
-        found = writer.compress_documents(inputs[document_variable_name], "", callbacks=config.get("callbacks"))
+        documents = inputs[document_variable_name]
+        if isinstance(documents, str):
+            raise TypeError(
+                f"{document_variable_name!r} must be a list of Documents, and is a text: leave the function out that "
+                "joins them (format_docs), so that they can be read from memory."
+            )
+        found = writer.compress_documents(documents, "", callbacks=config.get("callbacks"))
         text = document_separator.join(map(shown, found))
         value = prompt.invoke({**inputs, document_variable_name: text}, config)
         return attach_documents(value, [document for document in found if references_of(document)])

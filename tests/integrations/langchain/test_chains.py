@@ -33,6 +33,15 @@ def asked(chat, monkeypatch):
     return calls
 
 
+def test_what_holds_no_chat_model_and_documents_that_were_joined_are_refused(chat):
+    prompt = PROMPTS["human"]
+    with pytest.raises(TypeError, match="needs a ChatGradMem, bound or not; got RunnableSequence"):
+        create_gradmem_stuff_chain(chat | RunnableLambda(str), prompt)
+    chain = create_gradmem_stuff_chain(chat, prompt)
+    with pytest.raises(TypeError, match="'context' must be a list of Documents, and is a text"):
+        chain.invoke({"context": "w1 w2", "input": "w3"})
+
+
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_documents_are_read_from_memory(chat, asked, prompt):
     chain = create_gradmem_stuff_chain(chat, prompt)
