@@ -30,15 +30,13 @@ if TYPE_CHECKING:
 
 
 class GradMemPipeline(TextEncoder):
-    """Write texts into memory states and ask about them in texts.
+    """Write texts into memory states and ask about them in texts; several threads may share it.
 
     ```python
     pipeline = GradMemPipeline(*load_checkpoint(path))
     state = pipeline.write(["A long context.", "Another."])
     answers = pipeline.generate(["A question on the first?", "One on the second?"], memory=state)
     ```
-
-    May be used by several threads at once.
 
     Args:
         model (`PeftModel`): with an active GradMem adapter.
