@@ -145,7 +145,8 @@ class GradMemModel(WritingModel):
             context_index (`Tensor`, *optional*): `[B]`, the state of each prompt, or `[B, S]`, those read side by side.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
             kwargs: what Transformers' `generate` takes: `attention_mask`, sampling and beam options, `streamer`,
-                `past_key_values` of an earlier turn (with the full sequence as prompt), ...
+                `past_key_values` of an earlier turn (with the full sequence as prompt), ... On a GPU
+                `cache_implementation="static"` decodes several times as fast (docs/performance.md).
 
         Returns:
             What Transformers returns: prompts and new tokens `[B, T + new]`. `max_length` and `min_length` count both.

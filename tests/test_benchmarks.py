@@ -13,6 +13,7 @@ from benchmarks import (
     bulk_write,
     choose,
     common,
+    decode,
     kinks,
     kv_meta_gradient,
     meta_gradient,
@@ -53,6 +54,15 @@ def run(tmp_path, monkeypatch):
 
 def settings(records, *names):
     return [tuple(record.settings[name] for name in names) for record in records]
+
+
+def test_decode(run):
+    options = ("--batch", "2", "3", "--query", "4", "--memory", "3", "--tokens", "5")
+    records = run(decode, "decode", *options)
+    ways = ["default", "static, step by step", "static"]
+    assert [record.method for record in records] == ways * 2
+    assert settings(records, "batch", "new_tokens") == [(2, 5)] * 3 + [(3, 5)] * 3
+    assert all(record.metrics["same_tokens"] == 1 for record in records)
 
 
 def test_read(run):

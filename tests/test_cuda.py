@@ -196,6 +196,60 @@ def test_threads_write_through_graphs_and_generate_at_once():
     assert not failures
 
 
+STATIC = {"cache_implementation": "static", "max_new_tokens": 24, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])])
+def test_captured_decoding_gives_the_tokens_of_one_step_after_the_other(dtype, lora, recwarn):
+    config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, memory_init_std=0.5, lora_config=lora)
+    model = get_peft_model(tiny().to(dtype), config).cuda().eval()
+    for batch, length in ((2, 5), (1, 9), (3, 5)):
+        ids, state = tokens(batch, length).cuda(), model.write(tokens(batch, 12).cuda())
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        for attention_mask in (torch.ones_like(ids), mask):
+            options = {"memory": state, "attention_mask": attention_mask} | STATIC
+            expected = model.generate(ids, disable_compile=True, **options)
+            for _ in range(2):
+                assert torch.equal(model.generate(ids, **options), expected)
+    assert not [warning for warning in recwarn if "captured" in str(warning.message)]
+
+
+def test_captured_decoding_holds_no_more_after_many_calls():
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3)).cuda().eval()
+    state, held = model.write(tokens(4, 12).cuda()), []
+    for length in range(2, 22):
+        model.generate(tokens(4, length).cuda(), memory=state, **STATIC)
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert held[-1] <= held[1]
+
+
+def test_threads_decode_through_graphs_at_once():
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, memory_init_std=0.5)).cuda().eval()
+    prompts = [tokens(1 + seed, 4 + seed, seed=seed).cuda() for seed in range(4)]
+    states = [model.write(ids) for ids in prompts]
+    expected = [
+        model.generate(ids, memory=state, disable_compile=True, **STATIC)
+        for ids, state in zip(prompts, states, strict=True)
+    ]
+    failures = []
+
+    def work(index):
+        for _ in range(20):
+            text = model.generate(prompts[index], memory=states[index], **STATIC)
+            if not torch.equal(text, expected[index]):
+                failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
 def test_new_weights_drop_the_graphs():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3)).cuda().eval()
     ids = tokens(2, 30).cuda()

@@ -17,6 +17,7 @@ from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.read.prefix_cache import KeptPrefix
+from gradmem_adapter.read.static_decoding import can_capture, generate_statically
 from gradmem_adapter.utils.backbone import (
     check_length,
     device_of,
@@ -32,8 +33,7 @@ _NEED_TOKENS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_
 """With these Transformers loses `inputs_embeds`, and with them the memory."""
 
 _NEED_ANOTHER_CACHE = (
-    "past_key_values", "cache_implementation", "custom_generate", "position_ids", "output_attentions",
-    "output_hidden_states",
+    "past_key_values", "compile_config", "custom_generate", "position_ids", "output_attentions", "output_hidden_states",
 )  # fmt: skip
 """With these Transformers makes or takes a cache of its own, or returns something for every place of the prefix."""
 
@@ -101,7 +101,12 @@ def generate_with_memory(
     if first or (padded_left and not names_positions):  # Transformers counts from 0, and where they are named (Whisper)
         inputs["position_ids"] = read.position_ids
     backbone = taking_embeddings(fresh(backbone), input_ids.shape[1])
-    if kept is None or padded_left or first or not input_ids.numel() or not can_reuse(backbone, options):
+    kind = own_cache(backbone, options)
+    if padded_left or first or not input_ids.numel():
+        kept = None
+    if kind == "static":
+        return generate_statically(backbone, input_ids, prefix.shape[1], kept, **inputs, **options)
+    if kept is None or kind is None:
         return backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
     cache = kept.start(backbone, prefix.shape[1])
     output = backbone.generate(input_ids, **inputs, **options | {"past_key_values": cache})  # type: ignore[operator]
@@ -227,17 +232,22 @@ def check_generation_options(options: dict[str, Any], default: GenerationConfig)
             )
 
 
-def can_reuse(backbone: PreTrainedModel, options: dict[str, Any]) -> bool:
-    """Whether `generate` with these options may start from a prefix's keys and values without another result."""
+def own_cache(backbone: PreTrainedModel, options: dict[str, Any]) -> str | None:
+    """The kind of KV cache that is made here, "dynamic" or "static", and may start from a prefix's keys and values;
+    None: Transformers makes another one, or none."""
     if backbone.training or capturing() or not cast(Any, backbone)._supports_default_dynamic_cache():
-        return False
+        return None
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:  # the first GPT has no cache
-        return False
+        return None
     default = backbone.generation_config
     chosen = [generation_option(name, options, default) for name in _NEED_ANOTHER_CACHE]
     if any(option is not None and option is not False for option in chosen):
-        return False
+        return None
+    if generation_option("use_cache", options, default) is False:
+        return None
+    kind = generation_option("cache_implementation", options, default)
+    if kind == "static":
+        return kind if can_capture(backbone) else None
     layers = DynamicCache(config=backbone.config).layers
-    return generation_option("use_cache", options, default) is not False and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
-    )
+    grows = kind is None and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return "dynamic" if grows else None

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.backbone import device_of
@@ -57,7 +57,7 @@ class ReadCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See Transformers; called once per layer and forward pass."""
-        layer = cast(DynamicLayer, self.layers[layer_idx])  # see can_reuse
+        layer = cast(DynamicLayer, self.layers[layer_idx])  # see own_cache
         if not layer.is_initialized:
             self._copy(key_states, value_states, layer_idx)
         elif (rows := cast(Tensor, layer.keys).shape[0]) != len(key_states):
@@ -200,3 +200,21 @@ class KeptPrefix(NamedTuple):
         self.check()
         if (computed := cache.take_prefix()) is not None:
             self.cache.put(self.state, self.key, computed)
+
+    def fill(self, cache: StaticCache, rows: int) -> None:
+        """Let a static cache of so many rows start with the prefix, if that is kept."""
+        for i, (keys, values) in enumerate(self.cache.get(self.state, self.key) or ()):
+            each = rows // len(keys)
+            cache.update(keys.repeat_interleave(each, dim=0), values.repeat_interleave(each, dim=0), i)
+
+    def keep_first(self, cache: StaticCache, length: int) -> None:
+        """Keep the prefix of `length` (P) positions that a static cache starts with, unless it is kept already."""
+        self.check()
+        layers = [cast(StaticLayer, layer) for layer in cache.layers]  # see can_capture
+        if not all(layer.is_initialized for layer in layers) or self.cache.get(self.state, self.key) is not None:
+            return
+        pairs = [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in layers]
+        each = len(pairs[0][0]) // len(self.state)
+        found = [(keys[::each, :, :length], values[::each, :, :length]) for keys, values in pairs]
+        if sum(keys.nbytes + values.nbytes for keys, values in found) <= self.cache.max_bytes:
+            self.cache.put(self.state, self.key, tuple((keys.clone(), values.clone()) for keys, values in found))

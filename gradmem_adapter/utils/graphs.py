@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
@@ -13,6 +14,10 @@ SHARE = 0.25
 """The share of a GPU's free memory that the graphs of one model may hold."""
 MAX_GRAPHS = 32
 """How many graphs there are at once; the one used longest ago makes room."""
+
+one_capture = threading.Lock()
+"""PyTorch allows one capture at a time in a process, as all share the state of the random numbers. Other threads may
+compute meanwhile, but not draw on the GPU."""
 
 Graph = TypeVar("Graph")
 

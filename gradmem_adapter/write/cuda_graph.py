@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy
 from gradmem_adapter.utils.backbone import decoder_layers, layers_of
 from gradmem_adapter.utils.capture import static_shapes
-from gradmem_adapter.utils.graphs import GraphPool
+from gradmem_adapter.utils.graphs import GraphPool, one_capture
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Pass, Writer, write_pass
 from gradmem_adapter.write.plan import Plan
@@ -131,7 +131,7 @@ class FastPass:
                 write_pass(self.writer, memory, context, gradient, recovered)
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize(memory.device)
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with one_capture, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = write_pass(self.writer, memory, context, gradient, recovered)
         used = torch.cuda.Event()
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from tiny import ARCHITECTURES, tiny, tokens
+from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from gradmem_adapter import GradMemConfig, MemoryState
@@ -164,10 +165,10 @@ def test_streaming():
         {"attention_mask": torch.tensor([[0, 1, 1, 1]])},
         {"context_index": torch.tensor([0])},
         {"use_cache": False},
-        {"cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "static", "compile_config": CompileConfig()},
         {"return_dict_in_generate": True, "output_hidden_states": True},
     ],
-    ids=["padding", "context_index", "no cache", "static cache", "hidden states"],
+    ids=["padding", "context_index", "no cache", "another cache", "hidden states"],
 )
 def test_where_nothing_is_reused(options):
     model = make()

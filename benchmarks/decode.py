@@ -1,0 +1,76 @@
+"""Decoding from memory: into a cache that grows, as by default, and into a static one.
+
+    python -m benchmarks.decode [--shape smollm2-1.7b] [--batch 64] [--tokens 64] [--memory 64]
+
+Each prompt has a memory state of its own, or all share one with `--one-state`; prefixes are kept from an earlier call.
+Into a static cache (`cache_implementation="static"`) steps are launched kernel by kernel ("static, step by step"), as
+one CUDA graph that each call captures ("static"), or after Transformers has compiled the model ("static, compiled",
+which takes a minute at first). On a CPU both of the first are the same, and nothing is compiled.
+
+Metrics are of a whole call of `generate` that makes all its tokens: milliseconds, those of its first call, peak memory
+beyond the model, milliseconds a token (of all sequences together) without the time to the first one, and the share of
+tokens that are those of "static, step by step". That is 1 where the same kernels run; other kernels round otherwise,
+and random weights have many logits that are nearly equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import CompileConfig
+
+from benchmarks import common
+from gradmem_adapter.peft_model import GradMemPeftModel
+
+REFERENCE = "static, step by step"
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    REFERENCE: {"cache_implementation": "static", "disable_compile": True},
+    "static": {"cache_implementation": "static"},
+    "static, compiled": {"cache_implementation": "static", "compile_config": CompileConfig()},
+}
+
+
+def measure(model: GradMemPeftModel, prompts: Tensor, way: str, args: argparse.Namespace) -> dict[str, float]:
+    """What one way of decoding costs, and whether it gives the tokens that it should."""
+    state = model.write(prompts[:1, :1] if args.one_state else prompts[:, :1], steps=0)  # what is in it costs nothing
+
+    def generate(new: int, **options: Any) -> Tensor:
+        found: Tensor = model.generate(prompts, memory=state, max_new_tokens=new, do_sample=False, **options)
+        return found
+
+    first = common.measure(lambda: generate(1, **WAYS[way]), args.device, args.repeats)
+    whole = common.measure(lambda: generate(args.tokens, **WAYS[way]), args.device, args.repeats)
+    same = generate(args.tokens, **WAYS[way]) == generate(args.tokens, **WAYS[REFERENCE])
+    return vars(whole) | {
+        "token_ms": (whole.milliseconds - first.milliseconds) / max(1, args.tokens - 1),
+        "same_tokens": same[:, prompts.shape[1] :].float().mean().item(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__, "decode")
+    parser.add_argument("--memory", type=int, default=64, help="memory vectors")
+    parser.add_argument("--query", type=int, default=16, help="tokens of a prompt")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="prompts per call")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each")
+    parser.add_argument("--one-state", action="store_true", help="all prompts read the same memory")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["default", REFERENCE, "static"])
+    args = parser.parse_args(argv)
+    model, backbone = common.adapter(args)
+    backbone.generation_config.eos_token_id = None  # each call makes all the tokens it is to
+    model.prefix_cache.max_bytes = 2**32
+    for batch in args.batch:
+        prompts = common.random_tokens(backbone, batch, args.query)
+        for way in args.ways:
+            common.record(
+                args, "decode", way, partial(measure, model, prompts, way, args), memory_tokens=args.memory,
+                query_tokens=args.query, batch=batch, new_tokens=args.tokens, one_state=args.one_state,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
