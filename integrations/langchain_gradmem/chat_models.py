@@ -20,16 +20,17 @@ from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from gradmem_adapter import GradMemPipeline, load_checkpoint
+from gradmem_adapter.answering.batching import Call, Options, batcher_of
+from gradmem_adapter.answering.grammar import AVAILABLE, grammar_of
+from gradmem_adapter.answering.sampling import Sampling
+from gradmem_adapter.answering.stopping import Answer, NewTokens, pieces_until_stop
 
-from .batching import Call, Options, batcher_of
 from .binding import BoundChat
 from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools, usage_metadata
 from .options import CallOptions
 from .requests import Request, request_of
-from .sampling import Sampling
-from .stopping import NewTokens, cut_at_stop, pieces_until_stop
 from .stores import MemoryStateStore
-from .structured import AVAILABLE, grammar_of, parsed, response_format
+from .structured import parsed, response_format
 
 _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
 """Standard options of LangChain's chat models that a local model has no use for, and passes over."""
@@ -236,21 +237,9 @@ class ChatGradMem(BaseChatModel, CallOptions):
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
         (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
         memory = request.memory(self.pipeline, self.side_by_side, tools, template)
-        room = self._room(len(ids), 0 if memory is None else memory.num_memory_tokens)
-        longest = chosen.max_tokens if room is None else min(chosen.max_tokens, room)
         grammar = grammar_of(self.pipeline, wanted) if wanted else None
-        options = Options(longest, Sampling(chosen.temperature, chosen.top_p), stops, grammar)
+        options = Options(chosen.max_tokens, Sampling(chosen.temperature, chosen.top_p), stops, grammar)
         return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), request, tools)
-
-    def _room(self, prompt_tokens: int, memory_vectors: int) -> int | None:
-        """The backbone's positions that are left for an answer; None: it sets no limit."""
-        positions = self.pipeline.model.positions
-        if positions is None or prompt_tokens + memory_vectors < positions:
-            return None if positions is None else positions - prompt_tokens - memory_vectors
-        raise ValueError(
-            f"The prompt is too long: it has {prompt_tokens:,} tokens, memory {memory_vectors:,} vectors before it, "
-            f"and the model has {positions:,} positions. Shorten it, for instance by trim_messages(token_counter=chat)."
-        )
 
     # ---------------------------------------------------------------- answers
 
@@ -309,9 +298,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
 
     def _result(self, asked: _Asked, tokens: list[int]) -> ChatResult:
         """New tokens as a message."""
-        tokens, ended = self._until_end(tokens)
-        whole = str(self.pipeline.tokenizer.decode(tokens, skip_special_tokens=True))
-        text, stopped = cut_at_stop(whole, asked.call.options.stops)
+        tokens, text, stopped = Answer.of(self.pipeline, tokens, asked.call.options.stops)
         calls: Any = {}
         if asked.tools:
             text, found, invalid = parse_tool_calls(text)
@@ -319,19 +306,10 @@ class ChatGradMem(BaseChatModel, CallOptions):
         message = AIMessage(
             text,
             **calls,
-            response_metadata=self._metadata(ended or stopped),
+            response_metadata=self._metadata(stopped),
             usage_metadata=asked.usage(len(tokens)),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
-
-    def _until_end(self, tokens: list[int]) -> tuple[list[int], bool]:
-        """The tokens up to the one that ends a text, and whether there is one."""
-        eos = self.pipeline.model.generation_config.eos_token_id
-        ends = set(eos if isinstance(eos, list) else [eos])
-        for i, token in enumerate(tokens):
-            if token in ends:
-                return tokens[: i + 1], True
-        return tokens, False
 
     def _metadata(self, stopped: bool) -> dict[str, Any]:
         return {"model_name": self.model_name, "finish_reason": "stop" if stopped else "length"}
@@ -378,21 +356,19 @@ class ChatGradMem(BaseChatModel, CallOptions):
         pieces = self.pipeline.stream_ids(
             *self.pipeline.pad_prompts([call.prompt]),
             memory=call.memory,
-            **call.options.generate(self.pipeline, [call.seed], new_tokens),
+            **call.generation_options([call.seed], new_tokens),
         )
-        stopped = False
         try:
-            for piece, ended in pieces_until_stop(pieces, stops):
-                stopped = stopped or ended
+            for piece, _ in pieces_until_stop(pieces, stops):
                 if piece:
                     yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
         finally:
             pieces.close()  # ends the generation
-        tokens, ended = self._until_end(new_tokens.rows[0])
+        tokens, _, stopped = Answer.of(self.pipeline, new_tokens.rows[0], stops)
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content="",
-                response_metadata=self._metadata(ended or stopped),
+                response_metadata=self._metadata(stopped),
                 usage_metadata=asked.usage(len(tokens)),
                 chunk_position="last",
             )

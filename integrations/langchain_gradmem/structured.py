@@ -1,16 +1,11 @@
-"""Answers that keep to a JSON schema: each token is one with which the answer can still be such JSON."""
+"""Answers that keep to a schema, as LangChain asks for them and takes them."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import threading
-from collections.abc import Mapping
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
-import torch
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
@@ -18,20 +13,6 @@ from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerFast
-
-from gradmem_adapter import GradMemPipeline
-
-if TYPE_CHECKING:
-    from llguidance import LLTokenizer
-
-AVAILABLE = importlib.util.find_spec("llguidance") is not None
-"""Whether there is a library for constrained decoding."""
-_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As JSON is mostly written. Free white space is where a small model loses itself."""
-_tokenizers: WeakKeyDictionary[GradMemPipeline, LLTokenizer] = WeakKeyDictionary()
-_making = threading.Lock()
 
 
 def response_format(schema: dict[str, Any] | type, strict: bool | None) -> dict[str, Any]:
@@ -44,98 +25,6 @@ def response_format(schema: dict[str, Any] | type, strict: bool | None) -> dict[
     if not isinstance(schema, dict) or schema.keys() & {"function", "parameters", "input_schema"} or strict:
         schema = convert_to_json_schema(schema, strict=strict)
     return {"type": "json_schema", "json_schema": {"name": schema.get("title", "answer"), "schema": schema}}
-
-
-def grammar_of(pipeline: GradMemPipeline, wanted: Any) -> str:
-    """What a response format allows, as the library for constrained decoding takes it.
-
-    Args:
-        pipeline (`GradMemPipeline`): who is to answer.
-        wanted (`dict`): `{"type": "json_schema", "json_schema": {"schema": ...}}`.
-
-    Raises:
-        ModuleNotFoundError: the library is not installed.
-        ValueError: it is no response format of this kind; or the library does not know what the schema asks for, or
-            does not know the tokenizer's kind.
-    """
-    if not AVAILABLE:
-        raise ModuleNotFoundError(
-            "Structured output needs the package 'llguidance', which keeps a local model to a schema while it decodes: "
-            'pip install "gradmem-adapter[structured-output]". Without it, ask for JSON in the prompt and parse the '
-            "answer with a PydanticOutputParser.",
-            name="llguidance",
-        )
-    from llguidance import LLMatcher
-
-    schema = wanted.get("json_schema", {}).get("schema") if isinstance(wanted, Mapping) else None
-    if not isinstance(schema, Mapping):
-        raise ValueError(
-            'A response_format is {"type": "json_schema", "json_schema": {"schema": ...}}, as with_structured_output '
-            f"makes it, got {wanted!r}."
-        )
-    grammar = str(LLMatcher.grammar_from_json_schema(_closed(dict(schema)), defaults=_STYLE))
-    if problem := LLMatcher.validate_grammar(grammar, _tokenizer(pipeline)):
-        raise ValueError(f"The schema cannot be decoded by: {problem}")
-    return grammar
-
-
-def _closed(schema: Any) -> Any:
-    """A schema whose objects have the properties that it names, and others only where it says so.
-
-    JSON Schema allows any others by default, which nobody who asks a model for an answer means.
-    """
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    as_is = {"allOf", "const", "default", "enum", "examples"}  # parts of allOf name others' properties too
-    parts = {name: part if name in as_is else _closed(part) for name, part in schema.items()}
-    return {"additionalProperties": False, **parts} if isinstance(schema.get("properties"), dict) else parts
-
-
-def _tokenizer(pipeline: GradMemPipeline) -> LLTokenizer:
-    from llguidance.hf import from_tokenizer
-
-    with _making:
-        if pipeline not in _tokenizers:  # a second of work for a large vocabulary
-            eos = pipeline.model.generation_config.eos_token_id
-            _tokenizers[pipeline] = from_tokenizer(cast(PreTrainedTokenizerFast, pipeline.tokenizer), eos_token=eos)
-        return _tokenizers[pipeline]
-
-
-class Constraint(LogitsProcessor):
-    """Rules out, for each row of a batch, the tokens that its grammar does not allow next.
-
-    An adapter that was trained to give bare answers ends the text where JSON has a quote first; so the probability of
-    the end is the quote's, too.
-
-    Args:
-        pipeline (`GradMemPipeline`): who answers.
-        grammar (`str`): what `grammar_of` returns.
-        rows (`int`): of the batch.
-    """
-
-    def __init__(self, pipeline: GradMemPipeline, grammar: str, rows: int) -> None:
-        from llguidance import LLMatcher
-
-        tokenizer = _tokenizer(pipeline)
-        self.matchers = [LLMatcher(tokenizer, grammar) for _ in range(rows)]
-        (self.quote,) = tokenizer.tokenize_str('"')
-        self.closing = [self.quote, *tokenizer.eos_tokens]
-        self.started = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.started:  # a row that has ended is padded; its matcher then allows the end alone
-            for matcher, token in zip(self.matchers, input_ids[:, -1].tolist(), strict=True):
-                matcher.consume_token(token)
-        self.started = True
-        scores = scores.clone()
-        scores[:, self.quote] = scores[:, self.closing].logsumexp(dim=1)
-        rows = [bytearray(matcher.compute_logit_bias()) for matcher in self.matchers]
-        allowed = torch.stack([torch.frombuffer(row, dtype=torch.uint8) for row in rows]).bool()
-        more = scores.shape[1] - allowed.shape[1]  # embeddings may be padded beyond the vocabulary
-        allowed = torch.nn.functional.pad(allowed, (0, more)).to(scores.device)
-        return scores.masked_fill(~allowed, -torch.inf)
 
 
 class _WholeJson(JsonOutputParser):

@@ -10,9 +10,10 @@ import torch
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import HumanMessage
 from langchain_gradmem import ChatGradMem, MemoryStateStore, attach
-from langchain_gradmem.batching import Call
-from langchain_gradmem.sampling import Sampling
 from tiny_pipeline import tiny_pipeline
+
+from gradmem_adapter.answering.batching import Call
+from gradmem_adapter.answering.sampling import Sampling
 
 SAMPLING = {"temperature": 2.0, "top_p": 0.9, "max_tokens": 6}
 

@@ -1,5 +1,6 @@
 """A chat model on a pipeline with a reader of an engine answers, streams and stops as on one without."""
 
+import pytest
 from langchain_core.messages import HumanMessage
 from langchain_gradmem import ChatGradMem, MemoryStateStore, attach
 
@@ -11,6 +12,7 @@ class Words(EngineReader):
     """An engine that answers with the tokens 20, 21, ..., one at a time."""
 
     def _answers(self, prompts, sampling):
+        self.sampling = sampling
         for n in range(sampling.max_new_tokens):
             for i in range(len(prompts)):
                 yield i, [20 + n], n + 1 == sampling.max_new_tokens
@@ -28,3 +30,15 @@ def test_answers_streams_and_stops(pipeline):
     assert "".join(chunk.text for chunk in chat.stream([message])).split() == words
     assert chat.invoke([message], stop=[words[3]]).text.split() == words[:3]
     assert chat.invoke([HumanMessage("w4")]).text == ChatGradMem(pipeline=pipeline, max_tokens=5).invoke("w4").text
+
+
+def test_an_engine_draws_by_itself(pipeline):
+    reader = Words(pipeline.model)
+    store = MemoryStateStore()
+    (reference,) = store.write(pipeline, ["w1 w2 w3"])
+    other = GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=reader)
+    chat = ChatGradMem(pipeline=other, store=store, max_tokens=5, temperature=0.5, top_p=0.9)
+    chat.invoke("w4", memory=reference)
+    assert (reader.sampling.temperature, reader.sampling.top_p, reader.sampling.top_k) == (0.5, 0.9, 0)
+    with pytest.raises(NotImplementedError, match="logits_processor"):
+        chat.invoke("w4", memory=reference, seed=1)

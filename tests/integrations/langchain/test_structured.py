@@ -12,6 +12,8 @@ from langchain_gradmem import ChatGradMem, attach, structured
 from pydantic import BaseModel, Field
 from tiny_pipeline import byte_pipeline, tiny_pipeline
 
+from gradmem_adapter.answering import grammar
+
 
 class Pet(BaseModel):
     """An animal."""
@@ -147,7 +149,7 @@ class TestRefusals:
             ChatGradMem(pipeline=tiny_pipeline()).with_structured_output(Pet)
 
     def test_without_the_library_its_name_is_said(self, chat, monkeypatch):
-        monkeypatch.setattr(structured, "AVAILABLE", False)
+        monkeypatch.setattr(grammar, "AVAILABLE", False)
         with pytest.raises(ModuleNotFoundError, match=r"gradmem-adapter\[structured-output\]"):
             chat.with_structured_output(Pet)
         with pytest.raises(ModuleNotFoundError, match="llguidance"):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import StoppingCriteria
 
-from gradmem_adapter import GradMemPipeline, MemoryState
-
-from .sampling import Sampling
-from .stopping import NewTokens
-from .structured import Constraint
+from gradmem_adapter.answering.grammar import Constraint
+from gradmem_adapter.answering.sampling import Sampling
+from gradmem_adapter.answering.stopping import NewTokens
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.state import MemoryState
 
 _WINDOW = 0.005
 """Seconds without a further call after which a batch begins. It begins after ten of them in any case."""
@@ -28,17 +28,7 @@ class Options(NamedTuple):
     sampling: Sampling
     stops: tuple[str, ...]
     grammar: str | None = None
-    """What answers keep to, see `structured`."""
-
-    def generate(
-        self, pipeline: GradMemPipeline, seeds: Sequence[int | None], criterion: StoppingCriteria
-    ) -> dict[str, Any]:
-        """Options of the pipeline's `generate_ids` for rows with these seeds."""
-        processors = self.sampling.processors(seeds, pipeline.model.device)
-        if self.grammar is not None:
-            processors.insert(0, Constraint(pipeline, self.grammar, len(seeds)))
-        options = {"max_new_tokens": self.max_tokens, "do_sample": False, "logits_processor": processors}
-        return pipeline.generation_options(options | {"stopping_criteria": [criterion]})
+    """What answers keep to, see `grammar`."""
 
 
 class Call:
@@ -48,8 +38,12 @@ class Call:
         pipeline (`GradMemPipeline`): who answers.
         prompt (`list[int]`): its tokens.
         memory (`MemoryState`, *optional*): one state.
-        options (`Options`): how to answer.
+        options (`Options`): how to answer; no more tokens are given than the model has positions for.
         seed (`int`, *optional*): of sampling.
+        progress (`Callable`, *optional*): given the new tokens so far whenever there is one more, by another thread.
+
+    Raises:
+        ValueError: the model has no position left for an answer.
     """
 
     def __init__(
@@ -59,8 +53,18 @@ class Call:
         memory: MemoryState | None,
         options: Options,
         seed: int | None,
+        progress: Callable[[list[int]], None] = lambda tokens: None,
     ) -> None:
+        vectors, positions = 0 if memory is None else memory.num_memory_tokens, pipeline.model.positions
+        if positions is not None:
+            if (room := positions - len(prompt) - vectors) < 1:
+                raise ValueError(
+                    f"The prompt is too long: it has {len(prompt):,} tokens, memory {vectors:,} vectors before it, and "
+                    f"the model has {positions:,} positions. Shorten it (in LangChain: trim_messages)."
+                )
+            options = options._replace(max_tokens=min(options.max_tokens, room))
         self.pipeline, self.prompt, self.memory, self.options, self.seed = pipeline, prompt, memory, options, seed
+        self.progress = progress
         self.tokens: Future[list[int]] = Future()
         """The new tokens."""
         self.cancelled = threading.Event()
@@ -69,6 +73,27 @@ class Call:
     def kind(self) -> Hashable:
         """The same for calls that can be one batch."""
         return self.options, 0 if self.memory is None else self.memory.num_memory_tokens
+
+    @property
+    def by_engine(self) -> bool:
+        """Whether an engine answers it, which makes batches and draws tokens by itself."""
+        return self.memory is not None and self.pipeline.reader is not self.pipeline.model
+
+    def generation_options(self, seeds: Sequence[int | None], criterion: StoppingCriteria) -> dict[str, Any]:
+        """What `generate_ids` is given for a batch of calls of this kind.
+
+        Args:
+            seeds (`Sequence[int]`): of each row.
+            criterion (`StoppingCriteria`): what ends rows.
+        """
+        own, engine = self.options, self.by_engine and self.options.grammar is None and set(seeds) <= {None}
+        options = {"max_new_tokens": own.max_tokens, "do_sample": False, "stopping_criteria": [criterion]}
+        if engine:
+            return self.pipeline.generation_options(options | own.sampling.options())
+        processors = own.sampling.processors(seeds, self.pipeline.model.device)
+        if own.grammar is not None:
+            processors.insert(0, Constraint(self.pipeline, own.grammar, len(seeds)))
+        return self.pipeline.generation_options(options | {"logits_processor": processors})
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more: it ends with its next token, or does not begin."""
@@ -80,9 +105,13 @@ class Batcher:
     """Answers calls to one pipeline, those that wait at the same time in one batch.
 
     While a batch is answered the next one gathers, so that concurrent calls are batches without being told.
+
+    Args:
+        begins (`Callable`, *optional*): given the number of calls of each batch that begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begins: Callable[[int], None] = lambda size: None) -> None:
+        self._begins = begins
         self._waiting: list[tuple[Call, int]] = []
         self._changed = threading.Condition()
         self._serving = False
@@ -104,7 +133,8 @@ class Batcher:
     def _serve(self) -> None:
         try:
             while batch := self._next():
-                self._answer(batch)
+                self._begins(len(batch))
+                answer(batch)
         except BaseException as error:  # who waits must learn of it, and the next call gets a new thread
             with self._changed:
                 waiting, self._waiting, self._serving = self._waiting, [], False
@@ -128,35 +158,47 @@ class Batcher:
             self._waiting = [entry for entry in self._waiting if entry not in batch]
         return [call for call, _ in batch]
 
-    def _answer(self, batch: list[Call]) -> None:
-        batch = [call for call in batch if call.tokens.running() or call.tokens.set_running_or_notify_cancel()]
-        if not batch:
-            return
-        try:
-            rows = self._generate(batch)
-        except BaseException as error:
-            if len(batch) == 1:
-                batch[0].tokens.set_exception(error)
-                return
-            for call in batch:  # one by one, so that each has its own error or answer
-                self._answer([call])
-        else:
-            for call, tokens in zip(batch, rows, strict=True):
-                call.tokens.set_result(tokens)
 
-    @staticmethod
-    def _generate(batch: list[Call]) -> list[list[int]]:
-        pipeline, options = batch[0].pipeline, batch[0].options
-        ids, mask = pipeline.pad_prompts([call.prompt for call in batch])
-        states = [call.memory for call in batch if call.memory is not None]
-        new_tokens = NewTokens(pipeline.tokenizer, ids.shape[1], options.stops, [call.cancelled for call in batch])
-        pipeline.generate_ids(
-            ids,
-            mask,
-            memory=MemoryState.stack(states) if states else None,
-            **options.generate(pipeline, [call.seed for call in batch], new_tokens),
-        )
-        return [new_tokens.rows[i] for i in range(len(batch))]
+def answer(batch: Sequence[Call]) -> None:
+    """Answer calls of one kind together, and one by one where that fails, so that each has its own error or answer.
+
+    Args:
+        batch (`Sequence[Call]`): whose `tokens` are set; those that were cancelled are left out.
+    """
+    batch = [call for call in batch if call.tokens.running() or call.tokens.set_running_or_notify_cancel()]
+    if not batch:
+        return
+    try:
+        rows = _generate(batch)
+    except BaseException as error:
+        if len(batch) == 1:
+            batch[0].tokens.set_exception(error)
+            return
+        for call in batch:
+            answer([call])
+    else:
+        for call, tokens in zip(batch, rows, strict=True):
+            call.tokens.set_result(tokens)
+
+
+def _generate(batch: Sequence[Call]) -> list[list[int]]:
+    first, pipeline = batch[0], batch[0].pipeline
+    ids, mask = pipeline.pad_prompts([call.prompt for call in batch])
+    states = [call.memory for call in batch if call.memory is not None]
+    new_tokens = NewTokens(
+        pipeline.tokenizer,
+        ids.shape[1],
+        first.options.stops,
+        [call.cancelled for call in batch],
+        [call.progress for call in batch],
+    )
+    pipeline.generate_ids(
+        ids,
+        mask,
+        memory=MemoryState.stack(states) if states else None,
+        **first.generation_options([call.seed for call in batch], new_tokens),
+    )
+    return [new_tokens.rows[i] for i in range(len(batch))]
 
 
 _batchers: WeakKeyDictionary[GradMemPipeline, Batcher] = WeakKeyDictionary()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ class Sampling(NamedTuple):
     temperature: float | None
     top_p: float | None
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken each time."""
+        return self.temperature is None or self.temperature < _GREEDY_BELOW
+
+    def options(self) -> dict[str, Any]:
+        """The same as `generate` takes it, for engines, which draw by themselves."""
+        if self.greedy:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p or 1.0}
+
     def processors(self, seeds: Sequence[int | None], device: torch.device) -> LogitsProcessorList:
         """What makes greedy decoding draw; nothing for greedy answers.
 
@@ -32,9 +43,9 @@ class Sampling(NamedTuple):
             device (`torch.device`): where the logits are.
         """
         processors = LogitsProcessorList()
-        if self.temperature is None or self.temperature < _GREEDY_BELOW:
+        if self.greedy:
             return processors
-        processors.append(TemperatureLogitsWarper(float(self.temperature)))
+        processors.append(TemperatureLogitsWarper(cast(float, self.temperature)))
         if self.top_p is not None and self.top_p < 1:
             processors.append(TopPLogitsWarper(self.top_p))
         processors.append(_Draw(seeds, device))

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from langchain_gradmem.stopping import cut_at_stop, pieces_until_stop
+
+from gradmem_adapter.answering.stopping import cut_at_stop, pieces_until_stop
 
 
 @pytest.mark.parametrize(
