@@ -11,6 +11,7 @@ from gradmem_adapter.cli.ask import ask
 from gradmem_adapter.cli.demo import demo
 from gradmem_adapter.cli.errors import DEBUG, Commands
 from gradmem_adapter.cli.export import export, export_states
+from gradmem_adapter.cli.serve import serve
 from gradmem_adapter.cli.store import app as store
 from gradmem_adapter.cli.train import train
 from gradmem_adapter.cli.write import write
@@ -34,6 +35,6 @@ def main(
     """Write long contexts into a few vectors by gradient descent, and answer from them (GradMem)."""
 
 
-for command in (demo, write, ask, train, export, export_states):
+for command in (demo, write, ask, train, export, export_states, serve):
     app.command()(command)
 app.add_typer(store, name="store")

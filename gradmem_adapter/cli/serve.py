@@ -1,0 +1,78 @@
+"""`gradmem serve`: memories over HTTP, and answers from them by OpenAI's API."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradmem_adapter.checkpoint import load_checkpoint
+from gradmem_adapter.cli.options import DEVICE, chosen_device, writable_store
+from gradmem_adapter.pipeline import GradMemPipeline
+
+
+class ReaderName(str, Enum):
+    """Who answers."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+KEYS = """A file with a tenant and its key on each line; each tenant sees its own memories alone. Without it whoever
+reaches the server may use it."""
+
+
+def serve(
+    checkpoint: Annotated[Path, typer.Argument(help="A trained adapter.")],
+    store: Annotated[Path, typer.Option(file_okay=False, help="A directory for the memories.")],
+    reader: Annotated[ReaderName, typer.Option(help="Who answers from memory.")] = ReaderName.transformers,
+    url: Annotated[str | None, typer.Option(help="vllm: where its server is.")] = None,
+    engine_model: Annotated[
+        str | None, typer.Option(help="vllm: the name that it has for the model; default: its first.")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help=KEYS)] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; elsewhere than here only with --keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    max_writes: Annotated[int, typer.Option(min=1, help="Texts that are written or wait; more are told to wait.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 16,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 4 * 2**20,
+    segment_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a segment; default: four for each vector.")
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Write memories and answer from them over HTTP: POST /v1/memories, and OpenAI's API with `memory` in the body."""
+    try:
+        import uvicorn
+
+        from gradmem_adapter.serve import TENANTS, Limits, Tenants, create_app, is_loopback
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}. Install what serves: pip install "gradmem-adapter[serve]".') from error
+    tenants = Tenants() if keys is None else Tenants.from_file(keys)
+    if not tenants and not is_loopback(host):
+        raise ValueError(
+            f"On {host} others than this machine could read and delete all memories. Pass --keys FILE, with a tenant "
+            "and a key on each line, or leave --host out."
+        )
+    if (reader is ReaderName.vllm) != (url is not None):
+        raise ValueError("--reader vllm and --url, where its server is, go together.")
+    if not (store / TENANTS).exists():
+        writable_store(store, keep_text=True)
+    model, tokenizer = load_checkpoint(checkpoint, device=chosen_device(device))
+    engine = None
+    if url is not None:
+        from gradmem_adapter.export.vllm import VLLMReader
+
+        engine = VLLMReader(model, url, name=engine_model)
+    limits = Limits(writes=max_writes, batch=max_batch, body_bytes=max_body)
+    app = create_app(
+        GradMemPipeline(model, tokenizer, reader=engine),
+        store,
+        model=checkpoint.resolve().name,
+        tenants=tenants,
+        limits=limits,
+        segment_tokens=segment_tokens,
+    )
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=limits.grace, server_header=False)

@@ -1,0 +1,8 @@
+"""`gradmem serve`: memories over HTTP, and answers from them by OpenAI's API."""
+
+from gradmem_adapter.serve.app import create_app, is_loopback
+from gradmem_adapter.serve.limits import Limits
+from gradmem_adapter.serve.memories import TENANTS
+from gradmem_adapter.serve.tenants import Tenants
+
+__all__ = ["TENANTS", "Limits", "Tenants", "create_app", "is_loopback"]

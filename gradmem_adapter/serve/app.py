@@ -1,0 +1,86 @@
+"""The server as an ASGI app."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.serve.errors import add_handlers
+from gradmem_adapter.serve.limits import Limits
+from gradmem_adapter.serve.memories import Memories
+from gradmem_adapter.serve.metrics import Counting, Metrics
+from gradmem_adapter.serve.openai import openai_routes
+from gradmem_adapter.serve.reads import Reads
+from gradmem_adapter.serve.routes import memory_routes
+from gradmem_adapter.serve.tenants import Gate, Tenants
+from gradmem_adapter.serve.writes import WriteQueue
+
+
+def create_app(
+    pipeline: GradMemPipeline,
+    store: Path,
+    *,
+    model: str = "gradmem",
+    tenants: Tenants | None = None,
+    limits: Limits | None = None,
+    segment_tokens: int | None = None,
+) -> FastAPI:
+    """Memories and answers over HTTP.
+
+    Args:
+        pipeline (`GradMemPipeline`): who writes, and who answers, by its reader.
+        store (`Path`): the folder of the memory store; those of tenants are in folders of it.
+        model (`str`, *optional*, defaults to `"gradmem"`): the name that clients ask for.
+        tenants (`Tenants`, *optional*): who may; None: whoever reaches it from this machine.
+        limits (`Limits`, *optional*): bounds.
+        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments` has it.
+    """
+    tenants, limits, metrics = tenants or Tenants(), limits or Limits(), Metrics()
+    memories, writes = Memories(pipeline, store, metrics, segment_tokens), WriteQueue(limits.writes)
+    reads = Reads(pipeline, memories, limits, metrics)
+    metrics.gauge("gradmem_writes_waiting", "Texts that are being written or wait for it.", lambda: len(writes))
+    metrics.gauge("gradmem_reads_waiting", "Prompts that are being answered or wait for it.", lambda: len(reads))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        reads.close()
+        await run_in_threadpool(writes.close)
+
+    # Without the pages that load scripts from elsewhere.
+    app = FastAPI(title="gradmem", lifespan=lifespan, docs_url=None, redoc_url=None)
+    add_handlers(app)
+    app.include_router(openai_routes(reads, model))
+    app.include_router(memory_routes(memories, writes, limits))
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    def show_metrics() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    app.add_middleware(Gate, tenants=tenants, body_bytes=limits.body_bytes)
+    if not tenants:  # or a page whose name is made to lead here could ask
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+    app.add_middleware(Counting, metrics=metrics)
+    return app
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

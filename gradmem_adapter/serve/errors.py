@@ -1,0 +1,134 @@
+"""Errors as OpenAI's API has them: what was wrong, and what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
+
+from gradmem_adapter.store import MemoryStoreError, UnknownStateError
+from gradmem_adapter.utils.state_file import MemoryStateError
+
+CLIENT_IS_GONE = 499
+_log = logging.getLogger("uvicorn.error")
+_REFUSED = (ValueError, TypeError, NotImplementedError, ImportError, TemplateError)
+"""What this package raises for what it was given."""
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An error that a client is told.
+
+    Args:
+        status (`int`): of HTTP.
+        message (`str`): what was wrong, and what to do.
+        code (`str`, *optional*): for programs.
+        param (`str`, *optional*): the field that was wrong.
+        retry_after (`int`, *optional*): seconds after which to ask again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of OpenAI's API."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """What is sent."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status, headers)
+
+
+def too_large() -> ApiError:
+    """Of a request with too long a body."""
+    return ApiError(413, "The request is larger than this server takes. Send a long text in parts.", "too_large")
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error: of those that are not its own no more than that there was one."""
+    match error:
+        case ApiError():
+            return error
+        case UnknownStateError():
+            return ApiError(404, "The memory was deleted meanwhile. Write its text again.", "memory_not_found")
+        case MemoryStateError():
+            told = "A stored memory is damaged. Write its text again."
+            return _logged(error, ApiError(500, told, "memory_damaged"))
+        case MemoryStoreError() | OSError() if not isinstance(error, ConnectionError):
+            return _logged(error, ApiError(503, "The memory store cannot be used now. Ask whoever runs this server."))
+        case MemoryError() | torch.OutOfMemoryError():
+            return _logged(error, ApiError(503, "There is not enough memory free. Send less at once, or later."))
+        case _ if isinstance(error, _REFUSED):
+            return ApiError(400, " ".join(str(error).split()))
+        case ConnectionError() | RuntimeError():
+            told = "The model or its engine failed. Ask again, or whoever runs this server."
+            return _logged(error, ApiError(502, told, "engine_failed"))
+        case asyncio.CancelledError():
+            return ApiError(CLIENT_IS_GONE, "The request was cancelled.")
+        case _:
+            return _logged(error, ApiError(500, "The server failed. Ask whoever runs it, whose log says more."))
+
+
+@contextmanager
+def api_errors() -> Iterator[None]:
+    """Errors of the package inside the block become those of the API."""
+    try:
+        yield
+    except Exception as error:
+        raise api_error(error) from error
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let an app answer with errors of this form alone."""
+
+    def of_api(request: Request, error: Any) -> JSONResponse:
+        return api_error(error).response()
+
+    def of_fields(request: Request, error: Any) -> JSONResponse:
+        names = [".".join(map(str, one["loc"][1:])) for one in error.errors()]
+        told = {"extra_forbidden": "This server does not take it; leave it out"}
+        said = [told.get(one["type"], one["msg"].removeprefix("Value error, ").rstrip(".")) for one in error.errors()]
+        message = "; ".join(": ".join(filter(None, pair)) for pair in zip(names[:5], said[:5], strict=True))
+        return ApiError(400, f"{message}.", error.errors()[0]["type"], param=names[0] or None).response()
+
+    def of_http(request: Request, error: Any) -> JSONResponse:
+        told = {
+            404: f"There is no {request.method} {request.url.path} here. /openapi.json has all there is.",
+            405: f"{request.url.path} does not take {request.method}. /openapi.json says what it takes.",
+        }
+        if error.status_code == 413:
+            return too_large().response()
+        return ApiError(error.status_code, told.get(error.status_code, str(error.detail))).response()
+
+    app.add_exception_handler(ApiError, of_api)
+    app.add_exception_handler(RequestValidationError, of_fields)
+    app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(Exception, of_api)
+
+
+def _logged(error: BaseException, told: ApiError) -> ApiError:
+    _log.error("%s: %s", type(error).__name__, error, exc_info=error)
+    return told

@@ -1,0 +1,218 @@
+"""The memories of tenants: a memory store for each, and in it a memory for each source."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradmem_adapter.documents import DocumentMemory
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.prompts import Prompt
+from gradmem_adapter.serve.errors import ApiError
+from gradmem_adapter.serve.metrics import Metrics
+from gradmem_adapter.serve.tenants import LOCAL
+from gradmem_adapter.state import MemoryState
+from gradmem_adapter.store import Entry, MemoryStore
+from gradmem_adapter.write.options import WriteOptions
+
+AUTO = "auto"
+TENANTS = "tenants"
+"""The folder for the stores of tenants that have keys."""
+_PREFIX = "mem_"
+
+
+class Found(NamedTuple):
+    """What a question is answered from.
+
+    Args:
+        memory (`MemoryState`): one state, of several texts side by side or not.
+        entries (`Sequence[Entry]`): where it is from.
+    """
+
+    memory: MemoryState
+    entries: Sequence[Entry]
+
+
+class Memories:
+    """What tenants have had written. Nothing is kept but in their stores, so that a killed server loses nothing.
+
+    A memory is what a store has of one source: of texts that came by HTTP, or of files that `gradmem write` wrote.
+
+    Args:
+        pipeline (`GradMemPipeline`): who writes and reads.
+        folder (`Path`): the memory store of `LOCAL`; those of other tenants are in folders of it.
+        metrics (`Metrics`): where states are counted that are written.
+        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments` has it.
+    """
+
+    def __init__(
+        self, pipeline: GradMemPipeline, folder: Path, metrics: Metrics, segment_tokens: int | None = None
+    ) -> None:
+        self.pipeline, self.folder, self.metrics, self.segment_tokens = pipeline, folder, metrics, segment_tokens
+        self._stores: dict[str, MemoryStore] = {}
+
+    def _store(self, tenant: str) -> MemoryStore:
+        own = self.folder if tenant == LOCAL else self.folder / TENANTS / tenant
+        return self._stores.setdefault(tenant, MemoryStore(own))
+
+    def id_of(self, tenant: str, text: str, options: WriteOptions) -> str:
+        """The id that a text's memory has, whether or not it is written: the same for the same text.
+
+        Args:
+            tenant, text (`str`): whose, and what.
+            options (`WriteOptions`): how it is written.
+        """
+        return _PREFIX + self._store(tenant).key(self.pipeline, text, options)
+
+    def write(
+        self, tenant: str, text: str, name: str | None, options: WriteOptions, fidelity: bool, check: Callable[[], None]
+    ) -> dict[str, Any]:
+        """WRITE a text in segments, unless that is done, and say what came of it.
+
+        Args:
+            tenant, text (`str`): whose, and what.
+            name (`str`, *optional*): what the text is called.
+            options (`WriteOptions`): how to write.
+            fidelity (`bool`): measure it.
+            check (`Callable`): called between batches of segments; what it raises ends the work.
+        """
+        store, identity = self._store(tenant), self.id_of(tenant, text, options)
+        segments = tuple(self.pipeline.segments([text], self.segment_tokens))  # no text by itself: it may name a file
+        if not segments:
+            raise ValueError("There is no text to write: it is white space.")
+        about: dict[str, Any] = {"name": name, "segments": len(segments), "created": int(time.time())}
+        places = [dict(entry.metadata) for entry in self._whole(store.entries(identity))] or [about] * len(segments)
+
+        def written(keys: list[str]) -> None:
+            self.metrics.written.inc(len(keys))
+            check()
+
+        def add() -> list[str]:
+            return store.add(
+                self.pipeline,
+                [segment.text for segment in segments],
+                sources=identity,
+                offsets=[(segment.start, segment.end) for segment in segments],
+                metadata=places,
+                options=options,
+                done=written,
+            )
+
+        keys = add()
+        if fidelity and "fidelity" not in places[0]:
+            check()
+            shares = DocumentMemory(segments, store.get(keys), "parallel").fidelity(self.pipeline).greedy.tolist()
+            places = [place | {"fidelity": share} for place, share in zip(places, shares, strict=True)]
+            add()
+        return self.describe(tenant, identity)
+
+    def describe(self, tenant: str, identity: str) -> dict[str, Any]:
+        """All there is to say of a memory; `ApiError` where the tenant has none of this id."""
+        entries = self._entries(tenant, identity)
+        states = self._states(tenant, entries)
+        losses = states.write_losses.tolist()
+        pieces = [
+            {
+                "start": entry.start,
+                "end": entry.end,
+                "tokens": entry.tokens,
+                "write_losses": losses[i],
+                "fidelity": entry.metadata.get("fidelity"),
+            }
+            for i, entry in enumerate(entries)
+        ]
+        return self._summary(entries) | {"write_loss": sum(row[-1] for row in losses) / len(losses), "segments": pieces}
+
+    def page(self, tenant: str, limit: int, after: str | None) -> tuple[list[dict[str, Any]], bool]:
+        """Some of a tenant's memories in the order of their ids, and whether there are more.
+
+        Args:
+            tenant (`str`): whose.
+            limit (`int`): how many.
+            after (`str`, *optional*): the id behind which to begin.
+        """
+        named = (entry for entry in self._store(tenant).entries() if entry.source and entry.source > (after or ""))
+        whole = filter(None, (self._whole(group) for _, group in itertools.groupby(named, lambda entry: entry.source)))
+        found = [self._summary(entries) for entries in itertools.islice(whole, limit + 1)]
+        return found[:limit], len(found) > limit
+
+    def delete(self, tenant: str, identity: str) -> None:
+        """Remove a memory, from the disk too; `ApiError` where the tenant has none of this id."""
+        self._entries(tenant, identity)
+        self._store(tenant).forget(identity)
+
+    def find(self, tenant: str, memory: Sequence[str] | str, prompt: Prompt, query: str, most: int) -> Found | None:
+        """What a question is to be answered from; None: the store has no text for it.
+
+        Of more states than may be read, those are that have the question's words. Where the adapter was trained to
+        refuse, each is asked by itself, and the one that holds an answer is read; otherwise all side by side.
+
+        Args:
+            tenant (`str`): whose.
+            memory (`Sequence[str]` or `str`): ids, or `"auto"` for all that the tenant has.
+            prompt (`Prompt`): what is asked.
+            query (`str`): the question in it.
+            most (`int`): states that are read.
+        """
+        store = self._store(tenant)
+        if memory == AUTO:
+            chosen = store.choose(self.pipeline, query, most)
+            entries = [one.entry for one in chosen if self._is_whole(store, one.entry)]
+        else:
+            entries = [entry for identity in dict.fromkeys(memory) for entry in self._entries(tenant, identity)]
+            if len(entries) > most:
+                ranked = [c for identity in memory for c in store.choose(self.pipeline, query, most, source=identity)]
+                best = sorted(ranked, key=lambda choice: -choice.score)[:most]
+                entries = [choice.entry for choice in best] or entries[:most]
+        if not entries:
+            return None
+        states = self._states(tenant, entries)
+        if len(entries) == 1 or self.pipeline.model.active_peft_config.refusal is None:
+            return Found(MemoryState.concat(list(states)), entries)
+        supported = self.pipeline.support(prompt, memory=states)
+        best_state = max(range(len(supported)), key=supported.__getitem__)
+        return Found(states[best_state], [entries[best_state]])
+
+    def _states(self, tenant: str, entries: Sequence[Entry]) -> MemoryState:
+        return self._store(tenant).get([entry.key for entry in entries], self.pipeline.model.fingerprint())
+
+    def _entries(self, tenant: str, identity: str) -> list[Entry]:
+        entries = self._whole(self._store(tenant).entries(identity))
+        if not entries:
+            told = f"There is no memory {identity[:80]!r}. GET /v1/memories names those there are."
+            raise ApiError(404, told, "memory_not_found", param="memory")
+        return entries
+
+    def _is_whole(self, store: MemoryStore, entry: Entry) -> bool:
+        """Whether an entry is of a text that was written to its end."""
+        return entry.source is None or bool(self._whole(store.entries(entry.source)))
+
+    def _whole(self, entries: Iterable[Entry]) -> list[Entry]:
+        """The segments of a text, of which all are written by this model; else none."""
+        own = self.pipeline.model.fingerprint()
+        found = [entry for entry in entries if entry.fingerprint == own]
+        return found if found and len(found) == found[0].metadata.get("segments", len(found)) else []
+
+    def _summary(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        shares = [entry.metadata.get("fidelity") for entry in entries]
+        measured = [(share, entry.tokens) for share, entry in zip(shares, entries, strict=True) if share is not None]
+        first = entries[0]
+        return {
+            "id": first.source,
+            "object": "memory",
+            "created": first.metadata.get("created", int(first.written)),
+            "name": first.metadata.get("name"),
+            "text_tokens": sum(entry.tokens for entry in entries),
+            "vectors": len(entries) * self.pipeline.model.active_peft_config.num_memory_tokens,
+            "bytes": sum({entry.key: entry.nbytes for entry in entries}.values()),
+            "fidelity": sum(s * n for s, n in measured) / sum(n for _, n in measured) if measured else None,
+        }
+
+
+def places_of(found: Found | None) -> Iterator[dict[str, Any]]:
+    """Where an answer is from, as clients are told."""
+    for entry in [] if found is None else found.entries:
+        yield {"id": entry.source, "name": entry.metadata.get("name"), "start": entry.start, "end": entry.end}

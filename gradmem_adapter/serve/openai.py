@@ -1,0 +1,152 @@
+"""OpenAI's API: models, chat and completions, with `memory` in the body."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+import anyio
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from sse_starlette import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+
+from gradmem_adapter.answering.stopping import Answer
+from gradmem_adapter.serve.errors import ApiError, api_error
+from gradmem_adapter.serve.memories import places_of
+from gradmem_adapter.serve.reads import Asked, Reads, unless_gone
+from gradmem_adapter.serve.schemas import ChatRequest, CompletionRequest
+
+
+def tenant_of(request: Request) -> str:
+    """Who asks, as `Gate` found it."""
+    return str(request.state.tenant)
+
+
+Tenant = Annotated[str, Depends(tenant_of)]
+
+
+class _Form(NamedTuple):
+    """How answers to one request are written.
+
+    Args:
+        chat (`bool`): as a chat, or as completions.
+        model (`str`): its name.
+        id (`str`): of the answer.
+        created (`int`): when, in seconds since 1970.
+    """
+
+    chat: bool
+    model: str
+    id: str
+    created: int
+
+    @classmethod
+    def of(cls, chat: bool, model: str) -> _Form:
+        return cls(chat, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()))
+
+    def body(self, choices: list[dict[str, Any]], *, chunk: bool = False, **more: Any) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        own = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return own | {"choices": choices} | more
+
+    def choice(self, index: int, text: str, ended: Answer | None, *, chunk: bool = False) -> dict[str, Any]:
+        reason = None if ended is None else "stop" if ended.stopped else "length"
+        said: dict[str, Any] = {"text": text}
+        if self.chat:
+            said = {"delta": {"content": text}} if chunk else {"message": {"role": "assistant", "content": text}}
+        return {"index": index, "logprobs": None, "finish_reason": reason} | said
+
+
+def _usage(asked: list[Asked], answers: list[Answer]) -> dict[str, Any]:
+    prompt, new = sum(one.prompt_tokens for one in asked), sum(len(one.tokens) for one in answers)
+    vectors = sum(one.vectors for one in asked)
+    saved = sum(one.context_tokens for one in asked) - vectors
+    details = {"cached_tokens": 0, "memory_vectors": vectors, "memory_saved": saved}
+    counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return counts | {"prompt_tokens_details": details}
+
+
+def openai_routes(reads: Reads, model: str) -> APIRouter:
+    """What OpenAI's clients ask for.
+
+    Args:
+        reads (`Reads`): who answers.
+        model (`str`): the one model's name.
+    """
+    router, started = APIRouter(prefix="/v1"), int(time.time())
+    card = {"id": model, "object": "model", "created": started, "owned_by": "gradmem"}
+
+    def check_model(name: str) -> None:
+        if name != model:
+            raise ApiError(
+                404, f"There is no model {name[:80]!r} here, only {model!r}.", "model_not_found", param="model"
+            )
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @router.get("/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        check_model(name)
+        return card
+
+    @router.post("/chat/completions")
+    async def chat(body: ChatRequest, request: Request, tenant: Tenant) -> Response:
+        messages = [message.as_template_has_it() for message in body.messages]
+        query = next(one["content"] for one in reversed(messages) if one["role"] == "user")
+        check_model(body.model)
+        asked = [await run_in_threadpool(reads.ask, tenant, body, messages, query)]
+        return await respond(body, request, asked)
+
+    @router.post("/completions")
+    async def completions(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:
+        check_model(body.model)
+        if len(body.prompts) > (1 if body.stream else reads.limits.prompts):
+            told = f"A request has at most {reads.limits.prompts} prompts, and one where its answer is streamed."
+            raise ApiError(400, told, param="prompt")
+        asked = [await run_in_threadpool(reads.ask, tenant, body, prompt, prompt) for prompt in body.prompts]
+        return await respond(body, request, asked)
+
+    async def respond(body: ChatRequest | CompletionRequest, request: Request, asked: list[Asked]) -> Response:
+        reads.check_room(len(asked))
+        form = _Form.of(isinstance(body, ChatRequest), model)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            events = _events(reads, form, asked[0], usage)
+            return EventSourceResponse(
+                events, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=reads.limits.grace
+            )
+        answers = await unless_gone(request, reads.answers(asked))
+        choices = [form.choice(i, answer.text, answer) for i, answer in enumerate(answers)]
+        memory = [place for one in asked for place in places_of(one.found)]
+        return JSONResponse(form.body(choices, usage=_usage(asked, answers), memory=memory))
+
+    return router
+
+
+async def _events(reads: Reads, form: _Form, asked: Asked, with_usage: bool) -> AsyncIterator[str]:
+    """A streamed answer; what fails on the way is an event, too."""
+    chunk = partial(form.body, chunk=True)
+    pieces = reads.pieces(asked)
+    try:
+        if form.chat:
+            first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            yield json.dumps(chunk([first], memory=list(places_of(asked.found))))
+        async for piece in pieces:
+            if isinstance(piece, str):
+                yield json.dumps(chunk([form.choice(0, piece, None, chunk=True)]))
+                continue
+            yield json.dumps(chunk([form.choice(0, "", piece, chunk=True)]))
+            if with_usage:
+                yield json.dumps(chunk([], usage=_usage([asked], [piece])))
+    except Exception as error:
+        yield json.dumps(api_error(error).body)
+    finally:
+        await pieces.aclose()
+    yield "[DONE]"

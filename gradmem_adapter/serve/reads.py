@@ -1,0 +1,193 @@
+"""Prompts to answers: calls that come at the same time are answered together, and what nobody waits for ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from fastapi import Request
+
+from gradmem_adapter.answering.batching import Batcher, Call, Options, answer
+from gradmem_adapter.answering.grammar import grammar_of
+from gradmem_adapter.answering.sampling import Sampling
+from gradmem_adapter.answering.stopping import Answer, settled
+from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.prompts import Prompt
+from gradmem_adapter.serve.errors import CLIENT_IS_GONE, ApiError, api_errors
+from gradmem_adapter.serve.limits import Limits
+from gradmem_adapter.serve.memories import Found, Memories
+from gradmem_adapter.serve.metrics import Metrics
+from gradmem_adapter.serve.schemas import ChatRequest, CompletionRequest
+
+T = TypeVar("T")
+_DEFAULT_NEW_TOKENS = 256
+
+
+class Asked(NamedTuple):
+    """A prompt that is to be answered, and what it is answered from."""
+
+    call: Call
+    found: Found | None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """With the vectors that stand before the prompt."""
+        return len(self.call.prompt) + self.vectors
+
+    @property
+    def vectors(self) -> int:
+        """Of memory."""
+        return 0 if self.found is None else self.found.memory.num_memory_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """That the vectors stand for."""
+        return 0 if self.found is None else int(self.found.memory.context_tokens.sum())
+
+
+class Reads:
+    """Who answers prompts.
+
+    Args:
+        pipeline (`GradMemPipeline`): with a reader of an engine or none.
+        memories (`Memories`): what it may answer from.
+        limits (`Limits`): bounds.
+        metrics (`Metrics`): what is counted.
+    """
+
+    def __init__(self, pipeline: GradMemPipeline, memories: Memories, limits: Limits, metrics: Metrics) -> None:
+        self.pipeline, self.memories, self.limits, self.metrics = pipeline, memories, limits, metrics
+        self._batcher = Batcher(begins=metrics.batch.observe)
+        self._engine = ThreadPoolExecutor(limits.reads, "gradmem-engine")
+        self._calls: set[Call] = set()
+
+    def __len__(self) -> int:
+        """How many prompts are being answered or wait."""
+        self._calls = {call for call in self._calls if not call.tokens.done()}
+        return len(self._calls)
+
+    def check_room(self, prompts: int) -> None:
+        """Raise `ApiError` where more prompts are too many."""
+        if len(self) + prompts > self.limits.reads:
+            told = f"{len(self)} prompts are being answered or wait for it. Ask again later."
+            raise ApiError(429, told, "too_many_requests", retry_after=1)
+
+    def ask(self, tenant: str, body: ChatRequest | CompletionRequest, prompt: Prompt, query: str) -> Asked:
+        """What a request asks, whatever is wrong with it said here.
+
+        Args:
+            tenant (`str`): who asks.
+            body (`ChatRequest` or `CompletionRequest`): how to answer.
+            prompt (`Prompt`): what.
+            query (`str`): the question in it, by which memories are chosen.
+        """
+        longest = body.max_tokens or _DEFAULT_NEW_TOKENS
+        wanted = None
+        if isinstance(body, ChatRequest):
+            longest, wanted = body.max_completion_tokens or longest, _json_schema(body.response_format)
+        if longest > self.limits.new_tokens:
+            told = f"An answer has at most {self.limits.new_tokens:,} tokens here, got {longest:,}."
+            raise ApiError(400, told, param="max_tokens")
+        with api_errors():
+            found = None
+            if body.memory:
+                found = self.memories.find(tenant, body.memory, prompt, query, self.limits.states)
+            grammar = None if wanted is None else grammar_of(self.pipeline, wanted)
+            (ids,) = self.pipeline.encode_prompts([prompt])[0].tolist()
+            options = Options(longest, Sampling(body.temperature, body.top_p), body.stops, grammar)
+            call = Call(self.pipeline, ids, None if found is None else found.memory, options, body.seed)
+        if call.by_engine and (grammar is not None or body.seed is not None):
+            raise ApiError(400, "This server answers by an engine, which takes neither seed nor response_format.")
+        return Asked(call, found)
+
+    def _submit(self, call: Call) -> None:
+        self._calls.add(call)
+        if call.by_engine:
+            self._engine.submit(answer, [call])
+        else:
+            self._batcher.submit(call, self.limits.batch)
+
+    async def answers(self, asked: list[Asked]) -> list[Answer]:
+        """Whole answers. If whoever waits is cancelled, the model is free with its next token."""
+        try:
+            for one in asked:
+                self._submit(one.call)
+            with api_errors():
+                tokens = await asyncio.gather(*(asyncio.wrap_future(one.call.tokens) for one in asked))
+        finally:
+            for one in asked:
+                one.call.cancel()
+        return [self._answer(one, row) for one, row in zip(asked, tokens, strict=True)]
+
+    async def pieces(self, asked: Asked) -> AsyncGenerator[str | Answer, None]:
+        """An answer piece by piece, and at the end as a whole. Closing it frees the model."""
+        call, loop = asked.call, asyncio.get_running_loop()
+        grown: asyncio.Queue[list[int] | None] = asyncio.Queue()
+
+        def put(tokens: list[int] | None) -> None:
+            loop.call_soon_threadsafe(grown.put_nowait, tokens)
+
+        call.progress = put
+        call.tokens.add_done_callback(lambda _: put(None))
+        sent = 0
+        try:
+            self._submit(call)
+            while (tokens := await grown.get()) is not None:
+                text = settled(Answer.of(self.pipeline, tokens, call.options.stops).text, call.options.stops)
+                if len(text) > sent:
+                    yield text[sent:]
+                    sent = len(text)
+            with api_errors():
+                whole = self._answer(asked, call.tokens.result())
+            if whole.text[sent:]:
+                yield whole.text[sent:]
+            yield whole
+        finally:
+            call.cancel()
+
+    def _answer(self, asked: Asked, tokens: list[int]) -> Answer:
+        self.metrics.prompt_tokens.inc(asked.prompt_tokens)
+        self.metrics.new_tokens.inc(len(tokens))
+        return Answer.of(self.pipeline, tokens, asked.call.options.stops)
+
+    def close(self) -> None:
+        """End all answers with their next tokens."""
+        for call in self._calls:
+            call.cancel()
+        self._engine.shutdown(cancel_futures=True)
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What work gives; it is cancelled where the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(CLIENT_IS_GONE, "The client is gone.")
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json_schema(wanted: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A response format of OpenAI's API as one with a schema; None: any text."""
+    match (wanted or {}).get("type", "text"):
+        case "text":
+            return None
+        case "json_object":
+            return {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+        case "json_schema":
+            return wanted
+        case other:
+            told = f"A response_format has the type text, json_object or json_schema, got {other!r}."
+            raise ApiError(400, told, param="response_format")

@@ -1,0 +1,106 @@
+"""Memories over HTTP."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from gradmem_adapter.serve.errors import ApiError, api_errors
+from gradmem_adapter.serve.limits import Limits
+from gradmem_adapter.serve.memories import Memories
+from gradmem_adapter.serve.openai import Tenant
+from gradmem_adapter.serve.reads import unless_gone
+from gradmem_adapter.serve.schemas import MemoryRequest
+from gradmem_adapter.serve.writes import WriteQueue
+from gradmem_adapter.utils.files import decoded
+from gradmem_adapter.utils.state_file import MemoryStateError
+from gradmem_adapter.write.options import WriteOptions
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": MemoryRequest.model_json_schema()},
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
+            },
+        },
+    }
+}
+
+
+async def _memory_request(request: Request) -> MemoryRequest:
+    """What is to be written, of JSON or of a form with a file."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == "application/json":
+            return MemoryRequest.model_validate_json(await request.body())
+        if kind == "multipart/form-data":
+            async with request.form(max_files=1, max_fields=8) as form:
+                fields: dict[str, Any] = dict(form)
+                if isinstance(file := fields.pop("file", None), UploadFile):
+                    with api_errors():
+                        text = decoded("The file", await file.read())
+                    fields = {"name": file.filename} | fields | {"text": text}
+                return MemoryRequest(**fields)
+    except ValidationError as error:
+        raise RequestValidationError([one | {"loc": ("body", *one["loc"])} for one in error.errors()]) from error
+    raise ApiError(415, "Send JSON (application/json) or a form with a file (multipart/form-data).")
+
+
+def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> APIRouter:
+    """What writes, shows and deletes memories.
+
+    Args:
+        memories (`Memories`): of all tenants.
+        writes (`WriteQueue`): where texts wait.
+        limits (`Limits`): bounds.
+    """
+    router = APIRouter(prefix="/v1/memories")
+
+    @router.post("", openapi_extra=_BODY)
+    async def write(request: Request, tenant: Tenant) -> dict[str, Any]:
+        body = await _memory_request(request)
+        if (body.steps or 0) > limits.write_steps:
+            raise ApiError(400, f"At most {limits.write_steps} write steps are taken here.", param="steps")
+        options = WriteOptions(steps=body.steps, lr=body.lr)
+        identity = await run_in_threadpool(memories.id_of, tenant, body.text, options)
+        with suppress(ApiError, MemoryStateError):  # which it is not, if it is there and whole
+            found = await run_in_threadpool(memories.describe, tenant, identity)
+            if not body.fidelity or found["fidelity"] is not None:
+                return found
+        work = writes.run(
+            (tenant, identity, body.fidelity),
+            lambda check: memories.write(tenant, body.text, body.name, options, body.fidelity, check),
+        )
+        with api_errors():
+            return await unless_gone(request, work)
+
+    @router.get("")
+    async def some(
+        tenant: Tenant, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str | None = None
+    ) -> dict[str, Any]:
+        with api_errors():
+            found, more = await run_in_threadpool(memories.page, tenant, limit, after)
+        return {"object": "list", "data": found, "has_more": more}
+
+    @router.get("/{identity:path}")
+    async def one(identity: str, tenant: Tenant) -> dict[str, Any]:
+        with api_errors():
+            return await run_in_threadpool(memories.describe, tenant, identity)
+
+    @router.delete("/{identity:path}")
+    async def delete(identity: str, tenant: Tenant) -> dict[str, Any]:
+        for fidelity in (False, True):
+            await writes.wait((tenant, identity, fidelity))
+        with api_errors():
+            await run_in_threadpool(memories.delete, tenant, identity)
+        return {"id": identity, "object": "memory.deleted", "deleted": True}
+
+    return router

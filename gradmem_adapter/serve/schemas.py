@@ -1,0 +1,121 @@
+"""What requests may say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MemoryRequest(_Body):
+    """A text to write.
+
+    Args:
+        text (`str`): of any length.
+        name (`str`, *optional*): what it is called.
+        steps (`int`, *optional*): write steps; None: the adapter's.
+        lr (`float`, *optional*): write learning rate; None: the adapter's.
+        fidelity (`bool`, *optional*, defaults to `False`): measure how much the memory gives back, which takes longer
+            than the writing.
+    """
+
+    text: Text
+    name: Annotated[str | None, Field(max_length=500)] = None
+    steps: Annotated[int | None, Field(ge=0)] = None
+    lr: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    fidelity: bool = False
+
+
+class StreamOptions(_Body):
+    """Of a stream; `include_obfuscation` changes nothing."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Generation(_Body):
+    """What both ways to ask have in common. What this server cannot do may be named with the value that asks nothing.
+
+    Args:
+        memory (`list[str]` or `"auto"`, *optional*): the memories to answer from; `"auto"`: the store chooses. None:
+            the backbone answers.
+    """
+
+    model: str
+    memory: Annotated[list[str], Field(max_length=64)] | Literal["auto"] | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: Annotated[list[Text], Field(max_length=4)] | Text | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = 1
+    frequency_penalty: Literal[0] | None = 0
+    presence_penalty: Literal[0] | None = 0
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    # These say nothing of the answer.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class Part(_Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a chat. Other fields that clients give back, such as an answer's, are passed over."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    def as_template_has_it(self) -> dict[str, str]:
+        """For the model's chat template."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatRequest(_Generation):
+    """OpenAI's `/v1/chat/completions`, with `memory`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    response_format: dict[str, Any] | None = None
+    logprobs: Literal[False] | None = False
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _ends_with_a_question(self) -> ChatRequest:
+        if not any(message.role == "user" for message in self.messages):
+            raise ValueError("There is no message of the user to answer.")
+        return self
+
+
+class CompletionRequest(_Generation):
+    """OpenAI's `/v1/completions`, with `memory`. A prompt is put into the adapter's query format."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    echo: Literal[False] | None = False
+    best_of: Literal[1] | None = 1
+    logprobs: None = None
+    suffix: None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """All of them."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt

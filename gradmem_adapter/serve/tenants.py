@@ -1,0 +1,122 @@
+"""Who asks: API keys, and the tenants that they stand for."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gradmem_adapter.serve.errors import ApiError, too_large
+from gradmem_adapter.utils.files import read_text
+
+LOCAL = "local"
+"""The tenant of a server without keys."""
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_SHORTEST = 16
+
+
+class Tenants:
+    """The tenants of API keys.
+
+    Args:
+        keys (`Mapping[str, str]`, *optional*): the tenant of each key; none: whoever asks is one tenant.
+
+    Raises:
+        ValueError: a name that no folder should have, or a key that is guessed too easily.
+    """
+
+    def __init__(self, keys: Mapping[str, str] | None = None) -> None:
+        for key, name in (keys or {}).items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"A tenant's name has small letters, digits, - and _, 63 at most, got {name!r}.")
+            if len(key) < _SHORTEST:
+                raise ValueError(f"The key of {name!r} is too short: use {_SHORTEST} characters at least.")
+        self._names = {_digest(key): name for key, name in (keys or {}).items()}
+
+    @classmethod
+    def from_file(cls, path: Path) -> Tenants:
+        """Tenants of a file with a tenant and a key on each line; a tenant may have several.
+
+        Args:
+            path (`Path`): of the file; what stands behind `#` is a comment.
+        """
+        keys: dict[str, str] = {}
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            fields = line.partition("#")[0].split()
+            if not fields:
+                continue
+            if len(fields) != 2 or fields[1] in keys:
+                raise ValueError(f"{path}, line {number} must be a tenant and a key that no other line has.")
+            keys[fields[1]] = fields[0]
+        if not keys:
+            raise ValueError(f"{path} has no keys: write a tenant and a key on each line.")
+        return cls(keys)
+
+    def __bool__(self) -> bool:
+        """Whether a key is needed."""
+        return bool(self._names)
+
+    def of(self, headers: Headers) -> str:
+        """The tenant of a request.
+
+        Raises:
+            ApiError: it has no key, or a wrong one; or another site's page in a browser sent it, without a key.
+        """
+        if not self:
+            if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+                raise ApiError(403, "A page of another site may not use this server.")
+            return LOCAL
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise ApiError(401, "Send a key: the header Authorization: Bearer KEY.", "invalid_api_key")
+        name = self._names.get(_digest(key.strip()))
+        if name is None:
+            raise ApiError(401, "The key is wrong. Ask for one where this server is run.", "invalid_api_key")
+        return name
+
+
+def _digest(key: str) -> bytes:
+    """What is looked up in place of a key, so that the time which that takes tells nothing of it."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+class Gate:
+    """Lets requests in whose tenant is known, before anything of their body is read, and no more than so much of it.
+
+    Args:
+        app (`ASGIApp`): what is behind it, with the tenant in `request.state.tenant` for paths under `/v1`.
+        tenants (`Tenants`): who may.
+        body_bytes (`int`): most bytes of a body.
+    """
+
+    def __init__(self, app: ASGIApp, tenants: Tenants, body_bytes: int) -> None:
+        self.app, self.tenants, self.body_bytes = app, tenants, body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, size = Headers(scope=scope), 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.body_bytes:
+                raise HTTPException(413)
+            return message
+
+        try:
+            if scope["path"].startswith("/v1/"):
+                scope.setdefault("state", {})["tenant"] = self.tenants.of(headers)
+            if int(headers.get("content-length", "0")) > self.body_bytes:
+                raise too_large()
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, bounded, send)

@@ -1,0 +1,101 @@
+"""WRITEs, one after the other, behind a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gradmem_adapter.serve.errors import ApiError
+
+T = TypeVar("T")
+
+
+class NobodyWaitsError(Exception):
+    """Whoever asked for a WRITE is gone."""
+
+
+@dataclass
+class _Job:
+    result: asyncio.Future[Any] = field(init=False)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    waiting: int = 0
+
+
+class WriteQueue:
+    """Work of one thread, each piece of it once however many ask for it at the same time.
+
+    Args:
+        bound (`int`): pieces that are being worked on or wait.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self._jobs: dict[Hashable, _Job] = {}
+        self._thread = ThreadPoolExecutor(1, "gradmem-write")
+        self._seconds = 1.0
+        """That a piece takes, lately."""
+
+    def __len__(self) -> int:
+        """How many pieces there are."""
+        return len(self._jobs)
+
+    async def run(self, key: Hashable, work: Callable[[Callable[[], None]], T]) -> T:
+        """Wait for a piece of work. If all who wait are cancelled, it does not begin, or ends at its next check.
+
+        Args:
+            key (`Hashable`): the same for the same work.
+            work (`Callable`): called with a function that raises when nobody waits any more.
+
+        Raises:
+            ApiError: there is too much to do.
+        """
+        job = self._jobs.get(key)
+        if job is None:
+            if len(self._jobs) >= self.bound:
+                told = f"{len(self._jobs)} texts are being written or wait for it. Ask again later."
+                raise ApiError(429, told, "write_queue_full", retry_after=self._retry_after)
+            job = self._jobs[key] = _Job()
+            job.result = asyncio.get_running_loop().run_in_executor(self._thread, self._work, work, job.cancelled)
+        job.waiting += 1
+        try:
+            result: T = await asyncio.shield(job.result)
+            return result
+        finally:
+            job.waiting -= 1
+            if not job.waiting:
+                job.cancelled.set()
+                job.result.cancel()
+                self._jobs.pop(key, None)
+
+    async def wait(self, key: Hashable) -> None:
+        """Wait until a piece of work has ended, if it is under way."""
+        if (job := self._jobs.get(key)) is not None:
+            await asyncio.wait([job.result])
+
+    @property
+    def _retry_after(self) -> int:
+        return max(1, math.ceil(self._seconds * len(self._jobs)))
+
+    def _work(self, work: Callable[[Callable[[], None]], Any], cancelled: threading.Event) -> Any:
+        def check() -> None:
+            if cancelled.is_set():
+                raise NobodyWaitsError
+
+        start = time.monotonic()
+        try:
+            check()
+            return work(check)
+        finally:
+            self._seconds += 0.2 * (time.monotonic() - start - self._seconds)
+
+    def close(self) -> None:
+        """Begin nothing more, and wait for what is under way to end at its next check."""
+        for job in self._jobs.values():
+            job.cancelled.set()
+        self._thread.shutdown(cancel_futures=True)

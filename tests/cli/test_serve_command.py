@@ -1,0 +1,60 @@
+"""`gradmem serve`: what it listens with, and where it refuses to."""
+
+import pytest
+import uvicorn
+from commands import invoke
+from starlette.testclient import TestClient
+
+from gradmem_adapter import serve
+from gradmem_adapter.export.vllm import VLLMReader
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What uvicorn was asked to run."""
+    calls = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: calls.append((app, options)))
+    return calls
+
+
+def test_what_it_listens_with(checkpoint, tmp_path, started):
+    result = invoke("serve", checkpoint, "--store", tmp_path / "store", "--port", 0, "--segment-tokens", 8)
+    assert result.exit_code == 0, result.output
+    ((app, options),) = started
+    assert (options["host"], options["port"]) == ("127.0.0.1", 0)
+    with TestClient(app, "http://127.0.0.1") as client:
+        assert client.get("/v1/models").json()["data"][0]["id"] == "checkpoint"
+        assert len(client.post("/v1/memories", json={"text": "w1 w2 w3 " * 5}).json()["segments"]) == 2
+
+
+def test_elsewhere_than_here_only_with_keys(checkpoint, tmp_path, started):
+    arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--host", "0.0.0.0", "--segment-tokens", 8)
+    refused = invoke(*arguments)
+    assert (refused.exit_code, "Pass --keys FILE" in refused.output, started) == (2, True, [])
+    (tmp_path / "keys").write_text("anna aaaaaaaaaaaaaaaa")
+    for _ in range(2):
+        assert invoke(*arguments, "--keys", tmp_path / "keys").exit_code == 0
+        with TestClient(started.pop()[0]) as client:
+            assert client.get("/v1/models").status_code == 401
+            headers = {"Authorization": "Bearer aaaaaaaaaaaaaaaa"}
+            body = {"file": ("w.txt", b"w1 w2")}
+            assert client.post("/v1/memories", files=body, headers=headers).status_code == 200
+
+
+def test_vllm_answers(checkpoint, tmp_path, started, monkeypatch):
+    made = []
+    monkeypatch.setattr(serve, "create_app", lambda pipeline, *rest, **more: made.append(pipeline))
+    arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--reader", "vllm")
+    assert "go together" in invoke(*arguments).output
+    result = invoke(*arguments, "--url", "http://localhost:9", "--engine-model", "memory")
+    assert result.exit_code == 0, result.output
+    (pipeline,) = made
+    assert isinstance(pipeline.reader, VLLMReader)
+    assert (pipeline.reader.engine, pipeline.reader.name) == ("http://localhost:9", "memory")
+
+
+def test_a_directory_of_other_things_is_no_store(checkpoint, tmp_path, started):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "letter.txt").write_text("Dear")
+    refused = invoke("serve", checkpoint, "--store", tmp_path / "store")
+    assert (refused.exit_code, "no memory store" in refused.output, started) == (2, True, [])

@@ -1,0 +1,211 @@
+"""Memories over HTTP: texts in, what there is of them, out again."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from asking import listening, metric, written
+from tiny import tiny_text
+
+from gradmem_adapter import MemoryStore
+from gradmem_adapter.serve import Limits, create_app
+
+LONG = tiny_text(30)
+
+
+def test_a_long_text_is_written_in_segments(client, pipeline, store):
+    found = written(client, LONG, name="story")
+    segments = list(pipeline.segments(LONG))
+    assert [(s["start"], s["end"], s["tokens"]) for s in found["segments"]] == [
+        (s.start, s.end, s.tokens) for s in segments
+    ]
+    assert (found["name"], found["vectors"], found["fidelity"]) == ("story", 3 * len(segments), None)
+    assert found["bytes"] == sum(entry.nbytes for entry in store.entries(found["id"]))
+    states = pipeline.write([segment.text for segment in segments])
+    for segment, expected in zip(found["segments"], states.write_losses.tolist(), strict=True):
+        assert segment["write_losses"] == pytest.approx(expected, rel=1e-4)
+    assert client.get(f"/v1/memories/{found['id']}").json() == found
+
+
+def test_fidelity_where_it_is_asked_for(client, pipeline):
+    plain = written(client, LONG)
+    measured = written(client, LONG, fidelity=True)
+    assert (measured["id"], measured["created"]) == (plain["id"], plain["created"])
+    shares = pipeline.write_document(LONG).fidelity(pipeline).greedy.tolist()
+    assert [segment["fidelity"] for segment in measured["segments"]] == pytest.approx(shares)
+    assert metric(client, "gradmem_written_states_total") == len(shares)
+    assert written(client, LONG) == measured
+
+
+def test_a_file(client):
+    response = client.post("/v1/memories", files={"file": ("notes.txt", b"\xef\xbb\xbfw1 w2 w3")}, data={"steps": "2"})
+    found = response.json()
+    assert (found["name"], found["text_tokens"], len(found["segments"][0]["write_losses"])) == ("notes.txt", 3, 3)
+    assert found["id"] == written(client, "w1 w2 w3", steps=2)["id"] != written(client, "w1 w2 w3")["id"]
+    refused = client.post("/v1/memories", files={"file": ("notes.txt", b"\xff\xfe")})
+    assert (refused.status_code, "UTF-8" in refused.json()["error"]["message"]) == (400, True)
+
+
+def test_pages_of_a_list(client):
+    ids = sorted(written(client, f"w{i} w1")["id"] for i in range(5))
+    first = client.get("/v1/memories", params={"limit": 2}).json()
+    assert ([one["id"] for one in first["data"]], first["has_more"]) == (ids[:2], True)
+    rest = client.get("/v1/memories", params={"after": ids[1]}).json()
+    assert ([one["id"] for one in rest["data"]], rest["has_more"]) == (ids[2:], False)
+
+
+def test_deleted_is_gone_from_the_disk(client, store):
+    identity = written(client, LONG)["id"]
+    assert client.delete(f"/v1/memories/{identity}").json()["deleted"]
+    assert len(store) == 0
+    assert not list((store.path / "states").rglob("*.safetensors"))
+    for method in ("GET", "DELETE"):
+        assert client.request(method, f"/v1/memories/{identity}").status_code == 404
+
+
+def test_what_is_on_the_disk_is_there_after_a_restart(serve, pipeline, store):
+    store.add_document(pipeline, LONG, source="docs/story.txt")
+    identity = written(serve(), "w1 w2")["id"]
+    again = serve()
+    assert [one["id"] for one in again.get("/v1/memories").json()["data"]] == ["docs/story.txt", identity]
+    assert len(again.get("/v1/memories/docs/story.txt").json()["segments"]) == 3
+
+
+def test_half_a_text_is_no_memory_and_is_written_to_its_end(serve, pipeline, store, monkeypatch):
+    """As a killed server leaves it."""
+    client, write_many = serve(), pipeline.write_many
+
+    def killed(texts, **options):
+        write_many(texts[:1], **options)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_many", killed)
+        client.post("/v1/memories", json={"text": LONG})
+    assert len(store) == 1
+    assert client.get("/v1/memories").json()["data"] == []
+    found = written(client, LONG)
+    assert len(found["segments"]) == 3
+    assert metric(client, "gradmem_written_states_total") == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"text": " \n "}, "white space"),
+        ({"text": ""}, "text: "),
+        ({"text": "w1", "steps": 1000}, "At most 200"),
+        ({"text": "w1", "lr": -1}, "lr: "),
+        ({"text": "w1", "colour": "red"}, "colour: This server does not take it"),
+        ({"name": "x"}, "text: Field required"),
+    ],
+)
+def test_what_cannot_be_written(client, body, said):
+    response = client.post("/v1/memories", json=body)
+    assert response.status_code == 400
+    assert said in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_text_is_not_taken_for_the_name_of_a_file(client, tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("w9 w9")
+    assert written(client, str(path))["text_tokens"] == 1
+
+
+def test_a_state_that_is_not_finite_is_not_kept(client, pipeline, store, monkeypatch):
+    write_many = pipeline.write_many
+
+    def diverged(texts, done, **options):
+        return write_many(texts, done=lambda rows, states: done(rows, _filled(states)), **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_many", diverged)
+        response = client.post("/v1/memories", json={"text": "w1 w2"})
+    assert (response.status_code, "diverged" in response.json()["error"]["message"]) == (400, True)
+    assert len(store) == 0
+    written(client, "w1 w2")
+
+
+def _filled(states):
+    states.vectors.fill_(float("nan"))
+    return states
+
+
+def test_a_damaged_state_is_said_to_be_and_written_anew(client, store):
+    identity = written(client, "w1 w2")["id"]
+    (file,) = (store.path / "states").rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 255
+    file.write_bytes(data)
+    response = client.get(f"/v1/memories/{identity}")
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "memory_damaged")
+    with pytest.warns(UserWarning, match="written anew"):
+        assert written(client, "w1 w2")["id"] == identity
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_beyond_the_bound(serve, chunked):
+    client = serve(limits=Limits(body_bytes=1000))
+    data = b'{"text": "' + b"w1 " * 1000 + b'"}'
+    content = iter([data[:900], data[900:]]) if chunked else data
+    response = client.post("/v1/memories", content=content, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "too_large")
+    assert client.post("/v1/memories", files={"file": ("a", b"w1 " * 1000)}).status_code == 413
+
+
+def test_a_body_that_is_neither_json_nor_a_form(client):
+    plain = client.post("/v1/memories", content=b'{"text": "w1"}', headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    wrong = client.post("/v1/memories", content=b'{"text": ', headers={"Content-Type": "application/json"})
+    assert (wrong.status_code, "JSON" in wrong.json()["error"]["message"]) == (400, True)
+
+
+class TestQueue:
+    @pytest.fixture
+    def gate(self, pipeline, monkeypatch):
+        """Lets WRITEs end, and says what was written."""
+        opened, begun, texts, write_many = threading.Event(), threading.Event(), [], pipeline.write_many
+
+        def gated(these, **options):
+            texts.extend(these)
+            begun.set()
+            assert opened.wait(60)
+            return write_many(these, **options)
+
+        monkeypatch.setattr(pipeline, "write_many", gated)
+        opened.begun, opened.texts = begun, texts
+        return opened
+
+    def test_one_write_per_text_and_a_bound(self, pipeline, store, gate):
+        app = create_app(pipeline, store.path, limits=Limits(writes=2))
+        with listening(app) as url, httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(5) as threads:
+            same = [threads.submit(written, client, "w1 w2 w3") for _ in range(4)]
+            assert gate.begun.wait(60)
+            other = threads.submit(written, client, "w4")
+            while metric(client, "gradmem_writes_waiting") < 2:
+                pass
+            refused = client.post("/v1/memories", json={"text": "w5"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "write_queue_full")
+            assert int(refused.headers["Retry-After"]) >= 1
+            gate.set()
+            assert len({future.result()["id"] for future in same}) == 1
+            assert other.result()["id"] != same[0].result()["id"]
+            assert gate.texts == ["w1 w2 w3", "w4"]
+            assert written(client, "w5")["text_tokens"] == 1
+
+    def test_what_nobody_waits_for_is_not_begun(self, pipeline, store, gate):
+        with listening(create_app(pipeline, store.path)) as url, httpx.Client(base_url=url, timeout=60) as client:
+            with ThreadPoolExecutor(1) as threads:
+                first = threads.submit(written, client, "w1")
+                assert gate.begun.wait(60)
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post("/v1/memories", json={"text": "w2"}, timeout=0.2)
+                while metric(client, "gradmem_writes_waiting") > 1:
+                    pass
+                gate.set()
+                first.result()
+            written(client, "w3")
+        assert gate.texts == ["w1", "w3"]
+        assert len(MemoryStore(store.path)) == 2

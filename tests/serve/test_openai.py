@@ -1,0 +1,236 @@
+"""OpenAI's API: answers are those of the pipeline, whole and streamed, alone and many at a time."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from asking import listening, metric, written
+from tiny import tiny_text
+from tiny_pipeline import byte_pipeline, tiny_pipeline
+
+from gradmem_adapter import GradMemPipeline, MemoryState
+from gradmem_adapter.export.engine import EngineReader
+from gradmem_adapter.serve import Limits, create_app
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def chat(client, content="w4 w5", **more):
+    body = {"model": "gradmem", "messages": [{"role": "user", "content": content}], "max_tokens": 6}
+    return client.post("/v1/chat/completions", json=body | more)
+
+
+def text_of(response):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def events(response):
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def expected(pipeline, store, ids, content="w4 w5", **options):
+    keys = [entry.key for identity in ids for entry in store.entries(identity)]
+    memory = MemoryState.concat(list(store.get(keys))) if keys else None
+    return pipeline.generate([{"role": "user", "content": content}], memory=memory, **GREEDY | options)[0]
+
+
+@pytest.fixture
+def ids(client):
+    return [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
+
+
+def test_answers_are_those_of_the_pipeline(client, pipeline, store, ids):
+    for memory in ([], ids[:1], ids[1:], ids):
+        response = chat(client, memory=memory)
+        assert text_of(response) == expected(pipeline, store, memory)
+        assert [place["id"] for place in response.json()["memory"]] == memory
+    usage = chat(client, memory=ids).json()["usage"]
+    prompt = len(pipeline.encode_prompts([[{"role": "user", "content": "w4 w5"}]])[0][0])
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt + 6, 6)
+    assert usage["prompt_tokens_details"]["memory_saved"] == 7 - 6
+
+
+def test_many_at_a_time_are_batches_and_the_same(client, pipeline, store, ids):
+    asked = [(f"w{i}", memory) for i in range(10) for memory in ([], ids[:1], ids[1:], ids)]
+    alone = [expected(pipeline, store, memory, content) for content, memory in asked]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        found = list(threads.map(lambda one: text_of(chat(client, one[0], memory=one[1])), asked))
+    assert found == alone
+    assert metric(client, "gradmem_read_batch_count") < len(asked) == metric(client, "gradmem_read_batch_sum")
+
+
+def test_a_stream_has_the_pieces_of_the_whole(client, ids):
+    whole = chat(client, memory=ids).json()
+    chunks = events(chat(client, memory=ids, stream=True, stream_options={"include_usage": True}))
+    *before, last, usage = chunks
+    assert (
+        "".join(chunk["choices"][0]["delta"]["content"] for chunk in before)
+        == whole["choices"][0]["message"]["content"]
+    )
+    assert len(before) > 3
+    assert before[0]["memory"] == whole["memory"]
+    assert (last["choices"][0]["finish_reason"], usage["usage"]) == ("length", whole["usage"])
+
+
+def test_stops(client, ids):
+    words = text_of(chat(client, memory=ids)).split()
+    cut = chat(client, memory=ids, stop=words[-1]).json()["choices"][0]
+    assert cut["finish_reason"] == "stop"
+    assert words[-1] not in cut["message"]["content"]
+    chunks = events(chat(client, memory=ids, stop=[words[-1]], stream=True))
+    assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == cut["message"]["content"]
+
+
+def test_completions(client, pipeline, store, ids):
+    body = {"model": "gradmem", "prompt": ["w4 w5", "w6"], "memory": ids[:1], "max_tokens": 6}
+    found = client.post("/v1/completions", json=body).json()
+    state = store.get([entry.key for entry in store.entries(ids[0])])
+    assert [choice["text"] for choice in found["choices"]] == pipeline.generate(body["prompt"], memory=state, **GREEDY)
+    streamed = events(client.post("/v1/completions", json=body | {"prompt": "w6", "stream": True}))
+    assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == found["choices"][1]["text"]
+    assert client.post("/v1/completions", json=body | {"stream": True}).status_code == 400
+
+
+def test_sampling_is_the_same_for_a_seed(client, ids):
+    drawn = {text_of(chat(client, memory=ids, temperature=2, seed=i)) for i in range(4)}
+    assert len(drawn) > 1
+    assert text_of(chat(client, memory=ids, temperature=2, seed=3)) in drawn
+
+
+def test_the_store_chooses(client, pipeline, store, ids):
+    response = chat(client, "w7 : Question", memory="auto")
+    assert [place["id"] for place in response.json()["memory"]] == ids[1:]
+    assert text_of(response) == expected(pipeline, store, ids[1:], "w7 : Question")
+    nothing = chat(client, "w33", memory="auto")
+    assert nothing.json()["memory"] == []
+    assert text_of(nothing) == expected(pipeline, store, [], "w33")
+
+
+def test_of_a_long_text_the_segments_with_the_question_s_words_are_read(client, pipeline, store):
+    long = written(client, tiny_text(90))
+    entries = list(store.entries(long["id"]))
+    assert len(entries) > Limits().states
+    word = entries[-1].text.split()[-1]
+    chosen = [choice.entry for choice in store.choose(pipeline, word, Limits().states, source=long["id"])]
+    response = chat(client, word, memory=[long["id"]])
+    assert [place["start"] for place in response.json()["memory"]] == [entry.start for entry in chosen]
+
+
+def test_an_adapter_that_refuses_is_read_one_state_at_a_time(serve, store):
+    own = tiny_pipeline(trained_length=12, refusal="w3 w3")
+    client = serve(own)
+    ids = [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
+    question = [{"role": "user", "content": "w4 w5"}]
+    states = store.get([entry.key for identity in ids for entry in store.entries(identity)])
+    surest = own.surest_answer(question, memory=states, **GREEDY)
+    response = chat(client, memory=ids)
+    assert text_of(response) == surest.text
+    assert [place["id"] for place in response.json()["memory"]] == [ids[surest.state]]
+
+
+def test_answers_in_json(serve):
+    client = serve(byte_pipeline())
+    schema = {"type": "object", "properties": {"sex": {"enum": ["m", "f"]}}, "required": ["sex"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert json.loads(text_of(chat(client, response_format=wanted, max_tokens=40)))["sex"] in "mf"
+    assert text_of(chat(client, response_format={"type": "json_object"})).startswith("{")
+    assert chat(client, response_format={"type": "yaml"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ({"model": "gpt"}, 404, "only 'gradmem'"),
+        ({"memory": ["mem_0"]}, 404, "no memory 'mem_0'"),
+        ({"memory": "all"}, 400, "memory"),
+        ({"n": 2}, 400, "n: "),
+        ({"tools": []}, 400, "tools: This server does not take it"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"temperature": 9}, 400, "temperature"),
+        ({"max_tokens": 10**6}, 400, "at most 1,024 tokens"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "system", "content": "w1"}]}, 400, "no message of the user"),
+        ({"messages": [{"role": "user", "content": "w1 " * 200}]}, 400, "too long"),
+    ],
+)
+def test_what_is_refused(client, more, status, said):
+    response = chat(client, **more)
+    assert response.status_code == status
+    assert said in response.json()["error"]["message"]
+
+
+def test_other_paths_and_methods(client):
+    assert client.get("/v1/models").json()["data"] == [client.get("/v1/models/gradmem").json()]
+    for response in (client.get("/v1/embeddings"), client.get("/v1/models/x"), client.get("/nowhere")):
+        assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
+    assert client.put("/v1/memories").status_code == 405
+
+
+def test_our_own_faults_say_nothing_of_themselves(client, pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "encode_prompts", lambda *args: {}["secret"])
+    response = chat(client)
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in response.text
+
+
+class Slow(EngineReader):
+    """An engine that answers until it is told to stop."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.begun, self.closed = threading.Event(), threading.Event()
+
+    def _answers(self, prompts, sampling):
+        try:
+            while True:
+                self.begun.set()
+                self.closed.wait(0.01)
+                yield 0, [20], False
+        finally:
+            self.closed.set()
+
+
+class TestCancelled:
+    """Whoever goes away frees the model."""
+
+    @pytest.fixture
+    def engine(self, pipeline):
+        return Slow(pipeline.model)
+
+    @pytest.fixture
+    def client(self, pipeline, engine, store):
+        app = create_app(GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=engine), store.path)
+        with listening(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+            yield client
+
+    def test_a_stream(self, client, engine, ids):
+        body = {"model": "gradmem", "prompt": "w1", "memory": ids[:1], "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            assert metric(client, "gradmem_reads_waiting") == 1
+        assert engine.closed.wait(60)
+
+    def test_a_whole_answer(self, client, engine, ids):
+        body = {"model": "gradmem", "prompt": "w1", "memory": ids[:1]}
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body, timeout=0.3)
+        assert engine.begun.wait(60)
+        assert engine.closed.wait(60)
+
+    def test_an_engine_draws_by_itself(self, client, ids):
+        body = {"model": "gradmem", "prompt": "w1", "memory": ids[:1], "seed": 1}
+        assert "engine" in client.post("/v1/completions", json=body).json()["error"]["message"]
+
+
+def test_no_more_prompts_than_the_bound(serve, ids):
+    client = serve(limits=Limits(reads=2))
+    body = {"model": "gradmem", "prompt": ["w1"] * 3}
+    refused = client.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert client.post("/v1/completions", json=body | {"prompt": ["w1"] * 2}).status_code == 200
