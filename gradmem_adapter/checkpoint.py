@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradmem_adapter.backbones import HUB_IDS, embeddings_of, is_installed, load_backbone
+from gradmem_adapter.backbones import HUB_IDS, embeddings_of, how_to_install, is_installed, load_backbone
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import opening, read_text
+from gradmem_adapter.utils.shipped import shipped
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -130,6 +131,8 @@ def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -
     adapter, reference = model.active_adapter, cast(PreTrainedModel, model.get_base_model()).name_or_path
     if reference in HUB_IDS:  # which PEFT and Transformers can open, too
         model.active_peft_config.base_model_name_or_path = HUB_IDS[reference]
+    elif reference and Path(reference).is_dir():  # from whatever directory it will be opened
+        model.active_peft_config.base_model_name_or_path = str(Path(reference).absolute())
     model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=_is_resized(model))
     if adapter != "default":  # which PEFT puts into a folder of its own
         for entry in (folder / adapter).iterdir():
@@ -152,20 +155,31 @@ def _is_resized(model: PeftModel) -> bool:
     return there is not None and there != _embeddings(model).num_embeddings
 
 
+def _packaged(directory: Path) -> str | None:
+    """The packaged weights that an adapter was made for, if it was made for some."""
+    file = directory / PACKAGED
+    return read_text(file, max_bytes=2**12).strip() if file.is_file() else None
+
+
 def _reference(directory: Path, config: GradMemConfig) -> str | None:
     """What to open an adapter's backbone by: the very weights that it was made for, where they are installed."""
-    other = config.base_model_name_or_path
-    if not (directory / PACKAGED).is_file():
-        return other
-    packaged = read_text(directory / PACKAGED, max_bytes=2**12).strip()
+    packaged, other = _packaged(directory), config.base_model_name_or_path
     if is_installed(packaged):
         return packaged
-    warnings.warn(
-        f"The adapter was made for the weights in {packaged!r}, and that package is not installed. {other!r} is opened "
-        "in its place, whose weights were not rounded: answers differ, and states of the one are refused by the other.",
-        stacklevel=3,
-    )
-    return other
+    beside = directory / (other or BACKBONE)
+    return str(beside) if other and not Path(other).is_dir() and (beside / "config.json").is_file() else other
+
+
+def _check_weights(directory: Path, opened: str) -> None:
+    """Warn if another backbone was opened in the place of packaged weights."""
+    packaged = _packaged(directory)
+    if packaged is not None and opened != packaged:
+        warnings.warn(
+            f"The adapter was made for the weights in {packaged!r}, and that package is not installed. {opened!r} is "
+            "opened in its place, whose weights were not rounded: answers differ, and states of the one are refused by "
+            f"the other. To have them: {how_to_install(packaged)}",
+            stacklevel=4,
+        )
 
 
 def _embeddings(model: PreTrainedModel | PeftModel) -> nn.Embedding:
@@ -305,8 +319,8 @@ def load_checkpoint(
     """Open a checkpoint: a model that writes and reads, and its tokenizer.
 
     Args:
-        path (`str` or `Path`): a directory made by `save_checkpoint` (or by PEFT's `save_pretrained`), or the name of
-            one on the hub.
+        path (`str` or `Path`): a directory made by `save_checkpoint` (or by PEFT's `save_pretrained`), the name of one
+            that ships, such as `"smollm2-135m-qa"`, or of one on the hub.
         backbone (`str`, `Path` or `PreTrainedModel`, *optional*): the backbone, or where to find it (see
             `load_backbone`). `None`: the one inside the checkpoint if it was trained, otherwise the one that the
             adapter was made for.
@@ -320,12 +334,15 @@ def load_checkpoint(
             those that its configuration calls for, or a file is damaged.
     """
     directory = Path(path)
-    if not directory.is_dir():
+    if not directory.is_dir() and (there := shipped(path)) is not None:
+        directory = there
+    elif not directory.is_dir():
         try:
             directory = Path(snapshot_download(str(path)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
-                f"There is no checkpoint {str(path)!r}: neither a directory here nor a repository on the hub ({error})."
+                f"There is no checkpoint {str(path)!r}: no directory here, none that ships, and no repository on the "
+                f"hub ({error})."
             ) from error
     with reading_together(directory, OWN, _UNREAD):
         return _load(directory, backbone, dtype, device, is_trainable)
@@ -343,16 +360,20 @@ def _load(
     if (directory / "tokenizer_config.json").is_file():
         with opening(f"the tokenizer in {str(directory)!r}"):
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    own = _has_backbone(directory, config)
+    as_made = backbone is None and not own
     if backbone is None:
-        trained = _has_backbone(directory, config)
-        backbone = str(directory / BACKBONE) if trained else _reference(directory, config)
+        backbone = str(directory / BACKBONE) if own else _reference(directory, config)
     if backbone is None:
         raise ValueError(
             f"The adapter in {directory} does not say what its backbone is (it was made from a configuration); pass "
             "backbone=, a model or where to find one."
         )
     if isinstance(backbone, str | Path):
-        backbone, tokenizer = load_backbone(str(backbone), dtype=dtype, device=device, tokenizer=tokenizer)
+        reference = str(backbone)
+        backbone, tokenizer = load_backbone(reference, dtype=dtype, device=device, tokenizer=tokenizer)
+        if as_made:
+            _check_weights(directory, reference)
     elif not isinstance(backbone, PreTrainedModel):
         raise TypeError(f"The backbone must be a model, or where to find one, got {backbone!r}.")
     if tokenizer is None:

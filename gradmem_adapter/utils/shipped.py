@@ -1,0 +1,21 @@
+"""The trained adapters that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+QA = "smollm2-135m-qa"
+"""Answers questions about texts."""
+KEY_VALUES = "kv-retrieval"
+"""Finds values by their keys."""
+
+
+def shipped(name: str | Path) -> Path | None:
+    """The directory of an adapter that ships, or None: in the wheel beside the code, in the source tree above it.
+
+    Args:
+        name (`str` or `Path`): such as `"smollm2-135m-qa"`.
+    """
+    package = Path(__file__).parents[1]
+    places = [folder / "checkpoints" / name for folder in (package, package.parent)]
+    return next((place for place in places if (place / "adapter_config.json").is_file()), None)
