@@ -6,18 +6,18 @@ import dataclasses
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from gradmem_adapter.backbones import SMOLLM2
 from gradmem_adapter.cli.options import DEVICE, JSON, chosen_device, print_json
-from gradmem_adapter.cli.train_config import TrainConfig
+from gradmem_adapter.cli.train_config import LENGTH, TrainConfig
 from gradmem_adapter.utils.fields import claim_directory, read_fields, released_on_error
+
+if TYPE_CHECKING:
+    import torch
 
 RUN, CHECKPOINT = "run.json", "checkpoint"
 """In the directory of a run: how it was made, and the folder of the finished adapter."""
@@ -27,13 +27,25 @@ wanted, answers: the texts that evaluation accepts, for each query."""
 
 def train(
     rows: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=ROWS_HELP)],
-    output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
-    backbone: Annotated[str | None, typer.Option(help=f"Default: {SMOLLM2}.", show_default=False)] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of the run, which goes on where it was; also a finished one, if it is to be longer."
+        ),
+    ],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="A trained adapter to go on from, such as smollm2-135m-qa; default: a new one."),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="As for ask; default: the checkpoint's, or SmolLM2-135M-Instruct.", show_default=False),
+    ] = None,
     eval_rows: Annotated[
         Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="Rows to measure the adapter on.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A YAML file: backbone, memory, training.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A YAML file: checkpoint or memory, training, ...")
     ] = None,
     setting: Annotated[
         list[str] | None,
@@ -43,7 +55,7 @@ def train(
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Train an adapter on rows of your own: contexts with what is asked about them."""
-    given = {"rows": rows, "eval_rows": eval_rows, "backbone": backbone}
+    given = {"rows": rows, "eval_rows": eval_rows, "checkpoint": checkpoint, "backbone": backbone}
     fields = {name: str(value) for name, value in given.items() if value is not None}
     plan = TrainConfig.of(read_fields(config, setting or ()) | fields)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what the Trainer logs
@@ -65,12 +77,14 @@ def train(
 
 def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, float] | None:
     """Train, save and evaluate; the metrics, or None in processes other than the first."""
+    from accelerate import PartialState
+
     from gradmem_adapter.training.callbacks import StopOnSignal
 
     state = PartialState(cpu=place.type == "cpu")
     arguments = plan.check(output, place)  # a plan that cannot be used claims no directory
     with state.main_process_first():
-        claim_directory(output / RUN, dataclasses.asdict(plan))
+        claim_directory(output / RUN, dataclasses.asdict(plan), may_change={"training": LENGTH})
     with released_on_error(output / RUN):
         trainer = plan.trainer(arguments)
         with StopOnSignal() as stop:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from gradmem_adapter.backbones import SMOLLM2
-from gradmem_adapter.config import unknown_fields
 from gradmem_adapter.utils.fields import merged
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from gradmem_adapter import GradMemConfig, GradMemPeftModel
     from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 
 ROWS_AT_ONCE = 256
@@ -27,6 +28,10 @@ TRAINING: dict[str, Any] = {
     "write_lr_factor": 10.0, "per_device_train_batch_size": 16, "tokens_per_batch": 8192, "num_train_epochs": 3,
     "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
 }  # fmt: skip
+FURTHER: dict[str, Any] = {"learning_rate": 3e-4}
+"""In the place of those in `TRAINING` where a trained adapter goes on."""
+LENGTH = ("max_steps", "num_train_epochs", "max_minutes")
+"""What a finished run may have more of."""
 OWN = {"output_dir", "use_cpu", "resume_from_checkpoint"}
 """What the command says itself of a run."""
 ON_GPU: dict[str, Any] = {"bf16": True, "cuda_graphs": True}
@@ -39,8 +44,9 @@ class TrainConfig:
     Args:
         rows (`str`): a file of rows to train on, see `read_rows`.
         eval_rows (`str`, *optional*): a file of rows that are not trained on.
-        backbone (`str`, *optional*, defaults to `SMOLLM2`): a local directory, a hub id, or
-            package:<package>/<file>.gguf.
+        checkpoint (`str`, *optional*): a trained adapter to go on from, as for `load_checkpoint`. None: a new one.
+        backbone (`str`, *optional*): a local directory, a hub id, or package:<package>/<file>.gguf. None: the
+            checkpoint's, or `SMOLLM2`.
         memory (`dict`, *optional*): fields of `GradMemConfig`, in the place of those in `MEMORY`; of `lora_config` only
             the fields that are given.
         training (`dict`, *optional*): fields of `GradMemTrainingArguments`, in the place of those in `TRAINING`, and
@@ -49,22 +55,27 @@ class TrainConfig:
 
     rows: str
     eval_rows: str | None = None
-    backbone: str = SMOLLM2
+    checkpoint: str | None = None
+    backbone: str | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> TrainConfig:
         """The configuration with these fields; `ValueError` names one that is unknown."""
+        from gradmem_adapter.config import unknown_fields
+
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := unknown_fields(fields, known):
             raise ValueError(f"There is no field {unknown} There are {', '.join(known)}.")
-        for name in ("rows", "eval_rows", "backbone"):
+        for name in ("rows", "eval_rows", "checkpoint", "backbone"):
             if not isinstance(fields.get(name) or "", str):
                 raise ValueError(f"{name} must be a text, got {fields[name]!r}.")
         for name in ("memory", "training"):
             if not isinstance(fields.get(name, {}), dict):
                 raise ValueError(f"{name} must be a mapping of fields, got {fields[name]!r}.")
+        if fields.get("checkpoint") and fields.get("memory"):
+            raise ValueError("memory is of a new adapter, and a checkpoint has its own: leave one of them out.")
         return cls(**fields)
 
     @property
@@ -74,40 +85,39 @@ class TrainConfig:
 
     def check(self, output: Path, device: torch.device) -> GradMemTrainingArguments:
         """How the run trains; `TypeError` or `ValueError` where a field of it, or of the memory, cannot be used."""
+        from peft import PeftConfig
+        from transformers import TrainingArguments
+
         from gradmem_adapter import GradMemConfig
         from gradmem_adapter.training import GradMemTrainingArguments
 
-        known = {field.name for field in dataclasses.fields(GradMemTrainingArguments)} - OWN
-        if unknown := unknown_fields(self.training, known):
-            raise ValueError(f"training has no field {unknown} It takes those of GradMemTrainingArguments.")
-        memory = GradMemConfig(**self.memory_fields)
+        usual = {field.name for field in dataclasses.fields(TrainingArguments)} - OWN
+        own = {field.name for field in dataclasses.fields(GradMemTrainingArguments)} - OWN
+        _check_fields("training", self.training, own, shown=own - usual | TRAINING.keys() | set(LENGTH))
+        of_peft = {field.name for field in dataclasses.fields(PeftConfig)}
+        fields = {field.name for field in dataclasses.fields(GradMemConfig)}
+        _check_fields("memory", self.memory, fields, shown=fields - of_peft)
+        memory = self._adapter_config()
         steps: dict[str, Any] = {"warmup_steps": 50 if "max_minutes" in self.training else 0.05}  # a share, or a number
         if memory.start != "slots":
             steps["write_steps"] = [0, memory.write_steps]  # 0 trains the start
         bars = {"disable_tqdm": not sys.stderr.isatty()}
-        defaults = TRAINING | bars | steps | ({} if device.type == "cpu" else ON_GPU)
+        defaults = (
+            TRAINING | (FURTHER if self.checkpoint else {}) | bars | steps | ({} if device.type == "cpu" else ON_GPU)
+        )
         run = {"output_dir": str(output), "use_cpu": device.type == "cpu"}
         return GradMemTrainingArguments(**(merged(defaults, self.training) | run))
 
     def trainer(self, arguments: GradMemTrainingArguments) -> GradMemTrainer:
         """The trainer of this run."""
-        from peft import get_peft_model
         from transformers import set_seed
 
-        from gradmem_adapter import GradMemConfig, load_backbone
         from gradmem_adapter.training import GradMemTrainer, read_rows
 
         rows = read_rows(self.rows)
         held_out = None if self.eval_rows is None else read_rows(self.eval_rows)
         set_seed(arguments.seed)
-        backbone, tokenizer = load_backbone(self.backbone)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        found = {
-            "query_format": "text" if tokenizer.chat_template is None else "chat",
-            "trained_length": max(map(len, tokenizer([row["context"] for row in rows])["input_ids"])),
-        }
-        model = get_peft_model(backbone, GradMemConfig(**(found | self.memory_fields)))
+        model, tokenizer = self._model(rows)
         trainer = GradMemTrainer(
             model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
         )
@@ -115,6 +125,43 @@ class TrainConfig:
         if held_out is not None and self.eval_rows is not None:
             _check_rows(self.eval_rows, held_out, trainer.data_collator)
         return trainer
+
+    def _adapter_config(self) -> GradMemConfig:
+        from peft import PeftConfig
+
+        from gradmem_adapter import GradMemConfig
+        from gradmem_adapter.utils.shipped import shipped
+
+        if self.checkpoint is None:
+            return GradMemConfig(**self.memory_fields)
+        return cast(GradMemConfig, PeftConfig.from_pretrained(str(shipped(self.checkpoint) or self.checkpoint)))
+
+    def _model(self, rows: list[dict[str, Any]]) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
+        """The adapter to train, a new one or that of the checkpoint, and the tokenizer."""
+        from gradmem_adapter import SMOLLM2, GradMemConfig, get_peft_model, load_backbone, load_checkpoint
+
+        contexts = [row["context"] for row in rows]
+        if self.checkpoint is not None:
+            model, tokenizer = load_checkpoint(self.checkpoint, backbone=self.backbone, is_trainable=True)
+            config = model.active_peft_config
+            config.trained_length = max(config.trained_length or 0, _longest(contexts, tokenizer))
+            config.score_calibration = None  # of the weights as they were
+            return model, tokenizer
+        backbone, tokenizer = load_backbone(self.backbone or SMOLLM2)
+        query_format = "text" if tokenizer.chat_template is None else "chat"
+        found = {"query_format": query_format, "trained_length": _longest(contexts, tokenizer)}
+        return get_peft_model(backbone, GradMemConfig(**(found | self.memory_fields))), tokenizer
+
+
+def _longest(contexts: list[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(map(len, tokenizer(contexts)["input_ids"]))
+
+
+def _check_fields(name: str, given: Collection[str], known: Collection[str], shown: Collection[str]) -> None:
+    from gradmem_adapter.config import unknown_fields
+
+    if unknown := unknown_fields(given, known):
+        raise ValueError(f"{name} has no field {unknown} Some that it has: {', '.join(sorted(shown))}.")
 
 
 def _check_rows(file: str, rows: list[dict[str, Any]], collator: Any) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -135,31 +136,51 @@ def _entry(place: list[Any], key: str, setting: str) -> int:
     return int(key)
 
 
-def claim_directory(file: Path, fields: Mapping[str, Any]) -> None:
+def claim_directory(
+    file: Path, fields: Mapping[str, Any], *, may_change: Mapping[str, Collection[str]] = MappingProxyType({})
+) -> None:
     """Keep the fields of a run in a file of its directory, which no other run may go on in.
 
     Args:
         file (`Path`): a JSON file in the directory of the run, which is made.
         fields (`Mapping[str, Any]`): of the run, as JSON can hold them.
+        may_change (`Mapping[str, Collection[str]]`, *optional*): inner fields of fields that a run may go on with
+            others of.
 
     Raises:
         ValueError: a run with other fields is there; the message names those that differ.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file() or list(file.parent.iterdir()) == [file]:  # nothing has been trained there
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+        _keep(file, fields)
         return
     wanted, there = json.loads(json.dumps(fields)), from_json(read_text(file), str(file))
     if not isinstance(there, dict):
         raise ValueError(f"{file} holds no run. Delete its directory, or give --output another one.")
-    names = sorted(name for name in wanted | there if wanted.get(name) != there.get(name))
+    fixed = [_without(run, may_change) for run in (wanted, there)]
+    names = sorted(name for name in wanted | there if fixed[0].get(name) != fixed[1].get(name))
     if names:
         raise ValueError(
             f"{file.parent} holds a run by another configuration: {', '.join(names)} "
             f"differ{'s' if len(names) == 1 else ''}. Give --output another directory, or delete that one; its "
             f"configuration is in {file}."
         )
+    if wanted != there:
+        _keep(file, fields)
+
+
+def _keep(file: Path, fields: Mapping[str, Any]) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+
+
+def _without(fields: dict[str, Any], inner: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    return {
+        name: {key: part for key, part in value.items() if key not in inner[name]}
+        if name in inner and isinstance(value, dict)
+        else value
+        for name, value in fields.items()
+    }
 
 
 @contextmanager

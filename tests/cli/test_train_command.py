@@ -4,18 +4,21 @@ import gzip
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import invoke
 from tiny import tiny, tiny_tokenizer
 from transformers import TrainerCallback
 
-from gradmem_adapter import load_checkpoint
+from gradmem_adapter import load_checkpoint, save_checkpoint
 from gradmem_adapter.cli.train_config import MEMORY, TrainConfig
-from gradmem_adapter.training import GradMemTrainer
+from gradmem_adapter.training import GradMemTrainer, read_rows
 from gradmem_adapter.utils.fields import read_fields
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = [
     {"context": f"w{i} w{i + 1} w{i + 2}", "queries": [f"w{i}", f"w{i + 1}"], "targets": [f"w{i + 1}", f"w{i + 2}"]}
     for i in range(12)
@@ -102,6 +105,48 @@ def test_an_interrupted_run_goes_on(files, monkeypatch):
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
 
+def test_a_finished_run_goes_on_when_it_is_to_be_longer(files):
+    assert train(files).exit_code == 0
+    result = train(files, "--set", "training.max_steps=6")
+    assert result.exit_code == 0, result.output
+    state = json.loads((files / "run" / "checkpoint-6" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((files / "run" / "run.json").read_text())["training"]["max_steps"] == 6
+    result = train(files, "--set", "training.max_steps=6", "--set", "training.learning_rate=1e-4")
+    assert result.exit_code == 2
+    assert "another configuration: training differs" in " ".join(result.stderr.split())
+
+
+def test_a_trained_adapter_goes_on(files):
+    """From its weights, with its own memory, and what it was calibrated for is forgotten."""
+    assert train(files).exit_code == 0
+    first = files / "run" / "checkpoint"
+    model, tokenizer = load_checkpoint(first)
+    model.active_peft_config.score_calibration = [1.0, 0.5]
+    save_checkpoint(model, tokenizer, files / "start")
+    config = {"checkpoint": str(files / "start"), "training": CONFIG["training"] | {"learning_rate": 1e-12}}
+    (files / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = ("train", files / "train.jsonl", "--output", files / "more", "--config", files / "config.yaml")
+    result = invoke(*command, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    further, _ = load_checkpoint(files / "more" / "checkpoint")
+    assert further.active_peft_config.score_calibration is None
+    assert further.active_peft_config.num_memory_tokens == 2
+    tokens = {"input_ids": torch.arange(6)[None] % 7 + 1}
+    assert torch.allclose(further.write(**tokens).vectors, model.write(**tokens).vectors, atol=1e-5)
+    result = invoke(*command[:-2], "--checkpoint", files / "start", "--set", "memory.num_memory_tokens=3")
+    assert result.exit_code == 2
+    assert "memory is of a new adapter" in " ".join(result.stderr.split())
+
+
+def test_the_example_of_rows(files):
+    """What stands beside the programs to start from."""
+    plan = TrainConfig.of(read_fields(EXAMPLES / "rows.yaml", [f"rows={EXAMPLES / 'rows.jsonl'}"]))
+    assert plan.checkpoint == "smollm2-135m-qa"
+    assert plan.check(files, torch.device("cpu")).max_steps > 0
+    assert len(read_rows(plan.rows)) == 20
+
+
 def test_another_run_is_refused(files):
     assert train(files).exit_code == 0
     result = train(files, "--set", "memory.num_memory_tokens=3")
@@ -124,8 +169,10 @@ def test_a_run_that_diverges(files, monkeypatch):
         ("memory=3", "memory must be a mapping"),
         ("memory.write_steps=-1", "write_steps must be at least 0"),
         ("training.write_steps=[]", "write_steps must be a list"),
-        ("training.step=1", "training has no field step. Did you mean max_steps?"),
-        ("memory.num_memory_token=3", "has no field num_memory_token"),
+        ("training.step=1", "training has no field step. Did you mean max_steps? Some that it has: adam_beta2"),
+        ("training.step=1", "max_steps, muon_lr_factor"),
+        ("memory.num_memory_token=3", "memory has no field num_memory_token. Did you mean num_memory_tokens? Some"),
+        ("memory.num_memory_token=3", "start, train_backbone, trained_length, write_clip_norm"),
         ("memory={", "is not YAML"),
         ("memory", "is written field=value"),
         ("rows.first=3", "'rows' has no fields of its own"),
