@@ -10,11 +10,11 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test coverage test-slow test-engines lint format types clean
+.PHONY: demo test coverage test-slow test-wheel test-engines lint format types clean
 
 # Passive waiting: with other work on the same cores, OpenMP's spinning makes a step several times slower.
 demo: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/gradmem demo --ask
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/gradmem demo
 
 # Two workers of one thread each are faster on two cores than one of two.
 test: $(READY)
@@ -25,6 +25,10 @@ coverage: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+# The wheel, installed into an environment of its own.
+test-wheel: $(READY)
+	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py
 
 # The real vLLM and llama.cpp, each in an environment of its own (Python 3.11; 6 GB together, some minutes the first time).
 test-engines: $(ENGINES)/vllm/.ready $(ENGINES)/llama_cpp/.ready

@@ -1,47 +1,46 @@
-"""`gradmem ask`: questions in, answers from memory out: of a text, of a state that was kept, or of a memory store."""
+"""`gradmem ask`: questions in, answers from memory out: of texts, of states that were kept, or of a memory store."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
-from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.cli.inputs import Inputs
+from gradmem_adapter.cli.inputs import Document, Inputs
 from gradmem_adapter.cli.options import (
+    BACKBONE,
     CHECKPOINT,
     DEVICE,
     JSON,
-    QA_CHECKPOINT,
-    chosen_device,
     existing_store,
     in_words,
+    open_pipeline,
     print_json,
 )
-from gradmem_adapter.pipeline import GradMemPipeline
-from gradmem_adapter.state import MemoryState
-from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.utils.files import check_writable
+from gradmem_adapter.utils.shipped import QA
+
+if TYPE_CHECKING:
+    from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStore
+
+TEXT = """What to ask about: a file, a directory, a pattern in quotes, or - for standard input. May be repeated. Longer
+texts than the adapter was trained on are written in segments."""
 
 
 def ask(
     questions: Annotated[list[str], typer.Argument(help="Questions, each answered by itself.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="A file to ask about, or - for standard input; several are read side by side."),
-    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help=TEXT)] = None,
     store: Annotated[
         Path | None, typer.Option(file_okay=False, help="A memory store to ask: what `gradmem write --store` made.")
     ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="store: how many states an answer may come from.")] = 4,
-    checkpoint: Annotated[Path, CHECKPOINT] = QA_CHECKPOINT,
+    checkpoint: Annotated[str, CHECKPOINT] = QA,
+    backbone: Annotated[str | None, BACKBONE] = None,
     state: Annotated[
         Path | None, typer.Option(help="Keep the memory in this file, or ask the one that was kept, without the text.")
     ] = None,
@@ -53,96 +52,155 @@ def ask(
     """Answer questions from memory alone: of texts that are written now, of a state that was kept, or of a store."""
     _check_questions(questions)
     there = None if store is None else existing_store(store)
-    texts = [document.text.strip() for document in Inputs(text or ()).read_all()]
-    _check_memories(texts, state, there)
-    pipeline = GradMemPipeline(*load_checkpoint(checkpoint, device=chosen_device(device)))
-    start = time.perf_counter()
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    if there is not None:
-        answers = [_from_store(there, pipeline, question, k, options) for question in questions]
-        _print({"answers": answers}, as_json)
-        return
-    memory = _memory(pipeline, texts, state, steps)
-    figures = {
-        "context_tokens": int(memory.context_tokens[0]),
-        "memory_tokens": memory.num_memory_tokens,
-        "state_bytes": len(memory.to_bytes()),
-        "done": "written" if texts else "read",
-        "seconds": time.perf_counter() - start,
-    }
-    found = zip(questions, pipeline.generate(questions, memory=memory, **options), strict=True)
-    _print(figures | {"answers": [{"question": one, "answer": answer.strip()} for one, answer in found]}, as_json)
-    if texts and state is not None:
-        memory.save(state)  # after the answers, which a full disk must not take away
-
-
-def _from_store(
-    store: MemoryStore, pipeline: GradMemPipeline, question: str, k: int, options: dict[str, Any]
-) -> dict[str, Any]:
-    """An answer from the states that a question needs; None where the store has none for it.
-
-    An adapter that knows when a state does not hold an answer reads each by itself; others read them side by side.
-    """
-    chosen = store.choose(pipeline, question, k)
-    answer = None
-    if chosen:
-        states = store.get([choice.entry.key for choice in chosen], pipeline.model.fingerprint())
-        if pipeline.model.active_peft_config.refusal is None:
-            (answer,) = pipeline.generate([question], memory=MemoryState.concat(list(states)), **options)
-        else:
-            found = pipeline.surest_answer(question, memory=states, **options)
-            answer, chosen = found.text, [chosen[found.state]]
-    named = ("key", "source", "start", "end")
-    sources = [{name: getattr(one.entry, name) for name in named} | {"score": one.score} for one in chosen]
-    return {"question": question, "answer": answer and answer.strip(), "sources": sources}
-
-
-def _print(figures: dict[str, Any], as_json: bool) -> None:
+    documents = Inputs(text or ()).read_all()
+    _check_memories(text, documents, state, there)
+    pipeline = open_pipeline(checkpoint, backbone, device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    figures: dict[str, Any] = {}
+    if there is None:
+        start = time.perf_counter()
+        states, places = _write(pipeline, documents, steps) if documents else _kept(state)
+        figures = {
+            "context_tokens": int(states.context_tokens.sum()),
+            "memory_tokens": len(states) * states.num_memory_tokens,
+            "state_bytes": len(states.to_bytes()),
+            "done": "written" if documents else "read",
+            "seconds": time.perf_counter() - start,
+        }
+        if not as_json:
+            typer.echo(
+                "{context_tokens:,} tokens are in {memory_tokens:,} vectors, {state_bytes:,} bytes ({done} in "
+                "{seconds:.2f} s).".format(**figures)
+            )
+    answers = []
+    for question in questions:
+        if there is not None:
+            states, places = _chosen(there, pipeline, question, k)
+        answers.append(_answer(pipeline, question, states, places, options, as_json))
     if as_json:
-        print_json(figures)
-        return
-    console = Console()
-    if "done" in figures:
-        console.print(
-            f"{figures['context_tokens']} tokens are in {figures['memory_tokens']} vectors, "
-            f"{figures['state_bytes']:,} bytes ({figures['done']} in {figures['seconds']:.2f} s)."
+        print_json(figures | {"answers": answers})
+    if documents and state is not None:
+        states.save(state)  # after the answers, which a full disk must not take away
+
+
+def _answer(
+    pipeline: GradMemPipeline,
+    question: str,
+    states: MemoryState | None,
+    places: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+    quiet: bool,
+) -> dict[str, Any]:
+    """Answer a question, piece by piece unless it is to be quiet, with how far memory supports it and its sources."""
+    if not quiet:
+        typer.secho(question, bold=True)
+    if states is None:
+        if not quiet:
+            typer.echo("  (no text in the store has a word of it)")
+        return {"question": question, "answer": None, "support": None, "sources": []}
+    pieces, support, best = _pieces(pipeline, question, states, options)
+    sources = list(places) if best is None else [places[best]]
+    answer = ""
+    for piece in pieces:
+        new = piece if answer else piece.lstrip()
+        if not quiet and new:
+            typer.echo(new if answer else f"  {new}", nl=False)
+        answer += new
+    if not quiet:
+        whence = f", {in_words(sources)}" if len(places) > 1 or "key" in places[0] else ""
+        typer.secho(f"  (support {support:.2f}{whence})".replace("\n", "; "), dim=True)
+    return {"question": question, "answer": answer.strip(), "support": support, "sources": sources}
+
+
+def _pieces(
+    pipeline: GradMemPipeline, question: str, states: MemoryState, options: dict[str, Any]
+) -> tuple[Iterable[str], float, int | None]:
+    """An answer's pieces, how far memory supports it, and the state that it is from; None: all of them.
+
+    An adapter that knows when a state does not hold an answer reads the surest one; others read them side by side, and
+    score the answer when it is whole.
+    """
+    from gradmem_adapter import MemoryState
+
+    if pipeline.model.active_peft_config.refusal is None:
+        memory = MemoryState.concat(list(states))
+        (found,) = pipeline.generate([question], memory=memory, return_scores=True, **options)
+        return [found.text], found.score, None
+    scores = pipeline.support(question, memory=states)
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return pipeline.stream(question, memory=states[best], **options), scores[best], best
+
+
+def _write(
+    pipeline: GradMemPipeline, documents: Sequence[Document], steps: int | None
+) -> tuple[MemoryState, list[dict[str, Any]]]:
+    """States of documents, and what each is of. A document beyond the trained length has a state for each segment."""
+    trained = pipeline.model.active_peft_config.trained_length
+    texts, places = [], []
+    for document in documents:
+        text = document.text.strip()
+        tokens = 0 if trained is None else len(pipeline.tokenizer(text, verbose=False)["input_ids"])
+        if trained is None or tokens <= trained:
+            texts.append(text)
+            places.append({"source": document.source, "start": None, "end": None})
+            continue
+        segments = list(pipeline.segments(text))
+        texts += [segment.text for segment in segments]
+        places += [{"source": document.source, "start": one.start, "end": one.end} for one in segments]
+        warnings.warn(
+            f"{document.source} has {tokens:,} tokens, and the adapter was trained on texts of up to {trained:,}: "
+            f"it is written in {len(segments):,} segments. gradmem write --store keeps them.",
+            stacklevel=2,
         )
-    names = ("asked", "answered from memory", "of")
-    table = Table(*(Column(name, overflow="fold") for name in names[: len(figures["answers"][0])]))
-    for row in figures["answers"]:
-        cells = [row["question"], "(no text in the store has a word of it)" if row["answer"] is None else row["answer"]]
-        if "sources" in row:
-            cells.append(in_words(row["sources"]))
-        table.add_row(*map(Text, cells))
-    console.print(table)
+    return pipeline.write_many(texts, steps=steps), places
+
+
+def _kept(state: Path | None) -> tuple[MemoryState, list[dict[str, Any]]]:
+    """The states in a file."""
+    from gradmem_adapter import MemoryState
+
+    assert state is not None
+    states = MemoryState.load(state)
+    numbers = range(1, len(states) + 1)
+    return states, [{"source": f"{state}, state {number}", "start": None, "end": None} for number in numbers]
+
+
+def _chosen(
+    store: MemoryStore, pipeline: GradMemPipeline, question: str, k: int
+) -> tuple[MemoryState | None, list[dict[str, Any]]]:
+    """The states that a question needs; None where the store has none for it."""
+    chosen = store.choose(pipeline, question, k)
+    states = store.get([choice.entry.key for choice in chosen], pipeline.model.fingerprint()) if chosen else None
+    named = ("key", "source", "start", "end")
+    return states, [{name: getattr(one.entry, name) for name in named} | {"score": one.score} for one in chosen]
 
 
 def _check_questions(questions: Sequence[str]) -> None:
     for question in questions:
         if not question.strip():
             raise ValueError("A question is empty. Leave it out.")
-        if os.path.isfile(question):
-            raise ValueError(f"The question {question!r} is the name of a file. Ask about it with --text {question}.")
+        if os.path.exists(question):
+            raise ValueError(
+                f"The question {question!r} is the name of a file. Ask about it with --text {question}; a pattern of "
+                "several files stands in quotes: --text '*.txt'."
+            )
 
 
-def _check_memories(texts: Sequence[str], state: Path | None, store: MemoryStore | None) -> None:
+def _check_memories(
+    given: Sequence[str] | None, documents: Sequence[Document], state: Path | None, store: MemoryStore | None
+) -> None:
     """Raise unless there is one thing to ask, texts to write, a state to read or a store, before the work begins."""
     kept = state is not None and state.exists()
+    if given and not documents:
+        raise ValueError(f"There is no text in {', '.join(given)}.")
     if store is not None:
-        if texts or state is not None:
+        if documents or state is not None:
             raise ValueError("A store is asked by itself: leave --text and --state out, or --store.")
-    elif texts and kept:
+    elif documents and kept:
         raise ValueError(f"{state} exists. Leave the texts out to ask what it holds, or name another file.")
-    elif not texts and not kept:
+    elif not documents and not kept:
         raise ValueError(
             "There is nothing to ask about: pass --text, --state with a file that was written before, or --store."
         )
-    elif state is not None and texts:
+    elif state is not None and documents:
         check_writable(state)
-
-
-def _memory(pipeline: GradMemPipeline, texts: Sequence[str], state: Path | None, steps: int | None) -> MemoryState:
-    """The states of all texts side by side, written or read from a file."""
-    if not texts and state is not None:
-        return MemoryState.concat(list(MemoryState.load(state)))
-    return MemoryState.concat(list(pipeline.write_many(texts, steps=steps)))

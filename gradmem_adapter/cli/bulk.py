@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
 from rich.console import Console
@@ -14,15 +14,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from gradmem_adapter.cli.inputs import Inputs
 from gradmem_adapter.cli.options import print_json
 from gradmem_adapter.cli.processes import shared_out, together
-from gradmem_adapter.pipeline import GradMemPipeline
-from gradmem_adapter.segments import Segment
-from gradmem_adapter.store import MemoryStore, MemoryStoreError
+
+if TYPE_CHECKING:
+    from gradmem_adapter import GradMemPipeline, MemoryStore, Segment
 
 AT_ONCE = 256
 """Segments that are given to the store together."""
 SHOWN = 20
 """Texts that could not be written and are named on a terminal."""
-Piece: TypeAlias = tuple[str, Segment]
+Piece: TypeAlias = "tuple[str, Segment]"
 """A segment, and the source that it is of."""
 
 
@@ -126,6 +126,8 @@ def _add(
     how: dict[str, Any],
 ) -> None:
     """Store some segments; where that fails, one by one, so that only what is at fault is left out."""
+    from gradmem_adapter import MemoryStoreError
+
     sources = [source for source, _ in part]
     offsets = [(segment.start, segment.end) for _, segment in part]
     try:

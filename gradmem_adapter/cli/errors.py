@@ -9,17 +9,13 @@ import warnings
 from typing import Any
 
 import pydantic
-import torch
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import logging
-from typer.core import TyperGroup
-
-from gradmem_adapter.store import UnknownStateError
+from typer.core import TyperCommand, TyperGroup
 
 DEBUG = typer.Option("--debug", help="Where an error comes from: show its trace, too. May stand at the end as well.")
-WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError, UnknownStateError)
+WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
 """What this package and the libraries below it raise where an input, an option or the machine is not as it should."""
 ADVICE = {
     errno.ENOSPC: "Make room there, or name another place",
@@ -28,6 +24,20 @@ ADVICE = {
     errno.EROFS: "Name another place",
     errno.EACCES: "Change its permissions, or name another place",
 }
+
+
+class Command(TyperCommand):
+    """A command that loads a model, without the bars of Transformers for work of a second."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it."""
+        from huggingface_hub.utils import enable_progress_bars
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        if sys.stderr.isatty():
+            enable_progress_bars()  # of downloads, which take longer
+        return super().invoke(ctx)
 
 
 class Commands(TyperGroup):
@@ -40,8 +50,6 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, and turn what it raises into a line and an exit status."""
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()  # those of Transformers, which fill a log with half-drawn bars
         try:
             with warnings.catch_warnings():
                 self._say_warnings_plainly(ctx)
@@ -73,7 +81,7 @@ def described(error: Exception) -> str:
     """What an error says, in a line; of a file that cannot be opened or written also what to do.
 
     Args:
-        error (`Exception`): one of `WRONG_INPUT`.
+        error (`Exception`): of wrong input.
     """
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. {ADVICE.get(error.errno or 0, '')}".rstrip(". ") + "."
@@ -82,19 +90,22 @@ def described(error: Exception) -> str:
 
 def _outcome(error: Exception) -> tuple[int, str]:
     """The exit status and the line for an error."""
-    from gradmem_adapter.training import TrainingDiverged  # not where nothing has failed: it takes a while to import
+    from torch import OutOfMemoryError  # not where nothing has failed: it takes a while to import
+
+    from gradmem_adapter import UnknownStateError
+    from gradmem_adapter.training import TrainingDiverged
 
     line = " ".join(str(error).split())
     if isinstance(error, TrainingDiverged):
         return 1, line
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
+    if isinstance(error, MemoryError | OutOfMemoryError) or "can't allocate memory" in line:
         return 2, (
             "Out of memory. Give shorter texts, or long ones to gradmem write --store, which cuts them into segments; "
             f"fewer tokens at once (write: --max-tokens; train: training.tokens_per_batch); or another --device. {line}"
         )
     if isinstance(error, pydantic.ValidationError):
         return 2, "; ".join(map(_wrong_field, error.errors())) + "."
-    if isinstance(error, WRONG_INPUT):
+    if isinstance(error, (*WRONG_INPUT, UnknownStateError)):
         return 2, described(error)
     return 1, (
         f"This is a bug in gradmem-adapter, not in what you gave it. {type(error).__name__}: {line}. Please report it "

@@ -7,14 +7,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
-import torch
 import typer
 
-from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.cli.options import CHECKPOINT, QA_CHECKPOINT
-from gradmem_adapter.export import export_model, prompt_embeds
-from gradmem_adapter.state import MemoryState
+from gradmem_adapter.cli.options import BACKBONE, CHECKPOINT, JSON, print_json
 from gradmem_adapter.utils.files import check_writable, replacing
+from gradmem_adapter.utils.shipped import QA
 
 
 class Type(str, Enum):
@@ -26,7 +23,7 @@ class Type(str, Enum):
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A trained adapter.")],
+    checkpoint: Annotated[str, typer.Argument(help="A trained adapter, as for ask.")],
     directory: Annotated[Path, typer.Argument(file_okay=False, help="A new or empty directory for the model.")],
     merge: Annotated[
         bool,
@@ -38,28 +35,46 @@ def export(
     gguf: Annotated[
         Type | None, typer.Option(help="Also write model.gguf for llama.cpp, by its own converter: float32 or float16.")
     ] = None,
+    backbone: Annotated[str | None, BACKBONE] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Write the model that answers from memory as a plain Hugging Face directory, for vLLM and other engines."""
+    import torch
+
+    from gradmem_adapter import load_checkpoint
+    from gradmem_adapter.export import export_model
+
     if gguf is Type.bfloat16:
         raise ValueError("--gguf is float32 or float16.")
-    model, tokenizer = load_checkpoint(checkpoint, dtype=getattr(torch, dtype.value))
+    model, tokenizer = load_checkpoint(checkpoint, backbone=backbone, dtype=getattr(torch, dtype.value))
     kind = cast(Literal["float32", "float16"] | None, None if gguf is None else gguf.value)
     export_model(model, tokenizer, directory, merge=merge, gguf=kind)
-    typer.echo(f"{directory} answers from states of model {model.fingerprint()}, {model.prefix_length} vectors each.")
+    figures = {"directory": str(directory), "fingerprint": model.fingerprint(), "vectors": model.prefix_length}
+    if as_json:
+        print_json(figures)
+    else:
+        typer.echo("{directory} answers from states of model {fingerprint}, {vectors} vectors each.".format(**figures))
 
 
 def export_states(
     states: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Memory states, as gradmem write makes.")],
     output: Annotated[Path, typer.Argument(dir_okay=False, help="A file for JSON lines, one for each state.")],
-    checkpoint: Annotated[Path, CHECKPOINT] = QA_CHECKPOINT,
+    checkpoint: Annotated[str, CHECKPOINT] = QA,
+    backbone: Annotated[str | None, BACKBONE] = None,
     dtype: Annotated[Type, typer.Option(help="Of the vectors; bfloat16 halves the lines.")] = Type.float32,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Write memory states as vLLM's API takes them: prompt_embeds, in base64."""
+    import torch
+
+    from gradmem_adapter import MemoryState, load_checkpoint
+    from gradmem_adapter.export import prompt_embeds
+
     if output.exists():
         raise FileExistsError(f"{output} exists. Name another file.")
     check_writable(output)
     memory = MemoryState.load(states)
-    model, _ = load_checkpoint(checkpoint)
+    model, _ = load_checkpoint(checkpoint, backbone=backbone)
     rows = [
         {"context_tokens": int(tokens), "fingerprint": memory.fingerprint, "prompt_embeds": text}
         for tokens, text in zip(
@@ -68,4 +83,9 @@ def export_states(
     ]
     with replacing(output) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    typer.echo(f"{output} has {len(rows)} states for an engine that serves what gradmem export made of {checkpoint}.")
+    if as_json:
+        print_json({"output": str(output), "states": len(rows), "fingerprint": memory.fingerprint})
+    else:
+        typer.echo(
+            f"{output} has {len(rows)} states for an engine that serves what gradmem export made of {checkpoint}."
+        )

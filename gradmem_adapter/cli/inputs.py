@@ -13,7 +13,6 @@ from gradmem_adapter.cli.errors import described
 from gradmem_adapter.cli.reading import STDIN, has_json_lines, is_text, lines, whole
 from gradmem_adapter.utils.fields import from_json
 from gradmem_adapter.utils.files import decoded
-from gradmem_adapter.utils.tokens import check_text
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,8 @@ def _text(row: Any, name: str, place: str) -> str:
 
 
 def _document(source: str, text: str) -> Document:
+    from gradmem_adapter.utils.tokens import check_text
+
     if not text.strip():
         raise ValueError(f"{source} is empty: there is nothing to write.")
     if "\0" in text:

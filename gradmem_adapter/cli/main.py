@@ -9,7 +9,7 @@ import typer
 
 from gradmem_adapter.cli.ask import ask
 from gradmem_adapter.cli.demo import demo
-from gradmem_adapter.cli.errors import DEBUG, Commands
+from gradmem_adapter.cli.errors import DEBUG, Command, Commands
 from gradmem_adapter.cli.export import export, export_states
 from gradmem_adapter.cli.serve import serve
 from gradmem_adapter.cli.store import app as store
@@ -36,5 +36,5 @@ def main(
 
 
 for command in (demo, write, ask, train, export, export_states, serve):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(store, name="store")

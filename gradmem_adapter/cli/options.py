@@ -8,23 +8,21 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import typer
 
-from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.utils.files import check_writable
-from gradmem_adapter.utils.state_file import is_memory_state
 
-CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
-"""Trained adapters of the source tree; the wheel does not carry them."""
+if TYPE_CHECKING:
+    import torch
 
-QA_CHECKPOINT = CHECKPOINTS / "smollm2-135m-qa"
-"""An adapter trained on questions."""
+    from gradmem_adapter import GradMemPipeline, MemoryStore
 
-CHECKPOINT = typer.Option(
-    help="A trained adapter; default: checkpoints/smollm2-135m-qa of the source tree.", show_default=False
+CHECKPOINT = typer.Option(help="A trained adapter: one that ships, a directory, or a name on the hub.")
+BACKBONE = typer.Option(
+    help="A local directory, a hub id, or package:<package>/<file>.gguf; default: what the adapter was made for.",
+    show_default=False,
 )
 OF_LINES = "For JSON lines"
 TEXT_FIELD = typer.Option(help="The field with the text.", rich_help_panel=OF_LINES)
@@ -42,6 +40,8 @@ def chosen_device(name: str | None) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
+    import torch
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -55,6 +55,19 @@ def chosen_device(name: str | None) -> torch.device:
         there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
         raise ValueError(f"There is no device {name!r} here; use --device {there}.") from error
     return device
+
+
+def open_pipeline(checkpoint: str, backbone: str | None = None, device: str | None = None) -> GradMemPipeline:
+    """The pipeline of a checkpoint.
+
+    Args:
+        checkpoint (`str`): as for `load_checkpoint`.
+        backbone (`str`, *optional*): where it is; None: as the checkpoint says.
+        device (`str`, *optional*): where it goes; None: the GPU if there is one.
+    """
+    from gradmem_adapter import GradMemPipeline, load_checkpoint
+
+    return GradMemPipeline(*load_checkpoint(checkpoint, backbone=backbone, device=chosen_device(device)))
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
@@ -91,6 +104,8 @@ def check_output(path: Path, *, inputs: Iterable[Path], force: bool) -> None:
         OSError, ValueError: it may not; the message says why.
         typer.Abort: the answer was no.
     """
+    from gradmem_adapter.utils.state_file import is_memory_state
+
     check_writable(path, inputs=inputs)
     if force or not path.exists():
         return
@@ -109,6 +124,8 @@ def existing_store(path: Path) -> MemoryStore:
     Raises:
         FileNotFoundError: there is none.
     """
+    from gradmem_adapter import MemoryStore
+
     store = MemoryStore(path)
     if not store.exists():
         raise FileNotFoundError(f"There is no memory store in {path}; gradmem write TEXTS --store {path} makes one.")
@@ -123,6 +140,8 @@ def writable_store(path: Path, *, keep_text: bool) -> MemoryStore:
         OSError: nothing can be written there.
         MemoryStoreError: the index is damaged or lost.
     """
+    from gradmem_adapter import MemoryStore
+
     store = MemoryStore(path, keep_text=keep_text)
     if path.exists() and not store.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise FileExistsError(f"{path} holds other files and is no memory store. Name an empty or a new directory.")

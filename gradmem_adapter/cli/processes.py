@@ -6,11 +6,12 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-
-from accelerate import PartialState
-from accelerate.utils import gather_object
+from typing import TYPE_CHECKING
 
 from gradmem_adapter.cli.inputs import Document, Inputs
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 PATIENCE = timedelta(days=30)
 """How long a process that has done its share waits for the others."""
@@ -22,11 +23,15 @@ def meet(*, cpu: bool) -> PartialState:
     Args:
         cpu (`bool`): they compute on CPUs.
     """
+    from accelerate import PartialState
+
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def shared_out(documents: Iterable[Document]) -> Iterator[Document]:
     """The documents that this process has to do with: all processes take turns."""
+    from accelerate import PartialState
+
     state = PartialState()
     return itertools.islice(documents, state.process_index, None, state.num_processes)
 
@@ -38,6 +43,9 @@ def together(counts: Counter[str], inputs: Inputs) -> Counter[str]:
         counts (`Counter`): what this process has done.
         inputs (`Inputs`): what it was given.
     """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
     if PartialState().num_processes == 1:
         return counts
     found = gather_object([(counts, inputs.refused, inputs.passed_over)])

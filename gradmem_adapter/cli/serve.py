@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.cli.options import DEVICE, chosen_device, writable_store
-from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.cli.options import BACKBONE, DEVICE, chosen_device, writable_store
 
 
 class ReaderName(str, Enum):
@@ -25,7 +23,7 @@ reaches the server may use it."""
 
 
 def serve(
-    checkpoint: Annotated[Path, typer.Argument(help="A trained adapter.")],
+    checkpoint: Annotated[str, typer.Argument(help="A trained adapter, as for ask.")],
     store: Annotated[Path, typer.Option(file_okay=False, help="A directory for the memories.")],
     reader: Annotated[ReaderName, typer.Option(help="Who answers from memory.")] = ReaderName.transformers,
     url: Annotated[str | None, typer.Option(help="vllm: where its server is.")] = None,
@@ -41,9 +39,12 @@ def serve(
     segment_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of a segment; default: four for each vector.")
     ] = None,
+    backbone: Annotated[str | None, BACKBONE] = None,
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Write memories and answer from them over HTTP: POST /v1/memories, and OpenAI's API with `memory` in the body."""
+    from gradmem_adapter import GradMemPipeline, load_checkpoint
+
     try:
         import uvicorn
 
@@ -60,7 +61,7 @@ def serve(
         raise ValueError("--reader vllm and --url, where its server is, go together.")
     if not (store / TENANTS).exists():
         writable_store(store, keep_text=True)
-    model, tokenizer = load_checkpoint(checkpoint, device=chosen_device(device))
+    model, tokenizer = load_checkpoint(checkpoint, backbone=backbone, device=chosen_device(device))
     engine = None
     if url is not None:
         from gradmem_adapter.export.vllm import VLLMReader
@@ -70,7 +71,7 @@ def serve(
     app = create_app(
         GradMemPipeline(model, tokenizer, reader=engine),
         store,
-        model=checkpoint.resolve().name,
+        model=Path(checkpoint).resolve().name,
         tenants=tenants,
         limits=limits,
         segment_tokens=segment_tokens,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +15,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gradmem_adapter.cli.options import JSON, existing_store, in_words, print_json
-from gradmem_adapter.store import Entry, MemoryStore, Report
+
+if TYPE_CHECKING:
+    from gradmem_adapter import MemoryStore
+    from gradmem_adapter.store import Entry, Report
 
 app = typer.Typer(help="See what a memory store holds, and mend it.", no_args_is_help=True)
 

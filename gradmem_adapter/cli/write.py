@@ -4,34 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradmem_adapter.checkpoint import load_checkpoint
 from gradmem_adapter.cli.bulk import print_outcome, write_to_store
 from gradmem_adapter.cli.inputs import Document, Inputs
 from gradmem_adapter.cli.options import (
+    BACKBONE,
     CHECKPOINT,
     DEVICE,
     JSON,
     JSON_LINES,
-    QA_CHECKPOINT,
     SOURCE_FIELD,
     TEXT_FIELD,
     check_output,
     chosen_device,
+    open_pipeline,
     print_json,
     writable_store,
 )
 from gradmem_adapter.cli.processes import meet
 from gradmem_adapter.cli.reading import STDIN
-from gradmem_adapter.pipeline import GradMemPipeline
-from gradmem_adapter.state import MemoryState
-from gradmem_adapter.write.options import Objective, WriteOptions
+from gradmem_adapter.utils.shipped import QA, shipped
+
+if TYPE_CHECKING:
+    from gradmem_adapter import MemoryState
 
 PATHS = """Texts in UTF-8: files, directories, patterns in quotes, - for standard input. A file is one text; of
 JSON lines (.jsonl) each line is."""
@@ -45,7 +46,8 @@ def write(
         Path | None, typer.Option(dir_okay=False, help="A file for the states, one for each text.")
     ] = None,
     store: Annotated[Path | None, typer.Option(file_okay=False, help=STORE)] = None,
-    checkpoint: Annotated[Path, CHECKPOINT] = QA_CHECKPOINT,
+    checkpoint: Annotated[str, CHECKPOINT] = QA,
+    backbone: Annotated[str | None, BACKBONE] = None,
     text_field: Annotated[str, TEXT_FIELD] = "text",
     source_field: Annotated[str | None, SOURCE_FIELD] = None,
     json_lines: Annotated[bool, JSON_LINES] = False,
@@ -65,7 +67,7 @@ def write(
         int | None, typer.Option(min=0, help="Write steps; default: the checkpoint's, or 100 with self_study.")
     ] = None,
     objective: Annotated[
-        Objective,
+        Literal["reconstruction", "self_study"],
         typer.Option(help="What write steps lower; self_study needs no training, and takes seconds to minutes a text."),
     ] = "reconstruction",
     max_tokens: Annotated[int | None, typer.Option(help="Tokens at once; default: what memory allows.")] = None,
@@ -74,12 +76,10 @@ def write(
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Write texts into memory states: one for each in a file, or any number of any length in a memory store."""
+    from gradmem_adapter import WriteOptions
+
     inputs = Inputs(paths, text_field, source_field, json_lines, without=store)
     how: dict[str, Any] = {"options": WriteOptions(steps=steps, objective=objective), "max_tokens": max_tokens}
-
-    def pipeline() -> GradMemPipeline:
-        return GradMemPipeline(*load_checkpoint(checkpoint, device=place))
-
     place = chosen_device(device)
     processes = meet(cpu=place.type == "cpu")
     if processes.num_processes > 1 and (store is None or STDIN in paths):
@@ -88,14 +88,15 @@ def write(
         )
     if store is not None and output is None:
         there = writable_store(store, keep_text=keep_text)
-        counts = write_to_store(there, pipeline(), inputs, segment_tokens, **how)
+        counts = write_to_store(there, open_pipeline(checkpoint, backbone, device), inputs, segment_tokens, **how)
         if processes.is_main_process:
             print_outcome(counts, inputs, as_json)
     elif output is not None and store is None:
         documents = inputs.read_all()
-        own = (file for file in checkpoint.rglob("*") if file.is_file())
+        own = (file for file in (shipped(checkpoint) or Path(checkpoint)).rglob("*") if file.is_file())
         check_output(output, inputs=[*map(Path, paths), *(Path(one.source) for one in documents), *own], force=force)
-        states = pipeline().write_many([document.text for document in documents], **how)
+        pipeline = open_pipeline(checkpoint, backbone, device)
+        states = pipeline.write_many([document.text for document in documents], **how)
         states.save(output)
         _print_states(documents, states, as_json)
     else:

@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 from gradmem_adapter.utils.temporary import temporary_directory
 
 
@@ -32,9 +30,11 @@ def opening(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):  # the machine's fault
-        raise
     except Exception as error:
+        from torch import OutOfMemoryError  # not where no more than a text is read
+
+        if isinstance(error, ImportError | MemoryError | OutOfMemoryError):  # the machine's fault
+            raise
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{what} cannot be opened: {error or type(error).__name__}") from error
 

@@ -1,4 +1,4 @@
-"""Memory for agents of `langchain.agents.create_agent` (extra `agents`)."""
+"""Memory for agents of `langchain.agents.create_agent` (extra `langchain`)."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def cases() -> Iterator[list[str]]:
     yield from ([*demo, "--seed", number] for number in ("x", "1.5", "", str(2**70), str(-(2**70))))
     yield from ([*pairs, "--pairs", number] for number in ("0", "1000", "100000"))
     yield from ([*write, "--max-tokens", "0"], [*ask, "--max-new-tokens", "0"], [*demo, "--memory-tokens", "0"])
-    yield from ([*demo, "--memory-tokens", "100"], ["demo", "--task", "what"], [*pairs, "--ask"], [*kept, "w2"], kept)
+    yield from ([*demo, "--memory-tokens", "100"], ["demo", "--task", "what"], [*pairs, "--what"], [*kept, "w2"], kept)
     for place in PLACES:
         yield from ([*write, "--output", place], [*ask, "--state", place])
         if place not in ("nowhere/x", "folder", ""):

@@ -22,6 +22,11 @@ def ask(*arguments):
     return invoke("ask", *arguments, "--device", "cpu", "--max-new-tokens", 4)
 
 
+def answers_in(result):
+    """What stands between a question and how far memory supports the answer."""
+    return [line.partition("  (support ")[0].strip() for line in result.stdout.splitlines() if "  (support " in line]
+
+
 def test_answers_from_the_text_and_then_from_the_state_alone(checkpoint, tmp_path):
     files = ["--text", tmp_path / "a.txt", "--text", tmp_path / "b.txt"]
     kept = ["--state", tmp_path / "kept.safetensors"]
@@ -30,12 +35,11 @@ def test_answers_from_the_text_and_then_from_the_state_alone(checkpoint, tmp_pat
     assert "21 tokens are in 6 vectors" in first.output
     again = ask("w1 w2", "w3", *kept, "--checkpoint", checkpoint)
     assert again.exit_code == 0, again.output
-    table = first.output[first.output.index("asked") :]
-    assert table == again.output[again.output.index("asked") :]
+    assert answers_in(first) == answers_in(again)
     pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
-    memory = MemoryState.load(tmp_path / "kept.safetensors")
+    memory = MemoryState.concat(list(MemoryState.load(tmp_path / "kept.safetensors")))
     answers = pipeline.generate(["w1 w2", "w3"], memory=memory, max_new_tokens=4)
-    assert all(answer.strip() in table for answer in answers)
+    assert answers_in(first) == [answer.strip() for answer in answers]
 
 
 def test_answers_for_programs(checkpoint, tmp_path):
@@ -44,11 +48,14 @@ def test_answers_for_programs(checkpoint, tmp_path):
     printed = json.loads(result.stdout)
     assert (printed["context_tokens"], printed["memory_tokens"], printed["done"]) == (12, 3, "written")
     pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
-    expected = pipeline.generate(["w1 w2", "w3"], memory=pipeline.write(tiny_text(12)), max_new_tokens=4)
-    assert printed["answers"] == [
-        {"question": question, "answer": answer.strip()}
-        for question, answer in zip(["w1 w2", "w3"], expected, strict=True)
-    ]
+    source = {"source": str(tmp_path / "a.txt"), "start": None, "end": None}
+    memory, options = pipeline.write(tiny_text(12)), {"max_new_tokens": 4, "return_scores": True}
+    for question, answer in zip(["w1 w2", "w3"], printed["answers"], strict=True):
+        (expected,) = pipeline.generate([question], memory=memory, **options)
+        assert answer == {
+            "question": question, "answer": expected.text.strip(), "support": pytest.approx(expected.score),
+            "sources": [source],
+        }  # fmt: skip
 
 
 def test_a_text_that_does_not_fit_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
@@ -72,12 +79,11 @@ def test_states_of_several_texts_are_asked_together(checkpoint, tmp_path):
     texts = ask("w1 w2", "w3", "--text", files[0], "--text", files[1], "--checkpoint", checkpoint)
     assert (kept.exit_code, texts.exit_code) == (0, 0), kept.output
     assert "21 tokens are in 6 vectors" in kept.output
-    tables = [result.output[result.output.index("asked") :] for result in (kept, texts)]
-    assert tables[0] == tables[1]
+    assert answers_in(kept) == answers_in(texts)
 
 
 def test_a_state_that_cannot_be_kept_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradmem_adapter.cli.ask.load_checkpoint", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("gradmem_adapter.cli.ask.open_pipeline", lambda *_, **__: pytest.fail("work was done"))
     result = ask("w1", "--text", tmp_path / "a.txt", "--state", tmp_path / "no" / "x", "--checkpoint", checkpoint)
     assert result.exit_code == 2
     assert "There is no directory" in " ".join(result.stderr.split())
@@ -99,6 +105,63 @@ def test_what_cannot_work(checkpoint, tmp_path, monkeypatch, arguments, message)
     assert message in " ".join(result.stderr.split())
 
 
+@pytest.fixture
+def refuses(checkpoint, tmp_path):
+    """An adapter that says what it does not know, trained on texts of 20 tokens."""
+    model, tokenizer = load_checkpoint(checkpoint)
+    model.active_peft_config.refusal, model.active_peft_config.trained_length = "w7", 20
+    save_checkpoint(model, tokenizer, tmp_path / "refuses")
+    return tmp_path / "refuses"
+
+
+def test_an_answer_comes_piece_by_piece_with_its_support(refuses, tmp_path, monkeypatch):
+    stream = GradMemPipeline.stream
+    monkeypatch.setattr(GradMemPipeline, "stream", lambda *a, **k: iter([" one", " more"]) if stream(*a, **k) else None)
+    result = ask("w1 w2", "--text", tmp_path / "a.txt", "--checkpoint", refuses)
+    assert result.exit_code == 0, result.output
+    pipeline = GradMemPipeline(*load_checkpoint(refuses))
+    (support,) = pipeline.support("w1 w2", memory=pipeline.write(tiny_text(12)))
+    assert result.stdout.splitlines()[1:] == ["w1 w2", f"  one more  (support {support:.2f})"]
+
+
+def test_a_text_beyond_the_trained_length_is_written_in_segments(refuses, tmp_path):
+    (tmp_path / "long.txt").write_text(tiny_text(70))
+    result = ask("w1 w2", "--text", tmp_path / "long.txt", "--checkpoint", refuses, "--json")
+    assert result.exit_code == 0, result.output
+    assert "long.txt has 70 tokens, and the adapter was trained on texts of up to 20" in " ".join(result.stderr.split())
+    printed = json.loads(result.stdout)
+    pipeline = GradMemPipeline(*load_checkpoint(refuses))
+    segments = list(pipeline.segments(tiny_text(70)))
+    assert printed["memory_tokens"] == 3 * len(segments) > 3
+    scores = pipeline.support("w1 w2", memory=pipeline.write_many([segment.text for segment in segments]))
+    (source,) = printed["answers"][0]["sources"]
+    best = segments[scores.index(max(scores))]
+    assert (source["start"], source["end"]) == (best.start, best.end)
+    assert printed["answers"][0]["support"] == pytest.approx(max(scores))
+
+
+def test_several_texts_are_named_in_many_ways(refuses, tmp_path, monkeypatch):
+    """Each is read by itself, and the answer says which it is from."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "c.txt").write_text(tiny_text(8, seed=2))
+    result = ask("w1", "--text", "[ab].txt", "--text", "notes", "--checkpoint", refuses, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["context_tokens"] == 12 + 9 + 8
+    assert printed["answers"][0]["sources"][0]["source"] in ("a.txt", "b.txt", "notes/c.txt")
+    shown = ask("w1", "--text", "[ab].txt", "--text", "notes", "--checkpoint", refuses)
+    assert f", {printed['answers'][0]['sources'][0]['source']})" in shown.stdout
+
+
+def test_another_backbone(checkpoint, backbone, tmp_path):
+    (tmp_path / "backbone").rename(tmp_path / "moved")
+    gone = ask("w1", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint)
+    assert gone.exit_code == 2
+    found = ask("w1", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint, "--backbone", tmp_path / "moved")
+    assert found.exit_code == 0, found.output
+
+
 class TestStore:
     @pytest.fixture
     def memory(self, checkpoint, tmp_path, monkeypatch):
@@ -114,7 +177,7 @@ class TestStore:
         result = ask("w4 w5", "nowhere", "--store", "memory", "--k", 2, "--checkpoint", checkpoint, "--json")
         assert result.exit_code == 0, result.output
         one, none = json.loads(result.stdout)["answers"]
-        assert none == {"question": "nowhere", "answer": None, "sources": []}
+        assert none == {"question": "nowhere", "answer": None, "support": None, "sources": []}
         assert one["sources"][0]["source"] == "d.txt"
         assert (one["sources"][0]["start"], one["sources"][0]["end"]) == (0, 5)
         states = memory.get([source["key"] for source in one["sources"]])
@@ -126,15 +189,12 @@ class TestStore:
         assert "d.txt: 0-5" in table.stdout
         assert "no text in the store has a word of it" in table.stdout
 
-    def test_an_adapter_that_refuses_reads_each_state_by_itself(self, checkpoint, memory, tmp_path):
+    def test_an_adapter_that_refuses_reads_each_state_by_itself(self, refuses, memory):
         """And the one answers whose answer it is surest of."""
-        model, tokenizer = load_checkpoint(checkpoint)
-        model.active_peft_config.refusal = "w7"
-        save_checkpoint(model, tokenizer, tmp_path / "refuses")
-        result = ask("w4 w5", "--store", "memory", "--k", 2, "--checkpoint", tmp_path / "refuses", "--json")
+        result = ask("w4 w5", "--store", "memory", "--k", 2, "--checkpoint", refuses, "--json")
         assert result.exit_code == 0, result.output
         (one,) = json.loads(result.stdout)["answers"]
-        pipeline = GradMemPipeline(model, tokenizer)
+        pipeline = GradMemPipeline(*load_checkpoint(refuses))
         keys = [choice.entry.key for choice in memory.choose(pipeline, "w4 w5", 2)]
         options = {"return_scores": True, "max_new_tokens": 4, "do_sample": False}
         found = {key: pipeline.generate("w4 w5", memory=memory.get(key), **options)[0] for key in keys}

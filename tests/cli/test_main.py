@@ -16,6 +16,34 @@ def test_help():
         assert command in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), *((name, "--help") for name in ("ask", "write", "train", "demo", "store"))],
+)
+def test_help_waits_for_no_library(arguments):
+    """As the command is started. Importing torch, Transformers and PEFT takes seconds."""
+    code = (
+        "import sys, gradmem_command\n"
+        "try:\n    gradmem_command.main()\n"
+        "finally:\n    print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "gradmem" in result.stdout
+
+
+def test_the_command_executes_the_package_when_it_is_needed():
+    code = (
+        "import sys, gradmem_command; gradmem_command._put_in_place(); import gradmem_adapter.cli.main\n"
+        "assert 'torch' not in sys.modules\n"
+        "from gradmem_adapter import GradMemConfig; import gradmem_adapter; from peft import PeftType\n"
+        "print(gradmem_adapter.__version__, PeftType.GRADMEM.value, gradmem_adapter.cli.main.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == [version("gradmem-adapter"), "GRADMEM", "gradmem_adapter.cli.main"], result.stderr
+
+
 def test_version():
     result = invoke("--version")
     assert result.exit_code == 0
@@ -32,10 +60,37 @@ def test_the_help_of_train_says_what_a_row_has():
     [
         (
             "demo",
-            ("--text", "--backbone", "--memory-tokens", "--steps", "--lr", "--seed", "--task", "--pairs", "--ask"),
+            (
+                "--text",
+                "--backbone",
+                "--memory-tokens",
+                "--steps",
+                "--lr",
+                "--seed",
+                "--task",
+                "--pairs",
+                "--checkpoint",
+                "--json",
+            ),
         ),
-        ("write", ("--checkpoint", "--output", "--store", "--steps", "--max-tokens", "--device", "--json")),
-        ("ask", ("--text", "--checkpoint", "--state", "--store", "--k", "--steps", "--max-new-tokens", "--json")),
+        (
+            "write",
+            ("--checkpoint", "--backbone", "--output", "--store", "--steps", "--max-tokens", "--device", "--json"),
+        ),
+        (
+            "ask",
+            (
+                "--text",
+                "--checkpoint",
+                "--backbone",
+                "--state",
+                "--store",
+                "--k",
+                "--steps",
+                "--max-new-tokens",
+                "--json",
+            ),
+        ),
         ("store", ("list", "show", "verify", "gc", "forget", "rebuild", "stats")),
     ],
 )

@@ -10,12 +10,12 @@ sys.path.append(str(Path(__file__).parent))  # for `questions`
 from questions import GREEDY, asked
 
 from gradmem_adapter import GradMemPipeline, load_checkpoint
-from gradmem_adapter.cli.options import QA_CHECKPOINT
+from gradmem_adapter.utils.shipped import QA
 
 
 @pytest.fixture(scope="session")
 def pipeline():
-    return GradMemPipeline(*load_checkpoint(QA_CHECKPOINT))
+    return GradMemPipeline(*load_checkpoint(QA))
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from tiny import ARCHITECTURES, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradmem_adapter import load_checkpoint
-from gradmem_adapter.cli.options import QA_CHECKPOINT
 from gradmem_adapter.export import export_model
 from gradmem_adapter.export.huggingface import CONVERTER
+from gradmem_adapter.utils.shipped import QA
 
 
 def plain(path, merge=True):
@@ -183,7 +183,7 @@ class TestGguf:
 @pytest.mark.smollm
 @pytest.mark.parametrize("merge", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["merged", "LoRA"])
 def test_the_shipped_adapter(merge, tmp_path):
-    model, tokenizer = load_checkpoint(QA_CHECKPOINT)
+    model, tokenizer = load_checkpoint(QA)
     text = "The heron lives on the island of Mull. It eats eels, and its nest is in an old oak by the harbour."
     state = model.write(**tokenizer(text, return_tensors="pt"))
     export_model(model, tokenizer, tmp_path / "model", merge=merge)

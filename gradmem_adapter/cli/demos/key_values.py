@@ -35,12 +35,19 @@ def draw_pairs(count: int, seed: int) -> dict[str, str]:
 
 
 def run_key_value_demo(
-    checkpoint: Path, *, pairs: int = 16, steps: int = 5, seed: int = 0, console: Console | None = None
+    checkpoint: str | Path,
+    *,
+    backbone: str | None = None,
+    pairs: int = 16,
+    steps: int = 5,
+    seed: int = 0,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Write random pairs into memory, drop them, and ask every key; returns the figures of it.
 
     Args:
-        checkpoint (`Path`): weights trained on key-value retrieval.
+        checkpoint (`str` or `Path`): weights trained on key-value retrieval, as for `load_checkpoint`.
+        backbone (`str`, *optional*): as for `load_checkpoint`.
         pairs (`int`, *optional*, defaults to `16`): how many; those that ship are trained on 4 to 96.
         steps (`int`, *optional*, defaults to `5`): write steps.
         seed (`int`, *optional*, defaults to `0`): of the pairs.
@@ -52,7 +59,7 @@ def run_key_value_demo(
     """
     console = console or Console()
     values = draw_pairs(pairs, seed)
-    pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
+    pipeline = GradMemPipeline(*load_checkpoint(checkpoint, backbone=backbone))
     context = "".join(f"!{key}:{value}!" for key, value in values.items()) + "|"
     console.print(Panel(Text(context), title=f"The context: {pairs} pairs !key:value!"))
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Questions about a story of a test set, answered from memory and, beside it, from its text."""
+"""Questions about a story of a test set, and some that it does not answer, from memory and beside it from the text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from gradmem_adapter.cli.demos.recite import kv_cache_bytes
 from gradmem_adapter.pipeline import GradMemPipeline
 
 
-def run_story_demo(checkpoint: Path, *, console: Console | None = None) -> dict[str, Any]:
+def run_story_demo(
+    checkpoint: str | Path, *, backbone: str | None = None, console: Console | None = None
+) -> dict[str, Any]:
     """Answer the questions that ship with the package from memory, beside the backbone's answers from the whole text.
 
     Returns the figures.
 
     Args:
-        checkpoint (`Path`): what `load_checkpoint` opens, an adapter trained on questions.
+        checkpoint (`str` or `Path`): what `load_checkpoint` opens, an adapter trained on questions.
+        backbone (`str`, *optional*): as for `load_checkpoint`.
         console (`Console`, *optional*): where to print.
 
     Raises:
@@ -32,18 +35,19 @@ def run_story_demo(checkpoint: Path, *, console: Console | None = None) -> dict[
     console = console or Console()
     story = json.loads(files("gradmem_adapter").joinpath("data/story.json").read_text(encoding="utf-8"))
     with console.status(Text(f"Loading {checkpoint}")):
-        pipeline = GradMemPipeline(*load_checkpoint(checkpoint))
-    model, questions = pipeline.model, story["questions"]
+        pipeline = GradMemPipeline(*load_checkpoint(checkpoint, backbone=backbone))
+    model, questions = pipeline.model, story["questions"] + story["elsewhere"]
     console.print(Panel(Text(story["context"]), title="A story"))
     console.print(Text(story["source"], style="dim"))
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
     memory = pipeline.write(story["context"])
-    from_memory = pipeline.generate(questions, memory=memory, **options)
+    from_memory = pipeline.generate(questions, memory=memory, return_scores=True, **options)
     prompts = [[{"role": "user", "content": f"{story['context']}\n\n{question}"}] for question in questions]
     from_text = pipeline.generate(prompts, **options)
     ids = pipeline.tokenizer(story["context"], return_tensors="pt")["input_ids"].to(model.device)
     figures: dict[str, Any] = {
-        "from_memory": [answer.strip() for answer in from_memory],
+        "from_memory": [answer.text.strip() for answer in from_memory],
+        "support": [round(answer.score, 3) for answer in from_memory],
         "from_text": [answer.strip() for answer in from_text],
         "targets": story["targets"],
         "context_tokens": ids.shape[1],
@@ -51,8 +55,10 @@ def run_story_demo(checkpoint: Path, *, console: Console | None = None) -> dict[
         "state_bytes": len(memory.to_bytes()),
         "kv_cache_bytes": kv_cache_bytes(model, ids),
     }
-    table = Table("asked", "from memory, the story gone", "by the backbone alone, with the story", "right")
-    for row in zip(questions, figures["from_memory"], figures["from_text"], figures["targets"], strict=True):
+    table = Table("asked", "from memory, the story gone", "support", "by the backbone alone, with the story", "right")
+    right = story["targets"] + ["(the story does not say)"] * len(story["elsewhere"])
+    support = [f"{score:.2f}" for score in figures["support"]]
+    for row in zip(questions, figures["from_memory"], support, figures["from_text"], right, strict=True):
         table.add_row(*map(Text, row))
     console.print(table)
     console.print(

@@ -1,0 +1,71 @@
+"""The wheel, in an environment and a directory of its own: it carries adapters, and answers."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STORY = (
+    "Hans lived at the edge of a dark forest. In the snow he found a golden key. The princess gave Hans a silver ring."
+)
+
+
+def run(*command, **options):
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder with the commands of an environment that has the wheel, and the libraries of this one."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
+    venv.create(folder / "env", symlinks=True)
+    own = {"base": str(folder / "env"), "platbase": str(folder / "env")}
+    site = Path(sysconfig.get_path("purelib", "venv", vars=own))
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = folder / "env" / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    run(sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    return python.parent
+
+
+@pytest.fixture
+def command(installed, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def gradmem(*arguments):
+        return run(installed / "gradmem", *arguments, cwd=tmp_path, env=environment)
+
+    return gradmem
+
+
+@pytest.mark.slow
+@pytest.mark.smollm
+def test_asks(command, installed, tmp_path):
+    (tmp_path / "story.txt").write_text(STORY)
+    result = command("ask", "Where did Hans live?", "--text", "story.txt", "--json")
+    (answer,) = json.loads(result.stdout)["answers"]
+    assert "dark forest" in answer["answer"]
+    assert result.stderr == ""
+    here = run(installed / "python", "-c", "import gradmem_adapter; print(gradmem_adapter.__file__)", cwd=tmp_path)
+    assert str(installed.parent) in here.stdout
+
+
+@pytest.mark.slow
+def test_finds_values(command):
+    assert json.loads(command("demo", "--task", "kv", "--json").stdout)["kv"]["exact_match"] > 0.8
+
+
+@pytest.mark.slow
+def test_knows_its_version(command):
+    from gradmem_adapter import __version__
+
+    assert command("--version").stdout == f"gradmem-adapter {__version__}\n"
