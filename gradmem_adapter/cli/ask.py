@@ -74,9 +74,8 @@ def ask(
             )
     answers = []
     for question in questions:
-        if there is not None:
-            states, places = _chosen(there, pipeline, question, k)
-        answers.append(_answer(pipeline, question, states, places, options, as_json))
+        found = (states, places) if there is None else _chosen(there, pipeline, question, k)
+        answers.append(_answer(pipeline, question, *found, options, as_json))
     if as_json:
         print_json(figures | {"answers": answers})
     if documents and state is not None:
@@ -136,7 +135,8 @@ def _write(
 ) -> tuple[MemoryState, list[dict[str, Any]]]:
     """States of documents, and what each is of. A document beyond the trained length has a state for each segment."""
     trained = pipeline.model.active_peft_config.trained_length
-    texts, places = [], []
+    texts: list[str] = []
+    places: list[dict[str, Any]] = []
     for document in documents:
         text = document.text.strip()
         tokens = 0 if trained is None else len(pipeline.tokenizer(text, verbose=False)["input_ids"])

@@ -149,7 +149,7 @@ class TrainConfig:
             return model, tokenizer
         backbone, tokenizer = load_backbone(self.backbone or SMOLLM2)
         query_format = "text" if tokenizer.chat_template is None else "chat"
-        found = {"query_format": query_format, "trained_length": _longest(contexts, tokenizer)}
+        found: dict[str, Any] = {"query_format": query_format, "trained_length": _longest(contexts, tokenizer)}
         return get_peft_model(backbone, GradMemConfig(**(found | self.memory_fields))), tokenizer
 
 

@@ -120,7 +120,7 @@ def test_what_cannot_work(tmp_path, arguments, message):
 def test_a_damaged_index_is_found_before_the_work(tmp_path, monkeypatch):
     assert write("notes").exit_code == 0
     (tmp_path / "memory" / "index.sqlite").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 99)
-    monkeypatch.setattr("gradmem_adapter.cli.write.load_checkpoint", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("gradmem_adapter.cli.write.open_pipeline", lambda *_, **__: pytest.fail("work was done"))
     result = write("rows.jsonl")
     assert result.exit_code == 2
     assert "index.sqlite' is damaged" in result.stderr
