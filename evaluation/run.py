@@ -58,6 +58,16 @@ class Answerer:
             steps=self.steps, query_format=self.config.query_format, max_new_tokens=max_new_tokens,
         )  # fmt: skip
 
+    def ask(
+        self, kept: Any, lengths: Sequence[int], queries: Sequence[Prompt], reads: Sequence[Sequence[int]],
+        max_new_tokens: int = 32,
+    ) -> list[str]:  # fmt: skip
+        """Greedy answers from what was read; see `Method.ask`."""
+        return self.config.method.ask(
+            self.model, self.tokenizer, kept, lengths, queries, reads,
+            query_format=self.config.query_format, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+
 
 def evaluate(
     checkpoint: Path,

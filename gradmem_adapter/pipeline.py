@@ -259,29 +259,32 @@ class GradMemPipeline(TextEncoder):
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         if memory is None or not return_scores:
             return texts
-        supported = self._scores(input_ids, mask, new, memory, options)
-        return [ScoredText(text, score) for text, score in zip(texts, supported, strict=True)]
+        return [
+            ScoredText(*one) for one in zip(texts, self._scores(input_ids, mask, new, memory, options), strict=True)
+        ]
 
     def support(
-        self, prompt: Prompt, *, memory: MemoryState, tools: list[Any] | None = None,
+        self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState, tools: list[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, strict: bool = True,
     ) -> list[float]:  # fmt: skip
-        """How far each of several states holds an answer to a prompt, which is not computed for it.
+        """How far states hold answers to prompts, which are not computed for it.
 
         Args:
-            prompt (`str` or `list[dict]`): a text or chat messages.
-            memory (`MemoryState`): one state or several, each asked by itself.
+            prompts (`str`, `list[dict]` or a list of either): one, which each state is asked by itself, or several.
+            memory (`MemoryState`): any number of states for one prompt; for several one for all, or one per prompt.
             tools, chat_template_kwargs, strict: as for `encode_prompts` and `generate`.
 
         Returns:
-            `list[float]`: of each state the score that `generate` gives with its answer, from 0 to 1.
+            `list[float]`: of each state or prompt the score that `generate` gives with an answer, from 0 to 1.
 
         Raises:
             ValueError: the adapter was not trained to refuse (`GradMemConfig.refusal`); scores need answers then.
         """
         if self.model.active_peft_config.refusal is None:
             raise ValueError("This adapter was not trained to say what memory does not hold: it scores answers alone.")
-        ids, mask = (row.expand(len(memory), -1) for row in self.encode_prompts([prompt], tools, chat_template_kwargs))
+        ids, mask = self.encode_prompts(prompt_list(prompts), tools, chat_template_kwargs)
+        if len(ids) == 1:
+            ids, mask = ids.expand(len(memory), -1), mask.expand(len(memory), -1)
         return self._scores(ids, mask, ids.new_empty(len(ids), 0), memory, {"strict": strict})
 
     def surest_answer(

@@ -119,8 +119,32 @@ class Method(ABC):
             query_format: as in `GradMemConfig`.
         """
         ids = [list(row) for row in tokenizer(list(contexts))["input_ids"]]
-        kept = self.read(model, tokenizer, ids, steps)
-        lengths = [self.length(model, row) for row in ids]
+        kept, lengths = self.read(model, tokenizer, ids, steps), [self.length(model, row) for row in ids]
+        return self.ask(
+            model, tokenizer, kept, lengths, queries, reads,
+            query_format=query_format, max_new_tokens=max_new_tokens, tokens=tokens,
+        )  # fmt: skip
+
+    def ask(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        kept: Any,
+        lengths: Sequence[int],
+        queries: Sequence[Prompt],
+        reads: Sequence[Sequence[int]],
+        *,
+        query_format: str,
+        max_new_tokens: int,
+        tokens: int = TOKENS,
+    ) -> list[str]:
+        """Greedy answers from contexts that were read.
+
+        Args:
+            kept: what `read` returned of them.
+            lengths: what `length` says of each.
+            queries, reads, query_format: as for `answer`.
+        """
         device = next(model.parameters()).device
         answers: dict[int, str] = {}
         texts = [format_query(query, query_format, tokenizer) for query in queries]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _ROOM = 256
 """Tokens of a model's positions that are left to question and answer, where an article is cut to what it takes."""
 
+_SCORED = 64
+"""Questions that are scored in one batch."""
+
 
 class Asked(NamedTuple):
     """A question, and the numbers of the pieces that it is asked of and of the right one."""
@@ -50,8 +53,8 @@ class LongDocuments(Task):
         segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
         chosen (`str`, *optional*, defaults to `"words"`): what a question is asked of: as many pieces as there are
             states to ask, by `"words"`, as `MemoryStore.choose` finds them; or the `"right"` piece.
-        alone (`bool`, *optional*, defaults to `False`): ask each chosen piece by itself, and take the answer with the
-            highest score, not all side by side. For the method gradmem.
+        alone (`bool`, *optional*, defaults to `False`): ask the one chosen piece whose state holds an answer most
+            likely (`GradMemPipeline.support`), not all side by side. For adapters that were trained to refuse.
         questions (`int`, *optional*): only so many questions of each article, drawn by the seed; None: all.
     """
 
@@ -169,11 +172,9 @@ class LongDocuments(Task):
             raise TypeError("alone and sequential are about memory states: they need the method gradmem.")
         pipeline = GradMemPipeline(answerer.model, answerer.tokenizer)
         memory = self._memory(answerer, pipeline, texts)
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return [
-            pipeline.surest_answer(query, memory=memory[read], **options).text.strip()
-            for query, read in zip(queries, reads, strict=True)
-        ]
+        if self.alone:
+            reads = _surest(pipeline, queries, reads, memory)
+        return answerer.ask(memory, [memory.num_memory_tokens] * len(memory), queries, reads, self.max_new_tokens)
 
     def _memory(self, answerer: Answerer, pipeline: GradMemPipeline, texts: list[str]) -> MemoryState:
         if self.pieces == "sequential":
@@ -185,6 +186,17 @@ class LongDocuments(Task):
             return MemoryState.stack([document.states for document in documents])
         ids = [list(row) for row in answerer.tokenizer(texts)["input_ids"]]
         return cast(MemoryState, answerer.config.method.read(answerer.model, answerer.tokenizer, ids, answerer.steps))
+
+
+def _surest(
+    pipeline: GradMemPipeline, queries: Sequence[str], reads: Sequence[Sequence[int]], memory: MemoryState
+) -> list[list[int]]:
+    """Of the pieces that each question may be asked of, the one whose state holds an answer most likely."""
+    pairs = [(query, i) for query, read in zip(queries, reads, strict=True) for i in read]
+    parts = (pairs[start : start + _SCORED] for start in range(0, len(pairs), _SCORED))
+    found = [s for part in parts for s in pipeline.support([q for q, _ in part], memory=memory[[i for _, i in part]])]
+    scores = iter(found)
+    return [[max((next(scores), -place, i) for place, i in enumerate(read))[2]] for read in reads]
 
 
 def _paragraphs(text: str) -> list[tuple[int, int]]:

@@ -130,6 +130,14 @@ def test_of_several_states_the_surest_answers():
         assert several.state == found.state
 
 
+def test_the_support_of_several_prompts():
+    pipeline = make(refusal="no idea")
+    states = pipeline.write(CONTEXTS)
+    own = [pipeline.support(prompt, memory=state)[0] for prompt, state in zip(PROMPTS, states, strict=True)]
+    assert pipeline.support(PROMPTS, memory=states) == pytest.approx(own, abs=1e-4)
+    assert pipeline.support(PROMPTS, memory=states[1])[1] == pytest.approx(own[1], abs=1e-4)
+
+
 def test_of_an_adapter_that_never_refuses_the_likeliest_answer_counts():
     pipeline = make()
     states = pipeline.write(CONTEXTS)
