@@ -55,8 +55,8 @@ def cost(
     allowed = UNBOUNDED if gib is None else int(gib * GIB)
     options = WriteOptions(steps=args.steps, compile=args.compile, last_loss=False, max_memory=allowed)
     budget, context = Budget.of(backbone), common.random_tokens(backbone, batch, length)
-    plan = budget.plans(batch, length, allowed)[0]
-    foretold = budget.bytes(plan, length) / GIB
+    plan = budget.plans(batch, length, allowed, args.compile)[0]
+    foretold = budget.bytes(plan, length, args.compile) / GIB
     with warnings.catch_warnings(record=True) as said:
         found = common.measure(lambda: model.write(context, options=options), args.device, args.repeats, warm_up=1)
     exceeded = any("Out of memory" in str(warning.message) for warning in said)

@@ -129,9 +129,10 @@ class WritingModel(GradMemTuner):
             return MemoryState(memory, context.lengths, losses, fingerprint)
         batch, length = context.input_ids.shape
         budget = Budget.of(self.model)
-        plans = budget.plans(batch, length, options.max_memory)
+        compiled = options.compile is True
+        plans = budget.plans(batch, length, options.max_memory, compiled)
         with self._fast_writes.of(writer, context, options.compile) as pass_of:
-            run = BoundedPass(budget, plans, pass_of)
+            run = BoundedPass(budget, plans, pass_of, compiled)
             written = write_contexts(writer, context, options, start, callback, run, more, plans[0].rows)
             memory, losses, diverged = written
             fingerprint = self.fingerprint()  # while a GPU is still at work
@@ -226,7 +227,7 @@ class WritingModel(GradMemTuner):
         longest, budget = max(map(len, rows)), Budget.of(self.model)
         self._check_length(longest)
         if options.objective == "reconstruction":
-            budget.plans(1, longest, options.max_memory)  # or nothing is written
+            budget.plans(1, longest, options.max_memory, options.compile is True)  # or nothing is written
         size = budget.tokens(options.max_memory) if max_tokens is None else max_tokens
 
         def write(ids: Tensor, mask: Tensor) -> MemoryState:

@@ -21,6 +21,8 @@ from gradmem_adapter.write.plan import Footprint, Plan, plans
 CPU = torch.device("cpu")
 MOST_CORRECTED = 2.0
 """The largest factor that an estimate is corrected by: memory may have run out for another's sake."""
+FRUGAL = 0.85
+"""The share of what a plan takes that the next one may take, where memory has run out."""
 MaxMemory: TypeAlias = int | Literal["auto"]
 """Bytes that contexts may take beside the model, or what the device has free."""
 
@@ -43,17 +45,18 @@ class Budget:
         """The budget of a causal LM, one for as long as it lives."""
         return _budgets.setdefault(backbone, cls(backbone))
 
-    def bytes(self, plan: Plan, length: int) -> float:
+    def bytes(self, plan: Plan, length: int, compiled: bool = False) -> float:
         """About how many bytes a plan takes for contexts of `length` tokens each."""
-        return self._correction * self._footprint().bytes(plan, length)
+        return self._correction * self._footprint().bytes(plan, length, compiled)
 
-    def plans(self, batch: int, length: int, max_memory: MaxMemory) -> list[Plan]:
-        """The fastest plan that fits, and the more frugal ones.
+    def plans(self, batch: int, length: int, max_memory: MaxMemory, compiled: bool = False) -> list[Plan]:
+        """The fastest plan that fits, and more frugal ones, each by a good part.
 
         Args:
             batch (`int`): how many contexts.
             length (`int`): tokens of the longest.
             max_memory (`int` or `"auto"`): as in `WriteOptions`.
+            compiled (`bool`, *optional*, defaults to `False`): the layers are compiled.
 
         Raises:
             MemoryError: none fits. On a CPU the system would end the process without a word.
@@ -61,28 +64,29 @@ class Budget:
         footprint = self._footprint()
         device = footprint.device
         left = plans(batch, length, footprint.layers, device)
-        needed = self._correction * footprint.bytes(left[0], length)
-        if max_memory == "auto" and needed < UNCHECKED:
-            return left
-        room = free_memory(device) if max_memory == "auto" else max_memory
+        needed = {chosen: self.bytes(chosen, length, compiled) for chosen in left}
+        unchecked = max_memory == "auto" and needed[left[0]] < UNCHECKED
+        room = needed[left[0]] if unchecked else free_memory(device) if max_memory == "auto" else max_memory
         if left[-1].offloaded and footprint.layers * length * footprint.inputs > free_memory(CPU):
-            left.pop()
-        while needed > room and len(left) > 1:
-            left = left[1:]
-            needed = self._correction * footprint.bytes(left[0], length)
-        if needed > room:
+            left = [chosen for chosen in left if not chosen.offloaded]
+        least = min(left, key=needed.__getitem__)
+        found: list[Plan] = []
+        for chosen in left:
+            if needed[chosen] <= (FRUGAL * needed[found[-1]] if found else room):
+                found.append(chosen)
+        if not found:
             raise MemoryError(
                 f"To write {'a context' if batch == 1 else 'one context after the other'} of {length:,} tokens takes "
-                f"about {needed / 1e9:.2g} GB at least, and {room / 1e9:.2g} GB are "
+                f"about {needed[least] / 1e9:.2g} GB at least, and {room / 1e9:.2g} GB are "
                 f"{'free' if max_memory == 'auto' else 'allowed'}. GradMemPipeline.write_document (or gradmem write "
                 "--store) writes a long text in segments; in bfloat16 a model needs half."
             )
-        return left
+        return found if found[-1] == least else [*found, least]
 
-    def exceeded(self, plan: Plan, following: Plan, length: int) -> None:
-        """Learn that a plan did not fit into what is free, and say so once."""
+    def exceeded(self, plan: Plan, following: Plan, length: int, compiled: bool = False) -> None:
+        """Learn that a plan did not fit into what is free, where the following one may just do, and say so once."""
         footprint = self._footprint()
-        seen = 1.01 * free_memory(footprint.device) / footprint.bytes(plan, length)
+        seen = free_memory(footprint.device) / footprint.bytes(following, length, compiled)
         self._correction = max(self._correction, min(seen, MOST_CORRECTED))
         if not self._said:
             self._said = True
@@ -124,10 +128,13 @@ class BoundedPass:
         budget (`Budget`): of the model.
         plans (`list[Plan]`): the one to go by, and the more frugal ones.
         pass_of (`Callable`): the pass for a plan; it is given the plan's rows at most.
+        compiled (`bool`, *optional*, defaults to `False`): its layers are compiled.
     """
 
-    def __init__(self, budget: Budget, plans: list[Plan], pass_of: Callable[[Plan], RunPass]) -> None:
-        self.budget, self.plans, self.pass_of = budget, plans, pass_of
+    def __init__(
+        self, budget: Budget, plans: list[Plan], pass_of: Callable[[Plan], RunPass], compiled: bool = False
+    ) -> None:
+        self.budget, self.plans, self.pass_of, self.compiled = budget, plans, pass_of, compiled
         self.run = pass_of(plans[0])
 
     def __call__(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
@@ -140,7 +147,7 @@ class BoundedPass:
             # Only here, as the traceback of the error holds what the pass had on the GPU.
             torch.cuda.empty_cache()
             plan, *self.plans = self.plans
-            self.budget.exceeded(plan, self.plans[0], context.input_ids.shape[1])
+            self.budget.exceeded(plan, self.plans[0], context.input_ids.shape[1], self.compiled)
             self.run = self.pass_of(self.plans[0])
 
     def _by_parts(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:

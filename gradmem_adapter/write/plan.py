@@ -21,6 +21,9 @@ from gradmem_adapter.write.recompute import recomputed
 WORKSPACE = 0.75
 """What the backward pass of a layer takes beyond what was saved for it, as a share of that; from 0.5 to 0.9 by the
 architecture (tests/write/test_plan.py)."""
+COMPILED = {"cuda": 0.7}
+"""What layers compiled by Inductor keep, as a share of what they keep otherwise. An H200 had 0.68 at the shape of an 8B
+Llama (evaluation/results/write_sizes.jsonl)."""
 LOGIT_BYTES = 12
 """Of each logit that is held at once: its own, those of its probability in float32, and of both gradients."""
 PROBED = {"cuda": 128, "cpu": 8}
@@ -58,10 +61,10 @@ class Plan(NamedTuple):
 
 
 def plans(batch: int, length: int, layers: int, device: torch.device) -> list[Plan]:
-    """The plans for a batch, each slower and more frugal than the one before.
+    """The plans for a batch, each slower than the one before.
 
-    Contexts are split as long as a part keeps the device busy, which costs nothing. Then a quarter of the layers after
-    the other is computed again, then the contexts are split further, and at last what is kept goes to the CPU.
+    Contexts are split as long as a part keeps the device busy, which costs nothing. Then one layer after the other, but
+    for the last, is computed again, then the contexts are split further, and at last what is kept goes to the CPU, but for a few layers.
 
     Args:
         batch (`int`): how many contexts.
@@ -75,10 +78,11 @@ def plans(batch: int, length: int, layers: int, device: torch.device) -> list[Pl
     busy = SATURATED.get(device.type, SATURATED["cpu"])
     many = [n for n in rows if n == batch or n * length >= busy]
     result = [Plan(n) for n in many]
-    result += [Plan(many[-1], again) for again in sorted({-(-layers * part // 4) for part in (1, 2, 3, 4)}) if again]
-    result += [Plan(n, layers) for n in rows[len(many) :]]
-    if layers and device.type != "cpu":
-        result.append(Plan(1, layers, offloaded=True))
+    result += [Plan(many[-1], again) for again in range(1, layers)]
+    most = max(0, layers - 1)  # the last layer's gradients come first: to compute it again saves nothing
+    result += [Plan(n, most) for n in rows[len(many) :]]
+    if most and device.type != "cpu":
+        result += [Plan(1, again, offloaded=True) for again in range(most - most // 8, most + 1)]
     return result
 
 
@@ -127,14 +131,15 @@ class Footprint(NamedTuple):
             device=device,
         )
 
-    def bytes(self, plan: Plan, length: int) -> float:
-        """How many bytes a plan takes for contexts of `length` tokens each, beside the model.
+    def bytes(self, plan: Plan, length: int, compiled: bool = False) -> float:
+        """How many bytes a plan takes for contexts of `length` tokens each, beside the model, or its layers compiled.
 
         What layers keep is there with the logits at the loss; then one layer after the other is freed, and one that is
         computed again has what it saves while its gradients are found.
         """
         tokens = plan.rows * length
-        layer = tokens * (self.token + self.pair * length) / max(1, self.layers)
+        share = COMPILED.get(self.device.type, 1.0) if compiled else 1.0
+        layer = share * tokens * (self.token + self.pair * length) / max(1, self.layers)
         waiting = 0.0 if plan.offloaded else plan.recomputed * tokens * self.inputs
         kept = (max(1, self.layers) - plan.recomputed) * layer
         logits = LOGIT_BYTES * min(tokens * self.vocabulary, max_logits(self.device))

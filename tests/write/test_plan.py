@@ -99,14 +99,14 @@ class TestStates:
     def test_compiled_layers_are_computed_again(self, monkeypatch):
         monkeypatch.setattr(torch.nn.Module, "compile", compile_soon)
         monkeypatch.setattr(FusedCrossEntropy, "compiled", lambda: FUSED)
-        self.compare(make(tiny(num_hidden_layers=1)), compile=True)
+        self.compare(make(), compile=True)
 
     @staticmethod
     def compare(model, **options):
         ids, mask = batch(30, 12, 30)
         backbone = model.get_base_model()
         expected = model.write(ids, mask)
-        few = Budget.of(backbone).bytes(Plan(1, 2), 30)
+        few = Budget.of(backbone).bytes(Plan(1, 1), 30)
         frugal = model.write(ids, mask, max_memory=int(few) + 1, **options)
         torch.testing.assert_close(frugal.vectors, expected.vectors, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(frugal.write_losses, expected.write_losses, rtol=1e-4, atol=1e-6)
@@ -190,15 +190,15 @@ class TestPlans:
         footprint = Footprint(32, 0.0, 4e6, 0.0, 8192.0, 128256, GPU)
         for size, length in ((1, 32768), (8, 1024), (7, 9000), (64, 8192)):
             found = plans(size, length, 32, GPU)
-            needed = [footprint.bytes(chosen, length) for chosen in found]
+            needed = [footprint.bytes(chosen, length) for chosen in found if not chosen.offloaded]
             assert all(less < more for more, less in pairwise(needed)), needed
             assert found[0] == Plan(size)
-            assert found[-1] == Plan(1, 32, offloaded=True)
+            assert found[-4:] == [Plan(1, again, offloaded=True) for again in range(28, 32)]
 
     def test_contexts_are_split_first_as_long_as_the_gpu_is_busy(self):
         found = plans(8, 8192, 32, GPU)
-        assert found[:4] == [Plan(8), Plan(4), Plan(2), Plan(2, 8)]
-        assert plans(8, 512, 32, GPU)[:3] == [Plan(8), Plan(8, 8), Plan(8, 16)]
+        assert found[:4] == [Plan(8), Plan(4), Plan(2), Plan(2, 1)]
+        assert plans(8, 512, 32, GPU)[:3] == [Plan(8), Plan(8, 1), Plan(8, 2)]
 
     def test_without_layers_to_compute_again_contexts_are_split(self):
         assert plans(3, 10, 0, torch.device("cpu")) == [Plan(3), Plan(2), Plan(1)]
@@ -224,7 +224,7 @@ class TestBudget:
         own = Budget.of(backbone)
         assert own.plans(1, 20, 10**9)[-1].offloaded
         free["cpu"] = 1000
-        assert own.plans(1, 20, 10**9)[-1] == Plan(1, 8)
+        assert own.plans(1, 20, 10**9)[-1] == Plan(1, 7)
 
     def test_a_limit_on_free_memory_is_looked_at_for_large_writes_alone(self, monkeypatch):
         backbone, asked = tiny(), []
@@ -269,7 +269,7 @@ class TestOutOfMemory:
             found = model.write(ids)
         assert len(said) == 1
         torch.testing.assert_close(found.vectors, expected.vectors)
-        assert full.seen[:3] == [(2, 4), (2, 2), (2, 0)]
+        assert full.seen[:3] == [(2, 4), (2, 2), (1, 1)]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             torch.testing.assert_close(model.write(ids).vectors, expected.vectors)
@@ -286,10 +286,10 @@ class TestOutOfMemory:
         assert [kept for _, kept in full.seen[4:]] == [12, 12, 12]
 
     def test_no_plan_fits(self, full):
-        full.layers = -1
+        full.layers = 0
         with pytest.warns(RuntimeWarning), pytest.raises(torch.cuda.OutOfMemoryError):
             make().write(tokens(2, 9))
-        assert full.seen[-1] == (1, 0)
+        assert full.seen[-1] == (1, 1)
 
 
 def test_layers_without_a_mark_are_not_computed_again(monkeypatch):
