@@ -63,8 +63,9 @@ class Plan(NamedTuple):
 def plans(batch: int, length: int, layers: int, device: torch.device) -> list[Plan]:
     """The plans for a batch, each slower than the one before.
 
-    Contexts are split as long as a part keeps the device busy, which costs nothing. Then one layer after the other, but
-    for the last, is computed again, then the contexts are split further, and at last what is kept goes to the CPU, but for a few layers.
+    Contexts are split as long as a part keeps the device busy, which costs nothing. Then one layer after the other is
+    computed again, but for the last, then the contexts are split further, and at last what the layers that are computed
+    again keep, a few or no layers less, goes to the CPU.
 
     Args:
         batch (`int`): how many contexts.
