@@ -1,9 +1,12 @@
-"""What a meta-training step costs: forward, backward and AdamW of all weights in bf16, by every strategy.
+"""What a meta-training step costs: forward, backward and AdamW in bf16, by every strategy.
 
     python -m benchmarks.train_step [--batches 4 8] [--length 1024]
+    python -m benchmarks.train_step --shape llama-3.1-8b --lora 16 --checkpointing --batches 1 4 --length 4096 \\
+        --steps --many-steps 2 --how eager compiled
 
-The reference is a textbook implementation in the same process. At the first batch size every strategy runs, at the
-second the one that a GPU is best used with, for more and more write steps.
+All weights are trained, or with `--lora` a LoRA of that rank on all linear layers of a frozen model in `--dtype`. The
+reference is a textbook implementation in the same process. At the first batch size every strategy runs, at the second
+the one that a GPU is best used with, for more and more write steps.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from benchmarks import common, textbook
@@ -73,7 +77,7 @@ def cost_of_a_step(loss: Callable[[], Tensor], model: nn.Module, how: str, args:
         stack.enter_context(maskless_attention(model))
         if how != "eager":
             stack.enter_context(compiled_layers(model, static=True))
-        return common.measure(step, args.device, args.repeats, warm_up=3)
+        return common.measure(step, args.device, args.repeats, args.warm_up)
 
 
 def by_the_textbook(args: argparse.Namespace, batch: int, steps: int) -> common.Cost:
@@ -85,10 +89,15 @@ def by_the_textbook(args: argparse.Namespace, batch: int, steps: int) -> common.
 
 
 def by_us(args: argparse.Namespace, strategy: str, how: str, batch: int, steps: int) -> common.Cost:
+    lora = LoraConfig(r=args.lora, target_modules="all-linear") if args.lora else None
     config = GradMemConfig(
-        num_memory_tokens=args.memory, write_steps=steps, write_lr=0.03, train_backbone=True, meta_gradient=strategy
-    )
-    model = get_peft_model(trainable(args, "sdpa"), config)
+        num_memory_tokens=args.memory, write_steps=steps, write_lr=0.03, train_backbone=lora is None, lora_config=lora,
+        meta_gradient=strategy,
+    )  # fmt: skip
+    model = get_peft_model(trainable(args, "sdpa") if lora is None else common.backbone(args), config)
+    if args.checkpointing:
+        model.train()  # without which nothing is computed again; the shapes have no dropout
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     context, query = tokens(args, model.get_base_model(), batch)
 
     def loss() -> Tensor:
@@ -106,13 +115,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[2, 1], help="write steps at the first batch size")
     parser.add_argument("--many-steps", type=int, nargs="*", default=[1, 2, 5, 10], help="at the second")
     parser.add_argument("--strategies", nargs="*", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--lora", type=int, help="train a LoRA of this rank, not all weights")
+    parser.add_argument("--checkpointing", action="store_true", help="layers are computed again in backward passes")
+    parser.add_argument("--warm-up", type=int, default=3, help="calls before those that are timed")
     parser.add_argument("--how", nargs="*", choices=HOW, default=HOW if torch.cuda.is_available() else HOW[:2])
     args = parser.parse_args(argv)
+    chosen = {"lora": args.lora, "checkpointing": args.checkpointing}
+    options = {name: value for name, value in chosen.items() if value}
 
     def record(method: str, batch: int, steps: int, function: Callable[[], common.Cost]) -> None:
         common.record(
-            args, "train_step", method, function, memory_tokens=args.memory, write_steps=steps, batch=batch,
-            length=args.length,
+            args, "train_step_lora" if args.lora else "train_step", method, function, memory_tokens=args.memory,
+            write_steps=steps, batch=batch, length=args.length, **options,
         )  # fmt: skip
 
     small, large = args.batches

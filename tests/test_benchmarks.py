@@ -217,6 +217,11 @@ def test_train_step(run):
     )  # fmt: skip
     assert [record.method for record in records] == ["textbook", *["finite_difference, eager"] * 2]
     assert [(r.settings["batch"], r.write_steps) for r in records] == [(1, 1), (1, 1), (2, 2)]
+    (record,) = run(
+        train_step, "train_step_lora", "--length", "8", "--query", "4", "--batches", "1", "2", "--steps",
+        "--many-steps", "1", "--how", "eager", "--lora", "2", "--checkpointing", "--warm-up", "0",
+    )  # fmt: skip
+    assert (record.settings["lora"], record.settings["checkpointing"]) == (2, True)
 
 
 def test_training_speed(run):

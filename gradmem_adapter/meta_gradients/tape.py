@@ -14,6 +14,7 @@ from gradmem_adapter.meta_gradients import STRATEGIES
 from gradmem_adapter.meta_gradients.base import MetaGradient, Step, differentiated_once
 from gradmem_adapter.meta_gradients.replay import Replay
 from gradmem_adapter.ops.cross_entropy import FUSED
+from gradmem_adapter.utils.parameters import constant
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import warn_diverged, write_memory
 from gradmem_adapter.write.loss import Writer, write_gradient
@@ -38,8 +39,8 @@ class _WriteStep(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.strategy, ctx.writer, ctx.context, ctx.buffers, ctx.step = strategy, writer, context, buffers, step
         ctx.replay = Replay(memory.device)
-        with torch.enable_grad():
-            fused = replace(writer, fused=FUSED)  # for the memory alone
+        with torch.enable_grad(), constant(inputs[2 + buffers :]):
+            fused = replace(writer, fused=FUSED)
             gradient, losses, _ = write_gradient(fused, memory.detach().requires_grad_(), context)
         ctx.replay.end()
         state = write_step(writer.config, WriteState(memory, tuple(carried), step), gradient, lr)

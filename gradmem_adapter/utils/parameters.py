@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -24,3 +25,21 @@ def backbone_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if id(parameter) not in adapters:
             yield name.replace(".base_layer.", "."), parameter
+
+
+@contextmanager
+def constant(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Trained weights are constants inside. A compiled layer computes the gradients of all that require one, whether
+    they are asked for or not: a third of its time where all weights are trained.
+
+    Args:
+        weights (`Iterable[Tensor]`): they require gradients before and afterwards.
+    """
+    trained = [weight for weight in weights if weight.requires_grad and weight.is_leaf]
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import tiny, tokens
 from torch.nn import functional as F
 
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.training.compiled import compiled_layers
 
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
@@ -44,6 +46,44 @@ def test_autocast_is_the_same_in_forward_and_backward():
     flat = [torch.cat([g[name].flatten() for name in full]) for g in (full, half)]
     assert F.cosine_similarity(*flat, dim=0) > 0.9
     assert not torch.equal(*flat)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
+def test_weights_are_constants_while_a_step_is_taken(meta_gradient, checkpointing):
+    """A compiled layer would compute their gradients, which nobody asked for; those it gives later are the same."""
+    config = GradMemConfig(num_memory_tokens=2, write_steps=2, train_backbone=True, meta_gradient=meta_gradient)
+    model = get_peft_model(tiny().double(), config).train()
+    backbone = model.get_base_model()
+    if checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    seen = []
+
+    def look(*_):
+        seen.append(sum(p.requires_grad for p in trained) / len(trained))
+
+    handle = backbone.model.register_forward_pre_hook(look)
+    train_step(model)
+    assert seen[:3] == [0, 0, 1]  # two steps and READ
+    assert set(seen[3:]) <= {1}  # the outer gradient crosses the steps
+    handle.remove()
+    eager = gradients(model)
+    model.zero_grad()
+    with compiled_layers(model, static=True, backend="aot_eager") if meta_gradient != "exact" else nullcontext():
+        train_step(model)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, eager[name], rtol=1e-9, atol=1e-12)
+
+
+def test_weights_are_trained_again_after_an_error():
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2, train_backbone=True))
+    before = [p.requires_grad for p in model.parameters()]
+    handle = model.get_base_model().model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_step(model)
+    handle.remove()
+    assert [p.requires_grad for p in model.parameters()] == before
 
 
 _PEAK = r"""
