@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -97,7 +97,7 @@ def by_us(args: argparse.Namespace, strategy: str, how: str, batch: int, steps: 
     model = get_peft_model(trainable(args, "sdpa") if lora is None else common.backbone(args), config)
     if args.checkpointing:
         model.train()  # without which nothing is computed again; the shapes have no dropout
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        cast(Any, model.get_base_model()).gradient_checkpointing_enable({"use_reentrant": False})
     context, query = tokens(args, model.get_base_model(), batch)
 
     def loss() -> Tensor:

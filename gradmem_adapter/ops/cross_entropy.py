@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -38,6 +39,7 @@ class FusedCrossEntropy(NamedTuple):
     nll_and_gradient: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None, Tensor]]
 
     @classmethod
+    @cache
     def compiled(cls) -> FusedCrossEntropy:
         """For a GPU, where operations on logits are bound by how often these are read and written."""
         return cls(
@@ -53,6 +55,7 @@ def sequence_nll(
     vocabulary: int,
     fused: FusedCrossEntropy | None = None,
     count_correct: bool = True,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The negative log-likelihood of each sequence, summed over its tokens, and how many tokens are first choices.
 
@@ -67,6 +70,8 @@ def sequence_nll(
             backward pass.
         count_correct (`bool`, *optional*, defaults to `True`): count the tokens that have the largest logit, which
             reads all logits once more.
+        compiled (`bool`, *optional*, defaults to `False`): compile what is done with logits, on a GPU; nothing is
+            differentiated twice then.
 
     Returns:
         Negative log-likelihoods `[B]`, and counts `[B]` or `None`.
@@ -74,13 +79,13 @@ def sequence_nll(
     grad = torch.is_grad_enabled()
     limit = max_logits(hidden.device) if fused or not grad else MAX_LOGITS
     size = max(1, limit // (len(hidden) * vocabulary))
+    chosen = FusedCrossEntropy.compiled() if compiled and hidden.is_cuda else fused or FUSED
     if fused and grad:
-        return _GradientInForward.apply(hidden, targets, mask, head, fused, size, count_correct)
+        return _GradientInForward.apply(hidden, targets, mask, head, chosen, size, count_correct)
     chunks = _chunks(hidden, targets, mask, size)
-    of_logits = fused.nll if fused else nll_of_logits
 
     def chunk_nll(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        return of_logits(head(hidden), targets, mask, count_correct)
+        return chosen.nll(head(hidden), targets, mask, count_correct)
 
     if size >= hidden.shape[1] or not grad:
         sums = [chunk_nll(*chunk) for chunk in chunks]

@@ -224,3 +224,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
     """The layers of a causal LM that tokens go through, not those of what sees or hears."""
     return layers_of(backbone.get_decoder())
+
+
+def is_compiled(backbone: PreTrainedModel) -> bool:
+    """Whether layers of a backbone are compiled, as `torch_compile` of the trainer does it."""
+    return any(layer._compiled_call_impl is not None for layer in layers_of(backbone))

@@ -14,7 +14,7 @@ from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import backward_in_write, write_phase
 from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy, sequence_nll
 from gradmem_adapter.ops.output_head import output_head, trains_head
-from gradmem_adapter.utils.backbone import fresh, max_positions, trunk
+from gradmem_adapter.utils.backbone import fresh, is_compiled, max_positions, trunk
 from gradmem_adapter.write.context import Context
 
 
@@ -78,6 +78,7 @@ class Writer:
                 vocabulary=self.backbone.get_output_embeddings().weight.shape[0],
                 fused=self.fused,
                 count_correct=recovered,
+                compiled=is_compiled(self.backbone),
             )
         return nll / context.lengths, None if correct is None else correct / context.lengths
 
