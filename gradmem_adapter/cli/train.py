@@ -79,6 +79,8 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
     """Train, save and evaluate; the metrics, or None in processes other than the first."""
     from accelerate import PartialState
 
+    from gradmem_adapter import Card
+    from gradmem_adapter.card import write_card
     from gradmem_adapter.training.callbacks import StopOnSignal
 
     state = PartialState(cpu=place.type == "cpu")
@@ -95,4 +97,8 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
         raise typer.Exit(130)
     trainer.save_model(str(output / CHECKPOINT))
     metrics = trainer.evaluate() if plan.eval_rows is not None else {}
-    return metrics if trainer.is_world_process_zero() else None
+    if not trainer.is_world_process_zero():
+        return None
+    trained_on = f"{len(trainer.train_dataset):,} rows of `{Path(plan.rows).name}`."
+    write_card(output / CHECKPOINT, trainer.model, Card(data=trained_on, results=metrics))
+    return metrics

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gradmem_adapter.card import Card, write_card
 from gradmem_adapter.checkpoint import load_weights, save_beside
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.utils.files import errors_named, replacing
@@ -127,6 +128,21 @@ class SavingTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
         with replacing(Path(output_dir) / TRAINING_ARGS_NAME) as temporary:
             torch.save(self.args, temporary)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card into the output directory, with what was measured last; `push_to_hub` calls it.
+
+        Args:
+            args, kwargs: as for `Trainer`, of which `license`, `model_name` and `dataset` count.
+        """
+        if self.config is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            measured = [entry for entry in self.state.log_history if "eval_loss" in entry]
+            results = {name: value for name, value in (measured or [{}])[-1].items() if name.startswith("eval_")}
+            name = self.hub_model_id or kwargs.get("model_name")
+            card = Card(name, kwargs.get("dataset"), results, kwargs.get("license"))
+            write_card(Path(cast(str, self.args.output_dir)), cast(PeftModel, self.model), card)
 
     def _load_weights(self, path: str) -> None:
         with whole_weights(self.model, keep=True):

@@ -174,7 +174,7 @@ def cases() -> Iterator[list[str]]:
     kept = ["ask", "w1", "--checkpoint", "checkpoint"]
     store = ["write", "notes.txt", "--store", "new", "--checkpoint", "checkpoint", "--segment-tokens", "9"]
     stored = ["ask", "w1", "--store", "store", "--checkpoint", "checkpoint"]
-    demo = ["demo", "--text", "story.txt", "--backbone", "backbone", "--steps", "1"]
+    demo = ["demo", "--task", "recite", "--text", "story.txt", "--backbone", "backbone", "--steps", "1"]
     pairs = ["demo", "--task", "kv", "--pairs", "2"]
     train = ["train", "rows.jsonl", "--output", "new", "--backbone", "backbone", "--config", "config.yaml"]
     yield from (["--colour"], ["what"], ["write"], ["ask"], ["train"], ["--debug"], ["demo", "x"])

@@ -1,0 +1,129 @@
+"""The model card of a checkpoint: what the adapter is, how to use it, and what it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+
+from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.utils.directory import CARD
+
+_OF_THE_RUN = ("runtime", "per_second", "epoch", "jit_")
+"""Parts of the names of metrics that say nothing of the adapter."""
+_TEXT = """
+# {name}
+
+A [GradMem](https://arxiv.org/abs/2603.13875) adapter for {backbone}.
+A text is written once into {m} vectors, the memory state, by a few steps of gradient descent. Then the text goes, and
+the model answers from the vectors.
+
+| | |
+|---|---|
+{facts}
+
+## Usage
+
+`pip install gradmem-adapter`
+
+```python
+from gradmem_adapter import GradMemPipeline, load_checkpoint
+
+pipeline = GradMemPipeline(*load_checkpoint("{name}"))
+memory = pipeline.write("Mary went to the kitchen. John went to the garden.")
+print(pipeline.generate("Where is Mary?", memory=memory)[0])
+```
+
+PEFT alone opens it, too, after `import gradmem_adapter`.
+
+## Data
+
+{data}
+
+## Results
+
+{results}
+
+## Licence
+
+{license}
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says that the adapter itself does not know.
+
+    Args:
+        name (`str`, *optional*): what to open it by, such as its repository; None: the directory's.
+        data (`str`, *optional*): what it was trained on.
+        results (`Mapping[str, float]`, *optional*): what was measured, by name.
+        license (`str`, *optional*): its identifier on the hub, such as `"apache-2.0"`.
+    """
+
+    name: str | None = None
+    data: str | None = None
+    results: Mapping[str, float] = field(default_factory=dict)
+    license: str | None = None
+
+
+def write_card(directory: Path, model: PeftModel, card: Card, *, name: str | None = None) -> None:
+    """Write the model card of an adapter into a directory, in the place of one that is there.
+
+    Args:
+        directory (`Path`): the directory.
+        model (`PeftModel`): with an active GradMem adapter.
+        card (`Card`): what else it says.
+        name (`str`, *optional*): where `card` has none; None: the directory's.
+    """
+    config = model.active_peft_config
+    metadata = ModelCardData(
+        base_model=None if config.train_backbone else config.base_model_name_or_path,
+        library_name="peft",
+        license=card.license,
+        pipeline_tag="text-generation",
+        tags=["gradmem", "memory", "context-compression"],
+    )
+    text = _TEXT.format(
+        name=card.name or name or directory.name,
+        backbone=_backbone(config),
+        m=config.num_memory_tokens,
+        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config).items()),
+        data=card.data or "Not stated.",
+        results=_results(card.results),
+        license=card.license or "Not stated. That of the backbone and of the data count, too.",
+    )
+    (directory / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n{text}", encoding="utf-8")
+    ModelCard.load(directory / CARD)  # that the hub can read it
+
+
+def _backbone(config: GradMemConfig) -> str:
+    if config.train_backbone:
+        return "a backbone that was trained with it and lies beside it"
+    return f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "a backbone of your own"
+
+
+def _facts(config: GradMemConfig) -> dict[str, str]:
+    lora = config.lora_config
+    rank = getattr(lora, "r", None) or (lora or {}).get("r") if lora else None
+    steps = f"{config.write_steps} by {config.write_optimizer}, from start={config.start!r}"
+    return {
+        "Method": f"GradMem, meta_gradient={config.meta_gradient!r}",
+        "Memory vectors (m)": str(config.num_memory_tokens),
+        "Write steps (K)": steps,
+        "Trained length": f"{config.trained_length:,} tokens" if config.trained_length else "not known",
+        "LoRA": f"rank {rank}, active in {config.lora_phase}" if rank else "none",
+        "To what memory does not hold it says": repr(config.refusal) if config.refusal else "nothing in particular",
+    }
+
+
+def _results(results: Mapping[str, float]) -> str:
+    rows = [
+        f"| {name.removeprefix('eval_').replace('_', ' ')} | {value:.4g} |"
+        for name, value in results.items()
+        if not any(part in name for part in _OF_THE_RUN)
+    ]
+    return "\n".join(["| measure | value |", "|---|---|", *rows]) if rows else "Not stated."

@@ -1,0 +1,46 @@
+"""A checkpoint on the hub, with everything it needs to answer."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from gradmem_adapter.card import Card
+from gradmem_adapter.checkpoint import save_checkpoint
+
+
+def push_to_hub(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    repo_id: str,
+    *,
+    card: Card | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload a GradMem adapter",
+) -> str:
+    """Save as `save_checkpoint` does, on the hub, from where `load_checkpoint(repo_id)` opens it.
+
+    Args:
+        model (`PeftModel`): a model with an active GradMem adapter.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
+        repo_id (`str`): the repository, `owner/name`, which is made where there is none.
+        card (`Card`, *optional*): what the model card says of data, results and licence.
+        private (`bool`, *optional*): of a new repository; None: as its owner has it.
+        token (`str`, *optional*): of the hub; None: the one of `hf auth login`.
+        commit_message (`str`, *optional*): what the history says.
+
+    Returns:
+        `str`: the address of the commit.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "checkpoint"
+        save_checkpoint(model, tokenizer, directory, card=replace(card or Card(), name=repo_id))
+        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message))

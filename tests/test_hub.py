@@ -1,0 +1,113 @@
+"""Model cards, and checkpoints on the hub: everything below the hub's client is what ships."""
+
+import base64
+import json
+
+import httpx
+import huggingface_hub
+import pytest
+import torch
+from adapters import lora
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from tiny import tiny, tiny_tokenizer
+
+from gradmem_adapter import Card, GradMemConfig, load_checkpoint, push_to_hub, save_checkpoint
+from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
+
+ROW = {"context": "w1 w2 w3", "query": "w4", "target": "w5"}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the hub was sent: the files by their names. It answers as the real one does."""
+    files = {}
+
+    def answer(request):
+        path, body = request.url.path, request.content
+        if path == "/api/repos/create":
+            return httpx.Response(200, json={"url": "https://huggingface.co/owner/mine", "id": "owner/mine"})
+        if path == "/api/validate-yaml":
+            return httpx.Response(200, json={"errors": [], "warnings": []})
+        if "/preupload/" in path:
+            modes = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return httpx.Response(200, json={"files": modes})
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            address = f"https://huggingface.co/owner/mine/commit/{'0' * 40}"
+            return httpx.Response(200, json={"commitUrl": address, "commitOid": "0" * 40})
+        return httpx.Response(404)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    huggingface_hub.set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(answer)))
+    yield files
+    huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+
+
+def adapter(**fields):
+    backbone = tiny()
+    backbone.name_or_path = "owner/backbone"
+    config = {"num_memory_tokens": 3, "write_steps": 2, "trained_length": 1024, "lora_config": lora()} | fields
+    return get_peft_model(backbone, GradMemConfig(**config))
+
+
+def test_a_checkpoint_has_a_card_that_says_what_it_is(tmp_path):
+    card = Card(data="Two fairy tales.", results={"eval_f1": 0.61234, "eval_runtime": 3.0}, license="cc-by-4.0")
+    save_checkpoint(adapter(refusal="not there"), tiny_tokenizer(), tmp_path / "mine", card=card)
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert (card.data.base_model, card.data.library_name, card.data.license) == ("owner/backbone", "peft", "cc-by-4.0")
+    facts = ("# mine", "(m) | 3 |", "(K) | 2 by sgd", "1,024 tokens", "rank 2", "'not there'", "| f1 | 0.6123 |")
+    usage = (
+        "GradMemPipeline, load_checkpoint",
+        'load_checkpoint("mine")',
+        "import gradmem_adapter",
+        "Two fairy tales.",
+    )
+    assert [part for part in facts + usage if part not in card.text] == []
+    assert "runtime" not in card.text
+
+
+def test_a_card_without_facts_invents_none(tmp_path):
+    save_checkpoint(adapter(trained_length=None, lora_config=None), tiny_tokenizer(), tmp_path / "mine")
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.license is None
+    assert card.text.count("Not stated.") == 3
+    assert "not known" in card.text
+    (tmp_path / "mine" / "README.md").write_text("My own words.")
+    save_checkpoint(adapter(), tiny_tokenizer(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "My own words."
+
+
+def test_a_checkpoint_goes_to_the_hub(hub, tmp_path):
+    model = adapter()
+    address = push_to_hub(model, tiny_tokenizer(), "owner/mine", card=Card(license="apache-2.0"), token="hf_x")
+    assert address.endswith("0" * 40)
+    assert b'load_checkpoint("owner/mine")' in hub["README.md"]
+    for name, content in hub.items():
+        (tmp_path / name).write_bytes(content)
+    loaded, _ = load_checkpoint(tmp_path, backbone=tiny())
+    tokens = {"input_ids": torch.tensor([[1, 2, 3]])}
+    assert torch.allclose(loaded.write(**tokens).vectors, model.write(**tokens).vectors, atol=1e-5)
+
+
+def test_the_trainer_pushes_with_what_it_measured(hub, tmp_path):
+    args = GradMemTrainingArguments(
+        str(tmp_path / "run"), max_steps=1, report_to="none", use_cpu=True, hub_token="hf_x", disable_tqdm=True
+    )
+    trainer = GradMemTrainer(
+        adapter(), args, train_dataset=[ROW], eval_dataset=[ROW], processing_class=tiny_tokenizer()
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.push_to_hub(license="mit", dataset="One row.")
+    card = hub["README.md"].decode()
+    assert "license: mit" in card
+    assert "One row." in card
+    assert f"| loss | {metrics['eval_loss']:.4g} |" in card
+    assert 'load_checkpoint("owner/mine")' in card
+    assert "adapter_model.safetensors" in hub
