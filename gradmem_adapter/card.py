@@ -107,8 +107,7 @@ def _backbone(config: GradMemConfig) -> str:
 
 
 def _facts(config: GradMemConfig) -> dict[str, str]:
-    lora = config.lora_config
-    rank = getattr(lora, "r", None) or (lora or {}).get("r") if lora else None
+    rank = getattr(config.lora_config, "r", None)
     steps = f"{config.write_steps} by {config.write_optimizer}, from start={config.start!r}"
     return {
         "Method": f"GradMem, meta_gradient={config.meta_gradient!r}",

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from gradmem_adapter.utils.fields import claim_directory, read_fields, released_
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
 RUN, CHECKPOINT = "run.json", "checkpoint"
 """In the directory of a run: how it was made, and the folder of the finished adapter."""
@@ -99,6 +100,6 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
     metrics = trainer.evaluate() if plan.eval_rows is not None else {}
     if not trainer.is_world_process_zero():
         return None
-    trained_on = f"{len(trainer.train_dataset):,} rows of `{Path(plan.rows).name}`."
-    write_card(output / CHECKPOINT, trainer.model, Card(data=trained_on, results=metrics))
+    model = cast("PeftModel", trainer.model)
+    write_card(output / CHECKPOINT, model, Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics))
     return metrics

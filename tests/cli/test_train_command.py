@@ -57,7 +57,7 @@ def test_makes_an_adapter_that_opens(files):
     assert {"eval_exact_match", "eval_f1", "eval_loss"} <= printed["metrics"].keys()
     card = (files / "run" / "checkpoint" / "README.md").read_text(encoding="utf-8")
     assert f"| f1 | {printed['metrics']['eval_f1']:.4g} |" in card
-    assert "8 rows of `train.jsonl`" in card
+    assert "The rows of `train.jsonl`." in card
     model, _ = load_checkpoint(files / "run" / "checkpoint")
     config = model.active_peft_config
     assert (config.num_memory_tokens, config.start, config.query_format) == (2, "pooled_context", "chat")
