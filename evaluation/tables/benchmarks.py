@@ -9,7 +9,8 @@ import pandas as pd
 
 from .cells import Frame, grid, in_order, percent, read, time_and_memory
 
-H100 = "NVIDIA H100 80GB HBM3"
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+SHAPES = {"smollm2-1.7b": "SmolLM2-1.7B", "llama-3.1-8b": "Llama-3.1-8B"}
 HOW = {
     "textbook": "textbook (its graph kept)", "textbook, no graph": "textbook, no graph kept",
     "plain": "plain (launched kernel by kernel)", "compiled": "compiled, one CUDA graph per pass",
@@ -99,6 +100,39 @@ def write_many() -> Frame:
     return grid(table, table["method"], heads, "{seconds:.1f} s, {peak_gib:.1f} GiB", corner)
 
 
+def write_sizes() -> Frame:
+    """WRITE of Llama-3.1-8B's shape within memory budgets, compiled, on one H200."""
+    table = read("write_sizes", shape="llama-3.1-8b").dropna(subset=["milliseconds"])
+    rows = []
+    for _, row in table.drop_duplicates(["batch", "length", "max_memory_gib"], keep="last").iterrows():
+        bounded = row["max_memory_gib"] == row["max_memory_gib"]
+        again = f"{row['recomputed']:.0f} layers" if row["recomputed"] else None
+        rows.append({
+            "contexts": f"{row['batch']} x {row['length']:,} tokens",
+            "may take": f"{row['max_memory_gib']:g} GiB" if bounded else None,
+            "takes": f"{row['peak_gib']:.1f} GiB",
+            "time": spans(row["milliseconds"]),
+            "of the matmul rate": f"{100 * row['share_of_matmul']:.0f} %",
+            "computed again": f"{again}, inputs on the CPU" if row["offloaded"] else again,
+        })  # fmt: skip
+    return Frame(rows)
+
+
+def write_share() -> Frame:
+    """How near WRITE comes to the speed of a large matrix product, on one H200; `last_loss=False`."""
+    table = read("write_compare", hardware=H200, method="compiled, no last loss")
+    return Frame([
+        {
+            "shape": SHAPES.get(row["shape"], "SmolLM2-135M"),
+            "WRITE of": shape(row),
+            "time": spans(row["milliseconds"]),
+            "takes": f"{row['peak_gib']:.1f} GiB",
+            "of the matmul rate": f"{100 * row['share_of_matmul']:.0f} %",
+        }
+        for _, row in table.iterrows()
+    ])  # fmt: skip
+
+
 def write_growth() -> Frame:
     """Time and memory of the compiled WRITE against tokens and write steps."""
     table = read("write_growth").dropna(subset=["milliseconds"])
@@ -147,6 +181,11 @@ def versus_prompting_gpu() -> Frame:
     """The same on one H100 that ran nothing else."""
     table = read("versus_prompting", kind="answer", hardware=H100)
     return _prompting(table[table["date"] == table["date"].min()]).drop(columns="pays after")
+
+
+def versus_prompting_8b() -> Frame:
+    """The same for Llama-3.1-8B's shape on one H200."""
+    return _prompting(read("versus_prompting", kind="answer", shape="llama-3.1-8b"))
 
 
 def versus_prompting_decoding() -> Frame:
@@ -229,6 +268,6 @@ def training_speed() -> Frame:
 
 TABLES = (
     choice, kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, service, train_step,
-    training_speed, versus_prompting, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_many,
-    write_time, write_time_cpu,
+    training_speed, versus_prompting, versus_prompting_8b, versus_prompting_decoding, versus_prompting_gpu,
+    write_growth, write_many, write_share, write_sizes, write_time, write_time_cpu,
 )  # fmt: skip
