@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.prompts import Prompt
+from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.files import replacing
 
 from .config import Evaluation, RunConfig
@@ -22,6 +26,9 @@ from .results import Record, add_records, device_name
 from .scores import standard_error
 from .tasks import Measurement, Task
 from .train import CHECKPOINT
+
+SCORED = 64
+"""Questions that are scored in one batch."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,31 @@ class Answerer:
             self.model, self.tokenizer, contexts, queries, reads,
             steps=self.steps, query_format=self.config.query_format, max_new_tokens=max_new_tokens,
         )  # fmt: skip
+
+    @property
+    def pipeline(self) -> GradMemPipeline:
+        """Of a model with an adapter.
+
+        Raises:
+            TypeError: it has none.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise TypeError("alone and sequential are about memory states: they need the method gradmem.")
+        return GradMemPipeline(self.model, self.tokenizer)
+
+    def states(self, contexts: Sequence[str]) -> MemoryState:
+        """The memory states of contexts."""
+        ids = [list(row) for row in self.pipeline.tokenizer(list(contexts))["input_ids"]]
+        return cast(MemoryState, self.config.method.read(self.model, self.tokenizer, ids, self.steps))
+
+    def surest(self, memory: MemoryState, queries: Sequence[Prompt], reads: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Of the states that each question may be asked of, the one that holds an answer most likely
+        (`GradMemPipeline.support`)."""
+        pairs = [(query, i) for query, read in zip(queries, reads, strict=True) for i in read]
+        parts = [pairs[start : start + SCORED] for start in range(0, len(pairs), SCORED)]
+        found = [self.pipeline.support([q for q, _ in part], memory=memory[[i for _, i in part]]) for part in parts]
+        scores = itertools.chain.from_iterable(found)
+        return [[max((next(scores), -place, i) for place, i in enumerate(read))[2]] for read in reads]
 
     def ask(
         self, kept: Any, lengths: Sequence[int], queries: Sequence[Prompt], reads: Sequence[Sequence[int]],

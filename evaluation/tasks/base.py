@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from evaluation.data import Rows, distractors, qa_rows, questions
 from evaluation.scores import score_texts
+from gradmem_adapter.prompts import Prompt
 
 if TYPE_CHECKING:
     from evaluation.run import Answerer
@@ -100,6 +102,12 @@ class Task(ABC):
         """The scores of an answer, by name."""
         return score_texts(answer, accepted)
 
+    def answers(
+        self, answerer: Answerer, contexts: Sequence[str], queries: Sequence[Prompt], reads: Sequence[Sequence[int]]
+    ) -> list[str]:
+        """The answer to each question, asked of the contexts of its row in `reads`, side by side."""
+        return answerer.answer(contexts, queries, reads, max_new_tokens=self.max_new_tokens)
+
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
     ) -> Measurement:
@@ -114,7 +122,7 @@ class Task(ABC):
         """
         contexts, queries, index, references = questions(self.rows(split)[:limit])
         reads = distractors(index, len(contexts), states, seed)
-        answers = answerer.answer(contexts, queries, reads, max_new_tokens=self.max_new_tokens)
+        answers = self.answers(answerer, contexts, queries, reads)
         scores = [self.score(answer, accepted) for answer, accepted in zip(answers, references, strict=True)]
         lengths = [len(ids) for ids in answerer.tokenizer(contexts)["input_ids"]]
         return Measurement(

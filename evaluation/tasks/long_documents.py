@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pydantic
 import torch
-from peft import PeftModel
 
 from evaluation.data import Rows, by_words, group
-from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.segments import Segment, segments
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.training.rows import json_lines
@@ -25,9 +23,6 @@ if TYPE_CHECKING:
 
 _ROOM = 256
 """Tokens of a model's positions that are left to question and answer, where an article is cut to what it takes."""
-
-_SCORED = 64
-"""Questions that are scored in one batch."""
 
 
 class Asked(NamedTuple):
@@ -168,35 +163,20 @@ class LongDocuments(Task):
         reads = [[used.index(i) for i in question.reads] for question in asked]
         if not self.alone and self.pieces != "sequential":
             return answerer.answer(texts, queries, reads, max_new_tokens=self.max_new_tokens)
-        if not isinstance(answerer.model, PeftModel):
-            raise TypeError("alone and sequential are about memory states: they need the method gradmem.")
-        pipeline = GradMemPipeline(answerer.model, answerer.tokenizer)
-        memory = self._memory(answerer, pipeline, texts)
+        memory = self._memory(answerer, texts)
         if self.alone:
-            reads = _surest(pipeline, queries, reads, memory)
+            reads = answerer.surest(memory, queries, reads)
         return answerer.ask(memory, [memory.num_memory_tokens] * len(memory), queries, reads, self.max_new_tokens)
 
-    def _memory(self, answerer: Answerer, pipeline: GradMemPipeline, texts: list[str]) -> MemoryState:
-        if self.pieces == "sequential":
-            options = WriteOptions(steps=answerer.steps, last_loss=False)
-            documents = [
-                pipeline.write_document(text, "sequential", segment_tokens=self.segment_tokens, options=options)
-                for text in texts
-            ]
-            return MemoryState.stack([document.states for document in documents])
-        ids = [list(row) for row in answerer.tokenizer(texts)["input_ids"]]
-        return cast(MemoryState, answerer.config.method.read(answerer.model, answerer.tokenizer, ids, answerer.steps))
-
-
-def _surest(
-    pipeline: GradMemPipeline, queries: Sequence[str], reads: Sequence[Sequence[int]], memory: MemoryState
-) -> list[list[int]]:
-    """Of the pieces that each question may be asked of, the one whose state holds an answer most likely."""
-    pairs = [(query, i) for query, read in zip(queries, reads, strict=True) for i in read]
-    parts = (pairs[start : start + _SCORED] for start in range(0, len(pairs), _SCORED))
-    found = [s for part in parts for s in pipeline.support([q for q, _ in part], memory=memory[[i for _, i in part]])]
-    scores = iter(found)
-    return [[max((next(scores), -place, i) for place, i in enumerate(read))[2]] for read in reads]
+    def _memory(self, answerer: Answerer, texts: list[str]) -> MemoryState:
+        if self.pieces != "sequential":
+            return answerer.states(texts)
+        options = WriteOptions(steps=answerer.steps, last_loss=False)
+        documents = [
+            answerer.pipeline.write_document(text, "sequential", segment_tokens=self.segment_tokens, options=options)
+            for text in texts
+        ]
+        return MemoryState.stack([document.states for document in documents])
 
 
 def _paragraphs(text: str) -> list[tuple[int, int]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 import torch
 
 from evaluation.data import REFUSAL, Rows, joined, with_unanswerable
+from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.training.metrics import score_answer
 
 from .base import OPTIONS, Measurement, QuestionTask
@@ -26,17 +28,21 @@ class Passages(QuestionTask):
         unanswerable (`float`, *optional*, defaults to `0`): this share of the questions are other passages', and "not
             in memory" is the answer. Measured are, beside the scores on the others, the shares of both kinds that are
             answered so: `right_refusals` and `false_refusals`.
+        alone (`bool`, *optional*, defaults to `False`): of several states ask the one that holds an answer most likely,
+            not all side by side. For adapters that were trained to refuse.
     """
 
     joined: pydantic.PositiveInt = 1
     unanswerable: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    alone: bool = False
 
     name = "passages"
 
     @property
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
-        return {"unanswerable": self.unanswerable} if self.unanswerable else {}
+        given = {"unanswerable": self.unanswerable, "alone": self.alone}
+        return {name: value for name, value in given.items() if value}
 
     def rows(self, split: str) -> Rows:
         """See `Task.rows`."""
@@ -45,6 +51,16 @@ class Passages(QuestionTask):
     def training_rows(self) -> Rows:
         """See `Task.training_rows`."""
         return with_unanswerable(joined(super().rows("train"), self.joined), self.unanswerable)
+
+    def answers(
+        self, answerer: Answerer, contexts: Sequence[str], queries: Sequence[Prompt], reads: Sequence[Sequence[int]]
+    ) -> list[str]:
+        """See `Task.answers`."""
+        if not self.alone:
+            return super().answers(answerer, contexts, queries, reads)
+        memory = answerer.states(contexts)
+        lengths = [memory.num_memory_tokens] * len(memory)
+        return answerer.ask(memory, lengths, queries, answerer.surest(memory, queries, reads), self.max_new_tokens)
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
