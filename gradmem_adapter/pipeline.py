@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,11 +15,11 @@ from gradmem_adapter.lora import without_lora
 from gradmem_adapter.outputs import Fidelity, ScoredText, SurestAnswer, WriteProgress
 from gradmem_adapter.prompts import Prompt, prompt_list, study_tokens
 from gradmem_adapter.read.left_padding import check_left_padding
-from gradmem_adapter.read.likelihood import scores
 from gradmem_adapter.read.reader import Reader
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.support import answer_scores
 from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.utils.tokens import check_no_file
 from gradmem_adapter.write.options import WriteFields, WriteOptions
@@ -259,9 +258,8 @@ class GradMemPipeline(TextEncoder):
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         if memory is None or not return_scores:
             return texts
-        return [
-            ScoredText(*one) for one in zip(texts, self._scores(input_ids, mask, new, memory, options), strict=True)
-        ]
+        scores = answer_scores(self, input_ids, mask, new, memory, options)
+        return [ScoredText(text, score) for text, score in zip(texts, scores, strict=True)]
 
     def support(
         self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState, tools: list[Any] | None = None,
@@ -285,7 +283,7 @@ class GradMemPipeline(TextEncoder):
         ids, mask = self.encode_prompts(prompt_list(prompts), tools, chat_template_kwargs)
         if len(ids) == 1:
             ids, mask = ids.expand(len(memory), -1), mask.expand(len(memory), -1)
-        return self._scores(ids, mask, ids.new_empty(len(ids), 0), memory, {"strict": strict})
+        return answer_scores(self, ids, mask, ids.new_empty(len(ids), 0), memory, {"strict": strict})
 
     def surest_answer(
         self,
@@ -316,33 +314,6 @@ class GradMemPipeline(TextEncoder):
         scored = self.support(prompt, memory=memory, strict=options.get("strict", True), **kwargs)
         best = max(range(len(scored)), key=scored.__getitem__)
         return SurestAnswer(self.generate(prompt, memory=memory[best], **kwargs, **options)[0], scored[best], best)
-
-    def _scores(
-        self, input_ids: Tensor, mask: Tensor, new: Tensor, memory: MemoryState, options: dict[str, Any]
-    ) -> list[float]:
-        """How far memory supports new tokens `[B x sequences, n]` behind prompts `[B, T]`."""
-        config = self.model.active_peft_config
-        if config.refusal is None:
-            end = options.get("eos_token_id", self.model.generation_config.eos_token_id)
-            ends = {*(end if isinstance(end, list) else [end]), self._pad_token_id}
-            ended = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in new.tolist()]
-            answers = [row[: last + 1] for row, last in zip(new.tolist(), ended, strict=True)]
-        else:
-            refusal = self.tokenizer(config.refusal, add_special_tokens=False)["input_ids"]
-            answers = [[*refusal, *([] if (own := self.tokenizer.eos_token_id) is None else [own])]] * len(new)
-        prompts = [ids[counts.bool()].tolist() for ids, counts in zip(input_ids, mask, strict=True)]
-        index = options.get("context_index")
-        if index is None:
-            index = range(len(prompts)) if len(memory) > 1 else [0] * len(prompts)
-        each = len(new) // len(prompts)  # several sequences of a prompt stand side by side
-        found = self.model.log_likelihood(
-            [prompt for prompt in prompts for _ in range(each)],
-            answers,
-            memory,
-            context_index=torch.as_tensor(index).repeat_interleave(each, dim=0),
-            strict=options.get("strict", True),
-        )
-        return scores(found, config.score_calibration, None if config.refusal is None else len(answers[0])).tolist()
 
     def stream(
         self,
