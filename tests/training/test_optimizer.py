@@ -1,6 +1,7 @@
 """Learning rates of their own for write rates, and Muon for matrices inside the layers, against PyTorch's own."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -108,3 +109,13 @@ class TestTraining:
         run = trainer(make(lora_config=LORA), tmp_path, rows(3), max_steps=2, muon_lr_factor=1.0)
         run.train()
         assert len(run.optimizer.param_groups[-1]["params"]) == 28
+
+
+@pytest.mark.parametrize(("optim", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")])
+def test_optimizers_of_8_bits_are_asked_for(tmp_path, optim, package):
+    """Without their package the error is Transformers' own."""
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    made = trainer(make(lora_config=LORA), tmp_path, rows(2), optim=optim)
+    with pytest.raises(ImportError, match=package):
+        made.create_optimizer()

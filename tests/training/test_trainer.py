@@ -230,15 +230,19 @@ class TestLoss:
         assert model.is_gradient_checkpointing
         close(checkpointed, plain)
 
-    @pytest.mark.parametrize(("meta_gradient", "lora_phase"), [("first_order", "both"), ("finite_difference", "write")])
-    def test_compile(self, tmp_path, meta_gradient, lora_phase):
+    @pytest.mark.parametrize(
+        ("meta_gradient", "lora_phase", "checkpointing"),
+        [("first_order", "both", False), ("finite_difference", "write", False), ("finite_difference", "both", True)],
+    )
+    def test_compile(self, tmp_path, meta_gradient, lora_phase, checkpointing):
         lora = LORA | {"init_lora_weights": False}
         config = {"lora_config": lora, "meta_gradient": meta_gradient, "lora_phase": lora_phase}
         config["finite_difference_step"] = 0.1  # a long step leaves little of the rounding
         plain, one = gradients(make(backbone=tiny(num_hidden_layers=1), **config), tmp_path, rows(2))
         model = make(backbone=tiny(num_hidden_layers=1), **config)
         torch._dynamo.reset()
-        compiled, two = gradients(model, tmp_path / "compiled", rows(2), torch_compile_backend="aot_eager")
+        options = {"torch_compile_backend": "aot_eager", "gradient_checkpointing": checkpointing}
+        compiled, two = gradients(model, tmp_path / "compiled", rows(2), **options)
         assert type(two.model_wrapped) is type(model)
         assert all(layer._compiled_call_impl is None for layer in layers_of(model))  # as it was found
         close(compiled, plain)
