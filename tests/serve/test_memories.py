@@ -10,6 +10,7 @@ from tiny import tiny_text
 
 from gradmem_adapter import MemoryStore
 from gradmem_adapter.serve import Limits, create_app
+from gradmem_adapter.store import files
 
 LONG = tiny_text(30)
 
@@ -133,16 +134,27 @@ def _filled(states):
     return states
 
 
-def test_a_damaged_state_is_said_to_be_and_written_anew(client, store):
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _not_finite(path):
+    tensors, entries = files.read_file(path)
+    tensors["vectors"].fill_(float("nan"))
+    files.write_file(path, tensors, entries)
+
+
+@pytest.mark.parametrize("damage", [_cut, _not_finite])
+def test_a_damaged_state_is_not_read_and_is_written_anew(client, store, damage):
     identity = written(client, "w1 w2")["id"]
     (file,) = (store.path / "states").rglob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 255
-    file.write_bytes(data)
-    response = client.get(f"/v1/memories/{identity}")
-    assert (response.status_code, response.json()["error"]["code"]) == (500, "memory_damaged")
+    damage(file)
+    asked = {"model": "gradmem", "prompt": "w3", "memory": [identity]}
+    for response in (client.get(f"/v1/memories/{identity}"), client.post("/v1/completions", json=asked)):
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "memory_damaged")
     with pytest.warns(UserWarning, match="written anew"):
         assert written(client, "w1 w2")["id"] == identity
+    assert client.post("/v1/completions", json=asked).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])
