@@ -4,8 +4,9 @@
 
 The server is a process of its own on this machine. First each number of clients asks for so many seconds, one question
 after the other. Then, with `--stress`, clients of three tenants write, read, stream, list and delete for so many
-seconds, and between that send wrong keys, ask for others' memories, ask for a state that is not finite, send bodies
-that are too long, cancel requests and drop connections. At its end the server is killed by SIGKILL in the midst of that and started again.
+seconds, and between that send wrong keys, ask for others' memories and for states that are not finite, send bodies that
+are too long, cancel requests and drop connections. At its end the server is killed by SIGKILL in the midst of that and
+started again.
 
     requests_per_second, p50_ms, p95_ms: of whole answers.
     errors: answers with another status than the request should have.
@@ -317,7 +318,7 @@ async def stress(server: Server, seconds: float) -> dict[str, float]:
     async def watch() -> None:
         while (passed := time.perf_counter() - start) < seconds:
             if passed > seconds / 3:
-                resident.append(server.memory())
+                resident.append(server.memory() / 2**20)
             await asyncio.sleep(1)
         killed.set()
         server.stop(signal.SIGKILL)
@@ -329,7 +330,8 @@ async def stress(server: Server, seconds: float) -> dict[str, float]:
         await tenant.check()
     print({name: count for name, count in sorted(counts.items()) if name.startswith("did ")}, flush=True)
     shown = {name: float(counts[name]) for name in ("requests", "errors", "wrong", "crossed", "lost")}
-    return shown | {"growth_mib": (resident[-1] - resident[0]) / 2**20, "resident_mib": resident[-1] / 2**20}
+    print("resident MiB:", [round(resident[i * (len(resident) - 1) // 8]) for i in range(9)], flush=True)
+    return shown | {"growth_mib": resident[-1] - resident[0], "resident_mib": resident[-1]}
 
 
 async def measure(args: Namespace, clients: int | None) -> dict[str, float]:

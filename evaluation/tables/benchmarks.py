@@ -71,6 +71,22 @@ def service() -> Frame:
     return Frame(rows)
 
 
+def serve() -> Frame:
+    """`gradmem serve` under clients that ask one question after the other."""
+    rows = [
+        {
+            "clients": row["clients"],
+            "requests a second": f"{row['requests_per_second']:.1f}",
+            "half are answered after": spans(row["p50_ms"]),
+            "95 % after": spans(row["p95_ms"]),
+            "errors": f"{row['errors']:.0f}",
+            "other answers than alone": f"{row['wrong']:.0f}",
+        }
+        for _, row in read("serve", method="asking").iterrows()
+    ]
+    return Frame(rows)
+
+
 # ---------------------------------------------------------------- WRITE and READ
 
 
@@ -267,7 +283,7 @@ def training_speed() -> Frame:
 
 
 TABLES = (
-    choice, kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, service, train_step,
-    training_speed, versus_prompting, versus_prompting_8b, versus_prompting_decoding, versus_prompting_gpu,
+    choice, kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, serve, service,
+    train_step, training_speed, versus_prompting, versus_prompting_8b, versus_prompting_decoding, versus_prompting_gpu,
     write_growth, write_many, write_share, write_sizes, write_time, write_time_cpu,
 )  # fmt: skip

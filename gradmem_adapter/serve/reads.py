@@ -91,11 +91,11 @@ class Reads:
             told = f"An answer has at most {self.limits.new_tokens:,} tokens here, got {longest:,}."
             raise ApiError(400, told, param="max_tokens")
         with api_errors():
+            (ids,) = self.pipeline.encode_prompts([prompt])[0].tolist()  # first, for it refuses what is too long
+            grammar = None if wanted is None else grammar_of(self.pipeline, wanted)
             found = None
             if body.memory:
                 found = self.memories.find(tenant, body.memory, prompt, query, self.limits.states)
-            grammar = None if wanted is None else grammar_of(self.pipeline, wanted)
-            (ids,) = self.pipeline.encode_prompts([prompt])[0].tolist()
             options = Options(longest, Sampling(body.temperature, body.top_p), body.stops, grammar)
             call = Call(self.pipeline, ids, None if found is None else found.memory, options, body.seed)
         if call.by_engine and (grammar is not None or body.seed is not None):
