@@ -207,7 +207,9 @@ class Tenant:
 
     def expect(self, response: httpx.Response, *status: int) -> bool:
         """Whether a response has one of the statuses that it should have; 429 is one everywhere."""
-        self.counts["errors"] += response.status_code not in (*status, 429)
+        if response.status_code not in (*status, 429):
+            self.counts["errors"] += 1
+            print(response.request.method, response.request.url.path, response.status_code, response.text, flush=True)
         return response.status_code in status
 
     async def read(self, draw: random.Random, other: Tenant) -> None:
@@ -312,8 +314,10 @@ async def stress(server: Server, seconds: float) -> dict[str, float]:
                 await action(tenant, draw, other)
                 counts["requests"] += 1
                 counts[f"did {action.__name__}"] += 1
-            except (httpx.HTTPError, OSError):
-                counts["errors"] += not killed.is_set()
+            except (httpx.HTTPError, OSError) as error:
+                if not killed.is_set():
+                    counts["errors"] += 1
+                    print(action.__name__, repr(error), flush=True)
 
     async def watch() -> None:
         while (passed := time.perf_counter() - start) < seconds:

@@ -18,6 +18,7 @@ from benchmarks import (
     kv_meta_gradient,
     meta_gradient,
     read,
+    serve,
     service,
     sizes,
     textbook,
@@ -241,17 +242,33 @@ def test_texts_of_8192_tokens():
     assert (batch["labels"] >= 0).sum(1).tolist() == [12] * 72
 
 
+def byte_adapter(path, trained_length=None):
+    """A directory with an adapter on a model of bytes."""
+    pipeline = byte_pipeline()
+    pipeline.model.get_base_model().save_pretrained(path / "backbone")
+    pipeline.tokenizer.save_pretrained(path / "backbone")
+    config = pipeline.model.active_peft_config
+    config.base_model_name_or_path, config.trained_length = str(path / "backbone"), trained_length
+    save_checkpoint(pipeline.model, pipeline.tokenizer, path / "adapter")
+    return str(path / "adapter")
+
+
 def test_service(run, tmp_path):
     """Concurrent calls over a few documents: none is written twice, none fails, and cancelled ones hold up nobody."""
-    pipeline = byte_pipeline()
-    pipeline.model.get_base_model().save_pretrained(tmp_path / "backbone")
-    pipeline.tokenizer.save_pretrained(tmp_path / "backbone")
-    pipeline.model.active_peft_config.base_model_name_or_path = str(tmp_path / "backbone")
-    save_checkpoint(pipeline.model, pipeline.tokenizer, tmp_path / "adapter")
-    options = [str(tmp_path / "adapter"), "--requests", "11", "--rounds", "2", "--max-batch", "1", "4"]
+    options = [byte_adapter(tmp_path), "--requests", "11", "--rounds", "2", "--max-batch", "1", "4"]
     records = run(service, "service", *options)
     assert settings(records, "max_batch", "documents") == [(1, 10), (4, 10)]
     assert [(record.metrics["writes"], record.metrics["errors"]) for record in records] == [(10, 0)] * 2
+
+
+@pytest.mark.slow
+def test_serve(run, tmp_path):
+    """Nothing is wrong, lost or another tenant's under everything that clients do, and after a kill."""
+    options = [byte_adapter(tmp_path, trained_length=100), "--clients", "4", "--seconds", "3", "--stress", "15"]
+    asking, stress = run(serve, "serve", *options)
+    assert asking.metrics["errors"] == asking.metrics["wrong"] == 0 < asking.metrics["requests_per_second"]
+    assert stress.metrics["requests"] > 50
+    assert [stress.metrics[name] for name in ("errors", "wrong", "crossed", "lost")] == [0] * 4
 
 
 def test_a_bias_is_told_from_noise():

@@ -76,4 +76,11 @@ def serve(
         limits=limits,
         segment_tokens=segment_tokens,
     )
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=limits.grace, server_header=False)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=limits.grace,
+        timeout_keep_alive=75,  # longer than clients keep a connection, or one would be used that has just been closed
+        server_header=False,
+    )

@@ -162,9 +162,10 @@ class Memories:
             chosen = store.choose(self.pipeline, query, most)
             entries = [one.entry for one in chosen if self._is_whole(store, one.entry)]
         else:
-            entries = [entry for identity in dict.fromkeys(memory) for entry in self._entries(tenant, identity)]
+            ids = list(dict.fromkeys(memory))
+            entries = [entry for identity in ids for entry in self._entries(tenant, identity)]
             if len(entries) > most:
-                ranked = [c for identity in memory for c in store.choose(self.pipeline, query, most, source=identity)]
+                ranked = [one for identity in ids for one in store.choose(self.pipeline, query, most, source=identity)]
                 best = sorted(ranked, key=lambda choice: -choice.score)[:most]
                 entries = [choice.entry for choice in best] or entries[:most]
         if not entries:
