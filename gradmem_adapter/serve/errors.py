@@ -77,13 +77,13 @@ def api_error(error: BaseException) -> ApiError:
         case MemoryStateError():
             told = "A stored memory is damaged. Write its text again."
             return _logged(error, ApiError(500, told, "memory_damaged"))
-        case MemoryStoreError() | OSError() if not isinstance(error, ConnectionError):
+        case MemoryStoreError() | OSError() if not isinstance(error, ConnectionError | TimeoutError):
             return _logged(error, ApiError(503, "The memory store cannot be used now. Ask whoever runs this server."))
         case MemoryError() | torch.OutOfMemoryError():
             return _logged(error, ApiError(503, "There is not enough memory free. Send less at once, or later."))
         case _ if isinstance(error, _REFUSED):
             return ApiError(400, " ".join(str(error).split()))
-        case ConnectionError() | RuntimeError():
+        case ConnectionError() | TimeoutError() | RuntimeError():
             told = "The model or its engine failed. Ask again, or whoever runs this server."
             return _logged(error, ApiError(502, told, "engine_failed"))
         case asyncio.CancelledError():

@@ -228,6 +228,24 @@ class TestCancelled:
         assert "engine" in client.post("/v1/completions", json=body).json()["error"]["message"]
 
 
+class Broken(EngineReader):
+    """An engine that is not there."""
+
+    def _answers(self, prompts, sampling):
+        yield 0, [20], False
+        raise ConnectionError("nothing listens at secret:8000")
+
+
+def test_an_engine_that_fails(pipeline, serve):
+    client = serve(GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=Broken(pipeline.model)))
+    body = {"model": "gradmem", "prompt": "w1", "memory": [written(client, "w1 w2")["id"]]}
+    whole = client.post("/v1/completions", json=body)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (502, "engine_failed")
+    *_, failed = events(client.post("/v1/completions", json=body | {"stream": True}))
+    assert failed == whole.json()
+    assert "secret" not in whole.text
+
+
 def test_no_more_prompts_than_the_bound(serve, ids):
     client = serve(limits=Limits(reads=2))
     body = {"model": "gradmem", "prompt": ["w1"] * 3}
