@@ -17,6 +17,7 @@ PACKAGE = "gradmem_adapter"
 def main() -> None:
     """Run the command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning makes steps many times slower where cores are shared
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a log
     if PACKAGE not in sys.modules:

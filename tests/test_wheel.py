@@ -29,7 +29,7 @@ def installed(tmp_path_factory):
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
     venv.create(folder / "env", symlinks=True)
     own = {"base": str(folder / "env"), "platbase": str(folder / "env")}
-    site = Path(sysconfig.get_path("purelib", "venv", vars=own))
+    site = Path(sysconfig.get_path("purelib", "posix_prefix", vars=own))
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = folder / "env" / "bin" / "python"
     (wheel,) = folder.glob("*.whl")
