@@ -103,7 +103,7 @@ def _number(error: Exception) -> int | None:
         return error.errno
     if match := re.search(r"\(os error (\d+)\)", str(error)):
         return int(match[1])
-    return errno.EIO if re.search("PytorchStreamWriter failed|inline_container", str(error)) else None
+    return errno.EIO if re.search("PytorchStreamWriter failed|inline_container|iostream error", str(error)) else None
 
 
 def _take_over(file: Path, replaced: os.stat_result) -> None:
