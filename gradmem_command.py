@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
-from typing import Any
+from typing import Any, cast
 
 PACKAGE = "gradmem_adapter"
 
@@ -28,15 +30,12 @@ def main() -> None:
 
 
 def _put_in_place() -> None:
-    spec = find_spec(PACKAGE)
-    assert spec is not None
-    assert spec.loader is not None
+    spec = cast(ModuleSpec, find_spec(PACKAGE))
     package = sys.modules[PACKAGE] = module_from_spec(spec)
-    execute = spec.loader.exec_module
 
     def on_first_use(name: str) -> Any:
         del package.__dict__["__getattr__"]
-        execute(package)
+        cast(Loader, spec.loader).exec_module(package)
         return getattr(package, name)
 
     package.__dict__["__getattr__"] = on_first_use

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -59,7 +59,7 @@ def ask(
     figures: dict[str, Any] = {}
     if there is None:
         start = time.perf_counter()
-        states, places = _write(pipeline, documents, steps) if documents else _kept(state)
+        states, places = _write(pipeline, documents, steps) if documents else _kept(cast(Path, state))
         figures = {
             "context_tokens": int(states.context_tokens.sum()),
             "memory_tokens": len(states) * states.num_memory_tokens,
@@ -155,11 +155,10 @@ def _write(
     return pipeline.write_many(texts, steps=steps), places
 
 
-def _kept(state: Path | None) -> tuple[MemoryState, list[dict[str, Any]]]:
+def _kept(state: Path) -> tuple[MemoryState, list[dict[str, Any]]]:
     """The states in a file."""
     from gradmem_adapter import MemoryState
 
-    assert state is not None
     states = MemoryState.load(state)
     numbers = range(1, len(states) + 1)
     return states, [{"source": f"{state}, state {number}", "start": None, "end": None} for number in numbers]
