@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test coverage test-slow test-wheel test-engines lint format types clean
+.PHONY: demo test coverage test-slow test-wheel test-page test-engines lint format types clean
 
 # Passive waiting: with other work on the same cores, OpenMP's spinning makes a step several times slower.
 demo: $(READY)
@@ -29,6 +29,11 @@ test-slow: $(READY)
 # The wheel, installed into an environment of its own.
 test-wheel: $(READY)
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py
+
+# The page of `gradmem serve` in a real browser (`apt-get install chromium chromium-driver`).
+test-page: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "selenium>=4.30"
+	$(BIN)/python -m pytest -q -m slow tests/serve/test_browser.py
 
 # The real vLLM and llama.cpp, each in an environment of its own (Python 3.11; 6 GB together, some minutes the first time).
 test-engines: $(ENGINES)/vllm/.ready $(ENGINES)/llama_cpp/.ready

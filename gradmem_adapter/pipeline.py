@@ -95,6 +95,7 @@ class GradMemPipeline(TextEncoder):
         max_tokens: int | None = None,
         progress: bool | None = None,
         done: Callable[[list[int], MemoryState], None] | None = None,
+        callback: Callable[[list[int], WriteProgress], None] | None = None,
         options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
@@ -105,6 +106,8 @@ class GradMemPipeline(TextEncoder):
             max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
             progress (`bool`, *optional*): show a progress bar; None: where stderr is a terminal.
             done (`Callable`, *optional*): given the indices and the states of each batch as soon as it is written.
+            callback (`Callable`, *optional*): given the indices of a batch and a `WriteProgress`, before each step and
+                after the last.
             options, fields: as for `write`.
 
         Returns:
@@ -117,7 +120,12 @@ class GradMemPipeline(TextEncoder):
         """
         options = self._with_study(WriteOptions.of(options, **fields))
         return self.model.write_many(
-            self._context_ids(texts), max_tokens=max_tokens, progress=progress, done=done, options=options
+            self._context_ids(texts),
+            max_tokens=max_tokens,
+            progress=progress,
+            done=done,
+            callback=callback,
+            options=options,
         )
 
     def write_document(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -196,6 +197,7 @@ class WritingModel(GradMemTuner):
         max_tokens: int | None = None,
         progress: bool | None = None,
         done: Callable[[list[int], MemoryState], None] | None = None,
+        callback: Callable[[list[int], WriteProgress], None] | None = None,
         options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
@@ -210,6 +212,8 @@ class WritingModel(GradMemTuner):
             progress (`bool`, *optional*): show a progress bar. `None`: where stderr is a terminal.
             done (`Callable`, *optional*): given the indices and the states of each batch as soon as it is written, so
                 that what fails later loses nothing.
+            callback (`Callable`, *optional*): given the indices of a batch and a `WriteProgress`, before each step and
+                after the last.
             options, fields: as for `write`.
 
         Returns:
@@ -230,8 +234,10 @@ class WritingModel(GradMemTuner):
             budget.plans(1, longest, options.max_memory, options.compile is True)  # or nothing is written
         size = budget.tokens(options.max_memory) if max_tokens is None else max_tokens
 
-        def write(ids: Tensor, mask: Tensor) -> MemoryState:
-            return self._write(Context.from_tokens(ids, mask, self.model, self.prefix_length), options)
+        def write(indices: list[int], ids: Tensor, mask: Tensor) -> MemoryState:
+            context = Context.from_tokens(ids, mask, self.model, self.prefix_length)
+            told = None if callback is None else partial(callback, indices)
+            return self._write(context, options, callback=told)
 
         with progress_bar(len(rows), progress) as advance:
 
@@ -256,7 +262,14 @@ class WritingModel(GradMemTuner):
         return self._prefix(self._vectors(memory, strict)).clone()  # engines may change it in place
 
     @of_one_adapter
-    def reconstruct(self, memory: MemoryState, max_new_tokens: int | None = None, *, strict: bool = True) -> Tensor:
+    def reconstruct(
+        self,
+        memory: MemoryState,
+        max_new_tokens: int | None = None,
+        *,
+        strict: bool = True,
+        callback: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """Decode contexts greedily from memory alone, as WRITE sees it (its head, control vectors and LoRA).
 
         Args:
@@ -264,6 +277,7 @@ class WritingModel(GradMemTuner):
             max_new_tokens (`int`, *optional*): how many tokens. `None`: those of the longest context, as far as the
                 backbone has positions.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
+            callback (`Callable`, *optional*): given the token ids `[B]` of each place as soon as they are decoded.
 
         Returns:
             `Tensor`: `[B, max_new_tokens]` token ids; those of sample i count up to `memory.context_tokens[i]`.
@@ -271,7 +285,7 @@ class WritingModel(GradMemTuner):
         if max_new_tokens is None:
             counts = (int(memory.context_tokens.max()), self._writer.longest_context)
             max_new_tokens = min(count for count in counts if count is not None)
-        return reconstruct(self._writer, self._vectors(memory, strict), max_new_tokens)
+        return reconstruct(self._writer, self._vectors(memory, strict), max_new_tokens, callback)
 
     @of_one_adapter
     def fidelity(

@@ -20,7 +20,9 @@ from gradmem_adapter.serve.limits import Limits
 from gradmem_adapter.serve.memories import Memories
 from gradmem_adapter.serve.metrics import Counting, Metrics
 from gradmem_adapter.serve.openai import openai_routes
+from gradmem_adapter.serve.page import page_routes
 from gradmem_adapter.serve.reads import Reads
+from gradmem_adapter.serve.recitals import recital_routes
 from gradmem_adapter.serve.routes import memory_routes
 from gradmem_adapter.serve.tenants import Gate, Tenants
 from gradmem_adapter.serve.writes import WriteQueue
@@ -62,6 +64,8 @@ def create_app(
     add_handlers(app)
     app.include_router(openai_routes(reads, model))
     app.include_router(memory_routes(memories, writes, limits))
+    app.include_router(recital_routes(memories, writes, limits))
+    app.include_router(page_routes())
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from gradmem_adapter.documents import DocumentMemory
+from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.serve.errors import ApiError
 from gradmem_adapter.serve.metrics import Metrics
+from gradmem_adapter.serve.streams import Tell
 from gradmem_adapter.serve.tenants import LOCAL
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import Entry, MemoryStore
+from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 from gradmem_adapter.write.options import WriteOptions
 
 AUTO = "auto"
@@ -30,10 +37,13 @@ class Found(NamedTuple):
     Args:
         memory (`MemoryState`): one state, of several texts side by side or not.
         entries (`Sequence[Entry]`): where it is from.
+        support (`float`, *optional*): how far it holds an answer, from 0 to 1; None: that was not asked for, or the
+            adapter was not trained to refuse.
     """
 
     memory: MemoryState
     entries: Sequence[Entry]
+    support: float | None = None
 
 
 class Memories:
@@ -54,6 +64,13 @@ class Memories:
         self.pipeline, self.folder, self.metrics, self.segment_tokens = pipeline, folder, metrics, segment_tokens
         self._stores: dict[str, MemoryStore] = {}
 
+    @cached_property
+    def _kv_bytes_per_token(self) -> int:
+        """That the backbone keeps of a text that it reads."""
+        backbone = self.pipeline.model.get_base_model()
+        one, two = (kv_cache_bytes(backbone, torch.zeros(1, n, dtype=torch.long)) for n in (1, 2))
+        return two - one
+
     def _store(self, tenant: str) -> MemoryStore:
         own = self.folder if tenant == LOCAL else self.folder / TENANTS / tenant
         return self._stores.setdefault(tenant, MemoryStore(own))
@@ -68,7 +85,14 @@ class Memories:
         return _PREFIX + self._store(tenant).key(self.pipeline, text, options)
 
     def write(
-        self, tenant: str, text: str, name: str | None, options: WriteOptions, fidelity: bool, check: Callable[[], None]
+        self,
+        tenant: str,
+        text: str,
+        name: str | None,
+        options: WriteOptions,
+        fidelity: bool,
+        check: Callable[[], None],
+        tell: Tell | None = None,
     ) -> dict[str, Any]:
         """WRITE a text in segments, unless that is done, and say what came of it.
 
@@ -77,7 +101,9 @@ class Memories:
             name (`str`, *optional*): what the text is called.
             options (`WriteOptions`): how to write.
             fidelity (`bool`): measure it.
-            check (`Callable`): called between batches of segments; what it raises ends the work.
+            check (`Callable`): called between batches of segments, and between steps that are told; what it raises ends
+                the work.
+            tell (`Callable`, *optional*): told of the segments, and of each write step.
         """
         store, identity = self._store(tenant), self.id_of(tenant, text, options)
         segments = tuple(self.pipeline.segments([text], self.segment_tokens))  # no text by itself: it may name a file
@@ -90,6 +116,11 @@ class Memories:
             self.metrics.written.inc(len(keys))
             check()
 
+        def stepped(numbers: list[int], progress: WriteProgress) -> None:
+            check()
+            if tell is not None:
+                tell(_step(numbers, progress))
+
         def add() -> list[str]:
             return store.add(
                 self.pipeline,
@@ -99,8 +130,12 @@ class Memories:
                 metadata=places,
                 options=options,
                 done=written,
+                callback=None if tell is None else stepped,
             )
 
+        if tell is not None:
+            cut = [{"start": one.start, "end": one.end, "tokens": one.tokens} for one in segments]
+            tell({"object": "memory.begun", "id": identity, "segments": cut})
         keys = add()
         if fidelity and "fidelity" not in places[0]:
             check()
@@ -109,8 +144,8 @@ class Memories:
             add()
         return self.describe(tenant, identity)
 
-    def describe(self, tenant: str, identity: str) -> dict[str, Any]:
-        """All there is to say of a memory; `ApiError` where the tenant has none of this id."""
+    def describe(self, tenant: str, identity: str, text: bool = False) -> dict[str, Any]:
+        """All there is to say of a memory, with its text or not; `ApiError` where the tenant has none of this id."""
         entries = self._entries(tenant, identity)
         states = self._states(tenant, entries)
         losses = states.write_losses.tolist()
@@ -122,9 +157,22 @@ class Memories:
                 "write_losses": losses[i],
                 "fidelity": entry.metadata.get("fidelity"),
             }
+            | ({"text": entry.text} if text else {})
             for i, entry in enumerate(entries)
         ]
         return self._summary(entries) | {"write_loss": sum(row[-1] for row in losses) / len(losses), "segments": pieces}
+
+    def segment(self, tenant: str, identity: str, index: int) -> tuple[str | None, MemoryState]:
+        """A segment's text, if the store keeps it, and its state; `ApiError` where there is none.
+
+        Args:
+            tenant, identity (`str`): whose, and of which memory.
+            index (`int`): which segment.
+        """
+        entries = self._entries(tenant, identity)
+        if index >= len(entries):
+            raise ApiError(400, f"This memory has {len(entries)} segments, counted from 0.", param="segment")
+        return entries[index].text, self._states(tenant, [entries[index]])
 
     def page(self, tenant: str, limit: int, after: str | None) -> tuple[list[dict[str, Any]], bool]:
         """Some of a tenant's memories in the order of their ids, and whether there are more.
@@ -144,7 +192,9 @@ class Memories:
         self._entries(tenant, identity)
         self._store(tenant).forget(identity)
 
-    def find(self, tenant: str, memory: Sequence[str] | str, prompt: Prompt, query: str, most: int) -> Found | None:
+    def find(
+        self, tenant: str, memory: Sequence[str] | str, prompt: Prompt, query: str, most: int, support: bool = False
+    ) -> Found | None:
         """What a question is to be answered from; None: the store has no text for it.
 
         Of more states than may be read, those are that have the question's words. Where the adapter was trained to
@@ -156,6 +206,7 @@ class Memories:
             prompt (`Prompt`): what is asked.
             query (`str`): the question in it.
             most (`int`): states that are read.
+            support (`bool`, *optional*, defaults to `False`): say how far memory holds an answer.
         """
         store = self._store(tenant)
         if memory == AUTO:
@@ -171,11 +222,12 @@ class Memories:
         if not entries:
             return None
         states = self._states(tenant, entries)
-        if len(entries) == 1 or self.pipeline.model.active_peft_config.refusal is None:
+        alone = len(entries) == 1 and not support
+        if alone or self.pipeline.model.active_peft_config.refusal is None:
             return Found(MemoryState.concat(list(states)), entries)
         supported = self.pipeline.support(prompt, memory=states)
         best_state = max(range(len(supported)), key=supported.__getitem__)
-        return Found(states[best_state], [entries[best_state]])
+        return Found(states[best_state], [entries[best_state]], supported[best_state])
 
     def _states(self, tenant: str, entries: Sequence[Entry]) -> MemoryState:
         return self._store(tenant).get([entry.key for entry in entries], self.pipeline.model.fingerprint())
@@ -209,8 +261,19 @@ class Memories:
             "text_tokens": sum(entry.tokens for entry in entries),
             "vectors": len(entries) * self.pipeline.model.active_peft_config.num_memory_tokens,
             "bytes": sum({entry.key: entry.nbytes for entry in entries}.values()),
+            "kv_bytes": self._kv_bytes_per_token * sum(entry.tokens for entry in entries),
             "fidelity": sum(s * n for s, n in measured) / sum(n for _, n in measured) if measured else None,
         }
+
+
+def _step(numbers: Sequence[int], progress: WriteProgress) -> dict[str, Any]:
+    """What a client is told of a write step of segments that are written together."""
+    shares = zip(numbers, progress.losses.tolist(), progress.recovered.tolist(), strict=True)
+    segments = [
+        {"segment": i, "write_loss": loss if math.isfinite(loss) else None, "recovered": share}
+        for i, loss, share in shares
+    ]
+    return {"object": "memory.step", "step": progress.step, "steps": progress.steps, "segments": segments}
 
 
 def places_of(found: Found | None) -> Iterator[dict[str, Any]]:

@@ -79,7 +79,19 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
         model (`str`): the one model's name.
     """
     router, started = APIRouter(prefix="/v1"), int(time.time())
-    card = {"id": model, "object": "model", "created": started, "owned_by": "gradmem"}
+    config = reads.pipeline.model.active_peft_config
+    card = {
+        "id": model,
+        "object": "model",
+        "created": started,
+        "owned_by": "gradmem",
+        "memory": {
+            "vectors": config.num_memory_tokens,
+            "write_steps": config.write_steps,
+            "trained_length": config.trained_length,
+            "refusal": config.refusal,
+        },
+    }
 
     def check_model(name: str) -> None:
         if name != model:
@@ -116,28 +128,35 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
     async def respond(body: ChatRequest | CompletionRequest, request: Request, asked: list[Asked]) -> Response:
         reads.check_room(len(asked))
         form = _Form.of(isinstance(body, ChatRequest), model)
+        support = _support(asked[0]) if isinstance(body, ChatRequest) and body.support else {}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(reads, form, asked[0], usage)
+            events = _events(reads, form, asked[0], usage, support)
             return EventSourceResponse(
                 events, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=reads.limits.grace
             )
         answers = await unless_gone(request, reads.answers(asked))
         choices = [form.choice(i, answer.text, answer) for i, answer in enumerate(answers)]
         memory = [place for one in asked for place in places_of(one.found)]
-        return JSONResponse(form.body(choices, usage=_usage(asked, answers), memory=memory))
+        return JSONResponse(form.body(choices, usage=_usage(asked, answers), memory=memory, **support))
 
     return router
 
 
-async def _events(reads: Reads, form: _Form, asked: Asked, with_usage: bool) -> AsyncIterator[str]:
+def _support(asked: Asked) -> dict[str, Any]:
+    return {"support": None if asked.found is None else asked.found.support}
+
+
+async def _events(
+    reads: Reads, form: _Form, asked: Asked, with_usage: bool, support: dict[str, Any]
+) -> AsyncIterator[str]:
     """A streamed answer; what fails on the way is an event, too."""
     chunk = partial(form.body, chunk=True)
     pieces = reads.pieces(asked)
     try:
         if form.chat:
             first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            yield json.dumps(chunk([first], memory=list(places_of(asked.found))))
+            yield json.dumps(chunk([first], memory=list(places_of(asked.found)), **support))
         async for piece in pieces:
             if isinstance(piece, str):
                 yield json.dumps(chunk([form.choice(0, piece, None, chunk=True)]))

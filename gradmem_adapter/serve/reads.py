@@ -84,8 +84,9 @@ class Reads:
             query (`str`): the question in it, by which memories are chosen.
         """
         longest = body.max_tokens or _DEFAULT_NEW_TOKENS
-        wanted = None
+        wanted, support = None, False
         if isinstance(body, ChatRequest):
+            support = body.support
             longest, wanted = body.max_completion_tokens or longest, _json_schema(body.response_format)
         if longest > self.limits.new_tokens:
             told = f"An answer has at most {self.limits.new_tokens:,} tokens here, got {longest:,}."
@@ -95,7 +96,7 @@ class Reads:
             grammar = None if wanted is None else grammar_of(self.pipeline, wanted)
             found = None
             if body.memory:
-                found = self.memories.find(tenant, body.memory, prompt, query, self.limits.states)
+                found = self.memories.find(tenant, body.memory, prompt, query, self.limits.states, support)
             options = Options(longest, Sampling(body.temperature, body.top_p), body.stops, grammar)
             call = Call(self.pipeline, ids, None if found is None else found.memory, options, body.seed)
         if call.by_engine and (grammar is not None or body.seed is not None):

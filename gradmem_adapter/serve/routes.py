@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -17,6 +18,7 @@ from gradmem_adapter.serve.memories import Memories
 from gradmem_adapter.serve.openai import Tenant
 from gradmem_adapter.serve.reads import unless_gone
 from gradmem_adapter.serve.schemas import MemoryRequest
+from gradmem_adapter.serve.streams import Tell, event_stream
 from gradmem_adapter.serve.writes import WriteQueue
 from gradmem_adapter.utils.files import decoded
 from gradmem_adapter.utils.state_file import MemoryStateError
@@ -65,22 +67,31 @@ def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> API
     router = APIRouter(prefix="/v1/memories")
 
     @router.post("", openapi_extra=_BODY)
-    async def write(request: Request, tenant: Tenant) -> dict[str, Any]:
+    async def write(request: Request, tenant: Tenant) -> Response:
         body = await _memory_request(request)
         if (body.steps or 0) > limits.write_steps:
             raise ApiError(400, f"At most {limits.write_steps} write steps are taken here.", param="steps")
         options = WriteOptions(steps=body.steps, lr=body.lr)
         identity = await run_in_threadpool(memories.id_of, tenant, body.text, options)
+        found = None
         with suppress(ApiError, MemoryStateError):  # which it is not, if it is there and whole
             found = await run_in_threadpool(memories.describe, tenant, identity)
-            if not body.fidelity or found["fidelity"] is not None:
+        key = (tenant, identity, body.fidelity)
+        there = found is not None and (not body.fidelity or found["fidelity"] is not None)
+        if not there:
+            writes.check_room(key)
+
+        async def begin(tell: Tell | None = None) -> dict[str, Any]:
+            if found is not None and there:
                 return found
-        work = writes.run(
-            (tenant, identity, body.fidelity),
-            lambda check: memories.write(tenant, body.text, body.name, options, body.fidelity, check),
-        )
+            return await writes.run(
+                key, lambda check: memories.write(tenant, body.text, body.name, options, body.fidelity, check, tell)
+            )
+
+        if body.stream:
+            return event_stream(begin, limits.grace)
         with api_errors():
-            return await unless_gone(request, work)
+            return JSONResponse(await unless_gone(request, begin()))
 
     @router.get("")
     async def some(
@@ -91,9 +102,9 @@ def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> API
         return {"object": "list", "data": found, "has_more": more}
 
     @router.get("/{identity:path}")
-    async def one(identity: str, tenant: Tenant) -> dict[str, Any]:
+    async def one(identity: str, tenant: Tenant, text: bool = False) -> dict[str, Any]:
         with api_errors():
-            return await run_in_threadpool(memories.describe, tenant, identity)
+            return await run_in_threadpool(memories.describe, tenant, identity, text)
 
     @router.delete("/{identity:path}")
     async def delete(identity: str, tenant: Tenant) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class MemoryRequest(_Body):
         lr (`float`, *optional*): write learning rate; None: the adapter's.
         fidelity (`bool`, *optional*, defaults to `False`): measure how much the memory gives back, which takes longer
             than the writing.
+        stream (`bool`, *optional*, defaults to `False`): send each write step as a server-sent event.
     """
 
     text: Text
@@ -30,6 +31,23 @@ class MemoryRequest(_Body):
     steps: Annotated[int | None, Field(ge=0)] = None
     lr: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     fidelity: bool = False
+    stream: bool = False
+
+
+class RecitalRequest(_Body):
+    """What greedy decoding gets from a memory alone.
+
+    Args:
+        memory (`str`): its id.
+        segment (`int`, *optional*, defaults to `0`): which segment of its text.
+        max_tokens (`int`, *optional*): most tokens; None: as many as the segment has.
+        stream (`bool`, *optional*, defaults to `False`): send each piece of text as a server-sent event.
+    """
+
+    memory: Text
+    segment: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    stream: bool = False
 
 
 class StreamOptions(_Body):
@@ -91,9 +109,14 @@ class Message(BaseModel):
 
 
 class ChatRequest(_Generation):
-    """OpenAI's `/v1/chat/completions`, with `memory`."""
+    """OpenAI's `/v1/chat/completions`, with `memory`.
+
+    Args:
+        support (`bool`, *optional*, defaults to `False`): say how far memory supports an answer, before it begins.
+    """
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    support: bool = False
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     response_format: dict[str, Any] | None = None
     logprobs: Literal[False] | None = False

@@ -57,9 +57,7 @@ class WriteQueue:
         """
         job = self._jobs.get(key)
         if job is None:
-            if len(self._jobs) >= self.bound:
-                told = f"{len(self._jobs)} texts are being written or wait for it. Ask again later."
-                raise ApiError(429, told, "write_queue_full", retry_after=self._retry_after)
+            self.check_room(key)
             job = self._jobs[key] = _Job()
             job.result = asyncio.get_running_loop().run_in_executor(self._thread, self._work, work, job.cancelled)
         job.waiting += 1
@@ -72,6 +70,12 @@ class WriteQueue:
                 job.cancelled.set()
                 job.result.cancel()
                 self._jobs.pop(key, None)
+
+    def check_room(self, key: Hashable) -> None:
+        """Raise `ApiError` where there is too much to do for one more piece."""
+        if key not in self._jobs and len(self._jobs) >= self.bound:
+            told = f"{len(self._jobs)} texts are being written or wait for it. Ask again later."
+            raise ApiError(429, told, "write_queue_full", retry_after=self._retry_after)
 
     async def wait(self, key: Hashable) -> None:
         """Wait until a piece of work has ended, if it is under way."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import files
@@ -70,6 +71,7 @@ def _write(
     numbers: Sequence[int],
     put: Callable[[MemoryState, list[Entry]], None],
     stored: Callable[[list[str]], None],
+    callback: Callable[[list[int], WriteProgress], None] | None = None,
     **how: Any,
 ) -> None:
     """Write some of the texts; an error names one by its number among all."""
@@ -79,6 +81,11 @@ def _write(
         put(states, written)
         stored([entry.key for entry in written])
 
+    def stepped(rows: list[int], progress: WriteProgress) -> None:
+        if callback is not None:
+            callback([numbers[i] for i in rows], progress)
+
+    how["callback"] = callback and stepped
     try:
         pipeline.write_many([texts[i] for i in numbers], progress=False, done=done, **how)
     except (TypeError, ValueError, torch.OutOfMemoryError) as error:

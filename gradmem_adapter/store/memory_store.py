@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import files, landing, upkeep
@@ -94,6 +95,7 @@ class MemoryStore:
         max_tokens: int | None = None,
         progress: bool | None = False,
         done: Callable[[list[str]], None] = lambda keys: None,
+        callback: Callable[[list[int], WriteProgress], None] | None = None,
         options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> list[str]:
@@ -111,6 +113,8 @@ class MemoryStore:
             max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
             progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
             done (`Callable`, *optional*): given the keys of each batch as soon as it is stored.
+            callback (`Callable`, *optional*): given the numbers of the texts that are being written together and a
+                `WriteProgress`, before each step and after the last.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
             fields: the fields of `WriteOptions` by themselves, in place of those of `options`.
 
@@ -129,7 +133,7 @@ class MemoryStore:
             replace(entry, key=state_key(text, fingerprint, identity), text=text if self.keep_text else None)
             for text, entry in zip(texts, places(len(texts), sources, offsets, metadata, identity), strict=True)
         ]
-        how: dict[str, Any] = {"max_tokens": max_tokens, "options": options}
+        how: dict[str, Any] = {"max_tokens": max_tokens, "options": options, "callback": callback}
         write_missing(self.index, self._claims, pipeline, texts, entries, self.put, done, progress, **how)
         landing.add_places(self.index, entries)
         return [entry.key for entry in entries]

@@ -34,7 +34,7 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def write_batches(
-    write: Callable[[Tensor, Tensor], MemoryState],
+    write: Callable[[list[int], Tensor, Tensor], MemoryState],
     contexts: Sequence[Tensor],
     budget: int,
     done: Callable[[list[int], MemoryState], None] = lambda rows, states: None,
@@ -42,7 +42,7 @@ def write_batches(
     """WRITE contexts in batches within a token budget.
 
     Args:
-        write (`Callable`): from right-padded token ids `[B, N]` and their mask to B states.
+        write (`Callable`): from indices of contexts, their right-padded token ids `[B, N]` and mask to B states.
         contexts (`Sequence[Tensor]`): token ids `[n]` each.
         budget (`int`): how many tokens a batch may have, padding counted.
         done (`Callable`, *optional*): given the indices and the states of each batch after it.
@@ -57,7 +57,7 @@ def write_batches(
     for rows in batches([len(context) for context in contexts], budget):
         try:
             with sample_names(rows):
-                written = write(*pad([contexts[i] for i in rows], "right"))
+                written = write(rows, *pad([contexts[i] for i in rows], "right"))
         except torch.cuda.OutOfMemoryError as error:
             raise torch.cuda.OutOfMemoryError(
                 f"Context {rows[0]} with {len(contexts[rows[0]])} tokens does not fit into the GPU's memory by itself. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -21,18 +21,25 @@ CONFIDENT = 0.25
 
 
 @torch.no_grad()
-def reconstruct(writer: Writer, memory: Tensor, length: int) -> Tensor:
+def reconstruct(
+    writer: Writer, memory: Tensor, length: int, callback: Callable[[Tensor], None] | None = None
+) -> Tensor:
     """Decode contexts greedily from memory alone.
 
     Args:
         writer (`Writer`): the model.
         memory (`Tensor`): `[B, m, d]`.
         length (`int`): how many tokens, n.
+        callback (`Callable`, *optional*): given the tokens `[B]` of each place as soon as they are decoded.
 
     Returns:
         `Tensor`: `[B, n]` token ids.
     """
-    tokens = [token for token, _ in _decode(writer, memory, length)]
+    tokens = []
+    for token, _ in _decode(writer, memory, length):
+        tokens.append(token)
+        if callback is not None:
+            callback(token)
     return torch.stack(tokens, dim=1) if tokens else torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
 
 

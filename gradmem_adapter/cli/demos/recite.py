@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -22,6 +22,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 
 MIN_TOKENS = 40
 """A text of fewer tokens would show little."""
@@ -32,13 +33,6 @@ def demo_text(path: Path | None = None) -> str:
     if path is not None:
         return whole(str(path)).strip()
     return files("gradmem_adapter").joinpath("data/demo.txt").read_text(encoding="utf-8").strip()
-
-
-def kv_cache_bytes(model: PeftModel, input_ids: torch.Tensor) -> int:
-    """The bytes of the keys and values that the backbone keeps for a text [1, N], measured by running it."""
-    with torch.no_grad(), model.disable_adapter():
-        cache = model(input_ids=input_ids, use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def run_recite_demo(
@@ -97,7 +91,7 @@ def run_recite_demo(
     original = tokenizer.decode(ids, skip_special_tokens=True)  # the text as its tokens have it
     console.print(Panel(Text(recited), title=f"Recited from {memory_tokens} vectors, the text gone"))
 
-    cache_bytes = kv_cache_bytes(model, torch.tensor([ids]))
+    cache_bytes = kv_cache_bytes(model.get_base_model(), torch.tensor([ids]))
     console.print(
         f"The state on disk takes {state_bytes:,} bytes; the KV cache of the same text takes {cache_bytes:,} bytes "
         f"({cache_bytes / state_bytes:.1f} times as many)."

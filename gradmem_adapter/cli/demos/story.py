@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
-from gradmem_adapter.cli.demos.recite import kv_cache_bytes
 from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 
 
 def run_story_demo(
@@ -53,7 +53,7 @@ def run_story_demo(
         "context_tokens": ids.shape[1],
         "memory_tokens": memory.num_memory_tokens,
         "state_bytes": len(memory.to_bytes()),
-        "kv_cache_bytes": kv_cache_bytes(model, ids),
+        "kv_cache_bytes": kv_cache_bytes(model.get_base_model(), ids),
     }
     table = Table("asked", "from memory, the story gone", "support", "by the backbone alone, with the story", "right")
     right = story["targets"] + ["(the story does not say)"] * len(story["elsewhere"])
