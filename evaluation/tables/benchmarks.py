@@ -204,6 +204,21 @@ def versus_prompting_8b() -> Frame:
     return _prompting(read("versus_prompting", kind="answer", shape="llama-3.1-8b"))
 
 
+def memory_at_8b() -> Frame:
+    """The same, as short as a README takes."""
+    row = read("versus_prompting", kind="answer", shape="llama-3.1-8b").iloc[-1]
+    rows = {
+        "kept for each text": [megabytes(row["state_bytes"]), megabytes(row["context_kv_bytes"]), None],
+        "made, once, in": [spans(row["write_ms"]), spans(row["prefill_ms"]), None],
+        "first token of an answer after": [
+            spans(row[f"first_token_{name}_ms"]) for name in ("memory_kept", "kept", "prefill")
+        ],
+    }
+    heads = ["memory state", "KV cache, kept", "text, read anew"]
+    table = Frame.from_dict(rows, orient="index", columns=heads)
+    return table.rename_axis(f"{row['context_tokens']:,} tokens").reset_index()
+
+
 def versus_prompting_decoding() -> Frame:
     """Tokens a second and memory of several answers at a time."""
     table = read("versus_prompting", kind="decode", hardware=H100)
@@ -283,7 +298,7 @@ def training_speed() -> Frame:
 
 
 TABLES = (
-    choice, kv_step, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, serve, service,
-    train_step, training_speed, versus_prompting, versus_prompting_8b, versus_prompting_decoding, versus_prompting_gpu,
-    write_growth, write_many, write_share, write_sizes, write_time, write_time_cpu,
+    choice, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, serve,
+    service, train_step, training_speed, versus_prompting, versus_prompting_8b, versus_prompting_decoding,
+    versus_prompting_gpu, write_growth, write_many, write_share, write_sizes, write_time, write_time_cpu,
 )  # fmt: skip

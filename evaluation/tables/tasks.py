@@ -100,6 +100,18 @@ def general() -> Frame:
     return in_order(_by_dataset(table.assign(label=labels), "%"), order, "%")
 
 
+def choosing() -> Frame:
+    """What vectors and write steps are worth: F1 of the general adapters on passages."""
+    table = frame(load_records(RESULTS / "general.jsonl"))
+    table = table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna()]
+    table = table[table["method"] == "gradmem"].sort_values(["memory_tokens", "write_steps", "dataset"])
+    rows = [f"{row['memory_tokens']}, {row['write_steps']}" for _, row in table.iterrows()]
+    heads = table["dataset"].map(lambda name: f"{data_title(name)} (F1)").tolist()
+    found = grid(table, rows, heads, lambda of: percent(of["f1"].iloc[0], of["f1_error"].iloc[0]), "m, K")
+    kept = dict(zip(rows, table["bytes_per_context"], strict=True))
+    return found.assign(**{"bytes kept": found["m, K"].map(lambda row: f"{kept[row]:,.0f}")})
+
+
 def answers_side_by_side() -> Frame:
     """The adapter of 32 vectors without a gradient step, each question asked of several contexts."""
     table = read("answers", split="test", method="gradmem", memory_tokens=32, trained_steps="0-1", write_steps=0)
@@ -166,4 +178,4 @@ def continuation() -> Frame:
     return Frame(rows)
 
 
-TABLES = (answers, answers_all, answers_side_by_side, continuation, general, kv_retrieval, reconstruction)
+TABLES = (answers, answers_all, answers_side_by_side, choosing, continuation, general, kv_retrieval, reconstruction)
