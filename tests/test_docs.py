@@ -1,5 +1,6 @@
 """README and docs: their code runs and prints what they show, their commands and links exist, their lines end."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.cli
 from typer.testing import CliRunner
 
 from gradmem_adapter.cli import app
@@ -53,6 +55,14 @@ def test_examples_run_and_print_what_is_shown(page, tmp_path):
             assert printed == expected, block
 
 
+def test_the_command_line_page_is_of_the_command(tmp_path):
+    """`make docs` makes it anew."""
+    arguments = ["gradmem_adapter.cli.main", "utils", "docs", "--name", "gradmem", "--title", "Command line"]
+    result = CliRunner().invoke(typer.cli.app, [*arguments, "--output", str(tmp_path / "cli.md")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "cli.md").read_text(encoding="utf-8") == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("command", of_all_pages(commands))
 def test_commands_exist(command, monkeypatch):
     """`make` targets resolve, modules are there, and `gradmem` knows its commands and options."""
@@ -88,7 +98,10 @@ def test_links_lead_somewhere(target):
 CARDS = [ROOT / "evaluation" / "README.md", *sorted((ROOT / "checkpoints").glob("*/README.md"))]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: f"{page.parent.name}/{page.name}")
+WRITTEN = [page for page in (*PAGES, *CARDS) if page.name != "cli.md"]  # that one is made
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_lines_are_short(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if len(line) > 160 and not line.startswith("|")] == []
@@ -102,3 +115,49 @@ def test_the_change_log_knows_this_version():
     from gradmem_adapter import __version__
 
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_quoted_messages_are_those_of_the_code():
+    """Troubleshooting quotes what the code says, and names every exception of the package."""
+    said, exceptions = [], []
+    for file in [*(ROOT / "gradmem_adapter").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+            elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                exceptions.append(node.exc.func.id)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    tables = page.split("| message | why | what to do |\n")[1:]
+    cells = [line.split(" | ")[0] for table in tables for line in table.splitlines() if line.startswith("| `")]
+    quoted = [quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell) if "KeyError" not in quote]
+    parts = [part.strip() for quote in quoted for part in quote.split("…") if part.strip()]
+    text = "\0".join(said)
+    assert [part for part in parts if part not in text] == []
+    assert {name for name in exceptions if name.endswith(("Error", "Diverged"))} - set(re.findall(r"\w+", page)) <= {
+        "ApiError",
+        "AttributeError",
+        "ConnectionError",
+        "IndexError",
+        "IsADirectoryError",
+        "ReferenceError",
+        "RequestValidationError",
+        "RuntimeError",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.smollm
+def test_the_quickstart_prints_what_is_shown(tmp_path):
+    """Its files are made, its commands run one after the other, as a newcomer would."""
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    for name, text in re.findall(r"```\w+ title=\"(.*?)\"\n(.*?)```", page, flags=re.DOTALL):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    command = f"{shlex.quote(sys.executable)} -c 'import gradmem_command; gradmem_command.main()'"
+    for commands, expected in re.findall(r"```bash\n(.*?)```\n(?:\n```text\n(.*?)```)?", page, flags=re.DOTALL):
+        if "pip install" in commands:
+            continue
+        script = re.sub(r"^gradmem ", lambda _: f"{command} ", commands, flags=re.MULTILINE)
+        result = subprocess.run(["bash", "-e"], input=script, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        if expected:
+            assert result.stdout == expected
