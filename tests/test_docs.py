@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,21 @@ def test_quoted_messages_are_those_of_the_code():
         "RequestValidationError",
         "RuntimeError",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.smollm
+def test_the_notebook_prints_what_is_shown(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    def printed(notebook):
+        outputs = [cell.get("outputs", ()) for cell in notebook.cells]
+        return ["".join(output.text for output in found if output.get("name") == "stdout") for found in outputs]
+
+    kept = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    assert printed(NotebookClient(deepcopy(kept), timeout=600, resources=resources).execute()) == printed(kept)
 
 
 @pytest.mark.slow
