@@ -90,6 +90,7 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
             "write_steps": config.write_steps,
             "trained_length": config.trained_length,
             "refusal": config.refusal,
+            "dtype": str(reads.pipeline.model.dtype).removeprefix("torch."),
         },
     }
 

@@ -169,6 +169,35 @@ def test_a_key_is_asked_for_and_kept_for_the_session_alone(driver, pipeline, sto
         driver.get("about:blank")
 
 
+def test_a_file_is_chosen_or_dropped(page, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("w1 w2 w3")
+    page["file"].send_keys(str(path))
+    page.until(lambda: page["text"].get_attribute("value") == "w1 w2 w3")
+    assert page["name"].get_attribute("value") == "notes.txt"
+    drop = """const files = new DataTransfer();
+    files.items.add(new File([new Uint8Array(arguments[0])], "dropped.txt"));
+    for (const kind of ["dragover", "drop"])
+      arguments[1].dispatchEvent(new DragEvent(kind, {dataTransfer: files, bubbles: true, cancelable: true}));"""
+    page.driver.execute_script(drop, list(b"w4 w5"), page["text"])
+    page.until(lambda: page["text"].get_attribute("value") == "w4 w5")
+    page.driver.execute_script(drop, [255, 254], page["text"])
+    page.until(lambda: "dropped.txt is no text in UTF-8" in page["error"].text)
+    assert page["text"].get_attribute("value") == "w4 w5"
+
+
+def test_writing_is_cancelled(page, store):
+    page.type("text", TEXT)
+    page.type("steps", "200")
+    page.press("#write .primary")
+    page.until(lambda: page["cancel"].is_displayed())
+    assert not page["ask"].is_displayed()
+    page["cancel"].click()
+    page.until(lambda: page["text"].is_displayed())
+    assert page["text"].get_attribute("value") == TEXT
+    assert not page["error"].is_displayed()
+
+
 def test_errors_can_be_read(driver, pipeline, store):
     with listening(create_app(pipeline, store.path, limits=Limits(writes=0))) as url:
         page = Page(driver, url)

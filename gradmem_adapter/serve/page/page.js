@@ -63,11 +63,12 @@ async function attempt(name, work) {
 // ---------------------------------------------------------------- what is shown
 
 const count = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
+const rounded = (n, digits) => n.toLocaleString("en", { maximumSignificantDigits: digits });
 const nameOf = (memory) => memory.name ?? (memory.id.startsWith("mem_") ? `Memory ${memory.id.slice(4, 12)}` : memory.id);
 
 function size(bytes) {
   const unit = bytes < 1e3 ? 0 : bytes < 1e6 ? 1 : bytes < 1e9 ? 2 : 3;
-  return `${(bytes / 1e3 ** unit).toLocaleString("en", { maximumSignificantDigits: 3 })} ${["bytes", "kB", "MB", "GB"][unit]}`;
+  return `${rounded(bytes / 1e3 ** unit, 3)} ${["bytes", "kB", "MB", "GB"][unit]}`;
 }
 
 function make(tag, properties, ...children) {
@@ -97,13 +98,14 @@ function show(memory) {
 }
 
 function showSizes({ bytes, kv_bytes: kv, text_tokens: tokens, vectors }) {
-  const known = bytes !== undefined;
+  const known = bytes !== undefined; // it is written
+  $("ask").hidden = $("recitals").hidden = !known;
   $("memory-bar").style.width = known ? `${(60 * bytes) / Math.max(bytes, kv)}%` : "0";
   $("kv-bar").style.width = known ? `${(60 * kv) / Math.max(bytes, kv)}%` : "0";
   $("memory-bytes").textContent = known ? size(bytes) : "…";
   $("kv-bytes").textContent = known ? size(kv) : "…";
   $("ratio").textContent = known
-    ? `${count(tokens, "token")} in ${count(vectors, "vector")}: ${(kv / bytes).toLocaleString("en", { maximumSignificantDigits: 2 })} times smaller.`
+    ? `${count(tokens, "token")} in ${count(vectors, "vector")}, ${rounded(kv / bytes, 2)} times smaller. Memory as it is on disk, the cache in the model's ${model.memory.dtype}.`
     : "";
 }
 
@@ -233,7 +235,7 @@ function written(event, { text, name }) {
     current.steps = event.steps;
     for (const one of event.segments) current.segments[one.segment].write_losses[event.step] = one.write_loss;
     const share = event.segments.reduce((sum, one) => sum + one.recovered, 0) / event.segments.length;
-    $("status").textContent = `Step ${event.step} of ${event.steps}: ${Math.round(100 * share)} % of tokens come back, given those before them.`;
+    $("status").textContent = `Step ${event.step} of ${event.steps}: ${rounded(100 * share, 3)} % of tokens come back, given those before them.`;
     showLosses(current.segments);
   } else {
     const known = current?.id === event.id; // or it had been written before
@@ -249,8 +251,8 @@ async function recite(signal) {
   try {
     for await (const event of events("/v1/recitals", body, signal)) {
       if (event.object === "recital.piece")
-        $("recital").append(make("span", { className: event.right ? "right" : "wrong", textContent: event.text }));
-      else $("recited-share").textContent = `${event.right_tokens} of ${count(event.tokens, "token")} at their places.`;
+        $("recital").append(make("span", { className: { true: "right", false: "wrong" }[event.right] ?? "", textContent: event.text }));
+      else $("recited-share").textContent = `${event.right_tokens ?? "?"} of ${count(event.tokens, "token")} at their places.`;
     }
   } finally {
     if ($("recited-share").textContent.endsWith("…")) $("recited-share").textContent = "";
@@ -335,7 +337,10 @@ $("example").onclick = () =>
     $("questions").replaceChildren(...[...questions, ...elsewhere].map((value) => make("option", { value })));
   });
 $("recite").onclick = $("segment").onchange = () => attempt("recite", recite);
-$("text").ondragover = () => $("text").classList.add("over");
+$("text").ondragover = (over) => {
+  if (over.dataTransfer.types.includes("Files")) over.preventDefault(); // it may be dropped
+  $("text").classList.add("over");
+};
 $("text").ondragleave = () => $("text").classList.remove("over");
 $("text").ondrop = (dropped) => {
   $("text").classList.remove("over");
@@ -354,7 +359,7 @@ async function start() {
   [model] = (await get("/v1/models")).data;
   $("key-form").hidden = true;
   $("model").textContent = `${model.id}: ${model.memory.vectors} vectors for each segment of a text`;
-  $("steps").placeholder = `${model.memory.write_steps}, as trained`;
+  $("steps").placeholder = `${model.memory.write_steps} (trained)`;
   await list();
 }
 
