@@ -98,15 +98,15 @@ function show(memory) {
 }
 
 function showSizes({ bytes, kv_bytes: kv, text_tokens: tokens, vectors }) {
-  const known = bytes !== undefined; // it is written
-  $("ask").hidden = $("recitals").hidden = !known;
-  $("memory-bar").style.width = known ? `${(60 * bytes) / Math.max(bytes, kv)}%` : "0";
-  $("kv-bar").style.width = known ? `${(60 * kv) / Math.max(bytes, kv)}%` : "0";
-  $("memory-bytes").textContent = known ? size(bytes) : "…";
-  $("kv-bytes").textContent = known ? size(kv) : "…";
-  $("ratio").textContent = known
-    ? `${count(tokens, "token")} in ${count(vectors, "vector")}, ${rounded(kv / bytes, 2)} times smaller. Memory as it is on disk, the cache in the model's ${model.memory.dtype}.`
-    : "";
+  const unwritten = bytes === undefined;
+  for (const id of ["size", "ask", "recitals"]) $(id).hidden = unwritten;
+  if (unwritten) return;
+  for (const [id, value] of [["memory", bytes], ["kv", kv]]) {
+    $(`${id}-bar`).style.width = `${(60 * value) / Math.max(bytes, kv)}%`;
+    $(`${id}-bytes`).textContent = size(value);
+  }
+  const smaller = `${count(tokens, "token")} in ${count(vectors, "vector")}, ${rounded(kv / bytes, 2)} times smaller.`;
+  $("ratio").textContent = `${smaller} Memory as it is on disk, the cache in the model's ${model.memory.dtype}.`;
 }
 
 // The mean over segments, by tokens, of those that have come so far.
