@@ -15,7 +15,7 @@ from evaluation.tables.cells import grid, line_title, percent
 @pytest.mark.parametrize("name", sorted(TABLES))
 def test_every_table_can_be_made(name):
     table = TABLES[name]()
-    assert len(table) > 1
+    assert len(table)
     lines = markdown(table).splitlines()
     assert len(lines) == len(table) + 2
     assert {line.count("|") for line in lines} == {len(table.columns) + 1}

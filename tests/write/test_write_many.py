@@ -70,7 +70,7 @@ def test_samples_that_stop_after_different_steps_are_stacked(model):
 
 
 def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
-    def full(context, options):
+    def full(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(model.base_model, "_write", full)
@@ -117,11 +117,11 @@ def test_what_ends_a_later_batch_leaves_the_model_as_it_was(model, monkeypatch, 
     expected, fingerprint = model.write_many(rows, max_tokens=1), model.fingerprint()
     write, calls = model.base_model._write, []
 
-    def fail(context, options):
-        calls.append(context)
+    def fail(*args, **kwargs):
+        calls.append(args)
         if len(calls) == 2:
             raise error("enough")
-        return write(context, options)
+        return write(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(model.base_model, "_write", fail)
@@ -140,7 +140,6 @@ def test_what_ends_a_later_batch_leaves_the_model_as_it_was(model, monkeypatch, 
         ({"max_tokens": 2.5}, ValueError),
         ({"steps": -1}, ValueError),
         ({"initial": 1}, TypeError),
-        ({"callback": print}, TypeError),
     ],
 )
 def test_options_that_cannot_work(model, options, error):

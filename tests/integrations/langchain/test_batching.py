@@ -31,6 +31,7 @@ def test_a_batch_is_one_batch(chat, pipeline, reference, monkeypatch):
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(pipeline, "generate_ids", count)
+    monkeypatch.setattr("gradmem_adapter.answering.batching._WINDOW", 0.5)  # of a loaded machine
     calls = []
 
     class Handler(BaseCallbackHandler):

@@ -100,7 +100,9 @@ class TestCompressor:
         monkeypatch.setattr(
             pipeline.model.base_model,
             "_write",
-            lambda context, options: sizes.append(context.input_ids.numel()) or write(context, options),
+            lambda context, *options, **kwargs: (
+                sizes.append(context.input_ids.numel()) or write(context, *options, **kwargs)
+            ),
         )
         lengths = [3 + i % 40 for i in range(50)]
         compressor = GradMemCompressor(pipeline=pipeline)
