@@ -76,13 +76,14 @@ class Memories:
         return self._stores.setdefault(tenant, MemoryStore(own))
 
     def id_of(self, tenant: str, text: str, options: WriteOptions) -> str:
-        """The id that a text's memory has, whether or not it is written: the same for the same text.
+        """The id that a text's memory has, whether or not it is written: the same for the same text cut the same way.
 
         Args:
             tenant, text (`str`): whose, and what.
             options (`WriteOptions`): how it is written.
         """
-        return _PREFIX + self._store(tenant).key(self.pipeline, text, options)
+        cut = "" if self.segment_tokens is None else f"_{self.segment_tokens}"
+        return _PREFIX + self._store(tenant).key(self.pipeline, text, options) + cut
 
     def write(
         self,

@@ -91,6 +91,22 @@ def test_half_a_text_is_no_memory_and_is_written_to_its_end(serve, pipeline, sto
     assert metric(client, "gradmem_written_states_total") == 3
 
 
+def test_a_server_that_cuts_otherwise_makes_other_memories(serve, pipeline, monkeypatch):
+    write_many = pipeline.write_many
+
+    def killed(texts, **options):
+        write_many(texts[:1], **options)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_many", killed)
+        serve().post("/v1/memories", json={"text": LONG})
+    again = serve(segment_tokens=6)
+    assert len(written(again, LONG, fidelity=True)["segments"]) == 5  # whatever was left half written
+    assert len(written(serve(), LONG, fidelity=True)["segments"]) == 3
+    assert len(again.get("/v1/memories").json()["data"]) == 2
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
