@@ -315,10 +315,8 @@ def load_checkpoint(
         ValueError: the adapter is not a GradMem adapter, does not say what its backbone is, its tensors are not exactly
             those that its configuration calls for, or a file is damaged.
     """
-    directory = Path(path)
-    if not directory.is_dir() and (there := shipped(path)) is not None:
-        directory = there
-    elif not directory.is_dir():
+    directory = shipped(path) or Path(path)
+    if not directory.is_dir():
         try:
             directory = Path(snapshot_download(str(path)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -107,6 +107,8 @@ def test_what_ships_is_found_by_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (shipped.shipped(name) / "adapter_model.safetensors").is_file()
     assert shipped.shipped("nothing") is None
+    (tmp_path / name).mkdir()
+    assert shipped.shipped(name) is None  # whoever has one of that name means it
 
 
 def test_an_adapter_that_ships_opens_by_its_name(tmp_path, monkeypatch):

@@ -11,11 +11,15 @@ KEY_VALUES = "kv-retrieval"
 
 
 def shipped(name: str | Path) -> Path | None:
-    """The directory of an adapter that ships, or None: in the wheel beside the code, in the source tree above it.
+    """The directory of an adapter that ships: in the wheel beside the code, in the source tree above it.
+
+    None: none of that name ships, or a directory here has it, which comes first.
 
     Args:
         name (`str` or `Path`): such as `"smollm2-135m-qa"`.
     """
+    if Path(name).is_dir():
+        return None
     package = Path(__file__).parents[1]
     places = [folder / "checkpoints" / name for folder in (package, package.parent)]
     return next((place for place in places if (place / "adapter_config.json").is_file()), None)
