@@ -178,4 +178,24 @@ def continuation() -> Frame:
     return Frame(rows)
 
 
-TABLES = (answers, answers_all, answers_side_by_side, choosing, continuation, general, kv_retrieval, reconstruction)
+def long_documents() -> Frame:
+    """F1 on questions about 48 articles of thousands of words, by what is read of an article."""
+    table = read("long_documents", limit=48)
+    rows = []
+    for _, row in table.iterrows():
+        what = "the state of the paragraph that answers" if row["chosen"] == "right" else f"{row['states']} states"
+        if row["method"] == "full_context":
+            what = f"{row['states']} pieces of text of {row['context_tokens']:.0f} tokens"
+        rows.append({
+            "read": what + (", chosen by words, side by side" if row["chosen"] == "words" else ""),
+            "questions": f"{row['n']:,}",
+            "F1": percent(row["f1"], row["f1_error"]),
+            "exact match": percent(row["exact_match"], row["exact_match_error"]),
+        })  # fmt: skip
+    return Frame(rows)
+
+
+TABLES = (
+    answers, answers_all, answers_side_by_side, choosing, continuation, general, kv_retrieval, long_documents,
+    reconstruction,
+)  # fmt: skip
