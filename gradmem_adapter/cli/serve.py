@@ -67,9 +67,12 @@ def serve(
         from gradmem_adapter.export.vllm import VLLMReader
 
         engine = VLLMReader(model, url, name=engine_model)
+    pipeline = GradMemPipeline(model, tokenizer, reader=engine)
+    if segment_tokens is not None:
+        pipeline.segments("", segment_tokens)  # wrong numbers are no client's fault
     limits = Limits(writes=max_writes, batch=max_batch, body_bytes=max_body)
     app = create_app(
-        GradMemPipeline(model, tokenizer, reader=engine),
+        pipeline,
         store,
         model=Path(checkpoint).resolve().name,
         tenants=tenants,

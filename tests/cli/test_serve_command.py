@@ -27,6 +27,11 @@ def test_what_it_listens_with(checkpoint, tmp_path, started):
         assert len(client.post("/v1/memories", json={"text": "w1 w2 w3 " * 5}).json()["segments"]) == 2
 
 
+def test_a_wrong_length_of_segments_is_said_before_it_listens(checkpoint, tmp_path, started):
+    refused = invoke("serve", checkpoint, "--store", tmp_path / "store", "--segment-tokens", 0)
+    assert (refused.exit_code, "got 0" in refused.output, started) == (2, True, [])
+
+
 def test_elsewhere_than_here_only_with_keys(checkpoint, tmp_path, started):
     arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--host", "0.0.0.0", "--segment-tokens", 8)
     refused = invoke(*arguments)
