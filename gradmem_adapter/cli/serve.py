@@ -78,6 +78,7 @@ def serve(
         tenants=tenants,
         limits=limits,
         segment_tokens=segment_tokens,
+        host=host,
     )
     uvicorn.run(
         app,

@@ -70,7 +70,7 @@ def write(
         Literal["reconstruction", "self_study"],
         typer.Option(help="What write steps lower; self_study needs no training, and takes seconds to minutes a text."),
     ] = "reconstruction",
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens at once; default: what memory allows.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at once; default: what memory allows.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what the output file holds, whatever it is.")] = False,
     device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, JSON] = False,

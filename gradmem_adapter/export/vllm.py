@@ -53,6 +53,8 @@ class VLLMReader(EngineReader):
         super().__init__(model)
         if isinstance(engine, str) and lora is not None:
             raise ValueError("A server has its LoRA from --lora-modules: pass the name that it has there.")
+        if isinstance(engine, str) and not engine.startswith(("http://", "https://")):
+            raise ValueError(f"A server's address begins with http:// or https://, got {engine[:200]!r}.")
         self.engine, self.name, self.lora, self.api_key, self.timeout = engine, name, lora, api_key, timeout
         self._lock = threading.Lock()
 

@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.serve.errors import add_handlers
@@ -36,6 +35,7 @@ def create_app(
     tenants: Tenants | None = None,
     limits: Limits | None = None,
     segment_tokens: int | None = None,
+    host: str = "127.0.0.1",
 ) -> FastAPI:
     """Memories and answers over HTTP.
 
@@ -46,6 +46,7 @@ def create_app(
         tenants (`Tenants`, *optional*): who may; None: whoever reaches it from this machine.
         limits (`Limits`, *optional*): bounds.
         segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments` has it.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`): where it listens.
     """
     tenants, limits, metrics = tenants or Tenants(), limits or Limits(), Metrics()
     memories, writes = Memories(pipeline, store, metrics, segment_tokens), WriteQueue(limits.writes)
@@ -75,9 +76,8 @@ def create_app(
     def show_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_middleware(Gate, tenants=tenants, body_bytes=limits.body_bytes)
-    if not tenants:  # or a page whose name is made to lead here could ask
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+    hosts = {"localhost", "127.0.0.1", "::1", host}
+    app.add_middleware(Gate, tenants=tenants, body_bytes=limits.body_bytes, hosts=hosts)
     app.add_middleware(Counting, metrics=metrics)
     return app
 

@@ -108,8 +108,11 @@ def add_handlers(app: FastAPI) -> None:
         return api_error(error).response()
 
     def of_fields(request: Request, error: Any) -> JSONResponse:
-        names = [".".join(map(str, one["loc"][1:])) for one in error.errors()]
-        told = {"extra_forbidden": "This server does not take it; leave it out"}
+        names = [".".join(map(str, one["loc"][1:]))[:80] for one in error.errors()]
+        told = {
+            "extra_forbidden": "This server does not take it; leave it out",
+            "model_attributes_type": "Send a JSON object, and say so: Content-Type: application/json",
+        }
         said = [told.get(one["type"], one["msg"].removeprefix("Value error, ").rstrip(".")) for one in error.errors()]
         message = "; ".join(": ".join(filter(None, pair)) for pair in zip(names[:5], said[:5], strict=True))
         return ApiError(400, f"{message}.", error.errors()[0]["type"], param=names[0] or None).response()

@@ -172,7 +172,8 @@ class Memories:
         """
         entries = self._entries(tenant, identity)
         if index >= len(entries):
-            raise ApiError(400, f"This memory has {len(entries)} segments, counted from 0.", param="segment")
+            told = f"This memory has {len(entries)} segment{'s' * (len(entries) > 1)}, counted from 0."
+            raise ApiError(400, told, param="segment")
         return entries[index].text, self._states(tenant, [entries[index]])
 
     def page(self, tenant: str, limit: int, after: str | None) -> tuple[list[dict[str, Any]], bool]:
@@ -189,8 +190,9 @@ class Memories:
         return found[:limit], len(found) > limit
 
     def delete(self, tenant: str, identity: str) -> None:
-        """Remove a memory, from the disk too; `ApiError` where the tenant has none of this id."""
-        self._entries(tenant, identity)
+        """Remove a memory of any model, from the disk too; `ApiError` where the tenant has none of this id."""
+        if not any(self._store(tenant).entries(identity)):
+            raise _unknown(identity)
         self._store(tenant).forget(identity)
 
     def find(
@@ -236,8 +238,7 @@ class Memories:
     def _entries(self, tenant: str, identity: str) -> list[Entry]:
         entries = self._whole(self._store(tenant).entries(identity))
         if not entries:
-            told = f"There is no memory {identity[:80]!r}. GET /v1/memories names those there are."
-            raise ApiError(404, told, "memory_not_found", param="memory")
+            raise _unknown(identity)
         return entries
 
     def _is_whole(self, store: MemoryStore, entry: Entry) -> bool:
@@ -275,6 +276,11 @@ def _step(numbers: Sequence[int], progress: WriteProgress) -> dict[str, Any]:
         for i, loss, share in shares
     ]
     return {"object": "memory.step", "step": progress.step, "steps": progress.steps, "segments": segments}
+
+
+def _unknown(identity: str) -> ApiError:
+    told = f"There is no memory {identity[:80]!r} of this model. GET /v1/memories names those there are."
+    return ApiError(404, told, "memory_not_found", param="memory")
 
 
 def places_of(found: Found | None) -> Iterator[dict[str, Any]]:

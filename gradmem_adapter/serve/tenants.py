@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -92,10 +93,12 @@ class Gate:
         app (`ASGIApp`): what is behind it, with the tenant in `request.state.tenant` for paths under `/v1`.
         tenants (`Tenants`): who may.
         body_bytes (`int`): most bytes of a body.
+        hosts (`Collection[str]`): what the server may be called where no key is needed, or a page whose name is made to
+            lead here could ask.
     """
 
-    def __init__(self, app: ASGIApp, tenants: Tenants, body_bytes: int) -> None:
-        self.app, self.tenants, self.body_bytes = app, tenants, body_bytes
+    def __init__(self, app: ASGIApp, tenants: Tenants, body_bytes: int, hosts: Collection[str]) -> None:
+        self.app, self.tenants, self.body_bytes, self.hosts = app, tenants, body_bytes, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,6 +115,7 @@ class Gate:
             return message
 
         try:
+            self._check_host(headers.get("host", ""))
             if scope["path"].startswith("/v1/"):
                 scope.setdefault("state", {})["tenant"] = self.tenants.of(headers)
             if int(headers.get("content-length", "0")) > self.body_bytes:
@@ -120,3 +124,7 @@ class Gate:
             await error.response()(scope, receive, send)
             return
         await self.app(scope, bounded, send)
+
+    def _check_host(self, host: str) -> None:
+        if not self.tenants and urlsplit(f"//{host}").hostname not in self.hosts:
+            raise ApiError(400, f"This server is not {host[:80]!r}. Ask it as {' or '.join(sorted(self.hosts))}.")

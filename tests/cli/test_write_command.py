@@ -72,7 +72,7 @@ def test_write_a_directory_and_json_lines_and_print_json(checkpoint, tmp_path, m
         (tiny_text(200), [], "Context 1 of 2 cannot be written. It has 200 tokens, and at most 93"),
         ("w1", ["--steps", "-1"], "Invalid value for '--steps'"),
         ("w1", ["--objective", "recite"], "Invalid value for '--objective'"),
-        ("w1", ["--max-tokens", "0"], "max_tokens must be an integer from 1"),
+        ("w1", ["--max-tokens", "0"], "Invalid value for '--max-tokens'"),
         ("w1", ["--output", "none/states"], "There is no directory 'none'"),
         ("w1", ["--output", "."], "is a directory"),
         ("w1", ["--output", "1[b].txt", "--force"], "is one of the inputs"),

@@ -129,6 +129,8 @@ class TestServer:
     def test_that_is_not_there(self, model, states):
         with pytest.raises(ConnectionError, match="no vLLM server"):
             VLLMReader(model, "http://127.0.0.1:9").generate(tokens(1, 4), memory=states[0], **GREEDY)
+        with pytest.raises(ValueError, match="begins with http"):
+            VLLMReader(model, "127.0.0.1:9")
 
     def test_nothing_is_sent_of_a_state_that_is_not_finite(self, model, states, server):
         vectors = states.vectors * torch.tensor(float("nan"))

@@ -56,8 +56,18 @@ def test_other_sites_do_not_use_a_server_without_keys(serve):
     client = serve()
     assert client.get("/v1/memories", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
     assert client.get("/v1/memories", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
-    assert client.get("/v1/memories", headers={"Host": "evil.example"}).status_code == 400
+    found = client.get("/v1/memories", headers={"Host": "evil.example"})
+    assert found.status_code == 400
+    assert "Ask it as 127.0.0.1 or" in found.json()["error"]["message"]
     written(client, "w1")
+    for host in ("[::1]:8000", "localhost:8000"):
+        assert client.get("/v1/memories", headers={"Host": host}).status_code == 200
+
+
+def test_it_may_be_called_what_it_listens_on(serve):
+    for host, status in (("127.0.0.2", 200), ("127.0.0.3", 400)):
+        found = serve(host=host).get("/v1/memories", headers={"Host": "127.0.0.2:8000"})
+        assert found.status_code == status
 
 
 def test_a_file_of_keys(tmp_path):

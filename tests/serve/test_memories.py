@@ -7,6 +7,7 @@ import httpx
 import pytest
 from asking import listening, metric, written
 from tiny import tiny_text
+from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import MemoryStore
 from gradmem_adapter.serve import Limits, create_app
@@ -63,6 +64,14 @@ def test_deleted_is_gone_from_the_disk(client, store):
     assert not list((store.path / "states").rglob("*.safetensors"))
     for method in ("GET", "DELETE"):
         assert client.request(method, f"/v1/memories/{identity}").status_code == 404
+
+
+def test_what_another_model_wrote_can_be_deleted(serve, store):
+    identity = written(serve(tiny_pipeline(seed=1, trained_length=12)), LONG)["id"]
+    client = serve()
+    assert client.get(f"/v1/memories/{identity}").status_code == 404
+    assert client.delete(f"/v1/memories/{identity}").json()["deleted"]
+    assert len(store) == 0
 
 
 def test_what_is_on_the_disk_is_there_after_a_restart(serve, pipeline, store):

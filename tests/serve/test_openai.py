@@ -252,3 +252,9 @@ def test_no_more_prompts_than_the_bound(serve, ids):
     refused = client.post("/v1/completions", json=body)
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     assert client.post("/v1/completions", json=body | {"prompt": ["w1"] * 2}).status_code == 200
+
+
+def test_what_is_no_json(client):
+    found = client.post("/v1/completions", content=b"w1", headers={"Content-Type": "text/plain"})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, None)
+    assert "Content-Type: application/json" in found.json()["error"]["message"]
