@@ -149,7 +149,8 @@ def _write(
         places += [{"source": document.source, "start": one.start, "end": one.end} for one in segments]
         warnings.warn(
             f"{document.source} has {tokens:,} tokens, and the adapter was trained on texts of up to {trained:,}: "
-            f"it is written in {len(segments):,} segments. gradmem write --store keeps them.",
+            f"it is written in {len(segments):,} segments, of four tokens for each vector. --state keeps them; "
+            "gradmem write --store also keeps their places.",
             stacklevel=2,
         )
     return pipeline.write_many(texts, steps=steps), places
