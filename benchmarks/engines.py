@@ -57,9 +57,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="smollm2-135m-qa")
     args = parser.parse_args()
     model, tokenizer = load_checkpoint(args.checkpoint)
-    pipeline = GradMemPipeline(model, tokenizer)
+    pipeline = GradMemPipeline(model.to(getattr(torch, args.dtype)), tokenizer)
     states = pipeline.write(list(TEXTS))
-    model.to(getattr(torch, args.dtype))
     prompts = list(QUESTIONS) * len(TEXTS)
     memory = states[[i // len(QUESTIONS) for i in range(len(prompts))]]
     ids, mask = pipeline.encode_prompts(prompts)
