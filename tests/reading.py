@@ -4,6 +4,7 @@ import torch
 from peft import get_peft_model
 from tiny import tiny, tokens
 from torch.nn import functional as F
+from transformers.generation.streamers import BaseStreamer
 
 from gradmem_adapter import GradMemConfig
 
@@ -14,6 +15,19 @@ def make(architecture="llama", **config):
     backbone = tiny(architecture)
     scale = float(backbone.get_input_embeddings()(torch.arange(3, 20)).std())
     return get_peft_model(backbone, GradMemConfig(memory_init_std=scale, **defaults | config)).eval()
+
+
+class Collect(BaseStreamer):
+    """Keeps the tokens that it is given."""
+
+    def __init__(self):
+        self.pieces = []
+
+    def put(self, value):
+        self.pieces.append(value.flatten())
+
+    def end(self):
+        pass
 
 
 def pad_left(rows, length=None):

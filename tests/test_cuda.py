@@ -32,6 +32,15 @@ def gradients(model):
     return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def in_threads(work, count):
+    """Calls of a function with 0, 1, ... at the same time."""
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 @pytest.mark.parametrize("phase", ["both", "write", "read"])
 def test_meta_gradient_equals_the_cpu(meta_gradient, phase):
@@ -188,11 +197,7 @@ def test_threads_write_through_graphs_and_generate_at_once():
                 if not close or not torch.equal(text, texts[index]):
                     failures.append(index)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not failures
 
 
@@ -242,11 +247,7 @@ def test_threads_decode_through_graphs_at_once():
             if not torch.equal(text, expected[index]):
                 failures.append(index)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not failures
 
 

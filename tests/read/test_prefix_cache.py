@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
+from reading import Collect
 from tiny import ARCHITECTURES, tiny, tokens
 from transformers import CompileConfig
-from transformers.generation.streamers import BaseStreamer
 
 from gradmem_adapter import GradMemConfig, MemoryState
 from gradmem_adapter.read.prefix_cache import PrefixCache, ReadCache, prefix_key
@@ -139,16 +139,6 @@ def _prefix(model, state):
 
 
 def test_streaming():
-    class Collect(BaseStreamer):
-        def __init__(self):
-            self.pieces = []
-
-        def put(self, value):
-            self.pieces.append(value.flatten())
-
-        def end(self):
-            pass
-
     model = make()
     state, texts = model.write(tokens(1, 9)), []
     for _ in range(2):

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from reading import ROWS, make, pad_left, pad_right
+from reading import ROWS, Collect, make, pad_left, pad_right
 from tiny import tokens
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
-from transformers.generation.streamers import BaseStreamer
 
 from gradmem_adapter import GradMemConfig, get_peft_model
 from gradmem_adapter.read.generation import own_cache
@@ -92,16 +91,6 @@ def test_a_kept_prefix_is_shared_by_both_caches():
 
 
 def test_tokens_are_streamed():
-    class Collect(BaseStreamer):
-        def __init__(self):
-            self.pieces = []
-
-        def put(self, value):
-            self.pieces.append(value.flatten())
-
-        def end(self):
-            pass
-
     model, streamer = make(), Collect()
     output = model.generate(tokens(1, 5), memory=model.write(tokens(1, 9)), streamer=streamer, **STATIC)
     assert torch.equal(torch.cat(streamer.pieces), output[0])
