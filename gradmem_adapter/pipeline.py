@@ -293,6 +293,21 @@ class GradMemPipeline(TextEncoder):
             ids, mask = ids.expand(len(memory), -1), mask.expand(len(memory), -1)
         return answer_scores(self, ids, mask, ids.new_empty(len(ids), 0), memory, {"strict": strict})
 
+    def surest_state(self, prompt: Prompt, *, memory: MemoryState, **how: Any) -> tuple[int, float]:
+        """Which of several states supports an answer to a prompt the most, and how far.
+
+        Args:
+            prompt (`str` or `list[dict]`): a text or chat messages.
+            memory (`MemoryState`): any number of states, each asked by itself; of equals the first counts.
+            how: what else `support` takes.
+
+        Raises:
+            ValueError: as `support`.
+        """
+        supported = self.support(prompt, memory=memory, **how)
+        best = max(range(len(supported)), key=supported.__getitem__)
+        return best, supported[best]
+
     def surest_answer(
         self,
         prompt: Prompt,
@@ -319,9 +334,8 @@ class GradMemPipeline(TextEncoder):
             found = self.generate([prompt] * len(memory), memory=memory, return_scores=True, **kwargs, **options)
             best = max(range(len(found)), key=lambda i: found[i].score)
             return SurestAnswer(*found[best], state=best * len(memory) // len(found))
-        scored = self.support(prompt, memory=memory, strict=options.get("strict", True), **kwargs)
-        best = max(range(len(scored)), key=scored.__getitem__)
-        return SurestAnswer(self.generate(prompt, memory=memory[best], **kwargs, **options)[0], scored[best], best)
+        best, score = self.surest_state(prompt, memory=memory, strict=options.get("strict", True), **kwargs)
+        return SurestAnswer(self.generate(prompt, memory=memory[best], **kwargs, **options)[0], score, best)
 
     def stream(
         self,

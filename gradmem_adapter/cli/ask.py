@@ -125,9 +125,8 @@ def _pieces(
         memory = MemoryState.concat(list(states))
         (found,) = pipeline.generate([question], memory=memory, return_scores=True, **options)
         return [found.text], found.score, None
-    scores = pipeline.support(question, memory=states)
-    best = max(range(len(scores)), key=scores.__getitem__)
-    return pipeline.stream(question, memory=states[best], **options), scores[best], best
+    best, support = pipeline.surest_state(question, memory=states)
+    return pipeline.stream(question, memory=states[best], **options), support, best
 
 
 def _write(

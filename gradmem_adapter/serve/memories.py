@@ -228,9 +228,8 @@ class Memories:
         alone = len(entries) == 1 and not support
         if alone or self.pipeline.model.active_peft_config.refusal is None:
             return Found(MemoryState.concat(list(states)), entries)
-        supported = self.pipeline.support(prompt, memory=states)
-        best_state = max(range(len(supported)), key=supported.__getitem__)
-        return Found(states[best_state], [entries[best_state]], supported[best_state])
+        best_state, supported = self.pipeline.surest_state(prompt, memory=states)
+        return Found(states[best_state], [entries[best_state]], supported)
 
     def _states(self, tenant: str, entries: Sequence[Entry]) -> MemoryState:
         return self._store(tenant).get([entry.key for entry in entries], self.pipeline.model.fingerprint())

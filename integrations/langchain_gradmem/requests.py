@@ -44,8 +44,8 @@ class Request(NamedTuple):
         if side_by_side or len(self.states) < 2:
             return MemoryState.concat(self.states) if self.states else None
         states = MemoryState.stack(self.states)
-        supported = pipeline.support(self.chat, memory=states, tools=tools, chat_template_kwargs=template)
-        return self.states[max(range(len(supported)), key=supported.__getitem__)]
+        best, _ = pipeline.surest_state(self.chat, memory=states, tools=tools, chat_template_kwargs=template)
+        return self.states[best]
 
 
 def request_of(

@@ -125,6 +125,7 @@ def test_of_several_states_the_surest_answers():
         found = pipeline.surest_answer(prompt, memory=states, **OPTIONS)
         assert pipeline.support(prompt, memory=states) == pytest.approx([one.score for one in each], abs=1e-4)
         assert found.state == max(range(3), key=lambda i: each[i].score)
+        assert pipeline.surest_state(prompt, memory=states) == (found.state, found.score)
         assert (found.text, found.score) == (each[found.state].text, pytest.approx(each[found.state].score, abs=1e-4))
         several = pipeline.surest_answer(prompt, memory=states, num_return_sequences=2, num_beams=2, max_new_tokens=4)
         assert several.state == found.state
