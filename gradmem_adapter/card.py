@@ -62,12 +62,35 @@ class Card:
         data (`str`, *optional*): what it was trained on.
         results (`Mapping[str, float]`, *optional*): what was measured, by name.
         license (`str`, *optional*): its identifier on the hub, such as `"apache-2.0"`.
+
+    Raises:
+        TypeError: a field of another type, or a result that is no number.
     """
 
     name: str | None = None
     data: str | None = None
     results: Mapping[str, float] = field(default_factory=dict)
     license: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("name", "data", "license"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise TypeError(f"Card's {name} is a text, got {value!r}.")
+        if not isinstance(self.results, Mapping):
+            raise TypeError(f"Card's results are numbers by their names, such as {{'f1': 0.9}}, got {self.results!r}.")
+        for name, value in self.results.items():
+            if not (isinstance(name, str) and _is_number(value)):
+                raise TypeError(
+                    f"Card's results are numbers by their names, and {name!r} has {value!r}: say it in data."
+                )
+
+
+def _is_number(value: object) -> bool:
+    try:
+        f"{value:.4g}"
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def write_card(directory: Path, model: PeftModel, card: Card, *, name: str | None = None) -> None:

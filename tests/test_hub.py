@@ -72,6 +72,23 @@ def test_a_checkpoint_has_a_card_that_says_what_it_is(tmp_path):
     assert "runtime" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"results": {"a": "str"}}, "numbers by their names, and 'a' has 'str'"),
+        ({"results": {"a": None}}, "'a' has None"),
+        ({"results": {1: 0.5}}, "1 has 0.5"),
+        ({"results": [0.5]}, "numbers by their names, such as"),
+        ({"data": ["rows"]}, "data is a text"),
+        ({"license": 3}, "license is a text"),
+    ],
+)
+def test_a_card_says_what_it_cannot_be_made_of(fields, said):
+    with pytest.raises(TypeError, match=said):
+        Card(**fields)
+    assert Card(results={"one": 1, "tensor": torch.tensor(0.5), "numpy": torch.tensor(0.5).numpy()[()]})
+
+
 def test_a_card_without_facts_invents_none(tmp_path):
     save_checkpoint(adapter(trained_length=None, lora_config=None), tiny_tokenizer(), tmp_path / "mine")
     card = ModelCard.load(tmp_path / "mine" / "README.md")
@@ -104,10 +121,10 @@ def test_the_trainer_pushes_with_what_it_measured(hub, tmp_path):
     )
     trainer.train()
     metrics = trainer.evaluate()
-    trainer.push_to_hub(license="mit", dataset="One row.")
+    trainer.push_to_hub(license="mit", dataset=["One row.", "Another."])
     card = hub["README.md"].decode()
     assert "license: mit" in card
-    assert "One row." in card
+    assert "One row., Another." in card
     assert f"| loss | {metrics['eval_loss']:.4g} |" in card
     assert 'load_checkpoint("owner/mine")' in card
     assert "adapter_model.safetensors" in hub

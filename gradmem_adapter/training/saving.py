@@ -140,8 +140,9 @@ class SavingTrainer(Trainer):
         elif self.is_world_process_zero():
             measured = [entry for entry in self.state.log_history if "eval_loss" in entry]
             results = {name: value for name, value in (measured or [{}])[-1].items() if name.startswith("eval_")}
-            name = self.hub_model_id or kwargs.get("model_name")
-            card = Card(name, kwargs.get("dataset"), results, kwargs.get("license"))
+            name, data = self.hub_model_id or kwargs.get("model_name"), kwargs.get("dataset")
+            data = data if isinstance(data, str | None) else ", ".join(data)
+            card = Card(name, data, results, kwargs.get("license"))
             write_card(Path(cast(str, self.args.output_dir)), cast(PeftModel, self.model), card)
 
     def _load_weights(self, path: str) -> None:
