@@ -223,7 +223,14 @@ def check_generation_options(options: dict[str, Any], default: GenerationConfig)
 
     Raises:
         NotImplementedError: one of them is asked for.
+        ValueError: the cache is to be offloaded from an accelerator, and there is none.
     """
+    kind = generation_option("cache_implementation", options, default)
+    if "offloaded" in str(kind) and not torch.accelerator.is_available():
+        raise ValueError(
+            f"cache_implementation={kind!r} moves layers of the cache between an accelerator and the CPU, and there is "
+            "no accelerator here. Leave it out, or pass 'static'."
+        )
     for name in _NEED_TOKENS_ALONE:
         if generation_option(name, options, default) is not None:
             raise NotImplementedError(

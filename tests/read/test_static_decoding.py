@@ -122,6 +122,15 @@ def test_what_asks_for_more_is_left_to_transformers():
         model.generate(first.sequences, memory=state, past_key_values=first.past_key_values, **STATIC)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator can be offloaded from")
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_without_an_accelerator_nothing_can_be_offloaded_from_it(kind):
+    model = make()
+    state, ids = model.write(tokens(1, 9)), tokens(1, 5, seed=1)
+    with pytest.raises(ValueError, match=f"'{kind}' moves layers of the cache between an accelerator and the CPU"):
+        model.generate(ids, memory=state, cache_implementation=kind)
+
+
 @pytest.mark.parametrize("kind", ["bamba", "falcon_h1", "mamba", "openai-gpt"])
 def test_backbones_that_are_not_of_attention_alone(kind):
     """States that are no keys and values: Transformers makes the cache."""
