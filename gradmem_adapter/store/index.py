@@ -7,9 +7,9 @@ import json
 import os
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradmem_adapter.store.entry import Entry, Place
 from gradmem_adapter.store.errors import ANEW, MemoryStoreError, sqlite_errors
@@ -55,6 +55,22 @@ _ENTRIES = """
 """
 
 
+class _Way(NamedTuple):
+    """How SQLite opens an index."""
+
+    mode: str
+    locking: str
+
+
+_SHARED = _Way("mode=rw", "NORMAL")
+_ALONE = _Way("mode=rw", "EXCLUSIVE")
+"""For a full disk: without the file that connections share, which cannot grow there (https://sqlite.org/wal.html#noshm)."""
+_UNCHANGING = _Way("immutable=1", "NORMAL")
+"""For a file system that may only be read, where nobody writes."""
+_KEPT_BACK = (errno.EACCES, errno.EROFS, errno.EIO)
+"""What `sqlite_errors` says where SQLite could not make a file."""
+
+
 class Index:
     """Connections to the index of a store, one for each piece of work: threads and processes share nothing else.
 
@@ -82,22 +98,33 @@ class Index:
                 connection.executescript(_SCHEMA)
                 yield connection
             return
-        with locked(self.folder, shared=True), sqlite_errors(self.path), closing(self._readable()) as connection:
+        with self._open([_SHARED, _ALONE, _UNCHANGING]) as connection:
             yield connection
 
-    def _readable(self) -> sqlite3.Connection:
-        try:
-            return self._connect("mode=rw")
-        except sqlite3.OperationalError as error:
-            if "readonly" not in str(error) and "unable to open" not in str(error):
-                raise
+    @contextmanager
+    def _open(self, ways: Sequence[_Way]) -> Iterator[sqlite3.Connection]:
+        """A connection in the first of some ways in which the system lets SQLite have one."""
+        with ExitStack() as stack:
+            for way in ways:
+                try:
+                    connection = stack.enter_context(self._opened(way))
+                    break
+                except OSError as error:
+                    if error.errno not in _KEPT_BACK or way is ways[-1]:
+                        raise
+            yield connection
+
+    @contextmanager
+    def _opened(self, way: _Way) -> Iterator[sqlite3.Connection]:
+        with locked(self.folder, shared=way is not _ALONE), sqlite_errors(self.path):
             log = Path(f"{self.path}-wal")
-            if log.exists() and log.stat().st_size:
+            if way is _UNCHANGING and log.exists() and log.stat().st_size:
                 raise OSError(
                     errno.EROFS, "has changes beside it that can only be read where it may be written; copy the store",
                     str(self.path),
-                ) from error  # fmt: skip
-            return self._connect("immutable=1")  # on a file system that may only be read, where nobody writes
+                )  # fmt: skip
+            with closing(self._connect(way)) as connection:
+                yield connection
 
     def _exists(self) -> bool:
         states = self.states.exists()  # asked first, as it is made after the index
@@ -118,11 +145,7 @@ class Index:
             OSError: it cannot be written.
         """
         self.make()
-        with (
-            locked(self.folder, shared=True),
-            sqlite_errors(self.path),
-            closing(self._connect("mode=rw")) as connection,
-        ):
+        with self._open([_SHARED, _ALONE]) as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection  # closed without COMMIT, nothing is changed
             connection.execute("UPDATE changes SET count = count + 1")
@@ -141,10 +164,11 @@ class Index:
             with self.replacing(missing=True):
                 pass
 
-    def _connect(self, how: str) -> sqlite3.Connection:
-        name = f"{self.path.absolute().as_uri()}?{how}"
+    def _connect(self, way: _Way) -> sqlite3.Connection:
+        name = f"{self.path.absolute().as_uri()}?{way.mode}"
         connection = sqlite3.connect(name, uri=True, timeout=60, isolation_level=None)
         try:
+            connection.execute(f"PRAGMA locking_mode = {way.locking}")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version > VERSION:
                 raise MemoryStoreError(

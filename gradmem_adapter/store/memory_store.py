@@ -196,7 +196,7 @@ class MemoryStore:
 
         Raises:
             ValueError: no key, vectors that are not finite, or more or fewer entries than states.
-            OSError: they cannot be written; none is stored then.
+            OSError: they cannot be written; none is in the index then, and the same call again puts them there.
         """
         landing.put(self.index, states, entries, self.dtype)
 

@@ -4,13 +4,17 @@ import errno
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
+import torch
 from jobs import fill_store, key, put_and_forget, put_state, stored_state
 from killing import SERVER, kill_at_every_call, kill_often
 from test_full_disks import mount, small  # noqa: F401
 
-from gradmem_adapter.store import MemoryStore
+from gradmem_adapter import MemoryState
+from gradmem_adapter.store import Entry, MemoryStore
 from gradmem_adapter.utils.temporary import PREFIX
 
 
@@ -80,6 +84,49 @@ def test_full_disk(small):  # noqa: F811
     assert report.states + len(report.unlisted) >= count
     assert not report.leftovers
     assert store.get(key(0)) == stored_state(0)
+
+
+def fill_up(folder):
+    """Leave no room on a file system."""
+    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["closed", "with changes of a killed process beside it"])
+def test_what_is_on_a_full_disk_can_be_read_and_deleted(small, tmp_path, killed):  # noqa: F811
+    """SQLite cannot make the file that connections share there."""
+    store = MemoryStore(small / "store")
+    large = MemoryState(torch.ones(1, 128, 256), torch.tensor([1]), torch.zeros(1, 1), "model")
+    store.put(large, [Entry(key(2), "source")])
+    for number in range(2):
+        put_state(store.path, number, "source")
+    if killed:
+        with store.index.reading() as connection:
+            cursor = connection.execute("SELECT key FROM states")
+            put_state(store.path, 3, "another")
+            shutil.copytree(store.path, tmp_path / "copy")
+            cursor.close()
+        shutil.rmtree(store.path)
+        shutil.copytree(tmp_path / "copy", store.path)
+        os.remove(store.path / "index.sqlite-shm")
+    count = 3 + killed
+    fill_up(small)
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(lambda _: len(store), range(20))) == {count}
+    assert {entry.key for entry in store.entries("source")} == {key(number) for number in range(3)}
+    assert store.get(key(0)) == stored_state(0)
+    assert store.verify().ok
+    with pytest.raises(OSError, match="No space left") as error:
+        put_state(store.path, 9)
+    assert error.value.errno == errno.ENOSPC
+    store.forget("source")  # which makes the room that it needs
+    (small / "filler").unlink()
+    assert not store.verify().damaged
+    assert set(store) == ({key(3)} if killed else set())
+    put_state(store.path, 9)
+    assert store.verify().ok
+    assert key(9) in store
 
 
 def test_read_only(small):  # noqa: F811
