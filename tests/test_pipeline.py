@@ -98,6 +98,8 @@ class TestWrite:
         for call in (pipeline.write, pipeline.write_many, lambda texts: pipeline.fidelity(texts, state)):
             with pytest.raises(ValueError, match=r"Context 1 has half a character, '\\ud83d', at place 3"):
                 call(["w1 w2", "w1 \ud83d w2"])
+        with pytest.raises(ValueError, match="Context 0 has a zero byte at place 2"):
+            pipeline.write("w1\0w2")
         with pytest.raises(ValueError, match="Prompt 0 has half a character"):
             pipeline.generate("w1 \ud83d", memory=state)
 

@@ -136,8 +136,6 @@ def _document(source: str, text: str) -> Document:
 
     if not text.strip():
         raise ValueError(f"{source} is empty: there is nothing to write.")
-    if "\0" in text:
-        raise ValueError(f"{source} is no text: it has a zero byte at place {text.index(chr(0))}.")
     check_text(source, text)
     return Document(_readable(source), text)
 

@@ -131,7 +131,7 @@ def text_list(texts: str | Sequence[str]) -> list[str]:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise for a text that is none in Unicode: with half of a character, as broken PDFs give it.
+    """Raise for what is no text: with a zero byte, as other files have it, or half of a character, as broken PDFs do.
 
     Args:
         name (`str`): what the text is called in the message.
@@ -139,10 +139,12 @@ def check_text(name: str, text: str) -> None:
 
     Raises:
         TypeError: it is something else.
-        ValueError: half a character.
+        ValueError: a zero byte, or half a character.
     """
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a text, got {type(text).__name__}.")
+    if "\0" in text:
+        raise ValueError(f"{name} has a zero byte at place {text.index(chr(0))}, which no text has. Leave it out.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -91,7 +91,7 @@ BAD = {
     "empty.txt": (b"", "is empty"),
     "blank.txt": (b" \n", "is empty"),
     "binary.dat": (b"\x00\xff" * 9, "is no text in UTF-8"),
-    "zero.dat": (b"w1\0w2", "is no text: it has a zero byte at place 2"),
+    "zero.dat": (b"w1\0w2", "zero.dat has a zero byte at place 2, which no text has"),
     "latin1.txt": ("z\xe4h ".encode("latin-1") * 99, "is no text in UTF-8"),
     "mixed.txt": (b"w1 " * 9000 + "\xe4 ".encode() + b"\xe4 ", "can't decode byte 0xe4 in position 27003"),
     "utf16.txt": ("w1".encode("utf-16"), "is no text in UTF-8"),
