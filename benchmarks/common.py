@@ -84,8 +84,8 @@ def random_tokens(model: PreTrainedModel, batch: int, length: int) -> Tensor:
 
 
 def fitting(lengths: Sequence[int], room: int) -> list[int]:
-    """The lengths in order, those beyond `room` cut to it."""
-    return sorted({min(length, room) for length in lengths})
+    """The lengths as they stand, those beyond `room` cut to it."""
+    return list(dict.fromkeys(min(length, room) for length in lengths))
 
 
 # ---------------------------------------------------------------- measuring

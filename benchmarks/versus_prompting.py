@@ -1,22 +1,27 @@
 """Answering from memory against prompting with the whole context.
 
-    python -m benchmarks.versus_prompting [--lengths 256 512 1024 2048 4096 8192] [--max-batch 256]
-    python -m benchmarks.versus_prompting --shape llama-3.1-8b --lengths 1024 8192 65536 --write-steps 1 --compile \\
-        --process-gib 24
+    python -m benchmarks.versus_prompting [--lengths 1024 2048 4096 8192 16384 32768 65536] [--batches 1 8 64]
+    python -m benchmarks.versus_prompting --shape llama-3.1-8b --write-steps 1 --compile --kvpress --process-gib 24
+    python -m evaluation plots      (time to first token and bytes against context length, of all records)
 
-Three ways to answer a question on a context: from its memory; with the context's KV cache kept; with the context
-prefilled anew. Prefills and decoding steps are plain forward passes with Transformers' DynamicCache, which copies the
-keys and values in each step. A context leaves room for question and answer in the model's positions, so the last length
-is less than 8192. For batches, the KV cache of one context is repeated.
+Ways to answer a question on a context: from its memory; with the context's KV cache kept; with what `--kvpress` keeps
+of that cache; with the context prefilled anew. Prefills and decoding steps are plain forward passes with Transformers'
+DynamicCache, which copies the keys and values in each step. A context leaves room for question and answer in the
+model's positions, so the last length may be less than asked. For batches, the KV cache of one context is repeated.
 
-Of "answer", one record per context length, batch size 1:
-    state_bytes, memory_kv_bytes, context_kv_bytes: per context, of the state's file, of the keys and values of memory
-        and control vectors, of those of the context. states_per_gib, memory_kv_per_gib, context_kv_per_gib: how many
-        contexts that makes in a GiB.
+NVIDIA's kvpress keeps as many tokens of the cache as have the bytes of the state, at least one: in each layer those
+whose keys have the smallest norms, which costs least of its methods. What it costs is measured here, not how well it
+answers. kvpress 0.5.5 asks for an older Transformers than this package, and does its work with the present one:
+`pip install --no-deps kvpress==0.5.5 cachetools fire termcolor`.
+
+Of "answer", one record per context length, in the order of `--lengths`, batch size 1:
+    state_bytes, memory_kv_bytes, context_kv_bytes, press_bytes: per context, of the state's file, of the keys and
+        values of memory and control vectors, of those of the context, of those that kvpress keeps. states_per_gib,
+        memory_kv_per_gib, context_kv_per_gib, press_per_gib: how many contexts that makes in a GiB.
     write_ms, write_peak_gib, prefill_ms: WRITE with all its steps, and the memory that it takes beside the model; the
-        context's forward pass.
+        context's forward pass; press_ms: the same with kvpress.
     first_token_*_ms: from question to first new token, from memory (its keys and values computed anew, or kept), with
-        the context's KV cache kept, with the context prefilled anew.
+        the context's KV cache kept, with what kvpress keeps of it (press), with the context prefilled anew.
     break_even_prefill: questions after which writing has paid for itself against prefilling anew; null: never.
         Against a kept KV cache, which costs the prefill once, what memory saves is bytes.
 
@@ -29,8 +34,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,12 +47,16 @@ from benchmarks import common
 from gradmem_adapter import WriteOptions
 from gradmem_adapter.peft_model import GradMemPeftModel
 
+KINDS = ("answer", "decode")
+
 
 @torch.no_grad()
-def prefill(backbone: PreTrainedModel, inputs: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, Any]:
+def prefill(
+    backbone: PreTrainedModel, inputs: Tensor, cache: DynamicCache | None = None, **options: Tensor
+) -> tuple[Tensor, Any]:
     """The token [B, 1] after ids [B, N] or embeddings [B, N, d] behind what is in the cache, and the longer cache."""
     name = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
-    output = backbone(**{name: inputs}, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = backbone(**{name: inputs}, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
     return output.logits.argmax(-1), output.past_key_values
 
 
@@ -54,6 +65,16 @@ def reopened(cache: DynamicCache) -> DynamicCache:
     result = copy.copy(cache)
     result.layers = [copy.copy(layer) for layer in cache.layers]
     return result
+
+
+def pressed(backbone: PreTrainedModel, context: Tensor, tokens: int) -> DynamicCache:
+    """The context's cache, of which kvpress keeps so many tokens."""
+    from kvpress import KnormPress
+
+    length = context.shape[1]
+    places = torch.arange(length, device=context.device)  # which Transformers 5.3 and later no longer tell its hooks
+    with KnormPress(compression_ratio=max(0.0, 1 - (tokens + 0.5) / length))(backbone):  # rounded down to `tokens`
+        return cast(DynamicCache, prefill(backbone, context, cache_position=places)[1])
 
 
 def kv_bytes(cache: DynamicCache) -> int:
@@ -74,21 +95,34 @@ def answer(model: GradMemPeftModel, backbone: PreTrainedModel, length: int, args
     embed = backbone.get_input_embeddings()
     kept, memory_kept = prefill(backbone, context)[1], prefill(backbone, model.prefix_embeddings(state).detach())[1]
 
-    def ms(function: Any) -> float:
-        return common.measure(function, args.device, repeats=args.repeats).milliseconds
+    def cost(function: Callable[[], Any]) -> common.Cost:
+        return common.measure(function, args.device, repeats=args.repeats, warm_up=args.warm_up)
+
+    def ms(function: Callable[[], Any]) -> float:
+        return cost(function).milliseconds
 
     def from_memory() -> None:
         prefix = model.prefix_embeddings(state).detach()
         prefill(backbone, torch.cat([prefix, embed(question)], dim=1))
 
     sizes = {"state": len(state[0].to_bytes()), "memory_kv": kv_bytes(memory_kept), "context_kv": kv_bytes(kept)}
+    press = {}
+    if args.kvpress:
+        tokens = max(1, sizes["state"] * length // sizes["context_kv"])
+        places = torch.arange(length, length + args.question, device=context.device)[None]
+        few = pressed(backbone, context, tokens)
+        sizes["press"] = kv_bytes(few)
+        press = {
+            "press_ms": ms(lambda: pressed(backbone, context, tokens)),
+            "first_token_press_ms": ms(lambda: prefill(backbone, question, reopened(few), position_ids=places)),
+        }
     options = WriteOptions(
         steps=args.write_steps,
         compile=args.compile or "auto",
         last_loss=args.last_loss,
         max_memory=args.max_memory or "auto",
     )
-    write = common.measure(lambda: model.write(context, options=options), args.device, repeats=args.repeats)
+    write = cost(lambda: model.write(context, options=options))
     found = {
         **{f"{name}_bytes": size for name, size in sizes.items()},
         **{f"{name.replace('state', 'states')}_per_gib": 2**30 // size for name, size in sizes.items()},
@@ -99,6 +133,7 @@ def answer(model: GradMemPeftModel, backbone: PreTrainedModel, length: int, args
         "first_token_memory_kept_ms": ms(lambda: prefill(backbone, question, reopened(memory_kept))),
         "first_token_kept_ms": ms(lambda: prefill(backbone, question, reopened(kept))),
         "first_token_prefill_ms": ms(lambda: prefill(backbone, torch.cat([context, question], dim=1))),
+        **press,
     }
     saved = found["first_token_prefill_ms"] - found["first_token_memory_ms"]
     return found | {"break_even_prefill": break_even(found["write_ms"], saved)}
@@ -128,7 +163,7 @@ def decode(
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "versus_prompting")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 17)])
     parser.add_argument("--memory", type=int, default=16, help="memory vectors")
     parser.add_argument("--write-steps", type=int, default=5)
     parser.add_argument("--question", type=int, default=16, help="tokens of a question")
@@ -137,7 +172,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--last-loss", action=argparse.BooleanOptionalAction, default=True, help="of WRITE")
     parser.add_argument("--max-memory", type=int, help="bytes that WRITE may take beside the model")
     parser.add_argument("--process-gib", type=float, help="a limit on the GPU memory of the process")
-    parser.add_argument("--max-batch", type=int, default=256, help="answers at a time, at most")
+    parser.add_argument("--kvpress", action="store_true", help="compare with a cache of as many bytes by kvpress, too")
+    parser.add_argument("--warm-up", type=int, default=2, help="calls before those that are timed")
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS, help="what is measured")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8, 64], help="answers at a time, until one batch does not fit"
+    )
     args = parser.parse_args(argv)
     if args.process_gib:
         total = torch.cuda.get_device_properties(args.device).total_memory
@@ -149,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = {
         "compile": args.compile, "last_loss": args.last_loss, "max_memory": args.max_memory,
         "process_limit_gib": args.process_gib,
+        "kvpress": importlib.metadata.version("kvpress") if args.kvpress else None,
     }  # fmt: skip
     options = {name: value for name, value in chosen.items() if value != parser.get_default(name) and value is not None}
 
@@ -159,14 +200,14 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         return "error" not in found.facts
 
-    for length in lengths:
+    for length in lengths if "answer" in args.kinds else ():
         record("answer", partial(answer, model, backbone, length, args), kind="answer", context_tokens=length)
-    for way, length in (("memory", lengths[0]), *(("prompt", length) for length in lengths)):
-        batch, fits = 1, True
-        while fits and batch <= args.max_batch:
+    decoded = [("memory", lengths[0]), *(("prompt", length) for length in lengths)] if "decode" in args.kinds else []
+    for way, length in decoded:
+        for batch in args.batches:
             function = partial(decode, model, backbone, way, length, batch, args)
-            fits = record(way, function, kind="decode", context_tokens=length, batch=batch)
-            batch *= 2
+            if not record(way, function, kind="decode", context_tokens=length, batch=batch):
+                break
 
 
 if __name__ == "__main__":

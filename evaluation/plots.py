@@ -11,6 +11,7 @@ import pandas as pd
 
 from .methods import METHODS
 from .paper import KV_RETRIEVAL
+from .tables.benchmarks import PROMPTING, prompting, shape_title
 from .tables.cells import data_title, line_title, read
 
 NAMES = {"memory_tokens": "memory vectors m", "write_steps": "write steps K"}
@@ -205,4 +206,40 @@ def reconstruction(output: Path) -> list[Path]:
     return _finish(figure, output / "reconstruction.png", 2)
 
 
-PLOTS: tuple[Callable[[Path], list[Path]], ...] = (kv_retrieval, answers, reconstruction)
+def versus_prompting(output: Path) -> list[Path]:
+    """Time to first token and bytes against context tokens: memory, the context's KV cache, the context read anew.
+
+    A plot for each shape and hardware that several lengths were measured on.
+    """
+    memory, text, kept = style("gradmem"), style("full_context"), {"linestyle": "--", "fillstyle": "none"}
+    pressed = {"color": "#e69f00", "marker": "P"}
+    times = {
+        "memory_ms": ("memory state", memory),
+        "memory_kept_ms": ("its keys and values, kept", memory | kept),
+        "kept_ms": ("context's KV cache, kept", text | kept),
+        "press_ms": ("KV cache of the state's bytes, by kvpress", pressed),
+        "prefill_ms": ("context, read anew", text),
+    }
+    sizes = {"state": "memory_ms", "memory_kv": "memory_kept_ms", "context_kv": "kept_ms", "press": "press_ms"}
+    lines = [(f"first_token_{name}", *look) for name, look in times.items()]
+    panels = {"time to first token (ms)": lines, "bytes kept": [(f"{k}_bytes", *times[v]) for k, v in sizes.items()]}
+    files: list[Path] = []
+    for which in PROMPTING:
+        if len(table := prompting(which)) < 2:
+            continue
+        figure, found = _axes(2, (9.6, 4.8))
+        for axes, (ylabel, entries) in zip(found, panels.items(), strict=True):
+            for column, label, look in entries:
+                line = table.reindex(columns=["context_tokens", column]).dropna()
+                if len(line):
+                    axes.plot(line["context_tokens"], line[column], label=label, **look)
+            axes.set(xlabel="context tokens", ylabel=ylabel, yscale="log")
+            _ticks(axes.xaxis, table["context_tokens"].tolist())
+        row = table.iloc[-1]
+        vectors = f"{row['memory_tokens']:.0f} vectors, K={row['write_steps']:.0f}"
+        figure.suptitle(f"{shape_title(row)}'s shape, random weights, {row['dtype']}, {row['hardware']}; {vectors}")
+        files += _finish(figure, output / f"versus_prompting_{which}.png", 3)
+    return files
+
+
+PLOTS: tuple[Callable[[Path], list[Path]], ...] = (kv_retrieval, answers, reconstruction, versus_prompting)

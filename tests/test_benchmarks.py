@@ -1,6 +1,8 @@
 """The benchmarks run on a CPU in seconds, and their records say what they should; no time is looked at."""
 
 import json
+import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -138,7 +140,20 @@ def test_sizes(run, monkeypatch):
 
 
 def test_versus_prompting(run):
-    options = ["--lengths", "64", "128", "--max-batch", "2", "--memory", "3", "--write-steps", "1", "--new-tokens", "2"]
+    options = [
+        "--lengths",
+        "64",
+        "128",
+        "--batches",
+        "1",
+        "2",
+        "--memory",
+        "3",
+        "--write-steps",
+        "1",
+        "--new-tokens",
+        "2",
+    ]
     records = run(versus_prompting, "versus_prompting", *options)
     answers = [record for record in records if record.method == "answer"]
     assert settings(answers, "context_tokens") == [(64,), (128,)]
@@ -157,6 +172,37 @@ def test_versus_prompting(run):
     assert all(record.metrics["tokens_per_second"] > 0 for record in decoded)
 
 
+class SmallestKeys:
+    """As kvpress.KnormPress is called: of each layer's cache so many tokens are kept while a context is read."""
+
+    def __init__(self, compression_ratio):
+        self.kept = 1 - compression_ratio
+
+    @contextmanager
+    def __call__(self, model):
+        def keep(attention, args, kwargs, output):
+            assert len(kwargs["cache_position"]) == kwargs["hidden_states"].shape[1]
+            layer = kwargs["past_key_values"].layers[attention.layer_idx]
+            tokens = int(self.kept * layer.keys.shape[2])
+            layer.keys, layer.values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+
+        hooks = [layer.self_attn.register_forward_hook(keep, with_kwargs=True) for layer in model.model.layers]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+def test_versus_a_cache_of_as_many_bytes(run, monkeypatch):
+    """kvpress itself is not installed where tests run."""
+    monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(KnormPress=SmallestKeys))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.5")
+    options = ["--kvpress", "--lengths", "64", "--kinds", "answer", "--memory", "5", "--write-steps", "1"]
+    (record,) = run(versus_prompting, "versus_prompting", *options)
+    assert record.settings["kvpress"] == "0.5.5"
+    assert record.metrics["press_bytes"] == record.metrics["state_bytes"] // KV_BYTES_PER_TOKEN * KV_BYTES_PER_TOKEN
+    assert {"press_ms", "first_token_press_ms", "press_per_gib"} <= record.metrics.keys()
+
+
 def test_batches_grow_until_there_is_no_memory(tmp_path, monkeypatch):
     def decode(model, backbone, way, length, batch, args):
         if batch > 2:
@@ -165,7 +211,8 @@ def test_batches_grow_until_there_is_no_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(versus_prompting, "decode", decode)
     monkeypatch.setattr(versus_prompting, "answer", lambda *_: {})
-    versus_prompting.main(["--device", "cpu", "--layers", "1", "--lengths", "8", "--results", str(tmp_path)])
+    versus_prompting.main(["--device", "cpu", "--layers", "1", "--lengths", "8", "--batches", "1", "2", "4", "8",
+                           "--results", str(tmp_path)])  # fmt: skip
     records = [r for r in load_records(tmp_path / "versus_prompting.jsonl") if r.method == "prompt"]
     found = [(record.settings["batch"], record.facts.get("error")) for record in records]
     assert found == [(1, None), (2, None), (4, "out of memory")]
@@ -181,8 +228,8 @@ def test_a_reopened_cache_leaves_the_first_alone():
 
 
 def test_contexts_leave_room_for_question_and_answer():
-    assert common.fitting([256, 8192, 4096], 8144) == [256, 4096, 8144]
-    assert common.fitting([8192, 8160, 64], 8144) == [64, 8144]
+    assert common.fitting([256, 8192, 4096], 8144) == [256, 8144, 4096]
+    assert common.fitting([8192, 8160, 64], 8144) == [8144, 64]
 
 
 def test_break_even():

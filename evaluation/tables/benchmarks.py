@@ -10,7 +10,15 @@ import pandas as pd
 from .cells import Frame, grid, in_order, percent, read, time_and_memory
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
-SHAPES = {"smollm2-1.7b": "SmolLM2-1.7B", "llama-3.1-8b": "Llama-3.1-8B"}
+SHAPES = {"qwen2.5-0.5b": "Qwen2.5-0.5B", "smollm2-1.7b": "SmolLM2-1.7B", "llama-3.1-8b": "Llama-3.1-8B"}
+PROMPTING = {
+    "8b": {"shape": "llama-3.1-8b", "hardware": H200},
+    "1.7b": {"shape": "smollm2-1.7b", "hardware": H200},
+    "0.5b": {"shape": "qwen2.5-0.5b", "hardware": H200},
+    "gpu": {"hardware": H100, "date": "2026-11-25"},  # when it ran nothing else
+    "cpu": {"hardware": "Intel(R) Xeon(R) Processor, 2 threads"},
+}
+"""Where memory is compared with the whole context before the question, for tables and plots."""
 HOW = {
     "textbook": "textbook (its graph kept)", "textbook, no graph": "textbook, no graph kept",
     "plain": "plain (launched kernel by kernel)", "compiled": "compiled, one CUDA graph per pass",
@@ -139,7 +147,7 @@ def write_share() -> Frame:
     table = read("write_compare", hardware=H200, method="compiled, no last loss")
     return Frame([
         {
-            "shape": SHAPES.get(row["shape"], "SmolLM2-135M"),
+            "shape": shape_title(row),
             "WRITE of": shape(row),
             "time": spans(row["milliseconds"]),
             "takes": f"{row['peak_gib']:.1f} GiB",
@@ -169,10 +177,25 @@ def read_time() -> Frame:
     return grid(table, table["method"].map(names), heads, "{first_token_ms:.0f} ms", "one H100, bf16")
 
 
-def _prompting(table: Frame) -> Frame:
+def shape_title(row: Any) -> str:
+    """The shape that a record is of, as tables name it."""
+    return SHAPES.get(row.get("shape"), "SmolLM2-135M")
+
+
+def prompting(which: str) -> Frame:
+    """Records of memory against the whole context before the question, one for each length of a context.
+
+    Args:
+        which (`str`): of `PROMPTING`.
+    """
+    table = read("versus_prompting", kind="answer", **PROMPTING[which]).dropna(subset="state_bytes")
+    return table.drop_duplicates("context_tokens", keep="last").sort_values("context_tokens")
+
+
+def _prompting(which: str) -> Frame:
     rows = []
-    for _, row in table.drop_duplicates("context_tokens", keep="last").sort_values("context_tokens").iterrows():
-        pays = row.get("break_even_prefill")
+    for _, row in prompting(which).iterrows():
+        pays, pressed = row.get("break_even_prefill"), row.get("first_token_press_ms")
         rows.append({
             "context tokens": f"{row['context_tokens']:,}",
             "kept: state": megabytes(row["state_bytes"]),
@@ -182,31 +205,32 @@ def _prompting(table: Frame) -> Frame:
             "first token from memory": spans(row["first_token_memory_ms"]),
             "its prefix kept": spans(row["first_token_memory_kept_ms"]),
             "context's cache kept": spans(row["first_token_kept_ms"]),
+            "a cache of the state's bytes, by kvpress": None if pd.isna(pressed) else spans(pressed),
             "context read anew": spans(row["first_token_prefill_ms"]),
             "pays after": f"{pays:.0f} questions" if isinstance(pays, int | float) and pays == pays else None,
         })  # fmt: skip
-    return Frame(rows)
+    return Frame(rows).dropna(axis="columns", how="all")
 
 
 def versus_prompting() -> Frame:
     """Memory against the whole context before the question, on two CPU cores."""
-    return _prompting(read("versus_prompting", kind="answer", hardware="Intel(R) Xeon(R) Processor, 2 threads"))
+    return _prompting("cpu")
 
 
 def versus_prompting_gpu() -> Frame:
     """The same on one H100 that ran nothing else."""
-    table = read("versus_prompting", kind="answer", hardware=H100)
-    return _prompting(table[table["date"] == table["date"].min()]).drop(columns="pays after")
+    return _prompting("gpu").drop(columns="pays after")
 
 
 def versus_prompting_8b() -> Frame:
     """The same for Llama-3.1-8B's shape on one H200."""
-    return _prompting(read("versus_prompting", kind="answer", shape="llama-3.1-8b"))
+    return _prompting("8b")
 
 
 def memory_at_8b() -> Frame:
     """The same, as short as a README takes."""
-    row = read("versus_prompting", kind="answer", shape="llama-3.1-8b").iloc[-1]
+    table = prompting("8b")
+    row = table[table["context_tokens"] == 8192].iloc[0]
     rows = {
         "kept for each text": [megabytes(row["state_bytes"]), megabytes(row["context_kv_bytes"]), None],
         "made, once, in": [spans(row["write_ms"]), spans(row["prefill_ms"]), None],

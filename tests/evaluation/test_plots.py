@@ -87,6 +87,29 @@ def test_what_was_trained_alike_is_one_line(tmp_path, monkeypatch, figures):
     assert against_m == [([16], [40]), ([16], [50]), ([16], [60]), ([32], [70])]
 
 
+def test_memory_against_prompting(tmp_path, monkeypatch, figures):
+    """A plot for each shape and hardware with several lengths, which says both; what was not measured has no line."""
+    names = ["memory", "memory_kept", "kept", "press", "prefill"]
+    for shape, lengths, pressed in (("llama-3.1-8b", (1024, 65536), True), ("smollm2-1.7b", (1024,), True),
+                                    ("qwen2.5-0.5b", (2048, 1024), False)):  # fmt: skip
+        add_records(tmp_path / "versus_prompting.jsonl", [
+            Record(
+                task="versus_prompting", method="answer", memory_tokens=64, write_steps=1,
+                settings={"hardware": "NVIDIA H200", "shape": shape, "dtype": "bfloat16", "date": "2026-11-29",
+                          "kind": "answer", "context_tokens": length},
+                metrics={f"first_token_{name}_ms": float(length) for name in names if pressed or name != "press"}
+                | {f"{name}_bytes": float(length) for name in ("state", "memory_kv", "context_kv")},
+            )
+            for length in lengths
+        ])  # fmt: skip
+    monkeypatch.setattr("evaluation.tables.cells.RESULTS", tmp_path)
+    assert [file.stem for file in plots.versus_prompting(tmp_path)] == ["versus_prompting_8b", "versus_prompting_0.5b"]
+    assert "Llama-3.1-8B's shape" in figures[0].get_suptitle()
+    assert "NVIDIA H200" in figures[0].get_suptitle()
+    assert [[len(axes.lines) for axes in figure.axes] for figure in figures] == [[5, 3], [4, 3]]
+    assert [line.get_xdata().tolist() for line in figures[1].axes[0].lines] == [[1024, 2048]] * 4
+
+
 def test_the_command(tmp_path):
     result = CliRunner().invoke(app, ["plots", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
