@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -15,6 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from gradmem_adapter.export.prompt_embeds import check_finite
 from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.ops.answers import states_of_answers
+from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.read.generation import check_prompt, end_with_positions, generation_option, query_mask
@@ -28,6 +31,11 @@ _KNOWN = {
 }
 _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 _OF_CONFIGS = {"bos_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config", "use_cache"}
+
+_COMPARED_TOKENS = 8
+_ROUNDING = 1.0
+"""Nats by which a token that an engine takes for the likeliest may be less likely than the model's own. Of the right
+model in bfloat16 it was 0.01 at most, of another one at least 10 within eight tokens (docs/lab/LOG.md)."""
 
 
 class EnginePrompt(NamedTuple):
@@ -83,10 +91,15 @@ class EngineReader(ABC):
     Args:
         model (`PeftModel`): with the adapter that writes the states. What it does not write, it refuses before anything
             is sent.
+        check_model (`bool`, *optional*, defaults to `True`): before the first answer ask for eight tokens and see that
+            they are the model's own up to rounding, since an engine with another model would answer, too.
     """
 
-    def __init__(self, model: PeftModel | GradMemPeftModel) -> None:
+    def __init__(self, model: PeftModel | GradMemPeftModel, *, check_model: bool = True) -> None:
         self.model = cast(GradMemPeftModel, model)
+        self._check_model = check_model
+        self._to_compare = _COMPARED_TOKENS if check_model else 0
+        self._comparing = threading.Lock()
 
     @abstractmethod
     def _answers(
@@ -126,7 +139,7 @@ class EngineReader(ABC):
         Raises:
             NotImplementedError: other options, which the engine would not follow as Transformers does.
             TypeError, ValueError: prompts or states that do not fit the model or each other.
-            RuntimeError: the engine failed.
+            RuntimeError: the engine failed, or serves another model.
         """
         backbone = cast(PreTrainedModel, self.model.get_base_model())
         default = backbone.generation_config
@@ -148,7 +161,35 @@ class EngineReader(ABC):
             EnginePrompt(one, ids[counts.bool()].tolist())
             for one, ids, counts in zip(prefix, input_ids, mask, strict=True)
         ]
-        return self._follow(prompts, input_ids, Sampling.of(options, default), options, default)
+        sampling = Sampling.of(options, default)
+        if prompts:
+            self._compare(backbone, prompts[0], sampling.max_new_tokens)
+        return self._follow(prompts, input_ids, sampling, options, default)
+
+    def _compare(self, backbone: PreTrainedModel, prompt: EnginePrompt, most: int) -> None:
+        """Raise `RuntimeError` where an engine's first greedy tokens are not likely to this model."""
+        with self._comparing:
+            count = min(self._to_compare, most)
+            if not count:
+                return
+            with closing(self._answers([prompt], Sampling(count, [], 0.0, 0, 1.0))) as pieces:
+                tokens = [token for _, new, _ in pieces for token in new]
+            if len(tokens) != count:
+                raise RuntimeError("The engine ended before its answers did.")
+            (states,) = states_of_answers(backbone, prompt.prefix[None], [(prompt.tokens, tokens)])
+            (logits,) = output_head(backbone)(states[None]).float()
+            lost = logits.amax(-1) - logits[torch.arange(count), tokens]
+            if not lost.max() <= _ROUNDING:
+                raise RuntimeError(
+                    "The engine serves another model than the one that wrote the memory: its answer begins with the "
+                    f"tokens {tokens}, which are not this model's. Serve what gradmem export made of this checkpoint; "
+                    "of a server with several models pass the name of the right one."
+                )
+            self._to_compare -= count
+
+    def _compare_again(self) -> None:
+        """After an engine failed: what comes back may be another one."""
+        self._to_compare = _COMPARED_TOKENS if self._check_model else 0
 
     def _follow(
         self,

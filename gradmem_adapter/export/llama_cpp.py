@@ -24,10 +24,11 @@ class LlamaCppReader(EngineReader):
         model (`PeftModel`): with the adapter that writes the states.
         llama (`Llama`): of the `model.gguf` that `gradmem export --gguf float32` made. Its `n_batch` must be at least
             the vectors that stand before a prompt, its `n_ctx` hold them, the prompt and the answer.
+        check_model (`bool`, *optional*, defaults to `True`): see that it is the model's own before the first answer.
     """
 
-    def __init__(self, model: PeftModel | GradMemPeftModel, llama: Llama) -> None:
-        super().__init__(model)
+    def __init__(self, model: PeftModel | GradMemPeftModel, llama: Llama, *, check_model: bool = True) -> None:
+        super().__init__(model, check_model=check_model)
         self.llama = llama
         self._lock = threading.Lock()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
 import urllib.error
@@ -19,6 +20,9 @@ from gradmem_adapter.peft_model import GradMemPeftModel
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+_NOT_VLLM = (http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError)
+"""What comes of answers that are cut off, or of something else than vLLM."""
 
 
 class VLLMReader(EngineReader):
@@ -38,6 +42,8 @@ class VLLMReader(EngineReader):
         lora (`str` or `Path`, *optional*): the exported folder `lora`, for an `LLM` of the backbone beside it.
         api_key (`str`, *optional*): of a server.
         timeout (`float`, *optional*, defaults to 600): most seconds that a server may be silent.
+        check_model (`bool`, *optional*, defaults to `True`): see that the engine's model is the adapter's own, before
+            the first answer and after each failure of a server.
     """
 
     def __init__(
@@ -49,13 +55,15 @@ class VLLMReader(EngineReader):
         lora: str | Path | None = None,
         api_key: str | None = None,
         timeout: float = 600,
+        check_model: bool = True,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, check_model=check_model)
         if isinstance(engine, str) and lora is not None:
             raise ValueError("A server has its LoRA from --lora-modules: pass the name that it has there.")
         if isinstance(engine, str) and not engine.startswith(("http://", "https://")):
             raise ValueError(f"A server's address begins with http:// or https://, got {engine[:200]!r}.")
         self.engine, self.name, self.lora, self.api_key, self.timeout = engine, name, lora, api_key, timeout
+        self._served_name = name
         self._lock = threading.Lock()
 
     def _answers(
@@ -84,27 +92,29 @@ class VLLMReader(EngineReader):
         self, url: str, prompts: Sequence[EnginePrompt], sampling: Sampling
     ) -> Generator[tuple[int, list[int], bool], None, None]:
         embed = self.model.get_input_embeddings()
-        device = embed.weight.device
-        whole = [torch.cat([one.prefix, embed(torch.tensor(one.tokens, device=device))]) for one in prompts]
-        if self.name is None:
-            with self._request(f"{url}/v1/models") as response:
-                self.name = json.load(response)["data"][0]["id"]
-        body = _parameters(sampling) | {
-            "model": self.name,
-            "prompt_embeds": [encoded(one) for one in whole],
-            "stream": True,
-            "return_token_ids": True,
-        }
-        with self._request(f"{url}/v1/completions", body) as response:
-            for line in response:
-                event = line.decode().strip().removeprefix("data: ")
-                if not event or event == "[DONE]":
-                    continue
-                chunk = json.loads(event)
-                if "error" in chunk:
-                    raise RuntimeError(f"vLLM failed: {chunk['error']}")
-                for choice in chunk["choices"]:
-                    yield choice["index"], choice.get("token_ids") or [], choice.get("finish_reason") is not None
+        ids = [torch.tensor(one.tokens, dtype=torch.long, device=embed.weight.device) for one in prompts]
+        whole = [encoded(torch.cat([one.prefix, embed(row)])) for one, row in zip(prompts, ids, strict=True)]
+        body = _parameters(sampling) | {"prompt_embeds": whole, "stream": True, "return_token_ids": True}
+        try:
+            if self._served_name is None:
+                with self._request(f"{url}/v1/models") as response:
+                    self._served_name = json.load(response)["data"][0]["id"]
+            with self._request(f"{url}/v1/completions", body | {"model": self._served_name}) as response:
+                for line in response:
+                    event = line.decode().strip().removeprefix("data: ")
+                    if not event or event == "[DONE]":
+                        continue
+                    chunk = json.loads(event)
+                    if "error" in chunk:
+                        raise RuntimeError(f"vLLM failed: {chunk['error']}")
+                    for choice in chunk["choices"]:
+                        yield choice["index"], choice.get("token_ids") or [], choice.get("finish_reason") is not None
+        except (OSError, RuntimeError, *_NOT_VLLM) as error:
+            self._compare_again()
+            self._served_name = self.name
+            if isinstance(error, _NOT_VLLM):
+                raise ConnectionError(f"What is at {url} does not answer as vLLM does: {error!r}.") from error
+            raise
 
     def _request(self, url: str, body: dict[str, Any] | None = None) -> Any:
         """A response of the server, open to be read."""
@@ -116,6 +126,10 @@ class VLLMReader(EngineReader):
             return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=self.timeout)
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
+            if '"param":"input_tokens"' in said.replace(" ", ""):
+                raise ValueError(
+                    "Memory and prompt are longer than vLLM was started for (--max-model-len). Shorten the prompt."
+                ) from error
             raise RuntimeError(f"vLLM at {url} refused the request ({error.code}): {said}") from error
         except urllib.error.URLError as error:
             raise ConnectionError(f"There is no vLLM server at {url}: {error.reason}.") from error
@@ -136,4 +150,5 @@ def mixed_prompt(prompt: EnginePrompt) -> dict[str, Any]:
 def _parameters(sampling: Sampling) -> dict[str, Any]:
     """Sampling as vLLM names it; what is left out it would take from the model's generation configuration."""
     own = sampling._asdict()
-    return own | {"max_tokens": own.pop("max_new_tokens"), "min_p": 0.0, "repetition_penalty": 1.0}
+    fixed = {"ignore_eos": True, "min_p": 0.0, "repetition_penalty": 1.0}  # it would add its own end to those asked for
+    return own | {"max_tokens": own.pop("max_new_tokens")} | fixed

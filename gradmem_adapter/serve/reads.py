@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Awaitable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request
@@ -60,7 +60,6 @@ class Reads:
     def __init__(self, pipeline: GradMemPipeline, memories: Memories, limits: Limits, metrics: Metrics) -> None:
         self.pipeline, self.memories, self.limits, self.metrics = pipeline, memories, limits, metrics
         self._batcher = Batcher(begins=metrics.batch.observe)
-        self._engine = ThreadPoolExecutor(limits.reads, "gradmem-engine")
         self._calls: set[Call] = set()
 
     def __len__(self) -> int:
@@ -106,7 +105,8 @@ class Reads:
     def _submit(self, call: Call) -> None:
         self._calls.add(call)
         if call.by_engine:
-            self._engine.submit(answer, [call])
+            # A thread of its own, which the end of the server does not wait for: an engine may be silent for long.
+            threading.Thread(target=answer, args=([call],), name="gradmem-engine", daemon=True).start()
         else:
             self._batcher.submit(call, self.limits.batch)
 
@@ -157,7 +157,6 @@ class Reads:
         """End all answers with their next tokens."""
         for call in self._calls:
             call.cancel()
-        self._engine.shutdown(cancel_futures=True)
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

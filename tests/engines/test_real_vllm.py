@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from questions import QUESTIONS
+from starlette.testclient import TestClient
 
 from gradmem_adapter import GradMemPipeline
 from gradmem_adapter.export import export_model, prompt_embeds
 from gradmem_adapter.export.vllm import VLLMReader
+from gradmem_adapter.serve import create_app
 
 vllm = pytest.importorskip("vllm")
 
@@ -107,3 +109,43 @@ def test_chat(pipeline, questions, server):
         )
         with urllib.request.urlopen(request, timeout=600) as response:
             assert json.load(response)["choices"][0]["token_ids"] == tokens
+
+
+def test_the_backbone_is_not_taken_for_the_adapter(pipeline, questions, server):
+    with pytest.raises(RuntimeError, match="serves another model"):
+        VLLMReader(pipeline.model, server, name="backbone").generate(**questions[0])
+
+
+def test_an_end_of_ones_own(pipeline, questions, server):
+    """vLLM would end answers with the end token of the model, too."""
+    given = questions[0] | {"eos_token_id": 28}
+    output = VLLMReader(pipeline.model, server, name="memory").generate(**given)
+    assert output.tolist() == pipeline.model.generate(**given).tolist()
+
+
+TEXTS = (
+    "The heron lives on the island of Mull. It eats eels, and its nest is in an old oak by the harbour.",
+    "The lighthouse keeper of Orm counts 14 ships each night. He drinks black tea and plays the fiddle.",
+)
+
+
+def test_gradmem_serve(pipeline, server, tmp_path):
+    """Memories over HTTP, and answers from them by vLLM."""
+    reader = VLLMReader(pipeline.model, server, name="memory")
+    app = create_app(GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=reader), tmp_path / "store")
+    with TestClient(app, "http://127.0.0.1") as client:
+        ids = [client.post("/v1/memories", json={"text": text}).json()["id"] for text in TEXTS]
+        own = [pipeline.write(text) for text in TEXTS]
+        question = [{"role": "user", "content": "What does the keeper drink?"}]
+        for memory, state in ((ids[:1], own[0]), (ids[1:], own[1]), (ids, own[1]), ("auto", own[1])):
+            (expected,) = pipeline.generate([question], memory=state, max_new_tokens=24, do_sample=False)
+            body = {"model": "gradmem", "messages": question, "memory": memory, "max_tokens": 24}
+            whole = client.post("/v1/chat/completions", json=body)
+            assert whole.json()["choices"][0]["message"]["content"] == expected
+            streamed = client.post("/v1/chat/completions", json=body | {"stream": True})
+            lines = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: {")]
+            pieces = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines]
+            assert (len(pieces) > 2, "".join(pieces)) == (True, expected)
+        longer = {"model": "gradmem", "prompt": "word " * 600, "memory": ids[:1]}
+        refused = client.post("/v1/completions", json=longer)
+        assert (refused.status_code, "--max-model-len" in refused.text) == (400, True)

@@ -1,5 +1,7 @@
 """Readers of engines give what Transformers gives, whatever order an engine answers in, and check before they ask."""
 
+import copy
+
 import pytest
 import torch
 from adapters import lora, make
@@ -22,8 +24,8 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False}
 class PlainReader(EngineReader):
     """Plain Transformers on an exported directory as the engine; later prompts are further than earlier ones."""
 
-    def __init__(self, model, path):
-        super().__init__(model)
+    def __init__(self, model, path, **options):
+        super().__init__(model, **options)
         self.engine = AutoModelForCausalLM.from_pretrained(path).eval()
         self.asked, self.closed = [], 0
 
@@ -59,7 +61,7 @@ def reader(tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "model"
     model = make(lora_config=lora(), num_control_tokens=1)
     export_model(model, tiny_tokenizer(), path)
-    return PlainReader(model, path)
+    return PlainReader(model, path, check_model=False)
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +247,39 @@ def test_streamers_are_used_as_transformers_uses_them(reader, states):
         model.generate(tokens(1, 4), memory=states[0], streamer=streamer, **GREEDY)
         texts.append(list(streamer))
     assert texts[0] == texts[1]
+
+
+class TestTheEnginesModel:
+    """Before the first answer an engine shows that it has the adapter's model."""
+
+    @pytest.fixture
+    def checking(self, reader):
+        made = PlainReader.__new__(PlainReader)
+        EngineReader.__init__(made, reader.model)
+        made.engine, made.asked, made.closed = reader.engine, [], 0
+        return made
+
+    def test_is_asked_for_eight_tokens_once(self, checking, states, prompts):
+        for count in (3, 10, 10):
+            options = GREEDY | {"max_new_tokens": count}
+            expected = checking.model.generate(**prompts, memory=states, **options)
+            assert checking.generate(**prompts, memory=states, **options).tolist() == expected.tolist()
+        counts = [(len(asked), sampling.max_new_tokens) for asked, sampling in checking.asked]
+        assert counts == [(1, 3), (3, 3), (1, 5), (3, 10), (3, 10)]
+        assert checking.asked[0][1] == (3, [], 0.0, 0, 1.0)
+
+    @pytest.mark.parametrize("wrong", ["without the LoRA", "another model"])
+    def test_that_is_another_one_is_refused(self, checking, states, prompts, wrong):
+        checking.engine = make(backbone={"seed": 1}).get_base_model()
+        if wrong == "without the LoRA":
+            checking.engine = make().get_base_model()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="serves another model"):
+                checking.generate(**prompts, memory=states, **GREEDY)
+        assert all(len(asked) == 1 for asked, _ in checking.asked)
+
+    def test_may_round_otherwise(self, checking, states, prompts):
+        checking.engine = copy.deepcopy(checking.engine)
+        with torch.no_grad():
+            checking.engine.get_output_embeddings().weight.mul_(1.001)
+        checking.generate(**prompts, memory=states, **GREEDY)

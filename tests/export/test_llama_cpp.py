@@ -71,7 +71,7 @@ def model():
 
 def test_memory_is_read_as_vectors_and_the_prompt_as_tokens(model, llama):
     states, ids = model.write(tokens(2, 9)), tokens(2, 4, seed=1)
-    output = LlamaCppReader(model, llama).generate(ids, memory=states, **GREEDY)
+    output = LlamaCppReader(model, llama, check_model=False).generate(ids, memory=states, **GREEDY)
     assert output.tolist() == [[*row, 10, 11, 2] for row in ids.tolist()]
     length = model.prefix_length
     for memory, row, (batch, evaluated) in zip(
@@ -86,7 +86,7 @@ def test_memory_is_read_as_vectors_and_the_prompt_as_tokens(model, llama):
 
 
 def test_what_does_not_fit_is_refused(model, llama, monkeypatch):
-    states, reader = model.write(tokens(2, 9)), LlamaCppReader(model, llama)
+    states, reader = model.write(tokens(2, 9)), LlamaCppReader(model, llama, check_model=False)
     with pytest.raises(ValueError, match="n_ctx=32"):
         reader.generate(tokens(1, 22), memory=states[0], **GREEDY)
     monkeypatch.setattr(Llama, "n_batch", 4)
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused(model, llama, monkeypatch):
 
 
 def test_another_model_and_a_failed_decode_are_errors(model, llama, monkeypatch):
-    state, reader = model.write(tokens(1, 9)), LlamaCppReader(model, llama)
+    state, reader = model.write(tokens(1, 9)), LlamaCppReader(model, llama, check_model=False)
     llama.module.status = 1
     with pytest.raises(RuntimeError, match="returned 1"):
         reader.generate(tokens(1, 4), memory=state, **GREEDY)

@@ -37,7 +37,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.headers, self.status, self.chunks = [], [], 200, None
+        self.asked, self.headers, self.status, self.chunks, self.body = [], [], 200, None, None
+        self.names = ["exported", "lora"]
 
     @property
     def url(self):
@@ -49,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.answer(json.dumps({"data": [{"id": "exported"}, {"id": "lora"}]}).encode())
+        self.answer(json.dumps({"data": [{"id": name} for name in self.server.names]}).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -64,8 +65,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer("".join(f"data: {event}\n\n" for event in events).encode())
 
     def answer(self, data):
+        data, length = self.server.body or data, len(data)
         self.send_response(self.server.status)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(data)
 
@@ -87,7 +89,7 @@ def decoded(text):
 class TestServer:
     def test_is_sent_memory_and_embedded_prompts(self, model, states, server):
         ids = tokens(2, 4, seed=1)
-        output = VLLMReader(model, server.url).generate(ids, MASK, memory=states, **GREEDY)
+        output = VLLMReader(model, server.url, check_model=False).generate(ids, MASK, memory=states, **GREEDY)
         assert output.tolist() == [[*row, 10, 11, 12, 13, 14, 15] for row in ids.tolist()]
         ((path, body),) = server.asked
         assert path == "/v1/completions"
@@ -96,11 +98,12 @@ class TestServer:
             assert torch.equal(decoded(text), torch.cat([memory, embed(row[counts.bool()])]))
         assert body == {
             "model": "exported", "max_tokens": 6, "stop_token_ids": [2, 7], "temperature": 0.0, "top_k": 0,
-            "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "stream": True, "return_token_ids": True,
+            "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "stream": True,
+            "return_token_ids": True,
         }  # fmt: skip
 
     def test_may_be_named_as_openai_names_it_and_have_a_key(self, model, states, server):
-        reader = VLLMReader(model, server.url + "/v1/", name="lora", api_key="secret")
+        reader = VLLMReader(model, server.url + "/v1/", name="lora", api_key="secret", check_model=False)
         reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
         assert server.asked[0][0] == "/v1/completions"
         assert server.asked[0][1]["model"] == "lora"
@@ -111,7 +114,7 @@ class TestServer:
             {"choices": [{"index": 0, "token_ids": [20, 21], "finish_reason": None}]},
             {"choices": [{"index": 0, "token_ids": [2], "finish_reason": "stop"}]},
         ]
-        pipeline = GradMemPipeline(model, tiny_tokenizer(), reader=VLLMReader(model, server.url))
+        pipeline = GradMemPipeline(model, tiny_tokenizer(), reader=VLLMReader(model, server.url, check_model=False))
         text = pipeline.tokenizer.decode([20, 21])
         assert "".join(pipeline.stream("w1 w2", memory=states[0], **GREEDY)) == text
         assert pipeline.generate("w1 w2", memory=states[0], **GREEDY) == [text]
@@ -119,12 +122,42 @@ class TestServer:
     def test_what_it_refuses_is_said(self, model, states, server):
         server.status = 400
         server.chunks = [{"error": {"message": "This model's maximum context length is 64 tokens."}}]
-        reader = VLLMReader(model, server.url, name="exported")
+        reader = VLLMReader(model, server.url, name="exported", check_model=False)
         with pytest.raises(RuntimeError, match=r"\(400\).*maximum context length"):
             reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
         server.status = 200
         with pytest.raises(RuntimeError, match="maximum context length"):
             reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
+
+    def test_a_prompt_that_is_too_long_for_it_is_the_prompts_fault(self, model, states, server):
+        server.status = 400
+        server.body = b'{"error": {"message": "maximum context length", "param": "input_tokens", "code": 400}}'
+        with pytest.raises(ValueError, match="--max-model-len"):
+            VLLMReader(model, server.url, name="exported").generate(tokens(1, 4), memory=states[0], **GREEDY)
+
+    @pytest.mark.parametrize("body", [b"<html>Hello</html>", b"[]", b'{"detail": "Not"}', b"\xff"])
+    def test_that_is_another_server(self, model, states, server, body):
+        server.body = body
+        with pytest.raises(ConnectionError, match="does not answer as vLLM does"):
+            VLLMReader(model, server.url).generate(tokens(1, 4), memory=states[0], **GREEDY)
+
+    def test_that_comes_back_is_looked_at_anew(self, model, states, server):
+        ids = tokens(1, 4)
+        right = model.generate(ids, memory=states[0], **GREEDY | {"max_new_tokens": 8, "eos_token_id": None})[0, 4:]
+        server.chunks = [{"choices": [{"index": 0, "token_ids": right.tolist(), "finish_reason": "length"}]}]
+        reader = VLLMReader(model, server.url)
+        options = GREEDY | {"max_new_tokens": 8}
+        for _ in range(2):
+            assert reader.generate(ids, memory=states[0], **options)[0, 4:].tolist() == right.tolist()
+        assert [body["max_tokens"] for _, body in server.asked] == [8, 8, 8]
+        server.body = b'data: {"choices": ['  # it is killed
+        with pytest.raises(ConnectionError):
+            reader.generate(ids, memory=states[0], **options)
+        server.body, server.names = None, ["other"]
+        server.chunks = [{"choices": [{"index": 0, "token_ids": (right - 1).tolist(), "finish_reason": "length"}]}]
+        with pytest.raises(RuntimeError, match="serves another model"):
+            reader.generate(ids, memory=states[0], **options)
+        assert server.asked[-1][1]["model"] == "other"
 
     def test_that_is_not_there(self, model, states):
         with pytest.raises(ConnectionError, match="no vLLM server"):
@@ -136,7 +169,7 @@ class TestServer:
         vectors = states.vectors * torch.tensor(float("nan"))
         broken = MemoryState(vectors, states.context_tokens, states.write_losses, states.fingerprint)
         with pytest.raises(ValueError, match="not finite"):
-            VLLMReader(model, server.url).generate(tokens(2, 4), memory=broken, **GREEDY)
+            VLLMReader(model, server.url, check_model=False).generate(tokens(2, 4), memory=broken, **GREEDY)
         assert server.asked == []
 
     def test_has_its_loras_itself(self, model):
@@ -167,7 +200,7 @@ def llm(monkeypatch):
 class TestLlm:
     def test_is_given_memory_and_tokens(self, model, states, llm):
         ids = tokens(2, 4, seed=1)
-        output = VLLMReader(model, llm).generate(ids, MASK, memory=states, **GREEDY)
+        output = VLLMReader(model, llm, check_model=False).generate(ids, MASK, memory=states, **GREEDY)
         assert output[:, 4:].tolist() == [[12, 13, 2], [12, 14, 2]]
         ((prompts, parameters, lora, use_tqdm),) = llm.asked
         length = model.prefix_length
@@ -181,9 +214,11 @@ class TestLlm:
         assert (lora, use_tqdm) == (None, False)
         assert parameters == {
             "max_tokens": 6, "stop_token_ids": [2, 7], "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-            "repetition_penalty": 1.0, "detokenize": False,
+            "repetition_penalty": 1.0, "ignore_eos": True, "detokenize": False,
         }  # fmt: skip
 
     def test_with_a_lora(self, model, states, llm, tmp_path):
-        VLLMReader(model, llm, lora=tmp_path / "lora").generate(tokens(1, 4), memory=states[0], **GREEDY)
+        VLLMReader(model, llm, lora=tmp_path / "lora", check_model=False).generate(
+            tokens(1, 4), memory=states[0], **GREEDY
+        )
         assert llm.asked[0][2] == ("gradmem", 1, str(tmp_path / "lora"))

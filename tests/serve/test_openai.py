@@ -183,7 +183,7 @@ class Slow(EngineReader):
     """An engine that answers until it is told to stop."""
 
     def __init__(self, model):
-        super().__init__(model)
+        super().__init__(model, check_model=False)
         self.begun, self.closed = threading.Event(), threading.Event()
 
     def _answers(self, prompts, sampling):
@@ -229,6 +229,32 @@ class TestCancelled:
         assert "engine" in client.post("/v1/completions", json=body).json()["error"]["message"]
 
 
+class Silent(EngineReader):
+    """An engine that says nothing for long."""
+
+    def __init__(self, model):
+        super().__init__(model, check_model=False)
+        self.begun, self.ended = threading.Event(), threading.Event()
+
+    def _answers(self, prompts, sampling):
+        self.begun.set()
+        self.ended.wait(30)
+        self.ended.set()
+        yield 0, [20], True
+
+
+def test_a_silent_engine_does_not_keep_the_server_from_ending(pipeline, store, serve):
+    engine = Silent(pipeline.model)
+    ids = [written(serve(), "w1 w2")["id"]]
+    app = create_app(GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=engine), store.path)
+    body = {"model": "gradmem", "prompt": "w1", "memory": ids}
+    with listening(app) as url, pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, timeout=0.3)
+    assert engine.begun.wait(30)
+    assert not engine.ended.is_set()
+    engine.ended.set()
+
+
 class Broken(EngineReader):
     """An engine that is not there."""
 
@@ -238,7 +264,9 @@ class Broken(EngineReader):
 
 
 def test_an_engine_that_fails(pipeline, serve):
-    client = serve(GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=Broken(pipeline.model)))
+    client = serve(
+        GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=Broken(pipeline.model, check_model=False))
+    )
     body = {"model": "gradmem", "prompt": "w1", "memory": [written(client, "w1 w2")["id"]]}
     whole = client.post("/v1/completions", json=body)
     assert (whole.status_code, whole.json()["error"]["code"]) == (502, "engine_failed")
