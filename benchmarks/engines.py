@@ -1,91 +1,108 @@
 """Requests answered from memory one by one, in a batch, and by an engine: how many a second, and how many tokens alike.
 
-    gradmem export checkpoints/smollm2-135m-qa exported
+    gradmem export smollm2-135m-qa exported --gguf float32
     python -m benchmarks.engines exported --engine vllm --dtype bfloat16
 
-32 requests over 4 states of smollm2-135m-qa, 24 tokens each, greedy and to their end. Run it where the engine is
-installed (`make test-engines` makes such environments). llama.cpp needs exported/model.gguf (`--gguf float32`).
-Prints a line of JSON for each way of answering.
+Run it where the engine is installed (`make test-engines` makes such environments; `pip install pandas` there). The ways
+to answer take turns in one process, so that other work on the machine slows all of them.
+
+    requests_per_second: of 32 requests over 4 states, 24 tokens each, the median of the rounds.
+    same: of 50 questions on 10 texts, how many the way answers token for token as Transformers one by one does, of the
+        same states and in the same type, over 24 tokens.
+    same_float32: how many as Transformers does in float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradmem_adapter import GradMemPipeline, load_checkpoint
+from benchmarks import common
+from benchmarks.service import requests
+from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint
+from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.read.reader import Reader
 
-TEXTS = (
-    "The heron lives on the island of Mull. It eats eels, and its nest is in an old oak by the harbour.",
-    "The lighthouse keeper of Orm counts 14 ships each night. He drinks black tea and plays the fiddle.",
-    "A tram was built in Lisbon in 1901. It is yellow, seats 20 people and climbs the hill of Graça.",
-    "Anna sells bread on Tuesdays at the market of Bergen. Her brother Olaf repairs boats in winter.",
-)
-QUESTIONS = ("Where is it?", "What is it about?", "Who is named?", "How many are there?") * 2
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 0}
+"""Beyond the end of an answer, so that all ways have as much to do."""
+TIMED, TEXTS = 32, 4
+ASKED = 50
 
 
-def engine(args: argparse.Namespace, pipeline: GradMemPipeline) -> Reader:
+def engine(args: argparse.Namespace, model: GradMemPeftModel) -> Reader:
     """Who answers beside Transformers."""
     if args.engine == "vllm":
         from vllm import LLM
 
         from gradmem_adapter.export.vllm import VLLMReader
 
-        sizes = {"max_model_len": 512, "max_num_seqs": 32, "block_size": 32}
-        return VLLMReader(pipeline.model, LLM(str(args.exported), enable_prompt_embeds=True, dtype=args.dtype, **sizes))
+        sizes = {"max_model_len": 512, "max_num_seqs": 64, "block_size": 32}
+        return VLLMReader(model, LLM(str(args.exported), enable_prompt_embeds=True, dtype=args.dtype, **sizes))
     from llama_cpp import Llama
 
     from gradmem_adapter.export.llama_cpp import LlamaCppReader
 
-    return LlamaCppReader(pipeline.model, Llama(str(args.exported / "model.gguf"), n_ctx=512, verbose=False))
+    threads = {"n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}
+    return LlamaCppReader(model, Llama(str(args.exported / "model.gguf"), n_ctx=512, verbose=False, **threads))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("exported", type=Path, help="what gradmem export made")
+def prompts(pipeline: GradMemPipeline) -> tuple[Tensor, Tensor, MemoryState]:
+    """Questions in tokens, their mask, and the state of each."""
+    asked = [inputs for inputs, _ in requests(ASKED)]
+    texts = list(dict.fromkeys(inputs["context"][0].page_content for inputs in asked))
+    states = pipeline.write_many(texts, progress=False)
+    ids, mask = pipeline.encode_prompts([inputs["question"] for inputs in asked])
+    return ids, mask, states[[texts.index(inputs["context"][0].page_content) for inputs in asked]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__, "engines")
+    parser.add_argument("exported", type=Path, help="what gradmem export made of the checkpoint")
     parser.add_argument("--engine", choices=["vllm", "llama_cpp"], required=True)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--checkpoint", default="smollm2-135m-qa")
-    args = parser.parse_args()
-    model, tokenizer = load_checkpoint(args.checkpoint)
-    pipeline = GradMemPipeline(model.to(getattr(torch, args.dtype)), tokenizer)
-    states = pipeline.write(list(TEXTS))
-    prompts = list(QUESTIONS) * len(TEXTS)
-    memory = states[[i // len(QUESTIONS) for i in range(len(prompts))]]
-    ids, mask = pipeline.encode_prompts(prompts)
-    reader = engine(args, pipeline)
+    parser.set_defaults(repeats=3)
+    args = parser.parse_args(argv)
+    args.model = args.checkpoint
+    exact, tokenizer = load_checkpoint(args.checkpoint, dtype=torch.float32)
+    model = exact if args.dtype == "float32" else load_checkpoint(args.checkpoint, dtype=common.DTYPES[args.dtype])[0]
+    ids, mask, memory = prompts(GradMemPipeline(exact, tokenizer))
+    reader = engine(args, model)
 
-    def one_by_one() -> Tensor:
-        rows = [
-            model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], memory=memory[i], **GREEDY)
-            for i in range(len(ids))
-        ]
-        return torch.cat(rows)
+    def batched(rows: list[int], by: Any = model) -> Tensor:
+        found = by.generate(input_ids=ids[rows], attention_mask=mask[rows], memory=memory[rows], strict=False, **GREEDY)
+        return torch.nn.functional.pad(found, (0, ids.shape[1] + GREEDY["max_new_tokens"] - found.shape[1]))
 
-    ways: dict[str, Callable[[], Tensor]] = {
-        "batched": lambda: model.generate(ids, attention_mask=mask, memory=memory, **GREEDY),
-        "one by one": one_by_one,
-        args.engine: lambda: reader.generate(input_ids=ids, attention_mask=mask, memory=memory, **GREEDY),
-    }
-    expected = None
-    for name, way in ways.items():
-        way()
-        start = time.perf_counter()
-        found = way()
-        seconds = time.perf_counter() - start
-        expected = found if expected is None else expected
-        alike = int((found == expected).all(dim=1).sum())
-        figures = {"requests_per_second": round(len(ids) / seconds, 2), "alike": alike, "of": len(ids)}
-        print(json.dumps({"way": name, "dtype": args.dtype} | figures), flush=True)
+    def one_by_one(rows: list[int]) -> Tensor:
+        return torch.cat([batched([row]) for row in rows])
+
+    ways: dict[str, Callable[[list[int]], Tensor]] = {
+        "one by one": one_by_one, "batched": batched, args.engine: lambda rows: batched(rows, reader),
+    }  # fmt: skip
+    everything = list(range(ASKED))
+    timed = ([row for row in everything if row % 10 < TEXTS] * 2)[:TIMED]  # the texts take turns
+    found = {name: way(everything) for name, way in ways.items()}  # and all is warm
+    expected = {"same": found["one by one"], "same_float32": batched(everything, exact)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(timed)
+            seconds[name].append(time.perf_counter() - start)
+    for name in ways:
+        metrics = {"requests_per_second": TIMED / statistics.median(seconds[name])}
+        for key, right in expected.items():
+            metrics[key] = int((found[name] == right).all(dim=1).sum())
+        common.record(
+            args, "engines", name, partial(dict, metrics), engine=args.engine, requests=TIMED, states=TEXTS, asked=ASKED
+        )
 
 
 if __name__ == "__main__":  # vLLM starts processes, which import this file again
