@@ -94,7 +94,8 @@ def _segments(
         while True:
             cut = _cut(window, places, room)
             text = window[:cut].rstrip()
-            tokens = len(tokenizer(text, verbose=False)["input_ids"])
+            whole = len(text) == len(window)
+            tokens = len(places) + own if whole else len(tokenizer(text, verbose=False)["input_ids"])
             if tokens <= limit and text:
                 break
             room -= max(1, tokens - limit)  # tokens at a cut may be others than they were in the text
@@ -116,6 +117,8 @@ def _look(ahead: _Ahead, tokenizer: PreTrainedTokenizerBase, limit: int) -> tupl
         if white := len(window) - len(window.lstrip()):
             ahead.drop(white)
             continue
+        if not window:
+            return "", True, []
         ends = len(window) < size
         encoded = tokenizer(window, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         places = [start for start, _ in encoded["offset_mapping"]]

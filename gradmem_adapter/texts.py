@@ -139,10 +139,11 @@ class TextEncoder:
             raise ValueError("There is no text to write.")
         if empty := [i for i, text in enumerate(texts) if not text]:
             raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
+        most = self.max_context_tokens
         for i, text in enumerate(texts):
             check_text(f"Context {i}", text)
-            check_fits(f"Context {i}", text, self.tokenizer, self.max_context_tokens)
-        return [self.tokenizer(text)["input_ids"] for text in texts]
+            check_fits(f"Context {i}", text, self.tokenizer, most)
+        return cast(list[list[int]], self.tokenizer(texts)["input_ids"])
 
     def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         input_ids, mask = pad(rows, side, self._pad_token_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -74,12 +75,22 @@ def _write(
     callback: Callable[[list[int], WriteProgress], None] | None = None,
     **how: Any,
 ) -> None:
-    """Write some of the texts; an error names one by its number among all."""
+    """Write some of the texts; an error names one by its number among all.
+
+    A batch waits for the disk while the next one is written.
+    """
+    landing: list[tuple[Future[None], list[str]]] = []
+
+    def landed() -> None:
+        while landing:
+            future, keys = landing.pop()
+            future.result()
+            stored(keys)
 
     def done(rows: list[int], states: MemoryState) -> None:
+        landed()
         written = [entries[numbers[i]] for i in rows]
-        put(states, written)
-        stored([entry.key for entry in written])
+        landing.append((behind.submit(put, states.cpu(), written), [entry.key for entry in written]))
 
     def stepped(rows: list[int], progress: WriteProgress) -> None:
         if callback is not None:
@@ -87,7 +98,11 @@ def _write(
 
     how["callback"] = callback and stepped
     try:
-        pipeline.write_many([texts[i] for i in numbers], progress=False, done=done, **how)
+        with ThreadPoolExecutor(1) as behind:
+            try:
+                pipeline.write_many([texts[i] for i in numbers], progress=False, done=done, **how)
+            finally:
+                landed()
     except (TypeError, ValueError, torch.OutOfMemoryError) as error:
         if not (match := re.match(r"Context (\d+)", str(error))):
             raise

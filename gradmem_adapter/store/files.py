@@ -37,14 +37,15 @@ def state_file_of(states: Path, key: str) -> Path:
     return states / key[:2] / f"{key}.safetensors"
 
 
-def new_tensors(state: MemoryState, dtype: str) -> dict[str, Tensor]:
-    """What a file holds of one state.
+def new_tensors(states: MemoryState, dtype: str) -> dict[str, Tensor]:
+    """What files hold of states, each of one.
 
     Args:
-        state (`MemoryState`): one.
-        dtype (`str`): of the vectors in the file.
+        states (`MemoryState`): B of them.
+        dtype (`str`): of the vectors in the files.
     """
-    return {"context_tokens": state.context_tokens, "write_losses": state.write_losses} | narrowed(state.vectors, dtype)
+    kept = {"context_tokens": states.context_tokens, "write_losses": states.write_losses}
+    return kept | narrowed(states.vectors, dtype)
 
 
 def write_file(file: Path, tensors: Mapping[str, Tensor], entries: Sequence[Entry]) -> list[Entry]:

@@ -29,13 +29,15 @@ def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: str)
         states, entries: as there.
         dtype (`str`): of the vectors in files.
     """
-    now = time.time()
+    states, now = states.cpu(), time.time()
+    finite = states.vectors.isfinite().flatten(1).all(1).tolist()
+    tensors = {name: tensor.split(1) for name, tensor in files.new_tensors(states, dtype).items()}
     found: list[tuple[Mapping[str, Tensor], list[Entry]]] = []
-    for state, entry in zip(states.cpu(), entries, strict=True):
-        if not state.vectors.isfinite().all():
+    for i, (tokens, entry) in enumerate(zip(states.context_tokens.tolist(), entries, strict=True)):
+        if not finite[i]:
             raise ValueError(f"The state of {entry.key} has vectors that are not finite: WRITE diverged.")
-        entry = replace(entry, tokens=int(state.context_tokens), fingerprint=state.fingerprint, written=now)
-        found.append((files.new_tensors(state, dtype), [entry]))
+        entry = replace(entry, tokens=tokens, fingerprint=states.fingerprint, written=now)
+        found.append(({name: parts[i] for name, parts in tensors.items()}, [entry]))
     _land(index, found)
 
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.utils.backbone import device_of
-from gradmem_adapter.write.context import Context
+from gradmem_adapter.write.context import check_contexts
 from gradmem_adapter.write.loop import sample_names
 
 
@@ -53,7 +52,8 @@ def write_batches(
     Raises:
         torch.cuda.OutOfMemoryError: a context does not fit, the most frugal way; the message names it.
     """
-    states: dict[int, MemoryState] = {}
+    order: list[int] = []
+    states: list[MemoryState] = []
     for rows in batches([len(context) for context in contexts], budget):
         try:
             with sample_names(rows):
@@ -64,43 +64,42 @@ def write_batches(
                 "Split it (MemoryState.concat joins the states of its parts), free memory, or load the model in "
                 "bfloat16."
             ) from error
-        states |= zip(rows, written, strict=True)
+        order += rows
+        states.append(written)
         done(rows, written)
-    return MemoryState.stack([states[i] for i in range(len(contexts))])
+    return MemoryState.stack(states)[torch.tensor(order).argsort()]
 
 
 def check_rows(
     contexts: Sequence[Tensor | Sequence[int]], backbone: PreTrainedModel, prefix_length: int
 ) -> list[Tensor]:
-    """Contexts as tensors of token ids that can be written.
+    """Contexts as tensors of token ids that can be written, on the CPU: a batch is moved to a GPU at once.
 
     Args:
         contexts (`Sequence`): token ids `[n]` of each.
-        backbone (`PreTrainedModel`): whose tokens they are, and on whose device they will be.
+        backbone (`PreTrainedModel`): whose tokens they are.
         prefix_length (`int`): the positions that the memory takes of the backbone's.
 
     Raises:
         TypeError, ValueError: one of them cannot be written; the message names it by its index.
     """
-    rows = [_token_ids(index, context, device_of(backbone)) for index, context in enumerate(contexts)]
+    rows = [_token_ids(index, context) for index, context in enumerate(contexts)]
     if not rows:
         raise ValueError("There is no context to write.")
     for index, row in enumerate(rows):
         if row.dim() != 1:
             raise ValueError(f"Context {index} must be token ids of shape [n], got shape {tuple(row.shape)}.")
         try:
-            Context.from_tokens(row[None], None, backbone, prefix_length)
+            check_contexts(row[None], None, backbone, prefix_length)
         except (TypeError, ValueError) as error:
             message = str(error).replace("Context 0", "It").replace("input_ids", "It")
             raise type(error)(f"Context {index} of {len(rows)} cannot be written. {message}") from None
     return rows
 
 
-def _token_ids(index: int, context: Tensor | Sequence[int], device: torch.device) -> Tensor:
+def _token_ids(index: int, context: Tensor | Sequence[int]) -> Tensor:
     try:
-        ids = torch.as_tensor(context, device=device)
-    except torch.cuda.OutOfMemoryError:
-        raise
+        ids = torch.as_tensor(context, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"Context {index} must be token ids, got {type(context).__name__} ({error}).") from error
     return ids if ids.numel() else ids.long()  # an empty list has no type of its own

@@ -56,17 +56,27 @@ class Context(NamedTuple):
             TypeError: the ids are no tensor of integers.
             ValueError: ids are not the model's, or a context is empty or too long.
         """
-        check_tokens(name, input_ids, attention_mask, backbone)
-        input_ids = as_long(input_ids)
-        if len(input_ids) == 0:
-            raise ValueError("There is no context to write: input_ids has batch size 0.")
-        if not capturing():
-            batch, width = input_ids.shape
-            lengths = [width] * batch if attention_mask is None else attention_mask.bool().sum(1).tolist()
-            _check_lengths(lengths, max_positions(backbone), prefix_length)
+        check_contexts(input_ids, attention_mask, backbone, prefix_length, name)
         device = device_of(backbone)
         mask = None if attention_mask is None else attention_mask.to(device)
-        return cls(*move_padding_right(input_ids.to(device), mask))
+        return cls(*move_padding_right(as_long(input_ids).to(device), mask))
+
+
+def check_contexts(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    backbone: PreTrainedModel,
+    prefix_length: int,
+    name: str = "input_ids",
+) -> None:
+    """Raise for contexts that cannot be written; `Context.from_tokens` says what the arguments and the errors are."""
+    check_tokens(name, input_ids, attention_mask, backbone)
+    if len(input_ids) == 0:
+        raise ValueError("There is no context to write: input_ids has batch size 0.")
+    if not capturing():
+        batch, width = input_ids.shape
+        lengths = [width] * batch if attention_mask is None else attention_mask.bool().sum(1).tolist()
+        _check_lengths(lengths, max_positions(backbone), prefix_length)
 
 
 def _check_lengths(lengths: list[int], positions: int | None, prefix_length: int) -> None:

@@ -14,7 +14,7 @@ from stores import NAMES, PLACES, TEXTS, tiny_pipeline
 from tiny import tiny_text
 
 from gradmem_adapter import MemoryState, MemoryStateError, WriteOptions
-from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError, memory_store
+from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError, landing, memory_store
 
 
 @pytest.fixture
@@ -43,6 +43,31 @@ class TestAdd:
         texts = [*TEXTS, "w1 w2 w3", "w4 w5"]
         added = store.add(pipeline, texts, max_tokens=1, done=lambda batch: told.append((batch, len(store))))
         assert sorted(told) == sorted([([added[4]], 5), ([added[5]], 6)])
+
+    def test_a_batch_is_stored_while_the_next_one_is_written(self, store, pipeline, monkeypatch):
+        begun, numbers, put = threading.Event(), set(), landing.put
+
+        def second(rows, progress):
+            numbers.update(rows)
+            if len(numbers) == 2:
+                begun.set()
+
+        def put_then(*args):
+            assert begun.wait(60), "the second batch waits until the first one is stored"
+            put(*args)
+
+        monkeypatch.setattr(landing, "put", put_then)
+        store.add(pipeline, TEXTS[:2], max_tokens=1, callback=second)
+        assert len(store) == 2
+
+    def test_what_was_written_before_an_error_is_stored(self, store, pipeline, monkeypatch):
+        def fail(rows, progress):
+            if 0 in rows:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            store.add(pipeline, ["w1", "w1 w2 w3"], max_tokens=1, callback=fail)  # the longest first
+        assert [entry.text for entry in store.entries()] == ["w1 w2 w3"]
 
     def test_another_store_in_the_same_directory_finds_them(self, store, keys, pipeline, counted):
         assert MemoryStore(store.path).add(pipeline, TEXTS) == keys
