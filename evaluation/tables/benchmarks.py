@@ -142,6 +142,42 @@ def write_sizes() -> Frame:
     return Frame(rows)
 
 
+def write_limits() -> Frame:
+    """What a process takes in all that writes within a limit, and what it holds after many shapes, on one H200."""
+    rows = [
+        {
+            "Llama-3.1-8B's shape": f"{row['length']:,} tokens written and a question answered, weights included",
+            "may take": f"{row['process_limit_gib']:g} GiB",
+            "takes": f"{row['process_gib']:.1f} GiB",
+            "time": spans(row["milliseconds"]),
+        }
+        for _, row in read("write_sizes_process", shape="llama-3.1-8b").iterrows()
+    ]
+    rows += [
+        {
+            "Llama-3.1-8B's shape": f"still held after {row['shapes']} shapes were written twice, weights not included",
+            "takes": f"{row['held_gib']:.1f} GiB",
+        }
+        for _, row in read("write_sizes_held", shape="llama-3.1-8b").iterrows()
+    ]
+    return Frame(rows)
+
+
+def bulk_write() -> Frame:
+    """Texts that processes, each with a GPU, write into one memory store."""
+    rows = []
+    for _, row in read("bulk_write", hardware=H200).iterrows():
+        fewest, most = row["words"]
+        rows.append({
+            "processes, an H200 each": row["processes"],
+            "texts of": f"{fewest} to {most} tokens, K={row['write_steps']:.0f}, {row['dtype']}, {row['method']}",
+            "texts a second": f"{row['documents_per_second']:.0f}",
+            "tokens a second": f"{row['tokens_per_second']:,.0f}",
+            "commit": row["commit"],
+        })  # fmt: skip
+    return Frame(rows)
+
+
 def write_share() -> Frame:
     """How near WRITE comes to the speed of a large matrix product, on one H200; `last_loss=False`."""
     table = read("write_compare", hardware=H200, method="compiled, no last loss")
@@ -322,7 +358,8 @@ def training_speed() -> Frame:
 
 
 TABLES = (
-    choice, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks, read_time, serve,
-    service, train_step, training_speed, versus_prompting, versus_prompting_8b, versus_prompting_decoding,
-    versus_prompting_gpu, write_growth, write_many, write_share, write_sizes, write_time, write_time_cpu,
+    bulk_write, choice, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks,
+    read_time, serve, service, train_step, training_speed, versus_prompting, versus_prompting_8b,
+    versus_prompting_decoding, versus_prompting_gpu, write_growth, write_limits, write_many, write_share, write_sizes,
+    write_time, write_time_cpu,
 )  # fmt: skip
