@@ -120,17 +120,21 @@ class TestWrite:
             store.write(pipeline, [TEXTS[0], tiny_text(500)])
         assert list(store.yield_keys()) == []
 
-    def test_batches_are_stored_as_they_are_written(self, pipeline, monkeypatch):
-        store, found = MemoryStateStore(), []
+    def test_batches_are_stored_though_a_later_one_fails(self, pipeline, monkeypatch):
+        store, batches = MemoryStateStore(), []
         monkeypatch.setitem(hardware.SATURATED, "cpu", 24)
         write = pipeline.model.base_model._write
-        monkeypatch.setattr(
-            pipeline.model.base_model,
-            "_write",
-            lambda *a, **k: found.append(len(list(store.yield_keys()))) or write(*a, **k),
-        )
-        store.write(pipeline, TEXTS)
-        assert found == [0, 2]
+
+        def fail_second(*args, **options):
+            batches.append(args)
+            if len(batches) == 2:
+                raise RuntimeError("The GPU is gone.")
+            return write(*args, **options)
+
+        monkeypatch.setattr(pipeline.model.base_model, "_write", fail_second)
+        with pytest.raises(RuntimeError, match="gone"):
+            store.write(pipeline, TEXTS)
+        assert len(list(store.yield_keys())) == 2
 
 
 def test_garbage_of_other_namespaces_stays(pipeline):
