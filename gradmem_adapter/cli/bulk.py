@@ -18,8 +18,8 @@ from gradmem_adapter.cli.processes import shared_out, together
 if TYPE_CHECKING:
     from gradmem_adapter import GradMemPipeline, MemoryStore, Segment
 
-AT_ONCE = 256
-"""Segments that are given to the store together."""
+AT_ONCE = 1024
+"""Segments that are given to the store together; behind them the last batch is waited for until it is on the disk."""
 SHOWN = 20
 """Texts that could not be written and are named on a terminal."""
 Piece: TypeAlias = "tuple[str, Segment]"

@@ -37,6 +37,8 @@ def write_missing(
 ) -> None:
     """Write the texts whose states are not stored or are damaged, each once.
 
+    A batch waits for the disk while the next one is written.
+
     Args:
         index (`Index`): of the store.
         claims (`Claims`): what threads are writing into it.
@@ -47,11 +49,19 @@ def write_missing(
     """
     number = {entry.key: i for i, entry in reversed(list(enumerate(entries)))}
     waiting = sorted(number, key=number.__getitem__)
-    with progress_bar(len(waiting), progress) as advance:
+    landing: list[tuple[Future[None], list[str]]] = []
+    with progress_bar(len(waiting), progress) as advance, ThreadPoolExecutor(1) as behind:
 
-        def stored(keys: list[str]) -> None:
-            advance(len(keys))
-            done(keys)
+        def landed() -> None:
+            while landing:
+                future, keys = landing.pop()
+                future.result()
+                advance(len(keys))
+                done(keys)
+
+        def land(states: MemoryState, written: list[Entry]) -> None:
+            landed()
+            landing.append((behind.submit(put, states.cpu(), written), [entry.key for entry in written]))
 
         while waiting:
             with claims.taken(waiting) as mine:
@@ -60,8 +70,11 @@ def write_missing(
                     if not _is_readable(index, key):
                         missing.append(number[key])
                 advance(len(mine) - len(missing))
-                for begin in range(0, len(missing), AT_ONCE):
-                    _write(pipeline, texts, entries, missing[begin : begin + AT_ONCE], put, stored, **how)
+                try:
+                    for begin in range(0, len(missing), AT_ONCE):
+                        _write(pipeline, texts, entries, missing[begin : begin + AT_ONCE], land, **how)
+                finally:
+                    landed()
             waiting = sorted(set(waiting).difference(mine), key=number.__getitem__)  # others may have failed
 
 
@@ -70,27 +83,14 @@ def _write(
     texts: Sequence[str],
     entries: Sequence[Entry],
     numbers: Sequence[int],
-    put: Callable[[MemoryState, list[Entry]], None],
-    stored: Callable[[list[str]], None],
+    land: Callable[[MemoryState, list[Entry]], None],
     callback: Callable[[list[int], WriteProgress], None] | None = None,
     **how: Any,
 ) -> None:
-    """Write some of the texts; an error names one by its number among all.
-
-    A batch waits for the disk while the next one is written.
-    """
-    landing: list[tuple[Future[None], list[str]]] = []
-
-    def landed() -> None:
-        while landing:
-            future, keys = landing.pop()
-            future.result()
-            stored(keys)
+    """Write some of the texts; an error names one by its number among all."""
 
     def done(rows: list[int], states: MemoryState) -> None:
-        landed()
-        written = [entries[numbers[i]] for i in rows]
-        landing.append((behind.submit(put, states.cpu(), written), [entry.key for entry in written]))
+        land(states, [entries[numbers[i]] for i in rows])
 
     def stepped(rows: list[int], progress: WriteProgress) -> None:
         if callback is not None:
@@ -98,11 +98,7 @@ def _write(
 
     how["callback"] = callback and stepped
     try:
-        with ThreadPoolExecutor(1) as behind:
-            try:
-                pipeline.write_many([texts[i] for i in numbers], progress=False, done=done, **how)
-            finally:
-                landed()
+        pipeline.write_many([texts[i] for i in numbers], progress=False, done=done, **how)
     except (TypeError, ValueError, torch.OutOfMemoryError) as error:
         if not (match := re.match(r"Context (\d+)", str(error))):
             raise
