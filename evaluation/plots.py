@@ -11,6 +11,7 @@ import pandas as pd
 
 from .methods import METHODS
 from .paper import KV_RETRIEVAL
+from .results import RESULTS, frame, load_records
 from .tables.benchmarks import PROMPTING, prompting, shape_title
 from .tables.cells import data_title, line_title, read
 
@@ -192,6 +193,46 @@ def _varies(row: Any, name: str) -> bool:
     return METHODS[row["method"]].step is not None if name == "write_steps" else row["memory_tokens"] > 0
 
 
+def general(output: Path) -> list[Path]:
+    """F1 of memory on passages against K for each m, and against the bytes kept for each K."""
+    table = frame(load_records(RESULTS / "general.jsonl"))
+    table = table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna()]
+    files: list[Path] = []
+    for dataset, mine in table.groupby("dataset"):
+        figure, panels = _axes(2, (9.6, 4.8), sharey=True)
+        memory = mine[mine["method"] == "gradmem"]
+        sides = (("memory_tokens", "write_steps", "m", -1), ("write_steps", "bytes_per_context", "K", 0))
+        for panel, (fixed, across, name, end) in zip(panels, sides, strict=True):
+            groups = list(memory.groupby(fixed))
+            for (value, line), alpha in zip(groups, shades(len(groups)), strict=True):
+                line = line.sort_values(across)
+                panel.errorbar(line[across], 100 * line["f1"], 100 * line["f1_error"], capsize=2, alpha=alpha,
+                               **style("gradmem"))  # fmt: skip
+                panel.annotate(f"{name}={value}", (line[across].iloc[end], 100 * line["f1"].iloc[end]),
+                               (7, 0) if end else (-7, 0), textcoords="offset points", size="small", va="center",
+                               ha="left" if end else "right")  # fmt: skip
+            for _, level in mine[mine["method"] != "gradmem"].iterrows():
+                look = METHODS[level["method"]]
+                panel.axhline(100 * level["f1"], linestyle=":", color=look.color, label=look.title)
+        panels[0].set(xlabel=NAMES["write_steps"], ylabel=f"{data_title(str(dataset))}: token F1 %")
+        panels[1].set(xlabel="bytes kept for a text")
+        _ticks(panels[0].xaxis, sorted(set(memory["write_steps"])))
+        _ticks(panels[1].xaxis, sorted(set(memory["bytes_per_context"].astype(int))))
+        files += _finish(figure, output / f"general_{dataset}.png", 2)
+    return files
+
+
+def learning_curves(output: Path) -> list[Path]:
+    """Loss at the targets against minutes of training, a mean of five records; each stage begins at the full rate."""
+    table = pd.read_json(RESULTS / "learning_curves" / "general.jsonl", lines=True)
+    figure, (axes,) = _axes(size=(7.2, 4.4))
+    for run, line in table.groupby("run", sort=False):
+        smooth = line.groupby("stage")["target_loss"].transform(lambda loss: loss.rolling(5, center=True).mean())
+        axes.plot(line["minutes"], smooth, label=run)
+    axes.set(xlabel="minutes of one H200", ylabel="loss at the targets, nats a token", ylim=(0.4, 1.6))
+    return _finish(figure, output / "learning_curves.png", 3)
+
+
 def reconstruction(output: Path) -> list[Path]:
     """Tokens that greedy decoding gets back against K."""
     table = read("reconstruction").sort_values("write_steps")
@@ -242,4 +283,6 @@ def versus_prompting(output: Path) -> list[Path]:
     return files
 
 
-PLOTS: tuple[Callable[[Path], list[Path]], ...] = (kv_retrieval, answers, reconstruction, versus_prompting)
+PLOTS: tuple[Callable[[Path], list[Path]], ...] = (
+    kv_retrieval, answers, general, learning_curves, reconstruction, versus_prompting,
+)  # fmt: skip

@@ -213,6 +213,19 @@ def read_time() -> Frame:
     return grid(table, table["method"].map(names), heads, "{first_token_ms:.0f} ms", "one H100, bf16")
 
 
+def decoding() -> Frame:
+    """Answers of 64 tokens into a cache that grows and into a static one, on one H200."""
+    names = {
+        "default": "default: a cache that grows",
+        "static, step by step": "a static cache, launched kernel by kernel",
+        "static": "a static cache, a step as one CUDA graph",
+    }
+    table = in_order(read("decode", hardware=H200, dtype="bfloat16"), list(names))
+    heads = [f"{shape_title(row)}, {row['batch']} at a time" for _, row in table.iterrows()]
+    cell = "{milliseconds:,.0f} ms, {token_ms:.1f} ms a token"
+    return grid(table, table["method"].map(names), heads, cell, "64 tokens each, bf16")
+
+
 def shape_title(row: Any) -> str:
     """The shape that a record is of, as tables name it."""
     return SHAPES.get(row.get("shape"), "SmolLM2-135M")
@@ -313,6 +326,14 @@ def train_step() -> Frame:
     return _costs(read("train_step", batch=8))
 
 
+def train_step_lora() -> Frame:
+    """What a training step of a LoRA costs at the size of Llama-3.1-8B, on one H200."""
+    table = read("train_step_lora", hardware=H200, shape="llama-3.1-8b")
+    checkpointing = table["checkpointing"].eq(True).map({True: "gradient checkpointing", False: "all activations kept"})
+    ways = table["method"].str.partition(", ")[2].map({"eager": "launched kernel by kernel", "compiled": "compiled"})
+    return grid(table, ways + ", " + checkpointing, shapes(table), time_and_memory)
+
+
 def meta_gradient_cost() -> Frame:
     """What a training step costs by every strategy, beside a textbook's."""
     return _costs(read("train_step", batch=4))
@@ -358,8 +379,8 @@ def training_speed() -> Frame:
 
 
 TABLES = (
-    bulk_write, choice, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost, meta_gradient_kinks,
-    read_time, serve, service, train_step, training_speed, versus_prompting, versus_prompting_8b,
-    versus_prompting_decoding, versus_prompting_gpu, write_growth, write_limits, write_many, write_share, write_sizes,
-    write_time, write_time_cpu,
+    bulk_write, choice, decoding, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost,
+    meta_gradient_kinks, read_time, serve, service, train_step, train_step_lora, training_speed, versus_prompting,
+    versus_prompting_8b, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_limits, write_many,
+    write_share, write_sizes, write_time, write_time_cpu,
 )  # fmt: skip

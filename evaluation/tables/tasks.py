@@ -85,8 +85,18 @@ def answers() -> Frame:
 
 def general() -> Frame:
     """The general adapters that ship, beside their backbone with the whole context: F1, and exact match on bAbI."""
+    return _general(shipped=True)
+
+
+def general_others() -> Frame:
+    """What was trained on the same data and does not ship."""
+    return _general(shipped=False)
+
+
+def _general(shipped: bool) -> Frame:
     table = frame(load_records(RESULTS / "general.jsonl"))
     table = table[(table["states"] == 1) & table["unanswerable"].isna() & (table["write_steps"] != 1)]
+    table = table[(table["checkpoint"].notna() | (table["method"] == "full_context")) == shipped]
     table = table.sort_values(["method", "memory_tokens", "write_steps"])
 
     def label(row: Any) -> str:
@@ -98,6 +108,28 @@ def general() -> Frame:
     labels = [label(row) for _, row in table.iterrows()]
     order = sorted(dict.fromkeys(labels), key=lambda name: (METHODS["full_context"].title == name, labels.index(name)))
     return in_order(_by_dataset(table.assign(label=labels), "%"), order, "%")
+
+
+def short_squad() -> Frame:
+    """Questions about the sentence of the answer alone."""
+    rows = []
+    for _, row in read("short_squad", limit=250).iterrows():
+        scores = {
+            title: percent(row[name], row[f"{name}_error"])
+            for title, name in (("exact match", "exact_match"), ("F1", "f1"))
+        }
+        rows.append({"m": row["memory_tokens"], "K": row["write_steps"]} | scores | {"questions": row["n"]})
+    return Frame(rows)
+
+
+def untouched() -> Frame:
+    """Self-study and the whole context, both by the backbone as it came."""
+    rows = []
+    for _, row in read("untouched", limit=30).iterrows():
+        studied = f"{row['memory_tokens']} vectors after {row['write_steps']} steps of self-study"
+        what = studied if row["method"] == "gradmem" else METHODS[row["method"]].title
+        rows.append({"read": what, "F1": percent(row["f1"], row["f1_error"]), "questions": row["n"]})
+    return Frame(rows)
 
 
 def choosing() -> Frame:
@@ -186,8 +218,11 @@ def long_documents() -> Frame:
         what = "the state of the paragraph that answers" if row["chosen"] == "right" else f"{row['states']} states"
         if row["method"] == "full_context":
             what = f"{row['states']} pieces of text of {row['context_tokens']:.0f} tokens"
+        if row["chosen"] == "words":
+            how = "the one with the most support" if row["alone"] is True else "side by side"
+            what += f", chosen by words, {how}"
         rows.append({
-            "read": what + (", chosen by words, side by side" if row["chosen"] == "words" else ""),
+            "read": what,
             "questions": f"{row['n']:,}",
             "F1": percent(row["f1"], row["f1_error"]),
             "exact match": percent(row["exact_match"], row["exact_match_error"]),
@@ -196,6 +231,6 @@ def long_documents() -> Frame:
 
 
 TABLES = (
-    answers, answers_all, answers_side_by_side, choosing, continuation, general, kv_retrieval, long_documents,
-    reconstruction,
+    answers, answers_all, answers_side_by_side, choosing, continuation, general, general_others, kv_retrieval,
+    long_documents, reconstruction, short_squad, untouched,
 )  # fmt: skip
