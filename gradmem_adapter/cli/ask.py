@@ -17,6 +17,7 @@ from gradmem_adapter.cli.options import (
     CHECKPOINT,
     DEVICE,
     JSON,
+    check_used,
     existing_store,
     in_words,
     open_pipeline,
@@ -33,6 +34,7 @@ texts than the adapter was trained on are written in segments."""
 
 
 def ask(
+    context: typer.Context,
     questions: Annotated[list[str], typer.Argument(help="Questions, each answered by itself.")],
     text: Annotated[list[str] | None, typer.Option(help=TEXT)] = None,
     store: Annotated[
@@ -50,6 +52,8 @@ def ask(
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Answer questions from memory alone: of texts that are written now, of a state that was kept, or of a store."""
+    check_used(context, "--store", store is not None, "k")
+    check_used(context, "--text", bool(text), "steps")
     _check_questions(questions)
     there = None if store is None else existing_store(store)
     documents = Inputs(text or ()).read_all()

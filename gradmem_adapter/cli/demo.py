@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gradmem_adapter.cli.options import BACKBONE, JSON, print_json
+from gradmem_adapter.cli.options import BACKBONE, JSON, check_used, print_json
 from gradmem_adapter.utils.shipped import KEY_VALUES, QA
 
 
@@ -26,8 +26,17 @@ class DemoTask(str, Enum):
 TASK = """recite: a paragraph comes back word by word. ask: questions about a story, answered or refused. tour: both.
 kv: values are found by their keys."""
 
+_OPTIONS = {
+    (DemoTask.recite, DemoTask.tour): ("text", "memory_tokens", "lr"),
+    (DemoTask.ask, DemoTask.kv, DemoTask.tour): ("checkpoint",),
+    (DemoTask.recite, DemoTask.kv, DemoTask.tour): ("steps", "seed"),
+    (DemoTask.kv,): ("pairs",),
+}
+"""What each option says something to."""
+
 
 def demo(
+    context: typer.Context,
     task: Annotated[DemoTask, typer.Option(help=TASK)] = DemoTask.tour,
     text: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="recite: a file; default: one that ships.")
@@ -49,6 +58,9 @@ def demo(
 
     Exit status 1 if the paragraph does not come back.
     """
+    for tasks, names in _OPTIONS.items():
+        needed = " or ".join(f"--task {one.value}" for one in tasks)
+        check_used(context, needed, task in tasks, *names)
     from gradmem_adapter import SMOLLM2
     from gradmem_adapter.cli.demos.key_values import run_key_value_demo
     from gradmem_adapter.cli.demos.recite import demo_text, run_recite_demo

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from gradmem_adapter.cli.options import BACKBONE, CHECKPOINT, JSON, print_json
+from gradmem_adapter.cli.options import BACKBONE, CHECKPOINT, JSON, check_used, print_json
 from gradmem_adapter.utils.files import check_writable, replacing
 from gradmem_adapter.utils.shipped import QA
 
@@ -23,6 +23,7 @@ class Type(str, Enum):
 
 
 def export(
+    context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="A trained adapter, as for ask.")],
     directory: Annotated[Path, typer.Argument(file_okay=False, help="A new or empty directory for the model.")],
     merge: Annotated[
@@ -39,6 +40,7 @@ def export(
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Write the model that answers from memory as a plain Hugging Face directory, for vLLM and other engines."""
+    check_used(context, "--merge", merge, "gguf")
     import torch
 
     from gradmem_adapter import load_checkpoint

@@ -23,6 +23,11 @@ class Document:
     text: str
 
 
+def is_one_text(path: str) -> bool:
+    """Whether a path leads to one text, and not to a directory, a pattern or JSON lines, which may be many."""
+    return path == STDIN or not (os.path.isdir(path) or _is_pattern(path) or has_json_lines(path))
+
+
 @dataclass
 class Inputs:
     """The documents at some paths, each read when it is its turn. What cannot be read is kept, and the rest goes on.
@@ -53,7 +58,7 @@ class Inputs:
         for path in self.paths:
             if path != STDIN and os.path.isdir(path):
                 yield from self._found(self._walk(path))
-            elif glob.has_magic(path) and not os.path.lexists(path):
+            elif _is_pattern(path):
                 yield from self._found(self._matching(path))
             else:
                 yield from self._read(path)
@@ -119,6 +124,10 @@ class Inputs:
                 yield _document(source, _text(row, self.text_field, place))
         except ValueError as error:
             self.refuse(error)
+
+
+def _is_pattern(path: str) -> bool:
+    return glob.has_magic(path) and not os.path.lexists(path)
 
 
 def _text(row: Any, name: str, place: str) -> str:

@@ -34,6 +34,25 @@ JSON = typer.Option("--json", help="Print one JSON object, for programs, instead
 DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
 
 
+def check_used(context: typer.Context, needed: str, there: bool, *names: str) -> None:
+    """Raise for options that were given and would be passed over, since what they go with was not given.
+
+    Args:
+        context (`typer.Context`): of the command.
+        needed (`str`): what they go with, as it stands on the command line.
+        there (`bool`): whether it was given.
+        names (`str`): of the parameters.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and not there and source is not None and source.name == "COMMANDLINE":
+            said = (option.opts if context.params[option.name] else option.secondary_opts or option.opts)[0]
+            raise ValueError(f"{said} goes with {needed}: add that, or leave {said} out.")
+
+
 def chosen_device(name: str | None) -> torch.device:
     """The device of a name; None: the GPU if there is one. Of several processes each has a GPU of its own.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gradmem_adapter.cli.options import BACKBONE, DEVICE, chosen_device, writable_store
+from gradmem_adapter.cli.options import BACKBONE, DEVICE, check_used, chosen_device, writable_store
 
 
 class ReaderName(str, Enum):
@@ -23,6 +23,7 @@ reaches the server may use it."""
 
 
 def serve(
+    context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="A trained adapter, as for ask.")],
     store: Annotated[Path, typer.Option(file_okay=False, help="A directory for the memories.")],
     reader: Annotated[ReaderName, typer.Option(help="Who answers from memory.")] = ReaderName.transformers,
@@ -45,6 +46,7 @@ def serve(
     """Write memories and answer from them over HTTP: POST /v1/memories, and OpenAI's API with `memory` in the body."""
     from gradmem_adapter import GradMemPipeline, load_checkpoint
 
+    check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model")
     try:
         import uvicorn
 

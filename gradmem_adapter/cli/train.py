@@ -58,7 +58,10 @@ def train(
     """Train an adapter on rows of your own: contexts with what is asked about them."""
     given = {"rows": rows, "eval_rows": eval_rows, "checkpoint": checkpoint, "backbone": backbone}
     fields = {name: str(value) for name, value in given.items() if value is not None}
-    plan = TrainConfig.of(read_fields(config, setting or ()) | fields)
+    read = read_fields(config, setting or ())
+    if twice := sorted(fields.keys() & {one.partition("=")[0].strip() for one in setting or ()}):
+        raise ValueError(f"--set {twice[0]}=... is said by the command line itself, too: leave one of them out.")
+    plan = TrainConfig.of(read | fields)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what the Trainer logs
         metrics = _train(plan, output, chosen_device(device))
     if metrics is None:

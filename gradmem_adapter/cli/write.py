@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradmem_adapter.cli.bulk import print_outcome, write_to_store
-from gradmem_adapter.cli.inputs import Document, Inputs
+from gradmem_adapter.cli.inputs import Document, Inputs, is_one_text
 from gradmem_adapter.cli.options import (
     BACKBONE,
     CHECKPOINT,
@@ -22,6 +22,7 @@ from gradmem_adapter.cli.options import (
     SOURCE_FIELD,
     TEXT_FIELD,
     check_output,
+    check_used,
     chosen_device,
     open_pipeline,
     print_json,
@@ -41,6 +42,7 @@ interruption the same command goes on."""
 
 
 def write(
+    context: typer.Context,
     paths: Annotated[list[str], typer.Argument(help=PATHS)],
     output: Annotated[
         Path | None, typer.Option(dir_okay=False, help="A file for the states, one for each text.")
@@ -78,6 +80,13 @@ def write(
     """Write texts into memory states: one for each in a file, or any number of any length in a memory store."""
     from gradmem_adapter import WriteOptions
 
+    if (store is None) is (output is None):
+        raise ValueError("Say where the states go: either --output FILE or --store DIR.")
+    check_used(context, "--store", store is not None, "segment_tokens", "keep_text")
+    check_used(context, "--output", output is not None, "force")
+    check_used(context, "- (standard input)", STDIN in paths, "json_lines")
+    rows = json_lines or not all(map(is_one_text, paths))
+    check_used(context, "JSON lines (.jsonl, or --json-lines)", rows, "text_field", "source_field")
     inputs = Inputs(paths, text_field, source_field, json_lines, without=store)
     how: dict[str, Any] = {"options": WriteOptions(steps=steps, objective=objective), "max_tokens": max_tokens}
     place = chosen_device(device)
@@ -86,12 +95,12 @@ def write(
         raise ValueError(
             "Several processes write files, directories and patterns into a store: leave out --output and -."
         )
-    if store is not None and output is None:
+    if store is not None:
         there = writable_store(store, keep_text=keep_text)
         counts = write_to_store(there, open_pipeline(checkpoint, backbone, device), inputs, segment_tokens, **how)
         if processes.is_main_process:
             print_outcome(counts, inputs, as_json)
-    elif output is not None and store is None:
+    elif output is not None:
         documents = inputs.read_all()
         own = (file for file in (shipped(checkpoint) or Path(checkpoint)).rglob("*") if file.is_file())
         check_output(output, inputs=[*map(Path, paths), *(Path(one.source) for one in documents), *own], force=force)
@@ -99,8 +108,6 @@ def write(
         states = pipeline.write_many([document.text for document in documents], **how)
         states.save(output)
         _print_states(documents, states, as_json)
-    else:
-        raise ValueError("Say where the states go: either --output FILE or --store DIR.")
 
 
 def _print_states(documents: Sequence[Document], states: MemoryState, as_json: bool) -> None:

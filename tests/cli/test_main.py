@@ -98,3 +98,35 @@ def test_as_a_module():
     result = subprocess.run([sys.executable, "-m", "gradmem_adapter.cli", "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("ask w1 --text a.txt --k 4", "--k goes with --store"),
+        ("ask w1 --state s --steps 3", "--steps goes with --text"),
+        ("ask w1 --store s --steps 3", "--steps goes with --text"),
+        ("demo --task kv --text a.txt", "--text goes with --task recite or --task tour"),
+        ("demo --task kv --lr 0.1", "--lr goes with --task recite"),
+        ("demo --task ask --memory-tokens 3", "--memory-tokens goes with --task recite"),
+        ("demo --task ask --steps 3", "--steps goes with --task recite or --task kv"),
+        ("demo --task ask --seed 3", "--seed goes with"),
+        ("demo --task recite --checkpoint c", "--checkpoint goes with --task ask"),
+        ("demo --pairs 3", "--pairs goes with --task kv"),
+        ("write a.txt --output o --segment-tokens 8", "--segment-tokens goes with --store"),
+        ("write a.txt --output o --no-text", "--no-text goes with --store"),
+        ("write a.txt --store s --force", "--force goes with --output"),
+        ("write a.txt --store s --json-lines", "--json-lines goes with - (standard input)"),
+        ("write a.txt - --output o --text-field t", "--text-field goes with JSON lines"),
+        ("write a.txt --store s --source-field t", "--source-field goes with JSON lines"),
+        ("serve c --store s --engine-model m", "--engine-model goes with --reader vllm"),
+        ("train a.txt --output o --set rows=b.jsonl", "--set rows=... is said by the command line itself"),
+        ("export c d --lora --gguf float32", "--gguf goes with --merge"),
+    ],
+)
+def test_no_option_is_passed_over(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("w1")
+    result = invoke(*arguments.split())
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.split())
