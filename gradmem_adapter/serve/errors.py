@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,7 +108,7 @@ def add_handlers(app: FastAPI) -> None:
         return api_error(error).response()
 
     def of_fields(request: Request, error: Any) -> JSONResponse:
-        names = [".".join(map(str, one["loc"][1:]))[:80] for one in error.errors()]
+        names = [_place(one["loc"][1:])[:80] for one in error.errors()]
         told = {
             "extra_forbidden": "This server does not take it; leave it out",
             "model_attributes_type": "Send a JSON object, and say so: Content-Type: application/json",
@@ -130,6 +130,11 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, of_fields)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(Exception, of_api)
+
+
+def _place(steps: Sequence[str | int]) -> str:
+    """A place in a body as OpenAI's API names it, such as `messages[0].content`."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 
 def _logged(error: BaseException, told: ApiError) -> ApiError:

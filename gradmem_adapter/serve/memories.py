@@ -18,6 +18,7 @@ from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.serve.errors import ApiError
 from gradmem_adapter.serve.metrics import Metrics
+from gradmem_adapter.serve.schemas import AUTO
 from gradmem_adapter.serve.streams import Tell
 from gradmem_adapter.serve.tenants import LOCAL
 from gradmem_adapter.state import MemoryState
@@ -25,7 +26,6 @@ from gradmem_adapter.store import Entry, MemoryStore
 from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 from gradmem_adapter.write.options import WriteOptions
 
-AUTO = "auto"
 TENANTS = "tenants"
 """The folder for the stores of tenants that have keys."""
 _PREFIX = "mem_"

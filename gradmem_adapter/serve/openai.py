@@ -120,10 +120,10 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:
         check_model(body.model)
-        if len(body.prompts) > (1 if body.stream else reads.limits.prompts):
+        if len(body.prompt) > (1 if body.stream else reads.limits.prompts):
             told = f"A request has at most {reads.limits.prompts} prompts, and one where its answer is streamed."
             raise ApiError(400, told, param="prompt")
-        asked = [await run_in_threadpool(reads.ask, tenant, body, prompt, prompt) for prompt in body.prompts]
+        asked = [await run_in_threadpool(reads.ask, tenant, body, prompt, prompt) for prompt in body.prompt]
         return await respond(body, request, asked)
 
     async def respond(body: ChatRequest | CompletionRequest, request: Request, asked: list[Asked]) -> Response:

@@ -4,9 +4,42 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
+AUTO: Literal["auto"] = "auto"
+
+
+# What may be one thing or another is made one thing before it is looked at. Of a union pydantic would put the names of
+# its types into the places of errors, which clients do not know.
+
+
+def _as_list(value: Any) -> list[Any]:
+    if not isinstance(value, str | list):
+        raise ValueError("Send a text, or a list of them")
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else _as_list(content)
+
+
+def _ids_or_auto(value: Any, ids: ValidatorFunctionWrapHandler) -> Any:
+    if value != AUTO and not isinstance(value, list):
+        raise ValueError(f"Send a list of ids, or {AUTO!r}")
+    return value if value == AUTO else ids(value)
+
+
+_ONE_OR_MANY = BeforeValidator(_as_list, json_schema_input_type=Text | list[Text])
+_IDS_OR_AUTO = WrapValidator(_ids_or_auto, json_schema_input_type=list[str] | Literal["auto"])
 
 
 class _Body(BaseModel):
@@ -66,12 +99,12 @@ class _Generation(_Body):
     """
 
     model: str
-    memory: Annotated[list[str], Field(max_length=64)] | Literal["auto"] | None = None
+    memory: Annotated[list[str], Field(max_length=64), _IDS_OR_AUTO] | None = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: Annotated[list[Text], Field(max_length=4)] | Text | None = None
+    stop: Annotated[list[Text], Field(max_length=4), _ONE_OR_MANY] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
@@ -86,7 +119,7 @@ class _Generation(_Body):
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts that end an answer."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(self.stop or ())
 
 
 class Part(_Body):
@@ -100,12 +133,18 @@ class Message(BaseModel):
     """A message of a chat. Other fields that clients give back, such as an answer's, are passed over."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
 
     def as_template_has_it(self) -> dict[str, str]:
         """For the model's chat template."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+def _with_a_question(messages: list[Message]) -> list[Message]:
+    if not any(message.role == "user" for message in messages):
+        raise ValueError("There is no message of the user to answer.")
+    return messages
 
 
 class ChatRequest(_Generation):
@@ -115,30 +154,19 @@ class ChatRequest(_Generation):
         support (`bool`, *optional*, defaults to `False`): say how far memory supports an answer, before it begins.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_with_a_question)]
     support: bool = False
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     response_format: dict[str, Any] | None = None
     logprobs: Literal[False] | None = False
     parallel_tool_calls: bool | None = None
 
-    @model_validator(mode="after")
-    def _ends_with_a_question(self) -> ChatRequest:
-        if not any(message.role == "user" for message in self.messages):
-            raise ValueError("There is no message of the user to answer.")
-        return self
-
 
 class CompletionRequest(_Generation):
     """OpenAI's `/v1/completions`, with `memory`. A prompt is put into the adapter's query format."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    prompt: Annotated[list[Text], Field(min_length=1), _ONE_OR_MANY]
     echo: Literal[False] | None = False
     best_of: Literal[1] | None = 1
     logprobs: None = None
     suffix: None = None
-
-    @property
-    def prompts(self) -> list[str]:
-        """All of them."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt

@@ -1,6 +1,7 @@
 """OpenAI's API: answers are those of the pipeline, whole and streamed, alone and many at a time."""
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ from tiny_pipeline import byte_pipeline, tiny_pipeline
 
 from gradmem_adapter import GradMemPipeline, MemoryState
 from gradmem_adapter.export.engine import EngineReader
-from gradmem_adapter.serve import Limits, create_app
+from gradmem_adapter.serve import Limits, create_app, schemas
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -281,6 +282,47 @@ def test_no_more_prompts_than_the_bound(serve, ids):
     refused = client.post("/v1/completions", json=body)
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     assert client.post("/v1/completions", json=body | {"prompt": ["w1"] * 2}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "said"),
+    [
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "Send a text, or a list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "image_url"}]}]},
+            "messages[0].content[1].type",
+            "'text'",
+        ),
+        ({"messages": [{"role": "user", "content": ["w1"]}]}, "messages[0].content[0]", "object"),
+        ({"messages": [{"role": "user", "content": "w1"}, {"role": "robot", "content": ""}]}, "messages[1].role", ""),
+        ({"messages": [{"role": "system", "content": "w1"}]}, "messages", "no message of the user"),
+        ({"memory": "mem_1"}, "memory", "Send a list of ids, or 'auto'"),
+        ({"memory": ["mem_1", 2]}, "memory[1]", "valid string"),
+        ({"stop": ["w1", ""]}, "stop[1]", "at least 1 character"),
+        ({"stream_options": {"what": 1}}, "stream_options.what", "does not take it"),
+    ],
+)
+def test_errors_name_a_place_as_openai_does(client, more, param, said):
+    error = chat(client, **more).json()["error"]
+    assert (error["param"], said in error["message"]) == (param, True), error
+    assert error["message"].startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("/v1/chat/completions", schemas.ChatRequest),
+        ("/v1/completions", schemas.CompletionRequest),
+        ("/v1/memories", schemas.MemoryRequest),
+        ("/v1/recitals", schemas.RecitalRequest),
+    ],
+)
+def test_no_place_has_the_name_of_a_type(client, path, model):
+    for name in model.model_fields:
+        for wrong in (-1, 3.5, "", {"x": "y"}, [{"x": "y"}], [[1]], [""], [1] * 99):
+            error = client.post(path, json={name: wrong}).json()["error"]
+            for place in re.findall(r"(?:^|; )([^;]*?): ", error["message"]):
+                assert re.fullmatch(r"[a-z_]+(\[\d+\]|\.[a-z_]+)*", place), error
 
 
 def test_what_is_no_json(client):
