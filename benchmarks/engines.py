@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.service import requests
 from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint
+from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.read.reader import Reader
 
@@ -54,13 +55,19 @@ def engine(args: argparse.Namespace, model: GradMemPeftModel) -> Reader:
     return LlamaCppReader(model, Llama(str(args.exported / "model.gguf"), n_ctx=512, verbose=False, **threads))
 
 
-def prompts(pipeline: GradMemPipeline) -> tuple[Tensor, Tensor, MemoryState]:
-    """Questions in tokens, their mask, and the state of each."""
+def prompts(pipeline: GradMemPipeline) -> tuple[list[Tensor], list[MemoryState]]:
+    """Questions in tokens, and the state of each; those on the same text share it, and with it what readers keep."""
     asked = [inputs for inputs, _ in requests(ASKED)]
-    texts = list(dict.fromkeys(inputs["context"][0].page_content for inputs in asked))
-    states = pipeline.write_many(texts, progress=False)
+    texts = [inputs["context"][0].page_content for inputs in asked]
+    own = list(dict.fromkeys(texts))
+    states = dict(zip(own, pipeline.write_many(own, progress=False), strict=True))
     ids, mask = pipeline.encode_prompts([inputs["question"] for inputs in asked])
-    return ids, mask, states[[texts.index(inputs["context"][0].page_content) for inputs in asked]]
+    return [row[counts.bool()] for row, counts in zip(ids, mask, strict=True)], [states[text] for text in texts]
+
+
+def new_tokens(output: Tensor) -> Tensor:
+    """The answers behind prompts, of the length that was asked for."""
+    return output[:, -GREEDY["max_new_tokens"] :]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,15 +80,17 @@ def main(argv: list[str] | None = None) -> None:
     args.model = args.checkpoint
     exact, tokenizer = load_checkpoint(args.checkpoint, dtype=torch.float32)
     model = exact if args.dtype == "float32" else load_checkpoint(args.checkpoint, dtype=common.DTYPES[args.dtype])[0]
-    ids, mask, memory = prompts(GradMemPipeline(exact, tokenizer))
+    ids, memory = prompts(GradMemPipeline(exact, tokenizer))
     reader = engine(args, model)
 
     def batched(rows: list[int], by: Any = model) -> Tensor:
-        found = by.generate(input_ids=ids[rows], attention_mask=mask[rows], memory=memory[rows], strict=False, **GREEDY)
-        return torch.nn.functional.pad(found, (0, ids.shape[1] + GREEDY["max_new_tokens"] - found.shape[1]))
+        batch, mask = pad([ids[row] for row in rows], "left")
+        states = MemoryState.stack([memory[row] for row in rows])
+        return new_tokens(by.generate(input_ids=batch, attention_mask=mask, memory=states, strict=False, **GREEDY))
 
     def one_by_one(rows: list[int]) -> Tensor:
-        return torch.cat([batched([row]) for row in rows])
+        found = [model.generate(input_ids=ids[row][None], memory=memory[row], strict=False, **GREEDY) for row in rows]
+        return torch.cat([new_tokens(one) for one in found])
 
     ways: dict[str, Callable[[list[int]], Tensor]] = {
         "one by one": one_by_one, "batched": batched, args.engine: lambda rows: batched(rows, reader),

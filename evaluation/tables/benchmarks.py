@@ -95,6 +95,24 @@ def serve() -> Frame:
     return Frame(rows)
 
 
+def engines() -> Frame:
+    """Engines beside Transformers in the same process: requests a second, and answers that are alike."""
+    names, rows = {"vllm": "vLLM", "llama_cpp": "llama.cpp"}, []
+    for (engine, dtype), found in read("engines").groupby(["engine", "dtype"], sort=False):
+        by = found.drop_duplicates("method", keep="last").set_index("method")
+        speeds = by["requests_per_second"]
+        rows.append({
+            "engine": names[engine],
+            "in": dtype,
+            "one by one": f"{speeds['one by one']:.2f}",
+            "batched": f"{speeds['batched']:.2f}",
+            "by the engine": f"{speeds[engine]:.2f}",
+            "its answers as one by one": f"{by['same'][engine]:.0f} of {by['asked'][engine]}",
+            "its answers as in float32": f"{by['same_float32'][engine]:.0f} of {by['asked'][engine]}",
+        })  # fmt: skip
+    return Frame(rows)
+
+
 # ---------------------------------------------------------------- WRITE and READ
 
 
@@ -379,8 +397,8 @@ def training_speed() -> Frame:
 
 
 TABLES = (
-    bulk_write, choice, decoding, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost,
-    meta_gradient_kinks, read_time, serve, service, train_step, train_step_lora, training_speed, versus_prompting,
+    bulk_write, choice, decoding, engines, kv_step, memory_at_8b, meta_gradient_accuracy,
+    meta_gradient_cost, meta_gradient_kinks, read_time, serve, service, train_step, train_step_lora, training_speed, versus_prompting,
     versus_prompting_8b, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_limits, write_many,
     write_share, write_sizes, write_time, write_time_cpu,
 )  # fmt: skip
