@@ -31,6 +31,9 @@ def serve(
     engine_model: Annotated[
         str | None, typer.Option(help="vllm: the name that it has for the model; default: its first.")
     ] = None,
+    engine_key: Annotated[
+        str | None, typer.Option(envvar="VLLM_API_KEY", help="vllm: the key that its server wants.")
+    ] = None,
     keys: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help=KEYS)] = None,
     host: Annotated[str, typer.Option(help="Where to listen; elsewhere than here only with --keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
@@ -68,7 +71,7 @@ def serve(
     if url is not None:
         from gradmem_adapter.export.vllm import VLLMReader
 
-        engine = VLLMReader(model, url, name=engine_model)
+        engine = VLLMReader(model, url, name=engine_model, api_key=engine_key)
     pipeline = GradMemPipeline(model, tokenizer, reader=engine)
     if segment_tokens is not None:
         pipeline.segments("", segment_tokens)  # wrong numbers are no client's fault

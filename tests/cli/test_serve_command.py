@@ -51,11 +51,12 @@ def test_vllm_answers(checkpoint, tmp_path, started, monkeypatch):
     monkeypatch.setattr(serve, "create_app", lambda pipeline, *rest, **more: made.append(pipeline))
     arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--reader", "vllm")
     assert "go together" in invoke(*arguments).output
-    result = invoke(*arguments, "--url", "http://localhost:9", "--engine-model", "memory")
+    result = invoke(*arguments, "--url", "http://localhost:9", "--engine-model", "memory", "--engine-key", "secret")
     assert result.exit_code == 0, result.output
     (pipeline,) = made
     assert isinstance(pipeline.reader, VLLMReader)
-    assert (pipeline.reader.engine, pipeline.reader.name) == ("http://localhost:9", "memory")
+    reader = pipeline.reader
+    assert (reader.engine, reader.name, reader.api_key) == ("http://localhost:9", "memory", "secret")
 
 
 def test_a_directory_of_other_things_is_no_store(checkpoint, tmp_path, started):
