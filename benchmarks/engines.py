@@ -6,7 +6,8 @@
 Run it where the engine is installed (`make test-engines` makes such environments; `pip install pandas` there). The ways
 to answer take turns in one process, so that other work on the machine slows all of them.
 
-    requests_per_second: of 32 requests over 4 states, 24 tokens each, the median of the rounds.
+    requests_per_second: of 32 requests over 4 states, 24 tokens each, the median of the rounds. llama.cpp takes half of the cores by
+        default, since its threads wait for each other by spinning.
     same: of 50 questions on 10 texts, how many the way answers token for token as Transformers one by one does, of the
         same states and in the same type, over 24 tokens.
     same_float32: how many as Transformers does in float32.
@@ -51,8 +52,7 @@ def engine(args: argparse.Namespace, model: GradMemPeftModel) -> Reader:
 
     from gradmem_adapter.export.llama_cpp import LlamaCppReader
 
-    threads = {"n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}
-    return LlamaCppReader(model, Llama(str(args.exported / "model.gguf"), n_ctx=512, verbose=False, **threads))
+    return LlamaCppReader(model, Llama(str(args.exported / "model.gguf"), n_ctx=512, verbose=False))
 
 
 def prompts(pipeline: GradMemPipeline) -> tuple[list[Tensor], list[MemoryState]]:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("exported", type=Path, help="what gradmem export made of the checkpoint")
     parser.add_argument("--engine", choices=["vllm", "llama_cpp"], required=True)
     parser.add_argument("--checkpoint", default="smollm2-135m-qa")
-    parser.set_defaults(repeats=3)
+    parser.set_defaults(repeats=2)
     args = parser.parse_args(argv)
     args.model = args.checkpoint
     exact, tokenizer = load_checkpoint(args.checkpoint, dtype=torch.float32)
