@@ -3,11 +3,11 @@
     gradmem export smollm2-135m-qa exported --gguf float32
     python -m benchmarks.engines exported --engine vllm --dtype bfloat16
 
-Run it where the engine is installed (`make test-engines` makes such environments; `pip install pandas` there). The ways
-to answer take turns in one process, so that other work on the machine slows all of them.
+Run it where the engine is installed: `make test-engines` makes such environments. The ways to answer take turns in one
+process, so that other work on the machine slows all of them.
 
-    requests_per_second: of 32 requests over 4 states, 24 tokens each, the median of the rounds. llama.cpp takes half of the cores by
-        default, since its threads wait for each other by spinning.
+    requests_per_second: of 32 requests over 4 states, 24 tokens each, the median of the rounds. Engines choose their
+        threads by themselves; llama.cpp takes half of the cores.
     same: of 50 questions on 10 texts, how many the way answers token for token as Transformers one by one does, of the
         same states and in the same type, over 24 tokens.
     same_float32: how many as Transformers does in float32.

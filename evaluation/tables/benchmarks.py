@@ -100,16 +100,11 @@ def engines() -> Frame:
     names, rows = {"vllm": "vLLM", "llama_cpp": "llama.cpp"}, []
     for (engine, dtype), found in read("engines").groupby(["engine", "dtype"], sort=False):
         by = found.drop_duplicates("method", keep="last").set_index("method")
-        speeds = by["requests_per_second"]
-        rows.append({
-            "engine": names[engine],
-            "in": dtype,
-            "one by one": f"{speeds['one by one']:.2f}",
-            "batched": f"{speeds['batched']:.2f}",
-            "by the engine": f"{speeds[engine]:.2f}",
-            "its answers as one by one": f"{by['same'][engine]:.0f} of {by['asked'][engine]}",
-            "its answers as in float32": f"{by['same_float32'][engine]:.0f} of {by['asked'][engine]}",
-        })  # fmt: skip
+        heads = {"one by one": "one by one", "batched": "batched", engine: "by the engine"}
+        speeds = {head: f"{by['requests_per_second'][way]:.2f}" for way, head in heads.items()}
+        alike = {"its answers as one by one": "same", "its answers as in float32": "same_float32"}
+        counts = {head: f"{by[key][engine]:.0f} of {by['asked'][engine]}" for head, key in alike.items()}
+        rows.append({"engine": names[engine], "in": dtype} | speeds | counts)
     return Frame(rows)
 
 
@@ -397,8 +392,8 @@ def training_speed() -> Frame:
 
 
 TABLES = (
-    bulk_write, choice, decoding, engines, kv_step, memory_at_8b, meta_gradient_accuracy,
-    meta_gradient_cost, meta_gradient_kinks, read_time, serve, service, train_step, train_step_lora, training_speed, versus_prompting,
+    bulk_write, choice, decoding, engines, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost,
+    meta_gradient_kinks, read_time, serve, service, train_step, train_step_lora, training_speed, versus_prompting,
     versus_prompting_8b, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_limits, write_many,
     write_share, write_sizes, write_time, write_time_cpu,
 )  # fmt: skip
