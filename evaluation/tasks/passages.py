@@ -11,7 +11,9 @@ import torch
 
 from evaluation.data import REFUSAL, Rows, joined, with_unanswerable
 from gradmem_adapter.prompts import Prompt
+from gradmem_adapter.store.memory_store import Dtype
 from gradmem_adapter.training.metrics import score_answer
+from gradmem_adapter.utils.state_file import narrowed, widened
 
 from .base import OPTIONS, Measurement, QuestionTask
 
@@ -30,18 +32,21 @@ class Passages(QuestionTask):
             answered so: `right_refusals` and `false_refusals`.
         alone (`bool`, *optional*, defaults to `False`): of several states ask the one that holds an answer most likely,
             not all side by side. For adapters that were trained to refuse.
+        kept (`str`, *optional*): states are read as a memory store keeps them in this dtype: "float32", "bfloat16" or
+            "int8"; None: as they were written.
     """
 
     joined: pydantic.PositiveInt = 1
     unanswerable: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     alone: bool = False
+    kept: Dtype | None = None
 
     name = "passages"
 
     @property
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
-        given = {"unanswerable": self.unanswerable, "alone": self.alone}
+        given = {"unanswerable": self.unanswerable, "alone": self.alone, "kept": self.kept}
         return {name: value for name, value in given.items() if value}
 
     def rows(self, split: str) -> Rows:
@@ -56,11 +61,15 @@ class Passages(QuestionTask):
         self, answerer: Answerer, contexts: Sequence[str], queries: Sequence[Prompt], reads: Sequence[Sequence[int]]
     ) -> list[str]:
         """See `Task.answers`."""
-        if not self.alone:
+        if not self.alone and self.kept is None:
             return super().answers(answerer, contexts, queries, reads)
         memory = answerer.states(contexts)
+        if self.kept is not None:
+            vectors = widened(narrowed(memory.vectors, self.kept))["vectors"].float()
+            memory = dataclasses.replace(memory, vectors=vectors)
         lengths = [memory.num_memory_tokens] * len(memory)
-        return answerer.ask(memory, lengths, queries, answerer.surest(memory, queries, reads), self.max_new_tokens)
+        read = answerer.surest(memory, queries, reads) if self.alone else reads
+        return answerer.ask(memory, lengths, queries, read, self.max_new_tokens)
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0

@@ -87,6 +87,22 @@ def test_refusals(folder):
     assert (task.settings, config.tasks[0].settings) == ({"unanswerable": 0.5}, {})
 
 
+@pytest.mark.parametrize("kept", ["float32", "int8"])
+def test_states_are_read_as_a_store_keeps_them(folder, kept):
+    config = qa_config(folder)
+    task, asked = dataclasses.replace(config.tasks[0], kept=kept), []
+
+    class Asked(Answerer):
+        def ask(self, memory, lengths, queries, *args):
+            asked.append(memory.vectors)
+            return [""] * len(queries)
+
+    found = task.measure(Asked(*build_model(config), config, 1), "test")
+    assert found.settings == {} != task.settings == {"kept": kept}
+    steps = 127 * asked[0] / asked[0].abs().amax(-1, keepdim=True)
+    assert torch.allclose(steps, steps.round(), atol=1e-3) == (kept == "int8")
+
+
 @pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method["name"])
 def test_a_record(folder, tmp_path, method):
     config = qa_config(folder, method)
