@@ -49,7 +49,7 @@ def serve(
     """Write memories and answer from them over HTTP: POST /v1/memories, and OpenAI's API with `memory` in the body."""
     from gradmem_adapter import GradMemPipeline, load_checkpoint
 
-    check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model")
+    check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model", "engine_key")
     try:
         import uvicorn
 
