@@ -102,7 +102,7 @@ def engines() -> Frame:
         by = found.drop_duplicates("method", keep="last").set_index("method")
         heads = {"one by one": "one by one", "batched": "batched", engine: "by the engine"}
         speeds = {head: f"{by['requests_per_second'][way]:.2f}" for way, head in heads.items()}
-        alike = {"its answers as one by one": "same", "its answers as in float32": "same_float32"}
+        alike = {"answers as in the same type": "same", "as in float32": "same_float32"}
         counts = {head: f"{by[key][engine]:.0f} of {by['asked'][engine]}" for head, key in alike.items()}
         rows.append({"engine": names[engine], "in": dtype} | speeds | counts)
     return Frame(rows)
