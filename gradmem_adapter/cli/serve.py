@@ -51,9 +51,7 @@ def serve(
 
     check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model", "engine_key")
     try:
-        import uvicorn
-
-        from gradmem_adapter.serve import TENANTS, Limits, Tenants, create_app, is_loopback
+        from gradmem_adapter.serve import TENANTS, Limits, Tenants, create_app, is_loopback, run
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error}. Install what serves: pip install "gradmem-adapter[serve]".') from error
     tenants = Tenants() if keys is None else Tenants.from_file(keys)
@@ -85,11 +83,4 @@ def serve(
         segment_tokens=segment_tokens,
         host=host,
     )
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        timeout_graceful_shutdown=limits.grace,
-        timeout_keep_alive=75,  # longer than clients keep a connection, or one would be used that has just been closed
-        server_header=False,
-    )
+    run(app, host=host, port=port, grace=limits.grace)

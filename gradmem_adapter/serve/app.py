@@ -62,6 +62,7 @@ def create_app(
 
     # Without the pages that load scripts from elsewhere.
     app = FastAPI(title="gradmem", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.writes = writes
     add_handlers(app)
     app.include_router(openai_routes(reads, model))
     app.include_router(memory_routes(memories, writes, limits))

@@ -29,6 +29,8 @@ from gradmem_adapter.write.options import WriteOptions
 TENANTS = "tenants"
 """The folder for the stores of tenants that have keys."""
 _PREFIX = "mem_"
+_MEASURED_AT_ONCE = 8
+"""Segments whose fidelity is measured together: nothing ends the work meanwhile."""
 
 
 class Found(NamedTuple):
@@ -102,8 +104,7 @@ class Memories:
             name (`str`, *optional*): what the text is called.
             options (`WriteOptions`): how to write.
             fidelity (`bool`): measure it.
-            check (`Callable`): called between batches of segments, and between steps that are told; what it raises ends
-                the work.
+            check (`Callable`): called between batches of segments and between steps; what it raises ends the work.
             tell (`Callable`, *optional*): told of the segments, and of each write step.
         """
         store, identity = self._store(tenant), self.id_of(tenant, text, options)
@@ -131,7 +132,7 @@ class Memories:
                 metadata=places,
                 options=options,
                 done=written,
-                callback=None if tell is None else stepped,
+                callback=stepped,
             )
 
         if tell is not None:
@@ -139,8 +140,12 @@ class Memories:
             tell({"object": "memory.begun", "id": identity, "segments": cut})
         keys = add()
         if fidelity and "fidelity" not in places[0]:
-            check()
-            shares = DocumentMemory(segments, store.get(keys), "parallel").fidelity(self.pipeline).greedy.tolist()
+            shares: list[float] = []
+            for begin in range(0, len(segments), _MEASURED_AT_ONCE):
+                check()
+                part = slice(begin, begin + _MEASURED_AT_ONCE)
+                measured = DocumentMemory(segments[part], store.get(keys[part]), "parallel").fidelity(self.pipeline)
+                shares += measured.greedy.tolist()
             places = [place | {"fidelity": share} for place, share in zip(places, shares, strict=True)]
             add()
         return self.describe(tenant, identity)

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from gradmem_adapter.serve.errors import ApiError
 
 T = TypeVar("T")
+_RESTART = 10
+"""Seconds after which a server that was stopped may run again."""
 
 
 class NobodyWaitsError(Exception):
@@ -25,6 +27,11 @@ class _Job:
     result: asyncio.Future[Any] = field(init=False)
     cancelled: threading.Event = field(default_factory=threading.Event)
     waiting: int = 0
+
+    def end(self) -> None:
+        """Do not begin, or end at the next check; who waits does so no longer."""
+        self.cancelled.set()
+        self.result.cancel()
 
 
 class WriteQueue:
@@ -40,6 +47,7 @@ class WriteQueue:
         self._thread = ThreadPoolExecutor(1, "gradmem-write")
         self._seconds = 1.0
         """That a piece takes, lately."""
+        self._stopped = False
 
     def __len__(self) -> int:
         """How many pieces there are."""
@@ -64,15 +72,20 @@ class WriteQueue:
         try:
             result: T = await asyncio.shield(job.result)
             return result
+        except asyncio.CancelledError:
+            if self._stopped:
+                raise _stopping() from None
+            raise
         finally:
             job.waiting -= 1
             if not job.waiting:
-                job.cancelled.set()
-                job.result.cancel()
+                job.end()
                 self._jobs.pop(key, None)
 
     def check_room(self, key: Hashable) -> None:
-        """Raise `ApiError` where there is too much to do for one more piece."""
+        """Raise `ApiError` where there is too much to do for one more piece, or no more is begun."""
+        if self._stopped:
+            raise _stopping()
         if key not in self._jobs and len(self._jobs) >= self.bound:
             told = f"{len(self._jobs)} texts are being written or wait for it. Ask again later."
             raise ApiError(429, told, "write_queue_full", retry_after=self._retry_after)
@@ -98,8 +111,19 @@ class WriteQueue:
         finally:
             self._seconds += 0.2 * (time.monotonic() - start - self._seconds)
 
+    def stop(self) -> None:
+        """Begin nothing more, let what is under way end at its next check, and tell who waits."""
+        self._stopped = True
+        for job in self._jobs.values():
+            job.end()
+
     def close(self) -> None:
-        """Begin nothing more, and wait for what is under way to end at its next check."""
+        """Wait for what is under way to end at its next check, and begin nothing more."""
         for job in self._jobs.values():
             job.cancelled.set()
         self._thread.shutdown(cancel_futures=True)
+
+
+def _stopping() -> ApiError:
+    told = "The server is stopping. Send this again when it runs: what is stored of a text is not written anew."
+    return ApiError(503, told, "server_stopping", retry_after=_RESTART)

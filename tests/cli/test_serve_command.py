@@ -1,7 +1,6 @@
 """`gradmem serve`: what it listens with, and where it refuses to."""
 
 import pytest
-import uvicorn
 from commands import invoke
 from starlette.testclient import TestClient
 
@@ -11,9 +10,9 @@ from gradmem_adapter.export.vllm import VLLMReader
 
 @pytest.fixture
 def started(monkeypatch):
-    """What uvicorn was asked to run."""
+    """What was to be served."""
     calls = []
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: calls.append((app, options)))
+    monkeypatch.setattr(serve, "run", lambda app, **options: calls.append((app, options)))
     return calls
 
 

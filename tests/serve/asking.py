@@ -4,20 +4,27 @@ import threading
 import time
 from contextlib import contextmanager
 
-import uvicorn
+from gradmem_adapter.serve import Server
 
 
 @contextmanager
 def listening(app):
     """The address of an app that listens on a port of this machine."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    with running(app) as (url, _):
+        yield url
+
+
+@contextmanager
+def running(app):
+    """The address of an app, and the server, which can be stopped."""
+    server = Server(app, grace=30, port=0, log_level="error")
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", server
     finally:
         server.should_exit = True
         thread.join()

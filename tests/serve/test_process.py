@@ -95,5 +95,21 @@ def test_a_stream_ends_whole_when_the_server_is_stopped(command):
         assert process.wait(60) == -signal.SIGTERM
 
 
+def test_a_text_that_is_being_written_when_the_server_is_stopped(command):
+    """Its client is told, and the server does not wait for it; the same text goes on after a restart."""
+    body = {"text": "w1 w2 w3 w4 " * 600, "steps": 200, "stream": True}  # minutes of work
+    with started(command) as (process, client), client.stream("POST", "/v1/memories", json=body) as response:
+        lines = response.iter_lines()
+        got = [next(lines)]
+        process.send_signal(signal.SIGTERM)
+        got += [line for line in lines if line.startswith("data: ")]
+        assert got[-1] == "data: [DONE]"
+        assert json.loads(got[-2].removeprefix("data: "))["error"]["code"] == "server_stopping"
+        assert process.wait(60) == -signal.SIGTERM
+    with started(command) as (process, client):
+        assert client.get("/v1/memories").json()["data"] == []
+        assert written(client, body["text"], steps=1)["segments"]
+
+
 def texts(lines):
     return [json.loads(line[6:])["choices"][0]["text"] for line in lines if line.startswith("data: {")]

@@ -1,9 +1,11 @@
 """What the API tells of memories on the way: write steps, recitals, and how far an answer is supported."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
-from asking import listening, written
+from asking import listening, running, written
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
@@ -46,8 +48,6 @@ def test_a_full_queue_is_a_status_before_it_is_a_stream(serve):
 
 
 def test_who_leaves_a_stream_ends_the_writing(pipeline, store):
-    import httpx
-
     with listening(create_app(pipeline, store.path)) as url, httpx.Client(base_url=url, timeout=60) as client:
         body = {"text": LONG, "steps": 200, "stream": True}
         with client.stream("POST", "/v1/memories", json=body) as response:
@@ -133,3 +133,28 @@ def test_the_page(serve):
         assert response.headers["Content-Type"].partition(";")[0] == kind
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
         assert "http" not in response.text.replace("http://www.w3.org/2000/svg", "")
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_a_server_that_is_stopped_says_so_and_ends(pipeline, store, stream):
+    """And what it was writing is stored whole, or not at all."""
+    app = create_app(pipeline, store.path, limits=Limits(write_steps=10**9))
+    with running(app) as (url, server), httpx.Client(base_url=url, timeout=120) as client:
+        kept = written(client, "w1 w2 w3")
+        body = {"text": LONG, "steps": 10**9, "stream": stream}
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(client.post, "/v1/memories", json=body)
+            while "gradmem_writes_waiting 0.0" in client.get("/metrics").text:
+                pass
+            server.should_exit = True
+            response = waiting.result()
+    if stream:
+        assert response.status_code == 200
+        error = events(response)[-1]["error"]
+    else:
+        assert (response.status_code, "Retry-After" in response.headers) == (503, True)
+        error = response.json()["error"]
+    assert (error["code"], "The server is stopping" in error["message"]) == ("server_stopping", True)
+    assert [entry.source for entry in store.entries()] == [kept["id"]]
+    report = store.verify()
+    assert (report.ok, report.leftovers) == (True, ())
