@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,8 +151,13 @@ def existing_store(path: Path) -> MemoryStore:
     return store
 
 
-def writable_store(path: Path, *, keep_text: bool) -> MemoryStore:
+def writable_store(path: Path, *, keep_text: bool, beside: Collection[str] = ()) -> MemoryStore:
     """The memory store in a directory, or one to be, which is not made before there is something to store.
+
+    Args:
+        path (`Path`): the directory.
+        keep_text (`bool`): of the store.
+        beside (`Collection[str]`, *optional*): names that may be in a directory that holds no store yet.
 
     Raises:
         FileExistsError: the directory holds something else.
@@ -162,8 +167,9 @@ def writable_store(path: Path, *, keep_text: bool) -> MemoryStore:
     from gradmem_adapter import MemoryStore
 
     store = MemoryStore(path, keep_text=keep_text)
-    if path.exists() and not store.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+    names = [] if store.exists() or not path.exists() else [entry.name for entry in path.iterdir()]
+    if any(not name.startswith(".") and name not in beside for name in names):
         raise FileExistsError(f"{path} holds other files and is no memory store. Name an empty or a new directory.")
-    check_writable(next(place for place in (path, *path.absolute().parents) if place.exists()) / store.index.path.name)
     len(store)  # a damaged index shows here, and not after the first texts are written
+    store.check_writable()
     return store

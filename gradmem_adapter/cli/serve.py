@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import warnings
+from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +54,7 @@ def serve(
 
     check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model", "engine_key")
     try:
-        from gradmem_adapter.serve import TENANTS, Limits, Tenants, create_app, is_loopback, run
+        from gradmem_adapter.serve import TENANTS, Limits, Tenants, create_app, is_loopback, run, store_of, unseen
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error}. Install what serves: pip install "gradmem-adapter[serve]".') from error
     tenants = Tenants() if keys is None else Tenants.from_file(keys)
@@ -62,8 +65,8 @@ def serve(
         )
     if (reader is ReaderName.vllm) != (url is not None):
         raise ValueError("--reader vllm and --url, where its server is, go together.")
-    if not (store / TENANTS).exists():
-        writable_store(store, keep_text=True)
+    for path in sorted({store, *(store_of(store, name).path for name in tenants.names)}):
+        _check_store(path, beside=(TENANTS,))
     model, tokenizer = load_checkpoint(checkpoint, backbone=backbone, device=chosen_device(device))
     engine = None
     if url is not None:
@@ -73,6 +76,8 @@ def serve(
     pipeline = GradMemPipeline(model, tokenizer, reader=engine)
     if segment_tokens is not None:
         pipeline.segments("", segment_tokens)  # wrong numbers are no client's fault
+    for told in unseen(store, tenants, model.fingerprint()):
+        warnings.warn(told, stacklevel=2)
     limits = Limits(writes=max_writes, batch=max_batch, body_bytes=max_body)
     app = create_app(
         pipeline,
@@ -84,3 +89,15 @@ def serve(
         host=host,
     )
     run(app, host=host, port=port, grace=limits.grace)
+
+
+def _check_store(path: Path, beside: Collection[str]) -> None:
+    """Raise unless a memory store can be served; one that can only be read is, with a warning."""
+    from gradmem_adapter import MemoryStore
+
+    try:
+        writable_store(path, keep_text=True, beside=beside)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT) or not MemoryStore(path).exists():
+            raise
+        warnings.warn(f"{path} {error.strerror}. Its memories can be asked, and none added or deleted.", stacklevel=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,23 @@ def api_errors() -> Iterator[None]:
         yield
     except Exception as error:
         raise api_error(error) from error
+
+
+@contextmanager
+def changing_a_store() -> Iterator[None]:
+    """What keeps a memory store from being changed inside the block, and not from being read, is said as that."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            told = (
+                "There is no room for it on the server's disk. What is stored can be read; delete what is not needed."
+            )
+            raise _logged(error, ApiError(507, told, "store_full")) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            told = "This server's memories can be read, and not changed. Ask whoever runs it."
+            raise _logged(error, ApiError(503, told, "store_read_only")) from error
+        raise
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -16,18 +16,16 @@ from gradmem_adapter.documents import DocumentMemory
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.prompts import Prompt
-from gradmem_adapter.serve.errors import ApiError
+from gradmem_adapter.serve.errors import ApiError, changing_a_store
 from gradmem_adapter.serve.metrics import Metrics
 from gradmem_adapter.serve.schemas import AUTO
+from gradmem_adapter.serve.stores import store_of
 from gradmem_adapter.serve.streams import Tell
-from gradmem_adapter.serve.tenants import LOCAL
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import Entry, MemoryStore
 from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 from gradmem_adapter.write.options import WriteOptions
 
-TENANTS = "tenants"
-"""The folder for the stores of tenants that have keys."""
 _PREFIX = "mem_"
 _MEASURED_AT_ONCE = 8
 """Segments whose fidelity is measured together: nothing ends the work meanwhile."""
@@ -55,7 +53,7 @@ class Memories:
 
     Args:
         pipeline (`GradMemPipeline`): who writes and reads.
-        folder (`Path`): the memory store of `LOCAL`; those of other tenants are in folders of it.
+        folder (`Path`): of their stores, as for `store_of`.
         metrics (`Metrics`): where states are counted that are written.
         segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments` has it.
     """
@@ -74,8 +72,7 @@ class Memories:
         return two - one
 
     def _store(self, tenant: str) -> MemoryStore:
-        own = self.folder if tenant == LOCAL else self.folder / TENANTS / tenant
-        return self._stores.setdefault(tenant, MemoryStore(own))
+        return self._stores.setdefault(tenant, store_of(self.folder, tenant))
 
     def id_of(self, tenant: str, text: str, options: WriteOptions) -> str:
         """The id that a text's memory has, whether or not it is written: the same for the same text cut the same way.
@@ -138,7 +135,9 @@ class Memories:
         if tell is not None:
             cut = [{"start": one.start, "end": one.end, "tokens": one.tokens} for one in segments]
             tell({"object": "memory.begun", "id": identity, "segments": cut})
-        keys = add()
+        with changing_a_store():
+            store.check_writable()  # before the work
+            keys = add()
         if fidelity and "fidelity" not in places[0]:
             shares: list[float] = []
             for begin in range(0, len(segments), _MEASURED_AT_ONCE):
@@ -147,7 +146,8 @@ class Memories:
                 measured = DocumentMemory(segments[part], store.get(keys[part]), "parallel").fidelity(self.pipeline)
                 shares += measured.greedy.tolist()
             places = [place | {"fidelity": share} for place, share in zip(places, shares, strict=True)]
-            add()
+            with changing_a_store():
+                add()
         return self.describe(tenant, identity)
 
     def describe(self, tenant: str, identity: str, text: bool = False) -> dict[str, Any]:
@@ -195,10 +195,12 @@ class Memories:
         return found[:limit], len(found) > limit
 
     def delete(self, tenant: str, identity: str) -> None:
-        """Remove a memory of any model, from the disk too; `ApiError` where the tenant has none of this id."""
+        """Remove a memory of any model, from the disk too; `ApiError` where the tenant has none of this id, or where
+        that cannot be."""
         if not any(self._store(tenant).entries(identity)):
             raise _unknown(identity)
-        self._store(tenant).forget(identity)
+        with changing_a_store():
+            self._store(tenant).forget(identity)
 
     def find(
         self, tenant: str, memory: Sequence[str] | str, prompt: Prompt, query: str, most: int, support: bool = False

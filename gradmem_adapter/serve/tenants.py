@@ -16,7 +16,7 @@ from gradmem_adapter.serve.errors import ApiError, too_large
 from gradmem_adapter.utils.files import read_text
 
 LOCAL = "local"
-"""The tenant of a server without keys."""
+"""The tenant of a server without keys. One with keys may have it, too."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _SHORTEST = 16
 
@@ -61,6 +61,11 @@ class Tenants:
     def __bool__(self) -> bool:
         """Whether a key is needed."""
         return bool(self._names)
+
+    @property
+    def names(self) -> set[str]:
+        """Of all that are served."""
+        return set(self._names.values()) or {LOCAL}
 
     def of(self, headers: Headers) -> str:
         """The tenant of a request.

@@ -22,6 +22,7 @@ from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
 from gradmem_adapter.store.index import Index, entries_of, places_of
 from gradmem_adapter.store.likelihood import by_likelihood
+from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.tokens import check_no_file, text_list
 from gradmem_adapter.write.batching import progress_bar
@@ -199,6 +200,11 @@ class MemoryStore:
             OSError: they cannot be written; none is in the index then, and the same call again puts them there.
         """
         landing.put(self.index, states, entries, self.dtype)
+
+    def check_writable(self) -> None:
+        """Raise `OSError` unless states can be stored, before the work of writing them. What is there can be read."""
+        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        check_writable(there / self.index.path.name)
 
     # ---------------------------------------------------------------- read
 

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import subprocess
+from contextlib import suppress
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ def mount(*arguments):
     done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
     if done.returncode:
         pytest.skip("only root may mount a file system, and in some containers not even root")
+
+
+def fill_up(folder):
+    """Leave no room on a file system."""
+    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import pytest
 import torch
 from jobs import fill_store, key, put_and_forget, put_state, stored_state
 from killing import SERVER, kill_at_every_call, kill_often
-from test_full_disks import mount, small  # noqa: F401
+from test_full_disks import fill_up, mount, small  # noqa: F401
 
 from gradmem_adapter import MemoryState
 from gradmem_adapter.store import Entry, MemoryStore
@@ -84,13 +83,6 @@ def test_full_disk(small):  # noqa: F811
     assert report.states + len(report.unlisted) >= count
     assert not report.leftovers
     assert store.get(key(0)) == stored_state(0)
-
-
-def fill_up(folder):
-    """Leave no room on a file system."""
-    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["closed", "with changes of a killed process beside it"])

@@ -63,3 +63,32 @@ def test_a_directory_of_other_things_is_no_store(checkpoint, tmp_path, started):
     (tmp_path / "store" / "letter.txt").write_text("Dear")
     refused = invoke("serve", checkpoint, "--store", tmp_path / "store")
     assert (refused.exit_code, "no memory store" in refused.output, started) == (2, True, [])
+
+
+def test_the_stores_of_tenants_are_checked_as_others_are(checkpoint, tmp_path, started):
+    (tmp_path / "keys").write_text("anna aaaaaaaaaaaaaaaa")
+    folder = tmp_path / "store" / "tenants" / "anna"
+    folder.mkdir(parents=True)
+    (folder / "letter.txt").write_text("Dear")
+    command = ("serve", checkpoint, "--store", tmp_path / "store", "--keys", tmp_path / "keys")
+    assert "no memory store" in invoke(*command).stderr
+    (folder / "letter.txt").unlink()
+    (folder / "index.sqlite").write_bytes(bytes(999))
+    refused = invoke(*command)
+    assert (refused.exit_code, "is damaged" in refused.stderr, started) == (2, True, [])
+    (folder / "index.sqlite").unlink()
+    assert invoke(*command).exit_code == 0
+    (tmp_path / "store" / "letter.txt").write_text("Dear")
+    assert "no memory store" in invoke(*command).stderr
+
+
+def test_memories_that_no_key_sees_are_said(checkpoint, tmp_path, started):
+    store, keys = tmp_path / "store", tmp_path / "keys"
+    keys.write_text("anna aaaaaaaaaaaaaaaa")
+    (tmp_path / "a.txt").write_text("w1 w2 w3")
+    options = ("--checkpoint", checkpoint, "--segment-tokens", 8, "--device", "cpu")
+    assert invoke("write", tmp_path / "a.txt", "--store", store, *options).exit_code == 0
+    result = invoke("serve", checkpoint, "--store", store, "--keys", keys)
+    assert (result.exit_code, len(started)) == (0, 1), result.output
+    said = f"Memories in {store} that no client sees: 1. They were stored without keys."
+    assert said in " ".join(result.stderr.split())

@@ -1,0 +1,80 @@
+"""What is in the folders of tenants and is served to nobody, and what is said of it."""
+
+import shutil
+import subprocess
+
+import pytest
+from asking import written
+from tiny_pipeline import tiny_pipeline
+
+from gradmem_adapter import MemoryStore
+from gradmem_adapter.serve import Tenants, store_of, unseen
+
+KEY = "a" * 16
+ANNA = {"Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture
+def filled(serve, pipeline, store):
+    """A store with two memories that were written without keys."""
+    client = serve()
+    return [written(client, text)["id"] for text in ("w1 w2 w3", "w4 w5")]
+
+
+def told(pipeline, store, tenants):
+    return list(unseen(store.path, tenants, pipeline.model.fingerprint()))
+
+
+def seen(serve, tenants):
+    return {one["id"] for one in serve(tenants=tenants).get("/v1/memories", headers=ANNA).json()["data"]}
+
+
+def test_what_was_stored_without_keys_is_given_to_a_tenant(serve, pipeline, store, filled):
+    tenants = Tenants({KEY: "anna"})
+    assert told(pipeline, store, Tenants()) == []
+    assert seen(serve, tenants) == set()
+    (line,) = told(pipeline, store, tenants)
+    assert line.startswith(f"Memories in {store.path} that no client sees: 2. They were stored without keys.")
+    subprocess.run(line.partition("no server runs: ")[2].replace("NAME", "anna"), shell=True, check=True)
+    assert told(pipeline, store, tenants) == []
+    assert seen(serve, tenants) == set(filled)
+    assert store_of(store.path, "anna").verify().ok
+
+
+def test_a_tenant_that_has_memories_gets_more(serve, pipeline, store, filled):
+    """As docs/serving.md has it."""
+    tenants = Tenants({KEY: "anna"})
+    client = serve(tenants=tenants)
+    own = client.post("/v1/memories", json={"text": "w6"}, headers=ANNA).json()["id"]
+    shutil.copytree(store.path / "states", store.path / "tenants/anna/states", dirs_exist_ok=True)
+    assert store_of(store.path, "anna").rebuild().ok
+    assert seen(serve, tenants) == {*filled, own}
+
+
+def test_a_tenant_named_local_has_what_was_stored_without_keys(serve, pipeline, store, filled):
+    tenants = Tenants({KEY: "local"})
+    assert told(pipeline, store, tenants) == []
+    assert seen(serve, tenants) == set(filled)
+
+
+def test_tenants_without_a_key(serve, pipeline, store):
+    serve(tenants=Tenants({KEY: "anna"})).post("/v1/memories", json={"text": "w1"}, headers=ANNA)
+    (line,) = told(pipeline, store, Tenants({KEY: "bert"}))
+    assert "that no client sees: 1." in line
+    assert "write a line with anna and a key" in line
+    (line,) = told(pipeline, store, Tenants())
+    assert "They are of the tenant 'anna', who needs a key: pass --keys FILE." in line
+
+
+def test_what_another_model_wrote(pipeline, store, filled):
+    store.add(tiny_pipeline(seed=1), ["w1 w2"])
+    (line,) = told(pipeline, store, Tenants())
+    assert line.startswith(f"1 of 3 memory states in {store.path} are not seen: another model wrote them.")
+
+
+def test_a_store_that_cannot_be_read_is_said(pipeline, store):
+    other = store_of(store.path, "anna")
+    other.path.mkdir(parents=True)
+    other.index.path.write_bytes(bytes(999))
+    (line,) = told(pipeline, MemoryStore(store.path), Tenants())
+    assert line.startswith("The store of 'anna' cannot be read: The index")
