@@ -11,9 +11,11 @@ import pytest
 import torch
 from adapters import make
 from commands import invoke
+from starlette.testclient import TestClient
 from tiny import rows, tiny, tiny_text, tiny_tokenizer
+from tiny_pipeline import tiny_pipeline
 
-from gradmem_adapter import MemoryState, load_checkpoint, save_checkpoint
+from gradmem_adapter import MemoryState, load_checkpoint, save_checkpoint, serve
 from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 
@@ -154,3 +156,39 @@ def test_what_may_only_be_read(small):
     load_checkpoint(small / "saved", backbone=tiny())
     refused(small / "states", errno.EROFS, lambda: state(11).save(small / "states"))
     refused(small / "saved", errno.EROFS, lambda: save_checkpoint(make(**CONFIG), tiny_tokenizer(), small / "saved"))
+
+
+def test_a_server_answers_from_a_store_that_it_cannot_write_to(small, folder, monkeypatch):
+    app = serve.create_app(tiny_pipeline(trained_length=12), small / "store")
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+
+        def ask():
+            body = {"model": "gradmem", "prompt": "w1 w2", "memory": [kept["id"]], "max_tokens": 3}
+            return client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+        kept = client.post("/v1/memories", json={"text": "w1 w2 w3"}).json()
+        answer, place = ask(), f"/v1/memories/{kept['id']}"
+        for spoil, status, code in (
+            (lambda: fill_up(small), 507, "store_full"),
+            (lambda: mount("-o", "remount,ro", small), 503, "store_read_only"),
+        ):
+            spoil()
+            assert [one["id"] for one in client.get("/v1/memories").json()["data"]] == [kept["id"]]
+            assert client.get(place).json() == kept
+            assert client.post("/v1/memories", json={"text": "w1 w2 w3"}).json() == kept
+            assert ask() == answer
+            refused = client.post("/v1/memories", json={"text": "w4 w5"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+            *_, error, done = (
+                client.post("/v1/memories", json={"text": "w4 w5", "stream": True}).text.strip().split("\n\n")
+            )
+            assert (json.loads(error.removeprefix("data: "))["error"]["code"], done) == (code, "data: [DONE]")
+        assert client.delete(place).json()["error"]["code"] == "store_read_only"
+        monkeypatch.setattr(serve, "run", lambda app, **options: None)
+        result = invoke("serve", folder / "checkpoint", "--store", small / "store", "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert "Read-only file system. Its memories can be asked, and none added or deleted." in result.stderr
+        mount("-o", "remount,rw", small)
+        (small / "filler").unlink()
+        assert client.post("/v1/memories", json={"text": "w4 w5"}).status_code == 200
+    assert MemoryStore(small / "store").verify().ok

@@ -120,6 +120,7 @@ def test_as_a_module():
         ("write a.txt - --output o --text-field t", "--text-field goes with JSON lines"),
         ("write a.txt --store s --source-field t", "--source-field goes with JSON lines"),
         ("serve c --store s --engine-model m", "--engine-model goes with --reader vllm"),
+        ("serve c --store s --engine-key k", "--engine-key goes with --reader vllm"),
         ("train a.txt --output o --set rows=b.jsonl", "--set rows=... is said by the command line itself"),
         ("export c d --lora --gguf float32", "--gguf goes with --merge"),
     ],
