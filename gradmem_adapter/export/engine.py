@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
@@ -176,10 +177,7 @@ class EngineReader(ABC):
                 tokens = [token for _, new, _ in pieces for token in new]
             if len(tokens) != count:
                 raise RuntimeError("The engine ended before its answers did.")
-            (states,) = states_of_answers(backbone, prompt.prefix[None], [(prompt.tokens, tokens)])
-            (logits,) = output_head(backbone)(states[None]).float()
-            lost = logits.amax(-1) - logits[torch.arange(count), tokens]
-            if not lost.max() <= _ROUNDING:
+            if not _lost(backbone, prompt, tokens) <= _ROUNDING:
                 raise RuntimeError(
                     "The engine serves another model than the one that wrote the memory: its answer begins with the "
                     f"tokens {tokens}, which are not this model's. Serve what gradmem export made of this checkpoint; "
@@ -231,6 +229,15 @@ class EngineReader(ABC):
         if streamer is not None:
             streamer.end()
         return output
+
+
+def _lost(backbone: Any, prompt: EnginePrompt, tokens: list[int]) -> float:
+    """The most nats by which a token of an answer is less likely than the model's own."""
+    if not all(0 <= token < backbone.get_input_embeddings().num_embeddings for token in tokens):
+        return math.inf  # of a larger vocabulary
+    (states,) = states_of_answers(backbone, prompt.prefix[None], [(prompt.tokens, tokens)])
+    (logits,) = output_head(backbone)(states[None]).float()
+    return float((logits.amax(-1) - logits[torch.arange(len(tokens)), tokens]).max())
 
 
 def _check_options(options: dict[str, Any], default: GenerationConfig) -> None:

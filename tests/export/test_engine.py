@@ -278,6 +278,11 @@ class TestTheEnginesModel:
                 checking.generate(**prompts, memory=states, **GREEDY)
         assert all(len(asked) == 1 for asked, _ in checking.asked)
 
+    def test_with_more_tokens_is_refused(self, checking, states, prompts, monkeypatch):
+        monkeypatch.setattr(checking, "_answers", lambda prompts, sampling: iter_of((0, [1000] * 8, True)))
+        with pytest.raises(RuntimeError, match="serves another model"):
+            checking.generate(**prompts, memory=states, **GREEDY)
+
     def test_may_round_otherwise(self, checking, states, prompts):
         checking.engine = copy.deepcopy(checking.engine)
         with torch.no_grad():
