@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -52,16 +52,17 @@ def write_missing(
     landing: list[tuple[Future[None], list[str]]] = []
     with progress_bar(len(waiting), progress) as advance, ThreadPoolExecutor(1) as behind:
 
-        def landed() -> None:
-            while landing:
-                future, keys = landing.pop()
+        def landed(rest: int = 0) -> None:
+            while len(landing) > rest:
+                wait([landing[0][0]])  # Ctrl-C ends this, and the batch is still there to be told of
+                future, keys = landing.pop(0)
                 future.result()
                 advance(len(keys))
                 done(keys)
 
         def land(states: MemoryState, written: list[Entry]) -> None:
-            landed()
             landing.append((behind.submit(put, states.cpu(), written), [entry.key for entry in written]))
+            landed(rest=1)
 
         while waiting:
             with claims.taken(waiting) as mine:

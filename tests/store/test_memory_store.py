@@ -5,7 +5,7 @@ import pickle
 import sqlite3
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from stores import NAMES, PLACES, TEXTS, tiny_pipeline
 from tiny import tiny_text
 
 from gradmem_adapter import MemoryState, MemoryStateError, WriteOptions
-from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError, landing, memory_store
+from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError, adding, landing, memory_store
 
 
 @pytest.fixture
@@ -59,6 +59,41 @@ class TestAdd:
         monkeypatch.setattr(landing, "put", put_then)
         store.add(pipeline, TEXTS[:2], max_tokens=1, callback=second)
         assert len(store) == 2
+
+    @pytest.mark.parametrize("where", ["put", "done"])
+    def test_a_batch_is_stored_though_the_one_before_it_fails(self, store, pipeline, monkeypatch, where):
+        told, put = [], landing.put
+
+        def put_second(index, states, entries, dtype):
+            if where == "put" and entries[0].text == TEXTS[1]:
+                raise ValueError("not finite")
+            put(index, states, entries, dtype)
+
+        def done(keys):
+            told.append(keys)
+            if where == "done" and len(told) == 1:
+                raise ValueError("not finite")
+
+        monkeypatch.setattr(landing, "put", put_second)
+        with pytest.raises(ValueError, match="not finite"):
+            store.add(pipeline, TEXTS[:2], max_tokens=1, done=done)  # the longest, the second, first
+        assert TEXTS[0] in {entry.text for entry in store.entries()}
+        assert set(store) == {key for keys in told for key in keys}
+
+    def test_who_interrupts_the_wait_for_the_disk_is_told_of_what_is_stored(self, store, pipeline, monkeypatch):
+        told, waits = [], []
+
+        def interrupted(futures):
+            waits.append(futures)
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+            return wait(futures)
+
+        monkeypatch.setattr(adding, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.add(pipeline, TEXTS[:2], max_tokens=1, done=told.extend)
+        assert set(store) == set(told)
+        assert len(told) == 2
 
     def test_what_was_written_before_an_error_is_stored(self, store, pipeline, monkeypatch):
         def fail(rows, progress):
