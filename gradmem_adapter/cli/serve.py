@@ -50,7 +50,7 @@ def serve(
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Write memories and answer from them over HTTP: POST /v1/memories, and OpenAI's API with `memory` in the body."""
-    from gradmem_adapter import GradMemPipeline, load_checkpoint
+    from gradmem_adapter import GradMemPipeline, MemoryStore, load_checkpoint
 
     check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model", "engine_key")
     try:
@@ -65,8 +65,9 @@ def serve(
         )
     if (reader is ReaderName.vllm) != (url is not None):
         raise ValueError("--reader vllm and --url, where its server is, go together.")
+    served = MemoryStore(store).exists() or (store / TENANTS).exists()
     for path in sorted({store, *(store_of(store, name).path for name in tenants.names)}):
-        _check_store(path, beside=(TENANTS,))
+        _check_store(path, beside=(TENANTS,), served=served)
     model, tokenizer = load_checkpoint(checkpoint, backbone=backbone, device=chosen_device(device))
     engine = None
     if url is not None:
@@ -91,13 +92,12 @@ def serve(
     run(app, host=host, port=port, grace=limits.grace)
 
 
-def _check_store(path: Path, beside: Collection[str]) -> None:
-    """Raise unless a memory store can be served; one that can only be read is, with a warning."""
-    from gradmem_adapter import MemoryStore
-
+def _check_store(path: Path, beside: Collection[str], served: bool) -> None:
+    """Raise unless a memory store can be served. One that can only be read is, with a warning, if there is anything to
+    read in the folder of all."""
     try:
         writable_store(path, keep_text=True, beside=beside)
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT) or not MemoryStore(path).exists():
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT) or not served:
             raise
         warnings.warn(f"{path} {error.strerror}. Its memories can be asked, and none added or deleted.", stacklevel=2)

@@ -192,3 +192,27 @@ def test_a_server_answers_from_a_store_that_it_cannot_write_to(small, folder, mo
         (small / "filler").unlink()
         assert client.post("/v1/memories", json={"text": "w4 w5"}).status_code == 200
     assert MemoryStore(small / "store").verify().ok
+
+
+def test_a_server_with_keys_on_a_disk_that_may_only_be_read(small, folder, monkeypatch):
+    """No store is beside the tenants' own, and one of them has none yet."""
+    started = []
+    monkeypatch.setattr(serve, "run", lambda app, **options: started.append(app))
+    (folder / "keys").write_text(f"anna {'a' * 16}\nbert {'b' * 16}\n")
+    options = ("--keys", folder / "keys", "--segment-tokens", 8, "--device", "cpu")
+    command = ("serve", folder / "checkpoint", "--store", small / "store", *options)
+    anna, bert = ({"Authorization": f"Bearer {letter * 16}"} for letter in "ab")
+    mount("-o", "remount,ro", small)
+    assert invoke(*command).exit_code == 2, "there is nothing that could be served"
+    mount("-o", "remount,rw", small)
+    assert invoke(*command).exit_code == 0
+    with TestClient(started.pop()) as client:
+        kept = client.post("/v1/memories", json={"text": "w1 w2 w3"}, headers=anna).json()
+    mount("-o", "remount,ro", small)
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    with TestClient(started.pop()) as client:
+        assert [one["id"] for one in client.get("/v1/memories", headers=anna).json()["data"]] == [kept["id"]]
+        assert client.get("/v1/memories", headers=bert).json()["data"] == []
+        refused = client.post("/v1/memories", json={"text": "w4 w5"}, headers=bert)
+        assert refused.json()["error"]["code"] == "store_read_only"
