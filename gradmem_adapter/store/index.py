@@ -66,7 +66,7 @@ _SHARED = _Way("mode=rw", "NORMAL")
 _ALONE = _Way("mode=rw", "EXCLUSIVE")
 """For a full disk: without the file that connections share, which cannot grow there (https://sqlite.org/wal.html#noshm)."""
 _UNCHANGING = _Way("immutable=1", "NORMAL")
-"""For a file system that may only be read, where nobody writes."""
+"""For whoever may only read it. SQLite does not look out for writers then: they wait for the folder's lock."""
 _KEPT_BACK = (errno.EACCES, errno.EROFS, errno.EIO)
 """What `sqlite_errors` says where SQLite could not make a file."""
 
@@ -116,7 +116,7 @@ class Index:
 
     @contextmanager
     def _opened(self, way: _Way) -> Iterator[sqlite3.Connection]:
-        with locked(self.folder, shared=way is not _ALONE), sqlite_errors(self.path):
+        with locked(self.folder, shared=way is _SHARED), sqlite_errors(self.path):
             log = Path(f"{self.path}-wal")
             if way is _UNCHANGING and log.exists() and log.stat().st_size:
                 raise OSError(

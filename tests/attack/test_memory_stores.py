@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,6 +84,25 @@ def test_full_disk(small):  # noqa: F811
     assert report.states + len(report.unlisted) >= count
     assert not report.leftovers
     assert store.get(key(0)) == stored_state(0)
+
+
+def test_nobody_writes_while_one_reads_who_may_only_read(small, tmp_path):  # noqa: F811
+    """SQLite takes such a file for one that does not change, and would read half of what is written meanwhile."""
+    put_state(small / "store", 0)
+    (tmp_path / "view").mkdir()
+    mount("--bind", small, tmp_path / "view")
+    try:
+        mount("-o", "remount,bind,ro", tmp_path / "view")
+        store = MemoryStore(tmp_path / "view" / "store")
+        writer = threading.Thread(target=put_state, args=(small / "store", 1))
+        with store.index.reading():
+            writer.start()
+            writer.join(timeout=0.5)
+            assert writer.is_alive()
+        writer.join()
+        assert set(store) == {key(0), key(1)}
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path / "view"], check=True)
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["closed", "with changes of a killed process beside it"])
