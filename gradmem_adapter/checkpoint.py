@@ -30,7 +30,7 @@ from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import opening
-from gradmem_adapter.utils.shipped import shipped
+from gradmem_adapter.utils.shipped import names_shipped, shipped
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -321,8 +321,8 @@ def load_checkpoint(
             directory = Path(snapshot_download(str(path)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
-                f"There is no checkpoint {str(path)!r}: no directory here, none that ships, and no repository on the "
-                f"hub ({error})."
+                f"There is no checkpoint {str(path)!r}: no directory here, none that ships "
+                f"({', '.join(names_shipped())}), and no repository on the hub ({error})."
             ) from error
     with reading_together(directory, OWN, _UNREAD):
         return _load(directory, backbone, dtype, device, is_trainable)

@@ -89,6 +89,8 @@ def serve(
         segment_tokens=segment_tokens,
         host=host,
     )
+    page = f", and with a browser at http://{host}:{port}" if port else ""
+    typer.echo(f"{Path(checkpoint).name} with the memories in {store}, for OpenAI's clients{page}.", err=True)
     run(app, host=host, port=port, grace=limits.grace)
 
 

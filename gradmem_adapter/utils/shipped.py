@@ -20,6 +20,15 @@ def shipped(name: str | Path) -> Path | None:
     """
     if Path(name).is_dir():
         return None
-    package = Path(__file__).parents[1]
-    places = [folder / "checkpoints" / name for folder in (package, package.parent)]
+    places = [folder / name for folder in _folders()]
     return next((place for place in places if (place / "adapter_config.json").is_file()), None)
+
+
+def names_shipped() -> list[str]:
+    """The adapters that ship."""
+    return sorted({file.parent.name for folder in _folders() for file in folder.glob("*/adapter_config.json")})
+
+
+def _folders() -> list[Path]:
+    package = Path(__file__).parents[1]
+    return [package / "checkpoints", package.parent / "checkpoints"]

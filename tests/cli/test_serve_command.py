@@ -19,6 +19,7 @@ def started(monkeypatch):
 def test_what_it_listens_with(checkpoint, tmp_path, started):
     result = invoke("serve", checkpoint, "--store", tmp_path / "store", "--port", 0, "--segment-tokens", 8)
     assert result.exit_code == 0, result.output
+    assert f"checkpoint with the memories in {tmp_path / 'store'}" in " ".join(result.output.split())
     ((app, options),) = started
     assert (options["host"], options["port"]) == ("127.0.0.1", 0)
     with TestClient(app, "http://127.0.0.1") as client:
