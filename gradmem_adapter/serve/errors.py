@@ -126,7 +126,8 @@ def add_handlers(app: FastAPI) -> None:
         return api_error(error).response()
 
     def of_fields(request: Request, error: Any) -> JSONResponse:
-        names = [_place(one["loc"][1:])[:80] for one in error.errors()]
+        # Of what is no JSON the place is a number of characters.
+        names = ["" if one["type"] == "json_invalid" else _place(one["loc"][1:])[:80] for one in error.errors()]
         told = {
             "extra_forbidden": "This server does not take it; leave it out",
             "model_attributes_type": "Send a JSON object, and say so: Content-Type: application/json",

@@ -329,3 +329,6 @@ def test_what_is_no_json(client):
     found = client.post("/v1/completions", content=b"w1", headers={"Content-Type": "text/plain"})
     assert (found.status_code, found.json()["error"]["param"]) == (400, None)
     assert "Content-Type: application/json" in found.json()["error"]["message"]
+    broken = client.post("/v1/completions", content=b'{"model": w1}', headers={"Content-Type": "application/json"})
+    assert (broken.status_code, broken.json()["error"]["param"]) == (400, None)
+    assert broken.json()["error"]["message"] == "JSON decode error."
