@@ -62,6 +62,8 @@ class VLLMReader(EngineReader):
             raise ValueError("A server has its LoRA from --lora-modules: pass the name that it has there.")
         if isinstance(engine, str) and not engine.startswith(("http://", "https://")):
             raise ValueError(f"A server's address begins with http:// or https://, got {engine[:200]!r}.")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("The api_key of a server has a line end or another character that no HTTP header takes.")
         self.engine, self.name, self.lora, self.api_key, self.timeout = engine, name, lora, api_key, timeout
         self._served_name = name
         self._lock = threading.Lock()

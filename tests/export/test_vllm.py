@@ -165,6 +165,12 @@ class TestServer:
         with pytest.raises(ValueError, match="begins with http"):
             VLLMReader(model, "127.0.0.1:9")
 
+    @pytest.mark.parametrize("key", ["secret\n", "secret\r\nX: y", "sécret", "secret\0"])
+    def test_a_key_that_cannot_be_sent_is_refused_at_once_and_not_shown(self, model, key):
+        with pytest.raises(ValueError, match="no HTTP header takes") as error:
+            VLLMReader(model, "http://127.0.0.1:9", api_key=key)
+        assert "cret" not in str(error.value)
+
     def test_nothing_is_sent_of_a_state_that_is_not_finite(self, model, states, server):
         vectors = states.vectors * torch.tensor(float("nan"))
         broken = MemoryState(vectors, states.context_tokens, states.write_losses, states.fingerprint)
