@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.store.files import read_file, read_memory, state_file_of, write_file
 from gradmem_adapter.store.index import Index, insert, select
+from gradmem_adapter.store.removal import left, removing, settle
 from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.temporary import PREFIX, sweep, temporary_directory
 
@@ -140,9 +141,11 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
             state_file_of(index.states, key)
     sweep(index.folder)
     report = verify(index)
-    if report.ok and keep is None:
+    if report.ok and keep is None and not left(index):
         return []
-    with index.writing() as connection:
+
+    def work(connection: sqlite3.Connection, remove: Callable[[str], None]) -> list[str]:
+        settle(index, connection)
         damaged, unlisted = _check(index, connection, [*report.damaged, *report.unlisted])
         for key in unlisted:
             insert(connection, read_file(state_file_of(index.states, key))[1])
@@ -151,9 +154,11 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
             kept = {*keep, *gone}
             gone += [key for (key,) in connection.execute("SELECT key FROM states ORDER BY key") if key not in kept]
         for key in gone:
-            _delete(index, connection, key)
+            remove(key)
         _overwrite(connection)
-    return gone
+        return gone
+
+    return removing(index, work)
 
 
 def delete(index: Index, keys: Iterable[str]) -> None:
@@ -169,10 +174,13 @@ def delete(index: Index, keys: Iterable[str]) -> None:
     keys = list(keys)
     for key in keys:
         state_file_of(index.states, key)
+
+    def work(_: sqlite3.Connection, remove: Callable[[str], None]) -> None:
+        for key in keys:
+            remove(key)
+
     if keys:
-        with index.writing() as connection:
-            for key in keys:
-                _delete(index, connection, key)
+        removing(index, work)
 
 
 def forget(index: Index, source: str) -> int:
@@ -185,19 +193,23 @@ def forget(index: Index, source: str) -> int:
     Returns:
         `int`: how many states are gone.
     """
-    count = 0
     index.make()
-    with temporary_directory(index.folder) as folder, index.writing() as connection:
-        for entry in {entry.key: entry for entry in select(connection, "source = ?", (source,))}.values():
-            entries = list(select(connection, "key = ?", (entry.key,)))
-            others = [entry for entry in entries if entry.source != source]
-            if others:
-                _keep_places(index, connection, folder / entry.key, others)
-            else:
-                _delete(index, connection, entry.key)
-                count += 1
-        _overwrite(connection)
-    return count
+    with temporary_directory(index.folder) as folder:
+
+        def work(connection: sqlite3.Connection, remove: Callable[[str], None]) -> int:
+            count = 0
+            for key in dict.fromkeys(entry.key for entry in select(connection, "source = ?", (source,))):
+                entries = list(select(connection, "key = ?", (key,)))
+                others = [entry for entry in entries if entry.source != source]
+                if others:
+                    _keep_places(index, connection, folder / key, others)
+                else:
+                    remove(key)
+                    count += 1
+            _overwrite(connection)
+            return count
+
+        return removing(index, work)
 
 
 def _keep_places(index: Index, connection: sqlite3.Connection, new: Path, entries: list[Entry]) -> None:
@@ -207,11 +219,6 @@ def _keep_places(index: Index, connection: sqlite3.Connection, new: Path, entrie
         entries = write_file(new, tensors, entries)
         new.replace(file)
     insert(connection, entries)
-
-
-def _delete(index: Index, connection: sqlite3.Connection, key: str) -> None:
-    state_file_of(index.states, key).unlink(missing_ok=True)  # first: what is killed in between is found by its row
-    connection.execute("DELETE FROM states WHERE key = ?", (key,))
 
 
 def _overwrite(connection: sqlite3.Connection) -> None:

@@ -141,6 +141,36 @@ def test_what_is_on_a_full_disk_can_be_read_and_deleted(small, tmp_path, killed)
     assert key(9) in store
 
 
+@pytest.mark.parametrize("remove", [lambda store: store.delete([key(0)]), lambda store: store.forget("source")])
+def test_what_cannot_be_removed_stays_whole(small, remove):  # noqa: F811
+    """A small state makes no room for what the index takes down."""
+    store = MemoryStore(small / "store")
+    put_state(store.path, 0, "source")
+    fill_up(small)
+    with pytest.raises(OSError, match="No space left"):
+        remove(store)
+    assert store.get(key(0)) == stored_state(0)
+    report = store.verify()
+    assert (report.damaged, report.leftovers) == ({}, ())
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["before the index forgot it", "after"])
+def test_killed_while_a_state_is_removed(tmp_path, listed):
+    store = MemoryStore(tmp_path / "store")
+    put_state(store.path, 0)
+    put_state(store.path, 1)
+    (file,) = store.path.glob(f"states/*/{key(0)}.safetensors")
+    if not listed:
+        shutil.copy(file, tmp_path / "kept")
+        store.delete([key(0)])
+        shutil.copy(tmp_path / "kept", file)
+    file.rename(file.with_name(file.name + ".going"))
+    assert store.gc() == []
+    assert (key(0) in store) == listed
+    report = store.verify()
+    assert (report.ok, report.states, report.leftovers) == (True, 1 + listed, ())
+
+
 def test_read_only(small):  # noqa: F811
     store = MemoryStore(small / "store")
     put_state(store.path, 0, "source")
