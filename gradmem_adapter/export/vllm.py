@@ -110,7 +110,7 @@ class VLLMReader(EngineReader):
                     if "error" in chunk:
                         raise RuntimeError(f"vLLM failed: {chunk['error']}")
                     for choice in chunk["choices"]:
-                        yield choice["index"], choice.get("token_ids") or [], choice.get("finish_reason") is not None
+                        yield _piece(choice, len(prompts))
         except (OSError, RuntimeError, *_NOT_VLLM) as error:
             self._compare_again()
             self._served_name = self.name
@@ -147,6 +147,16 @@ def mixed_prompt(prompt: EnginePrompt) -> dict[str, Any]:
         "prompt_token_ids": [0] * len(memory) + prompt.tokens,
         "prompt_is_token_ids": [False] * len(memory) + [True] * len(prompt.tokens),
     }
+
+
+def _piece(choice: dict[str, Any], prompts: int) -> tuple[int, list[int], bool]:
+    """Of an event of a stream; `TypeError` for what vLLM does not send."""
+    index, tokens = choice["index"], choice.get("token_ids")
+    if tokens is None and not choice.get("text"):
+        tokens = []
+    if index not in range(prompts) or type(tokens) is not list or not all(type(token) is int for token in tokens):
+        raise TypeError(f"an answer's piece is {choice}")
+    return index, tokens, choice.get("finish_reason") is not None
 
 
 def _parameters(sampling: Sampling) -> dict[str, Any]:

@@ -135,6 +135,21 @@ class TestServer:
         with pytest.raises(ValueError, match="--max-model-len"):
             VLLMReader(model, server.url, name="exported").generate(tokens(1, 4), memory=states[0], **GREEDY)
 
+    @pytest.mark.parametrize(
+        "choice",
+        [
+            {"index": 1, "token_ids": [20]},
+            {"index": "0", "token_ids": [20]},
+            {"index": 0, "token_ids": ["20"]},
+            {"index": 0, "text": "w18"},
+        ],
+    )
+    def test_pieces_that_are_none(self, model, states, server, choice):
+        server.chunks = [{"choices": [choice | {"finish_reason": "stop"}]}]
+        reader = VLLMReader(model, server.url, name="exported", check_model=False)
+        with pytest.raises(ConnectionError, match="does not answer as vLLM does"):
+            reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
+
     @pytest.mark.parametrize("body", [b"<html>Hello</html>", b"[]", b'{"detail": "Not"}', b"\xff"])
     def test_that_is_another_server(self, model, states, server, body):
         server.body = body
