@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from gradmem_adapter.cli.options import BACKBONE, DEVICE, check_used, chosen_device, writable_store
+from gradmem_adapter.utils.files import FULL
 
 
 class ReaderName(str, Enum):
@@ -100,6 +101,6 @@ def _check_store(path: Path, beside: Collection[str], served: bool) -> None:
     try:
         writable_store(path, keep_text=True, beside=beside)
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT) or not served:
+        if error.errno not in (errno.EROFS, errno.EACCES, *FULL) or not served:
             raise
         warnings.warn(f"{path} {error.strerror}. Its memories can be asked, and none added or deleted.", stacklevel=2)

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
 from gradmem_adapter.store import MemoryStoreError, UnknownStateError
+from gradmem_adapter.utils.files import FULL
 from gradmem_adapter.utils.state_file import MemoryStateError
 
 CLIENT_IS_GONE = 499
@@ -108,7 +109,7 @@ def changing_a_store() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             told = (
                 "There is no room for it on the server's disk. What is stored can be read; delete what is not needed."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 from gradmem_adapter.store.files import state_file_of
 from gradmem_adapter.store.index import Index
+from gradmem_adapter.utils.files import FULL
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def removing(index: Index, work: Callable[[sqlite3.Connection, Callable[[str], N
     try:
         result = done()
     except BaseException as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(error, OSError) and error.errno in FULL
         if not full or sum(file.stat().st_size for file in going) < _ROOM:
             for file in going:
                 with suppress(FileNotFoundError):  # `settle` came before

@@ -16,6 +16,9 @@ from typing import BinaryIO
 
 from gradmem_adapter.utils.temporary import temporary_directory
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What an `OSError` says of a disk, or of a share of it, without room."""
+
 
 @contextmanager
 def opening(what: str) -> Iterator[None]:

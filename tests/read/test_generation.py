@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from reading import ROWS, greedy_without_cache, make, pad_left, pad_right
+from reading import ROWS, Collect, greedy_without_cache, make, pad_left, pad_right
 from tiny import ARCHITECTURES, tiny, tokens
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -82,17 +81,11 @@ def test_a_second_turn_on_the_returned_cache(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_streamer_gets_prompt_and_new_tokens(architecture):
-    class Collect(BaseStreamer):
-        def __init__(self):
-            self.pieces = []
-
-        def put(self, value):
-            self.pieces.append(value.flatten())
-
+    class Ended(Collect):
         def end(self):
             self.pieces.append(None)
 
-    model, streamer, prompt = make(architecture), Collect(), tokens(1, 4, seed=1)
+    model, streamer, prompt = make(architecture), Ended(), tokens(1, 4, seed=1)
     state = model.write(tokens(1, 9))
     output = model.generate(prompt, memory=state, max_new_tokens=5, eos_token_id=None, streamer=streamer)
     assert streamer.pieces[-1] is None
