@@ -181,10 +181,6 @@ def distractors(index: Sequence[int], contexts: int, states: int, seed: int) -> 
     return reads
 
 
-REFUSAL = "not in memory"
-"""What is right where the context does not answer the question."""
-
-
 def joined(rows: Rows, most: int) -> list[dict[str, Any]]:
     """Contexts of one to `most` passages that follow each other, with all their questions: passages of one article, as
     a rule. The same rows give the same contexts."""
@@ -194,29 +190,6 @@ def joined(rows: Rows, most: int) -> list[dict[str, Any]]:
         part, rest = rest[:count], rest[count:]
         lists = {name: [x for row in part for x in row[name]] for name in ("queries", "targets", "answers")}
         made.append({"context": "\n".join(row["context"] for row in part)} | lists)
-    return made
-
-
-def with_unanswerable(rows: Rows, share: float) -> list[dict[str, Any]]:
-    """Rows of which a share of the questions are those of other rows, which `REFUSAL` answers.
-
-    Args:
-        rows: two at least, with queries, targets and answers.
-        share: from 0 to less than 1. The same rows give the same questions.
-    """
-    draw, made = random.Random(len(rows)), []
-    for number, row in enumerate(rows):
-        wanted = len(row["queries"]) * share / (1 - share)
-        count = int(wanted) + (draw.random() < wanted % 1)
-        others = [rows[(number + draw.randrange(1, len(rows))) % len(rows)] for _ in range(count)]
-        made.append(
-            {
-                "context": row["context"],
-                "queries": [*row["queries"], *(draw.choice(other["queries"]) for other in others)],
-                "targets": [*row["targets"], *(REFUSAL for _ in others)],
-                "answers": [*row["answers"], *([REFUSAL] for _ in others)],
-            }
-        )
     return made
 
 

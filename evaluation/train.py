@@ -19,8 +19,8 @@ from gradmem_adapter.training.pools import load_pools
 from gradmem_adapter.utils.fields import released_on_error
 
 from .config import RunConfig
-from .data import REFUSAL
 from .models import RECIPE, build_model, claim_run, load_teacher, save_model
+from .unanswerable import REFUSAL
 
 CHECKPOINT = "checkpoint"
 """The folder of the finished model in the directory of a run."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 import torch
 
-from evaluation.data import REFUSAL, Rows, joined, with_unanswerable
+from evaluation.data import Rows, joined
+from evaluation.unanswerable import REFUSAL, with_unanswerable
 from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.store.memory_store import Dtype
 from gradmem_adapter.training.metrics import score_answer
@@ -30,6 +31,8 @@ class Passages(QuestionTask):
         unanswerable (`float`, *optional*, defaults to `0`): this share of the questions are other passages', and "not
             in memory" is the answer. Measured are, beside the scores on the others, the shares of both kinds that are
             answered so: `right_refusals` and `false_refusals`.
+        nearby (`bool`, *optional*, defaults to `False`): those questions come from passages near this one, of the same
+            article as a rule, and only such whose answers do not occur in it. In training every second one does.
         alone (`bool`, *optional*, defaults to `False`): of several states ask the one that holds an answer most likely,
             not all side by side. For adapters that were trained to refuse.
         kept (`str`, *optional*): states are read as a memory store keeps them in this dtype: "float32", "bfloat16" or
@@ -38,24 +41,29 @@ class Passages(QuestionTask):
 
     joined: pydantic.PositiveInt = 1
     unanswerable: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    nearby: bool = False
     alone: bool = False
     kept: Dtype | None = None
 
     name = "passages"
 
+    def __post_init__(self) -> None:
+        if self.nearby and not self.unanswerable:
+            raise ValueError("nearby says where unanswerable questions come from: give unanswerable a share of them.")
+
     @property
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
-        given = {"unanswerable": self.unanswerable, "alone": self.alone, "kept": self.kept}
+        given = {name: getattr(self, name) for name in ("unanswerable", "nearby", "alone", "kept")}
         return {name: value for name, value in given.items() if value}
 
     def rows(self, split: str) -> Rows:
         """See `Task.rows`."""
-        return with_unanswerable(super().rows(split), self.unanswerable)
+        return with_unanswerable(super().rows(split), self.unanswerable, float(self.nearby))
 
     def training_rows(self) -> Rows:
         """See `Task.training_rows`."""
-        return with_unanswerable(joined(super().rows("train"), self.joined), self.unanswerable)
+        return with_unanswerable(joined(super().rows("train"), self.joined), self.unanswerable, self.nearby / 2)
 
     def answers(
         self, answerer: Answerer, contexts: Sequence[str], queries: Sequence[Prompt], reads: Sequence[Sequence[int]]

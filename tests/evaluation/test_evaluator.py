@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from evaluation.cli import app
 from evaluation.config import Evaluation
-from evaluation.data import REFUSAL, questions
+from evaluation.data import questions
 from evaluation.models import build_model, save_model
 from evaluation.results import Record, add_records, frame, load_records
 from evaluation.run import Answerer, evaluate
 from evaluation.tasks import Passages
 from evaluation.train import train, training_batches
+from evaluation.unanswerable import REFUSAL
 
 CPU = torch.device("cpu")
 

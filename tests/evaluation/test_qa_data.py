@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.data import REFUSAL, distractors, group, joined, parse, qa_rows, with_unanswerable
+from evaluation.data import distractors, group, joined, parse, qa_rows
 from evaluation.scores import score_texts
 from evaluation.tasks.babi import babi_rows, read_babi
 
@@ -207,16 +207,3 @@ def test_passages_in_a_row_as_one_context():
         assert row["queries"] == wanted
         assert len(row["targets"]) == len(row["answers"]) == len(wanted)
     assert joined(passages(50), 4) == made
-
-
-def test_questions_of_other_passages_are_not_in_memory():
-    made = with_unanswerable(passages(200), 0.25)
-    assert with_unanswerable(passages(200), 0.0) == passages(200)
-    for before, after in zip(passages(200), made, strict=True):
-        for name in ("queries", "targets", "answers"):
-            assert after[name][:2] == before[name]
-        assert not {query[1:] for query in after["queries"][2:]} & {before["context"][1:]}
-        assert set(after["targets"][2:]) <= {REFUSAL}
-        assert after["answers"][2:] == [[REFUSAL]] * (len(after["queries"]) - 2)
-    asked = [target for row in made for target in row["targets"]]
-    assert asked.count(REFUSAL) / len(asked) == pytest.approx(0.25, abs=0.03)

@@ -1,0 +1,92 @@
+"""Questions that a context does not answer: from anywhere, and from the passages around it."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluation.tasks import Passages
+from evaluation.unanswerable import NEAR, REFUSAL, occurs, with_unanswerable
+from gradmem_adapter.training.metrics import score_answer
+
+
+def passages(count):
+    """Passages with two questions each, which say what they are about."""
+    return [
+        {"context": f"c{i}", "queries": [f"q{i}", f"r{i}"], "targets": ["a", "b"], "answers": [["a"], ["b", "c"]]}
+        for i in range(count)
+    ]
+
+
+def test_questions_of_other_passages_are_not_in_memory():
+    made = with_unanswerable(passages(200), 0.25)
+    assert with_unanswerable(passages(200), 0.0) == passages(200)
+    for before, after in zip(passages(200), made, strict=True):
+        for name in ("queries", "targets", "answers"):
+            assert after[name][:2] == before[name]
+        assert not {query[1:] for query in after["queries"][2:]} & {before["context"][1:]}
+        assert set(after["targets"][2:]) <= {REFUSAL}
+        assert after["answers"][2:] == [[REFUSAL]] * (len(after["queries"]) - 2)
+    asked = [target for row in made for target in row["targets"]]
+    assert asked.count(REFUSAL) / len(asked) == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("near", [0.5, 1.0])
+def test_a_share_of_them_comes_from_near(near):
+    made = with_unanswerable(passages(800), 0.4, near)
+    assert made == with_unanswerable(passages(800), 0.4, near)
+    far = [abs(int(query[1:]) - i) for i, row in enumerate(made) for query in row["queries"][2:]]
+    assert min(far) == 1
+    assert sum(distance <= NEAR for distance in far) / len(far) == pytest.approx(near, abs=0.08)
+
+
+WORDS = st.lists(st.sampled_from(["Red", "a cat", "the", "1867-71", "1867", "U.S.", "us", "«NAÏVE»", "naïve", "dog,"]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(WORDS, st.lists(WORDS, max_size=3)), min_size=2, max_size=12), st.integers(0, 12))
+def test_what_comes_from_near_is_not_answered_by_the_context(texts, shift):
+    """Where no question is left, it comes from anywhere."""
+    rows = [{"context": " ".join(c), "queries": [f"{i} {j}" for j in range(len(a))] or [f"{i}"], "answers": a or [[]]}
+            for i, (c, a) in enumerate(texts)]  # fmt: skip
+    rows = [row | {"targets": row["queries"], "answers": [[" ".join(a), "unheard of"] for a in row["answers"]]}
+            for row in [*rows, *passages(shift)]]  # fmt: skip
+    accepted = {query: texts for row in rows for query, texts in zip(row["queries"], row["answers"], strict=True)}
+    for i, (row, made) in enumerate(zip(rows, with_unanswerable(rows, 0.5, 1.0), strict=True)):
+        around = [query for j, other in enumerate(rows) if 0 < abs(i - j) <= NEAR for query in other["queries"]]
+        right = {query for query in around if not any(occurs(text, row["context"]) for text in accepted[query])}
+        count = len(row["queries"])
+        asked = made["queries"][count:]
+        assert made["queries"][:count] == row["queries"]
+        assert len(asked) == count
+        assert not set(asked) & set(row["queries"])
+        assert set(asked[: len(right)]) <= right
+        assert len(set(asked[: len(right)])) == min(count, len(right))
+
+
+@settings(deadline=None, max_examples=40)
+@given(WORDS, WORDS, WORDS)
+def test_an_answer_that_a_score_would_find_occurs(before, answer, after):
+    context = [*before, *answer, *after]
+    assert occurs(" ".join(answer), " ".join(context).swapcase())
+    assert occurs(" ".join(reversed(answer)), " - ".join(context))
+    if score_answer(" ".join(after), [" ".join(before)])["exact_match"]:
+        assert occurs(" ".join(after), " ".join(before))
+
+
+@pytest.mark.parametrize(
+    ("answer", "context", "there"),
+    [("1867", "from 1867–71", True), ("well-known", "a well known man", True), ("US", "in the U.S.", True),  # noqa: RUF001
+     ("a red cat", "the cat is Red", True), ("two", "twofold", False), ("red cat", "a red dog", False)],
+)  # fmt: skip
+def test_words_that_occur(answer, context, there):
+    assert occurs(answer, context) == there
+
+
+def test_near_questions_are_an_option_of_passages(monkeypatch):
+    monkeypatch.setattr("evaluation.tasks.base.qa_rows", lambda *_, **__: passages(800))
+    task = Passages(source="data/squad", unanswerable=0.4, nearby=True)
+    assert task.settings == {"unanswerable": 0.4, "nearby": True}
+    for rows, near in ((task.rows("test"), 1.0), (task.training_rows(), 0.5)):
+        assert rows == with_unanswerable(passages(800), 0.4, near)
+    with pytest.raises(ValueError, match="give unanswerable a share"):
+        Passages(source="data/squad", nearby=True)
