@@ -97,6 +97,18 @@ class Method(ABC):
     ) -> Tensor:
         """New tokens [R, new] behind queries [R, T], left padded, each asked of the contexts that `reads` names."""
 
+    def batches(
+        self, model: Any, before: Sequence[int], own: Sequence[int], reads: Sequence[Sequence[int]], tokens: int
+    ) -> list[list[int]]:
+        """The queries that are answered together, by their numbers.
+
+        Args:
+            before, own: how many positions each query has before it, and takes itself.
+            reads: for each query the contexts that it is asked of.
+            tokens: how many positions a batch may have, padding counted.
+        """
+        return batches([sum(pair) for pair in zip(before, own, strict=True)], tokens)
+
     def answer(
         self,
         model: nn.Module,
@@ -149,8 +161,8 @@ class Method(ABC):
         answers: dict[int, str] = {}
         texts = [format_query(query, query_format, tokenizer) for query in queries]
         prompts = [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
-        sizes = [sum(lengths[i] for i in row) + max(64, len(ids)) for row, ids in zip(reads, prompts, strict=True)]
-        for rows in batches(sizes, tokens):
+        before = [sum(lengths[i] for i in row) for row in reads]
+        for rows in self.batches(model, before, [max(64, len(ids)) for ids in prompts], reads, tokens):
             own = [prompts[i] for i in rows]
             query, mask = (tensor.to(device) for tensor in pad(own, "left", int(tokenizer.pad_token_id)))
             with torch.no_grad():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from gradmem_adapter.read.loss import forward_at_targets
 from gradmem_adapter.training.weights import load_trained_weights, save_trained_weights
 
 from .base import OPTIONS, Method
+from .shared_prefix import answer_on_one, can_share
 
 
 class Prefix(NamedTuple):
@@ -142,18 +144,34 @@ class PrefixMethod(Method):
         """All of it, for a method that keeps all."""
         return len(context)
 
+    def batches(
+        self, model: PrefixModel, before: Sequence[int], own: Sequence[int], reads: Sequence[Sequence[int]], tokens: int
+    ) -> list[list[int]]:
+        """See `Method.batches`. All queries on what is too long for eight of them in a batch are answered together."""
+        by_reads: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        shared = can_share(model.backbone)
+        for row, (length, size, read) in enumerate(zip(before, own, reads, strict=True)):
+            by_reads[tuple(read) if shared and length > max(tokens // 8, size) else ()].append(row)
+        others = by_reads.pop((), [])
+        found = super().batches(model, [before[i] for i in others], [own[i] for i in others], reads, tokens)
+        return [*by_reads.values(), *([others[i] for i in rows] for rows in found)]
+
     def generate(
         self, model: Any, kept: Any, reads: list[list[int]], query: Tensor, mask: Tensor, **options: Any
     ) -> Tensor:
-        """See `Method.generate`."""
+        """See `Method.generate`; what all queries are asked of is computed once, if it is longer than they are."""
         contexts, steps = kept
         used = sorted({i for row in reads for i in row})
         context, counts = (t.to(query.device) for t in pad([contexts[i] for i in used], "right", 0))
         index = torch.tensor([[used.index(i) for i in row] for row in reads], device=query.device)
-        prefix = model.prefix(context, counts.sum(1), steps).rows(index)
+        prefix = model.prefix(context, counts.sum(1), steps)
+        queries = [row[count.bool()] for row, count in zip(model.embed(query), mask, strict=True)]
+        if prefix.embeddings.shape[1] > query.shape[1] and (index == index[0]).all() and can_share(model.backbone):
+            (before,), (length,) = prefix.rows(index[:1])
+            new = answer_on_one(model.backbone, before[:length], queries, options["max_new_tokens"])
+            return pad(new, "right", options["pad_token_id"])[0]
         rows = [
-            torch.cat([before[:length], row[count.bool()]])
-            for before, length, row, count in zip(*prefix, model.embed(query), mask, strict=True)
+            torch.cat([before[:length], row]) for before, length, row in zip(*prefix.rows(index), queries, strict=True)
         ]
         embeddings, attention = pad(rows, "left")
         output: Tensor = model.backbone.generate(inputs_embeds=embeddings, attention_mask=attention, **options)

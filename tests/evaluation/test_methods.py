@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny, tokens
+from tiny import ARCHITECTURES, tiny, tiny_text, tiny_tokenizer, tokens
 
 from evaluation.key_values import pairs_tokenizer, sample_pairs
-from evaluation.methods import ForwardMemory, FullContext, MeanPooling, TruncatedText
+from evaluation.methods import ForwardMemory, FullContext, MeanPooling, TruncatedText, prefix
 from evaluation.methods.prefix import Prefix
+from evaluation.methods.shared_prefix import answer_on_one, can_share
 from evaluation.models import scratch_llama
 from gradmem_adapter.training.cuda_graph import maskless_attention
 
@@ -165,6 +166,53 @@ def test_generation_is_what_forward_would_choose(method):
                 ).logits  # fmt: skip
             ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
         assert new[i].tolist() == ids[0, -3:].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_long_context_is_computed_once_for_all_its_questions(attention, monkeypatch):
+    backbone = tiny(max_position_embeddings=300, attn_implementation=attention)
+    method, seen = FullContext(), []
+    model = built(method, backbone, train_backbone=False)
+    contexts = [tiny_text(length, seed=length) for length in (120, 90, 7)]
+    queries = [tiny_text(3 + i, seed=i) for i in range(9)]
+    reads = [[i % 3] for i in range(9)]
+
+    def answers():
+        return method.answer(
+            model, tiny_tokenizer(), contexts, queries, reads,
+            steps=0, query_format="{query}", max_new_tokens=6, tokens=256,
+        )  # fmt: skip
+
+    monkeypatch.setattr(prefix, "can_share", lambda backbone: False)
+    apart = answers()
+    monkeypatch.undo()
+    backbone.model.register_forward_pre_hook(
+        lambda module, args, options: seen.append(options["inputs_embeds"].shape[:2])
+        if options.get("inputs_embeds") is not None else None, with_kwargs=True
+    )  # fmt: skip
+    assert answers() == apart
+    assert len(set(apart)) > 5
+    assert sorted(shape for shape in seen if shape[1] >= 90) == [(1, 90), (1, 120)]
+
+
+def test_answers_end_with_an_end_token_one_by_one():
+    backbone, before = tiny(max_position_embeddings=300), tokens(1, 40)
+    queries = [tokens(1, n, seed=n) for n in range(2, 9)]
+
+    def generated(query):
+        ids = backbone.generate(torch.cat([before, query], 1), max_new_tokens=8)
+        return ids[0, 40 + query.shape[1] :].tolist()
+
+    ends = backbone.generation_config.eos_token_id = [generated(queries[0])[0], generated(queries[2])[3]]
+    expected = [[token for token in generated(query) if token not in ends] for query in queries]
+    embed = backbone.get_input_embeddings()
+    assert answer_on_one(backbone, embed(before)[0], [embed(query)[0] for query in queries], 8) == expected
+    assert len({len(row) for row in expected}) > 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_which_backbones_take_a_mask_of_ones_own(architecture):
+    assert can_share(tiny(architecture)) == (architecture not in ("gemma3_text", "mistral"))
 
 
 BYTES_PER_TOKEN = 4 * 2 * 2 * 2 * 8  # keys and values of 2 layers with 2 heads of 8, in float32
