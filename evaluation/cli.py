@@ -18,6 +18,7 @@ from .compare import compare as compare_answers
 from .config import Evaluation, RunConfig, task_of
 from .models import load_config, tokenizer_of
 from .plots import draw_all
+from .questions.cli import app as questions
 from .results import RESULTS, Record
 from .run import evaluate
 from .tables import ROOT, fill, markdown, results_table
@@ -32,6 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(questions, name="questions")
 SETTING = typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated.")
 
 

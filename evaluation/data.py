@@ -68,6 +68,31 @@ def records(source: str | Path, split: str, **hub_options: Any) -> Iterable[Mapp
     raise FileNotFoundError(f"{directory} has no {split}.jsonl, {split}.jsonl.gz or {split}.json. It has {there}.")
 
 
+def text_lines(source: str | Path, split: str) -> list[str] | None:
+    """The lines of a directory's `<split>.txt` (or `.txt.gz`) that are not empty; None where it has no such file."""
+    for suffix in (".txt", ".txt.gz"):
+        if (file := Path(source) / f"{split}{suffix}").is_file():
+            return [line for line in read_text(file).split("\n") if line.strip()]
+    return None
+
+
+def contexts(source: str | Path, split: str, **hub_options: Any) -> list[str]:
+    """The passages of a source of `records`, whether there are questions on them or not.
+
+    Raises:
+        ValueError: a record has none; the message names its fields.
+    """
+    found: dict[str, None] = {}
+    for record in records(source, split, **hub_options):
+        name = next((name for name in _CONTEXT if record.get(name)), None)
+        if name is None:
+            raise ValueError(
+                f"A record has the fields {', '.join(record)}; needed is a context ({', '.join(_CONTEXT)})."
+            )
+        found[str(record[name])] = None
+    return list(found)
+
+
 def has_tables(directory: Path) -> bool:
     """Whether it is a dataset as the hub keeps them, which `datasets` loads by its path."""
     return any(directory.glob("*.parquet")) or any(directory.glob("*/*.parquet"))

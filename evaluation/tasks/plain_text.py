@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 
-from evaluation.data import Rows, qa_rows
-from gradmem_adapter.utils.files import read_text
+from evaluation.data import Rows, contexts, text_lines
 
 from .base import OPTIONS, Task
 
@@ -29,7 +27,7 @@ class PlainText(Task):
 
     Args:
         source (`str`): a directory with `<split>.txt` or `<split>.txt.gz`, a text a line, or what `qa_rows` takes,
-            whose contexts are the texts then.
+            whose contexts are the texts then, with questions on them or not.
         longest (`int`, *optional*, defaults to `256`): words of the longest passages.
         continued (`int`, *optional*, defaults to `0`): ask for so many words that come after a passage, too; memory
             does not hold them, but helps to guess them as the passage itself would.
@@ -66,10 +64,8 @@ class PlainText(Task):
         return rows
 
     def _texts(self, split: str) -> list[str]:
-        for suffix in (".txt", ".txt.gz"):
-            if (file := Path(self.source) / f"{split}{suffix}").is_file():
-                return [line for line in read_text(file).split("\n") if line.strip()]
-        return [row["context"] for row in qa_rows(self.source, split, **self.hub)]
+        lines = text_lines(self.source, split)
+        return contexts(self.source, split, **self.hub) if lines is None else lines
 
 
 def _passages(words: list[str], longest: int) -> Iterator[list[str]]:

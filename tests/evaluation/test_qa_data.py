@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.data import distractors, group, joined, parse, qa_rows
+from evaluation.data import contexts, distractors, group, joined, parse, qa_rows
 from evaluation.scores import score_texts
 from evaluation.tasks.babi import babi_rows, read_babi
 
@@ -77,6 +77,11 @@ def test_unknown_forms_and_missing_files(own):
         parse({"text": "c", "label": 1})
     with pytest.raises(ValueError, match="needed are a context"):
         parse({"context": "c", "question": "q"})
+    (own / "texts.jsonl").write_text('{"passage": "c"}\n{"passage": "d"}\n{"passage": "c"}\n')
+    assert contexts(own, "texts") == ["c", "d"]
+    (own / "texts.jsonl").write_text('{"text": "c"}\n')
+    with pytest.raises(ValueError, match="fields text; needed is a context"):
+        contexts(own, "texts")
     with pytest.raises(ValueError, match="fields span; needed is text"):
         parse({"context": "c", "question": "q", "answers": {"span": [0, 3]}})
     with pytest.raises(FileNotFoundError, match=r"It has test\.jsonl"):

@@ -1,0 +1,70 @@
+"""The commands of `python -m evaluation questions`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradmem_adapter.cli.options import DEVICE, chosen_device
+
+from .train import WriterRun, train_writer
+from .write import Writing, write_questions
+
+app = typer.Typer(no_args_is_help=True, help="Write questions on texts that have none, to train on.")
+TOKENS = typer.Option(min=1, help="Tokens of a batch, padding counted.")
+LONGEST = typer.Option(min=1, help="Tokens of the longest passages.")
+
+
+@app.command()
+def train(
+    sources: Annotated[
+        list[str], typer.Argument(help="KIND=SOURCE, as story=data/fairytaleqa. Named twice, it counts twice.")
+    ],
+    output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
+    backbone: Annotated[str, typer.Option(help="All of its weights are trained.")] = WriterRun.backbone,
+    epochs: Annotated[float, typer.Option(min=0.01, help="How often each passage is learned.")] = WriterRun.epochs,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = WriterRun.learning_rate,
+    tokens: Annotated[int, TOKENS] = WriterRun.tokens,
+    longest: Annotated[int, LONGEST] = WriterRun.longest,
+    seed: int = WriterRun.seed,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Train a writer on passages with questions."""
+    run = WriterRun(
+        [_kind_and_source(text) for text in sources], backbone, epochs, learning_rate, tokens, longest, seed
+    )
+    writer = train_writer(run, output, chosen_device(device))
+    if writer is None:
+        typer.echo(f"Interrupted; the same command goes on from {output}.")
+        raise typer.Exit(130)
+    typer.echo(f"Saved: {writer}. Let it write: python -m evaluation questions write {writer}")
+
+
+@app.command()
+def write(
+    writer: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `train` made.")],
+    source: Annotated[str, typer.Argument(help="A directory with train.txt.gz, a paragraph a line, or with rows.")],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="A .jsonl.gz file; the same command goes on with it.")],
+    kind: Annotated[str, typer.Option(help="Of the texts, as the writer has learned it.")],
+    split: Annotated[str, typer.Option(help="The part of the source.")] = Writing.split,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many passages.")] = Writing.limit,
+    longest: Annotated[int, LONGEST] = Writing.longest,
+    tokens: Annotated[int, TOKENS] = Writing.tokens,
+    agreement: Annotated[float, typer.Option(min=0, max=1, help="Least F1 of two answers.")] = Writing.agreement,
+    support: Annotated[float, typer.Option(max=0, help="Least log probability of a token, mean.")] = Writing.support,
+    seed: int = Writing.seed,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Let a writer ask about texts, and keep what it answers the same twice."""
+    writing = Writing(str(writer), source, kind, split, limit, longest, tokens, agreement, support, seed)
+    write_questions(writing, output, chosen_device(device), typer.echo)
+    typer.echo(f"Saved: {output}")
+
+
+def _kind_and_source(text: str) -> tuple[str, str]:
+    kind, sign, source = text.partition("=")
+    if not (kind and sign and source):
+        raise ValueError(f"A source is named with its kind of text, as story=data/fairytaleqa, got {text!r}.")
+    return kind, source

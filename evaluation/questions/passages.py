@@ -1,0 +1,53 @@
+"""Passages of texts that have no questions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.data import contexts, text_lines
+from gradmem_adapter.segments import segments
+
+SHORTEST = 40
+"""Words of a passage that is cut from a text."""
+PROSE = 0.93
+"""Least share of letters and of the marks between words in a line of prose: neither a table nor a formula."""
+_MARKS, _OPENING = " ,.;:'\"!?()“”‘’-–—", "\"'“‘("  # noqa: RUF001 # marks as books have them
+
+
+def passages(
+    source: str, split: str, tokenizer: PreTrainedTokenizerBase, longest: int, draw: random.Random
+) -> Iterator[str]:
+    """Passages of a source: contexts as they are, or pieces of various lengths of a text with a paragraph a line.
+
+    A text is cut where paragraphs end, or else sentences. No passage goes over a line that is not prose, as headings
+    are. What lies between two such lines stays together; the order of these places is drawn.
+
+    Args:
+        source: a directory with `<split>.txt` or `<split>.txt.gz`; or what `records` takes, with or without questions.
+        split: of the source.
+        tokenizer: a fast one.
+        longest: tokens of a passage. Contexts with more are left out.
+        draw: of lengths and places.
+    """
+    lines = text_lines(source, split)
+    if lines is None:
+        yield from (text for text in contexts(source, split) if len(tokenizer(text)["input_ids"]) <= longest)
+        return
+    places = ["\n\n".join(place) for prose, place in groupby(lines, is_prose) if prose]
+    draw.shuffle(places)
+    for place in places:
+        for segment in segments(place, tokenizer, draw.randint(longest // 3, longest)):
+            words = segment.text.split()
+            if len(words) >= SHORTEST:
+                yield " ".join(words)
+
+
+def is_prose(line: str) -> bool:
+    """Whether a line is running text."""
+    line = line.strip()
+    plain = sum(character.isalpha() or character in _MARKS for character in line)
+    return plain >= PROSE * len(line) and (line[0].isalnum() or line[0] in _OPENING)
