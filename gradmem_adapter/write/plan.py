@@ -21,6 +21,9 @@ from gradmem_adapter.write.recompute import recomputed
 WORKSPACE = 0.75
 """What the backward pass of a layer takes beyond what was saved for it, as a share of that; from 0.5 to 0.9 by the
 architecture (tests/write/test_plan.py)."""
+COMPILED_WORKSPACE = {"cuda": 1.0}
+"""The same of a layer compiled by Inductor that is not computed again. Its backward pass is one operation, at whose end
+alone what was saved is freed; what was computed again is freed as it is used."""
 COMPILED = {"cuda": 0.7}
 """What layers compiled by Inductor keep, as a share of what they keep otherwise. An H200 had 0.68 at the shape of an 8B
 Llama (evaluation/results/write_sizes.jsonl)."""
@@ -140,12 +143,13 @@ class Footprint(NamedTuple):
         """
         tokens = plan.rows * length
         share = COMPILED.get(self.device.type, 1.0) if compiled else 1.0
+        workspace = COMPILED_WORKSPACE.get(self.device.type, WORKSPACE) if compiled else WORKSPACE
         layer = share * tokens * (self.token + self.pair * length) / max(1, self.layers)
         waiting = 0.0 if plan.offloaded else plan.recomputed * tokens * self.inputs
         kept = (max(1, self.layers) - plan.recomputed) * layer
         logits = LOGIT_BYTES * min(tokens * self.vocabulary, max_logits(self.device))
         ends = 4 * tokens * self.inputs  # embeddings, alone and behind the prefix, last hidden states, their gradient
-        most = max(kept + logits + ends, kept + WORKSPACE * layer, (1 + WORKSPACE) * layer)
+        most = max(kept + logits + ends, kept + workspace * layer, (1 + WORKSPACE) * layer)
         return OVERHEAD.get(self.device.type, 1.0) * (self.fixed + waiting + most)
 
 

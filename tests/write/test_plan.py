@@ -13,6 +13,7 @@ from tiny import ARCHITECTURES, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from evaluation.results import RESULTS, load_records
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.ops.cross_entropy import FUSED, FusedCrossEntropy
 from gradmem_adapter.utils import hardware
@@ -162,6 +163,15 @@ class TestBytes:
         with Live() as live:
             run(memory, context, True, False)
         assert 0.75 * foretold < live.most < 1.1 * foretold
+
+    def test_what_an_h200_took_is_foretold(self):
+        """With compiled layers, at Llama-3.1-8B's shape, of which 4.478 MB a token had been seen there."""
+        footprint = Footprint(32, 0.0, 4.478e6, 0.0, 8192.0, 128256, GPU)
+        records = [r for r in load_records(RESULTS / "write_sizes.jsonl") if r.settings["shape"] == "llama-3.1-8b"]
+        assert {record.metrics["offloaded"] for record in records} == {True, False}
+        for found, length in ((record.metrics, record.settings["length"]) for record in records):
+            chosen = Plan(found["rows"], found["recomputed"], found["offloaded"])
+            assert 0.93 < found["peak_gib"] * 2**30 / footprint.bytes(chosen, length, compiled=True) < 1, chosen
 
     def test_looking_keeps_nothing(self):
         backbone = tiny(**WIDE)
