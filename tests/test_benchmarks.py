@@ -65,7 +65,21 @@ def test_decode(run):
     ways = ["default", "static, step by step", "static"]
     assert [record.method for record in records] == ways * 2
     assert settings(records, "batch", "new_tokens") == [(2, 5)] * 3 + [(3, 5)] * 3
-    assert all(record.metrics["same_tokens"] == 1 for record in records)
+    assert all((record.metrics["same_tokens"], record.metrics["same_until"]) == (1, 5) for record in records)
+
+
+def test_decode_says_from_where_on_tokens_differ():
+    def generate(prompts, max_new_tokens, cache_implementation=None, **_):
+        new = torch.zeros(2, max_new_tokens, dtype=torch.long)
+        if cache_implementation is None:
+            new[1, 3:4] = 7
+        return torch.cat([prompts, new], dim=1)
+
+    model = SimpleNamespace(write=lambda *_, **__: None, generate=generate)
+    args = SimpleNamespace(one_state=False, device="cpu", repeats=1, tokens=5)
+    other, same = (decode.measure(model, tokens(2, 4), way, args) for way in ("default", decode.REFERENCE))
+    assert (other["same_tokens"], other["same_until"]) == (pytest.approx(0.9), 3)
+    assert (same["same_tokens"], same["same_until"]) == (1, 5)
 
 
 def test_read(run):
