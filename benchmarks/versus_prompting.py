@@ -12,7 +12,7 @@ model's positions, so the last length may be less than asked. For batches, the K
 NVIDIA's kvpress keeps as many tokens of the cache as have the bytes of the state, at least one: in each layer those
 whose keys have the smallest norms, which costs least of its methods. What it costs is measured here, not how well it
 answers. kvpress 0.5.5 asks for an older Transformers than this package, and does its work with the present one:
-`pip install --no-deps kvpress==0.5.5 cachetools fire termcolor`.
+`pip install --no-deps kvpress==0.5.5 cachetools fire termcolor`. It also imports datasets: `pip install datasets`.
 
 Of "answer", one record per context length, in the order of `--lengths`, batch size 1:
     state_bytes, memory_kv_bytes, context_kv_bytes, press_bytes: per context, of the state's file, of the keys and

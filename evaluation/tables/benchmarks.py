@@ -269,7 +269,7 @@ def _prompting(which: str) -> Frame:
             "context's cache kept": spans(row["first_token_kept_ms"]),
             "a cache of the state's bytes, by kvpress": None if pd.isna(pressed) else spans(pressed),
             "context read anew": spans(row["first_token_prefill_ms"]),
-            "pays after": f"{pays:.0f} questions" if isinstance(pays, int | float) and pays == pays else None,
+            "pays after": f"{pays:.1f} questions" if isinstance(pays, int | float) and pays == pays else None,
         })  # fmt: skip
     return Frame(rows).dropna(axis="columns", how="all")
 
@@ -287,6 +287,11 @@ def versus_prompting_gpu() -> Frame:
 def versus_prompting_8b() -> Frame:
     """The same for Llama-3.1-8B's shape on one H200."""
     return _prompting("8b")
+
+
+def versus_prompting_1_7b() -> Frame:
+    """The same for SmolLM2-1.7B's shape on one H200."""
+    return _prompting("1.7b")
 
 
 def memory_at_8b() -> Frame:
@@ -308,13 +313,23 @@ def memory_at_8b() -> Frame:
 def versus_prompting_decoding() -> Frame:
     """Tokens a second and memory of several answers at a time."""
     table = read("versus_prompting", kind="decode", hardware=H100)
-    table = table[(table["date"] == table["date"].max()) & table["batch"].isin([1, 8, 64])].dropna(
-        subset=["tokens_per_second"]
-    )
+    return _decoding(table[table["date"] == table["date"].max()])
+
+
+def versus_prompting_decoding_8b() -> Frame:
+    """The same for Llama-3.1-8B's shape on one H200; several rates are of several runs."""
+    return _decoding(read("versus_prompting", kind="decode", **PROMPTING["8b"]))
+
+
+def _decoding(table: Frame) -> Frame:
+    def cell(found: Frame) -> str:
+        rates = ", ".join(f"{rate:,.0f}" for rate in found["tokens_per_second"])
+        return f"{rates} tokens/s, {found['peak_gib'].max():.2g} GiB"
+
+    table = table[table["batch"].isin([1, 8, 64])].dropna(subset=["tokens_per_second"])
     rows = ["from memory" if row["method"] == "memory" else f"context of {row['context_tokens']:,} tokens"
             for _, row in table.iterrows()]  # fmt: skip
-    heads = [f"{batch:.0f} at a time" for batch in table["batch"]]
-    return grid(table, rows, heads, "{tokens_per_second:,.0f} tokens/s, {peak_gib:.2g} GiB")
+    return grid(table, rows, [f"{batch:.0f} at a time" for batch in table["batch"]], cell)
 
 
 # ---------------------------------------------------------------- training
@@ -394,6 +409,7 @@ def training_speed() -> Frame:
 TABLES = (
     bulk_write, choice, decoding, engines, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost,
     meta_gradient_kinks, read_time, serve, service, train_step, train_step_lora, training_speed, versus_prompting,
-    versus_prompting_8b, versus_prompting_decoding, versus_prompting_gpu, write_growth, write_limits, write_many,
+    versus_prompting_1_7b, versus_prompting_8b, versus_prompting_decoding, versus_prompting_decoding_8b,
+    versus_prompting_gpu, write_growth, write_limits, write_many,
     write_share, write_sizes, write_time, write_time_cpu,
 )  # fmt: skip

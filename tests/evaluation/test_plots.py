@@ -12,10 +12,11 @@ from evaluation.results import Record, add_records
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, kept."""
-    drawn = []
+    """The figures that are drawn, kept until the test is over."""
+    drawn, close = [], plots.pyplot().close
     monkeypatch.setattr(plots.pyplot(), "close", drawn.append)
-    return drawn
+    yield drawn
+    close("all")
 
 
 def test_every_plot_is_drawn(tmp_path, figures):
