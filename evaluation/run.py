@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -41,6 +41,8 @@ class Answerer:
     steps: int
     checkpoint: str = ""
     """Its name."""
+    written: dict[str, MemoryState] = field(default_factory=dict)
+    """The memory states that contexts have had: whoever asks of them again need not write them again."""
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +62,10 @@ class Answerer:
         max_new_tokens: int = 32,
     ) -> list[str]:
         """Greedy answers; see `Method.answer`."""
+        if isinstance(self.model, PeftModel):
+            memory = self.states(contexts)
+            lengths = [memory.num_memory_tokens] * len(memory)
+            return self.ask(memory, lengths, queries, reads, max_new_tokens)
         return self.config.method.answer(
             self.model, self.tokenizer, contexts, queries, reads,
             steps=self.steps, query_format=self.config.query_format, max_new_tokens=max_new_tokens,
@@ -78,8 +84,11 @@ class Answerer:
 
     def states(self, contexts: Sequence[str]) -> MemoryState:
         """The memory states of contexts."""
-        ids = [list(row) for row in self.pipeline.tokenizer(list(contexts))["input_ids"]]
-        return cast(MemoryState, self.config.method.read(self.model, self.tokenizer, ids, self.steps))
+        if new := [context for context in dict.fromkeys(contexts) if context not in self.written]:
+            ids = [list(row) for row in self.pipeline.tokenizer(new)["input_ids"]]
+            states = self.config.method.read(self.model, self.tokenizer, ids, self.steps)
+            self.written.update(zip(new, states, strict=True))
+        return MemoryState.stack([self.written[context] for context in contexts])
 
     def surest(self, memory: MemoryState, queries: Sequence[Prompt], reads: Sequence[Sequence[int]]) -> list[list[int]]:
         """Of the states that each question may be asked of, the one that holds an answer most likely
@@ -136,8 +145,9 @@ def evaluate(
     steps = evaluation.write_steps if config.method.step else (0,)  # otherwise there is nothing to write
     records: list[Record] = []
     lines: list[str] = []
-    for task, k, states in ((t, k, s) for t in tasks for k in steps for s in evaluation.states):
-        answerer = Answerer(model, tokenizer, config, k, _name_of(checkpoint))
+    for (task, k), states in itertools.product(itertools.product(tasks, steps), evaluation.states):
+        if states == evaluation.states[0]:
+            answerer = Answerer(model, tokenizer, config, k, _name_of(checkpoint))
         found = task.measure(answerer, evaluation.split, states=states, limit=limit, seed=seed)
         settings = found.settings | config.method.settings | ({} if limit is None else {"limit": limit})
         found = replace(found, settings=settings)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from evaluation.cli import app
 from evaluation.config import Evaluation
 from evaluation.data import questions
+from evaluation.methods import GradMem
 from evaluation.models import build_model, save_model
 from evaluation.results import Record, add_records, frame, load_records
 from evaluation.run import Answerer, evaluate
@@ -102,6 +103,21 @@ def test_states_are_read_as_a_store_keeps_them(folder, kept):
     assert found.settings == {} != task.settings == {"kept": kept}
     steps = 127 * asked[0] / asked[0].abs().amax(-1, keepdim=True)
     assert torch.allclose(steps, steps.round(), atol=1e-3) == (kept == "int8")
+
+
+def test_contexts_are_written_once_for_all_numbers_of_states(checkpoint, folder, monkeypatch):
+    read, written = GradMem.read, []
+
+    def counted(self, model, tokenizer, contexts, steps):
+        written.append((steps, len(contexts)))
+        return read(self, model, tokenizer, contexts, steps)
+
+    monkeypatch.setattr(GradMem, "read", counted)
+    asked = Evaluation(tasks=(Passages(source=str(folder / "short")),), write_steps=(0, 1), states=(1, 2, 3))
+    records = evaluate(checkpoint, device=CPU, evaluation=asked)
+    assert [(record.write_steps, record.states) for record in records] == [(k, s) for k in (0, 1) for s in (1, 2, 3)]
+    contexts = len(Passages(source=str(folder / "short")).rows("test"))
+    assert written == [(0, contexts), (1, contexts)]
 
 
 @pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method["name"])
