@@ -22,6 +22,7 @@ from gradmem_adapter.cli.options import (
     in_words,
     open_pipeline,
     print_json,
+    visible,
 )
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.shipped import QA
@@ -96,7 +97,7 @@ def _answer(
 ) -> dict[str, Any]:
     """Answer a question, piece by piece unless it is to be quiet, with how far memory supports it and its sources."""
     if not quiet:
-        typer.secho(question, bold=True)
+        typer.secho(visible(question), bold=True)
     if states is None:
         if not quiet:
             typer.echo("  (no text in the store has a word of it)")
@@ -107,7 +108,7 @@ def _answer(
     for piece in pieces:
         new = piece if answer else piece.lstrip()
         if not quiet and new:
-            typer.echo(new if answer else f"  {new}", nl=False)
+            typer.echo(visible(new if answer else f"  {new}"), nl=False)
         answer += new
     if not quiet:
         whence = f", {in_words(sources)}" if len(places) > 1 or "key" in places[0] else ""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gradmem_adapter.cli.inputs import Inputs
-from gradmem_adapter.cli.options import print_json
+from gradmem_adapter.cli.options import print_json, visible
 from gradmem_adapter.cli.processes import shared_out, together
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
     more = len(inputs.refused) - SHOWN
     named = [*inputs.refused[:SHOWN], f"{more:,} more are left out likewise; --json names them."]
     for line in named if more > 0 else inputs.refused:
-        typer.secho(f"gradmem write: {line}", fg="red", err=True)
+        typer.secho(f"gradmem write: {visible(line)}", fg="red", err=True)
     if inputs.refused:
         raise typer.Exit(2)
 

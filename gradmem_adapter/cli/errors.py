@@ -14,6 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from typer.core import TyperCommand, TyperGroup
 
+from gradmem_adapter.cli.options import visible
+
 DEBUG = typer.Option("--debug", help="Where an error comes from: show its trace, too. May stand at the end as well.")
 WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
 """What this package and the libraries below it raise where an input, an option or the machine is not as it should."""
@@ -62,14 +64,15 @@ class Commands(TyperGroup):
             if ctx.params["debug"]:
                 traceback.print_exc()
             status, message = _outcome(error)
-            typer.secho(f"{ctx.info_name} {ctx.invoked_subcommand}: {message}", fg="red", err=True)
+            typer.secho(f"{ctx.info_name} {ctx.invoked_subcommand}: {visible(message)}", fg="red", err=True)
             raise typer.Exit(status) from error
 
     def _say_warnings_plainly(self, ctx: Any) -> None:
         """Show warnings in a line as errors are, and none that libraries have for each other's authors."""
 
         def show(message: Warning | str, *_: Any, **__: Any) -> None:
-            typer.secho(f"{ctx.info_name} {ctx.invoked_subcommand}: {' '.join(str(message).split())}", err=True)
+            line = visible(" ".join(str(message).split()))
+            typer.secho(f"{ctx.info_name} {ctx.invoked_subcommand}: {line}", err=True)
 
         if not ctx.params["debug"]:
             warnings.simplefilter("ignore", FutureWarning)

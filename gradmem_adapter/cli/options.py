@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -32,6 +33,7 @@ SOURCE_FIELD = typer.Option(
 JSON_LINES = typer.Option("--json-lines", help="Standard input holds some.", rich_help_panel=OF_LINES)
 JSON = typer.Option("--json", help="Print one JSON object, for programs, instead of tables.")
 DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def check_used(context: typer.Context, needed: str, there: bool, *names: str) -> None:
@@ -98,6 +100,15 @@ def print_json(figures: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(figures))
 
 
+def visible(text: str) -> str:
+    """A text as a terminal may be given it: control characters but tabs and line ends as Python writes them, `\\x1b`.
+
+    Args:
+        text (`str`): of a model, a file or its name, who may tell a terminal to do what they like.
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def in_words(entries: Iterable[Mapping[str, Any]]) -> str:
     """Where stored texts are from: a line for each source, with the characters in it.
 
@@ -106,7 +117,7 @@ def in_words(entries: Iterable[Mapping[str, Any]]) -> str:
     """
     places: dict[str, list[str]] = {}
     for entry in entries:
-        source = f"state {entry['key']}" if entry["source"] is None else entry["source"]
+        source = f"state {entry['key']}" if entry["source"] is None else visible(entry["source"])
         places.setdefault(source, []).extend([] if entry["start"] is None else [f"{entry['start']}-{entry['end']}"])
     return "\n".join(f"{source}: {', '.join(found)}".removesuffix(": ") for source, found in places.items())
 

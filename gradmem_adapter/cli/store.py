@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from gradmem_adapter.cli.options import JSON, existing_store, in_words, print_json
+from gradmem_adapter.cli.options import JSON, existing_store, in_words, print_json, visible
 
 if TYPE_CHECKING:
     from gradmem_adapter import MemoryStore
@@ -117,7 +117,7 @@ def _print_rows(rows: Sequence[dict[str, Any]], figures: dict[str, Any], as_json
     elif rows:
         table = Table(*(Column(name, overflow="fold") for name in rows[0]))
         for row in rows:
-            table.add_row(*(Text(str(value)) for value in row.values()))
+            table.add_row(*(Text(visible(str(value))) for value in row.values()))
         Console().print(table)
     else:
         typer.echo("There is nothing in it.")
@@ -137,12 +137,12 @@ def _print_report(store: MemoryStore, report: Report, as_json: bool) -> None:
         typer.echo(f"{report.states:,} states are whole and as the index says.")
         for key, wrong in report.damaged.items():
             places = in_words(asdict(entry) for entry in store.entries() if entry.key == key).replace("\n", "; ")
-            typer.echo(f"{key}{f' ({places})' if places else ''} is damaged: {wrong}")
+            typer.echo(f"{key}{f' ({places})' if places else ''} is damaged: {visible(wrong)}")
         if report.damaged:
             typer.echo("`gradmem write` writes the texts of damaged states anew; `gradmem store gc` removes these.")
         for key in report.unlisted:
             typer.echo(f"{key} is whole, and the index says something else. `gradmem store gc` puts it right.")
         for name in report.leftovers:
-            typer.echo(f"{name} is no state.")
+            typer.echo(f"{visible(name)} is no state.")
     if not report.ok:
         raise typer.Exit(1)

@@ -26,6 +26,7 @@ from gradmem_adapter.cli.options import (
     chosen_device,
     open_pipeline,
     print_json,
+    visible,
     writable_store,
 )
 from gradmem_adapter.cli.processes import meet
@@ -125,5 +126,5 @@ def _print_states(documents: Sequence[Document], states: MemoryState, as_json: b
         return
     table = Table("source", "tokens", "nbytes", "last write loss")
     for row in rows:
-        table.add_row(Text(row["source"]), str(row["tokens"]), str(row["nbytes"]), f"{row['write_loss']:.4f}")
+        table.add_row(Text(visible(row["source"])), str(row["tokens"]), str(row["nbytes"]), f"{row['write_loss']:.4f}")
     Console().print(table)

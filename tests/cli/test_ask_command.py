@@ -1,6 +1,7 @@
 """`gradmem ask`: answers from a text, and then from what was kept of it."""
 
 import json
+import unicodedata
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from commands import invoke
 from tiny import tiny_text
 
 from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint, save_checkpoint
+from gradmem_adapter.outputs import ScoredText
 from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.write import budget
 
@@ -188,6 +190,29 @@ class TestStore:
         table = ask("w4 w5", "nowhere", "--store", "memory", "--checkpoint", checkpoint)
         assert "d.txt: 0-5" in table.stdout
         assert "no text in the store has a word of it" in table.stdout
+
+    @pytest.mark.parametrize("refusal", [False, True])
+    def test_no_answer_and_no_name_commands_the_terminal(self, checkpoint, refuses, tmp_path, monkeypatch, refusal):
+        monkeypatch.chdir(tmp_path)
+        options = ("--checkpoint", refuses if refusal else checkpoint)
+        (tmp_path / "a\x1b[2J.txt").write_text("w1 w2 w3")
+        assert invoke("write", "a\x1b[2J.txt", "--store", "memory", "--segment-tokens", 20, *options).exit_code == 0
+        answer = "w1\x1b]0;title\x07\rw2\x9b2K\n\tw3"
+        monkeypatch.setattr(GradMemPipeline, "generate", lambda *args, **kwargs: [ScoredText(answer, 0.5)])
+        monkeypatch.setattr(GradMemPipeline, "stream", lambda *args, **kwargs: iter(answer))
+        shown = [
+            ask("w1\x1b[5m", "--store", "memory", *options).output,
+            invoke("store", "list", "memory").output,
+            invoke("store", "show", "memory", "a\x1b[2J.txt").output,
+            ask("w1", "--text", "no\x1b[2J.txt", *options).output,
+        ]
+        assert not [
+            char for text in shown for char in text if unicodedata.category(char) == "Cc" and char not in "\n\t"
+        ]
+        assert "w1\\x1b]0;title\\x07\\rw2\\x9b2K\n\tw3" in shown[0]
+        assert [text.count("\\x1b[2J") for text in shown] == [1, 1, 1, 1]
+        printed = json.loads(ask("w1", "--store", "memory", "--json", *options).stdout)
+        assert printed["answers"][0]["answer"] == answer
 
     def test_an_adapter_that_refuses_reads_each_state_by_itself(self, refuses, memory):
         """And the one answers whose answer it is surest of."""

@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import set_seed
 
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
+from gradmem_adapter.cli.options import visible
 from gradmem_adapter.cli.reading import whole
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.outputs import WriteProgress
@@ -77,7 +78,7 @@ def run_recite_demo(
     config = GradMemConfig(num_memory_tokens=memory_tokens, memory_init="vocab", write_optimizer="adam")
     model = get_peft_model(causal_lm, config)
     pipeline = GradMemPipeline(model.eval(), tokenizer)
-    console.print(Panel(Text(text), title=f"The text: {count} tokens"))
+    console.print(Panel(Text(visible(text)), title=f"The text: {count} tokens"))
 
     started = time.perf_counter()
     state = _write_with_progress(pipeline, text, steps, lr, console)
@@ -89,7 +90,7 @@ def run_recite_demo(
         state = MemoryState.load(path)
     recited = pipeline.reconstruct(state)[0]
     original = tokenizer.decode(ids, skip_special_tokens=True)  # the text as its tokens have it
-    console.print(Panel(Text(recited), title=f"Recited from {memory_tokens} vectors, the text gone"))
+    console.print(Panel(Text(visible(recited)), title=f"Recited from {memory_tokens} vectors, the text gone"))
 
     cache_bytes = kv_cache_bytes(model.get_base_model(), torch.tensor([ids]))
     console.print(
