@@ -67,6 +67,8 @@ _ALONE = _Way("mode=rw", "EXCLUSIVE")
 """For a full disk: without the file that connections share, which cannot grow there (https://sqlite.org/wal.html#noshm)."""
 _UNCHANGING = _Way("immutable=1", "NORMAL")
 """For whoever may only read it. SQLite does not look out for writers then: they wait for the folder's lock."""
+_UNCHANGING_LOG = _Way("mode=ro&vfs=unix-none", "EXCLUSIVE")
+"""The same where changes are in the log beside it, as of a killed writer, or of one that closed while others read."""
 _KEPT_BACK = (errno.EACCES, errno.EROFS, errno.EIO)
 """What `sqlite_errors` says where SQLite could not make a file."""
 
@@ -119,10 +121,10 @@ class Index:
         with locked(self.folder, shared=way is _SHARED), sqlite_errors(self.path):
             log = Path(f"{self.path}-wal")
             if way is _UNCHANGING and log.exists() and log.stat().st_size:
-                raise OSError(
-                    errno.EROFS, "has changes beside it that can only be read where it may be written; copy the store",
-                    str(self.path),
-                )  # fmt: skip
+                way = _UNCHANGING_LOG
+                if os.name != "posix":
+                    said = "has changes beside it that can only be read where it may be written; copy the store"
+                    raise OSError(errno.EROFS, said, str(self.path))
             with closing(self._connect(way)) as connection:
                 yield connection
 
