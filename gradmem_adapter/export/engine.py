@@ -33,6 +33,9 @@ _KNOWN = {
 _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 _OF_CONFIGS = {"bos_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config", "use_cache"}
 
+_RIGHT_MODEL = (
+    "Serve what gradmem export made of this checkpoint; of a server with several models pass the name of the right one."
+)
 _COMPARED_TOKENS = 8
 _ROUNDING = 1.0
 """Nats by which a token that an engine takes for the likeliest may be less likely than the model's own. Of the right
@@ -180,8 +183,7 @@ class EngineReader(ABC):
             if not _lost(backbone, prompt, tokens) <= _ROUNDING:
                 raise RuntimeError(
                     "The engine serves another model than the one that wrote the memory: its answer begins with the "
-                    f"tokens {tokens}, which are not this model's. Serve what gradmem export made of this checkpoint; "
-                    "of a server with several models pass the name of the right one."
+                    f"tokens {tokens}, which are not this model's. {_RIGHT_MODEL}"
                 )
             self._to_compare -= count
 
@@ -210,6 +212,11 @@ class EngineReader(ABC):
         ended, output, length = [False] * len(prompts), input_ids, 0
         with closing(self._answers(prompts, sampling)) as pieces:
             for i, tokens, last in pieces:
+                if wrong := _unknown(self.model.get_base_model(), tokens):
+                    raise RuntimeError(
+                        "The engine serves another model than the one that wrote the memory: its answer has the tokens "
+                        f"{wrong[:8]}, which this model does not know. {_RIGHT_MODEL}"
+                    )
                 if not ended[i]:
                     rows[i], ended[i] = rows[i] + tokens, last
                 while length < max(map(len, rows)) and all(
@@ -231,10 +238,15 @@ class EngineReader(ABC):
         return output
 
 
+def _unknown(backbone: Any, tokens: list[int]) -> list[int]:
+    """Tokens that are not in a model's vocabulary."""
+    return [token for token in tokens if not 0 <= token < backbone.get_input_embeddings().num_embeddings]
+
+
 def _lost(backbone: Any, prompt: EnginePrompt, tokens: list[int]) -> float:
     """The most nats by which a token of an answer is less likely than the model's own."""
-    if not all(0 <= token < backbone.get_input_embeddings().num_embeddings for token in tokens):
-        return math.inf  # of a larger vocabulary
+    if _unknown(backbone, tokens):
+        return math.inf
     (states,) = states_of_answers(backbone, prompt.prefix[None], [(prompt.tokens, tokens)])
     (logits,) = output_head(backbone)(states[None]).float()
     return float((logits.amax(-1) - logits[torch.arange(len(tokens)), tokens]).max())

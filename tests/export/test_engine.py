@@ -283,6 +283,13 @@ class TestTheEnginesModel:
         with pytest.raises(RuntimeError, match="serves another model"):
             checking.generate(**prompts, memory=states, **GREEDY)
 
+    @pytest.mark.parametrize("token", [61, -1, 10**30])
+    def test_whose_answer_has_a_token_that_is_none_is_refused(self, reader, states, prompts, monkeypatch, token):
+        """Where nobody compares models, or further on in an answer."""
+        monkeypatch.setattr(reader, "_answers", lambda *_: iter_of((0, [5, 6], False), (1, [7, token], True)))
+        with pytest.raises(RuntimeError, match=f"its answer has the tokens .{token}., which this model does not know"):
+            reader.generate(**prompts, memory=states, **GREEDY)
+
     def test_may_round_otherwise(self, checking, states, prompts):
         checking.engine = copy.deepcopy(checking.engine)
         with torch.no_grad():
