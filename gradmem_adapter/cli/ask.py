@@ -112,6 +112,8 @@ def _answer(
         answer += new
     if not quiet:
         whence = f", {in_words(sources)}" if len(places) > 1 or "key" in places[0] else ""
+        partly = dict.fromkeys(visible(one["source"]) for one in sources if not one.get("whole", True))
+        whence += "".join(f"\n{source} is not stored to its end: write it again, which goes on" for source in partly)
         typer.secho(f"  (support {support:.2f}{whence})".replace("\n", "; "), dim=True)
     return {"question": question, "answer": answer.strip(), "support": support, "sources": sources}
 
@@ -176,7 +178,10 @@ def _chosen(
     chosen = store.choose(pipeline, question, k)
     states = store.get([choice.entry.key for choice in chosen], pipeline.model.fingerprint()) if chosen else None
     named = ("key", "source", "start", "end")
-    return states, [{name: getattr(one.entry, name) for name in named} | {"score": one.score} for one in chosen]
+    return states, [
+        {name: getattr(one.entry, name) for name in named} | {"whole": store.is_whole(one.entry), "score": one.score}
+        for one in chosen
+    ]
 
 
 def _check_questions(questions: Sequence[str]) -> None:

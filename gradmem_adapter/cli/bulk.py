@@ -22,8 +22,8 @@ AT_ONCE = 1024
 """Segments that are given to the store together; behind them the last batch is waited for until it is on the disk."""
 SHOWN = 20
 """Texts that could not be written and are named on a terminal."""
-Piece: TypeAlias = "tuple[str, Segment]"
-"""A segment, and the source that it is of."""
+Piece: TypeAlias = "tuple[str, Segment, int]"
+"""The source of a segment, the segment, and how many of them the source has."""
 
 
 def write_to_store(
@@ -110,12 +110,14 @@ def _pieces(
 ) -> Iterator[Piece]:
     for document in shared_out(inputs):
         try:
-            for segment in pipeline.segments(document.text, segment_tokens):
-                counts.update(segments=1, tokens=segment.tokens)
-                yield document.source, segment
-            counts["documents"] += 1
+            segments = list(pipeline.segments(document.text, segment_tokens))
         except ValueError as error:
             inputs.refuse(error, document.source)
+            continue
+        for segment in segments:
+            counts.update(segments=1, tokens=segment.tokens)
+            yield document.source, segment, len(segments)
+        counts["documents"] += 1
 
 
 def _add(
@@ -127,11 +129,13 @@ def _add(
 ) -> None:
     """Store some segments; where that fails, one by one, so that only what is at fault is left out."""
     from gradmem_adapter import MemoryStoreError
+    from gradmem_adapter.store.entry import of_segments
 
-    sources = [source for source, _ in part]
-    offsets = [(segment.start, segment.end) for _, segment in part]
+    sources, segments, counts = zip(*part, strict=True)
+    texts, offsets = [one.text for one in segments], [(one.start, one.end) for one in segments]
+    metadata = [of_segments(count) for count in counts]
     try:
-        store.add(pipeline, [segment.text for _, segment in part], sources=sources, offsets=offsets, **how)
+        store.add(pipeline, texts, sources=sources, offsets=offsets, metadata=metadata, **how)
     except MemoryStoreError:
         raise
     except ValueError as error:

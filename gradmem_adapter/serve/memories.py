@@ -221,7 +221,7 @@ class Memories:
         store = self._store(tenant)
         if memory == AUTO:
             chosen = store.choose(self.pipeline, query, most)
-            entries = [one.entry for one in chosen if self._is_whole(store, one.entry)]
+            entries = [one.entry for one in chosen if store.is_whole(one.entry)]
         else:
             ids = list(dict.fromkeys(memory))
             entries = [entry for identity in ids for entry in self._entries(tenant, identity)]
@@ -246,10 +246,6 @@ class Memories:
         if not entries:
             raise _unknown(identity)
         return entries
-
-    def _is_whole(self, store: MemoryStore, entry: Entry) -> bool:
-        """Whether an entry is of a text that was written to its end."""
-        return entry.source is None or bool(self._whole(store.entries(entry.source)))
 
     def _whole(self, entries: Iterable[Entry]) -> list[Entry]:
         """The segments of a text, of which all are written by this model; else none."""

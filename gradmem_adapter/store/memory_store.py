@@ -18,9 +18,9 @@ from gradmem_adapter.store.adding import AT_ONCE, write_missing
 from gradmem_adapter.store.choose import Choice, choose
 from gradmem_adapter.store.claims import Claims
 from gradmem_adapter.store.embedding import Embedding
-from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
+from gradmem_adapter.store.entry import Entry, of_segments, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
-from gradmem_adapter.store.index import Index, entries_of, places_of
+from gradmem_adapter.store.index import Index, entries_of, places_of, select
 from gradmem_adapter.store.likelihood import by_likelihood
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.state_file import MemoryStateError
@@ -153,8 +153,8 @@ class MemoryStore:
     ) -> list[str]:
         """The keys of a long text's segments, in order. Those that are not stored, or damaged, are written.
 
-        What was stored before an interruption is not written again: the same call goes on. No more of the text is held
-        than the segments that are written together.
+        What was stored before an interruption is not written again: the same call goes on. `is_whole` tells of a string
+        what is not stored to its end. Of a text in pieces no more is held than the segments that are written together.
 
         Args:
             pipeline (`GradMemPipeline`): who writes.
@@ -172,6 +172,9 @@ class MemoryStore:
         check_no_file(text)
         keys: list[str] = []
         segments = pipeline.segments(text, segment_tokens, overlap)
+        if isinstance(text, str):
+            found = list(segments)
+            segments, metadata = iter(found), of_segments(len(found), metadata)
         with progress_bar(None, progress) as advance:
             while part := list(itertools.islice(segments, AT_ONCE)):
                 keys += self.add(
@@ -291,6 +294,19 @@ class MemoryStore:
         fingerprint = pipeline.model.fingerprint()
         found = choose(self.index, fingerprint, query, k, source, embedding, shortlist)
         return by_likelihood(pipeline, query, found, self.get)[:k] if shortlist else found
+
+    def is_whole(self, entry: Entry) -> bool:
+        """Whether the document that an entry is a segment of is stored to its end, so that nothing of it is missing.
+
+        Args:
+            entry (`Entry`): one whose metadata have the number of `segments`; others are taken for whole texts.
+        """
+        segments = entry.metadata.get("segments")
+        if entry.source is None or type(segments) is not int:
+            return True
+        same = "source = ? AND fingerprint = ? AND json_extract(metadata, '$.segments') = ?"
+        with self.index.reading() as connection:
+            return len(list(select(connection, same, (entry.source, entry.fingerprint, segments)))) >= segments
 
     def exists(self) -> bool:
         """Whether there is a store in the directory, if only an empty or a damaged one."""

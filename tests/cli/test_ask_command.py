@@ -9,6 +9,7 @@ from commands import invoke
 from tiny import tiny_text
 
 from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint, save_checkpoint
+from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.outputs import ScoredText
 from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.write import budget
@@ -190,6 +191,30 @@ class TestStore:
         table = ask("w4 w5", "nowhere", "--store", "memory", "--checkpoint", checkpoint)
         assert "d.txt: 0-5" in table.stdout
         assert "no text in the store has a word of it" in table.stdout
+
+    def test_an_answer_says_that_its_source_is_not_stored_to_its_end(self, checkpoint, memory, tmp_path, monkeypatch):
+        """Its writing was stopped, and half a text would answer as if it were whole."""
+        (tmp_path / "e.txt").write_text(tiny_text(60, seed=3))
+        write = ("write", "e.txt", "--store", "memory", "--checkpoint", checkpoint, "--segment-tokens", 20)
+        write_batch, batches = GradMemModel._write, []
+
+        def stopped(model, context, *rest, **how):
+            batches.append(context)
+            if len(batches) > 1:
+                raise KeyboardInterrupt
+            return write_batch(model, context, *rest, **how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GradMemModel, "_write", stopped)
+            assert invoke(*write, "--max-tokens", 20).exit_code == 130
+        (part,) = memory.entries("e.txt")
+        question = (part.text, "--store", "memory", "--k", 1, "--checkpoint", checkpoint)
+        for whole in (False, True):
+            (source,) = json.loads(ask(*question, "--json").stdout)["answers"][0]["sources"]
+            assert (source["source"], source["whole"]) == ("e.txt", whole)
+            said = "e.txt is not stored to its end: write it again, which goes on" in ask(*question).stdout
+            assert said is not whole
+            assert invoke(*write).exit_code == 0
 
     @pytest.mark.parametrize("refusal", [False, True])
     def test_no_answer_and_no_name_commands_the_terminal(self, checkpoint, refuses, tmp_path, monkeypatch, refusal):

@@ -1,6 +1,7 @@
 """MemoryStore: what is added is found again, written once, and named for what it is."""
 
 import copy
+import dataclasses
 import pickle
 import sqlite3
 import threading
@@ -213,7 +214,7 @@ class TestAddDocument:
         assert len(keys) == len(segments) == 3
         assert store.get(keys) == pipeline.write_document(self.TEXT, segment_tokens=12).states
         assert [(entry.key, *entry.place, entry.text, entry.metadata) for entry in store.entries("book")] == [
-            (key, "book", segment.start, segment.end, segment.text, {"by": "Ada"})
+            (key, "book", segment.start, segment.end, segment.text, {"by": "Ada", "segments": 3})
             for key, segment in zip(keys, segments, strict=True)
         ]
 
@@ -232,6 +233,26 @@ class TestAddDocument:
         (first,) = store
         assert store.add_document(pipeline, self.TEXT, segment_tokens=12)[0] == first
         assert counted == [segment.text for segment in pipeline.segments(self.TEXT, 12)]
+
+    def test_says_whether_it_is_stored_to_its_end(self, store, pipeline, monkeypatch):
+        monkeypatch.setattr(memory_store, "AT_ONCE", 2)
+        how = {"source": "book", "segment_tokens": 12}
+
+        def interrupt(keys):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            store.add_document(pipeline, self.TEXT, done=interrupt, **how)
+        store.add(pipeline, tiny_text(5, 9), sources="note")
+        assert {entry.source: store.is_whole(entry) for entry in store.entries()} == {"book": False, "note": True}
+        assert len(store.add_document(pipeline, self.TEXT, **how)) == 3
+        assert all(map(store.is_whole, store.entries()))
+        store.add_document(pipeline, self.TEXT.splitlines(keepends=True), **how)
+        store.rebuild()
+        (first, *_, last) = store.entries("book")
+        store.delete([last.key])
+        assert not store.is_whole(last)
+        assert store.is_whole(dataclasses.replace(first, metadata={"segments": "seven"}))
 
     def test_what_is_no_document(self, store, pipeline, tmp_path):
         (tmp_path / "book.txt").write_text(self.TEXT)
