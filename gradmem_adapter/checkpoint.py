@@ -30,6 +30,7 @@ from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import opening
+from gradmem_adapter.utils.pretrained import save_here
 from gradmem_adapter.utils.shipped import names_shipped, shipped
 
 BACKBONE = "backbone"
@@ -152,7 +153,7 @@ def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -
         (folder / PACKAGED).write_text(reference + "\n", encoding="utf-8")
     if model.active_peft_config.train_backbone:
         backbone = cast(PreTrainedModel, model.get_base_model())
-        backbone.save_pretrained(str(folder / BACKBONE), state_dict=backbone_state_dict(model))
+        save_here(backbone, folder / BACKBONE, state_dict=backbone_state_dict(model))
 
 
 def _is_resized(model: PeftModel) -> bool:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradmem_adapter.checkpoint import backbone_state_dict
 from gradmem_adapter.export.chat_template import memory_first
 from gradmem_adapter.utils.directory import replacing_together
+from gradmem_adapter.utils.pretrained import save_here
 
 LORA = "lora"
 """The folder of the LoRA inside an exported directory."""
@@ -78,7 +79,7 @@ def export_model(
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = memory_first(tokenizer.chat_template)
     with replacing_together(path, ()) as folder:
-        backbone.save_pretrained(str(folder), state_dict=weights)
+        save_here(backbone, folder, state_dict=weights)
         _name_rope_as_before(folder / "config.json")
         tokenizer.save_pretrained(str(folder))
         if isinstance(lora, LoraConfig) and not merge:

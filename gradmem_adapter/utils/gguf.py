@@ -21,7 +21,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.utils.files import sha256
-from gradmem_adapter.utils.temporary import temporary_directory
+from gradmem_adapter.utils.pretrained import save_here
+from gradmem_adapter.utils.temporary import locked, temporary_directory
 
 _CACHE_FORMAT = 2
 """Of what the cache holds; another number leaves what is there alone."""
@@ -43,22 +44,26 @@ def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     name = f"{file.stem}-{sha256(file)[:16]}-transformers-{transformers.__version__}-{_CACHE_FORMAT}"
     cached = _cache_folder() / name
     if cached.is_dir():
-        try:
+        with contextlib.suppress(Exception):  # damaged, unless another process is just making it again
             return _open_plain(cached, dtype)
-        except Exception as error:  # any damage at all: the cache holds nothing that cannot be made again
-            warnings.warn(f"the cached backbone {cached} is damaged and is made again ({error})", stacklevel=3)
-            shutil.rmtree(cached, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(cached.parent))  # one process unpacks, and the others wait for what it makes
             folder = stack.enter_context(temporary_directory(cached.parent))
         except OSError as error:
             warnings.warn(
                 f"the backbone is not cached, the next load will be as slow as this one ({error})", stacklevel=3
             )
             folder = stack.enter_context(temporary_directory(Path(tempfile.gettempdir())))
+        if cached.is_dir():
+            try:
+                return _open_plain(cached, dtype)
+            except Exception as error:  # any damage at all: the cache holds nothing that cannot be made again
+                warnings.warn(f"the cached backbone {cached} is damaged and is made again ({error})", stacklevel=3)
+                shutil.rmtree(cached, ignore_errors=True)
         plain = _dequantise(file, folder / "plain")
-        with contextlib.suppress(OSError):  # another process was faster, or there is no cache: use ours this once
+        with contextlib.suppress(OSError):  # there is no cache; or no lock, and another process was faster
             os.replace(plain, cached)
             plain = cached
         return _open_plain(plain, dtype)
@@ -81,7 +86,7 @@ def _dequantise(gguf: Path, target: Path) -> Path:
     plain = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(source.state_dict(), strict=True)
     plain.generation_config = source.generation_config
-    plain.save_pretrained(target)
+    save_here(plain, target)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     _mark_special_tokens(tokenizer, config)
     tokenizer.save_pretrained(target)

@@ -15,6 +15,8 @@ from tiny import tiny_tokenizer
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
+from gradmem_adapter import save_checkpoint
+from gradmem_adapter.backbones import load_backbone
 from gradmem_adapter.cli import app
 from gradmem_adapter.training import Batches, GradMemCollator, TrainingDiverged, callbacks
 from gradmem_adapter.training.callbacks import StopOnSignal
@@ -162,6 +164,19 @@ def write(folder):
     return {"stdout": result.stdout, "stderr": result.stderr, "exit_code": result.exit_code}
 
 
+def unpack(folder):
+    """The weights that each process opens of a GGUF file, which process 1 alone unpacks."""
+    os.environ["GRADMEM_CACHE"] = str(folder / "cache")
+    sys.path.append(str(folder))
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        torch.distributed.barrier()
+    model, _ = load_backbone("package:holds_a_gguf/tiny.gguf")
+    if rank == 1:
+        torch.distributed.barrier()
+    return model.state_dict()
+
+
 class Interrupt(TrainerCallback):
     """A signal that process 0 alone gets."""
 
@@ -175,6 +190,8 @@ def on_cpus(folder, meta_gradients):
     results = {"written": write(folder)}
     results |= {name: train(folder / name, 2, name) for name in meta_gradients}
     results["ready"] = train_ready(folder / "ready", 2)
+    results["unpacked"] = unpack(folder)
+    save_checkpoint(make(train_backbone=True), tiny_tokenizer(), folder / f"of process {torch.distributed.get_rank()}")
     results["interrupted"] = ended(folder / "interrupted", callbacks=[Interrupt()], max_steps=99)
     if torch.distributed.get_rank():  # a clock that runs differently
         callbacks.time = SimpleNamespace(monotonic=lambda: 1000 * time.monotonic())

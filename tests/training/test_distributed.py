@@ -8,7 +8,8 @@ import torch
 import two_processes
 from test_trainer import close, make, same
 from test_trainer import weights as trained
-from tiny import tiny, tiny_text, tiny_tokenizer
+from tiny import tiny, tiny_text, tiny_tokenizer, write_tiny_gguf
+from transformers import AutoModelForCausalLM
 
 from gradmem_adapter import load_checkpoint, save_checkpoint
 from gradmem_adapter.store import MemoryStore
@@ -29,6 +30,9 @@ def two(tmp_path_factory):
         (folder / "texts" / f"{i}.txt").write_text(tiny_text(10 + 10 * i, seed=i))
     (folder / "texts" / "latin.txt").write_bytes(b"w1 \xe4")
     (folder / "texts" / "picture").write_bytes(bytes(99))
+    (folder / "holds_a_gguf").mkdir()
+    (folder / "holds_a_gguf" / "__init__.py").touch()
+    write_tiny_gguf(folder / "holds_a_gguf" / "tiny.gguf")
     results, _ = two_processes.start("training/distributed_run.py", ",".join(META_GRADIENTS), folder, folder=folder)
     return results, folder
 
@@ -71,6 +75,16 @@ def test_two_processes_write_each_document_once(two):
     found = {int(entry.source[-5]) for entry in store.entries()}
     assert found == set(range(5))
     assert store.verify().ok
+
+
+def test_each_process_saves_wholly(two):
+    """Not the first alone, as Transformers has it: another may be the one that unpacks a backbone for all."""
+    results, folder = two
+    assert same(results[0]["unpacked"], results[1]["unpacked"])
+    (cached,) = (folder / "cache").iterdir()
+    assert same(AutoModelForCausalLM.from_pretrained(cached).state_dict(), results[0]["unpacked"])
+    own = [trained(load_checkpoint(folder / f"of process {rank}", is_trainable=True)[0]) for rank in range(2)]
+    assert same(*own)
 
 
 def test_average_of_sharded_weights(two, tmp_path):

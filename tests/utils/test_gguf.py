@@ -1,6 +1,8 @@
 """GGUF files inside packages: unpacked once, kept, and made again where what was kept is damaged."""
 
 import shutil
+import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
-from gradmem_adapter.utils import gguf
+from gradmem_adapter.utils import gguf, temporary
 
 
 def same(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
@@ -90,7 +92,39 @@ class TestCache:
         with pytest.warns(UserWarning, match="not cached"):
             self.open()
 
-    def test_another_process_was_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_second_process_waits_for_what_the_first_makes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        make, opened = gguf._dequantise, []
+        second = threading.Thread(target=lambda: opened.append(load_backbone(self.reference)[0]))
+
+        def slow(file: Path, target: Path) -> Path:
+            if not second.ident:
+                second.start()
+                second.join(0.2)
+            return make(file, target)
+
+        monkeypatch.setattr(gguf, "_dequantise", slow)
+        load_backbone(self.reference)
+        second.join()
+        assert same(opened[0], self.weights)
+        assert self.made == 1
+
+    def test_another_process_has_repaired_it_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open()
+        (entry,) = self.cache.iterdir()
+        (entry / "config.json").unlink()
+        wait = gguf.locked
+
+        def overtaken(folder: Path) -> AbstractContextManager[None]:
+            monkeypatch.setattr(gguf, "locked", wait)
+            with pytest.warns(UserWarning, match="is damaged and is made again"):
+                load_backbone(self.reference)
+            return wait(folder)
+
+        monkeypatch.setattr(gguf, "locked", overtaken)
+        self.open()
+        assert self.made == 2
+
+    def test_another_process_was_faster_where_there_are_no_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         make = gguf._dequantise
 
         def overtaken(file: Path, target: Path) -> Path:
@@ -99,6 +133,7 @@ class TestCache:
             return make(file, target)
 
         monkeypatch.setattr(gguf, "_dequantise", overtaken)
+        monkeypatch.setattr(temporary, "fcntl", None)
         assert same(load_backbone(self.reference)[0], self.weights)
         assert self.made == 2
         assert len(list(self.cache.iterdir())) == 1
