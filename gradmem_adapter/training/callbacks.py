@@ -3,6 +3,7 @@ that a run may end with."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -13,17 +14,43 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .schedule import LEAST_RATE, multiply, set_rates
 from .sharding import own_part
 
 LOOK_EVERY = 8
-"""Of several processes all look at what one of them knows every so many steps, because that waits for the GPUs."""
+"""Of several processes all look at what one of them knows at least every so many steps; it waits for the GPUs."""
 
 
-class EndByClock(TrainerCallback, ExportableState):
+class _Together(TrainerCallback):
+    """Asks process 0 at the same steps in all processes, which would wait for ever if they ended at different ones."""
+
+    def __init__(self) -> None:
+        self._steps, self._left = 1, 1
+        """Between two looks, and until the next one."""
+        self._looked, self._pace = math.nan, math.inf
+        """When this process last did, and the seconds that it took for a step before that."""
+
+    def _agreed(self, value: float, args: TrainingArguments) -> float | None:
+        """The number that process 0 has; None at a step at which nobody looks, as for a second or so at most."""
+        if args.world_size == 1:
+            return value
+        self._left -= 1
+        if self._left:
+            return None
+        mine = torch.tensor([value, self._pace], dtype=torch.float64, device=args.device)
+        value, pace = broadcast(mine).tolist()
+        now = time.monotonic()  # the GPU has done by now what it was given
+        if now > self._looked:
+            self._pace = (now - self._looked) / self._steps
+        self._looked = now
+        self._steps = self._left = max(1, min(LOOK_EVERY, int(1 / pace)))
+        return value
+
+
+class EndByClock(_Together, ExportableState):
     """Ends a run after `max_minutes` of its parts together, and lets the learning rate fall in time.
 
     Over the last `decay_share` of the time it falls with the clock, not with a number of steps: the rate of steps is
@@ -31,6 +58,7 @@ class EndByClock(TrainerCallback, ExportableState):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.seconds = 0.0
         """That are over."""
 
@@ -45,9 +73,10 @@ class EndByClock(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         """Look at the clock: that of process 0, because clocks differ."""
-        if not due(args, state):
+        seconds = self._agreed(time.monotonic() - self._start, args)
+        if seconds is None:
             return
-        self.seconds = agreed(time.monotonic() - self._start, args)
+        self.seconds = seconds
         set_rates(lr_scheduler)
         if self.seconds >= 60 * args.max_minutes:
             control.should_training_stop = control.should_save = True
@@ -57,18 +86,6 @@ class EndByClock(TrainerCallback, ExportableState):
         limit = 60 * args.max_minutes
         over = self.seconds - (1 - args.decay_share) * limit
         return max(LEAST_RATE, 1 - (1 - LEAST_RATE) * over / (args.decay_share * limit)) if over > 0 else 1.0
-
-
-def due(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether to look at this step."""
-    return args.world_size == 1 or state.global_step % LOOK_EVERY == 0
-
-
-def agreed(value: float, args: TrainingArguments) -> float:
-    """The number that process 0 has, in all processes: if they ended at different steps, they would wait for ever."""
-    if args.world_size == 1:
-        return value
-    return float(broadcast(torch.tensor(float(value), dtype=torch.float64, device=args.device)).item())
 
 
 class AverageWeights(TrainerCallback):
@@ -104,7 +121,7 @@ class AverageWeights(TrainerCallback):
         self._averages = []
 
 
-class StopOnSignal(TrainerCallback):
+class StopOnSignal(_Together):
     """Ctrl-C and SIGTERM end the run after the step that is being computed, with a checkpoint to go on from.
 
     ```python
@@ -118,6 +135,7 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen = False
         """Whether a signal has come."""
         self._before: dict[int, Any] = {}
@@ -139,5 +157,5 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End here if a signal has come to process 0."""
-        if due(args, state) and agreed(self.seen, args):
+        if self._agreed(self.seen, args):
             self.seen = control.should_training_stop = control.should_save = True

@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 from test_trainer import logs, make, rows, same, trainer, weights
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from gradmem_adapter.training import callbacks
-from gradmem_adapter.training.callbacks import StopOnSignal
+from gradmem_adapter.training import GradMemTrainingArguments, callbacks
+from gradmem_adapter.training.callbacks import LOOK_EVERY, EndByClock, StopOnSignal
 
 
 class Clock:
@@ -107,6 +107,25 @@ class TestEndByClock:
         rates = logs(run, "learning_rate")
         assert rates[2:6] == pytest.approx([1.0] * 4)
         assert rates[6:] == pytest.approx([0.81, 0.62, 0.43, 0.24])
+
+
+@pytest.mark.parametrize("seconds", [25.0, 0.3, 0.01])
+def test_several_processes_end_within_a_second_or_a_step(monkeypatch, clock, seconds):
+    """A minute; where steps are short, not all of them wait for the GPUs."""
+    looks = []
+    monkeypatch.setattr(callbacks, "broadcast", lambda value: looks.append(value) or value)
+    args, control = GradMemTrainingArguments(max_minutes=1, report_to="none"), TrainerControl()
+    monkeypatch.setattr(GradMemTrainingArguments, "world_size", 2)
+    callback, state = EndByClock(), TrainerState()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    callback.on_train_begin(args, state, control, lr_scheduler=schedule)
+    while not control.should_training_stop:
+        clock.now += seconds
+        state.global_step += 1
+        callback.on_step_end(args, state, control, lr_scheduler=schedule)
+    assert state.global_step * seconds < 60 + max(seconds, 1)
+    assert len(looks) <= 3 + state.global_step / min(LOOK_EVERY, max(1, int(0.99 / seconds)))
 
 
 class Raise(TrainerCallback):
