@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from test_trainer import LORA, Gradients, Poison, logs, make, rows, trainer, weights
-from tiny import tiny_tokenizer
+from tiny import tiny, tiny_tokenizer
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -106,15 +106,19 @@ def refused(output, **options):
 
 
 def train_ready(output, processes):
-    """Ready batches through the path of CUDA graphs; of two processes each has half of a batch."""
+    """Ready batches through the path of CUDA graphs, with a teacher; of two processes each has half of a batch."""
     seen = Gradients()
     run = trainer(
         make(meta_gradient="first_order", lora_config=LORA, learn_write_lr="scalar"), output, Halves(processes),
-        callbacks=[seen], max_steps=3, max_grad_norm=0, cuda_graphs=True, write_steps=[1, 2],
-        gradient_accumulation_steps=2, **(SHARED if processes > 1 else {}),
+        callbacks=[seen], teacher=tiny(seed=3), max_steps=3, max_grad_norm=0, cuda_graphs=True, write_steps=[1, 2],
+        gradient_accumulation_steps=2, ema_decay=0.5, **(SHARED if processes > 1 else {}),
     )  # fmt: skip
     run.train()
-    return {"gradients": seen.steps, "logs": {name: logs(run, name) for name in (*LOGGED, "write_steps")}}
+    return {
+        "gradients": seen.steps,
+        "average": weights(run.model),
+        "logs": {name: logs(run, name) for name in (*LOGGED, "distillation_loss", "write_steps")},
+    }
 
 
 class Halves(Batches):

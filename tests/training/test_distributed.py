@@ -107,6 +107,7 @@ def test_ready_batches(two, tmp_path):
     for result in (result["ready"] for result in results):
         for shared, alone in zip(result["gradients"], one["gradients"], strict=True):
             close(shared, alone)
+        close(result["average"], one["average"], atol=A_STEP / 100)
         for name, values in one["logs"].items():
             assert result["logs"][name] == pytest.approx(values, rel=1e-4), name
 
