@@ -20,7 +20,7 @@ from gradmem_adapter.store.claims import Claims
 from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, of_segments, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
-from gradmem_adapter.store.index import Index, entries_of, places_of, select
+from gradmem_adapter.store.index import Index, entries_of, places_of, segments_of
 from gradmem_adapter.store.likelihood import by_likelihood
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.state_file import MemoryStateError
@@ -304,9 +304,8 @@ class MemoryStore:
         segments = entry.metadata.get("segments")
         if entry.source is None or type(segments) is not int:
             return True
-        same = "source = ? AND fingerprint = ? AND json_extract(metadata, '$.segments') = ?"
         with self.index.reading() as connection:
-            return len(list(select(connection, same, (entry.source, entry.fingerprint, segments)))) >= segments
+            return segments_of(connection, entry.source, entry.fingerprint, segments) >= segments
 
     def exists(self) -> bool:
         """Whether there is a store in the directory, if only an empty or a damaged one."""
