@@ -211,14 +211,17 @@ def continuation() -> Frame:
 
 
 def long_documents() -> Frame:
-    """F1 on questions about 48 articles of thousands of words, by what is read of an article."""
-    table = read("long_documents", limit=48)
+    """F1 on questions about articles of thousands of words, by what is read of an article."""
+    whole = read("long_documents", limit=18, pieces="whole")
+    table = pd.concat([whole, read("long_documents", limit=48)])
     rows = []
     for _, row in table.iterrows():
         what = "the state of the paragraph that answers" if row["chosen"] == "right" else f"{row['states']} states"
         if row["method"] == "full_context":
             what = f"{row['states']} pieces of text of {row['context_tokens']:.0f} tokens"
-        if row["chosen"] == "words":
+        if row["pieces"] == "whole":
+            what = f"the article as text, {row['context_tokens']:,.0f} tokens on average ({row['limit']:.0f} articles)"
+        elif row["chosen"] == "words":
             how = "the one with the most support" if row["alone"] is True else "side by side"
             what += f", chosen by words, {how}"
         rows.append({
