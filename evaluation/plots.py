@@ -13,7 +13,7 @@ from .methods import METHODS
 from .paper import KV_RETRIEVAL
 from .results import RESULTS, frame, load_records
 from .tables.benchmarks import PROMPTING, prompting, shape_title
-from .tables.cells import data_title, line_title, read
+from .tables.cells import at_each_k, data_title, line_title, read
 
 NAMES = {"memory_tokens": "memory vectors m", "write_steps": "write steps K"}
 
@@ -195,8 +195,7 @@ def _varies(row: Any, name: str) -> bool:
 
 def general(output: Path) -> list[Path]:
     """F1 of memory on passages against K for each m, and against the bytes kept for each K."""
-    table = frame(load_records(RESULTS / "general.jsonl"))
-    table = table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna()]
+    table = at_each_k(frame(load_records(RESULTS / "general.jsonl")))
     files: list[Path] = []
     for dataset, mine in table.groupby("dataset"):
         figure, panels = _axes(2, (9.6, 4.8), sharey=True)

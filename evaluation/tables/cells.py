@@ -12,6 +12,8 @@ from evaluation.methods import METHODS
 from evaluation.results import RESULTS, frame, load_records
 
 Frame: TypeAlias = pd.DataFrame
+BEFORE = "before its last stage"
+"""The checkpoint of rows that were measured of a general adapter before it was trained further."""
 
 
 def markdown(table: Frame) -> str:
@@ -43,6 +45,12 @@ def read(name: str, **where: Any) -> Frame:
     for column, value in where.items():
         table = table[table[column] == value]
     return table
+
+
+def at_each_k(table: Frame) -> Frame:
+    """Of general adapters on passages, those that were measured at each number of write steps: not those that ship."""
+    shipped = table["checkpoint"].notna() & (table["checkpoint"] != BEFORE)
+    return table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna() & ~shipped]
 
 
 def in_order(table: Frame, names: Iterable[str], column: str = "method") -> Frame:

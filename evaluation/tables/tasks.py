@@ -12,7 +12,7 @@ from evaluation.methods import METHODS
 from evaluation.paper import KV_RETRIEVAL
 from evaluation.results import RESULTS, Record, frame, load_records
 
-from .cells import Frame, data_title, grid, in_order, line_title, percent, read
+from .cells import BEFORE, Frame, at_each_k, data_title, grid, in_order, line_title, percent, read
 
 SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole", "auc", "gap_closed"}
 """Metrics that are shown in %."""
@@ -96,6 +96,7 @@ def general_others() -> Frame:
 def _general(shipped: bool) -> Frame:
     table = frame(load_records(RESULTS / "general.jsonl"))
     table = table[(table["states"] == 1) & table["unanswerable"].isna() & (table["write_steps"] != 1)]
+    table = table[table["checkpoint"] != BEFORE]
     table = table[(table["checkpoint"].notna() | (table["method"] == "full_context")) == shipped]
     table = table.sort_values(["method", "memory_tokens", "write_steps"])
 
@@ -134,8 +135,7 @@ def untouched() -> Frame:
 
 def choosing() -> Frame:
     """What vectors and write steps are worth: F1 of the general adapters on passages."""
-    table = frame(load_records(RESULTS / "general.jsonl"))
-    table = table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna()]
+    table = at_each_k(frame(load_records(RESULTS / "general.jsonl")))
     table = table[table["method"] == "gradmem"].sort_values(["memory_tokens", "write_steps", "dataset"])
     rows = [f"{row['memory_tokens']}, {row['write_steps']}" for _, row in table.iterrows()]
     heads = table["dataset"].map(lambda name: f"{data_title(name)} (F1)").tolist()
