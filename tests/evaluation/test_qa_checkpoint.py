@@ -24,7 +24,7 @@ def test_is_small(checkpoint):
     ("checkpoint", "results", "datasets", "columns"),
     [
         ("smollm2-135m-qa", "general", {"squad", "fairytaleqa", *TASKS}, [(2, 1)]),
-        ("smollm2-135m-qa-128", "general", {"squad", "fairytaleqa", "babi 1"}, [(2, 1)]),
+        ("smollm2-135m-qa-128", "general", {"squad", "fairytaleqa", *TASKS}, [(2, 1)]),
         ("smollm2-135m-babi", "answers", TASKS, [(0, 1), (1, 1), (2, 1)]),
     ],
 )
