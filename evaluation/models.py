@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from gradmem_adapter.backbones import check_end_token, load_backbone
 from gradmem_adapter.checkpoint import check_tensors
 from gradmem_adapter.training.weights import read_trained_weights
-from gradmem_adapter.utils.fields import claim_directory, from_json
+from gradmem_adapter.utils.fields import from_json
 from gradmem_adapter.utils.files import read_text, replacing
 
 from .config import RunConfig
@@ -150,15 +150,6 @@ def load_config(path: Path) -> RunConfig:
         FileNotFoundError: there is none.
     """
     return RunConfig.load(path) if path.is_file() else RunConfig.of(_fields(path))
-
-
-def claim_run(config: RunConfig, path: Path) -> None:
-    """Keep the configuration in the directory of its run, which no other one may go on in.
-
-    Raises:
-        ValueError: a run by another configuration is there; the message names the fields that differ.
-    """
-    claim_directory(path / RECIPE, config.fields())
 
 
 def _write_config(config: RunConfig, path: Path) -> None:

@@ -16,10 +16,10 @@ from transformers.utils import is_torch_tf32_available
 from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, GradMemTrainingArguments, RowBatches
 from gradmem_adapter.training.callbacks import EndByClock, StopOnSignal
 from gradmem_adapter.training.pools import load_pools
-from gradmem_adapter.utils.fields import released_on_error
+from gradmem_adapter.utils.fields import claimed
 
 from .config import RunConfig
-from .models import RECIPE, build_model, claim_run, load_teacher, save_model
+from .models import RECIPE, build_model, load_teacher, save_model
 from .unanswerable import REFUSAL
 
 CHECKPOINT = "checkpoint"
@@ -40,13 +40,12 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
         Where the finished model is; None if Ctrl-C or SIGTERM ended the run before, with a checkpoint to go on from.
 
     Raises:
+        BlockingIOError: another run is under way in `output`.
         ValueError: `output` holds a run by another configuration, or this one cannot work.
         TrainingDiverged: a loss or a gradient is not finite; the last good checkpoint is in `output`.
     """
     arguments = training_arguments(config, output, device)
-    with PartialState(cpu=device.type == "cpu").main_process_first():
-        claim_run(config, output)
-    with released_on_error(output / RECIPE):
+    with claimed(output / RECIPE, config.fields(), PartialState(cpu=device.type == "cpu")):
         model, tokenizer = build_model(config)
         data = training_batches(config, tokenizer)
         if isinstance(data, RowBatches) and isinstance(model, PeftModel):
@@ -61,18 +60,18 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
             trainer.add_callback(stop)
             resumed = trainer.has_checkpoint()
             runtime = trainer.train(resume_from_checkpoint=True if resumed else None).metrics["train_runtime"]
-    if stop.seen:
-        return None
-    if trainer.is_world_process_zero():
-        clock = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EndByClock)]
-        seconds = clock[0].seconds if clock else None if resumed else runtime  # who was interrupted did not look
-        done = dataclasses.replace(
-            config,
-            training=config.training | {"max_steps": trainer.state.global_step},
-            trained_minutes=None if seconds is None else round(seconds / 60, 2),
-        )
-        save_model(model, tokenizer, done, output / CHECKPOINT)
-    return output / CHECKPOINT
+        if stop.seen:
+            return None
+        if trainer.is_world_process_zero():
+            clock = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EndByClock)]
+            seconds = clock[0].seconds if clock else None if resumed else runtime  # who was interrupted did not look
+            done = dataclasses.replace(
+                config,
+                training=config.training | {"max_steps": trainer.state.global_step},
+                trained_minutes=None if seconds is None else round(seconds / 60, 2),
+            )
+            save_model(model, tokenizer, done, output / CHECKPOINT)
+        return output / CHECKPOINT
 
 
 def training_arguments(config: RunConfig, output: Path, device: torch.device) -> GradMemTrainingArguments:

@@ -17,7 +17,7 @@ from evaluation.data import Rows, qa_rows
 from evaluation.train import CHECKPOINT, CURVE, LearningCurve
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
 from gradmem_adapter.training.callbacks import StopOnSignal
-from gradmem_adapter.utils.fields import claim_directory, released_on_error
+from gradmem_adapter.utils.fields import claimed
 from gradmem_adapter.write.batching import batches
 
 from .writer import KINDS, prompt, question_line, token_ids
@@ -103,12 +103,11 @@ def train_writer(run: WriterRun, output: Path, device: torch.device) -> Path | N
         Where it is; None if Ctrl-C or SIGTERM ended the run before, with a checkpoint to go on from.
 
     Raises:
+        BlockingIOError: another run is under way in `output`.
         ValueError: `output` holds a run with other settings, or there is nothing to learn from.
     """
     cpu = device.type == "cpu"
-    with PartialState(cpu=cpu).main_process_first():
-        claim_directory(output / SETTINGS, asdict(run))
-    with released_on_error(output / SETTINGS):
+    with claimed(output / SETTINGS, asdict(run), PartialState(cpu=cpu)):
         model, tokenizer = load_backbone(run.backbone)
         setattr(model.config, KINDS, sorted({kind for kind, _ in run.sources}))
         rows = [(kind, qa_rows(source, "train")) for kind, source in run.sources]
@@ -125,9 +124,9 @@ def train_writer(run: WriterRun, output: Path, device: torch.device) -> Path | N
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
-    if stop.seen:
-        return None
-    if trainer.is_world_process_zero():
-        model.to(torch.bfloat16).save_pretrained(output / CHECKPOINT)  # type: ignore[arg-type]
-        tokenizer.save_pretrained(output / CHECKPOINT)
-    return output / CHECKPOINT
+        if stop.seen:
+            return None
+        if trainer.is_world_process_zero():
+            model.to(torch.bfloat16).save_pretrained(output / CHECKPOINT)  # type: ignore[arg-type]
+            tokenizer.save_pretrained(output / CHECKPOINT)
+        return output / CHECKPOINT

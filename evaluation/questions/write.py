@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from gradmem_adapter.training.metrics import score_answer
-from gradmem_adapter.utils.fields import claim_directory
+from gradmem_adapter.utils.fields import claimed
 from gradmem_adapter.utils.files import check_writable, replacing
 
 from .passages import passages
@@ -69,6 +69,7 @@ def write_questions(writing: Writing, output: Path, device: torch.device, show: 
         show: told how far it is.
 
     Raises:
+        BlockingIOError: another call is writing it.
         FileExistsError: `output` is there.
         ValueError: it has another name, what was begun had other settings, or nothing is written.
     """
@@ -77,27 +78,26 @@ def write_questions(writing: Writing, output: Path, device: torch.device, show: 
     if output.exists():
         raise FileExistsError(f"{output} exists. Give --output another file, or delete it.")
     check_writable(output)
-    writer = Writer(writing.writer, writing.kind, device, writing.tokens)
-    found = passages(writing.source, writing.split, writer.tokenizer, writing.longest, random.Random(writing.seed))
-    texts = list(islice(found, writing.limit))
-    if not texts:
-        raise ValueError(f"{writing.source!r} has no passage of at most {writing.longest} tokens to ask about.")
     state, parts = PartialState(cpu=device.type == "cpu"), output.with_name(f"{output.name}.parts")
-    with state.main_process_first():
-        claim_directory(parts / "settings.json", asdict(writing))
-    files = [parts / f"{first:08d}.jsonl" for first in range(0, len(texts), PART)]
-    for number in range(state.process_index, len(files), state.num_processes):
-        if not files[number].exists():
-            set_seed(random.Random(f"{writing.seed}:{number}").getrandbits(32))
-            rows = list(_rows(texts[number * PART : (number + 1) * PART], writer, writing))
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            with replacing(files[number]) as temporary:
-                temporary.write_text("".join(lines), encoding="utf-8")
-            show(f"Part {number + 1} of {len(files)}: {len(rows):,} questions")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _join(files, output)
-        shutil.rmtree(parts)
+    with claimed(parts / "settings.json", asdict(writing), state):
+        writer = Writer(writing.writer, writing.kind, device, writing.tokens)
+        found = passages(writing.source, writing.split, writer.tokenizer, writing.longest, random.Random(writing.seed))
+        texts = list(islice(found, writing.limit))
+        if not texts:
+            raise ValueError(f"{writing.source!r} has no passage of at most {writing.longest} tokens to ask about.")
+        files = [parts / f"{first:08d}.jsonl" for first in range(0, len(texts), PART)]
+        for number in range(state.process_index, len(files), state.num_processes):
+            if not files[number].exists():
+                set_seed(random.Random(f"{writing.seed}:{number}").getrandbits(32))
+                rows = list(_rows(texts[number * PART : (number + 1) * PART], writer, writing))
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+                with replacing(files[number]) as temporary:
+                    temporary.write_text("".join(lines), encoding="utf-8")
+                show(f"Part {number + 1} of {len(files)}: {len(rows):,} questions")
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _join(files, output)
+            shutil.rmtree(parts)
 
 
 def _rows(texts: Sequence[str], writer: Writer, writing: Writing) -> Iterator[dict[str, Any]]:

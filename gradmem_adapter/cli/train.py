@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gradmem_adapter.cli.options import DEVICE, JSON, chosen_device, print_json
 from gradmem_adapter.cli.train_config import LENGTH, TrainConfig
-from gradmem_adapter.utils.fields import claim_directory, read_fields, released_on_error
+from gradmem_adapter.utils.fields import claimed, read_fields
 
 if TYPE_CHECKING:
     import torch
@@ -89,20 +89,18 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
 
     state = PartialState(cpu=place.type == "cpu")
     arguments = plan.check(output, place)  # a plan that cannot be used claims no directory
-    with state.main_process_first():
-        claim_directory(output / RUN, dataclasses.asdict(plan), may_change={"training": LENGTH})
-    with released_on_error(output / RUN):
+    with claimed(output / RUN, dataclasses.asdict(plan), state, may_change={"training": LENGTH}):
         trainer = plan.trainer(arguments)
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
-    if stop.seen:
-        typer.echo(f"Interrupted; the same command goes on from {output}.")
-        raise typer.Exit(130)
-    trainer.save_model(str(output / CHECKPOINT))
-    metrics = trainer.evaluate() if plan.eval_rows is not None else {}
-    if not trainer.is_world_process_zero():
-        return None
-    model = cast("PeftModel", trainer.model)
-    write_card(output / CHECKPOINT, model, Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics))
-    return metrics
+        if stop.seen:
+            typer.echo(f"Interrupted; the same command goes on from {output}.")
+            raise typer.Exit(130)
+        trainer.save_model(str(output / CHECKPOINT))
+        metrics = trainer.evaluate() if plan.eval_rows is not None else {}
+        if not trainer.is_world_process_zero():
+            return None
+        model = cast("PeftModel", trainer.model)
+        write_card(output / CHECKPOINT, model, Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics))
+        return metrics

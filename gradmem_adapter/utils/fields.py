@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from .files import read_text, replacing
+from .temporary import locked
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 MAX_BYTES, MAX_VALUES = 2**18, 10_000
 """Of a configuration. YAML may repeat a value by its name, and so say in ten lines what no memory holds."""
@@ -136,21 +140,52 @@ def _entry(place: list[Any], key: str, setting: str) -> int:
     return int(key)
 
 
-def claim_directory(
-    file: Path, fields: Mapping[str, Any], *, may_change: Mapping[str, Collection[str]] = MappingProxyType({})
-) -> None:
-    """Keep the fields of a run in a file of its directory, which no other run may go on in.
+@contextmanager
+def claimed(
+    file: Path,
+    fields: Mapping[str, Any],
+    processes: PartialState,
+    *,
+    may_change: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> Iterator[None]:
+    """Inside the block a directory is that of one run, whose fields a file in it keeps. No other run may go on in it.
+
+    If the block fails before anything has been trained, the file goes, and the directory with it.
 
     Args:
         file (`Path`): a JSON file in the directory of the run, which is made.
         fields (`Mapping[str, Any]`): of the run, as JSON can hold them.
+        processes (`PartialState`): those of the run, which share the directory.
         may_change (`Mapping[str, Collection[str]]`, *optional*): inner fields of fields that a run may go on with
             others of.
 
     Raises:
+        BlockingIOError: another run is under way there.
         ValueError: a run with other fields is there; the message names those that differ.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with processes.main_process_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if processes.is_main_process:
+                try:
+                    held.enter_context(locked(file.parent, wait=False))
+                except BlockingIOError as error:
+                    told = (
+                        f"Another run is under way in {file.parent}. Give --output another name, or wait for its end."
+                    )
+                    raise BlockingIOError(told) from error
+            _keep_or_check(file, fields, may_change)
+        try:
+            yield
+        except Exception:
+            with suppress(OSError):
+                if list(file.parent.iterdir()) == [file]:
+                    file.unlink()
+                    file.parent.rmdir()
+            raise
+
+
+def _keep_or_check(file: Path, fields: Mapping[str, Any], may_change: Mapping[str, Collection[str]]) -> None:
     if not file.is_file() or list(file.parent.iterdir()) == [file]:  # nothing has been trained there
         _keep(file, fields)
         return
@@ -181,20 +216,3 @@ def _without(fields: dict[str, Any], inner: Mapping[str, Collection[str]]) -> di
         else value
         for name, value in fields.items()
     }
-
-
-@contextmanager
-def released_on_error(file: Path) -> Iterator[None]:
-    """Undo `claim_directory` if the block fails before anything has been trained.
-
-    Args:
-        file (`Path`): as it was claimed by.
-    """
-    try:
-        yield
-    except Exception:
-        with suppress(OSError):
-            if list(file.parent.iterdir()) == [file]:
-                file.unlink()
-                file.parent.rmdir()
-        raise

@@ -57,14 +57,18 @@ def _make(parent: Path) -> tuple[Path, int | None]:
 
 
 @contextmanager
-def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Inside the block no other process or thread holds the lock on a folder, which is waited for.
+def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Inside the block no other process or thread holds the lock on a folder.
 
     Args:
         folder (`Path`): an existing one. Where the file system has no locks, nobody is kept out.
         shared (`bool`, *optional*, defaults to `False`): others may share it.
+        wait (`bool`, *optional*, defaults to `True`): until nobody else holds it.
+
+    Raises:
+        BlockingIOError: somebody else holds it, and is not waited for.
     """
-    lock = _lock(folder, shared=shared, wait=True)
+    lock = _lock(folder, shared=shared, wait=wait)
     try:
         yield
     finally:

@@ -7,16 +7,18 @@ import signal
 
 import pytest
 import torch
+from accelerate import PartialState
 from small_runs import METHODS, kv_config, kv_fields, qa_config, qa_fields, write_folder
 from tiny import tiny, tiny_tokenizer
 
 from evaluation.config import RunConfig
 from evaluation.data import questions
-from evaluation.models import build_model, claim_run, language_model, load_model, load_teacher, save_model
+from evaluation.models import RECIPE, build_model, language_model, load_model, load_teacher, save_model
 from evaluation.run import Answerer
 from evaluation.train import train, training_arguments, training_batches
 from gradmem_adapter import GradMemPipeline, load_checkpoint
 from gradmem_adapter.training import GradMemTrainer, RowBatches
+from gradmem_adapter.utils.fields import claimed
 
 CPU = torch.device("cpu")
 IDS = ["gradmem", "forward_memory", "mean_pooling", "truncated_text", "no context", "full_context"]
@@ -173,13 +175,16 @@ def test_arguments_of_a_run(tmp_path):
     assert (arguments.max_steps, arguments.torch_compile, arguments.use_cpu) == (8, False, True)
 
 
-def test_a_run_by_another_configuration_is_refused(tmp_path):
-    claim_run(kv_config(), tmp_path)
-    claim_run(kv_config(), tmp_path)
+def test_the_directory_of_another_run_is_refused(tmp_path):
+    config = kv_config()
+    with (
+        claimed(tmp_path / RECIPE, config.fields(), PartialState(cpu=True)),
+        pytest.raises(BlockingIOError, match="Another run is under way"),
+    ):
+        train(config, tmp_path, CPU)
     (tmp_path / "checkpoint-4").mkdir()
-    claim_run(kv_config(), tmp_path)
     with pytest.raises(ValueError, match="a run by another configuration: memory, training differ"):
-        claim_run(kv_config(memory={"num_memory_tokens": 2}, training={"seed": 3}), tmp_path)
+        train(kv_config(memory={"num_memory_tokens": 2}, training={"seed": 3}), tmp_path, CPU)
     with pytest.raises(FileNotFoundError, match=r"no model trained by a recipe.*`gradmem train` makes is measured by"):
         load_model(tmp_path / "nothing")
 

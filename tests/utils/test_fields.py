@@ -1,10 +1,15 @@
 """Configurations: read from YAML and settings in bounded time, and a directory claimed by one of them."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
+from accelerate import PartialState
 
-from gradmem_adapter.utils.fields import claim_directory, from_json, from_yaml, read_fields, released_on_error
+from gradmem_adapter.utils.fields import claimed as fields_claimed
+from gradmem_adapter.utils.fields import from_json, from_yaml, read_fields
 
 NINE = ", ".join(["*{0}{1}"] * 9)
 
@@ -61,21 +66,55 @@ def test_a_file_with_a_mark_and_settings(tmp_path):
         read_fields(tmp_path / "a.yaml")
 
 
+def claimed(file, fields):
+    return fields_claimed(file, fields, PartialState(cpu=True))
+
+
 def test_a_run_that_fails_at_once_leaves_nothing(tmp_path):
     file = tmp_path / "run" / "run.json"
-    claim_directory(file, {"a": 1})
-    with pytest.raises(ValueError, match="wrong"), released_on_error(file):
+    with pytest.raises(ValueError, match="wrong"), claimed(file, {"a": 1}):
         raise ValueError("wrong")
     assert not file.parent.exists()
 
 
 def test_what_was_trained_stays(tmp_path):
     file = tmp_path / "run" / "run.json"
-    claim_directory(file, {"a": 1})
-    (file.parent / "checkpoint-1").mkdir()
-    with pytest.raises(ValueError, match="wrong"), released_on_error(file):
+    with claimed(file, {"a": 1}):
+        (file.parent / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match="wrong"), claimed(file, {"a": 1}):
         raise ValueError("wrong")
     assert json.loads(file.read_text()) == {"a": 1}
     file.write_text("[]")
-    with pytest.raises(ValueError, match="holds no run"):
-        claim_directory(file, {"a": 1})
+    with pytest.raises(ValueError, match="holds no run"), claimed(file, {"a": 1}):
+        pass
+
+
+def test_of_runs_that_start_together_one_has_the_directory(tmp_path):
+    """Whether their fields are the same or not; when it has ended, it can go on."""
+    file, start, tried = tmp_path / "run" / "run.json", threading.Barrier(8), threading.Barrier(8, timeout=60)
+
+    def run(number):
+        start.wait()
+        with ExitStack() as claim:
+            refused = None
+            try:
+                claim.enter_context(claimed(file, {"a": number % 2}))
+            except BlockingIOError as error:
+                refused = str(error)
+            tried.wait()
+        return refused
+
+    with ThreadPoolExecutor(8) as threads:
+        refused = list(threads.map(run, range(8)))
+    has_it = refused.index(None)
+    assert all("Another run is under way in" in message for message in refused[:has_it] + refused[has_it + 1 :])
+    with claimed(file, {"a": has_it % 2}):
+        assert json.loads(file.read_text()) == {"a": has_it % 2}
+
+
+def test_processes_of_one_run_share_its_directory(tmp_path, monkeypatch):
+    file = tmp_path / "run" / "run.json"
+    with claimed(file, {"a": 1}):
+        monkeypatch.setattr(PartialState(), "process_index", 1)
+        with claimed(file, {"a": 1}):
+            pass
