@@ -9,6 +9,7 @@ import typer
 
 from gradmem_adapter.cli.errors import DEBUG, Commands
 from gradmem_adapter.cli.options import DEVICE, chosen_device
+from gradmem_adapter.cli.processes import end_of_run
 from gradmem_adapter.training import RowBatches
 from gradmem_adapter.training.pools import save_pools
 from gradmem_adapter.utils.files import check_writable
@@ -51,10 +52,7 @@ def train(
 ) -> None:
     """Train a model as a recipe says."""
     checkpoint = train_run(RunConfig.load(recipe, settings or ()), output, chosen_device(device))
-    if checkpoint is None:
-        typer.echo(f"Interrupted; the same command goes on from {output}.")
-        raise typer.Exit(130)
-    typer.echo(f"Saved: {checkpoint}. Measure it: python -m evaluation run {checkpoint}")
+    end_of_run(checkpoint, output, "Measure it: python -m evaluation run")
 
 
 @app.command()

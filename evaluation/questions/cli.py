@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gradmem_adapter.cli.options import DEVICE, chosen_device
+from gradmem_adapter.cli.processes import end_of_run, say_once
 
 from .train import WriterRun, train_writer
 from .write import Writing, write_questions
@@ -36,10 +37,7 @@ def train(
         [_kind_and_source(text) for text in sources], backbone, epochs, learning_rate, tokens, longest, seed
     )
     writer = train_writer(run, output, chosen_device(device))
-    if writer is None:
-        typer.echo(f"Interrupted; the same command goes on from {output}.")
-        raise typer.Exit(130)
-    typer.echo(f"Saved: {writer}. Let it write: python -m evaluation questions write {writer}")
+    end_of_run(writer, output, "Let it write: python -m evaluation questions write")
 
 
 @app.command()
@@ -60,7 +58,7 @@ def write(
     """Let a writer ask about texts, and keep what it answers the same twice."""
     writing = Writing(str(writer), source, kind, split, limit, longest, tokens, agreement, support, seed)
     write_questions(writing, output, chosen_device(device), typer.echo)
-    typer.echo(f"Saved: {output}")
+    say_once(f"Saved: {output}")
 
 
 def _kind_and_source(text: str) -> tuple[str, str]:

@@ -6,7 +6,10 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from gradmem_adapter.cli.inputs import Document, Inputs
 
@@ -52,3 +55,32 @@ def together(counts: Counter[str], inputs: Inputs) -> Counter[str]:
     inputs.refused = list(dict.fromkeys(line for _, refused, _ in found for line in refused))
     inputs.passed_over = list(dict.fromkeys(path for _, _, passed_over in found for path in passed_over))
     return sum((part for part, _, _ in found), Counter())
+
+
+def say_once(line: str) -> None:
+    """Print a line, in the first process alone.
+
+    Args:
+        line (`str`): the same in all of them.
+    """
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        typer.echo(line)
+
+
+def end_of_run(model: Path | None, output: Path, then: str = "") -> None:
+    """Say how a training run ended, once for all its processes.
+
+    Args:
+        model (`Path`, *optional*): what it made; None: it was interrupted.
+        output (`Path`): its directory.
+        then (`str`, *optional*): what to do with the model, to the end of the line but for its name.
+
+    Raises:
+        typer.Exit: it was interrupted.
+    """
+    if model is None:
+        say_once(f"Interrupted; the same command goes on from {output}.")
+        raise typer.Exit(130)
+    say_once(f"Saved: {model}" + (f". {then} {model}" if then else ""))

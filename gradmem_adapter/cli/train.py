@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradmem_adapter.cli.options import DEVICE, JSON, chosen_device, print_json
+from gradmem_adapter.cli.processes import end_of_run
 from gradmem_adapter.cli.train_config import LENGTH, TrainConfig
 from gradmem_adapter.utils.fields import claimed, read_fields
 
@@ -69,14 +70,13 @@ def train(
     if as_json:
         print_json({"checkpoint": str(output / CHECKPOINT), "metrics": metrics})
         return
-    console = Console()
-    console.print(f"Saved: {output / CHECKPOINT}", markup=False)
+    end_of_run(output / CHECKPOINT, output)
     if metrics:
         shown = ("loss", "exact_match", "f1", "first_write_loss", "last_write_loss")
         names = [name for name in shown if f"eval_{name}" in metrics]
         table = Table(*(name.replace("_", " ") for name in names), title=str(plan.eval_rows))
         table.add_row(*(f"{metrics[f'eval_{name}']:.4f}" for name in names))
-        console.print(table)
+        Console().print(table)
 
 
 def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, float] | None:
@@ -95,8 +95,7 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=True if trainer.has_checkpoint() else None)
         if stop.seen:
-            typer.echo(f"Interrupted; the same command goes on from {output}.")
-            raise typer.Exit(130)
+            end_of_run(None, output)
         trainer.save_model(str(output / CHECKPOINT))
         metrics = trainer.evaluate() if plan.eval_rows is not None else {}
         if not trainer.is_world_process_zero():
