@@ -11,9 +11,9 @@ import pandas as pd
 
 from .methods import METHODS
 from .paper import KV_RETRIEVAL
-from .results import RESULTS, frame, load_records
+from .results import RESULTS
 from .tables.benchmarks import PROMPTING, prompting, shape_title
-from .tables.cells import at_each_k, data_title, line_title, read
+from .tables.cells import data_title, general_passages, line_title, read
 
 NAMES = {"memory_tokens": "memory vectors m", "write_steps": "write steps K"}
 
@@ -195,7 +195,7 @@ def _varies(row: Any, name: str) -> bool:
 
 def general(output: Path) -> list[Path]:
     """F1 of memory on passages against K for each m, and against the bytes kept for each K."""
-    table = at_each_k(frame(load_records(RESULTS / "general.jsonl")))
+    table = general_passages()
     files: list[Path] = []
     for dataset, mine in table.groupby("dataset"):
         figure, panels = _axes(2, (9.6, 4.8), sharey=True)

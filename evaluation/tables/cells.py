@@ -12,8 +12,6 @@ from evaluation.methods import METHODS
 from evaluation.results import RESULTS, frame, load_records
 
 Frame: TypeAlias = pd.DataFrame
-BEFORE = "before its last stage"
-"""The checkpoint of rows that were measured of a general adapter before it was trained further."""
 
 
 def markdown(table: Frame) -> str:
@@ -47,10 +45,10 @@ def read(name: str, **where: Any) -> Frame:
     return table
 
 
-def at_each_k(table: Frame) -> Frame:
-    """Of general adapters on passages, those that were measured at each number of write steps: not those that ship."""
-    shipped = table["checkpoint"].notna() & (table["checkpoint"] != BEFORE)
-    return table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna() & ~shipped]
+def general_passages() -> Frame:
+    """What the general adapters answer about passages, each in a state of its own; no questions to be refused."""
+    table = frame(load_records(RESULTS / "general.jsonl"))
+    return table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna()]
 
 
 def in_order(table: Frame, names: Iterable[str], column: str = "method") -> Frame:

@@ -12,7 +12,7 @@ from evaluation.methods import METHODS
 from evaluation.paper import KV_RETRIEVAL
 from evaluation.results import RESULTS, Record, frame, load_records
 
-from .cells import BEFORE, Frame, at_each_k, data_title, grid, in_order, line_title, percent, read
+from .cells import Frame, data_title, general_passages, grid, in_order, line_title, percent, read
 
 SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole", "auc", "gap_closed"}
 """Metrics that are shown in %."""
@@ -96,7 +96,6 @@ def general_others() -> Frame:
 def _general(shipped: bool) -> Frame:
     table = frame(load_records(RESULTS / "general.jsonl"))
     table = table[(table["states"] == 1) & table["unanswerable"].isna() & (table["write_steps"] != 1)]
-    table = table[table["checkpoint"] != BEFORE]
     table = table[(table["checkpoint"].notna() | (table["method"] == "full_context")) == shipped]
     table = table.sort_values(["method", "memory_tokens", "write_steps"])
 
@@ -135,7 +134,7 @@ def untouched() -> Frame:
 
 def choosing() -> Frame:
     """What vectors and write steps are worth: F1 of the general adapters on passages."""
-    table = at_each_k(frame(load_records(RESULTS / "general.jsonl")))
+    table = general_passages()
     table = table[table["method"] == "gradmem"].sort_values(["memory_tokens", "write_steps", "dataset"])
     rows = [f"{row['memory_tokens']}, {row['write_steps']}" for _, row in table.iterrows()]
     heads = table["dataset"].map(lambda name: f"{data_title(name)} (F1)").tolist()
@@ -212,15 +211,14 @@ def continuation() -> Frame:
 
 def long_documents() -> Frame:
     """F1 on questions about articles of thousands of words, by what is read of an article."""
-    whole = read("long_documents", limit=18, pieces="whole")
-    table = pd.concat([whole, read("long_documents", limit=48)])
     rows = []
-    for _, row in table.iterrows():
+    for _, row in read("long_documents", limit=48).iterrows():
         what = "the state of the paragraph that answers" if row["chosen"] == "right" else f"{row['states']} states"
+        what += f" ({row['memory_tokens']} vectors)"
         if row["method"] == "full_context":
             what = f"{row['states']} pieces of text of {row['context_tokens']:.0f} tokens"
         if row["pieces"] == "whole":
-            what = f"the article as text, {row['context_tokens']:,.0f} tokens on average ({row['limit']:.0f} articles)"
+            what = f"the article as text, {row['context_tokens']:,.0f} tokens on average"
         elif row["chosen"] == "words":
             how = "the one with the most support" if row["alone"] is True else "side by side"
             what += f", chosen by words, {how}"

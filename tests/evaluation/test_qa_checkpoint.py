@@ -11,6 +11,7 @@ from evaluation.tasks import Babi
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 DATA = Path(__file__).parents[1] / "data"
+SEVERAL = [(0, 1), (1, 1), (2, 1), (4, 1), (2, 2), (2, 4), (2, 8)]
 TASKS = {"babi 1", "babi 2", "babi 4", "babi 5"}
 each = pytest.mark.parametrize("checkpoint", ["smollm2-135m-qa", "smollm2-135m-qa-128", "smollm2-135m-babi"])
 
@@ -23,8 +24,8 @@ def test_is_small(checkpoint):
 @pytest.mark.parametrize(
     ("checkpoint", "results", "datasets", "columns"),
     [
-        ("smollm2-135m-qa", "general", {"squad", "fairytaleqa", *TASKS}, [(2, 1)]),
-        ("smollm2-135m-qa-128", "general", {"squad", "fairytaleqa", *TASKS}, [(2, 1)]),
+        ("smollm2-135m-qa", "general", {"squad", "fairytaleqa", *TASKS}, SEVERAL),
+        ("smollm2-135m-qa-128", "general", {"squad", "fairytaleqa", *TASKS}, SEVERAL),
         ("smollm2-135m-babi", "answers", TASKS, [(0, 1), (1, 1), (2, 1)]),
     ],
 )
