@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from gradmem_adapter.store import MemoryStoreError, UnknownStateError
 from gradmem_adapter.utils.files import FULL
@@ -88,7 +89,7 @@ def api_error(error: BaseException) -> ApiError:
         case ConnectionError() | TimeoutError() | RuntimeError():
             told = "The model or its engine failed. Ask again, or whoever runs this server."
             return _logged(error, ApiError(502, told, "engine_failed"))
-        case asyncio.CancelledError():
+        case asyncio.CancelledError() | ClientDisconnect():
             return ApiError(CLIENT_IS_GONE, "The request was cancelled.")
         case _:
             return _logged(error, ApiError(500, "The server failed. Ask whoever runs it, whose log says more."))
@@ -147,6 +148,7 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, told.get(error.status_code, str(error.detail))).response()
 
     app.add_exception_handler(ApiError, of_api)
+    app.add_exception_handler(ClientDisconnect, of_api)
     app.add_exception_handler(RequestValidationError, of_fields)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(Exception, of_api)

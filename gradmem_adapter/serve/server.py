@@ -11,7 +11,8 @@ from fastapi import FastAPI
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's. When it is stopped answers have `grace` seconds to end, and texts that are being written none.
+    """Uvicorn's. When it is stopped answers have `grace` seconds to end; texts that are being written and requests that
+    have not arrived wholly have none.
 
     Args:
         app (`FastAPI`): what `create_app` made.
@@ -24,8 +25,12 @@ class Server(uvicorn.Server):
         self._stop_writes = app.state.writes.stop
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tell who waits for a text to be written, and let the others have their answers."""
+        """Tell who waits for a text to be written, leave who still sends, and let the others have their answers."""
         self._stop_writes()
+        for connection in self.server_state.connections:
+            request = getattr(connection, "cycle", None)  # None before there is one; a websocket has none
+            if request is not None and request.more_body:
+                connection.transport.close()
         await super().shutdown(sockets)
 
 

@@ -1,6 +1,8 @@
 """What the API tells of memories on the way: write steps, recitals, and how far an answer is supported."""
 
 import json
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -158,3 +160,18 @@ def test_a_server_that_is_stopped_says_so_and_ends(pipeline, store, stream):
     assert [entry.source for entry in store.entries()] == [kept["id"]]
     report = store.verify()
     assert (report.ok, report.leftovers) == (True, ())
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/memories"])
+def test_a_server_that_is_stopped_does_not_wait_for_the_rest_of_a_request(pipeline, store, capfd, path, kind):
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 99\r\n\r\n"
+    with running(create_app(pipeline, store.path)) as (url, server):
+        server.config.timeout_graceful_shutdown = 600
+        with socket.create_connection(("127.0.0.1", httpx.URL(url).port), timeout=300) as client:
+            client.sendall(f"{head}--x\r\n".encode())
+            while not server.server_state.tasks:
+                time.sleep(0.01)
+            server.should_exit = True
+            assert client.recv(1) == b""
+    assert "Traceback" not in capfd.readouterr().err
