@@ -137,8 +137,11 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
                 events, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=reads.limits.grace
             )
         answers = await unless_gone(request, reads.answers(asked))
-        choices = [form.choice(i, answer.text, answer) for i, answer in enumerate(answers)]
-        memory = [place for one in asked for place in places_of(one.found)]
+        choices = [
+            form.choice(i, answer.text, answer) | {"memory": list(places_of(one.found))}
+            for i, (one, answer) in enumerate(zip(asked, answers, strict=True))
+        ]
+        memory = [place for choice in choices for place in choice["memory"]]
         return JSONResponse(form.body(choices, usage=_usage(asked, answers), memory=memory, **support))
 
     return router
@@ -155,9 +158,10 @@ async def _events(
     chunk = partial(form.body, chunk=True)
     pieces = reads.pieces(asked)
     try:
+        first = form.choice(0, "", None, chunk=True)
         if form.chat:
-            first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            yield json.dumps(chunk([first], memory=list(places_of(asked.found)), **support))
+            first["delta"]["role"] = "assistant"
+        yield json.dumps(chunk([first], memory=list(places_of(asked.found)), **support))
         async for piece in pieces:
             if isinstance(piece, str):
                 yield json.dumps(chunk([form.choice(0, piece, None, chunk=True)]))

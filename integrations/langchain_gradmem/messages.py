@@ -165,7 +165,7 @@ def usage_metadata(prompt_tokens: int, new_tokens: int, memory_vectors: int, con
         input_tokens=prompt_tokens + memory_vectors,
         output_tokens=new_tokens,
         total_tokens=prompt_tokens + memory_vectors + new_tokens,
-        input_token_details=details if memory_vectors else {},
+        input_token_details=details,
     )
 
 

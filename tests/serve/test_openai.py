@@ -112,6 +112,17 @@ def test_the_store_chooses(client, pipeline, store, ids):
     assert text_of(nothing) == expected(pipeline, store, [], "w33")
 
 
+def test_every_answer_says_what_it_was_read_from(client, ids):
+    """And that it was read from nothing, where the store has no text for it."""
+    body = {"model": "gradmem", "memory": "auto", "max_tokens": 2}
+    prompts = {"w7 : Question": ids[1:], "w33": []}
+    whole = client.post("/v1/completions", json=body | {"prompt": list(prompts)}).json()
+    assert [[place["id"] for place in choice["memory"]] for choice in whole["choices"]] == list(prompts.values())
+    for prompt, choice in zip(prompts, whole["choices"], strict=True):
+        streamed = events(client.post("/v1/completions", json=body | {"prompt": prompt, "stream": True}))
+        assert streamed[0]["memory"] == choice["memory"]
+
+
 def test_of_a_long_text_the_segments_with_the_question_s_words_are_read(client, pipeline, store):
     long = written(client, tiny_text(90))
     entries = list(store.entries(long["id"]))

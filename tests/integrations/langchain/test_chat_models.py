@@ -100,6 +100,7 @@ class TestComplaints:
         usage = message.usage_metadata
         without = chat.invoke("w3").usage_metadata
         assert usage["input_tokens"] == without["input_tokens"] + 3
+        assert without["input_token_details"] == {"memory_vectors": 0, "memory_saved": 0}
         assert usage["input_token_details"] == {"memory_vectors": 3, "memory_saved": 8 - 3}
         assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
         assert message.response_metadata["model_name"] == "gradmem"
