@@ -237,15 +237,17 @@ def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, cou
     return found
 
 
-def by_words(texts: Sequence[str], queries: Sequence[str], k: int) -> list[list[int]]:
-    """For each question the k texts that `MemoryStore.choose` would find, the best first; the first ones where no text
-    has a word of it."""
+def by_words(texts: Sequence[str], queries: Sequence[str], k: int) -> list[dict[int, float]]:
+    """For each question the k texts that `MemoryStore.choose` would find, the best first, with their scores; the first
+    ones, with 0, where no text has a word of it."""
     with TemporaryDirectory() as folder:
         index = Index(Path(folder))
         index.make()
         with index.writing() as connection:
             for i, text in enumerate(texts):
                 insert(connection, [Entry(f"{i:032x}", text=text)])
-        found = [[int(choice.entry.key, 16) for choice in choose(index, "", query, k, None, None)] for query in queries]
+        found = [
+            {int(one.entry.key, 16): one.score for one in choose(index, "", query, k, None, None)} for query in queries
+        ]
     rest = range(min(k, len(texts)))
-    return [read + [i for i in rest if i not in read][: len(rest) - len(read)] for read in found]
+    return [read | dict.fromkeys([i for i in rest if i not in read][: len(rest) - len(read)], 0.0) for read in found]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.support import surest
 from gradmem_adapter.utils.files import replacing
 
 from .config import Evaluation, RunConfig
@@ -90,14 +91,21 @@ class Answerer:
             self.written.update(zip(new, states, strict=True))
         return MemoryState.stack([self.written[context] for context in contexts])
 
-    def surest(self, memory: MemoryState, queries: Sequence[Prompt], reads: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Of the states that each question may be asked of, the one that holds an answer most likely
-        (`GradMemPipeline.support`)."""
+    def surest(
+        self, memory: MemoryState, queries: Sequence[Prompt], reads: Sequence[Sequence[int]],
+        search_scores: Sequence[Sequence[float]] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """Of the states that each question may be asked of, the one that holds an answer most likely, as
+        `GradMemPipeline.surest_state` finds it."""
         pairs = [(query, i) for query, read in zip(queries, reads, strict=True) for i in read]
         parts = [pairs[start : start + SCORED] for start in range(0, len(pairs), SCORED)]
         found = [self.pipeline.support([q for q, _ in part], memory=memory[[i for _, i in part]]) for part in parts]
         scores = itertools.chain.from_iterable(found)
-        return [[max((next(scores), -place, i) for place, i in enumerate(read))[2]] for read in reads]
+        best = [
+            surest(list(itertools.islice(scores, len(read))), searched)
+            for read, searched in zip(reads, search_scores or itertools.repeat(None, len(reads)), strict=True)
+        ]
+        return [[read[i]] for read, i in zip(reads, best, strict=True)]
 
     def ask(
         self, kept: Any, lengths: Sequence[int], queries: Sequence[Prompt], reads: Sequence[Sequence[int]],

@@ -19,7 +19,7 @@ from gradmem_adapter.read.reader import Reader
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.support import answer_scores
+from gradmem_adapter.support import answer_scores, surest
 from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.utils.tokens import check_no_file
 from gradmem_adapter.write.options import WriteFields, WriteOptions
@@ -293,19 +293,22 @@ class GradMemPipeline(TextEncoder):
             ids, mask = ids.expand(len(memory), -1), mask.expand(len(memory), -1)
         return answer_scores(self, ids, mask, ids.new_empty(len(ids), 0), memory, {"strict": strict})
 
-    def surest_state(self, prompt: Prompt, *, memory: MemoryState, **how: Any) -> tuple[int, float]:
-        """Which of several states supports an answer to a prompt the most, and how far.
+    def surest_state(
+        self, prompt: Prompt, *, memory: MemoryState, search_scores: Sequence[float] | None = None, **how: Any
+    ) -> tuple[int, float]:
+        """Which of several states holds an answer to a prompt most likely, and how far it supports one.
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
             memory (`MemoryState`): any number of states, each asked by itself; of equals the first counts.
+            search_scores (`Sequence[float]`, *optional*): how well a search found each (`Choice.score`).
             how: what else `support` takes.
 
         Raises:
-            ValueError: as `support`.
+            ValueError: as `support`; or search scores are not as many as states.
         """
         supported = self.support(prompt, memory=memory, **how)
-        best = max(range(len(supported)), key=supported.__getitem__)
+        best = surest(supported, search_scores)
         return best, supported[best]
 
     def surest_answer(
@@ -313,10 +316,11 @@ class GradMemPipeline(TextEncoder):
         prompt: Prompt,
         *,
         memory: MemoryState,
+        search_scores: Sequence[float] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> SurestAnswer:
-        """Ask several states the same, each by itself, and take the answer with the highest score.
+        """Ask several states the same, each by itself, and take the answer of the one that holds it most likely.
 
         For adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): the states that do not hold
         it score low, and the best one alone answers. Others are better read side by side (`MemoryState.concat`).
@@ -324,7 +328,7 @@ class GradMemPipeline(TextEncoder):
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
             memory (`MemoryState`): one state or several.
-            chat_template_kwargs, options: as for `generate`, which says what a score is.
+            search_scores, chat_template_kwargs, options: as for `surest_state` and `generate`, which explains scores.
 
         Returns:
             `SurestAnswer`: the answer, its score, and the index of the state that it is from.
@@ -332,9 +336,11 @@ class GradMemPipeline(TextEncoder):
         kwargs: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
         if self.model.active_peft_config.refusal is None:
             found = self.generate([prompt] * len(memory), memory=memory, return_scores=True, **kwargs, **options)
-            best = max(range(len(found)), key=lambda i: found[i].score)
-            return SurestAnswer(*found[best], state=best * len(memory) // len(found))
-        best, score = self.surest_state(prompt, memory=memory, strict=options.get("strict", True), **kwargs)
+            each = len(found) // len(memory)
+            best = surest([one.score for one in found], [s for s in search_scores or () for _ in range(each)] or None)
+            return SurestAnswer(*found[best], state=best // each)
+        how = {"search_scores": search_scores, "strict": options.get("strict", True)}
+        best, score = self.surest_state(prompt, memory=memory, **how, **kwargs)
         return SurestAnswer(self.generate(prompt, memory=memory[best], **kwargs, **options)[0], score, best)
 
     def stream(

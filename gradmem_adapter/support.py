@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from gradmem_adapter.read.likelihood import scores
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
+
+_OF_SEARCH = 6.0
+"""What the best search score counts beside support, in log-odds; found on articles kept for validation (lab log)."""
 
 
 def answer_scores(
@@ -47,3 +51,28 @@ def answer_scores(
         strict=options.get("strict", True),
     )
     return scores(found, config.score_calibration, None if config.refusal is None else len(answers[0])).tolist()
+
+
+def surest(supported: Sequence[float], search_scores: Sequence[float] | None = None) -> int:
+    """The state that holds an answer most likely; of equals the first.
+
+    With the scores s of the search that found the states, and p how far each supports an answer:
+
+        argmax_i  log p_i / (1 - p_i)  +  6 s_i / max_j s_j
+
+    Args:
+        supported (`Sequence[float]`): of each state, from 0 to 1.
+        search_scores (`Sequence[float]`, *optional*): as many, 0 or more.
+
+    Raises:
+        ValueError: there are not as many search scores as states.
+    """
+    odds = torch.tensor(supported, dtype=torch.float64)
+    if search_scores is not None:
+        if len(search_scores) != len(supported):
+            raise ValueError(
+                f"There are {len(supported)} states and {len(search_scores)} search scores: one each, please."
+            )
+        found = torch.tensor(search_scores, dtype=torch.float64)
+        odds = odds.logit(eps=1e-6) + _OF_SEARCH * found / found.max().clamp(min=torch.finfo(found.dtype).tiny)
+    return int(odds.argmax())

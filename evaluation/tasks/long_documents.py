@@ -26,11 +26,11 @@ _ROOM = 256
 
 
 class Asked(NamedTuple):
-    """A question, and the numbers of the pieces that it is asked of and of the right one."""
+    """A question, the pieces that it is asked of with how well a search found each, and the number of the right one."""
 
     query: str
     accepted: list[str]
-    reads: list[int]
+    reads: dict[int, float]
     right: int
 
 
@@ -49,7 +49,7 @@ class LongDocuments(Task):
         chosen (`str`, *optional*, defaults to `"words"`): what a question is asked of: as many pieces as there are
             states to ask, by `"words"`, as `MemoryStore.choose` finds them; or the `"right"` piece.
         alone (`bool`, *optional*, defaults to `False`): ask the one chosen piece whose state holds an answer most
-            likely (`GradMemPipeline.support`), not all side by side. For adapters that were trained to refuse.
+            likely (`GradMemPipeline.surest_state`), not all side by side. For adapters that were trained to refuse.
         questions (`int`, *optional*): only so many questions of each article, drawn by the seed; None: all.
     """
 
@@ -132,12 +132,14 @@ class LongDocuments(Task):
         right = [_holding(pieces, *paragraphs[question["para"]]) for question in questions]
         queries = [question["query"] for question in questions]
         reads = (
-            [[i] for i in right]
+            [{i: 1.0} for i in right]
             if self.chosen == "right"
             else by_words([piece.text for piece in pieces], queries, states)
         )
         return [
-            Asked(question["query"], question["answers"], [before + i for i in read], before + own)
+            Asked(
+                question["query"], question["answers"], {before + i: score for i, score in read.items()}, before + own
+            )
             for question, read, own in zip(questions, reads, right, strict=True)
         ]
 
@@ -165,7 +167,7 @@ class LongDocuments(Task):
             return answerer.answer(texts, queries, reads, max_new_tokens=self.max_new_tokens)
         memory = self._memory(answerer, texts)
         if self.alone:
-            reads = answerer.surest(memory, queries, reads)
+            reads = answerer.surest(memory, queries, reads, [list(question.reads.values()) for question in asked])
         return answerer.ask(memory, [memory.num_memory_tokens] * len(memory), queries, reads, self.max_new_tokens)
 
     def _memory(self, answerer: Answerer, texts: list[str]) -> MemoryState:

@@ -60,7 +60,7 @@ class Rag(QuestionTask):
             raise TypeError("rag measures an adapter and the backbone in it: it needs the method gradmem.")
         rows = self.rows(split)[:limit]
         texts, queries = [str(row["context"]) for row in rows], [str(row["queries"][0]) for row in rows]
-        reads = by_words(texts, queries, states)
+        reads = [list(read) for read in by_words(texts, queries, states)]
         chat = ChatGradMem(
             pipeline=GradMemPipeline(answerer.model, answerer.tokenizer), max_tokens=self.max_new_tokens,
             max_states=max(states, 8), side_by_side=self.read != "each",

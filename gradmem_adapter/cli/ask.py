@@ -102,7 +102,7 @@ def _answer(
         if not quiet:
             typer.echo("  (no text in the store has a word of it)")
         return {"question": question, "answer": None, "support": None, "sources": []}
-    pieces, support, best = _pieces(pipeline, question, states, options)
+    pieces, support, best = _pieces(pipeline, question, states, places, options)
     sources = list(places) if best is None else [places[best]]
     answer = ""
     for piece in pieces:
@@ -119,7 +119,11 @@ def _answer(
 
 
 def _pieces(
-    pipeline: GradMemPipeline, question: str, states: MemoryState, options: dict[str, Any]
+    pipeline: GradMemPipeline,
+    question: str,
+    states: MemoryState,
+    places: Sequence[dict[str, Any]],
+    options: dict[str, Any],
 ) -> tuple[Iterable[str], float, int | None]:
     """An answer's pieces, how far memory supports it, and the state that it is from; None: all of them.
 
@@ -132,7 +136,8 @@ def _pieces(
         memory = MemoryState.concat(list(states))
         (found,) = pipeline.generate([question], memory=memory, return_scores=True, **options)
         return [found.text], found.score, None
-    best, support = pipeline.surest_state(question, memory=states)
+    searched = [place["score"] for place in places if "score" in place] or None
+    best, support = pipeline.surest_state(question, memory=states, search_scores=searched)
     return pipeline.stream(question, memory=states[best], **options), support, best
 
 

@@ -220,22 +220,24 @@ class Memories:
         """
         store = self._store(tenant)
         if memory == AUTO:
-            chosen = store.choose(self.pipeline, query, most)
-            entries = [one.entry for one in chosen if store.is_whole(one.entry)]
+            chosen = [one for one in store.choose(self.pipeline, query, most) if store.is_whole(one.entry)]
+            entries = [one.entry for one in chosen]
         else:
             ids = list(dict.fromkeys(memory))
             entries = [entry for identity in ids for entry in self._entries(tenant, identity)]
+            ranked = [one for identity in ids for one in store.choose(self.pipeline, query, most, source=identity)]
+            chosen = sorted(ranked, key=lambda choice: -choice.score)[:most]
             if len(entries) > most:
-                ranked = [one for identity in ids for one in store.choose(self.pipeline, query, most, source=identity)]
-                best = sorted(ranked, key=lambda choice: -choice.score)[:most]
-                entries = [choice.entry for choice in best] or entries[:most]
+                entries = [one.entry for one in chosen] or entries[:most]
         if not entries:
             return None
         states = self._states(tenant, entries)
         alone = len(entries) == 1 and not support
         if alone or self.pipeline.model.active_peft_config.refusal is None:
             return Found(MemoryState.concat(list(states)), entries)
-        best_state, supported = self.pipeline.surest_state(prompt, memory=states)
+        found = {one.entry.key: one.score for one in chosen}
+        scores = [found.get(entry.key, 0.0) for entry in entries]
+        best_state, supported = self.pipeline.surest_state(prompt, memory=states, search_scores=scores)
         return Found(states[best_state], [entries[best_state]], supported)
 
     def _states(self, tenant: str, entries: Sequence[Entry]) -> MemoryState:

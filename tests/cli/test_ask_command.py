@@ -240,18 +240,19 @@ class TestStore:
         assert printed["answers"][0]["answer"] == answer
 
     def test_an_adapter_that_refuses_reads_each_state_by_itself(self, refuses, memory):
-        """And the one answers whose answer it is surest of."""
+        """And the one answers that holds an answer most likely, by its support and by how well its text was found."""
         result = ask("w4 w5", "--store", "memory", "--k", 2, "--checkpoint", refuses, "--json")
         assert result.exit_code == 0, result.output
         (one,) = json.loads(result.stdout)["answers"]
         pipeline = GradMemPipeline(*load_checkpoint(refuses))
-        keys = [choice.entry.key for choice in memory.choose(pipeline, "w4 w5", 2)]
-        options = {"return_scores": True, "max_new_tokens": 4, "do_sample": False}
-        found = {key: pipeline.generate("w4 w5", memory=memory.get(key), **options)[0] for key in keys}
-        best = max(found, key=lambda key: found[key].score)
-        assert len(found) == 2
-        assert [source["key"] for source in one["sources"]] == [best]
-        assert one["answer"] == found[best].text.strip()
+        chosen = memory.choose(pipeline, "w4 w5", 2)
+        states = memory.get([choice.entry.key for choice in chosen])
+        scores = [choice.score for choice in chosen]
+        options = {"max_new_tokens": 4, "do_sample": False}
+        found = pipeline.surest_answer("w4 w5", memory=states, search_scores=scores, **options)
+        assert len(chosen) == 2
+        assert [source["key"] for source in one["sources"]] == [chosen[found.state].entry.key]
+        assert (one["answer"], one["support"]) == (found.text.strip(), pytest.approx(found.score))
 
     def test_a_store_of_another_model(self, checkpoint, memory, tmp_path):
         model, tokenizer = load_checkpoint(checkpoint)

@@ -61,6 +61,19 @@ def test_paragraphs_by_words(measure, alone):
     assert all_four.tolist() == [1.0] * 8
 
 
+def test_how_well_pieces_were_found_counts_where_each_is_asked_by_itself(measure, monkeypatch):
+    seen, own = [], Answerer.surest
+
+    def surest(self, memory, queries, reads, search_scores):
+        seen.extend(zip(reads, search_scores, strict=True))
+        return own(self, memory, queries, reads, search_scores)
+
+    monkeypatch.setattr(Answerer, "surest", surest)
+    measure(pieces="paragraphs", states=2, alone=True)
+    assert len(seen) == 8
+    assert all(len(read) == 2 and best > 0 and best >= other >= 0 for read, (best, other) in seen)
+
+
 def test_segments_are_as_long_as_the_adapter_writes_by_default(measure):
     assert 8 < measure(states=2).facts["context_tokens"] <= 12
     assert measure(segment_tokens=7).facts["context_tokens"] <= 7

@@ -10,6 +10,7 @@ from tiny import tiny, tiny_text, tiny_tokenizer, tokens
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline, ScoredText
 from gradmem_adapter.read.likelihood import scores
+from gradmem_adapter.support import surest
 
 CONTEXTS = [tiny_text(9, 1), tiny_text(5, 2), tiny_text(12, 3)]
 PROMPTS = [tiny_text(6, 4), tiny_text(2, 5), tiny_text(4, 6)]
@@ -129,6 +130,28 @@ def test_of_several_states_the_surest_answers():
         assert (found.text, found.score) == (each[found.state].text, pytest.approx(each[found.state].score, abs=1e-4))
         several = pipeline.surest_answer(prompt, memory=states, num_return_sequences=2, num_beams=2, max_new_tokens=4)
         assert several.state == found.state
+
+
+@pytest.mark.parametrize("refusal", ["no idea", None])
+def test_what_a_search_found_counts_beside_support(refusal):
+    pipeline = make(refusal=refusal)
+    states = pipeline.write(CONTEXTS)
+    for best in range(3):
+        searched = [float(i == best) for i in range(3)]
+        found = pipeline.surest_answer(PROMPTS[0], memory=states, search_scores=searched, **OPTIONS)
+        assert found.state == best  # untrained, none supports an answer much more than another
+        own = pipeline.generate(PROMPTS[0], memory=states[best], return_scores=True, **OPTIONS)[0]
+        assert (found.text, found.score) == (own.text, pytest.approx(own.score, abs=1e-4))
+    with pytest.raises(ValueError, match=r"3 states and 2 search scores"):
+        pipeline.surest_answer(PROMPTS[0], memory=states, search_scores=[1.0, 0.0], **OPTIONS)
+
+
+def test_which_state_is_the_surest():
+    assert surest([0.2, 0.9, 0.9]) == 1
+    assert surest([0.2, 0.9, 0.9], [0.0, 0.0, 0.0]) == 1
+    assert surest([0.9, 0.99], [5.0, 1.0]) == 0  # a fifth of the best score outweighs little more support
+    assert surest([0.001, 0.99], [5.0, 1.0]) == 1
+    assert surest([1.0, 0.0], [1.0, 3.0]) == 0
 
 
 def test_the_support_of_several_prompts():

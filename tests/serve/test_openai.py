@@ -143,6 +143,9 @@ def test_an_adapter_that_refuses_is_read_one_state_at_a_time(serve, store):
     response = chat(client, memory=ids)
     assert text_of(response) == surest.text
     assert [place["id"] for place in response.json()["memory"]] == [ids[surest.state]]
+    for word, identity in zip(("w2", "w8"), ids, strict=True):  # whose words count beside what untrained states support
+        places = chat(client, word, memory=ids).json()["memory"]
+        assert [place["id"] for place in places] == [identity]
 
 
 def test_answers_in_json(serve):
