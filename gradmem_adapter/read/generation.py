@@ -24,6 +24,7 @@ from gradmem_adapter.utils.backbone import (
     first_position,
     fresh,
     max_positions,
+    turns_by_length,
     uses_checkpointing,
 )
 from gradmem_adapter.utils.capture import capturing
@@ -102,7 +103,7 @@ def generate_with_memory(
         inputs["position_ids"] = read.position_ids
     backbone = taking_embeddings(fresh(backbone), input_ids.shape[1])
     kind = own_cache(backbone, options)
-    if padded_left or first or not input_ids.numel():
+    if padded_left or first or not input_ids.numel() or turns_by_length(backbone):
         kept = None
     if kind == "static":
         return generate_statically(backbone, input_ids, prefix.shape[1], kept, **inputs, **options)

@@ -165,10 +165,27 @@ def contains(module: nn.Module, part: nn.Module) -> bool:
     return any(found is part for found in module.modules())
 
 
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+"""What configurations call the number of positions: most of them, MPT's, Whisper's."""
+
+
 def max_positions(backbone: PreTrainedModel) -> int | None:
     """How many positions a backbone has for tokens, `None` where it does not say or has no bound."""
-    positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    config = backbone.config.get_text_config()
+    positions = next((getattr(config, name) for name in _POSITIONS if hasattr(config, name)), None)
     return positions - first_position(backbone) if isinstance(positions, int) and positions > 0 else None
+
+
+def turns_by_length(backbone: PreTrainedModel) -> bool:
+    """Whether keys are turned (RoPE) otherwise in a longer sequence, those of its first tokens, too: Phi-3's longrope
+    has other angles behind a length.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+    """
+    rope = getattr(backbone.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one for all layers, or for each type
+    return any(kind.get("rope_type") == "longrope" for kind in kinds)
 
 
 _first_positions: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()

@@ -83,6 +83,21 @@ def test_a_query_behind_the_last_position_is_named(architecture):
             read(input_ids=tokens(1, positions - 2), memory=state)
 
 
+def test_positions_that_a_configuration_calls_otherwise():
+    """MPT has a table of biases for so many places, Whisper's decoder one of embeddings."""
+    names = {"mpt": "max_seq_len", "whisper": "max_target_positions"}
+    sizes = {"vocab_size": 61, "d_model": 32, "n_heads": 4, "n_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
+    for kind, name in names.items():
+        config = AutoConfig.for_model(kind, **sizes, bos_token_id=1, eos_token_id=2, **{name: 20})
+        config.decoder_attention_heads = config.encoder_attention_heads = 4
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), GradMemConfig(num_memory_tokens=3)).eval()
+        state = model.write(tokens(1, 17))
+        with pytest.raises(ValueError, match="18 tokens, and at most 17 are allowed"):
+            model.write(tokens(1, 18))
+        with pytest.raises(ValueError, match="18 tokens, and at most 17 are allowed"):
+            model.generate(tokens(1, 18), memory=state)
+
+
 def test_a_router_s_loss_is_added():
     torch.manual_seed(0)
     config = MixtralConfig(

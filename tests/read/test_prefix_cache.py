@@ -97,6 +97,19 @@ def test_a_window_shorter_than_prefix_and_text(architecture):
     assert len(model.prefix_cache) == 1
 
 
+def test_keys_that_a_longer_text_turns_otherwise():
+    """Phi-3's longrope: behind its first length all keys have other angles, those of the prefix, too."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    model = make(backbone=tiny(rope_parameters=rope))
+    state = model.write(tokens(1, 9))
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 1}
+    for length in (4, 20, 4):
+        prompt = tokens(1, length, seed=1)
+        expected = without_reuse(model, state, prompt, **options).logits
+        torch.testing.assert_close(generate(model, state, prompt, **options).logits, expected)
+
+
 def test_a_prefix_is_taken_up_without_a_copy_and_never_written_into():
     backbone = tiny("llama")
     heads, size = backbone.config.num_key_value_heads, backbone.config.head_dim
