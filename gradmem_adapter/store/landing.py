@@ -15,6 +15,7 @@ from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import files
 from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.store.index import Index, entries_of, insert, select
+from gradmem_adapter.utils.files import errors_named
 from gradmem_adapter.utils.temporary import temporary_directory
 
 _FILES_AT_ONCE = 16
@@ -67,7 +68,7 @@ def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]
     index.make()
     with temporary_directory(index.folder) as folder:
         new_files = [folder / str(number) for number in range(len(found))]
-        with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        with errors_named(index.states), ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
             written = list(threads.map(files.write_file, new_files, *zip(*found, strict=True)))
         with index.writing() as connection:
             for (tensors, _), new, entries in zip(found, new_files, written, strict=True):

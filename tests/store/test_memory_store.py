@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import pickle
 import sqlite3
 import threading
@@ -15,7 +16,16 @@ from stores import NAMES, PLACES, TEXTS, tiny_pipeline
 from tiny import tiny_text
 
 from gradmem_adapter import MemoryState, MemoryStateError, WriteOptions
-from gradmem_adapter.store import Entry, MemoryStore, MemoryStoreError, UnknownStateError, adding, landing, memory_store
+from gradmem_adapter.store import (
+    Entry,
+    MemoryStore,
+    MemoryStoreError,
+    UnknownStateError,
+    adding,
+    files,
+    landing,
+    memory_store,
+)
 
 
 @pytest.fixture
@@ -44,6 +54,16 @@ class TestAdd:
         texts = [*TEXTS, "w1 w2 w3", "w4 w5"]
         added = store.add(pipeline, texts, max_tokens=1, done=lambda batch: told.append((batch, len(store))))
         assert sorted(told) == sorted([([added[4]], 5), ([added[5]], 6)])
+
+    def test_a_full_disk_is_named(self, store, keys, pipeline, monkeypatch):
+        def full(descriptor):  # as the system says it of a write, without the file's name
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(files.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            store.add(pipeline, ["w1 w2 w3"])
+        assert error.value.filename == str(store.path / "states")
+        assert len(store) == 4
 
     def test_a_batch_is_stored_while_the_next_one_is_written(self, store, pipeline, monkeypatch):
         begun, numbers, put = threading.Event(), set(), landing.put
