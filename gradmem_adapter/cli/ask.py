@@ -30,8 +30,8 @@ from gradmem_adapter.utils.shipped import QA
 if TYPE_CHECKING:
     from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStore
 
-TEXT = """What to ask about: a file, a directory, a pattern in quotes, or - for standard input. May be repeated. Longer
-texts than the adapter was trained on are written in segments."""
+TEXT = """What to ask about: a file, a directory, a pattern in quotes, or - for standard input. May be repeated. Long
+texts are written in segments."""
 
 
 def ask(
@@ -144,26 +144,33 @@ def _pieces(
 def _write(
     pipeline: GradMemPipeline, documents: Sequence[Document], steps: int | None
 ) -> tuple[MemoryState, list[dict[str, Any]]]:
-    """States of documents, and what each is of. A document beyond the trained length has a state for each segment."""
-    trained = pipeline.model.active_peft_config.trained_length
+    """States of documents, and what each is of.
+
+    A document beyond the trained length has a state for each segment. So has a shorter one, longer than a segment,
+    where the adapter was trained to refuse: it knows which of several states holds an answer.
+    """
+    config = pipeline.model.active_peft_config
+    trained = config.trained_length
+    most = trained if config.refusal is None else config.segment_tokens
     texts: list[str] = []
     places: list[dict[str, Any]] = []
     for document in documents:
         text = document.text.strip()
         tokens = 0 if trained is None else len(pipeline.tokenizer(text, verbose=False)["input_ids"])
-        if trained is None or tokens <= trained:
+        if most is None or tokens <= most:
             texts.append(text)
             places.append({"source": document.source, "start": None, "end": None})
             continue
         segments = list(pipeline.segments(text))
         texts += [segment.text for segment in segments]
         places += [{"source": document.source, "start": one.start, "end": one.end} for one in segments]
-        warnings.warn(
-            f"{document.source} has {tokens:,} tokens, and the adapter was trained on texts of up to {trained:,}: "
-            f"it is written in {len(segments):,} segments, of four tokens for each vector. --state keeps them; "
-            "gradmem write --store also keeps their places.",
-            stacklevel=2,
-        )
+        if tokens > trained:
+            warnings.warn(
+                f"{document.source} has {tokens:,} tokens, and the adapter was trained on texts of up to {trained:,}: "
+                f"it is written in {len(segments):,} segments, of four tokens for each vector. --state keeps them; "
+                "gradmem write --store also keeps their places.",
+                stacklevel=2,
+            )
     return pipeline.write_many(texts, steps=steps), places
 
 

@@ -143,6 +143,20 @@ def test_a_text_beyond_the_trained_length_is_written_in_segments(refuses, tmp_pa
     assert printed["answers"][0]["support"] == pytest.approx(max(scores))
 
 
+@pytest.mark.parametrize("refusal", ["w7", None])
+def test_an_adapter_that_refuses_has_a_shorter_text_in_segments_too(checkpoint, refusal, tmp_path):
+    model, tokenizer = load_checkpoint(checkpoint)
+    model.active_peft_config.refusal, model.active_peft_config.trained_length = refusal, 40
+    save_checkpoint(model, tokenizer, tmp_path / "other")
+    (tmp_path / "b.txt").write_text(tiny_text(30))
+    result = ask("w1 w2", "--text", tmp_path / "b.txt", "--checkpoint", tmp_path / "other", "--json")
+    assert result.exit_code == 0, result.output
+    assert "trained on texts of up to" not in result.stderr
+    segments = list(GradMemPipeline(model, tokenizer).segments(tiny_text(30)))
+    assert len(segments) > 1
+    assert json.loads(result.stdout)["memory_tokens"] == 3 * (len(segments) if refusal else 1)
+
+
 def test_several_texts_are_named_in_many_ways(refuses, tmp_path, monkeypatch):
     """Each is read by itself, and the answer says which it is from."""
     monkeypatch.chdir(tmp_path)
