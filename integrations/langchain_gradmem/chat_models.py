@@ -47,6 +47,7 @@ class _Asked(NamedTuple):
 
     call: Call
     request: Request
+    read: list[str]
     tools: list[Any] | None
 
     def usage(self, new_tokens: int) -> UsageMetadata:
@@ -236,10 +237,10 @@ class ChatGradMem(BaseChatModel, CallOptions):
             raise NotImplementedError("A call takes tools or a response_format, not both.")
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
         (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
-        memory = request.memory(self.pipeline, self.side_by_side, tools, template)
+        memory, read = request.memory(self.pipeline, self.side_by_side, tools, template)
         grammar = grammar_of(self.pipeline, wanted) if wanted else None
         options = Options(chosen.max_tokens, Sampling(chosen.temperature, chosen.top_p), stops, grammar)
-        return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), request, tools)
+        return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), request, read, tools)
 
     # ---------------------------------------------------------------- answers
 
@@ -306,13 +307,14 @@ class ChatGradMem(BaseChatModel, CallOptions):
         message = AIMessage(
             text,
             **calls,
-            response_metadata=self._metadata(stopped),
+            response_metadata=self._metadata(asked.read, stopped),
             usage_metadata=asked.usage(len(tokens)),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
-    def _metadata(self, stopped: bool) -> dict[str, Any]:
-        return {"model_name": self.model_name, "finish_reason": "stop" if stopped else "length"}
+    def _metadata(self, read: list[str], stopped: bool) -> dict[str, Any]:
+        reason = "stop" if stopped else "length"
+        return {"model_name": self.model_name, "finish_reason": reason, "gradmem": read}
 
     def _stream(
         self,
@@ -368,7 +370,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content="",
-                response_metadata=self._metadata(stopped),
+                response_metadata=self._metadata(asked.read, stopped),
                 usage_metadata=asked.usage(len(tokens)),
                 chunk_position="last",
             )

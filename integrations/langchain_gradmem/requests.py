@@ -21,18 +21,18 @@ class Request(NamedTuple):
     """What one call asks of the pipeline."""
 
     chat: list[dict[str, Any]]
-    states: list[MemoryState]
-    """That the messages refer to, at most `max_states`."""
+    states: dict[str, MemoryState]
+    """By reference, that the messages refer to, at most `max_states`."""
 
     @property
     def context_tokens(self) -> int:
         """Of all texts that the states stand for."""
-        return sum(int(state.context_tokens.sum()) for state in self.states)
+        return sum(int(state.context_tokens.sum()) for state in self.states.values())
 
     def memory(
         self, pipeline: GradMemPipeline, side_by_side: bool | None, tools: Any, template: Mapping[str, Any] | None
-    ) -> MemoryState | None:
-        """What is read: all states side by side, or the one that holds the answer, as its refusal tells.
+    ) -> tuple[MemoryState | None, list[str]]:
+        """What is read, with its references: all states side by side, or the one that holds the answer.
 
         Args:
             pipeline (`GradMemPipeline`): who is to read.
@@ -41,11 +41,12 @@ class Request(NamedTuple):
         """
         if side_by_side is None:
             side_by_side = pipeline.model.active_peft_config.refusal is None
-        if side_by_side or len(self.states) < 2:
-            return MemoryState.concat(self.states) if self.states else None
-        states = MemoryState.stack(self.states)
-        best, _ = pipeline.surest_state(self.chat, memory=states, tools=tools, chat_template_kwargs=template)
-        return self.states[best]
+        references, states = list(self.states), list(self.states.values())
+        if side_by_side or len(states) < 2:
+            return MemoryState.concat(states) if states else None, references
+        each = MemoryState.stack(states)
+        best, _ = pipeline.surest_state(self.chat, memory=each, tools=tools, chat_template_kwargs=template)
+        return states[best], [references[best]]
 
 
 def request_of(
@@ -111,11 +112,11 @@ def _is_carrier(message: BaseMessage) -> bool:
 
 def _states(
     references: Sequence[str], needed: set[str], fingerprint: str, store: MemoryStateStore
-) -> list[MemoryState]:
-    states = []
+) -> dict[str, MemoryState]:
+    states = {}
     for reference in references:
         try:
-            states.append(store.get(reference, fingerprint=fingerprint))
+            states[reference] = store.get(reference, fingerprint=fingerprint)
         except (UnknownStateError, MemoryStateError) as error:
             if reference in needed:
                 raise

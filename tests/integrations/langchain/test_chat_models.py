@@ -345,11 +345,16 @@ class TestSeveralStates:
         assert answer.text == refusing.invoke("w4", memory=best).text
         assert answer.usage_metadata["input_token_details"] == {"memory_vectors": 3, "memory_saved": 6}
         assert "".join(chunk.text for chunk in refusing.stream("w4", memory=references)) == answer.text
+        assert answer.response_metadata["gradmem"] == [best]
+        *_, last = refusing.stream("w4", memory=references)
+        assert last.response_metadata["gradmem"] == [best]
+        assert refusing.invoke("w4").response_metadata["gradmem"] == []
 
     def test_all_are_read_where_that_is_asked_for(self, refusing, references):
         chat = refusing.model_copy(update={"side_by_side": True})
         answer = chat.invoke("w4", memory=references)
         assert answer.usage_metadata["input_token_details"]["memory_vectors"] == 9
+        assert answer.response_metadata["gradmem"] == list(references)
 
     def test_an_adapter_that_never_refuses_reads_all(self, chat, reference, other):
         details = chat.invoke("w3", memory=[reference, other]).usage_metadata["input_token_details"]
