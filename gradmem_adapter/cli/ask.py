@@ -219,6 +219,8 @@ def _check_memories(
             raise ValueError("A store is asked by itself: leave --text and --state out, or --store.")
     elif documents and kept:
         raise ValueError(f"{state} exists. Leave the texts out to ask what it holds, or name another file.")
+    elif not documents and state is not None and not kept:
+        raise FileNotFoundError(f"There is no memory state {str(state)!r}. To keep one there, say of what: --text.")
     elif not documents and not kept:
         raise ValueError(
             "There is nothing to ask about: pass --text, --state with a file that was written before, or --store."

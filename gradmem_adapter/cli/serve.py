@@ -76,8 +76,7 @@ def serve(
 
         engine = VLLMReader(model, url, name=engine_model, api_key=engine_key)
     pipeline = GradMemPipeline(model, tokenizer, reader=engine)
-    if segment_tokens is not None:
-        pipeline.segments("", segment_tokens)  # wrong numbers are no client's fault
+    pipeline.segments("", segment_tokens)  # a wrong number, or none where one is needed, is no client's fault
     for told in unseen(store, tenants, model.fingerprint()):
         warnings.warn(told, stacklevel=2)
     limits = Limits(writes=max_writes, batch=max_batch, body_bytes=max_body)

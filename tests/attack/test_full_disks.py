@@ -185,7 +185,9 @@ def test_a_server_answers_from_a_store_that_it_cannot_write_to(small, folder, mo
             assert (json.loads(error.removeprefix("data: "))["error"]["code"], done) == (code, "data: [DONE]")
         assert client.delete(place).json()["error"]["code"] == "store_read_only"
         monkeypatch.setattr(serve, "run", lambda app, **options: None)
-        result = invoke("serve", folder / "checkpoint", "--store", small / "store", "--device", "cpu")
+        result = invoke(
+            "serve", folder / "checkpoint", "--store", small / "store", "--segment-tokens", 8, "--device", "cpu"
+        )
         assert result.exit_code == 0, result.output
         assert "Read-only file system. Its memories can be asked, and none added or deleted." in result.stderr
         mount("-o", "remount,rw", small)

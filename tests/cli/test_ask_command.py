@@ -96,7 +96,7 @@ def test_a_state_that_cannot_be_kept_is_refused_before_the_work(checkpoint, tmp_
     ("arguments", "message"),
     [
         ([], "nothing to ask about"),
-        (["--state", "missing.safetensors"], "nothing to ask about"),
+        (["--state", "missing.safetensors"], "There is no memory state 'missing.safetensors'"),
         (["--text", "a.txt", "--state", "a.txt"], "exists. Leave the texts out"),
         (["--text", "a.txt", "--checkpoint", "nowhere"], "nowhere"),
     ],

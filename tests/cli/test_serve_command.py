@@ -30,6 +30,8 @@ def test_what_it_listens_with(checkpoint, tmp_path, started):
 def test_a_wrong_length_of_segments_is_said_before_it_listens(checkpoint, tmp_path, started):
     refused = invoke("serve", checkpoint, "--store", tmp_path / "store", "--segment-tokens", 0)
     assert (refused.exit_code, "got 0" in refused.output, started) == (2, True, [])
+    refused = invoke("serve", checkpoint, "--store", tmp_path / "store")  # of an adapter without a trained length
+    assert (refused.exit_code, "trained length" in refused.output, started) == (2, True, [])
 
 
 def test_elsewhere_than_here_only_with_keys(checkpoint, tmp_path, started):
@@ -49,7 +51,7 @@ def test_elsewhere_than_here_only_with_keys(checkpoint, tmp_path, started):
 def test_vllm_answers(checkpoint, tmp_path, started, monkeypatch):
     made = []
     monkeypatch.setattr(serve, "create_app", lambda pipeline, *rest, **more: made.append(pipeline))
-    arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--reader", "vllm")
+    arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--segment-tokens", 8, "--reader", "vllm")
     assert "go together" in invoke(*arguments).output
     result = invoke(*arguments, "--url", "http://localhost:9", "--engine-model", "memory", "--engine-key", "secret")
     assert result.exit_code == 0, result.output
@@ -71,7 +73,7 @@ def test_the_stores_of_tenants_are_checked_as_others_are(checkpoint, tmp_path, s
     folder = tmp_path / "store" / "tenants" / "anna"
     folder.mkdir(parents=True)
     (folder / "letter.txt").write_text("Dear")
-    command = ("serve", checkpoint, "--store", tmp_path / "store", "--keys", tmp_path / "keys")
+    command = ("serve", checkpoint, "--store", tmp_path / "store", "--keys", tmp_path / "keys", "--segment-tokens", 8)
     assert "no memory store" in invoke(*command).stderr
     (folder / "letter.txt").unlink()
     (folder / "index.sqlite").write_bytes(bytes(999))
@@ -89,7 +91,7 @@ def test_memories_that_no_key_sees_are_said(checkpoint, tmp_path, started):
     (tmp_path / "a.txt").write_text("w1 w2 w3")
     options = ("--checkpoint", checkpoint, "--segment-tokens", 8, "--device", "cpu")
     assert invoke("write", tmp_path / "a.txt", "--store", store, *options).exit_code == 0
-    result = invoke("serve", checkpoint, "--store", store, "--keys", keys)
+    result = invoke("serve", checkpoint, "--store", store, "--keys", keys, "--segment-tokens", 8)
     assert (result.exit_code, len(started)) == (0, 1), result.output
     said = f"Memories in {store} that no client sees: 1. They were stored without keys."
     assert said in " ".join(result.stderr.split())
