@@ -312,14 +312,9 @@ class GradMemPipeline(TextEncoder):
         return best, supported[best]
 
     def surest_answer(
-        self,
-        prompt: Prompt,
-        *,
-        memory: MemoryState,
-        search_scores: Sequence[float] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> SurestAnswer:
+        self, prompt: Prompt, *, memory: MemoryState, search_scores: Sequence[float] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any,
+    ) -> SurestAnswer:  # fmt: skip
         """Ask several states the same, each by itself, and take the answer of the one that holds it most likely.
 
         For adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): the states that do not hold

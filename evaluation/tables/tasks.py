@@ -213,15 +213,19 @@ def long_documents() -> Frame:
     """F1 on questions about articles of thousands of words, by what is read of an article."""
     rows = []
     for _, row in read("long_documents", limit=48).iterrows():
-        what = "the state of the paragraph that answers" if row["chosen"] == "right" else f"{row['states']} states"
-        what += f" ({row['memory_tokens']} vectors)"
-        if row["method"] == "full_context":
-            what = f"{row['states']} pieces of text of {row['context_tokens']:.0f} tokens"
         if row["pieces"] == "whole":
             what = f"the article as text, {row['context_tokens']:,.0f} tokens on average"
-        elif row["chosen"] == "words":
+        elif row["chosen"] == "right":
+            what = f"the state of the paragraph that answers ({row['memory_tokens']} vectors)"
+        else:
+            text = row["method"] == "full_context"
+            kind = (
+                f"pieces of text of {row['context_tokens']:.0f} tokens"
+                if text
+                else f"states ({row['memory_tokens']} vectors)"
+            )
             how = "the one with the most support" if row["alone"] is True else "side by side"
-            what += f", chosen by words, {how}"
+            what = f"{row['states']} {kind}, chosen by words, {how}"
         rows.append({
             "read": what,
             "questions": f"{row['n']:,}",

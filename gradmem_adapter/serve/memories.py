@@ -219,21 +219,23 @@ class Memories:
             support (`bool`, *optional*, defaults to `False`): say how far memory holds an answer.
         """
         store = self._store(tenant)
+        refuses = self.pipeline.model.active_peft_config.refusal is not None
         if memory == AUTO:
             chosen = [one for one in store.choose(self.pipeline, query, most) if store.is_whole(one.entry)]
             entries = [one.entry for one in chosen]
         else:
             ids = list(dict.fromkeys(memory))
             entries = [entry for identity in ids for entry in self._entries(tenant, identity)]
-            ranked = [one for identity in ids for one in store.choose(self.pipeline, query, most, source=identity)]
-            chosen = sorted(ranked, key=lambda choice: -choice.score)[:most]
+            chosen = []
+            if len(entries) > most or (refuses and len(entries) > 1 and any(entry.text for entry in entries)):
+                ranked = [one for identity in ids for one in store.choose(self.pipeline, query, most, source=identity)]
+                chosen = sorted(ranked, key=lambda choice: -choice.score)[:most]
             if len(entries) > most:
                 entries = [one.entry for one in chosen] or entries[:most]
         if not entries:
             return None
         states = self._states(tenant, entries)
-        alone = len(entries) == 1 and not support
-        if alone or self.pipeline.model.active_peft_config.refusal is None:
+        if not refuses or (len(entries) == 1 and not support):
             return Found(MemoryState.concat(list(states)), entries)
         found = {one.entry.key: one.score for one in chosen}
         scores = [found.get(entry.key, 0.0) for entry in entries]

@@ -14,6 +14,7 @@ from tiny_pipeline import byte_pipeline, tiny_pipeline
 from gradmem_adapter import GradMemPipeline, MemoryState
 from gradmem_adapter.export.engine import EngineReader
 from gradmem_adapter.serve import Limits, create_app, schemas
+from gradmem_adapter.store import MemoryStore
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -146,6 +147,17 @@ def test_an_adapter_that_refuses_is_read_one_state_at_a_time(serve, store):
     for word, identity in zip(("w2", "w8"), ids, strict=True):  # whose words count beside what untrained states support
         places = chat(client, word, memory=ids).json()["memory"]
         assert [place["id"] for place in places] == [identity]
+
+
+def test_memories_whose_texts_were_not_kept_are_read(serve, store):
+    own = tiny_pipeline(trained_length=12, refusal="w3 w3")
+    texts = ["w1 w2 w3", "w6 w7 w8 w9"]
+    MemoryStore(store.path, keep_text=False).add(own, texts, sources=["one", "other"])
+    response = chat(serve(own), "w2", memory=["one", "other"])
+    assert response.status_code == 200, response.text
+    supported = own.support([{"role": "user", "content": "w2"}], memory=own.write_many(texts))
+    best = ["one", "other"][supported.index(max(supported))]
+    assert [place["id"] for place in response.json()["memory"]] == [best]
 
 
 def test_answers_in_json(serve):
