@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradmem_adapter.meta_gradients.tape import differentiable_write
 from gradmem_adapter.probe import probe
+from gradmem_adapter.read.cache_memory import tie_caches
 from gradmem_adapter.read.forward import check_forward_options, forward_with_memory, query_embeddings
 from gradmem_adapter.read.generation import check_prompt, generate_with_memory
 from gradmem_adapter.read.likelihood import log_likelihood
@@ -113,9 +114,12 @@ class GradMemModel(WritingModel):
             vectors, losses = differentiable_write(self._writer, context, write_steps, weights)
         else:
             vectors = self._vectors(cast(MemoryState, memory), strict)
-        prefix = self._prefix(memory_of_queries(vectors, len(query), context_index))
+        read = memory_of_queries(vectors, len(query), context_index)
         return_dict = kwargs.pop("return_dict", None)
-        output = forward_with_memory(self.model, prefix, query, attention_mask, labels, max_targets, **kwargs)
+        output = forward_with_memory(
+            self.model, self._prefix(read), query, attention_mask, labels, max_targets, **kwargs
+        )
+        tie_caches(output, read)
         if losses is not None:
             output.memory, output.write_losses = vectors, losses
             if output.target_loss is not None:
@@ -143,33 +147,40 @@ class GradMemModel(WritingModel):
             memory (`MemoryState`, *optional*): one state for all prompts or one per prompt. `None`: plain `generate`
                 of the backbone (with its LoRA).
             context_index (`Tensor`, *optional*): `[B]`, the state of each prompt, or `[B, S]`, those read side by side.
-            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
+            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote, and a cache that
+                was made with another memory.
             kwargs: what Transformers' `generate` takes: `attention_mask`, sampling and beam options, `streamer`,
-                `past_key_values` of an earlier turn (with the full sequence as prompt), ... On a GPU
-                `cache_implementation="static"` decodes several times as fast (docs/performance.md).
+                `past_key_values` of an earlier turn with the same memory (and the full sequence as prompt), ... On a
+                GPU `cache_implementation="static"` decodes several times as fast (docs/performance.md).
 
         Returns:
             What Transformers returns: prompts and new tokens `[B, T + new]`. `max_length` and `min_length` count both.
 
         Raises:
             NotImplementedError: assisted decoding or chunked prefill, which Transformers does for tokens alone.
-            TypeError, ValueError: a prompt or a state that the model cannot read.
+            TypeError, ValueError: a prompt or a state that the model cannot read, or a cache of another memory.
         """
         inputs = as_long(kwargs.pop("input_ids", None) if inputs is None else inputs)
         if memory is None:
             if context_index is not None:
                 raise ValueError("context_index needs a memory.")
+            tie_caches(kwargs, None, strict)
             with self._unchanged():
                 return self.model.generate(inputs, **kwargs)
         inputs = check_prompt(self.model, inputs, kwargs)
         with self._unchanged() as check:
             with torch.no_grad():
-                prefix = self._prefix(memory_of_queries(self._vectors(memory, strict), len(inputs), context_index))
+                read = memory_of_queries(self._vectors(memory, strict), len(inputs), context_index)
+                prefix = self._prefix(read)
+            tie_caches(kwargs, read, strict)
             kept = None
             if self.prefix_cache.max_bytes and context_index is None:
                 key = prefix_key(self.model, self._adapter, self.fingerprint())
                 kept = KeptPrefix(self.prefix_cache, memory, key, check)
-            return generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
+            output = generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
+        if not isinstance(output, Tensor):
+            tie_caches(output, read)
+        return output
 
     @of_one_adapter
     def log_likelihood(

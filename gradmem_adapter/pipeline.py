@@ -14,6 +14,7 @@ from gradmem_adapter.documents import DocumentMemory, Mode, sequential_segments,
 from gradmem_adapter.lora import without_lora
 from gradmem_adapter.outputs import Fidelity, ScoredText, SurestAnswer, WriteProgress
 from gradmem_adapter.prompts import Prompt, prompt_list, study_tokens
+from gradmem_adapter.read.cache_memory import tie_caches
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.reader import Reader
 from gradmem_adapter.read.streaming import stream_text
@@ -388,6 +389,7 @@ class GradMemPipeline(TextEncoder):
         if memory is None:
             if options.get("context_index") is not None:
                 raise ValueError("context_index needs a memory.")
+            tie_caches(options, None, options.get("strict", True))
             own = {name: value for name, value in options.items() if name not in ("context_index", "strict")}
             backbone = cast(PreTrainedModel, self.model.get_base_model())
             check_left_padding(backbone, not attention_mask.all())

@@ -1,0 +1,65 @@
+"""Which memory a KV cache was made with: an earlier turn's cache answers from its own, whatever is passed beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+_NAMES = ("past_key_values", "cache_params")
+"""What Transformers calls a cache, in arguments and in outputs; the second with Mamba and its kin."""
+_TIE = "_gradmem_memory"
+"""The attribute of a cache with its memory `[rows, m, d]`. It stays through reordering and goes into copies."""
+
+
+def tie_caches(caches: Mapping[str, Any], memory: Tensor | None, strict: bool = False) -> None:
+    """Tie the KV caches among arguments or outputs to the memory that they are read with.
+
+    Args:
+        caches (`Mapping`): caches and other things by name; what is none of Transformers' caches is passed over.
+        memory (`Tensor`, *optional*): `[B, m, d]`, of each row. `None`: read without memory.
+        strict (`bool`, *optional*, defaults to `False`): refuse a cache that something was read into already with
+            another memory.
+
+    Raises:
+        ValueError: such a cache.
+    """
+    for name in _NAMES:
+        if isinstance(cache := caches.get(name), Cache):
+            if strict and not _is_empty(cache):
+                _check(name, getattr(cache, _TIE, None), memory)
+            # A copy: vectors can be changed in place.
+            setattr(cache, _TIE, None if memory is None else memory.detach().clone())
+
+
+def _check(name: str, made: Tensor | None, memory: Tensor | None) -> None:
+    if made is None and memory is None:
+        return
+    if made is None or memory is None or not _is_same(made, memory):
+        other = "without memory" if made is None else "with a memory" if memory is None else "with another memory"
+        raise ValueError(
+            f"{name} holds what was read {other}, and the answer would come from that. Pass the memory of its first "
+            f"turn, or leave {name} out: the whole prompt is then read anew. strict=False goes on from it all the "
+            "same, at your own risk."
+        )
+
+
+def _is_same(made: Tensor, memory: Tensor) -> bool:
+    """Whether rows read what a cache was made with; of one that rows were taken from, any of its memories."""
+    if made.shape[1:] != memory.shape[1:]:
+        return False
+    every, rest = divmod(len(memory), len(made))  # several answers to a prompt, or one state for all
+    if not rest:
+        return torch.equal(made.repeat_interleave(every, dim=0).to(memory), memory)
+    known, read = ({row.tobytes() for row in rows.cpu().numpy()} for rows in (made.to(memory), memory))
+    return read <= known
+
+
+def _is_empty(cache: Cache) -> bool:
+    try:
+        return not cache.get_seq_length()
+    except ValueError:  # of linear layers alone (Mamba), which count no tokens
+        return not cache.has_previous_state()
