@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradmem_adapter.utils import state_file
+from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.files import replacing
 from gradmem_adapter.utils.fingerprint import KIND
 from gradmem_adapter.utils.state_file import TENSORS, MemoryStateError
@@ -215,11 +216,7 @@ class MemoryState:
         Raises:
             ValueError: vectors that are not finite, or numbers of tokens that cannot be; `from_bytes` refuses them.
         """
-        if not self.vectors.isfinite().all():
-            raise ValueError(
-                "The memory state has vectors that are not finite, because WRITE diverged, and no model can read it. "
-                "Write the context again with a smaller write learning rate."
-            )
+        check_finite(self)
         return self._encoded()
 
     def _encoded(self) -> bytes:
@@ -276,8 +273,21 @@ class MemoryState:
             raise MemoryStateError(f"{os.fspath(path)}: {error}") from error.__cause__
 
 
+def check_finite(memory: MemoryState) -> None:
+    """Raise `ValueError` unless the vectors of all states are finite, as far as that can be seen.
+
+    Args:
+        memory (`MemoryState`): the states.
+    """
+    if not capturing() and not memory.vectors.isfinite().all():
+        raise ValueError(
+            "The memory state has vectors that are not finite, because WRITE diverged or a narrower dtype overflowed, "
+            "and no model can read it. Write the context again, with a smaller write learning rate if it diverged."
+        )
+
+
 def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> None:
-    """Raise unless a model can read states.
+    """Raise unless a model can read states. What is trained writes its own, and does not come here.
 
     Args:
         memory (`MemoryState`): the states.
@@ -286,7 +296,7 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
 
     Raises:
         TypeError: `memory` is no state.
-        ValueError: another model wrote it.
+        ValueError: another model wrote it, or it has vectors that are not finite.
     """
     if not isinstance(memory, MemoryState):
         raise TypeError(
@@ -310,6 +320,7 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
             "(backbone and adapter). Another model reads it as noise: write the context again with this one. "
             "strict=False reads it all the same, at your own risk."
         )
+    check_finite(memory)
 
 
 def _compatible(states: Sequence[MemoryState], what: str, names: Sequence[str]) -> list[MemoryState]:

@@ -156,3 +156,24 @@ def test_strict_false_reads_a_state_of_another_model():
     with pytest.raises(ValueError, match="strict=False"):
         model.generate(query, memory=state)
     assert model.generate(query, memory=state, strict=False, max_new_tokens=2).shape == (1, 6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_is_read_by_nobody(value):
+    model, ids = make(), tokens(2, 5)
+    states = model.write(ids)
+    states.vectors[1, 0, 0] = value
+    for read in (
+        lambda **o: model(input_ids=ids, memory=states, **o),
+        lambda **o: model.generate(ids, memory=states, **o),
+        lambda **o: model.log_likelihood(ids.tolist(), ids.tolist(), states, **o),
+        lambda **o: model.prefix_embeddings(states, **o),
+        lambda **o: model.reconstruct(states, **o),
+        lambda **o: model.fidelity(states, ids, **o),
+        lambda **o: model.write(ids, initial=states, **o),
+        lambda **o: model.update(states, ids, **o),
+    ):
+        for options in ({}, {"strict": False}):
+            with pytest.raises(ValueError, match="not finite, because WRITE diverged"):
+                read(**options)
+    model.prefix_embeddings(states[0])
