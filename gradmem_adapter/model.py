@@ -12,7 +12,7 @@ from torch import Tensor
 from gradmem_adapter.meta_gradients.tape import differentiable_write
 from gradmem_adapter.probe import probe
 from gradmem_adapter.read.cache_memory import tie_caches
-from gradmem_adapter.read.forward import check_forward_options, forward_with_memory, query_embeddings
+from gradmem_adapter.read.forward import check_forward_options, check_known, forward_with_memory, query_embeddings
 from gradmem_adapter.read.generation import check_prompt, generate_with_memory
 from gradmem_adapter.read.likelihood import log_likelihood
 from gradmem_adapter.read.loss import outer_loss
@@ -97,6 +97,7 @@ class GradMemModel(WritingModel):
         if memory is None and context_input_ids is None:
             if context_index is not None or context_attention_mask is not None:
                 raise ValueError("context_index and context_attention_mask need a memory or context_input_ids.")
+            check_known(kwargs, self.model)
             return self.model(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels, **kwargs
             )
@@ -104,6 +105,7 @@ class GradMemModel(WritingModel):
             raise ValueError("Pass a memory to read or a context to write, not both.")
         query = query_embeddings(self.model, input_ids, inputs_embeds, attention_mask)
         check_forward_options(kwargs, query)
+        check_known(kwargs, self.model)
         losses = None
         if context_input_ids is not None:
             kwargs.setdefault("use_cache", False)  # a cache serves decoding, and whoever decodes writes first

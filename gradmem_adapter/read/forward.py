@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Collection
+from difflib import get_close_matches
+from typing import Any, get_args, is_typeddict
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import TransformersKwargs
 
+from gradmem_adapter.config import unknown_fields
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.loss import forward_at_targets, loss_of_logits
 from gradmem_adapter.read.prefix import read_inputs
-from gradmem_adapter.utils.backbone import check_length, first_position, fresh
+from gradmem_adapter.utils.backbone import check_length, first_position, fresh, trunk
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
+
+_OF_MEMORY = (
+    "memory", "context_input_ids", "context_attention_mask", "context_index", "write_steps", "max_targets", "strict",
+)  # fmt: skip
+_OF_TRANSFORMERS = ("return_dict", "use_cache", "token_type_ids")
+"""What is passed to any backbone: by PEFT, here, and as tokenizers return it."""
 
 
 def query_embeddings(
@@ -30,6 +42,34 @@ def query_embeddings(
         raise ValueError("Pass the query as input_ids or as inputs_embeds, one of the two.")
     check_tokens("input_ids", input_ids, attention_mask, backbone)
     return backbone.get_input_embeddings()(input_ids)
+
+
+def check_known(options: Collection[str], backbone: PreTrainedModel) -> None:
+    """Raise `TypeError` for arguments that forward passes over, and with them the memory that was meant.
+
+    Nearly all backbones take any keyword argument. Transformers' own hand on what `TransformersKwargs` names; of one
+    that does not say what it does with them, only what is likely a misspelt name of ours is refused.
+
+    Args:
+        options (`Collection[str]`): names of arguments besides those of `GradMemModel.forward`.
+        backbone (`PreTrainedModel`): the causal LM.
+    """
+    known, takes_any = {*_OF_MEMORY, *_OF_TRANSFORMERS}, False
+    for function in (backbone.forward, trunk(backbone).forward, ForCausalLMLoss):
+        parameters = inspect.signature(function).parameters
+        known |= parameters.keys()
+        for rest in (parameter for parameter in parameters.values() if parameter.kind is parameter.VAR_KEYWORD):
+            said = [kind for kind in get_args(rest.annotation) if is_typeddict(kind)]  # **kwargs: Unpack[kind]
+            if not said and function.__module__.startswith("transformers."):
+                said = [TransformersKwargs]
+            known.update(*(kind.__annotations__ for kind in said))
+            takes_any |= not said
+    if takes_any:
+        options = [name for name in options if get_close_matches(name, _OF_MEMORY, cutoff=0.8)]
+    if unknown := unknown_fields(options, known):
+        raise TypeError(
+            f"forward() has no argument {unknown} {type(backbone).__name__} would pass over it without a word."
+        )
 
 
 def check_forward_options(options: dict[str, Any], query: Tensor) -> None:
