@@ -137,7 +137,7 @@ class TextEncoder:
         texts = text_list(texts)
         if not texts:
             raise ValueError("There is no text to write.")
-        if empty := [i for i, text in enumerate(texts) if not text]:
+        if empty := [i for i, text in enumerate(texts) if not text.strip()]:
             raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
         most = self.max_context_tokens
         for i, text in enumerate(texts):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from tiny import tiny_text
-from tiny_pipeline import tiny_pipeline
+from tiny_pipeline import byte_pipeline, tiny_pipeline
 
-from gradmem_adapter import GradMemConfig, WriteOptions
+from gradmem_adapter import GradMemConfig, MemoryStore, WriteOptions
 
 TEXT = f"{tiny_text(30, 1)}.\n\n{tiny_text(50, 2)}.\n\n{tiny_text(35, 3)}."
 
@@ -147,3 +147,29 @@ def test_an_adapter_of_unknown_length_needs_the_length_of_segments():
     with pytest.raises(ValueError, match="does not say its trained length: pass segment_tokens"):
         pipeline.write_document(TEXT)
     assert len(pipeline.write_document(TEXT, segment_tokens=30)) > 3
+
+
+@pytest.mark.parametrize("text", ["", " ", " \n\t\n"])
+def test_white_space_is_no_text(text, tmp_path):
+    """A tokenizer of bytes makes tokens of it."""
+    pipeline, store = byte_pipeline(), MemoryStore(tmp_path)
+    state = pipeline.write("a")
+    for write in (
+        pipeline.write,
+        lambda text: pipeline.write_many([text]),
+        lambda text: pipeline.fidelity(text, state),
+        lambda text: store.add(pipeline, text),
+    ):
+        with pytest.raises(ValueError, match="Context 0 is empty: there is nothing to write"):
+            write(text)
+    with pytest.raises(ValueError, match="Context 1 is empty"):
+        store.add(pipeline, ["b", text])
+    for write in (
+        pipeline.write_document,
+        lambda text, **how: pipeline.write_document(text, "sequential", **how),
+        lambda text, **how: store.add_document(pipeline, text, **how),
+        lambda text, **how: pipeline.update(state, text, **how),
+    ):
+        with pytest.raises(ValueError, match="There is no text to write: the document is empty"):
+            write(text, segment_tokens=20)
+    assert len(store) == 0
