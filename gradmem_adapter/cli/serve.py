@@ -25,6 +25,11 @@ class ReaderName(str, Enum):
 KEYS = """A file with a tenant and its key on each line; each tenant sees its own memories alone. Without it whoever
 reaches the server may use it."""
 
+_NO_TEXTS = (
+    "The adapter does not say its trained length: what is stored can be asked, and no text is written. "
+    "Pass --segment-tokens, how many tokens one memory state keeps well."
+)
+
 
 def serve(
     context: typer.Context,
@@ -76,7 +81,10 @@ def serve(
 
         engine = VLLMReader(model, url, name=engine_model, api_key=engine_key)
     pipeline = GradMemPipeline(model, tokenizer, reader=engine)
-    pipeline.segments("", segment_tokens)  # a wrong number, or none where one is needed, is no client's fault
+    if segment_tokens is None and model.active_peft_config.segment_tokens is None:
+        warnings.warn(_NO_TEXTS, stacklevel=2)
+    else:
+        pipeline.segments("", segment_tokens)  # a wrong number is no client's fault
     for told in unseen(store, tenants, model.fingerprint()):
         warnings.warn(told, stacklevel=2)
     limits = Limits(writes=max_writes, batch=max_batch, body_bytes=max_body)

@@ -74,6 +74,15 @@ class Memories:
     def _store(self, tenant: str) -> MemoryStore:
         return self._stores.setdefault(tenant, store_of(self.folder, tenant))
 
+    def check_cuts(self) -> None:
+        """Raise `ApiError` unless it is known how long a segment may be; what is stored is read without."""
+        if self.segment_tokens is None and self.pipeline.model.active_peft_config.segment_tokens is None:
+            told = (
+                "This server writes no texts: its adapter does not say how long a segment may be. Whoever runs it can: "
+                "gradmem serve --segment-tokens. What is stored can be asked."
+            )
+            raise ApiError(503, told, "no_segment_tokens")
+
     def id_of(self, tenant: str, text: str, options: WriteOptions) -> str:
         """The id that a text's memory has, whether or not it is written: the same for the same text cut the same way.
 

@@ -79,6 +79,7 @@ def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> API
         key = (tenant, identity, body.fidelity)
         there = found is not None and (not body.fidelity or found["fidelity"] is not None)
         if not there:
+            memories.check_cuts()
             writes.check_room(key)
 
         async def begin(tell: Tell | None = None) -> dict[str, Any]:

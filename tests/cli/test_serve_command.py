@@ -30,8 +30,25 @@ def test_what_it_listens_with(checkpoint, tmp_path, started):
 def test_a_wrong_length_of_segments_is_said_before_it_listens(checkpoint, tmp_path, started):
     refused = invoke("serve", checkpoint, "--store", tmp_path / "store", "--segment-tokens", 0)
     assert (refused.exit_code, "got 0" in refused.output, started) == (2, True, [])
-    refused = invoke("serve", checkpoint, "--store", tmp_path / "store")  # of an adapter without a trained length
-    assert (refused.exit_code, "trained length" in refused.output, started) == (2, True, [])
+
+
+def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, tmp_path, started):
+    store = tmp_path / "store"
+    (tmp_path / "a.txt").write_text("w1 w2 w3")
+    options = ("--checkpoint", checkpoint, "--segment-tokens", 8, "--device", "cpu")
+    assert invoke("write", tmp_path / "a.txt", "--store", store, *options).exit_code == 0
+    result = invoke("serve", checkpoint, "--store", store)
+    assert (result.exit_code, len(started)) == (0, 1), result.output
+    assert "no text is written. Pass --segment-tokens" in " ".join(result.stderr.split())
+    ((app, _),) = started
+    with TestClient(app, "http://127.0.0.1") as client:
+        (memory,) = client.get("/v1/memories").json()["data"]
+        body = {"model": "checkpoint", "memory": [memory["id"]], "prompt": "w1", "max_tokens": 2}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        for stream in (False, True):
+            refused = client.post("/v1/memories", json={"text": "w1 w2", "stream": stream})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_segment_tokens")
+            assert "gradmem serve --segment-tokens" in refused.json()["error"]["message"]
 
 
 def test_elsewhere_than_here_only_with_keys(checkpoint, tmp_path, started):
