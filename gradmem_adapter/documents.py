@@ -17,6 +17,7 @@ from gradmem_adapter.segments import Segment
 from gradmem_adapter.sequential import text_behind, write_sequential
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.write.batching import batches, progress_bar
 from gradmem_adapter.write.budget import Budget
 from gradmem_adapter.write.options import WriteOptions
@@ -68,6 +69,7 @@ class DocumentMemory:
         Returns:
             `Fidelity`: shares `[segments]`.
         """
+        check_kind("encoder", encoder, TextEncoder, "the GradMemPipeline that wrote it")
         model = encoder.model
         backbone = cast(PreTrainedModel, model.get_base_model())
         budget = Budget.of(backbone).tokens() if max_tokens is None else max_tokens

@@ -19,7 +19,7 @@ from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.reader import Reader
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
-from gradmem_adapter.state import MemoryState
+from gradmem_adapter.state import MemoryState, check_state
 from gradmem_adapter.support import answer_scores, surest
 from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.utils.tokens import check_no_file
@@ -183,6 +183,7 @@ class GradMemPipeline(TextEncoder):
         Raises:
             TypeError, ValueError: a text that cannot be written or is the name of a file, or several states.
         """
+        check_state("memory", memory)
         check_no_file(text)
         options = WriteOptions.of(options, **fields)
         return write_sequential(self, sequential_segments(self, text, segment_tokens), options, memory, strict=strict)
@@ -289,6 +290,7 @@ class GradMemPipeline(TextEncoder):
         """
         if self.model.active_peft_config.refusal is None:
             raise ValueError("This adapter was not trained to say what memory does not hold: it scores answers alone.")
+        check_state("memory", memory)
         ids, mask = self.encode_prompts(prompt_list(prompts), tools, chat_template_kwargs)
         if len(ids) == 1:
             ids, mask = ids.expand(len(memory), -1), mask.expand(len(memory), -1)
@@ -329,6 +331,7 @@ class GradMemPipeline(TextEncoder):
         Returns:
             `SurestAnswer`: the answer, its score, and the index of the state that it is from.
         """
+        check_state("memory", memory)
         kwargs: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
         if self.model.active_peft_config.refusal is None:
             found = self.generate([prompt] * len(memory), memory=memory, return_scores=True, **kwargs, **options)
@@ -393,6 +396,5 @@ class GradMemPipeline(TextEncoder):
             own = {name: value for name, value in options.items() if name not in ("context_index", "strict")}
             backbone = cast(PreTrainedModel, self.model.get_base_model())
             check_left_padding(backbone, not attention_mask.all())
-            backbone = without_lora(backbone)
-            return backbone.generate(input_ids, attention_mask=attention_mask, **own)  # type: ignore[operator]
+            return without_lora(backbone).generate(input_ids, attention_mask=attention_mask, **own)  # type: ignore[operator]
         return self.reader.generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **options)

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from gradmem_adapter.utils.kinds import check_kind
+
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages as chat templates take them: `[{"role": "user", "content": "..."}]`."""
 
@@ -22,10 +24,7 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt as a list of one; several as a list."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise TypeError(
-            f"A prompt is a text or a list of chat messages, and several are a list; got {type(prompts).__name__}."
-        )
+    check_kind("What is asked", prompts, Sequence, "a text or a list of chat messages, or a list of several")
     if prompts and isinstance(prompts[0], Mapping):
         return [cast(Chat, prompts)]
     return cast(list[Prompt], list(prompts))
@@ -51,6 +50,7 @@ def format_query(
     Raises:
         ValueError: chat messages or `"chat"`, and the tokenizer has no chat template; or a message that is none.
     """
+    check_kind("A prompt", prompt, Sequence, "a text or a list of chat messages")
     if isinstance(prompt, str) and query_format == "text":
         return prompt, True
     if isinstance(prompt, str) and query_format != "chat":

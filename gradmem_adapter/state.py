@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsIndex
@@ -15,7 +15,10 @@ from gradmem_adapter.utils import state_file
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.files import replacing
 from gradmem_adapter.utils.fingerprint import KIND
+from gradmem_adapter.utils.kinds import as_indices, check_kind
 from gradmem_adapter.utils.state_file import TENSORS, MemoryStateError
+
+_PATH = str | os.PathLike
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,8 +44,7 @@ class MemoryState:
 
     def __post_init__(self) -> None:
         for name in TENSORS:
-            if not isinstance(getattr(self, name), Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(getattr(self, name)).__name__}.")
+            check_kind(name, getattr(self, name), Tensor, "a tensor")
         if not self.vectors.is_floating_point():
             raise TypeError(f"vectors must be floating point, got {self.vectors.dtype}.")
         if self.vectors.dim() != 3 or 0 in self.vectors.shape:
@@ -60,8 +62,7 @@ class MemoryState:
             raise ValueError(
                 f"write_losses must have shape [{len(self.vectors)}, steps + 1], got {tuple(losses.shape)}."
             )
-        if not isinstance(self.fingerprint, str):
-            raise TypeError(f"fingerprint must be a string, got {type(self.fingerprint).__name__}.")
+        check_kind("fingerprint", self.fingerprint, str, "a string")
 
     # ---------------------------------------------------------------- shape
 
@@ -113,7 +114,7 @@ class MemoryState:
             index = [number]
         if isinstance(index, slice):  # as a list: tensors know no negative steps
             index = list(range(len(self)))[index]
-        rows = torch.as_tensor(index, device=self.device)
+        rows = as_indices("What selects states", index, "an integer, a slice or a list of integers", self.device)
         if rows.dim() != 1:
             raise IndexError(f"Select states by an integer or a list of them, not by shape {tuple(rows.shape)}.")
         if not (rows.any() if rows.dtype == torch.bool else rows.numel()):
@@ -179,6 +180,7 @@ class MemoryState:
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        check_kind("dtype", dtype, torch.dtype | None, "a dtype such as torch.bfloat16")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"vectors must be floating point, got {dtype}.")
         moved = self._map(lambda tensor: tensor.to(device))
@@ -192,6 +194,7 @@ class MemoryState:
 
     def equal(self, other: MemoryState) -> bool:
         """The same values bit for bit, dtypes and fingerprint, whatever the device."""
+        check_state("other", other)
         return self._encoded() == other._encoded()
 
     def __eq__(self, other: object) -> bool:
@@ -251,6 +254,7 @@ class MemoryState:
             OSError: the file cannot be written, or `path` is something else than a file.
             ValueError: as for `to_bytes`.
         """
+        check_kind("path", path, _PATH, "a path")
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(self.to_bytes())
 
@@ -267,10 +271,22 @@ class MemoryState:
             FileNotFoundError: there is no such file.
             OSError: it cannot be opened, or is a device or a pipe.
         """
+        check_kind("path", path, _PATH, "a path")
         try:
             return cls.from_bytes(state_file.read(Path(path)), device)
         except MemoryStateError as error:
             raise MemoryStateError(f"{os.fspath(path)}: {error}") from error.__cause__
+
+
+def check_state(name: str, memory: object) -> None:
+    """Raise `TypeError` for what is no memory state.
+
+    Args:
+        name (`str`): what the caller named it.
+        memory (`object`): what was passed.
+    """
+    wanted = "a MemoryState, as write() and MemoryState.load() return, and as a DocumentMemory has in .states"
+    check_kind(name, memory, MemoryState, wanted)
 
 
 def check_finite(memory: MemoryState) -> None:
@@ -298,11 +314,7 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
         TypeError: `memory` is no state.
         ValueError: another model wrote it, or it has vectors that are not finite.
     """
-    if not isinstance(memory, MemoryState):
-        raise TypeError(
-            "memory must be a MemoryState, as write() and MemoryState.load() return, and as a DocumentMemory has in "
-            f".states, got {type(memory).__name__}."
-        )
+    check_state("memory", memory)
     if memory.width != width:
         raise ValueError(
             f"The memory state has vectors of width {memory.width}, the model's are {width} wide: it was written by "
@@ -325,6 +337,7 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
 
 def _compatible(states: Sequence[MemoryState], what: str, names: Sequence[str]) -> list[MemoryState]:
     """The states as a list, if they agree in the named properties."""
+    check_kind(f"What is to {what}", states, Iterable, "a list of memory states")
     states = list(states)
     if not states:
         raise ValueError(f"There are no memory states to {what}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from peft import PeftModel
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.peft_model import GradMemPeftModel
-from gradmem_adapter.prompts import Prompt, format_query
+from gradmem_adapter.prompts import Prompt, format_query, prompt_list
 from gradmem_adapter.segments import Segment, segments
 from gradmem_adapter.utils.backbone import device_of
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_fits, check_text, text_list
 
 
@@ -32,6 +33,7 @@ class TextEncoder:
                 f"GradMemPipeline needs a model with a GradMem adapter, got {type(model).__name__}. Make one with "
                 "get_peft_model(backbone, GradMemConfig(...)) or load_checkpoint(path)."
             )
+        check_kind("tokenizer", tokenizer, Callable, "the tokenizer of the backbone")
         if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
         self.model = cast(GradMemPeftModel, model)
@@ -103,7 +105,7 @@ class TextEncoder:
         Returns:
             Token ids `[B, T]`, left padded, and their mask.
         """
-        formatted = [self.format_query(prompt, tools, chat_template_kwargs) for prompt in prompts]
+        formatted = [self.format_query(prompt, tools, chat_template_kwargs) for prompt in prompt_list(prompts)]
         for i, (text, _) in enumerate(formatted):
             check_text(f"Prompt {i}", text)
             check_fits(f"Prompt {i}", text, self.tokenizer, self.model.positions)

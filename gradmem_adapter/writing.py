@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.state import MemoryState, check_readable
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.backbone import device_of
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_token_types
 from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
 from gradmem_adapter.write.budget import BoundedPass, Budget
@@ -282,10 +283,12 @@ class WritingModel(GradMemTuner):
         Returns:
             `Tensor`: `[B, max_new_tokens]` token ids; those of sample i count up to `memory.context_tokens[i]`.
         """
+        vectors = self._vectors(memory, strict)
         if max_new_tokens is None:
             counts = (int(memory.context_tokens.max()), self._writer.longest_context)
             max_new_tokens = min(count for count in counts if count is not None)
-        return reconstruct(self._writer, self._vectors(memory, strict), max_new_tokens, callback)
+        check_kind("max_new_tokens", max_new_tokens, SupportsIndex, "a number of tokens")
+        return reconstruct(self._writer, vectors, max_new_tokens, callback)
 
     @of_one_adapter
     def fidelity(

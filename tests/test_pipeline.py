@@ -114,7 +114,7 @@ class TestWrite:
             pipeline.write(None)
         with pytest.raises(TypeError, match="text 0 is a int"):
             pipeline.write([1, 2])
-        with pytest.raises(TypeError, match=r"A prompt is a text or a list of chat messages.* got NoneType"):
+        with pytest.raises(TypeError, match=r"must be a text or a list of chat messages.* got NoneType"):
             pipeline.generate(None)
         with pytest.raises(TypeError, match="Memory states are to stack, got int"):
             MemoryState.stack([1])

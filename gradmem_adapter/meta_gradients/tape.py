@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from gradmem_adapter.meta_gradients import STRATEGIES
 from gradmem_adapter.meta_gradients.base import MetaGradient, Step, differentiated_once
 from gradmem_adapter.meta_gradients.replay import Replay
 from gradmem_adapter.ops.cross_entropy import FUSED
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.parameters import constant
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import warn_diverged, write_memory
@@ -75,6 +76,7 @@ def differentiable_write(
         from, where it starts from the context, K=0 and there is a reconstruction weight.
     """
     config = writer.config
+    check_kind("write_steps", steps, SupportsIndex | None, "a number of steps")
     steps = config.write_steps if steps is None else steps
     rates = write_lrs(writer.slots, writer.adapter, config, steps).unbind()
     memory = start_memory(writer, context)

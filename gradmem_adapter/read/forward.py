@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection
 from difflib import get_close_matches
-from typing import Any, get_args, is_typeddict
+from typing import Any, SupportsIndex, get_args, is_typeddict
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from gradmem_adapter.read.left_padding import check_left_padding
 from gradmem_adapter.read.loss import forward_at_targets, loss_of_logits
 from gradmem_adapter.read.prefix import read_inputs
 from gradmem_adapter.utils.backbone import check_length, first_position, fresh, trunk
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
 _OF_MEMORY = (
@@ -112,6 +113,8 @@ def forward_with_memory(
         `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]`, or with `max_targets` `correct` and
         `target_states`.
     """
+    check_kind("labels", labels, Tensor | None, "a tensor [batch, length]")
+    check_kind("max_targets", max_targets, SupportsIndex | None, "a number of tokens")
     check_length(prefix.shape[1], query, attention_mask, backbone)
     read = read_inputs(prefix, query, attention_mask, first_position(backbone))
     check_left_padding(backbone, read.layout.source is not None)

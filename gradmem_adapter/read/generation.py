@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from gradmem_adapter.utils.backbone import (
     uses_checkpointing,
 )
 from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
 _NEED_TOKENS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
@@ -186,6 +187,8 @@ def end_with_positions(
 ) -> None:
     """Let `max_new_tokens` of `options` be no more than the backbone has positions left for, with a warning."""
     default, positions, prompt = backbone.generation_config, max_positions(backbone), attention_mask.shape[1]
+    for name in ("max_new_tokens", "max_length"):
+        check_kind(name, generation_option(name, options, default), SupportsIndex | float | None, "a number of tokens")
     wanted = generation_option("max_new_tokens", options, default)
     if wanted is None:
         wanted = (generation_option("max_length", options, default) or prompt) - prompt

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.kinds import as_indices
 from gradmem_adapter.utils.tokens import as_long
 
 
@@ -27,7 +28,7 @@ def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | Non
         ValueError: an index fits no state, or the numbers of states and queries do not fit together.
     """
     if context_index is not None:
-        index = as_long(torch.as_tensor(context_index, device=vectors.device))
+        index = as_long(as_indices("context_index", context_index, "a tensor of integers", vectors.device))
         if index.shape[:1] != (queries,) or index.dim() > 2 or index.is_floating_point():
             raise ValueError(
                 f"context_index must hold one integer per query ({queries}), or a row of them, got shape "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, cast
 
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.write.options import WriteOptions
 
 _WRITING = ("start", "write_steps", "write_lr", "write_optimizer", "write_clip_norm")
@@ -95,6 +96,8 @@ def places(
     """
     if sources is None or isinstance(sources, str) or not hasattr(sources, "__len__"):
         sources = [cast(Any, sources)] * count
+    check_kind("offsets", offsets, Sized | None, "a list of pairs, one for each text")
+    check_kind("metadata", metadata, Sequence | None, "a list of mappings, one for each text")
     for name, values in {"sources": sources, "offsets": offsets, "metadata": metadata}.items():
         if values is not None and len(values) != count:
             raise ValueError(f"There are {count} texts and {len(values)} {name}; give one for each text.")
@@ -120,6 +123,7 @@ def of_segments(count: int, metadata: Mapping[str, Any] | None = None) -> Mappin
         count (`int`): of the segments.
         metadata (`Mapping`, *optional*): what else there is to say of each.
     """
+    check_kind("metadata", metadata, Mapping | None, "a mapping")
     return ({"segments": count} if count > 1 else {}) | dict(metadata or {})
 
 

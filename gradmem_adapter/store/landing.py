@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gradmem_adapter.state import MemoryState
+from gradmem_adapter.state import MemoryState, check_state
 from gradmem_adapter.store import files
 from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.store.index import Index, entries_of, insert, select
 from gradmem_adapter.utils.files import errors_named
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.temporary import temporary_directory
 
 _FILES_AT_ONCE = 16
@@ -30,11 +31,14 @@ def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: str)
         states, entries: as there.
         dtype (`str`): of the vectors in files.
     """
+    check_state("states", states)
+    check_kind("entries", entries, Iterable, "a list with an Entry for each state")
     states, now = states.cpu(), time.time()
     finite = states.vectors.isfinite().flatten(1).all(1).tolist()
     tensors = {name: tensor.split(1) for name, tensor in files.new_tensors(states, dtype).items()}
     found: list[tuple[Mapping[str, Tensor], list[Entry]]] = []
     for i, (tokens, entry) in enumerate(zip(states.context_tokens.tolist(), entries, strict=True)):
+        check_kind(f"Entry {i}", entry, Entry, "an Entry")
         if not finite[i]:
             raise ValueError(f"The state of {entry.key} has vectors that are not finite: WRITE diverged.")
         entry = replace(entry, tokens=tokens, fingerprint=states.fingerprint, written=now)

@@ -23,8 +23,9 @@ from gradmem_adapter.store.errors import UnknownStateError
 from gradmem_adapter.store.index import Index, entries_of, places_of, segments_of
 from gradmem_adapter.store.likelihood import by_likelihood
 from gradmem_adapter.utils.files import check_writable
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.state_file import MemoryStateError
-from gradmem_adapter.utils.tokens import check_no_file, text_list
+from gradmem_adapter.utils.tokens import check_no_file, check_text, text_list
 from gradmem_adapter.write.batching import progress_bar
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Dtype = Literal["float32", "bfloat16", "int8"]
+_PIPELINE = "a GradMemPipeline, which knows the model"
 _AT_ONCE = 256
 """Entries that are read together."""
 
@@ -62,6 +64,7 @@ class MemoryStore:
     def __init__(self, path: str | os.PathLike[str], *, dtype: Dtype = "bfloat16", keep_text: bool = True) -> None:
         if dtype not in get_args(Dtype):
             raise ValueError(f"dtype must be one of {get_args(Dtype)}, got {dtype!r}.")
+        check_kind("path", path, str | os.PathLike, "a path")
         self.path = Path(path)
         self.dtype = dtype
         self.keep_text = keep_text
@@ -82,6 +85,8 @@ class MemoryStore:
             text (`str`): one text.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
+        check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
+        check_text("The text", text)
         identity = write_identity(pipeline.model.active_peft_config, options or WriteOptions())
         return state_key(text, pipeline.model.fingerprint(), identity)
 
@@ -127,6 +132,7 @@ class MemoryStore:
             MemoryStoreError: the index is damaged.
             OSError: the store cannot be written.
         """
+        check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
         options = WriteOptions.of(options, **fields)
         texts = text_list(texts)
         identity, fingerprint = write_identity(pipeline.model.active_peft_config, options), pipeline.model.fingerprint()
@@ -169,6 +175,7 @@ class MemoryStore:
             TypeError, ValueError: a text that cannot be cut or written, or that is the name of a file; see `add`.
             MemoryStoreError, OSError: as for `add`.
         """
+        check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
         check_no_file(text)
         keys: list[str] = []
         segments = pipeline.segments(text, segment_tokens, overlap)
@@ -223,6 +230,7 @@ class MemoryStore:
             MemoryStateError: a state is damaged, or another model than `fingerprint` wrote it.
             ValueError: no key.
         """
+        check_kind("keys", keys, Iterable, "a key or a list of keys")
         return MemoryState.stack([self._get(key, fingerprint) for key in ([keys] if isinstance(keys, str) else keys)])
 
     def _get(self, key: str, fingerprint: str | None) -> MemoryState:
@@ -291,6 +299,7 @@ class MemoryStore:
             MemoryStoreError, MemoryStateError: the index, or a state of the shortlist, is damaged.
             OSError: vectors cannot be stored.
         """
+        check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
         fingerprint = pipeline.model.fingerprint()
         found = choose(self.index, fingerprint, query, k, source, embedding, shortlist)
         return by_likelihood(pipeline, query, found, self.get)[:k] if shortlist else found
@@ -301,6 +310,7 @@ class MemoryStore:
         Args:
             entry (`Entry`): one whose metadata have the number of `segments`; others are taken for whole texts.
         """
+        check_kind("entry", entry, Entry, "an Entry, as entries() gives them")
         segments = entry.metadata.get("segments")
         if entry.source is None or type(segments) is not int:
             return True

@@ -13,6 +13,7 @@ from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.store.files import read_file, read_memory, state_file_of, write_file
 from gradmem_adapter.store.index import Index, insert, select
 from gradmem_adapter.store.removal import left, removing, settle
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.temporary import PREFIX, sweep, temporary_directory
 
@@ -135,6 +136,7 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
     Raises:
         ValueError: what is to be kept is no key; nothing is removed then.
     """
+    check_kind("keep", keep, Iterable | None, "a list of keys")
     if keep is not None:
         keep = [keep] if isinstance(keep, str) else list(keep)
         for key in keep:

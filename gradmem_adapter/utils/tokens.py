@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.kinds import check_kind
 
 
 def as_long(ids: Any) -> Any:
@@ -36,8 +37,8 @@ def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, ba
         TypeError: `input_ids` is no tensor of integers.
         ValueError: a shape or an id does not fit.
     """
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"{name} must be a tensor of token ids [batch, length], got {type(input_ids).__name__}.")
+    check_kind(name, input_ids, Tensor, "a tensor of token ids [batch, length]")
+    check_kind(f"The attention mask of {name}", attention_mask, Tensor | None, "a tensor")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer token ids, got {input_ids.dtype}.")
     if input_ids.dim() != 2:
@@ -141,8 +142,7 @@ def check_text(name: str, text: str) -> None:
         TypeError: it is something else.
         ValueError: a zero byte, or half a character.
     """
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be a text, got {type(text).__name__}.")
+    check_kind(name, text, str, "a text")
     if "\0" in text:
         raise ValueError(f"{name} has a zero byte at place {text.index(chr(0))}, which no text has. Leave it out.")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.kinds import as_indices, check_kind
 from gradmem_adapter.write.context import check_contexts
 from gradmem_adapter.write.loop import sample_names
 
@@ -83,6 +84,7 @@ def check_rows(
     Raises:
         TypeError, ValueError: one of them cannot be written; the message names it by its index.
     """
+    check_kind("contexts", contexts, Iterable, "a list with the token ids of each")
     rows = [_token_ids(index, context) for index, context in enumerate(contexts)]
     if not rows:
         raise ValueError("There is no context to write.")
@@ -98,10 +100,7 @@ def check_rows(
 
 
 def _token_ids(index: int, context: Tensor | Sequence[int]) -> Tensor:
-    try:
-        ids = torch.as_tensor(context, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"Context {index} must be token ids, got {type(context).__name__} ({error}).") from error
+    ids = as_indices(f"Context {index}", context, "token ids", torch.device("cpu"))
     return ids if ids.numel() else ids.long()  # an empty list has no type of its own
 
 
