@@ -366,7 +366,7 @@ def _load(
     empty = not any(has_offloaded_params(module) for module in backbone.modules())
     with torch.device("meta") if empty else nullcontext():
         model = PeftModelForCausalLM(backbone, config, low_cpu_mem_usage=empty)
-    try:  # not by PEFT, which keeps random memory for what is missing and takes any tensor of the backbone
+    try:  # not by PEFT, whose errors name neither the file nor all that is wrong
         tensors = _adapter_tensors(model, directory, embeddings=resized or _is_resized(model))
     except BaseException:
         cast(GradMemModel, model.base_model).unload()  # the backbone may be the caller's

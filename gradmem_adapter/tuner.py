@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +23,8 @@ from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parame
 from gradmem_adapter.utils.weights import keep_gradients
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+_SHOWN = 3
+"""Tensors that an error names."""
 SLOTS = "memory_slots"
 """The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
 
@@ -108,6 +111,33 @@ class GradMemTuner(BaseTuner):
             train = any(self.peft_config[name].train_backbone for name in self.active_adapters)
             for _, parameter in self.backbone_parameters():
                 parameter.requires_grad_(train and not inference_mode)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT asks this for the model's names of the tensors that it loads, which are to be all of the adapter's, and
+        of the backbone no more than embeddings. Without a word it would leave what is missing of a LoRA as it was made,
+        leave out what is unknown, and change the backbone."""
+
+        def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return super(GradMemTuner, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
+
+        def own(embeddings: bool) -> Set[str]:
+            return named(
+                get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=embeddings)
+            ).keys()
+
+        found = named(state_dict)
+        wrong = [f"{name!r} is missing" for name in sorted(own(embeddings=False) - found.keys())]
+        wrong += [f"{name!r} is unknown" for name in sorted(found.keys() - own(embeddings=True))]
+        if wrong:
+            more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            raise ValueError(
+                f"The tensors are not those of the adapter {adapter_name!r}: {'; '.join(wrong[:_SHOWN])}{more}. Make "
+                "the adapter with the configuration that they were saved with, or get the file anew."
+            )
+        return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's `autocast_adapter_dtype=False`: the adapter has the backbone's type. Memory stays float32."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, tiny, tokens
 from transformers import AutoModelForCausalLM
 
@@ -70,3 +71,34 @@ def test_without_the_package_peft_says_the_key(saved):
     arguments = [str(path / "adapter")]
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert "KeyError: 'GRADMEM'" in result.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_peft_takes_all_of_an_adapter_and_no_more(architecture, options, tmp_path):
+    """PEFT would leave a LoRA as it was made where its file lacks it."""
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapter = get_peft_model(tiny(architecture), GradMemConfig(num_memory_tokens=3, lora_config=lora))
+    adapter.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    of_lora = sorted(name for name in whole if "lora_A" in name)
+    of_backbone = next(n for n, _ in adapter.named_parameters() if n.endswith("base_layer.weight"))
+    slots = next(name for name in whole if name.endswith("gradmem_memory"))
+    wrong = {
+        f"{of_lora[0].removesuffix('.weight')}.default.weight' is missing": lambda tensors: tensors.pop(of_lora[0]),
+        r"memory_slots\.gradmem_memory\.default' is missing": lambda tensors: tensors.pop(slots),
+        "lora_C' is unknown": lambda tensors: tensors.update({"base_model.model.lora_C": torch.ones(1)}),
+        f"{of_backbone}' is unknown": lambda tensors: tensors.update({of_backbone: torch.ones(1)}),
+    }
+    for said, change in wrong.items():
+        tensors = dict(whole)
+        change(tensors)
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=rf"not those of the adapter 'default'.*{said}"):
+            PeftModel.from_pretrained(tiny(architecture), tmp_path, **options)
+        with pytest.raises(ValueError, match="not those of the adapter 'second'"):
+            get_peft_model(tiny(architecture), GradMemConfig()).load_adapter(tmp_path, "second")
+    embeddings = {f"base_model.model.{n}": p for n, p in tiny(architecture).state_dict().items() if "embed_tokens" in n}
+    save_file(whole | embeddings, file)
+    PeftModel.from_pretrained(tiny(architecture), tmp_path, **options)
