@@ -56,7 +56,7 @@ class TextEncoder:
         Args:
             text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its pieces in order as they stand, such as
                 the lines of an open file; or its token ids.
-            segment_tokens (`int`, *optional*): most tokens of a segment, special ones included; None: four for each of
+            segment_tokens (`int`, *optional*): most tokens of a segment, special ones included; None: two for each of
                 the adapter's vectors, no more than its trained length.
             overlap (`int`, *optional*): most tokens that a segment repeats of the one before, where no paragraph ended
                 there; None: a sixteenth of a segment.

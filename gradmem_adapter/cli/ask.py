@@ -167,7 +167,7 @@ def _write(
         if tokens > trained:
             warnings.warn(
                 f"{document.source} has {tokens:,} tokens, and the adapter was trained on texts of up to {trained:,}: "
-                f"it is written in {len(segments):,} segments, of four tokens for each vector. --state keeps them; "
+                f"it is written in {len(segments):,} segments, of two tokens for each vector. --state keeps them; "
                 "gradmem write --store also keeps their places.",
                 stacklevel=2,
             )

@@ -78,7 +78,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
         seed (`int`, *optional*): of sampling, alike alone and in a batch; None: each call draws anew.
         stop (`list[str]`, *optional*): texts that end an answer and are not part of it.
         streaming (`bool`, *optional*, defaults to `False`): let `invoke` stream to its callbacks.
-        max_states (`int`, *optional*, defaults to `8`): most states that one call reads. Those of the last turn come
+        max_states (`int`, *optional*, defaults to `16`): most states that one call reads. Those of the last turn come
             first, then the newest; others are left out with a warning.
         side_by_side (`bool`, *optional*): True: read all states of a call; False: only the one that holds the answer,
             as the adapter's refusal tells; None: all, where the adapter was not trained to refuse.
@@ -90,7 +90,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
     store: MemoryStateStore = Field(exclude=True, default_factory=MemoryStateStore)
     model_name: str = "gradmem"
     streaming: bool = False
-    max_states: int = Field(default=8, ge=1)
+    max_states: int = Field(default=16, ge=1)
     side_by_side: bool | None = None
     max_batch: int = Field(default=16, ge=1)
 

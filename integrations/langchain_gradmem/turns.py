@@ -24,8 +24,7 @@ class TurnMemory(MemoryWriter):
         pipeline (`GradMemPipeline`): who writes.
         store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
-        part_tokens (`int`, *optional*): tokens of the longest part; None: half of what `pipeline.segments` has, since
-            turns hold many small facts.
+        part_tokens (`int`, *optional*): tokens of the longest part; None: as `pipeline.segments` has them.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
             terminal.
         max_turns (`int`, *optional*, defaults to `8`): with more turns (human messages) than that, old ones are
@@ -44,11 +43,6 @@ class TurnMemory(MemoryWriter):
     def model_post_init(self, context: Any, /) -> None:
         if self.keep_turns > self.max_turns:
             raise ValueError(f"keep_turns ({self.keep_turns}) may not be more than max_turns ({self.max_turns}).")
-
-    @property
-    def _usual_part(self) -> int | None:
-        tokens = super()._usual_part
-        return None if tokens is None else max(1, tokens // 2)
 
     def shown(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
         """What a model is shown: system messages, a message that carries the memory of old turns, recent turns.

@@ -28,7 +28,7 @@ class MemoryWriter(BaseModel):
         store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
         part_tokens (`int`, *optional*): tokens of the longest part that a text is split into; None: as
-            `pipeline.segments` has them, four for each vector and no more than the adapter's trained length.
+            `pipeline.segments` has them, two for each vector and no more than the adapter's trained length.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
             terminal.
     """
@@ -67,14 +67,9 @@ class MemoryWriter(BaseModel):
     @property
     def longest(self) -> int | None:
         """Tokens of the longest part, without special ones; None: there is no limit."""
-        chosen = self.part_tokens or self._usual_part
+        chosen = self.part_tokens or self.pipeline.model.active_peft_config.segment_tokens
         limits = [limit for limit in (chosen, self.pipeline.max_context_tokens) if limit is not None]
         return min(limits) - len(self.pipeline.tokenizer("")["input_ids"]) if limits else None
-
-    @property
-    def _usual_part(self) -> int | None:
-        tokens: int | None = self.pipeline.model.active_peft_config.segment_tokens
-        return tokens
 
     def split(self, text: str, name: str = "The text") -> list[str]:
         """Parts of a text that memory holds well, as `pipeline.segments` cuts them, without overlap.

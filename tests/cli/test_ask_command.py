@@ -120,10 +120,11 @@ def refuses(checkpoint, tmp_path):
 def test_an_answer_comes_piece_by_piece_with_its_support(refuses, tmp_path, monkeypatch):
     stream = GradMemPipeline.stream
     monkeypatch.setattr(GradMemPipeline, "stream", lambda *a, **k: iter([" one", " more"]) if stream(*a, **k) else None)
+    (tmp_path / "a.txt").write_text(tiny_text(6))
     result = ask("w1 w2", "--text", tmp_path / "a.txt", "--checkpoint", refuses)
     assert result.exit_code == 0, result.output
     pipeline = GradMemPipeline(*load_checkpoint(refuses))
-    (support,) = pipeline.support("w1 w2", memory=pipeline.write(tiny_text(12)))
+    (support,) = pipeline.support("w1 w2", memory=pipeline.write(tiny_text(6)))
     assert result.stdout.splitlines()[1:] == ["w1 w2", f"  one more  (support {support:.2f})"]
 
 
@@ -168,7 +169,7 @@ def test_several_texts_are_named_in_many_ways(refuses, tmp_path, monkeypatch):
     assert printed["context_tokens"] == 12 + 9 + 8
     assert printed["answers"][0]["sources"][0]["source"] in ("a.txt", "b.txt", "notes/c.txt")
     shown = ask("w1", "--text", "[ab].txt", "--text", "notes", "--checkpoint", refuses)
-    assert f", {printed['answers'][0]['sources'][0]['source']})" in shown.stdout
+    assert f", {printed['answers'][0]['sources'][0]['source']}: " in shown.stdout
 
 
 def test_another_backbone(checkpoint, backbone, tmp_path):

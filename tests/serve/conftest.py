@@ -17,7 +17,7 @@ from gradmem_adapter.serve import create_app
 
 @pytest.fixture(scope="session")
 def pipeline():
-    return tiny_pipeline(trained_length=12)
+    return tiny_pipeline(num_memory_tokens=6, trained_length=12)
 
 
 @pytest.fixture

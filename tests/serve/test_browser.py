@@ -87,7 +87,7 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def page(driver, store):
-    with listening(create_app(tiny_pipeline(trained_length=12, refusal="w3 w3"), store.path)) as url:
+    with listening(create_app(tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3"), store.path)) as url:
         page = Page(driver, url)
         page.until(lambda: "3 vectors" in page["model"].text)
         yield page
@@ -136,7 +136,7 @@ def test_a_memory_is_opened_again_and_another_may_answer(page):
 
 
 def test_not_in_memory(driver, store, monkeypatch):
-    pipeline = tiny_pipeline(trained_length=12, refusal="w3 w3")
+    pipeline = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     state = pipeline.write("w1 w2")
     said = pipeline.generate([{"role": "user", "content": "w9"}], memory=state, max_new_tokens=2, do_sample=False)[0]
     pipeline.model.active_peft_config.refusal = said  # what a random model says is what it is taken to refuse with

@@ -22,7 +22,7 @@ def test_a_long_text_is_written_in_segments(client, pipeline, store):
     assert [(s["start"], s["end"], s["tokens"]) for s in found["segments"]] == [
         (s.start, s.end, s.tokens) for s in segments
     ]
-    assert (found["name"], found["vectors"], found["fidelity"]) == ("story", 3 * len(segments), None)
+    assert (found["name"], found["vectors"], found["fidelity"]) == ("story", 6 * len(segments), None)
     assert found["bytes"] == sum(entry.nbytes for entry in store.entries(found["id"]))
     states = pipeline.write([segment.text for segment in segments])
     for segment, expected in zip(found["segments"], states.write_losses.tolist(), strict=True):
@@ -67,7 +67,7 @@ def test_deleted_is_gone_from_the_disk(client, store):
 
 
 def test_what_another_model_wrote_can_be_deleted(serve, store):
-    identity = written(serve(tiny_pipeline(seed=1, trained_length=12)), LONG)["id"]
+    identity = written(serve(tiny_pipeline(seed=1, num_memory_tokens=6, trained_length=12)), LONG)["id"]
     client = serve()
     assert client.get(f"/v1/memories/{identity}").status_code == 404
     assert client.delete(f"/v1/memories/{identity}").json()["deleted"]

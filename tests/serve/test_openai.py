@@ -53,8 +53,8 @@ def test_answers_are_those_of_the_pipeline(client, pipeline, store, ids):
         assert [place["id"] for place in response.json()["memory"]] == memory
     usage = chat(client, memory=ids).json()["usage"]
     prompt = len(pipeline.encode_prompts([[{"role": "user", "content": "w4 w5"}]])[0][0])
-    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt + 6, 6)
-    assert usage["prompt_tokens_details"]["memory_saved"] == 7 - 6
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt + 2 * 6, 6)
+    assert usage["prompt_tokens_details"]["memory_saved"] == 7 - 2 * 6
 
 
 def test_many_at_a_time_are_batches_and_the_same(client, pipeline, store, ids):
@@ -135,7 +135,7 @@ def test_of_a_long_text_the_segments_with_the_question_s_words_are_read(client, 
 
 
 def test_an_adapter_that_refuses_is_read_one_state_at_a_time(serve, store):
-    own = tiny_pipeline(trained_length=12, refusal="w3 w3")
+    own = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     client = serve(own)
     ids = [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
     question = [{"role": "user", "content": "w4 w5"}]
@@ -150,7 +150,7 @@ def test_an_adapter_that_refuses_is_read_one_state_at_a_time(serve, store):
 
 
 def test_memories_whose_texts_were_not_kept_are_read(serve, store):
-    own = tiny_pipeline(trained_length=12, refusal="w3 w3")
+    own = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     texts = ["w1 w2 w3", "w6 w7 w8 w9"]
     MemoryStore(store.path, keep_text=False).add(own, texts, sources=["one", "other"])
     response = chat(serve(own), "w2", memory=["one", "other"])

@@ -26,7 +26,7 @@ def command(tmp_path):
     for part in (tiny(max_position_embeddings=600), tiny_tokenizer()):
         part.save_pretrained(tmp_path / "backbone")
     model, tokenizer = load_backbone(str(tmp_path / "backbone"))
-    config = GradMemConfig(num_memory_tokens=3, write_steps=1, write_lr=0.3, trained_length=12)
+    config = GradMemConfig(num_memory_tokens=6, write_steps=1, write_lr=0.3, trained_length=12)
     save_checkpoint(get_peft_model(model, config), tokenizer, tmp_path / "tiny")
     return [sys.executable, "-m", "gradmem_adapter.cli", "serve", tmp_path / "tiny", "--store", tmp_path / "store"]
 

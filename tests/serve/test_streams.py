@@ -99,10 +99,10 @@ def test_the_text_and_what_its_kv_cache_would_take(client):
 
 
 def test_support(serve, store):
-    own = tiny_pipeline(trained_length=12, refusal="w3 w3")
+    own = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     client = serve(own)
     card = client.get("/v1/models").json()["data"][0]["memory"]
-    assert card == {"vectors": 3, "write_steps": 1, "trained_length": 12, "refusal": "w3 w3", "dtype": "float32"}
+    assert card == {"vectors": 6, "write_steps": 1, "trained_length": 12, "refusal": "w3 w3", "dtype": "float32"}
     ids = [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
     question = [{"role": "user", "content": "w4 w5"}]
     states = store.get([entry.key for identity in ids for entry in store.entries(identity)])

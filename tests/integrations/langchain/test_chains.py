@@ -137,6 +137,7 @@ async def test_async_and_streams(chat):
 @pytest.mark.filterwarnings("ignore:The messages refer to more memory states")
 def test_rag_over_many_turns_goes_on(chat, asked):
     """Every turn attaches its documents, and the history keeps what was attached: twenty turns of three states each."""
+    chat.max_states = 8
     messages = ChatPromptTemplate.from_messages([MessagesPlaceholder("history"), ("human", "{input}")])
     history = []
     for i in range(20):
@@ -146,7 +147,7 @@ def test_rag_over_many_turns_goes_on(chat, asked):
         value = messages.invoke({"history": history[-4:], "input": "w3"}).to_messages()
         value[-1] = attach(value[-1], references)
         history += [value[-1], chat.invoke(value)]
-    assert asked[-1][1] == 3 * chat.max_states
+    assert asked[-1][1] == 3 * 8
 
 
 def test_a_prompt_of_one_string_warns_of_the_memory_that_it_loses(chat, memory):

@@ -3,7 +3,6 @@
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_gradmem import MemoryStateStore, TurnMemory, attach, marker, references_of
-from langchain_gradmem.writer import MemoryWriter
 from tiny import tiny_text
 from tiny_pipeline import tiny_pipeline
 
@@ -61,11 +60,6 @@ def test_long_turns_are_split(memory, conversation):
     (carrier,) = carriers(memory.shown(messages))
     tokens = sum(int(memory.store.get(reference).context_tokens[0]) for reference in references_of(carrier))
     assert tokens > 300
-
-
-def test_parts_are_half_as_long_as_segments():
-    pipeline = tiny_pipeline(num_memory_tokens=5, trained_length=20)
-    assert TurnMemory(pipeline=pipeline).longest == MemoryWriter(pipeline=pipeline).longest - 10
 
 
 class TestManyParts:

@@ -55,8 +55,8 @@ def test_lines_are_joined_as_long_as_they_fit(writer):
 
 def test_parts_are_segments_of_the_adapter_s():
     """Neither as long as it was trained for nor as the backbone takes: memory would keep them worse."""
-    trained = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=13, trained_length=50))
-    small = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=3, trained_length=50))
+    trained = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=25, trained_length=50))
+    small = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=6, trained_length=50))
     assert [len(part.split()) for part in small.split(tiny_text(24))] == [12, 12]
     assert [len(part.split()) for part in trained.split(tiny_text(120))] == [50, 35, 35]
     assert [len(part.split()) for part in trained.join([tiny_text(120)])] == [50, 35, 35]
