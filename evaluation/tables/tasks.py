@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 
 from evaluation.methods import METHODS
 from evaluation.paper import KV_RETRIEVAL
 from evaluation.results import RESULTS, Record, frame, load_records
+from gradmem_adapter.store.memory_store import Dtype
 
 from .cells import Frame, data_title, general_passages, grid, in_order, line_title, percent, read
 
 SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole", "auc", "gap_closed"}
 """Metrics that are shown in %."""
+INT8 = 4
+"""Times as small as float32, in which a record counts bytes, is what a memory store keeps."""
 
 
 def results_table(records: Iterable[Record]) -> Frame:
@@ -213,21 +216,10 @@ def long_documents() -> Frame:
     """F1 on questions about articles of thousands of words, by what is read of an article."""
     rows = []
     for _, row in read("long_documents", limit=48).iterrows():
-        if row["pieces"] == "whole":
-            what = f"the article as text, {row['context_tokens']:,.0f} tokens on average"
-        elif row["chosen"] == "right":
-            what = f"the state of the paragraph that answers ({row['memory_tokens']} vectors)"
-        else:
-            text = row["method"] == "full_context"
-            kind = (
-                f"pieces of text of {row['context_tokens']:.0f} tokens"
-                if text
-                else f"states ({row['memory_tokens']} vectors)"
-            )
-            how = "the one with the most support" if row["alone"] is True else "side by side"
-            what = f"{row['states']} {kind}, chosen by words, {how}"
+        memory = row["method"] == "gradmem"
         rows.append({
-            "read": what,
+            "read": _what_is_read(row),
+            "kB for 1,000 tokens": f"{row['bytes_per_context'] / INT8 / row['context_tokens']:,.0f}" if memory else None,
             "questions": f"{row['n']:,}",
             "F1": percent(row["f1"], row["f1_error"]),
             "exact match": percent(row["exact_match"], row["exact_match_error"]),
@@ -235,7 +227,29 @@ def long_documents() -> Frame:
     return Frame(rows)
 
 
+def _what_is_read(row: Any) -> str:
+    vectors = f"({row['memory_tokens']} vectors)"
+    if row["pieces"] == "whole":
+        return f"the article as text, {row['context_tokens']:,.0f} tokens on average"
+    if row["pieces"] == "sequential":
+        return f"one state of all segments, one after another {vectors}"
+    if row["chosen"] == "right":
+        return f"the state of the paragraph that answers {vectors}"
+    if row["method"] == "full_context":
+        return f"{row['states']} pieces of text of {row['context_tokens']:.0f} tokens, side by side"
+    of = "paragraphs" if row["pieces"] == "paragraphs" else f"segments of up to {row['segment_tokens']:.0f} tokens"
+    how = "" if row["states"] == 1 else ", the likeliest answers" if row["alone"] is True else ", side by side"
+    return f"{row['states']} of the states {vectors} of {of}{how}"
+
+
+def kept_states() -> Frame:
+    """What fewer bits for the vectors of states cost in F1 on SQuAD."""
+    table = in_order(read("kept_states", limit=250), get_args(Dtype), "kept")
+    rows = [f"{vectors} vectors" for vectors in table["memory_tokens"]]
+    return grid(table, rows, table["kept"].tolist(), lambda row: percent(row["f1"].iloc[0], row["f1_error"].iloc[0]))
+
+
 TABLES = (
-    answers, answers_all, answers_side_by_side, choosing, continuation, general, general_others, kv_retrieval,
-    long_documents, reconstruction, short_squad, untouched,
+    answers, answers_all, answers_side_by_side, choosing, continuation, general, general_others, kept_states,
+    kv_retrieval, long_documents, reconstruction, short_squad, untouched,
 )  # fmt: skip

@@ -52,8 +52,8 @@ class MemoryStore:
 
     Args:
         path (`str` or `PathLike`): the directory; the first state makes it.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`): of the vectors in files that are written from now on:
-            `"float32"`, `"bfloat16"`, or `"int8"` with a scale for each vector. What is read is float32.
+        dtype (`str`, *optional*, defaults to `"int8"`): of the vectors in files that are written from now on:
+            `"int8"` with a scale for each vector, `"bfloat16"` or `"float32"`. What is read is float32.
         keep_text (`bool`, *optional*, defaults to `True`): keep the texts beside the states, so that answers can be
             cited, states be found by words, and texts be written anew for another model.
 
@@ -61,7 +61,7 @@ class MemoryStore:
         ValueError: another dtype.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, dtype: Dtype = "bfloat16", keep_text: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, dtype: Dtype = "int8", keep_text: bool = True) -> None:
         if dtype not in get_args(Dtype):
             raise ValueError(f"dtype must be one of {get_args(Dtype)}, got {dtype!r}.")
         check_kind("path", path, str | os.PathLike, "a path")

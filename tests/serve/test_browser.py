@@ -87,7 +87,9 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def page(driver, store):
-    with listening(create_app(tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3"), store.path)) as url:
+    with listening(
+        create_app(tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3"), store.path)
+    ) as url:
         page = Page(driver, url)
         page.until(lambda: "3 vectors" in page["model"].text)
         yield page

@@ -1,7 +1,8 @@
 """LangChain's own standard tests."""
 
+import dataclasses
+
 import pytest
-import torch
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_gradmem import ChatGradMem, GradMemCompressor, GradMemRetriever, MemoryStateStore
@@ -13,6 +14,8 @@ from langchain_tests.integration_tests import (
 )
 from langchain_tests.unit_tests import ChatModelUnitTests
 from tiny_pipeline import byte_pipeline, tiny_pipeline
+
+from gradmem_adapter.utils.state_file import narrowed, widened
 
 PIPELINE = tiny_pipeline()
 
@@ -66,7 +69,8 @@ class TestRetriever(RetrieversIntegrationTests):
 @pytest.fixture(scope="module")
 def states():
     written = PIPELINE.write(["w1 w2 w3", "w4 w5", "w6"])
-    return tuple(written.to(dtype=torch.bfloat16).to(dtype=torch.float32))  # as they are stored
+    stored = widened(narrowed(written.vectors, "int8"))["vectors"]
+    return tuple(dataclasses.replace(written, vectors=stored))
 
 
 class _ByName(MemoryStateStore):
