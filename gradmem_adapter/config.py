@@ -257,7 +257,7 @@ class GradMemConfig(PeftConfig):
     @property
     def segment_tokens(self) -> int | None:
         """Tokens of a segment of a long text unless another number is asked for: two for each vector, of which memory
-        keeps more than of longer ones (docs/long_texts.md), and no more than the trained length; None: that is unknown."""
+        keeps more than of longer ones (docs/long_texts.md), no more than the trained length; None: that is unknown."""
         return None if self.trained_length is None else min(self.trained_length, 2 * self.num_memory_tokens)
 
     def to_dict(self) -> dict[str, Any]:

@@ -216,10 +216,10 @@ def long_documents() -> Frame:
     """F1 on questions about articles of thousands of words, by what is read of an article."""
     rows = []
     for _, row in read("long_documents", limit=48).iterrows():
-        memory = row["method"] == "gradmem"
+        kept = row["bytes_per_context"] / INT8 / row["context_tokens"]
         rows.append({
             "read": _what_is_read(row),
-            "kB for 1,000 tokens": f"{row['bytes_per_context'] / INT8 / row['context_tokens']:,.0f}" if memory else None,
+            "kB for 1,000 tokens": f"{kept:,.0f}" if row["method"] == "gradmem" else None,
             "questions": f"{row['n']:,}",
             "F1": percent(row["f1"], row["f1_error"]),
             "exact match": percent(row["exact_match"], row["exact_match_error"]),
