@@ -55,6 +55,8 @@ def check_known(options: Collection[str], backbone: PreTrainedModel) -> None:
         options (`Collection[str]`): names of arguments besides those of `GradMemModel.forward`.
         backbone (`PreTrainedModel`): the causal LM.
     """
+    if not options:
+        return  # training and decoding come here at each step
     known, takes_any = {*_OF_MEMORY, *_OF_TRANSFORMERS}, False
     for function in (backbone.forward, trunk(backbone).forward, ForCausalLMLoss):
         parameters = inspect.signature(function).parameters
