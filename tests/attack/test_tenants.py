@@ -1,9 +1,8 @@
 """A tenant's store reaches no other tenant's states, whatever it is asked for."""
 
 import pytest
-import torch
 from langchain_gradmem import MemoryStateStore
-from tiny_pipeline import tiny_pipeline
+from tiny_pipeline import as_stored, tiny_pipeline
 
 REFERENCE = "0123456789abcdef" * 2
 PATHS = [
@@ -15,8 +14,7 @@ PATHS = [
 
 @pytest.fixture(scope="module")
 def states():
-    written = tiny_pipeline().write(["w1 w2 w3", "w4 w5"])
-    return list(written.to(dtype=torch.bfloat16).to(dtype=torch.float32))  # as they are stored
+    return [as_stored(state) for state in tiny_pipeline().write(["w1 w2 w3", "w4 w5"])]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

@@ -15,7 +15,7 @@ from gradmem_adapter import GradMemConfig
 def measure():
     def run(task, **options):
         config = RunConfig.of({"backbone": "none", "method": {"name": "gradmem"}, "tasks": [task]})
-        memory = GradMemConfig(num_memory_tokens=3, trained_length=20, refusal="w40 w41")
+        memory = GradMemConfig(num_memory_tokens=6, trained_length=20, refusal="w40 w41")
         model = get_peft_model(tiny(max_position_embeddings=900), memory).eval()
         return config.tasks[0].measure(Answerer(model, tiny_tokenizer(), config, steps=1), "test", **options)
 
@@ -31,7 +31,7 @@ def source(tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(("read", "vectors"), [("each", 3), ("side_by_side", 6), ("text", 0)])
+@pytest.mark.parametrize(("read", "vectors"), [("each", 6), ("side_by_side", 12), ("text", 0)])
 def test_retrieved_documents(measure, source, read, vectors):
     found = measure({"name": "rag", "source": source, "read": read, "instruction": "w1"}, states=2, limit=4)
     assert {"f1", "exact_match", "found", "prompt_tokens", "seconds"} <= set(found.values)

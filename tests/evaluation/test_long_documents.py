@@ -32,7 +32,7 @@ def source(tmp_path):
 @pytest.fixture
 def measure(source):
     def run(method="gradmem", states=1, **options):
-        memory = {"num_memory_tokens": 3, "trained_length": 20, "refusal": "no idea"}
+        memory = {"num_memory_tokens": 6, "trained_length": 20, "refusal": "no idea"}
         task = {"name": "long_documents", "source": str(source)}
         config = RunConfig.of({"backbone": "none", "method": {"name": method}, "tasks": [task | options]})
         backbone = tiny(max_position_embeddings=300)

@@ -166,7 +166,7 @@ def _cut(path):
 
 def _not_finite(path):
     tensors, entries = files.read_file(path)
-    tensors["vectors"].fill_(float("nan"))
+    tensors["scales"].fill_(float("nan"))
     files.write_file(path, tensors, entries)
 
 

@@ -1,7 +1,5 @@
 """LangChain's own standard tests."""
 
-import dataclasses
-
 import pytest
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
@@ -13,9 +11,7 @@ from langchain_tests.integration_tests import (
     RetrieversIntegrationTests,
 )
 from langchain_tests.unit_tests import ChatModelUnitTests
-from tiny_pipeline import byte_pipeline, tiny_pipeline
-
-from gradmem_adapter.utils.state_file import narrowed, widened
+from tiny_pipeline import as_stored, byte_pipeline, tiny_pipeline
 
 PIPELINE = tiny_pipeline()
 
@@ -68,9 +64,7 @@ class TestRetriever(RetrieversIntegrationTests):
 
 @pytest.fixture(scope="module")
 def states():
-    written = PIPELINE.write(["w1 w2 w3", "w4 w5", "w6"])
-    stored = widened(narrowed(written.vectors, "int8"))["vectors"]
-    return tuple(dataclasses.replace(written, vectors=stored))
+    return tuple(as_stored(state) for state in PIPELINE.write(["w1 w2 w3", "w4 w5", "w6"]))
 
 
 class _ByName(MemoryStateStore):
