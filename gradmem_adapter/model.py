@@ -159,7 +159,8 @@ class GradMemModel(WritingModel):
             What Transformers returns: prompts and new tokens `[B, T + new]`. `max_length` and `min_length` count both.
 
         Raises:
-            NotImplementedError: assisted decoding or chunked prefill, which Transformers does for tokens alone.
+            NotImplementedError: assisted decoding, chunked prefill or another way of decoding that Transformers has
+                for tokens alone.
             TypeError, ValueError: a prompt or a state that the model cannot read, or a cache of another memory.
         """
         inputs = as_long(kwargs.pop("input_ids", None) if inputs is None else inputs)
@@ -183,6 +184,20 @@ class GradMemModel(WritingModel):
         if not isinstance(output, Tensor):
             tie_caches(output, read)
         return output
+
+    def generate_batch(self, *args: Any, memory: MemoryState | None = None, **kwargs: Any) -> Any:
+        """Transformers' `generate_batch` of the backbone (with its LoRA), which reads no memory and passes over
+        arguments that it does not know.
+
+        Raises:
+            NotImplementedError: there is a memory to read.
+        """
+        if memory is not None:
+            raise NotImplementedError(
+                "generate_batch takes prompts of tokens alone, and memory is input embeddings. Use "
+                "generate(memory=...), which takes a batch of prompts and a state for all or for each."
+            )
+        return self.model.generate_batch(*args, **kwargs)
 
     @of_one_adapter
     def log_likelihood(

@@ -31,8 +31,10 @@ from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
 
-_NEED_TOKENS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-"""With these Transformers loses `inputs_embeds`, and with them the memory."""
+_NEED_TOKENS_ALONE = (
+    "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size", "token_healing",
+)  # fmt: skip
+"""With these Transformers loses `inputs_embeds`, and with them the memory, or changes the tokens they stand for."""
 
 _NEED_ANOTHER_CACHE = (
     "past_key_values", "compile_config", "custom_generate", "position_ids", "output_attentions", "output_hidden_states",
@@ -223,7 +225,7 @@ def check_generation_options(options: dict[str, Any], default: GenerationConfig)
     """Raise for ways of decoding with which Transformers loses `inputs_embeds`, and with them the memory.
 
     Assisted decoding and chunked prefill count the cache in `input_ids`, which are shorter than what is in it by the
-    prefix; the text they give is not the model's.
+    prefix; the text they give is not the model's. Continuous batching ("paged") is given `input_ids` alone.
 
     Raises:
         NotImplementedError: one of them is asked for.
@@ -235,12 +237,14 @@ def check_generation_options(options: dict[str, Any], default: GenerationConfig)
             f"cache_implementation={kind!r} moves layers of the cache between an accelerator and the CPU, and there is "
             "no accelerator here. Leave it out, or pass 'static'."
         )
-    for name in _NEED_TOKENS_ALONE:
-        if generation_option(name, options, default) is not None:
-            raise NotImplementedError(
-                f"generate(memory=...) cannot be combined with {name}: Transformers supports it for prompts of tokens "
-                "alone, and memory is input embeddings. Leave it out."
-            )
+    asked = [name for name in _NEED_TOKENS_ALONE if generation_option(name, options, default) not in (None, False)]
+    if kind == "paged":
+        asked.append("cache_implementation='paged'")
+    if asked:
+        raise NotImplementedError(
+            f"generate(memory=...) cannot be combined with {', '.join(asked)}: Transformers supports it for prompts of "
+            "tokens alone, and memory is input embeddings. Leave it out."
+        )
 
 
 def own_cache(backbone: PreTrainedModel, options: dict[str, Any]) -> str | None:

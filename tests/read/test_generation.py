@@ -137,7 +137,13 @@ def test_static_cache_and_no_cache_give_the_same_text():
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny()}, {"prefill_chunk_size": 2}],
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": tiny()},
+        {"prefill_chunk_size": 2},
+        {"token_healing": True},
+        {"cache_implementation": "paged"},
+    ],
     ids=lambda o: next(iter(o)),
 )
 @pytest.mark.parametrize("how", ["keyword", "config"])
@@ -150,6 +156,12 @@ def test_decoding_that_would_lose_the_memory_is_refused(options, how):
     with pytest.raises(NotImplementedError, match=f"cannot be combined with {name}"):
         model.generate(tokens(1, 6), memory=state, max_new_tokens=4, **options)
     assert model.generate(tokens(1, 6), memory=state, max_new_tokens=4, eos_token_id=None).shape == (1, 10)
+
+
+def test_continuous_batching_does_not_pass_over_a_memory():
+    model = make()
+    with pytest.raises(NotImplementedError, match=r"Use generate\(memory=...\)"):
+        model.generate_batch([[5, 6]], memory=model.write(tokens(1, 9)))
 
 
 def test_what_a_passed_configuration_leaves_open_comes_from_the_models():
