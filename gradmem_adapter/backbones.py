@@ -26,6 +26,7 @@ _FORMS = (
 )
 
 
+@torch.inference_mode(False)  # in which WRITE takes no gradients through the weights that were made there
 def load_backbone(
     reference: str,
     *,

@@ -291,6 +291,7 @@ def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) 
         )
 
 
+@torch.inference_mode(False)  # whose weights could be read with, and not written
 def load_checkpoint(
     path: str | Path,
     *,

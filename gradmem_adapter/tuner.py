@@ -91,7 +91,7 @@ class GradMemTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.start != "slots":
             check_start(cast(PreTrainedModel, model), config.start)
-        with self._changes.one():
+        with self._changes.one(), torch.inference_mode(False):  # whose tensors could not be written with
             # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             inject_lora(model, adapter_name, config, low_cpu_mem_usage)

@@ -104,6 +104,17 @@ class TestRoundTrip:
         save_checkpoint(loaded, words, tmp_path / "again")  # and once more
         assert outcome(*load_checkpoint(tmp_path / "again")) == outcome(model, tokenizer)
 
+    @pytest.mark.parametrize("lora", [None, LORA], ids=["alone", "lora"])
+    def test_in_inference_mode(self, backbone, tmp_path, lora):
+        """As in a script that is wholly in it; with PEFT's way to open an adapter, too."""
+        model, tokenizer = train(make(backbone, lora_config=lora)), tiny_tokenizer()
+        save_checkpoint(model, tokenizer, tmp_path / "saved")
+        expected = outcome(model, tokenizer)
+        with torch.inference_mode():
+            assert outcome(*load_checkpoint(tmp_path / "saved")) == expected
+            opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), tmp_path / "saved")
+            assert outcome(opened, tokenizer) == expected
+
     def test_query_format(self, backbone, tmp_path):
         model = make(backbone, query_format="Question : {query} :")
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")

@@ -39,6 +39,7 @@ def check_left_padding(backbone: PreTrainedModel, padded: bool) -> None:
         )
 
 
+@torch.compiler.disable  # a trial says how PyTorch is to compile, which nothing that is compiled may
 def counts_padding(backbone: PreTrainedModel) -> bool:
     """Whether logits change with padding on the left, by two forward passes over a few tokens."""
     padding, start = 2, 2

@@ -39,7 +39,7 @@ def read_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def keep_gradients(model: PreTrainedModel) -> None:
-    """See to it that gradients pass through quantised layers, which WRITE depends on.
+    """See to it that gradients pass through all layers, which WRITE depends on.
 
     bitsandbytes is kept from packing 4-bit weights for the instructions of a CPU: it does so in the first pass without
     gradients that a layer sees, and what runs through the layer from then on has no gradient, and no error says so.
@@ -48,9 +48,15 @@ def keep_gradients(model: PreTrainedModel) -> None:
         model (`PreTrainedModel`): the backbone.
 
     Raises:
-        ValueError: weights are packed already, which bitsandbytes cannot undo without loss, or a layer lets no gradient
-            through.
+        ValueError: weights are packed already, which bitsandbytes cannot undo without loss, a layer lets no gradient
+            through, or the model was made in inference mode.
     """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"This {type(model).__name__} was made inside torch.inference_mode(), whose tensors take no part in "
+            "gradients, and WRITE takes gradients of memory. Load the backbone outside, and write and read inside as "
+            "you like; load_checkpoint and load_backbone may stand anywhere."
+        )
     for name, module in model.named_modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes' own switch

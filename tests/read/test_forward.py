@@ -42,6 +42,18 @@ def test_forward_of_a_padded_batch_equals_one_by_one(architecture, side):
     torch.testing.assert_close(output.loss, sum(losses) / sum(map(len, ROWS)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_model_reads_queries_that_are_padded_on_the_left():
+    """The first such batch has the backbone tried out, which may not be compiled."""
+    model = make()
+    state, (ids, mask) = model.write(tokens(3, 9)), pad_left(ROWS)
+    compiled = torch.compile(model, backend="eager")
+    try:
+        logits = compiled(input_ids=ids, attention_mask=mask, memory=state).logits
+    finally:
+        torch.compiler.reset()
+    torch.testing.assert_close(logits, model(input_ids=ids, attention_mask=mask, memory=state).logits)
+
+
 def test_one_state_for_all_queries_and_context_index():
     model = make()
     states = model.write(tokens(2, 9))

@@ -34,3 +34,11 @@ def test_layers_that_cut_gradients_are_refused(cut, inference_mode):
             get_peft_model(backbone, config)
     else:
         assert get_peft_model(backbone, config).write(tokens(1, 5)).vectors.isfinite().all()
+
+
+def test_a_backbone_that_was_made_in_inference_mode_is_refused():
+    """The error of PyTorch comes with the first write, and names no model."""
+    with torch.inference_mode():
+        backbone = tiny()
+    with pytest.raises(ValueError, match=r"was made inside torch.inference_mode\(\)"):
+        get_peft_model(backbone, GradMemConfig(num_memory_tokens=2))
