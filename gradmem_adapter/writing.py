@@ -15,6 +15,7 @@ from gradmem_adapter.state import MemoryState, check_readable
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.kinds import check_kind
+from gradmem_adapter.utils.parameters import parts_with_dropout
 from gradmem_adapter.utils.tokens import check_token_types
 from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
 from gradmem_adapter.write.budget import BoundedPass, Budget
@@ -94,11 +95,19 @@ class WritingModel(GradMemTuner):
         options = WriteOptions.of(options, **fields)
         check_token_types(token_type_ids)
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
-        self._check_length(context.input_ids.shape[1])
+        self._check_conditions(context.input_ids.shape[1])
         return self._write(context, options, initial, callback, strict)
 
-    def _check_length(self, length: int) -> None:
-        """Warn of contexts that are longer than the adapter was trained for."""
+    def _check_conditions(self, length: int) -> None:
+        """Warn of contexts that are longer than the adapter was trained for, and of dropout."""
+        dropping = parts_with_dropout(self.model) if self.training else ()
+        name = next((name for name, module in dropping if module.training), None)
+        if name is not None:
+            warnings.warn(
+                f"The model is in training mode, and {name!r} has dropout: what is written now is noisy, and another "
+                "memory each time. Call model.eval() first, also behind get_peft_model and trainer.train().",
+                stacklevel=3,
+            )
         trained = self.peft_config[self._adapter].trained_length
         if trained is not None and length > trained:
             warnings.warn(
@@ -186,7 +195,7 @@ class WritingModel(GradMemTuner):
             )
         with torch.no_grad():
             start, whole = more_text(self._writer, vectors, known, context, config.trained_length)
-        self._check_length(whole.input_ids.shape[1])
+        self._check_conditions(whole.input_ids.shape[1])
         begun = MemoryState(start, known, memory.write_losses, memory.fingerprint)
         written = self._write(whole, options, begun, strict=strict, more=True)
         return MemoryState(written.vectors, known + context.lengths, written.write_losses, written.fingerprint)
@@ -230,7 +239,7 @@ class WritingModel(GradMemTuner):
             raise ValueError(f"max_tokens must be an integer from 1, got {max_tokens!r}.")
         rows = check_rows(contexts, self.model, self.prefix_length)
         longest, budget = max(map(len, rows)), Budget.of(self.model)
-        self._check_length(longest)
+        self._check_conditions(longest)
         if options.objective == "reconstruction":
             budget.plans(1, longest, options.max_memory, options.compile is True)  # or nothing is written
         size = budget.tokens(options.max_memory) if max_tokens is None else max_tokens

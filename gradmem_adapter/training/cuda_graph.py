@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from gradmem_adapter.ops.attention import CAUSAL
 from gradmem_adapter.utils.capture import static_shapes
 from gradmem_adapter.utils.graphs import GraphPool
+from gradmem_adapter.utils.parameters import parts_with_dropout
 
 Batch: TypeAlias = dict[str, Any]
 """Tensors, and ints that decide what is done with them."""
@@ -169,12 +170,10 @@ def usual_attention(backbone: PreTrainedModel) -> bool:
 def check_no_dropout(model: nn.Module) -> None:
     """Raise `ValueError` for a model that draws random numbers in training: a CUDA graph could not draw the same again
     for the meta-gradient."""
-    for name, module in model.named_modules():
-        names = ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout")
-        shares = [getattr(module, field, None) for field in names]
-        if any(isinstance(share, float) and share > 0 for share in shares):
-            raise ValueError(
-                f"cuda_graphs=True trains without dropout, and {name!r} has some. Set it to 0 (lora_dropout=0.0 in the "
-                "LoraConfig; attention_dropout=0.0, or as the backbone calls it, in from_pretrained), or leave "
-                "cuda_graphs out."
-            )
+    found = next((name for name, _ in parts_with_dropout(model)), None)
+    if found is not None:
+        raise ValueError(
+            f"cuda_graphs=True trains without dropout, and {found!r} has some. Set it to 0 (lora_dropout=0.0 in the "
+            "LoraConfig; attention_dropout=0.0, or as the backbone calls it, in from_pretrained), or leave cuda_graphs "
+            "out."
+        )

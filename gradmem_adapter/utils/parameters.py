@@ -1,4 +1,4 @@
-"""Which of a model's parameters are an adapter's, and which the backbone's own."""
+"""Which of a model's parameters are an adapter's, and which the backbone's own; and which parts draw dropout."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ def backbone_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if id(parameter) not in adapters:
             yield name.replace(".base_layer.", "."), parameter
+
+
+def parts_with_dropout(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The named modules that draw random numbers in training mode.
+
+    Args:
+        model (`nn.Module`): in any mode.
+    """
+    for name, module in model.named_modules():
+        fields = ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout")
+        shares = [getattr(module, field, None) for field in fields]
+        if any(isinstance(share, float) and share > 0 for share in shares):
+            yield name, module
 
 
 @contextmanager

@@ -91,6 +91,21 @@ def test_without_gradients(mode):
     assert again.write_losses[0, 0] == pytest.approx(state.write_losses[0, -1].item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("write", ["write", "update", "write_many"])
+def test_dropout_is_warned_of(write):
+    """As it acts after `trainer.train()`, and in the LoRA of a model that was just made."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model, without, context = make(lora_config=lora), make(), tokens(1, 8)
+    inputs = {"write": (context,), "write_many": (context.tolist(),)}
+    inputs["update"] = (model.eval().write(context), context)
+    with pytest.warns(UserWarning, match=r"lora_dropout.* has dropout.* Call model.eval\(\)"):
+        getattr(model.train(), write)(*inputs[write])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(model.eval(), write)(*inputs[write])
+        without.train().write(context)
+
+
 def test_leaves_everything_as_it_was():
     model = make(lora_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), lora_phase="write")
     before = {n: (p.detach().clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()}
