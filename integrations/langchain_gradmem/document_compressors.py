@@ -50,13 +50,15 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         """Write documents into memory.
 
         Args:
-            documents (`Sequence[Document]`): empty ones have nothing to write.
+            documents (`Sequence[Document]`): empty ones have nothing to write. What a loader's `lazy_load` gives is
+                taken, too.
             query (`str`): plays no part, so that a document is written once for all queries.
             callbacks (`Callbacks`, *optional*): are told by the custom event `"gradmem_write"` what was written.
 
         Returns:
             `list[Document]`: new documents, in order; those passed in stay as they are.
         """
+        documents = list(documents)  # loaders have them one by one, too
         parts = [
             self.split(document.page_content, f"Document {i} (id {document.id})")
             if document.page_content.strip()

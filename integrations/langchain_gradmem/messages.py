@@ -32,6 +32,10 @@ from .references import references_of, without_markers
 _ROLES: dict[type[BaseMessage], str] = {
     HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system", ToolMessage: "tool",
 }  # fmt: skip
+_BESIDE_THE_TEXT = frozenset(
+    {"reasoning", "reasoning_content", "redacted_thinking", "thinking", "tool_call", "tool_use", "function_call"}
+)
+"""Blocks of another model's answer: what it thought, which is not shown again, and calls, which `tool_calls` has."""
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", flags=re.DOTALL)
 
 
@@ -121,8 +125,9 @@ def _role(message: BaseMessage) -> str:
 
 
 def _text(message: BaseMessage) -> str:
+    read = {"text"} | (_BESIDE_THE_TEXT if isinstance(message, AIMessage) else set())
     for block in [] if isinstance(message.content, str) else message.content:
-        if isinstance(block, dict) and block.get("type") != "text":
+        if isinstance(block, dict) and block.get("type") not in read:
             raise ValueError(f"ChatGradMem reads text alone, and a message has a block of type {block.get('type')!r}.")
     return str(message.text)
 

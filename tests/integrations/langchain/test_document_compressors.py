@@ -31,6 +31,7 @@ class TestCompressor:
             assert compressor.store.get(reference) is not None
             assert "gradmem" not in before.metadata, "the original was changed"
         assert compressor.transform_documents(documents) == compressed
+        assert compressor.transform_documents(iter(documents)) == compressed  # as `lazy_load` gives them
         assert list(compressor.compress_documents(compressed, "w2")) == compressed
         assert compressor.store.writes == 4
 

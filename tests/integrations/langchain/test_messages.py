@@ -32,6 +32,15 @@ def test_text_blocks_are_text(chat):
     assert chat.invoke([blocks]).content == chat.invoke("w3 w4").content
 
 
+def test_an_answer_of_another_model_is_its_text(chat):
+    """As a conversation has it that began with a hosted model, or fell back from one."""
+    said = AIMessage([{"type": "thinking", "thinking": "w9"}, {"type": "text", "text": "w5"}, {"type": "reasoning"}])
+    whole = chat.invoke([HumanMessage("w3"), said, HumanMessage("w4")])
+    assert whole.content == chat.invoke([HumanMessage("w3"), AIMessage("w5"), HumanMessage("w4")]).content
+    with pytest.raises(ValueError, match="block of type 'thinking'"):
+        chat.invoke([HumanMessage([{"type": "thinking", "thinking": "w9"}])])
+
+
 RULES = {
     "none": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
     "at the beginning": "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
