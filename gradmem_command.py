@@ -24,9 +24,12 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a log
     if PACKAGE not in sys.modules:
         _put_in_place()
-    from gradmem_adapter.cli import app
+    try:
+        from gradmem_adapter.cli import app
 
-    app(prog_name="gradmem")
+        app(prog_name="gradmem")
+    except KeyboardInterrupt:  # while the command is put together; later ones end by Typer
+        raise SystemExit(130) from None
 
 
 def _put_in_place() -> None:

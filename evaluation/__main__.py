@@ -1,6 +1,9 @@
 """`python -m evaluation`: train, measure, compare, and make tables and plots."""
 
-from evaluation.cli import app
-
 if __name__ == "__main__":
-    app(prog_name="python -m evaluation")
+    try:
+        from evaluation.cli import app
+
+        app(prog_name="python -m evaluation")
+    except KeyboardInterrupt:  # while libraries are imported, for seconds; later ones end by Typer
+        raise SystemExit(130) from None

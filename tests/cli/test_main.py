@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from commands import invoke
@@ -35,6 +36,24 @@ gradmem_command.main()
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"gradmem-adapter {version('gradmem-adapter')}"
     assert "Usage: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "start", ["import gradmem_command; gradmem_command.main()", "runpy.run_module('evaluation', run_name='__main__')"]
+)
+def test_an_interrupt_while_the_command_is_put_together(start):
+    """Before Typer is there to end it."""
+    code = f"""
+import runpy, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+{start}
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 def test_version():
