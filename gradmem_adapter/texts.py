@@ -16,7 +16,7 @@ from gradmem_adapter.prompts import Prompt, format_query, prompt_list
 from gradmem_adapter.segments import Segment, segments
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.kinds import check_kind
-from gradmem_adapter.utils.tokens import check_fits, check_text, text_list
+from gradmem_adapter.utils.tokens import check_fits, check_pad_token, check_text, text_list
 
 
 class TextEncoder:
@@ -34,8 +34,7 @@ class TextEncoder:
                 "get_peft_model(backbone, GradMemConfig(...)) or load_checkpoint(path)."
             )
         check_kind("tokenizer", tokenizer, Callable, "the tokenizer of the backbone")
-        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
+        check_pad_token(tokenizer, model)
         self.model = cast(GradMemPeftModel, model)
         self.tokenizer = tokenizer
 

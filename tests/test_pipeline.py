@@ -391,6 +391,13 @@ class TestRefused:
         with pytest.raises(ValueError, match="neither a pad nor an eos token"):
             make(tokenizer=tokenizer)
 
+    def test_a_pad_token_that_the_model_does_not_have(self):
+        """As whoever adds one and does not resize the model makes it: texts of one length would still work."""
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        with pytest.raises(ValueError, match=r"pad token has the id 61, and the model knows 0 to 60.*resize_token_emb"):
+            make(tokenizer=tokenizer)
+
     def test_end_stands_in_for_a_missing_pad(self):
         tokenizer = tiny_tokenizer()
         tokenizer.pad_token = None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.utils.tokens import check_pad_token
 
 from .arguments import GradMemTrainingArguments
 from .batches import Batches
@@ -124,6 +125,7 @@ def limited_collator(
                 f"The collator presents queries as {collator.query_format!r} and the adapter's config as "
                 f"{config.query_format!r}: training and inference would not agree. Give both the same query_format."
             )
+        check_pad_token(collator.tokenizer, model)
         tuner = cast(GradMemModel, cast(PeftModel, model).base_model)
         if tuner.positions is not None:
             limit = tuner.positions - tuner.prefix_length

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.kinds import check_kind
@@ -52,7 +52,27 @@ def check_tokens(name: str, input_ids: Tensor, attention_mask: Tensor | None, ba
     if not capturing() and input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= vocabulary):
         raise ValueError(
             f"{name} holds token ids from {int(input_ids.min())} to {int(input_ids.max())}; the model knows 0 to "
-            f"{vocabulary - 1}. Is the tokenizer the model's own?"
+            f"{vocabulary - 1}. Is the tokenizer the model's own? Tokens that were added to it need "
+            "model.resize_token_embeddings(len(tokenizer)) before an adapter is attached."
+        )
+
+
+def check_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Raise `ValueError` where batches cannot be padded: there is no token for it, or the model has no such token.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): whose pad token it is, or its end token where it has none.
+        model (`nn.Module`): the causal LM, with an adapter or without.
+    """
+    name, pad = ("eos", tokenizer.eos_token_id) if tokenizer.pad_token_id is None else ("pad", tokenizer.pad_token_id)
+    if pad is None:
+        raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
+    rows = cast(Any, model).get_input_embeddings().weight.shape[0]
+    if pad >= rows:
+        raise ValueError(
+            f"The tokenizer's {name} token has the id {pad}, and the model knows 0 to {rows - 1}: it was added to the "
+            "tokenizer alone. Set tokenizer.pad_token to one that the model has, such as tokenizer.eos_token, or call "
+            "model.resize_token_embeddings(len(tokenizer)) before an adapter is attached."
         )
 
 

@@ -615,6 +615,10 @@ class TestArguments:
     def test_tokenizer(self, tmp_path):
         with pytest.raises(ValueError, match="processing_class=tokenizer"):
             GradMemTrainer(make(), arguments(tmp_path))
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # and the model was not resized
+        with pytest.raises(ValueError, match="pad token has the id 61, and the model knows 0 to 60"):
+            GradMemTrainer(make(), arguments(tmp_path), train_dataset=rows(2), processing_class=tokenizer)
 
     @pytest.mark.parametrize(
         ("options", "config", "message"),
