@@ -11,7 +11,8 @@ from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import BaseMessage, message_to_dict, messages_from_dict
 from typing_extensions import Self
 
-from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.utils.files import opening, replacing
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.temporary import locked
 
 from .stores import MemoryStateStore
@@ -83,16 +84,23 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
     Args:
         store (`MemoryStateStore`): over a directory that outlives the process.
         session_id (`str`): any text.
+
+    Raises:
+        TypeError: the session's id is none.
     """
 
     def __init__(self, store: MemoryStateStore, session_id: str) -> None:
+        check_kind("session_id", session_id, str, "a text, as str(number) is")
         name = hashlib.sha256(session_id.encode()).hexdigest()
         self.path = store.store.path / "sessions" / f"{name}.json"
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
-        """The session's messages."""
-        return messages_from_dict(json.loads(self.path.read_text("utf-8"))) if self.path.exists() else []
+        """The session's messages; `ValueError` where their file is damaged."""
+        if not self.path.exists():
+            return []
+        with opening(f"The session in {str(self.path)!r} (clear() forgets it)"):
+            return messages_from_dict(json.loads(self.path.read_text("utf-8")))
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
         """Add messages.

@@ -133,6 +133,23 @@ class TestPersistence:
         assert len(StoredChatMessageHistory(memory.store, "1").messages) == 16
         assert StoredChatMessageHistory(other, "1").messages == []
 
+    def test_a_damaged_session_is_named_and_can_be_forgotten(self, memory, turn):
+        kept = StoredChatMessageHistory(memory.store, "1")
+        kept.add_messages(turn(0))
+        kept.path.write_text(kept.path.read_text()[:9])
+        for use in (lambda: kept.messages, lambda: kept.add_messages(turn(1))):
+            with pytest.raises(
+                ValueError, match=rf"session in '{kept.path}' \(clear\(\) forgets it\) cannot be opened"
+            ):
+                use()
+        kept.clear()
+        kept.add_messages(turn(1))
+        assert kept.messages == turn(1)
+
+    def test_a_session_is_a_text(self, memory):
+        with pytest.raises(TypeError, match="session_id must be a text, as str"):
+            StoredChatMessageHistory(memory.store, 7)
+
     def test_garbage_is_collected_and_other_sessions_are_kept(self, memory, turn):
         histories = [GradMemChatMessageHistory(memory) for _ in range(2)]
         for i in range(12):
