@@ -12,7 +12,7 @@ from typing import Any
 from gradmem_adapter.cli.errors import described
 from gradmem_adapter.cli.reading import STDIN, has_json_lines, is_text, lines, whole
 from gradmem_adapter.utils.fields import from_json
-from gradmem_adapter.utils.files import decoded
+from gradmem_adapter.utils.files import decoded, readable
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,7 @@ def _document(source: str, text: str) -> Document:
 
     if not text.strip():
         raise ValueError(f"{source} is empty: there is nothing to write.")
+    source = readable(source)
+    check_text("The name of a text", source)
     check_text(source, text)
-    return Document(_readable(source), text)
-
-
-def _readable(name: str) -> str:
-    """A name without the bytes that are none in UTF-8, which Linux allows in those of files and nobody can print."""
-    return os.fsencode(name).decode(errors="replace")
+    return Document(source, text)

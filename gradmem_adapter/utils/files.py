@@ -132,6 +132,17 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def readable(name: str) -> str:
+    """A name without the bytes that are none in UTF-8, which Linux allows in those of files and nobody can print.
+
+    Python has them as halves of characters. Others are left to whoever refuses them: they are of no file's name.
+
+    Args:
+        name (`str`): of a file, or what a loader made of it.
+    """
+    return re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", name)
+
+
 def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
     """A text in UTF-8, gzipped (`.gz`) or not, without the mark that may stand before it (byte-order mark).
 

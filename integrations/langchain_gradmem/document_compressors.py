@@ -11,6 +11,8 @@ from langchain_core.callbacks.manager import dispatch_custom_event
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
 from pydantic import Field, PrivateAttr
 
+from gradmem_adapter.utils.files import readable
+
 from .references import with_references
 from .writer import MemoryWriter
 
@@ -69,7 +71,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         before = self.store.writes
         named = [document.metadata.get("source") for document in documents]
         sources = [
-            source if isinstance(source, str) else None
+            readable(source) if isinstance(source, str) else None
             for source, pieces in zip(named, parts, strict=True)
             for _ in pieces
         ]

@@ -35,6 +35,13 @@ class TestCompressor:
         assert list(compressor.compress_documents(compressed, "w2")) == compressed
         assert compressor.store.writes == 4
 
+    def test_a_file_whose_name_is_no_text(self, pipeline):
+        """As loaders have it of a file that was named on another system."""
+        compressor = GradMemCompressor(pipeline=pipeline)
+        (document,) = compressor.compress_documents([Document(TEXTS[0], metadata={"source": "caf\udce9.txt"})], "")
+        assert document.metadata["source"] == "caf\udce9.txt"
+        assert [entry.source for entry in compressor.store.store.entries()] == ["caf\N{REPLACEMENT CHARACTER}.txt"]
+
     @pytest.mark.parametrize("foreign", ["yes", 3, None, ["a" * 32], "a" * 32, f"{'a' * 32} {'b' * 32}"])
     def test_references_are_never_believed_from_metadata(self, pipeline, foreign):
         """A loader may fill any field, with another's reference too."""
