@@ -12,7 +12,6 @@ from langchain_core.messages import BaseMessage, message_to_dict, messages_from_
 from typing_extensions import Self
 
 from gradmem_adapter.utils.files import opening, replacing
-from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.temporary import locked
 
 from .stores import MemoryStateStore
@@ -90,7 +89,8 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
     """
 
     def __init__(self, store: MemoryStateStore, session_id: str) -> None:
-        check_kind("session_id", session_id, str, "a text, as str(number) is")
+        if not isinstance(session_id, str):
+            raise TypeError(f"session_id must be a text, as str({session_id!r}) is, got {type(session_id).__name__}.")
         name = hashlib.sha256(session_id.encode()).hexdigest()
         self.path = store.store.path / "sessions" / f"{name}.json"
 
