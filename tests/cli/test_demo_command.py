@@ -169,11 +169,11 @@ class TestStory:
     @pytest.mark.smollm
     def test_answers_from_memory_and_refuses_what_is_not_there(self):
         result = run_story_demo("smollm2-135m-qa", console=Console(quiet=True))
-        *answers, _, _, _ = result["from_memory"]
-        assert sum(map(str.__eq__, answers, result["targets"])) >= 2
+        for answer, target in zip(result["from_memory"][:3], result["targets"], strict=True):
+            assert target.casefold() in answer.casefold()
         assert result["from_memory"][3:].count("not in memory") >= 2
         assert min(result["support"][:3]) > max(result["support"][3:])
-        assert (result["context_tokens"], result["memory_tokens"]) == (207, 64)
+        assert (result["context_tokens"], result["states"], result["memory_tokens"]) == (207, 3, 64)
         assert result["kv_cache_bytes"] == 207 * 30 * 2 * 3 * 64 * 4
         assert result["state_bytes"] < result["kv_cache_bytes"] / 60
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
 from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 
 
@@ -39,20 +41,24 @@ def run_story_demo(
     model, questions = pipeline.model, story["questions"] + story["elsewhere"]
     console.print(Panel(Text(story["context"]), title="A story"))
     console.print(Text(story["source"], style="dim"))
+    ids = pipeline.tokenizer(story["context"], return_tensors="pt")["input_ids"].to(model.device)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
-    memory = pipeline.write(story["context"])
-    from_memory = pipeline.generate(questions, memory=memory, return_scores=True, **options)
+    with TemporaryDirectory() as folder:
+        store, longest = MemoryStore(folder), model.active_peft_config.segment_tokens or ids.shape[1]
+        memory = store.get(store.add_document(pipeline, story["context"], segment_tokens=longest))
+        state_bytes = sum(entry.nbytes for entry in store.entries())
+    from_memory = [pipeline.surest_answer(question, memory=memory, **options) for question in questions]
     prompts = [[{"role": "user", "content": f"{story['context']}\n\n{question}"}] for question in questions]
     from_text = pipeline.generate(prompts, **options)
-    ids = pipeline.tokenizer(story["context"], return_tensors="pt")["input_ids"].to(model.device)
     figures: dict[str, Any] = {
         "from_memory": [answer.text.strip() for answer in from_memory],
         "support": [round(answer.score, 3) for answer in from_memory],
         "from_text": [answer.strip() for answer in from_text],
         "targets": story["targets"],
         "context_tokens": ids.shape[1],
+        "states": len(memory),
         "memory_tokens": memory.num_memory_tokens,
-        "state_bytes": len(memory.to_bytes()),
+        "state_bytes": state_bytes,
         "kv_cache_bytes": kv_cache_bytes(model.get_base_model(), ids),
     }
     table = Table("asked", "from memory, the story gone", "support", "by the backbone alone, with the story", "right")
@@ -62,8 +68,8 @@ def run_story_demo(
         table.add_row(*map(Text, row))
     console.print(table)
     console.print(
-        "{context_tokens} tokens are in {memory_tokens} vectors: {state_bytes:,} bytes on disk, where the KV cache of "
-        "the story takes {kv_cache_bytes:,} bytes ({ratio:.0f} times as many).".format(
+        "{context_tokens} tokens are in {states} states of {memory_tokens} vectors: {state_bytes:,} bytes in a memory "
+        "store, where the KV cache of the story takes {kv_cache_bytes:,} bytes ({ratio:.0f} times as many).".format(
             **figures, ratio=figures["kv_cache_bytes"] / figures["state_bytes"]
         )
     )
