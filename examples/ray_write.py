@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("rows")
     parser.add_argument("--store", required=True)
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="what load_checkpoint opens, on every machine")
-    parser.add_argument("--segment-tokens", type=int, help="default: the adapter's trained length")
+    parser.add_argument("--segment-tokens", type=int, help="default: two for each of the adapter's vectors")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpus", type=int, default=0, help="of each worker")
     args = parser.parse_args()

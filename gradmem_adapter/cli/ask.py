@@ -67,6 +67,7 @@ def ask(
         states, places = _write(pipeline, documents, steps) if documents else _kept(cast(Path, state))
         figures = {
             "context_tokens": int(states.context_tokens.sum()),
+            "states": len(states),
             "memory_tokens": len(states) * states.num_memory_tokens,
             "state_bytes": len(states.to_bytes()),
             "done": "written" if documents else "read",
@@ -74,8 +75,8 @@ def ask(
         }
         if not as_json:
             typer.echo(
-                "{context_tokens:,} tokens are in {memory_tokens:,} vectors, {state_bytes:,} bytes ({done} in "
-                "{seconds:.2f} s).".format(**figures)
+                "{context_tokens:,} tokens are in {memory_tokens:,} vectors{split}, {state_bytes:,} bytes ({done} in "
+                "{seconds:.2f} s).".format(**figures, split=f" of {len(states):,} states" if len(states) > 1 else "")
             )
     answers = []
     for question in questions:
@@ -111,7 +112,8 @@ def _answer(
             typer.echo(visible(new if answer else f"  {new}"), nl=False)
         answer += new
     if not quiet:
-        whence = f", {in_words(sources)}" if len(places) > 1 or "key" in places[0] else ""
+        answered = answer.strip() != pipeline.model.active_peft_config.refusal  # what was refused is from nowhere
+        whence = f", {in_words(sources)}" if answered and (len(places) > 1 or "key" in places[0]) else ""
         partly = dict.fromkeys(visible(one["source"]) for one in sources if not one.get("whole", True))
         whence += "".join(f"\n{source} is not stored to its end: write it again, which goes on" for source in partly)
         typer.secho(f"  (support {support:.2f}{whence})".replace("\n", "; "), dim=True)

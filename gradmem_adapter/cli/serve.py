@@ -50,7 +50,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 16,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 4 * 2**20,
     segment_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a segment; default: four for each vector.")
+        int | None, typer.Option(help="Most tokens of a segment; default: two for each vector.")
     ] = None,
     backbone: Annotated[str | None, BACKBONE] = None,
     device: Annotated[str | None, DEVICE] = None,

@@ -46,7 +46,7 @@ def write(
     context: typer.Context,
     paths: Annotated[list[str], typer.Argument(help=PATHS)],
     output: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="A file for the states, one for each text.")
+        Path | None, typer.Option(dir_okay=False, help="A file for the states, one for each text however long.")
     ] = None,
     store: Annotated[Path | None, typer.Option(file_okay=False, help=STORE)] = None,
     checkpoint: Annotated[str, CHECKPOINT] = QA,
@@ -56,7 +56,7 @@ def write(
     json_lines: Annotated[bool, JSON_LINES] = False,
     segment_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens of a segment; default: four for each vector.", rich_help_panel="With --store"),
+        typer.Option(help="Most tokens of a segment; default: two for each vector.", rich_help_panel="With --store"),
     ] = None,
     keep_text: Annotated[
         bool,

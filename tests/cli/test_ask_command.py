@@ -128,6 +128,15 @@ def test_an_answer_comes_piece_by_piece_with_its_support(refuses, tmp_path, monk
     assert result.stdout.splitlines()[1:] == ["w1 w2", f"  one more  (support {support:.2f})"]
 
 
+def test_a_refusal_is_from_nowhere(refuses, tmp_path, monkeypatch):
+    texts = ("--text", tmp_path / "a.txt", "--text", tmp_path / "b.txt")
+    for said, named in (("w7", False), ("w8", True)):
+        monkeypatch.setattr(GradMemPipeline, "stream", lambda *a, _said=said, **k: iter([_said]))
+        result = ask("w1 w2", *texts, "--checkpoint", refuses)
+        assert "21 tokens are in 12 vectors of 4 states" in result.stdout
+        assert (f"  {said}  (support " in result.stdout, ".txt" in result.stdout) == (True, named)
+
+
 def test_a_text_beyond_the_trained_length_is_written_in_segments(refuses, tmp_path):
     (tmp_path / "long.txt").write_text(tiny_text(70))
     result = ask("w1 w2", "--text", tmp_path / "long.txt", "--checkpoint", refuses, "--json")
