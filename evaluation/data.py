@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ Passage: TypeAlias = list[int]
 """Token ids."""
 _CONTEXT = ("context", "passage", "content", "story_section")
 _QUERY = ("query", "question")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
 
 def qa_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
         data = training_batches(config, tokenizer)
         if isinstance(data, RowBatches) and isinstance(model, PeftModel):
             model.active_peft_config.trained_length = data.longest_context
-            if any(getattr(task, "unanswerable", 0) for task in config.tasks):
+            if any(getattr(task, name, 0) for task in config.tasks for name in ("unanswerable", "removed")):
                 model.active_peft_config.refusal = REFUSAL
         trainer = GradMemTrainer(
             model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[LearningCurve(output / CURVE)],

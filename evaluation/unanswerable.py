@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gradmem_adapter.prompts import Prompt
 
-from .data import Rows
+from .data import SENTENCE_END, Rows
 
 REFUSAL = "not in memory"
 """What is right where the context does not answer the question."""
@@ -44,6 +44,44 @@ def with_unanswerable(rows: Rows, share: float, near: float = 0.0) -> list[dict[
             }
         )
     return made
+
+
+def without_answers(rows: Rows, share: float) -> list[dict[str, Any]]:
+    """Rows of which a share lack a sentence that answers a question: what it alone answered, `REFUSAL` answers.
+
+    Such questions are on what the context is about. Those of which the rest may have the answer, too, are left out.
+
+    Args:
+        rows: with queries, targets and answers.
+        share: of the rows, from 0 to 1. The same rows give the same sentences.
+    """
+    draw = random.Random(len(rows))
+    return [_without_an_answer(row, draw) if draw.random() < share else dict(row) for row in rows]
+
+
+def _without_an_answer(row: Mapping[str, Any], draw: random.Random) -> dict[str, Any]:
+    holding = [
+        sentence
+        for sentence in SENTENCE_END.split(row["context"])
+        if any(answer in sentence for accepted in row["answers"] for answer in accepted)
+    ]
+    gone = draw.choice(holding) if holding else ""
+    made: dict[str, Any] = {
+        "context": row["context"].replace(gone, "").strip(),
+        "queries": [],
+        "targets": [],
+        "answers": [],
+    }
+    for query, target, accepted in zip(row["queries"], row["targets"], row["answers"], strict=True):
+        if not any(answer in gone for answer in accepted):
+            asked = (query, target, accepted)
+        elif not any(occurs(answer, made["context"]) for answer in accepted):
+            asked = (query, REFUSAL, [REFUSAL])
+        else:
+            continue
+        for name, value in zip(("queries", "targets", "answers"), asked, strict=True):
+            made[name].append(value)
+    return made if made["context"] and made["queries"] else dict(row)
 
 
 def _from_near(rows: Rows, number: int, draw: random.Random) -> Iterator[Prompt]:

@@ -10,7 +10,7 @@ import pydantic
 import torch
 
 from evaluation.data import Rows, joined
-from evaluation.unanswerable import REFUSAL, with_unanswerable
+from evaluation.unanswerable import REFUSAL, with_unanswerable, without_answers
 from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.store.memory_store import Dtype
 from gradmem_adapter.training.metrics import score_answer
@@ -33,6 +33,9 @@ class Passages(QuestionTask):
             answered so: `right_refusals` and `false_refusals`.
         nearby (`bool`, *optional*, defaults to `False`): those questions come from passages near this one, of the same
             article as a rule, and only such whose answers do not occur in it. In training every second one does.
+        removed (`float`, *optional*, defaults to `0`): this share of the contexts lack a sentence that answers a
+            question, and what it alone answered is to be refused, and counted, as above: questions on what the context
+            is about.
         alone (`bool`, *optional*, defaults to `False`): of several states ask the one that holds an answer most likely,
             not all side by side. For adapters that were trained to refuse.
         kept (`str`, *optional*): states are read as a memory store keeps them in this dtype: "float32", "bfloat16" or
@@ -42,6 +45,7 @@ class Passages(QuestionTask):
     joined: pydantic.PositiveInt = 1
     unanswerable: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     nearby: bool = False
+    removed: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
     alone: bool = False
     kept: Dtype | None = None
 
@@ -54,16 +58,19 @@ class Passages(QuestionTask):
     @property
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""
-        given = {name: getattr(self, name) for name in ("unanswerable", "nearby", "alone", "kept")}
+        given = {name: getattr(self, name) for name in ("unanswerable", "nearby", "removed", "alone", "kept")}
         return {name: value for name, value in given.items() if value}
 
     def rows(self, split: str) -> Rows:
         """See `Task.rows`."""
-        return with_unanswerable(super().rows(split), self.unanswerable, float(self.nearby))
+        return with_unanswerable(self._passages(split), self.unanswerable, float(self.nearby))
 
     def training_rows(self) -> Rows:
         """See `Task.training_rows`."""
-        return with_unanswerable(joined(super().rows("train"), self.joined), self.unanswerable, self.nearby / 2)
+        return with_unanswerable(joined(self._passages("train"), self.joined), self.unanswerable, self.nearby / 2)
+
+    def _passages(self, split: str) -> Rows:
+        return without_answers(super().rows(split), self.removed)
 
     def answers(
         self, answerer: Answerer, contexts: Sequence[str], queries: Sequence[Prompt], reads: Sequence[Sequence[int]]
@@ -84,7 +91,7 @@ class Passages(QuestionTask):
     ) -> Measurement:
         """See `Task.measure`."""
         found = super().measure(answerer, split, states=states, limit=limit, seed=seed)
-        if not self.unanswerable:
+        if not self.unanswerable and not self.removed:
             return found
         refused = torch.tensor([score_answer(line["answer"], [REFUSAL])["exact_match"] for line in found.answers])
         other = torch.tensor([line["accepted"] == [REFUSAL] for line in found.answers])

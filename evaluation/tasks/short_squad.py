@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import pydantic
 
-from evaluation.data import Rows, group
+from evaluation.data import SENTENCE_END, Rows, group
 
 from .base import OPTIONS, QuestionTask
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 _WORD = re.compile(r"\w+")
 
 
@@ -33,7 +32,7 @@ class ShortSquad(QuestionTask):
 
 def _short(rows: Rows) -> Iterator[tuple[str, str, list[str]]]:
     for row in rows:
-        sentences = _SENTENCE_END.split(row["context"])
+        sentences = SENTENCE_END.split(row["context"])
         for query, answers in zip(row["queries"], row["answers"], strict=True):
             words = set(_WORD.findall(query.lower()))
             holding = [sentence for sentence in sentences if answers[0] in sentence]

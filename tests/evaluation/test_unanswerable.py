@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.tasks import Passages
-from evaluation.unanswerable import NEAR, REFUSAL, occurs, with_unanswerable
+from evaluation.unanswerable import NEAR, REFUSAL, occurs, with_unanswerable, without_answers
 from gradmem_adapter.training.metrics import score_answer
 
 
@@ -90,3 +90,38 @@ def test_near_questions_are_an_option_of_passages(monkeypatch):
         assert rows == with_unanswerable(passages(800), 0.4, near)
     with pytest.raises(ValueError, match="give unanswerable a share"):
         Passages(source="data/squad", nearby=True)
+
+
+def test_what_a_removed_sentence_alone_answered_is_refused(monkeypatch):
+    sentences = ["Ann lives in Oslo.", "Ben is a baker from Oslo.", "They met in 1999."]
+    asked = {"Where does Ann live?": ["Oslo"], "What is Ben?": ["a baker", "baker"], "When did they meet?": ["1999"]}
+    row = {
+        "context": " ".join(sentences), "queries": list(asked), "targets": [answers[0] for answers in asked.values()],
+        "answers": list(asked.values()),
+    }  # fmt: skip
+    rows = [row | {"context": f"{row['context']} {i}"} for i in range(200)]
+    assert without_answers(rows, 0) == rows
+    seen = set()
+    for before, after in zip(rows, without_answers(rows, 1), strict=True):
+        (gone,) = (sentence for sentence in sentences if sentence not in after["context"])
+        kept = dict(zip(after["queries"], after["answers"], strict=True))
+        assert after["targets"] == [accepted[0] for accepted in kept.values()]
+        assert len(before["context"]) - len(after["context"]) in (len(gone), len(gone) + 1)
+        for query, accepted in asked.items():
+            where = [sentence for sentence in sentences if accepted[-1] in sentence]
+            wanted = accepted if gone not in where else [REFUSAL] if where == [gone] else None  # the rest may answer it
+            assert kept.get(query) == wanted
+        seen.add(gone)
+    assert seen == set(sentences)
+    some = [before != after for before, after in zip(rows, without_answers(rows, 0.3), strict=True)]
+    assert sum(some) == pytest.approx(60, abs=20)
+    monkeypatch.setattr("evaluation.tasks.base.qa_rows", lambda *_, **__: rows)
+    task = Passages(source="data/squad", removed=0.3)
+    assert task.settings == {"removed": 0.3}
+    assert task.rows("test") == task.training_rows() == without_answers(rows, 0.3)
+
+
+def test_what_has_no_sentence_to_remove_stays():
+    row = {"context": "Ann lives in Oslo.", "queries": ["Where?"], "targets": ["Oslo"], "answers": [["Oslo"]]}
+    other = row | {"context": "Ann. Ben.", "answers": [["nowhere"]], "targets": ["nowhere"]}
+    assert without_answers([row, other], 1) == [row, other]
