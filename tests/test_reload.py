@@ -65,6 +65,7 @@ def test_in_a_new_process(saved):
     assert result.stdout.split()[-1] == expected
 
 
+@pytest.mark.parametrize("saved", ["llama"], indirect=True)  # no model is opened
 def test_without_the_package_peft_says_the_key(saved):
     path, _ = saved
     code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
