@@ -27,6 +27,7 @@ Passage: TypeAlias = list[int]
 _CONTEXT = ("context", "passage", "content", "story_section")
 _QUERY = ("query", "question")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+"""What lies between two sentences; an initial ends none."""
 
 
 def qa_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[str, Any]]:

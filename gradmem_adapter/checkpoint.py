@@ -30,6 +30,7 @@ from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import opening
+from gradmem_adapter.utils.parameters import first_of, wrong_names
 from gradmem_adapter.utils.pretrained import save_here
 from gradmem_adapter.utils.shipped import names_shipped, shipped
 
@@ -275,8 +276,7 @@ def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) 
         saved (`dict[str, Tensor]`): its tensors.
         own (`dict[str, Tensor]`): the model's.
     """
-    differences = [f"{name!r} is missing" for name in sorted(own.keys() - saved.keys())]
-    differences += [f"{name!r} is unknown" for name in sorted(saved.keys() - own.keys())]
+    differences = wrong_names(saved.keys(), own.keys(), own.keys())
     for name in sorted(saved.keys() & own.keys()):
         there, here = saved[name], own[name]
         if there.shape != here.shape:
@@ -284,10 +284,10 @@ def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) 
         elif there.dtype != here.dtype and not (there.is_floating_point() and here.is_floating_point()):
             differences.append(f"{name!r} is {there.dtype} there and {here.dtype} here")
     if differences:
-        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise ValueError(
-            f"The checkpoint in {str(path)!r} is of another model: tensor {'; tensor '.join(differences[:_SHOWN])}"
-            f"{more}. Make the model with the configuration of the checkpoint, or get the checkpoint anew."
+            f"The checkpoint in {str(path)!r} is of another model: tensor "
+            f"{first_of(differences, _SHOWN, '; tensor ')}. Make the model with the configuration of the checkpoint, "
+            "or get the checkpoint anew."
         )
 
 

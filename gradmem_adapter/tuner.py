@@ -19,7 +19,7 @@ from gradmem_adapter.lora import inject_lora
 from gradmem_adapter.utils.backbone import check_backbone, check_start, max_positions
 from gradmem_adapter.utils.changes import Changes
 from gradmem_adapter.utils.fingerprint import FingerprintCache, versions
-from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters
+from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters, first_of, wrong_names
 from gradmem_adapter.utils.weights import keep_gradients
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -129,13 +129,10 @@ class GradMemTuner(BaseTuner):
             ).keys()
 
         found = named(state_dict)
-        wrong = [f"{name!r} is missing" for name in sorted(own(embeddings=False) - found.keys())]
-        wrong += [f"{name!r} is unknown" for name in sorted(found.keys() - own(embeddings=True))]
-        if wrong:
-            more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        if wrong := wrong_names(found.keys(), own(embeddings=False), own(embeddings=True)):
             raise ValueError(
-                f"The tensors are not those of the adapter {adapter_name!r}: {'; '.join(wrong[:_SHOWN])}{more}. Make "
-                "the adapter with the configuration that they were saved with, or get the file anew."
+                f"The tensors are not those of the adapter {adapter_name!r}: {first_of(wrong, _SHOWN)}. Make the "
+                "adapter with the configuration that they were saved with, or get the file anew."
             )
         return found
 

@@ -1,8 +1,8 @@
-"""Which of a model's parameters are an adapter's, and which the backbone's own; and which parts draw dropout."""
+"""Which parameters are an adapter's and which the backbone's, which parts draw dropout, which tensors are amiss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import cast
 
@@ -56,3 +56,27 @@ def constant(weights: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for weight in trained:
             weight.requires_grad_(True)
+
+
+def wrong_names(found: Set[str], needed: Set[str], known: Set[str]) -> list[str]:
+    """What is wrong with the tensors that were found for a model, one by one, in words.
+
+    Args:
+        found (`Set[str]`): their names.
+        needed (`Set[str]`): those that must be there.
+        known (`Set[str]`): those that may be there.
+    """
+    missing = [f"{name!r} is missing" for name in sorted(needed - found)]
+    return missing + [f"{name!r} is unknown" for name in sorted(found - known)]
+
+
+def first_of(wrong: Sequence[str], most: int, separator: str = "; ") -> str:
+    """The first of several faults, and how many more there are.
+
+    Args:
+        wrong (`Sequence[str]`): in words.
+        most (`int`): that are named.
+        separator (`str`, *optional*, defaults to `"; "`): between them.
+    """
+    more = f"; and {len(wrong) - most} more" if len(wrong) > most else ""
+    return separator.join(wrong[:most]) + more
