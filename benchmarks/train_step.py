@@ -1,8 +1,8 @@
 """What a meta-training step costs: forward, backward and AdamW in bf16, by every strategy.
 
     python -m benchmarks.train_step [--batches 4 8] [--length 1024]
-    python -m benchmarks.train_step --shape llama-3.1-8b --lora 16 --checkpointing --batches 1 4 --length 4096 \\
-        --steps --many-steps 2 --how eager compiled
+    python -m benchmarks.train_step --shape llama-3.1-8b --lora 16 --checkpointing 2 --batches 1 4 --micro-batch 1 \\
+        --length 4096 --steps --many-steps 2 --how eager compiled
 
 All weights are trained, or with `--lora` a LoRA of that rank on all linear layers of a frozen model in `--dtype`. The
 reference is a textbook implementation in the same process. At the first batch size every strategy runs, at the second
@@ -12,7 +12,7 @@ the one that a GPU is best used with, for more and more write steps.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
@@ -27,6 +27,7 @@ from gradmem_adapter.meta_gradients import STRATEGIES
 from gradmem_adapter.peft_model import get_peft_model
 from gradmem_adapter.training.compiled import compiled_layers
 from gradmem_adapter.training.cuda_graph import GraphedBackward, maskless_attention
+from gradmem_adapter.utils.backbone import layers_of
 
 HOW = ("eager", "compiled", "graph")
 """Ways to run a step; "graph": compiled layers, forward and backward pass as one CUDA graph."""
@@ -43,11 +44,13 @@ def trainable(args: argparse.Namespace, attention: str) -> Any:
     return common.backbone(args, attention=attention).float().requires_grad_(True)
 
 
-def cost_of_a_step(loss: Callable[[], Tensor], model: nn.Module, how: str, args: argparse.Namespace) -> common.Cost:
+def cost_of_a_step(
+    losses: Sequence[Callable[[], Tensor]], model: nn.Module, how: str, args: argparse.Namespace
+) -> common.Cost:
     """Time and memory of forward, backward and AdamW of all weights that are trained, under autocast to bf16.
 
     Args:
-        loss (`Callable`): the outer loss of a batch that stays the same.
+        losses (`Sequence[Callable]`): the outer loss of each micro-batch, which stay the same; one alone for "graph".
         model (`nn.Module`): what is trained.
         how (`str`): one of `HOW`.
         args (`Namespace`): the options of `common.parser`.
@@ -55,22 +58,23 @@ def cost_of_a_step(loss: Callable[[], Tensor], model: nn.Module, how: str, args:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
-    def forward() -> Tensor:
+    def forward(loss: Callable[[], Tensor]) -> Tensor:
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            return loss()
+            return loss() / len(losses)
 
     def table(batch: object) -> tuple[Tensor, Tensor]:
-        value = forward()
+        value = forward(losses[0])
         return value, value.detach()
 
     graphed = GraphedBackward(table, parameters) if how == "graph" else None
 
     def step() -> None:
         optimizer.zero_grad()
-        if graphed is None:
-            forward().backward()
-        else:
+        if graphed is not None:
             graphed({})
+        else:
+            for loss in losses:
+                forward(loss).backward()
         optimizer.step()
 
     with ExitStack() as stack:
@@ -85,7 +89,7 @@ def by_the_textbook(args: argparse.Namespace, batch: int, steps: int) -> common.
     slots = nn.Parameter(0.02 * torch.randn(args.memory, backbone.config.hidden_size, device=args.device))
     context, query = tokens(args, backbone, batch)
     loss = partial(textbook.outer_loss, backbone, slots, context, query, steps, 0.03)
-    return cost_of_a_step(loss, nn.ModuleList([nn.ParameterList([slots]), backbone]), "eager", args)
+    return cost_of_a_step([loss], nn.ModuleList([nn.ParameterList([slots]), backbone]), "eager", args)
 
 
 def by_us(args: argparse.Namespace, strategy: str, how: str, batch: int, steps: int) -> common.Cost:
@@ -98,12 +102,15 @@ def by_us(args: argparse.Namespace, strategy: str, how: str, batch: int, steps: 
     if args.checkpointing:
         model.train()  # without which nothing is computed again; the shapes have no dropout
         cast(Any, model.get_base_model()).gradient_checkpointing_enable({"use_reentrant": False})
-    context, query = tokens(args, model.get_base_model(), batch)
+        for number, layer in enumerate(layers_of(model)):  # `every_n_layers`, which Transformers 5.17 does not have
+            layer.gradient_checkpointing = number % args.checkpointing == 0
+    contexts, queries = (rows.split(args.micro_batch or batch) for rows in tokens(args, model.get_base_model(), batch))
 
-    def loss() -> Tensor:
+    def loss(context: Tensor, query: Tensor) -> Tensor:
         return model(input_ids=query, labels=query, context_input_ids=context).loss
 
-    return cost_of_a_step(loss, model, how, args)
+    parts = [partial(loss, *part) for part in zip(contexts, queries, strict=True)]
+    return cost_of_a_step(parts, model, how, args)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,11 +123,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--many-steps", type=int, nargs="*", default=[1, 2, 5, 10], help="at the second")
     parser.add_argument("--strategies", nargs="*", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--lora", type=int, help="train a LoRA of this rank, not all weights")
-    parser.add_argument("--checkpointing", action="store_true", help="layers are computed again in backward passes")
+    parser.add_argument("--checkpointing", type=int, help="one of so many layers is computed again in backward passes")
+    parser.add_argument("--micro-batch", type=int, help="contexts at a time, whose gradients are added up")
     parser.add_argument("--warm-up", type=int, default=3, help="calls before those that are timed")
     parser.add_argument("--how", nargs="*", choices=HOW, default=HOW if torch.cuda.is_available() else HOW[:2])
     args = parser.parse_args(argv)
-    chosen = {"lora": args.lora, "checkpointing": args.checkpointing}
+    if args.micro_batch and "graph" in args.how:
+        parser.error("--micro-batch goes with --how eager compiled")
+    chosen = {"lora": args.lora, "checkpointing": args.checkpointing, "micro_batch": args.micro_batch}
     options = {name: value for name, value in chosen.items() if value}
 
     def record(method: str, batch: int, steps: int, function: Callable[[], common.Cost]) -> None:

@@ -281,9 +281,10 @@ def test_train_step(run):
     assert [(r.settings["batch"], r.write_steps) for r in records] == [(1, 1), (1, 1), (2, 2)]
     (record,) = run(
         train_step, "train_step_lora", "--length", "8", "--query", "4", "--batches", "1", "2", "--steps",
-        "--many-steps", "1", "--how", "eager", "--lora", "2", "--checkpointing", "--warm-up", "0",
+        "--many-steps", "1", "--how", "eager", "--lora", "2", "--checkpointing", "2", "--micro-batch", "1",
+        "--warm-up", "0",
     )  # fmt: skip
-    assert (record.settings["lora"], record.settings["checkpointing"]) == (2, True)
+    assert [record.settings[name] for name in ("lora", "checkpointing", "micro_batch")] == [2, 2, 1]
 
 
 def test_training_speed(run):

@@ -357,9 +357,13 @@ def train_step() -> Frame:
 def train_step_lora() -> Frame:
     """What a training step of a LoRA costs at the size of Llama-3.1-8B, on one H200."""
     table = read("train_step_lora", hardware=H200, shape="llama-3.1-8b")
-    checkpointing = table["checkpointing"].eq(True).map({True: "gradient checkpointing", False: "all activations kept"})
+    again = {0: "all activations kept", 1: "gradient checkpointing", 2: "gradient checkpointing of every second layer"}
+    table = table.reindex(columns=list(dict.fromkeys((*table, "micro_batch")))).fillna({"checkpointing": 0})
     ways = table["method"].str.partition(", ")[2].map({"eager": "launched kernel by kernel", "compiled": "compiled"})
-    return grid(table, ways + ", " + checkpointing, shapes(table), time_and_memory)
+    parts = table["micro_batch"].map({1: ", one context at a time"}).fillna("")
+    return grid(
+        table, ways + ", " + table["checkpointing"].astype(int).map(again) + parts, shapes(table), time_and_memory
+    )
 
 
 def meta_gradient_cost() -> Frame:
