@@ -1,5 +1,6 @@
 """The trainer: gradients however the batch is cut, resuming, checkpoints, evaluation, and what stops or is refused."""
 
+import inspect
 import json
 import math
 import shutil
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from gradmem_adapter import GradMemConfig, GradMemPipeline, load_checkpoint
 from gradmem_adapter.checkpoint import load_weights
@@ -229,6 +230,18 @@ class TestLoss:
         checkpointed, _ = gradients(model, tmp_path, rows(2), gradient_checkpointing=True)
         assert model.is_gradient_checkpointing
         close(checkpointed, plain)
+
+    @pytest.mark.skipif(
+        "every_n_layers" not in inspect.signature(PreTrainedModel._set_gradient_checkpointing).parameters,
+        reason="Transformers computes all layers again or none",
+    )
+    def test_one_of_so_many_layers_is_computed_again(self, tmp_path):
+        options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}
+        plain, _ = gradients(make(lora_config=LORA, meta_gradient="finite_difference"), tmp_path, rows(2))
+        model = make(lora_config=LORA, meta_gradient="finite_difference")
+        found, _ = gradients(model, tmp_path, rows(2), **options)
+        assert [layer.gradient_checkpointing for layer in layers_of(model)] == [True, False]
+        close(found, plain)
 
     @pytest.mark.parametrize(
         ("meta_gradient", "lora_phase", "checkpointing"),
