@@ -22,7 +22,7 @@ def with_unanswerable(rows: Rows, share: float, near: float = 0.0) -> list[dict[
     """Rows of which a share of the questions are those of other rows, which `REFUSAL` answers.
 
     Args:
-        rows: two at least, with queries, targets and answers.
+        rows: with queries, targets and answers; two at least, unless the share is 0.
         share: from 0 to less than 1. The same rows give the same questions.
         near: so large a share of these, from 0 to 1, comes from at most `NEAR` rows before or behind, which tell of the
             same as a rule, unless the context may answer them all; the others come from anywhere.

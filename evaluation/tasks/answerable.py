@@ -39,13 +39,19 @@ class Answerable(QuestionTask):
 
         Raises:
             TypeError: the model has no memory states.
+            ValueError: there is one passage alone.
         """
         model = answerer.model
         if not isinstance(model, PeftModel):
             raise TypeError("answerable asks for scores of answers from memory states: it needs the method gradmem.")
         draw = random.Random(seed)
         rows = list(self.rows(split))
-        rows = rows if limit is None else draw.sample(rows, limit)
+        rows = rows if limit is None else draw.sample(rows, min(limit, len(rows)))
+        if len(rows) < 2:
+            raise ValueError(
+                f"answerable asks each question of another passage, too, and of the split {split!r} of {self.source!r} "
+                "one passage alone is taken. Give it more passages, or allow more (--limit)."
+            )
         contexts, queries, own, references = questions(rows)
         other = [draw.choice([i for i in range(len(contexts)) if i != c]) for c in own]
         ids = [list(row) for row in answerer.tokenizer(contexts)["input_ids"]]

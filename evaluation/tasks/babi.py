@@ -96,7 +96,7 @@ def read_babi(path: Path) -> list[dict[str, Any]]:
     """A file of the original release: numbered lines, a story begins at 1, a question has tabs.
 
     Raises:
-        ValueError: a line has another form; the message names it.
+        ValueError: a line has another form, which the message names; or there is no question.
     """
     rows: list[dict[str, Any]] = []
     facts: list[str] = []
@@ -113,6 +113,8 @@ def read_babi(path: Path) -> list[dict[str, Any]]:
             rows.append(_row(" ".join(facts), query.strip(), [answer[0].strip()]))
         else:
             facts.append(text.strip())
+    if not rows:
+        raise ValueError(f"{path} has no question: a line of a question has tabs before and behind its answer.")
     return rows
 
 

@@ -74,12 +74,17 @@ class LongDocuments(Task):
         return {"pieces": self.pieces, "chosen": self.chosen} | {k: v for k, v in given.items() if v is not None}
 
     def articles(self, split: str) -> list[dict[str, Any]]:
-        """The articles of a split, with their questions.
+        """The articles of a split that have questions, with these.
 
         Raises:
             FileNotFoundError: there is no such file.
+            ValueError: there is no question in it.
         """
-        return [row for _, row in json_lines(Path(self.source) / f"squad_articles_{split}.jsonl.gz")]
+        path = Path(self.source) / f"squad_articles_{split}.jsonl.gz"
+        found = [row for _, row in json_lines(path) if row["questions"]]
+        if not found:
+            raise ValueError(f"No article of {path} has a question: give it some that have.")
+        return found
 
     def rows(self, split: str) -> Rows:
         """Whole articles, for a model that takes them."""

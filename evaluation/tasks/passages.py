@@ -62,12 +62,25 @@ class Passages(QuestionTask):
         return {name: value for name, value in given.items() if value}
 
     def rows(self, split: str) -> Rows:
-        """See `Task.rows`."""
-        return with_unanswerable(self._passages(split), self.unanswerable, float(self.nearby))
+        """See `Task.rows`.
+
+        Raises:
+            ValueError: questions of other passages are to be asked, and there is no other passage.
+        """
+        return self._asked(self._passages(split), split, float(self.nearby))
 
     def training_rows(self) -> Rows:
-        """See `Task.training_rows`."""
-        return with_unanswerable(joined(self._passages("train"), self.joined), self.unanswerable, self.nearby / 2)
+        """See `Task.training_rows`. Raises `ValueError` as `rows` does."""
+        return self._asked(joined(self._passages("train"), self.joined), "train", self.nearby / 2)
+
+    def _asked(self, contexts: Rows, split: str, near: float) -> Rows:
+        if self.unanswerable and len(contexts) < 2:
+            raise ValueError(
+                f"unanswerable={self.unanswerable} asks questions of other passages, and the split {split!r} of "
+                f"{self.source!r} makes one context alone. Give it more passages, join fewer to one context (joined), "
+                "or leave unanswerable out."
+            )
+        return with_unanswerable(contexts, self.unanswerable, near)
 
     def _passages(self, split: str) -> Rows:
         return without_answers(super().rows(split), self.removed)

@@ -55,6 +55,11 @@ def test_measure(tmp_path):
     assert len(found.facts["score_calibration"]) == 2
     again = config.tasks[0].measure(answerer, "test", limit=4)
     assert torch.equal(again.values["auc"], found.values["auc"])
+    assert (
+        len(config.tasks[0].measure(answerer, "test", limit=10_000).answers) >= 16
+    )  # a limit, and no number to be met
+    with pytest.raises(ValueError, match=r"'test' of .* one passage alone is taken\. .*--limit"):
+        config.tasks[0].measure(answerer, "test", limit=1)
 
 
 def test_without_states(tmp_path):

@@ -93,6 +93,17 @@ def test_so_many_questions_of_each_article(measure):
     assert len(measure(questions=9).answers) == 8
 
 
+def test_articles_without_questions(measure, source):
+    file = source / "squad_articles_test.jsonl.gz"
+    articles = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    articles[0]["questions"] = []
+    file.write_bytes(gzip.compress("\n".join(map(json.dumps, articles)).encode()))
+    assert len(measure().answers) == 4
+    file.write_bytes(gzip.compress(json.dumps(articles[0]).encode()))
+    with pytest.raises(ValueError, match=r"No article of .*test\.jsonl\.gz has a question"):
+        measure()
+
+
 def test_one_state_for_an_article(measure):
     found = measure(pieces="sequential")
     assert found.facts["context_tokens"] == 40

@@ -182,6 +182,9 @@ def test_babis_original_files(tmp_path):
     (tmp_path / "qa1_x_test.txt").write_text("no number\n")
     with pytest.raises(ValueError, match="line 1: expected a number"):
         read_babi(tmp_path / "qa1_x_test.txt")
+    (tmp_path / "qa2_x_test.txt").write_text("1 Mary moved to the attic.\n")
+    with pytest.raises(ValueError, match=r"qa2_x_test\.txt has no question"):
+        read_babi(tmp_path / "qa2_x_test.txt")
 
 
 def test_distractors():

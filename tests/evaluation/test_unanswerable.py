@@ -92,6 +92,20 @@ def test_near_questions_are_an_option_of_passages(monkeypatch):
         Passages(source="data/squad", nearby=True)
 
 
+@pytest.mark.parametrize("nearby", [False, True])
+def test_one_passage_has_no_other(monkeypatch, nearby):
+    """Random numbers below one were asked for, and the message was of them."""
+    monkeypatch.setattr("evaluation.tasks.base.qa_rows", lambda *_, **__: passages(3))
+    task = Passages(source="data/squad", unanswerable=0.3, nearby=nearby, joined=200)
+    assert len(task.rows("test")) == 3
+    with pytest.raises(ValueError, match=r"the split 'train' of 'data/squad' makes one context alone\. .*join fewer"):
+        task.training_rows()  # all passages are one context
+    monkeypatch.setattr("evaluation.tasks.base.qa_rows", lambda *_, **__: passages(1))
+    with pytest.raises(ValueError, match=r"the split 'valid' .* Give it more passages"):
+        task.rows("valid")
+    assert Passages(source="data/squad").rows("valid") == passages(1)
+
+
 def test_what_a_removed_sentence_alone_answered_is_refused(monkeypatch):
     sentences = ["Ann lives in Oslo.", "Ben is a baker from Oslo.", "They met in 1999."]
     asked = {"Where does Ann live?": ["Oslo"], "What is Ben?": ["a baker", "baker"], "When did they meet?": ["1999"]}
