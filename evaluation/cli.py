@@ -13,6 +13,7 @@ from gradmem_adapter.cli.processes import end_of_run
 from gradmem_adapter.training import RowBatches
 from gradmem_adapter.training.pools import save_pools
 from gradmem_adapter.utils.files import check_writable
+from gradmem_adapter.utils.wording import counted
 
 from .backbones.sweep import sweep
 from .compare import compare as compare_answers
@@ -68,7 +69,12 @@ def tokenize(
     if not isinstance(batches, RowBatches):
         raise ValueError(f"{recipe} makes its batches while it trains; there is nothing to tokenize.")
     save_pools(batches.pools, output)
-    typer.echo("\n".join(f"{len(pool.contexts)} contexts of up to {pool.length} tokens" for pool in batches.pools))
+    typer.echo(
+        "\n".join(
+            f"{counted(len(pool.contexts), 'context')} of up to {counted(pool.length, 'token')}"
+            for pool in batches.pools
+        )
+    )
 
 
 @app.command()

@@ -19,6 +19,7 @@ from gradmem_adapter.training.collator import read_row
 from gradmem_adapter.training.rows import json_lines
 from gradmem_adapter.utils.fields import from_json
 from gradmem_adapter.utils.files import read_text
+from gradmem_adapter.utils.wording import counted
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 """Contexts with queries and targets, as `GradMemCollator` takes them."""
@@ -200,7 +201,7 @@ def distractors(index: Sequence[int], contexts: int, states: int, seed: int) -> 
         ValueError: there are fewer contexts than states.
     """
     if states > contexts:
-        raise ValueError(f"There are {contexts} contexts; a question cannot be asked of {states}.")
+        raise ValueError(f"Got {counted(contexts, 'context')}; a question cannot be asked of {states}.")
     draw, reads = random.Random(seed), []
     for own in index:
         others = draw.sample([i for i in range(contexts) if i != own], states - 1)
@@ -235,7 +236,8 @@ def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, cou
     found = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)][:count]
     if len(found) < (1 if count is None else count):
         raise ValueError(
-            f"The text has {len(ids)} tokens: {len(ids) // tokens} passages of {tokens}, not {count or 'one'}."
+            f"The text has {counted(len(ids), 'token')}: {counted(len(ids) // tokens, 'passage')} of {tokens}, not "
+            f"{count or 'one'}."
         )
     return found
 

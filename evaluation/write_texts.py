@@ -19,6 +19,7 @@ import torch
 from evaluation.tasks import PlainText
 from gradmem_adapter import SMOLLM2, load_backbone
 from gradmem_adapter.utils.files import check_writable, replacing
+from gradmem_adapter.utils.wording import counted
 
 OPENING = 12
 """Words."""
@@ -64,7 +65,7 @@ def main() -> None:
             )
             for text in tokenizer.batch_decode(written, skip_special_tokens=True):
                 file.write(" ".join(text.split()) + "\n")
-            print(f"{min(first + args.batch, len(prompts)):,} of {len(prompts):,} texts", flush=True)
+            print(f"{min(first + args.batch, len(prompts)):,} of {counted(len(prompts), 'text')}", flush=True)
 
 
 if __name__ == "__main__":

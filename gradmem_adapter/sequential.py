@@ -10,6 +10,7 @@ import torch
 from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.options import WriteOptions
 
 
@@ -35,7 +36,9 @@ def write_sequential(
     known = 0
     if isinstance(memory, MemoryState):  # anything else is refused by `update`
         if len(memory) != 1:
-            raise ValueError(f"One state takes one text, got {len(memory)} states: update them one by one, memory[i].")
+            raise ValueError(
+                f"One state takes one text, got {counted(len(memory), 'state')}: update them one by one, memory[i]."
+            )
         known = int(memory.context_tokens)
     before: Segment | None = None
     for segment in segments:

@@ -17,6 +17,7 @@ from gradmem_adapter.utils.files import replacing
 from gradmem_adapter.utils.fingerprint import KIND
 from gradmem_adapter.utils.kinds import as_indices, check_kind
 from gradmem_adapter.utils.state_file import TENSORS, MemoryStateError
+from gradmem_adapter.utils.wording import counted
 
 _PATH = str | os.PathLike
 
@@ -54,7 +55,7 @@ class MemoryState:
             )
         if self.context_tokens.is_floating_point() or self.context_tokens.shape != self.vectors.shape[:1]:
             raise ValueError(
-                f"context_tokens must hold {len(self.vectors)} integers, one per state, got shape "
+                f"context_tokens must hold {counted(len(self.vectors), 'integer')}, one per state, got shape "
                 f"{tuple(self.context_tokens.shape)} of {self.context_tokens.dtype}."
             )
         losses = self.write_losses
@@ -110,7 +111,7 @@ class MemoryState:
         if isinstance(index, SupportsIndex) and not getattr(index, "ndim", 0):
             number = index.__index__()
             if not -len(self) <= number < len(self):
-                raise IndexError(f"There are {len(self)} memory states, and index {number} is none of them.")
+                raise IndexError(f"Index {number} is none of {counted(len(self), 'memory state')}.")
             index = [number]
         if isinstance(index, slice):  # as a list: tensors know no negative steps
             index = list(range(len(self)))[index]

@@ -11,6 +11,7 @@ from torch import Tensor
 from gradmem_adapter.read.likelihood import scores
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.texts import TextEncoder
+from gradmem_adapter.utils.wording import counted
 
 _OF_SEARCH = 6.0
 """What the best search score counts beside support, in log-odds; found on articles kept for validation (lab log)."""
@@ -71,7 +72,8 @@ def surest(supported: Sequence[float], search_scores: Sequence[float] | None = N
     if search_scores is not None:
         if len(search_scores) != len(supported):
             raise ValueError(
-                f"There are {len(supported)} states and {len(search_scores)} search scores: one each, please."
+                f"Got {counted(len(supported), 'state')} and {counted(len(search_scores), 'search score')}: give one "
+                "for each."
             )
         found = torch.tensor(search_scores, dtype=torch.float64)
         odds = odds.logit(eps=1e-6) + _OF_SEARCH * found / found.max().clamp(min=torch.finfo(found.dtype).tiny)

@@ -17,6 +17,7 @@ from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.parameters import parts_with_dropout
 from gradmem_adapter.utils.tokens import check_token_types
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.batching import check_rows, progress_bar, write_batches
 from gradmem_adapter.write.budget import BoundedPass, Budget
 from gradmem_adapter.write.context import Context
@@ -131,7 +132,8 @@ class WritingModel(GradMemTuner):
         start = None if initial is None else self._vectors(initial, strict)
         if start is not None and len(start) != len(context.input_ids):
             raise ValueError(
-                f"initial has {len(start)} states for {len(context.input_ids)} contexts; pass one per context."
+                f"initial has {counted(len(start), 'state')} for {counted(len(context.input_ids), 'context')}: pass "
+                "one for each context."
             )
         if options.objective == "self_study":
             memory, losses, diverged = study_contexts(writer, context, options, start, callback)
@@ -186,12 +188,15 @@ class WritingModel(GradMemTuner):
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
         vectors = self._vectors(memory, strict)
         if len(vectors) != len(context.input_ids):
-            raise ValueError(f"There are {len(vectors)} states for {len(context.input_ids)} texts; pass one text each.")
+            raise ValueError(
+                f"Got {counted(len(context.input_ids), 'text')} for {counted(len(vectors), 'state')}: pass one for "
+                "each state."
+            )
         known, config = memory.context_tokens.to(context.lengths.device), self.peft_config[self._adapter]
         if config.start != "slots" and memory.num_memory_tokens != config.num_memory_tokens:
             raise ValueError(
-                f"The state has {memory.num_memory_tokens} vectors, and with start={config.start!r} text is written "
-                f"into {config.num_memory_tokens}. Update states first, and put them side by side then."
+                f"The state has {counted(memory.num_memory_tokens, 'vector')}, and with start={config.start!r} text is "
+                f"written into {config.num_memory_tokens}. Update states first, and put them side by side then."
             )
         with torch.no_grad():
             start, whole = more_text(self._writer, vectors, known, context, config.trained_length)
@@ -325,5 +330,8 @@ class WritingModel(GradMemTuner):
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
         vectors = self._vectors(memory, strict)
         if len(vectors) != len(context.input_ids):
-            raise ValueError(f"There are {len(context.input_ids)} contexts for {len(vectors)} states; pass one each.")
+            raise ValueError(
+                f"Got {counted(len(context.input_ids), 'context')} for {counted(len(vectors), 'state')}: pass one for "
+                "each state."
+            )
         return fidelity(self._writer, vectors, context)

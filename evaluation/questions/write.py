@@ -19,6 +19,7 @@ from transformers import set_seed
 from gradmem_adapter.training.metrics import score_answer
 from gradmem_adapter.utils.fields import claimed
 from gradmem_adapter.utils.files import check_writable, replacing
+from gradmem_adapter.utils.wording import counted
 
 from .passages import passages
 from .writer import Writer
@@ -93,7 +94,7 @@ def write_questions(writing: Writing, output: Path, device: torch.device, show: 
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
                 with replacing(files[number]) as temporary:
                     temporary.write_text("".join(lines), encoding="utf-8")
-                show(f"Part {number + 1} of {len(files)}: {len(rows):,} questions")
+                show(f"Part {number + 1} of {len(files)}: {counted(len(rows), 'question')}")
         state.wait_for_everyone()
         if state.is_main_process:
             _join(files, output)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from evaluation.methods import METHODS
 from evaluation.results import RESULTS, frame, load_records
+from gradmem_adapter.utils.wording import counted
 
 Frame: TypeAlias = pd.DataFrame
 
@@ -87,5 +88,4 @@ def line_title(method: str, steps: int | None) -> str:
     kind = METHODS[method]
     if kind.step is None or steps is None:
         return kind.title
-    plural = "" if steps == 1 else "es" if kind.step.endswith("s") else "s"
-    return f"{kind.title}, {steps} {kind.step}{plural}"
+    return f"{kind.title}, {counted(steps, kind.step)}"

@@ -16,6 +16,7 @@ from evaluation.data import Passage, Rows, cut_passages
 from gradmem_adapter.lora import without_lora
 from gradmem_adapter.read.likelihood import log_likelihood
 from gradmem_adapter.utils.files import read_text
+from gradmem_adapter.utils.wording import counted
 
 from .base import OPTIONS, Measurement, Task
 
@@ -76,7 +77,7 @@ class Continuation(Task):
             raise TypeError("continuation asks what memory states are worth: it needs the method gradmem.")
         found = cut_passages(read_text(Path(self.text)), answerer.tokenizer, self.tokens + self.next_tokens)
         if len(found) < self.passages:
-            raise ValueError(f"{self.text} has {len(found)} passages of that length, not {self.passages}.")
+            raise ValueError(f"{self.text} has {counted(len(found), 'passage')} of that length, not {self.passages}.")
         found = [found[i * len(found) // self.passages] for i in range(self.passages)][:limit]
         texts, following = ([row[part] for row in found] for part in (slice(self.tokens), slice(self.tokens, None)))
         memory = model.prefix_embeddings(answerer.config.method.read(model, answerer.tokenizer, texts, answerer.steps))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import pydantic
 
 from evaluation.data import Rows, contexts, text_lines
+from gradmem_adapter.utils.wording import counted
 
 from .base import OPTIONS, Task
 
@@ -60,7 +61,7 @@ class PlainText(Task):
             following = [*(" ".join(words[: self.continued]) for words in passages[1:]), ""]
             rows += [_row(words, after) for words, after in zip(passages, following, strict=False)]
         if not rows:
-            raise ValueError(f"None of the {len(texts)} texts of {self.source!r} has {SHORTEST} words.")
+            raise ValueError(f"{self.source!r} has {counted(len(texts), 'text')}, and none of {SHORTEST} words.")
         return rows
 
     def _texts(self, split: str) -> list[str]:

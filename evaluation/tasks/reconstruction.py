@@ -16,6 +16,7 @@ from evaluation.data import Passage, Rows, cut_passages
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.files import read_text
+from gradmem_adapter.utils.wording import counted
 
 from .base import OPTIONS, Measurement, Task
 
@@ -115,7 +116,9 @@ def predicted(model: PeftModel, texts: Sequence[tuple[Passage, Passage]], state:
     """
     for i, (_, second) in enumerate(texts):
         if len(second) < 2:
-            raise ValueError(f"The second passage of pair {i} has {len(second)} tokens; at least 2 are needed.")
+            raise ValueError(
+                f"The second passage of pair {i} has {counted(len(second), 'token')}; at least 2 are needed."
+            )
     losses: dict[str, list[Tensor]] = {"next_memory": [], "next_nothing": [], "next_text": []}
     for rows in _batches(len(texts)):
         firsts, seconds = zip(*(texts[i] for i in rows), strict=True)

@@ -16,6 +16,7 @@ from gradmem_adapter.answering.sampling import Sampling
 from gradmem_adapter.answering.stopping import NewTokens
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
+from gradmem_adapter.utils.wording import counted
 
 _WINDOW = 0.005
 """Seconds without a further call after which a batch begins. It begins after ten of them in any case."""
@@ -59,8 +60,9 @@ class Call:
         if positions is not None:
             if (room := positions - len(prompt) - vectors) < 1:
                 raise ValueError(
-                    f"The prompt is too long: it has {len(prompt):,} tokens, memory {vectors:,} vectors before it, and "
-                    f"the model has {positions:,} positions. Shorten it (in LangChain: trim_messages)."
+                    f"The prompt is too long: it has {counted(len(prompt), 'token')}, memory "
+                    f"{counted(vectors, 'vector')} before it, and the model has {counted(positions, 'position')}. "
+                    "Shorten it (in LangChain: trim_messages)."
                 )
             options = options._replace(max_tokens=min(options.max_tokens, room))
         self.pipeline, self.prompt, self.memory, self.options, self.seed = pipeline, prompt, memory, options, seed

@@ -14,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from gradmem_adapter.cli.inputs import Inputs
 from gradmem_adapter.cli.options import print_json, visible
 from gradmem_adapter.cli.processes import shared_out, together
+from gradmem_adapter.utils.wording import counted
 
 if TYPE_CHECKING:
     from gradmem_adapter import GradMemPipeline, MemoryStore, Segment
@@ -66,8 +67,11 @@ def write_to_store(
                 _add(store, pipeline, part, inputs.refuse, how | {"done": written})
                 bar.update(task, description=in_words(counts))
         except KeyboardInterrupt:
-            stored = f"{counts['written']:,} segments were written now and are stored"
-            typer.echo(f"gradmem write: interrupted. {stored}; the same command goes on from there.", err=True)
+            stored = counted(counts["written"], "segment")
+            typer.echo(
+                f"gradmem write: interrupted. Written now and stored: {stored}; the same command goes on from there.",
+                err=True,
+            )
             raise typer.Exit(130) from None
     return together(counts, inputs)
 
@@ -96,7 +100,7 @@ def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
     else:
         typer.echo(in_words(counts))
         if inputs.passed_over:
-            typer.echo(f"passed over, as they are empty or no text: {len(inputs.passed_over):,} files")
+            typer.echo(f"passed over, as empty or no text: {counted(len(inputs.passed_over), 'file')}")
     more = len(inputs.refused) - SHOWN
     named = [*inputs.refused[:SHOWN], f"{more:,} more are left out likewise; --json names them."]
     for line in named if more > 0 else inputs.refused:

@@ -12,6 +12,7 @@ import typer
 from gradmem_adapter.cli.options import BACKBONE, CHECKPOINT, JSON, check_used, print_json
 from gradmem_adapter.utils.files import check_writable, replacing
 from gradmem_adapter.utils.shipped import QA
+from gradmem_adapter.utils.wording import counted
 
 
 class Type(str, Enum):
@@ -55,7 +56,10 @@ def export(
     if as_json:
         print_json(figures)
     else:
-        typer.echo("{directory} answers from states of model {fingerprint}, {vectors} vectors each.".format(**figures))
+        typer.echo(
+            f"{directory} answers from states of model {figures['fingerprint']}, "
+            f"{counted(model.prefix_length, 'vector')} each."
+        )
 
 
 def export_states(
@@ -89,5 +93,6 @@ def export_states(
         print_json({"output": str(output), "states": len(rows), "fingerprint": memory.fingerprint})
     else:
         typer.echo(
-            f"{output} has {len(rows)} states for an engine that serves what gradmem export made of {checkpoint}."
+            f"{output} has {counted(len(rows), 'state')} for an engine that serves what gradmem export made of "
+            f"{checkpoint}."
         )

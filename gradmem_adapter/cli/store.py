@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gradmem_adapter.cli.options import JSON, existing_store, in_words, print_json, visible
+from gradmem_adapter.utils.wording import counted
 
 if TYPE_CHECKING:
     from gradmem_adapter import MemoryStore
@@ -134,7 +135,7 @@ def _print_report(store: MemoryStore, report: Report, as_json: bool) -> None:
     if as_json:
         print_json({"ok": report.ok} | asdict(report))
     else:
-        typer.echo(f"{report.states:,} states are whole and as the index says.")
+        typer.echo(f"Whole and as the index says: {counted(report.states, 'state')}.")
         for key, wrong in report.damaged.items():
             places = in_words(asdict(entry) for entry in store.entries() if entry.key == key).replace("\n", "; ")
             typer.echo(f"{key}{f' ({places})' if places else ''} is damaged: {visible(wrong)}")

@@ -30,6 +30,7 @@ from gradmem_adapter.utils.backbone import (
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_token_options, check_tokens
+from gradmem_adapter.utils.wording import counted
 
 _NEED_TOKENS_ALONE = (
     "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size", "token_healing",
@@ -199,8 +200,8 @@ def end_with_positions(
     room = positions + 1 - prefix_length - int(attention_mask.sum(1).max())  # the last new token is not read
     if wanted > room:
         warnings.warn(
-            f"The answer ends after {room} tokens, where {wanted} were asked for: the model has {positions} positions, "
-            "and memory and prompt take the others.",
+            f"The answer ends after {counted(room, 'token')}, where {wanted:,} were asked for: the model has "
+            f"{positions:,} positions, and memory and prompt take the others.",
             stacklevel=4,
         )
         options.pop("max_length", None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.kinds import as_indices
 from gradmem_adapter.utils.tokens import as_long
+from gradmem_adapter.utils.wording import counted
 
 
 def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | None) -> Tensor:
@@ -42,8 +43,10 @@ def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | Non
     if len(vectors) == 1:
         return vectors.expand(queries, -1, -1)
     raise ValueError(
-        f"There are {queries} queries for {len(vectors)} memory states: pass one state for all, one per query, or "
-        "context_index with the state of each query."
+        f"Got {counted(queries, 'query')} for {counted(len(vectors), 'memory state')}: pass one state for all, one for "
+        "each query, or context_index with the state of each. One question about several states is answered by the "
+        "one that holds an answer most likely (GradMemPipeline.surest_answer), or read with all of them side by side "
+        "(MemoryState.concat)."
     )
 
 

@@ -20,6 +20,7 @@ from gradmem_adapter.serve.errors import ApiError, api_error
 from gradmem_adapter.serve.memories import places_of
 from gradmem_adapter.serve.reads import Asked, Reads, unless_gone
 from gradmem_adapter.serve.schemas import ChatRequest, CompletionRequest
+from gradmem_adapter.utils.wording import counted
 
 
 def tenant_of(request: Request) -> str:
@@ -121,7 +122,8 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:
         check_model(body.model)
         if len(body.prompt) > (1 if body.stream else reads.limits.prompts):
-            told = f"A request has at most {reads.limits.prompts} prompts, and one where its answer is streamed."
+            most = counted(reads.limits.prompts, "prompt")
+            told = f"A request has at most {most}, and one where its answer is streamed."
             raise ApiError(400, told, param="prompt")
         asked = [await run_in_threadpool(reads.ask, tenant, body, prompt, prompt) for prompt in body.prompt]
         return await respond(body, request, asked)

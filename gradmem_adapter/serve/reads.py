@@ -20,6 +20,7 @@ from gradmem_adapter.serve.limits import Limits
 from gradmem_adapter.serve.memories import Found, Memories
 from gradmem_adapter.serve.metrics import Metrics
 from gradmem_adapter.serve.schemas import ChatRequest, CompletionRequest
+from gradmem_adapter.utils.wording import counted
 
 T = TypeVar("T")
 _DEFAULT_NEW_TOKENS = 256
@@ -70,7 +71,7 @@ class Reads:
     def check_room(self, prompts: int) -> None:
         """Raise `ApiError` where more prompts are too many."""
         if len(self) + prompts > self.limits.reads:
-            told = f"{len(self)} prompts are being answered or wait for it. Ask again later."
+            told = f"Being answered or waiting for it: {counted(len(self), 'prompt')}. Ask again later."
             raise ApiError(429, told, "too_many_requests", retry_after=1)
 
     def ask(self, tenant: str, body: ChatRequest | CompletionRequest, prompt: Prompt, query: str) -> Asked:
@@ -88,7 +89,7 @@ class Reads:
             support = body.support
             longest, wanted = body.max_completion_tokens or longest, _json_schema(body.response_format)
         if longest > self.limits.new_tokens:
-            told = f"An answer has at most {self.limits.new_tokens:,} tokens here, got {longest:,}."
+            told = f"An answer has at most {counted(self.limits.new_tokens, 'token')} here, got {longest:,}."
             raise ApiError(400, told, param="max_tokens")
         with api_errors():
             (ids,) = self.pipeline.encode_prompts([prompt])[0].tolist()  # first, for it refuses what is too long

@@ -22,6 +22,7 @@ from gradmem_adapter.serve.streams import Tell, event_stream
 from gradmem_adapter.serve.writes import WriteQueue
 from gradmem_adapter.utils.files import decoded
 from gradmem_adapter.utils.state_file import MemoryStateError
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.options import WriteOptions
 
 _BODY = {
@@ -70,7 +71,11 @@ def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> API
     async def write(request: Request, tenant: Tenant) -> Response:
         body = await _memory_request(request)
         if (body.steps or 0) > limits.write_steps:
-            raise ApiError(400, f"At most {limits.write_steps} write steps are taken here.", param="steps")
+            raise ApiError(
+                400,
+                f"A text is written in at most {counted(limits.write_steps, 'write step')} here, got {body.steps:,}.",
+                param="steps",
+            )
         options = WriteOptions(steps=body.steps, lr=body.lr)
         identity = await run_in_threadpool(memories.id_of, tenant, body.text, options)
         found = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gradmem_adapter.serve.tenants import LOCAL, Tenants
 from gradmem_adapter.store import MemoryStore, MemoryStoreError
+from gradmem_adapter.utils.wording import counted
 
 TENANTS = "tenants"
 """The folder for the stores of tenants that have keys."""
@@ -43,8 +44,8 @@ def unseen(folder: Path, tenants: Tenants, fingerprint: str) -> Iterator[str]:
             yield f"Memories in {store.path} that no client sees: {stats.sources:,}. {_remedy(folder, name, tenants)}"
         elif others := stats.states - stats.models.get(fingerprint, 0):
             yield (
-                f"{others:,} of {stats.states:,} memory states in {store.path} are not seen: another model wrote them. "
-                "Write their texts again with this one."
+                f"Another model wrote {others:,} of {counted(stats.states, 'memory state')} in {store.path}, and what "
+                "another one wrote is not seen. Write those texts again with this one."
             )
 
 

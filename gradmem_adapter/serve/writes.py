@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gradmem_adapter.serve.errors import ApiError
+from gradmem_adapter.utils.wording import counted
 
 T = TypeVar("T")
 _RESTART = 10
@@ -87,7 +88,7 @@ class WriteQueue:
         if self._stopped:
             raise _stopping()
         if key not in self._jobs and len(self._jobs) >= self.bound:
-            told = f"{len(self._jobs)} texts are being written or wait for it. Ask again later."
+            told = f"Being written or waiting for it: {counted(len(self._jobs), 'text')}. Ask again later."
             raise ApiError(429, told, "write_queue_full", retry_after=self._retry_after)
 
     async def wait(self, key: Hashable) -> None:

@@ -14,6 +14,7 @@ from gradmem_adapter.store.embedding import Embedding, cosines
 from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.store.index import Index, select
 from gradmem_adapter.utils.tokens import check_text
+from gradmem_adapter.utils.wording import counted
 
 _WORD = re.compile(r"\w+")
 _OF_QUESTIONS = {
@@ -61,7 +62,7 @@ def choose(
     if type(k) is not int or k < 1:
         raise ValueError(f"k is how many states are wanted, 1 at least, got {k!r}.")
     if type(shortlist) is not int or (shortlist and shortlist < k):
-        raise ValueError(f"shortlist is 0, or at least the {k} states that are wanted, got {shortlist!r}.")
+        raise ValueError(f"shortlist is 0, or at least k, how many states are wanted ({k}), got {shortlist!r}.")
     k = min(max(k, shortlist), 2**32)  # SQLite knows no larger numbers than 2**63
     check_text("The query", query)
     values = {"fingerprint": fingerprint, "source": source}
@@ -123,8 +124,8 @@ def _check_states(connection: sqlite3.Connection, fingerprint: str) -> None:
     states, own, texts = connection.execute(counts, (fingerprint, fingerprint)).fetchone()
     if states and not own:
         raise ValueError(
-            f"None of the {states} states in this store was written by this model ({fingerprint}): it would read them "
-            "as noise. Write the texts again with this model."
+            f"This store has {counted(states, 'state')}, and none that this model ({fingerprint}) wrote: it would read "
+            "them as noise. Write the texts again with this model."
         )
     if own and not texts:
         raise ValueError(

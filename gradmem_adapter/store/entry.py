@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.utils.kinds import check_kind
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.options import WriteOptions
 
 _WRITING = ("start", "write_steps", "write_lr", "write_optimizer", "write_clip_norm")
@@ -100,7 +101,7 @@ def places(
     check_kind("metadata", metadata, Sequence | None, "a list of mappings, one for each text")
     for name, values in {"sources": sources, "offsets": offsets, "metadata": metadata}.items():
         if values is not None and len(values) != count:
-            raise ValueError(f"There are {count} texts and {len(values)} {name}; give one for each text.")
+            raise ValueError(f"Got {counted(count, 'text')}, and {name} for {len(values):,}: give one for each text.")
     if offsets is not None and not all(len(pair) == 2 for pair in offsets):
         raise ValueError("Offsets are pairs: where each text begins and ends in its source.")
     return [

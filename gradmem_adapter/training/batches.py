@@ -11,6 +11,8 @@ import torch
 from torch import distributed
 from torch.utils.data import Dataset
 
+from gradmem_adapter.utils.wording import counted
+
 from .arguments import GradMemTrainingArguments
 from .collator import GradMemCollator
 from .pools import Pool, Rows, make_pools
@@ -138,8 +140,9 @@ class RowBatches(Batches):
         longest, most = self.longest_context, max(states for states, _ in self.side_by_side)
         if contexts < most or (tokens is not None and tokens < longest * most):
             raise ValueError(
-                f"A batch must hold {most} contexts of {longest} tokens, those that a query is asked of, and may have "
-                f"{contexts} contexts and {tokens} tokens (None: any number). Raise the two, or use shorter buckets."
+                f"A batch must hold {counted(most, 'context')} of {counted(longest, 'token')}, what a query is asked "
+                f"of; contexts={contexts} and tokens={tokens} (None: any number) allow less. Raise the two, or use "
+                "shorter buckets."
             )
         mean = sum(pool.share * self.batch_size(pool, 1) for pool in self.pools)
         own = math.ceil(sum(len(pool.contexts) for pool in self.pools) / mean)

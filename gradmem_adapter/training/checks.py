@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.utils.tokens import check_pad_token
+from gradmem_adapter.utils.wording import counted
 
 from .arguments import GradMemTrainingArguments
 from .batches import Batches
@@ -131,8 +132,8 @@ def limited_collator(
             limit = tuner.positions - tuner.prefix_length
             if limit < 1:
                 raise ValueError(
-                    f"The memory takes {tuner.prefix_length} positions, and the model has {tuner.positions}: give it "
-                    "fewer memory or control tokens."
+                    f"The memory takes {counted(tuner.prefix_length, 'position')}, and the model has "
+                    f"{tuner.positions}: give it fewer memory or control tokens."
                 )
             collator = copy.copy(collator)  # the caller's may go to another model, too
             collator.max_context_length = limit if collator.max_context_length is None else collator.max_context_length

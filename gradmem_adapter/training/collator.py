@@ -13,6 +13,7 @@ from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.prompts import Prompt, format_query
 from gradmem_adapter.utils.tokens import check_fits, check_text
+from gradmem_adapter.utils.wording import counted
 
 _FORMS = (
     "A row has 'context', 'query' and 'target', or 'context', 'queries' and 'targets' (lists), and may have 'answers', "
@@ -185,8 +186,8 @@ def read_row(name: str, row: Mapping[str, Any]) -> Example:
         references = [targets if answers is None else answers]
     if not len(queries) == len(targets) == len(references):
         raise ValueError(
-            f"{name} has {len(queries)} queries, {len(targets)} targets and references for {len(references)}: "
-            "each query needs one target."
+            f"{name} has {counted(len(queries), 'query')}, {counted(len(targets), 'target')} and references for "
+            f"{len(references):,}: each query needs one target."
         )
     if not queries:
         raise ValueError(f"{name} has no queries: its list is empty. {_FORMS}")

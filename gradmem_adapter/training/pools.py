@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from gradmem_adapter.ops.cross_entropy import IGNORED
 from gradmem_adapter.utils.files import replacing
+from gradmem_adapter.utils.wording import counted
 
 from .collator import GradMemCollator
 
@@ -167,7 +168,9 @@ def make_pools(
                 "larger one, or set drop_longer."
             )
     if not any(found.values()):
-        raise ValueError(f"No row is left: none has a context of at most {sizes[-1]} tokens, the largest bucket.")
+        raise ValueError(
+            f"No row is left: none has a context of at most {counted(sizes[-1], 'token')}, the largest bucket."
+        )
     return [_pool(batches, size) for size, batches in found.items() if batches]
 
 

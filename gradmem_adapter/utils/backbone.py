@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from gradmem_adapter.utils.capture import capturing
+from gradmem_adapter.utils.wording import counted
 
 
 def check_backbone(model: object) -> None:
@@ -222,9 +223,9 @@ def check_length(prefix_length: int, query: Tensor, attention_mask: Tensor | Non
     longest = length if attention_mask is None else int(attention_mask.bool().sum(1).max())
     if prefix_length + longest > positions:
         raise ValueError(
-            f"A query has {longest} tokens, and at most {max(0, positions - prefix_length)} are allowed: the model has "
-            f"{positions} positions, {prefix_length} of them for the memory. Shorten the query, or read fewer states "
-            "side by side."
+            f"A query has {counted(longest, 'token')}, and at most {max(0, positions - prefix_length)} are allowed: "
+            f"the model has {positions} positions, {prefix_length} of them for the memory. Shorten the query, or read "
+            "fewer states side by side."
         )
 
 

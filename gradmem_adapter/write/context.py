@@ -12,6 +12,7 @@ from gradmem_adapter.ops.padding import move_padding_right
 from gradmem_adapter.utils.backbone import device_of, max_positions
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.tokens import as_long, check_tokens
+from gradmem_adapter.utils.wording import counted
 
 
 class Context(NamedTuple):
@@ -85,7 +86,8 @@ def _check_lengths(lengths: list[int], positions: int | None, prefix_length: int
     longest = max(lengths)
     if positions is not None and longest + prefix_length > positions:
         raise ValueError(
-            f"Context {lengths.index(longest)} has {longest} tokens, and at most {positions - prefix_length} are "
-            f"allowed: the model has {positions} positions, {prefix_length} of them for the memory. Split it, write "
-            "the parts as separate contexts and join their states with MemoryState.concat."
+            f"Context {lengths.index(longest)} has {counted(longest, 'token')}, and at most "
+            f"{max(0, positions - prefix_length)} are allowed: the model has {positions} positions, {prefix_length} of "
+            "them for the memory. Split it, write the parts as separate contexts and join their states with "
+            "MemoryState.concat."
         )

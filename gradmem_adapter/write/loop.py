@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradmem_adapter.outputs import WriteProgress
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Pass, Writer, write_pass
 from gradmem_adapter.write.optimizers import OPTIMIZERS
@@ -172,8 +173,8 @@ def warn_diverged(diverged: Tensor) -> None:
         if samples.any():
             names = ", ".join(str(i) for i in sorted(called[j] for j in samples.nonzero().flatten().tolist()))
             warnings.warn(
-                f"WRITE: the write loss of sample {names} is not finite after {step} steps; its memory is the one "
-                "before, the last with a finite loss. Use a lower write learning rate, or write_clip_norm.",
+                f"WRITE: the write loss of sample {names} is not finite after {counted(step, 'step')}; its memory is "
+                "the one before, the last with a finite loss. Use a lower write learning rate, or write_clip_norm.",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -15,6 +15,7 @@ from gradmem_adapter.lora import write_phase
 from gradmem_adapter.ops.cross_entropy import max_logits
 from gradmem_adapter.utils.backbone import decoder_layers, device_of, fresh, max_positions, trunk
 from gradmem_adapter.utils.hardware import OVERHEAD, SATURATED
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.loss import Writer
 from gradmem_adapter.write.recompute import recomputed
 
@@ -55,9 +56,9 @@ class Plan(NamedTuple):
         return replace(writer, backbone=recomputed(writer.backbone, self.recomputed, offloaded=self.offloaded))
 
     def __str__(self) -> str:
-        said = [f"{self.rows} context{'s' * (self.rows > 1)} at a time"]
+        said = [f"{counted(self.rows, 'context')} at a time"]
         if self.recomputed:
-            said.append(f"{self.recomputed} layers computed again in the backward pass")
+            said.append(f"{counted(self.recomputed, 'layer')} computed again in the backward pass")
         if self.offloaded:
             said.append("their inputs kept on the CPU")
         return ", ".join(said)

@@ -21,6 +21,7 @@ from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.utils.backbone import device_of, max_positions, trunk
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loop import Written, write_memory
 from gradmem_adapter.write.loss import Pass, Writer
@@ -167,8 +168,8 @@ def learn(writer: Writer, text: list[int], study: Study) -> list[Lesson]:
     positions = max_positions(backbone)
     if positions is not None and needed > positions:
         raise ValueError(
-            f"A context has {len(text)} tokens. With a question and its answer it takes {needed}, and the model has "
-            f"{positions} positions: split it, or ask for less (Study.query_tokens, Study.answer_tokens)."
+            f"A context has {counted(len(text), 'token')}. With a question and its answer it takes {needed}, and the "
+            f"model has {positions} positions: split it, or ask for less (Study.query_tokens, Study.answer_tokens)."
         )
     draw = torch.Generator(device_of(backbone)).manual_seed(study.seed)
     if study.requests:

@@ -285,7 +285,7 @@ class TestStore:
         save_checkpoint(model, tokenizer, tmp_path / "other")
         result = ask("w4 w5", "--store", "memory", "--checkpoint", "other")
         assert result.exit_code == 2
-        assert "None of the 5 states in this store was written by this model" in result.stderr
+        assert "This store has 5 states, and none that this model" in result.stderr
 
     def test_a_state_whose_file_is_gone_is_named(self, checkpoint, memory):
         (entry,) = memory.entries("d.txt")

@@ -74,7 +74,7 @@ def test_forget(memory):
 def test_verify_and_gc(memory):
     text, figures = store("verify")
     assert figures == {"ok": True, "states": 4, "damaged": {}, "unlisted": [], "leftovers": []}
-    assert text == "4 states are whole and as the index says.\n"
+    assert text == "Whole and as the index says: 4 states.\n"
     key = damage(memory, "a.txt")
     (memory.path / "states" / "notes").write_text("a stranger's")
     with memory.index.writing() as connection:

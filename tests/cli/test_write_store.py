@@ -139,7 +139,7 @@ def test_ctrl_c_leaves_what_is_written_and_says_so(checkpoint, monkeypatch):
         patch.setattr(GradMemModel, "_write", interrupted)
         result = write("rows.jsonl", "notes", "--max-tokens", 20)
     assert result.exit_code == 130
-    assert "interrupted. 2 segments were written now and are stored; the same command goes on" in result.stderr
+    assert "interrupted. Written now and stored: 2 segments; the same command goes on" in result.stderr
     assert sum(batches[:2]) == len(MemoryStore("memory")) == 2
     assert figures(write("rows.jsonl", "notes", "--json"))["written"] == 5
 

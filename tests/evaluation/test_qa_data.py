@@ -193,7 +193,7 @@ def test_distractors():
     assert reads == distractors([0, 1, 2, 2], 5, 3, seed=0)
     assert {row.index(7) for row in distractors([7] * 50, 9, 4, seed=0)} == {0, 1, 2, 3}
     assert distractors([3], 9, 1, seed=0) == [[3]]
-    with pytest.raises(ValueError, match="There are 2 contexts"):
+    with pytest.raises(ValueError, match="Got 2 contexts; a"):
         distractors([0], 2, 3, seed=0)
 
 

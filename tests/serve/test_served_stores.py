@@ -69,7 +69,9 @@ def test_tenants_without_a_key(serve, pipeline, store):
 def test_what_another_model_wrote(pipeline, store, filled):
     store.add(tiny_pipeline(seed=1), ["w1 w2"])
     (line,) = told(pipeline, store, Tenants())
-    assert line.startswith(f"1 of 3 memory states in {store.path} are not seen: another model wrote them.")
+    assert line.startswith(
+        f"Another model wrote 1 of 3 memory states in {store.path}, and what another one wrote is not seen."
+    )
 
 
 def test_a_store_that_cannot_be_read_is_said(pipeline, store):

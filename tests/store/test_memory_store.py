@@ -160,7 +160,7 @@ class TestAdd:
         assert store.key(pipeline, TEXTS[0], WriteOptions(max_memory=2**30)) == keys[0]
 
     def test_one_for_each_text(self, store, pipeline):
-        with pytest.raises(ValueError, match="4 texts and 2 sources"):
+        with pytest.raises(ValueError, match="Got 4 texts, and sources for 2"):
             store.add(pipeline, TEXTS, sources=["a", "b"])
         assert not store.path.exists()
 

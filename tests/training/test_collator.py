@@ -114,7 +114,7 @@ class TestErrors:
             (ROW | {"target": " "}, "target gives no tokens"),
             ({"context": "w1"}, "has no query and no target"),
             ({"context": "w1", "queries": ["w2"]}, "has no targets"),
-            (TWO | {"targets": ["w1"]}, "has 2 queries, 1 targets"),
+            (TWO | {"targets": ["w1"]}, "has 2 queries, 1 target and"),
             (TWO | {"queries": [], "targets": []}, "has no queries"),
             (TWO | {"queries": "w1 w2"}, "'queries' must be a list"),
             (TWO | {"targets": ["w1", ""]}, "empty target"),

@@ -84,7 +84,7 @@ def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
         ([], ValueError, "Context 1 of 3 cannot be written. It is empty"),
         ([VOCABULARY], ValueError, "Context 1 of 3 cannot be written. It holds token ids"),
         ([1.5], TypeError, "Context 1 of 3 cannot be written. It must hold integer"),
-        ([1] * 1000, ValueError, "Context 1 of 3 cannot be written. It has 1000 tokens"),
+        ([1] * 1000, ValueError, "Context 1 of 3 cannot be written. It has 1,000 tokens"),
         ([[1, 2]], ValueError, "Context 1 must be token ids of shape"),
         ("text", TypeError, "Context 1 must be token ids, got str"),
         (None, TypeError, "Context 1 must be token ids, got NoneType"),

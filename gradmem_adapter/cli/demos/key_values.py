@@ -16,6 +16,7 @@ from rich.text import Text
 
 from gradmem_adapter.checkpoint import load_checkpoint
 from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.utils.wording import counted
 
 ALPHABET = string.ascii_letters + string.digits
 SHOWN = 8
@@ -61,19 +62,21 @@ def run_key_value_demo(
     values = draw_pairs(pairs, seed)
     pipeline = GradMemPipeline(*load_checkpoint(checkpoint, backbone=backbone))
     context = "".join(f"!{key}:{value}!" for key, value in values.items()) + "|"
-    console.print(Panel(Text(context), title=f"The context: {pairs} pairs !key:value!"))
+    console.print(Panel(Text(context), title=f"The context: {counted(pairs, 'pair')} !key:value!"))
     start = time.perf_counter()
     state = pipeline.write(context, steps=steps)
     seconds = time.perf_counter() - start
     losses = state.write_losses[0]
     console.print(
-        f"Written into {state.num_memory_tokens} vectors in {steps} steps, {seconds:.2f} s; write loss "
-        f"{losses[0].item():.2f} -> {losses[-1].item():.2f}. The context is gone."
+        f"Written into {counted(state.num_memory_tokens, 'vector')} in {counted(steps, 'step')}, {seconds:.2f} s; "
+        f"write loss {losses[0].item():.2f} -> {losses[-1].item():.2f}. The context is gone."
     )
     queries = [f"?!{key}:" for key in values]
     answers = pipeline.generate(queries, memory=state, max_new_tokens=8, do_sample=False)
     answers = [answer.split("!")[0] for answer in answers]  # as in the context, ! ends a value
-    table = Table("asked", "answered", "in the context", title=f"The first {min(SHOWN, pairs)} of {pairs} keys")
+    table = Table(
+        "asked", "answered", "in the context", title=f"The first {min(SHOWN, pairs)} of {counted(pairs, 'key')}"
+    )
     for row in itertools.islice(zip(queries, answers, values.values(), strict=True), SHOWN):
         table.add_row(*map(Text, row))
     console.print(table)

@@ -24,6 +24,7 @@ from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.kv_cache import kv_cache_bytes
+from gradmem_adapter.utils.wording import counted
 
 MIN_TOKENS = 40
 """A text of fewer tokens would show little."""
@@ -68,17 +69,20 @@ def run_recite_demo(
     ids = tokenizer(text)["input_ids"]
     count = len(ids)
     if count < MIN_TOKENS:
-        raise ValueError(f"The text has {count} tokens; the demo needs at least {MIN_TOKENS} to show something.")
+        raise ValueError(
+            f"The text has {counted(count, 'token')}; the demo needs at least {MIN_TOKENS} to show something."
+        )
     memory_tokens = count // 5 if memory_tokens is None else memory_tokens
     if not 1 <= memory_tokens <= count // 4:
         raise ValueError(
-            f"{memory_tokens} memory tokens for {count} text tokens: the demo takes 1 to {count // 4}, a quarter."
+            f"{counted(memory_tokens, 'memory token')} for {counted(count, 'text token')}: the demo takes 1 to "
+            f"{count // 4}, a quarter."
         )
     # Without meta-training, slots that start as token embeddings are written to in far fewer steps than noise.
     config = GradMemConfig(num_memory_tokens=memory_tokens, memory_init="vocab", write_optimizer="adam")
     model = get_peft_model(causal_lm, config)
     pipeline = GradMemPipeline(model.eval(), tokenizer)
-    console.print(Panel(Text(visible(text)), title=f"The text: {count} tokens"))
+    console.print(Panel(Text(visible(text)), title=f"The text: {counted(count, 'token')}"))
 
     started = time.perf_counter()
     state = _write_with_progress(pipeline, text, steps, lr, console)
@@ -90,7 +94,9 @@ def run_recite_demo(
         state = MemoryState.load(path)
     recited = pipeline.reconstruct(state)[0]
     original = tokenizer.decode(ids, skip_special_tokens=True)  # the text as its tokens have it
-    console.print(Panel(Text(visible(recited)), title=f"Recited from {memory_tokens} vectors, the text gone"))
+    console.print(
+        Panel(Text(visible(recited)), title=f"Recited from {counted(memory_tokens, 'vector')}, the text gone")
+    )
 
     cache_bytes = kv_cache_bytes(model.get_base_model(), torch.tensor([ids]))
     console.print(

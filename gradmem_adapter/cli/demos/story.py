@@ -17,6 +17,7 @@ from gradmem_adapter.checkpoint import load_checkpoint
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.utils.kv_cache import kv_cache_bytes
+from gradmem_adapter.utils.wording import counted
 
 
 def run_story_demo(
@@ -68,9 +69,9 @@ def run_story_demo(
         table.add_row(*map(Text, row))
     console.print(table)
     console.print(
-        "{context_tokens} tokens are in {states} states of {memory_tokens} vectors: {state_bytes:,} bytes in a memory "
-        "store, where the KV cache of the story takes {kv_cache_bytes:,} bytes ({ratio:.0f} times as many).".format(
-            **figures, ratio=figures["kv_cache_bytes"] / figures["state_bytes"]
-        )
+        f"{counted(figures['context_tokens'], 'token')} in {counted(figures['states'], 'state')} of "
+        f"{counted(figures['memory_tokens'], 'vector')}: {figures['state_bytes']:,} bytes in a memory store, where the "
+        f"KV cache of the story takes {figures['kv_cache_bytes']:,} bytes "
+        f"({figures['kv_cache_bytes'] / figures['state_bytes']:.0f} times as many)."
     )
     return figures

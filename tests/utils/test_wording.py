@@ -1,0 +1,36 @@
+"""Numbers with what they count, in messages."""
+
+import pytest
+from peft import get_peft_model
+from tiny import tiny, tiny_tokenizer
+
+from gradmem_adapter import GradMemConfig, GradMemPipeline
+from gradmem_adapter.segments import segments
+from gradmem_adapter.training.collator import read_row
+from gradmem_adapter.utils.wording import counted
+from gradmem_adapter.write.plan import Plan
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "said"),
+    [(1, "token", "1 token"), (0, "token", "0 tokens"), (2, "memory state", "2 memory states"), (1, "query", "1 query"),
+     (2, "query", "2 queries"), (3, "key", "3 keys"), (1024, "pass", "1,024 passes"), (2, "batch", "2 batches")],
+)  # fmt: skip
+def test_counted(number, noun, said):
+    assert counted(number, noun) == said
+
+
+def test_messages_say_one_and_several():
+    """ "1 tokens", "1 queries", "1 states" and "1 layers" were said."""
+    with pytest.raises(ValueError, match="at least 1 token, 0 of them"):
+        list(segments("a text", tiny_tokenizer(), 0))
+    with pytest.raises(ValueError, match="has 1 query, 2 targets and references for 2: each"):
+        read_row("Row 0", {"context": "a", "queries": ["b"], "targets": ["c", "d"]})
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2)).eval()
+    pipeline = GradMemPipeline(model, tiny_tokenizer())
+    state = pipeline.write("w1 w2 w3")
+    with pytest.raises(IndexError, match="Index 3 is none of 1 memory state"):
+        state[3]
+    with pytest.raises(ValueError, match="Got 2 contexts for 1 state: pass one"):
+        pipeline.model.fidelity(state, *pipeline.encode_contexts(["w1 w2", "w3"]))
+    assert str(Plan(2, 1)) == "2 contexts at a time, 1 layer computed again in the backward pass"
