@@ -73,6 +73,18 @@ def segments(
     return _segments(_Ahead(_pieces(text, cast(PreTrainedTokenizerFast, tokenizer))), tokenizer, limit, overlap, own)
 
 
+def unknown_length(remedy: str) -> str:
+    """What is said where it is not known how long a segment may be.
+
+    Args:
+        remedy (`str`): what those can do who are told.
+    """
+    return (
+        "The adapter does not say its trained length, and so not how many tokens of a text one memory state keeps "
+        f"well: {remedy}"
+    )
+
+
 def _check_numbers(limit: int, overlap: int, own: int) -> None:
     if type(limit) is not int or limit <= own:
         raise ValueError(

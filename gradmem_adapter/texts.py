@@ -13,7 +13,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list
-from gradmem_adapter.segments import Segment, segments
+from gradmem_adapter.segments import Segment, segments, unknown_length
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_fits, check_pad_token, check_text, text_list
@@ -65,10 +65,7 @@ class TextEncoder:
         """
         limit = self.model.active_peft_config.segment_tokens if segment_tokens is None else segment_tokens
         if limit is None:
-            raise ValueError(
-                "The adapter's configuration does not say its trained length: pass segment_tokens, how many tokens one "
-                "memory state keeps well."
-            )
+            raise ValueError(unknown_length("pass segment_tokens."))
         if (most := self.max_context_tokens) is not None and limit > most:
             raise ValueError(f"A segment may have at most the {most} tokens that the model takes, got {limit}.")
         return segments(text, self.tokenizer, limit, limit // 16 if overlap is None else overlap)

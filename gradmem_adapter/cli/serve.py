@@ -25,11 +25,6 @@ class ReaderName(str, Enum):
 KEYS = """A file with a tenant and its key on each line; each tenant sees its own memories alone. Without it whoever
 reaches the server may use it."""
 
-_NO_TEXTS = (
-    "The adapter does not say its trained length: what is stored can be asked, and no text is written. "
-    "Pass --segment-tokens, how many tokens one memory state keeps well."
-)
-
 
 def serve(
     context: typer.Context,
@@ -57,6 +52,7 @@ def serve(
 ) -> None:
     """Write memories and answer from them over HTTP: POST /v1/memories, and OpenAI's API with `memory` in the body."""
     from gradmem_adapter import GradMemPipeline, MemoryStore, load_checkpoint
+    from gradmem_adapter.segments import unknown_length
 
     check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model", "engine_key")
     try:
@@ -82,7 +78,8 @@ def serve(
         engine = VLLMReader(model, url, name=engine_model, api_key=engine_key)
     pipeline = GradMemPipeline(model, tokenizer, reader=engine)
     if segment_tokens is None and model.active_peft_config.segment_tokens is None:
-        warnings.warn(_NO_TEXTS, stacklevel=2)
+        remedy = "pass --segment-tokens. Without it no text is written, and what is stored can be asked."
+        warnings.warn(unknown_length(remedy), stacklevel=2)
     else:
         pipeline.segments("", segment_tokens)  # a wrong number is no client's fault
     for told in unseen(store, tenants, model.fingerprint()):

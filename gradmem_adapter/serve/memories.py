@@ -16,6 +16,7 @@ from gradmem_adapter.documents import DocumentMemory
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.prompts import Prompt
+from gradmem_adapter.segments import unknown_length
 from gradmem_adapter.serve.errors import ApiError, changing_a_store
 from gradmem_adapter.serve.metrics import Metrics
 from gradmem_adapter.serve.schemas import AUTO
@@ -77,11 +78,11 @@ class Memories:
     def check_cuts(self) -> None:
         """Raise `ApiError` unless it is known how long a segment may be; what is stored is read without."""
         if self.segment_tokens is None and self.pipeline.model.active_peft_config.segment_tokens is None:
-            told = (
-                "This server writes no texts: its adapter does not say how long a segment may be. Whoever runs it can: "
-                "gradmem serve --segment-tokens. What is stored can be asked."
+            remedy = (
+                "no text is written here, and what is stored can be asked. Whoever runs this server can say it: "
+                "gradmem serve --segment-tokens."
             )
-            raise ApiError(503, told, "no_segment_tokens")
+            raise ApiError(503, unknown_length(remedy), "no_segment_tokens")
 
     def id_of(self, tenant: str, text: str, options: WriteOptions) -> str:
         """The id that a text's memory has, whether or not it is written: the same for the same text cut the same way.

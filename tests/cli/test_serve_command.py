@@ -39,7 +39,10 @@ def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, t
     assert invoke("write", tmp_path / "a.txt", "--store", store, *options).exit_code == 0
     result = invoke("serve", checkpoint, "--store", store)
     assert (result.exit_code, len(started)) == (0, 1), result.output
-    assert "no text is written. Pass --segment-tokens" in " ".join(result.stderr.split())
+    said = (
+        "The adapter does not say its trained length, and so not how many tokens of a text one memory state keeps well"
+    )
+    assert f"{said}: pass --segment-tokens. Without it no text is written" in " ".join(result.stderr.split())
     ((app, _),) = started
     with TestClient(app, "http://127.0.0.1") as client:
         (memory,) = client.get("/v1/memories").json()["data"]
@@ -48,7 +51,9 @@ def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, t
         for stream in (False, True):
             refused = client.post("/v1/memories", json={"text": "w1 w2", "stream": stream})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_segment_tokens")
-            assert "gradmem serve --segment-tokens" in refused.json()["error"]["message"]
+            told = refused.json()["error"]["message"]
+            assert told.startswith(f"{said}: no text is written here")
+            assert told.endswith("gradmem serve --segment-tokens.")
 
 
 def test_elsewhere_than_here_only_with_keys(checkpoint, tmp_path, started):
