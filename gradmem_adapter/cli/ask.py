@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import warnings
@@ -26,10 +27,12 @@ from gradmem_adapter.cli.options import (
 )
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.shipped import QA
+from gradmem_adapter.utils.wording import counted
 
 if TYPE_CHECKING:
     from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStore
 
+REPEATED = "what segments repeat of each other"
 TEXT = """What to ask about: a file, a directory, a pattern in quotes, or - for standard input. May be repeated. Long
 texts are written in segments."""
 
@@ -74,9 +77,12 @@ def ask(
             "seconds": time.perf_counter() - start,
         }
         if not as_json:
+            repeated = f", with {REPEATED}," if _overlap(places) else ""
+            split = f" of {counted(len(states), 'state')}" if len(states) > 1 else ""
             typer.echo(
-                "{context_tokens:,} tokens are in {memory_tokens:,} vectors{split}, {state_bytes:,} bytes ({done} in "
-                "{seconds:.2f} s).".format(**figures, split=f" of {len(states):,} states" if len(states) > 1 else "")
+                f"{counted(figures['context_tokens'], 'token')}{repeated} in "
+                f"{counted(figures['memory_tokens'], 'vector')}{split}, {figures['state_bytes']:,} bytes "
+                f"({figures['done']} in {figures['seconds']:.2f} s)."
             )
     answers = []
     for question in questions:
@@ -167,13 +173,23 @@ def _write(
         texts += [segment.text for segment in segments]
         places += [{"source": document.source, "start": one.start, "end": one.end} for one in segments]
         if tokens > trained:
+            written = f" and {sum(one.tokens for one in segments):,} in all, with {REPEATED}"
+            counts = written if _overlap(places[-len(segments) :]) else ""
             warnings.warn(
                 f"{document.source} has {tokens:,} tokens, and the adapter was trained on texts of up to {trained:,}: "
-                f"it is written in {len(segments):,} segments, of two tokens for each vector. --state keeps them; "
-                "gradmem write --store also keeps their places.",
+                f"it is written in {len(segments):,} segments, of two tokens for each vector{counts}. --state keeps "
+                "them; gradmem write --store also keeps their places.",
                 stacklevel=2,
             )
     return pipeline.write_many(texts, steps=steps), places
+
+
+def _overlap(places: Sequence[dict[str, Any]]) -> bool:
+    """Whether parts of a text stand in two segments that follow each other."""
+    return any(
+        one["source"] == other["source"] and other["start"] is not None and other["start"] < one["end"]
+        for one, other in itertools.pairwise(places)
+    )
 
 
 def _kept(state: Path) -> tuple[MemoryState, list[dict[str, Any]]]:

@@ -6,9 +6,10 @@ import unicodedata
 import pytest
 import torch
 from commands import invoke
+from peft import get_peft_model
 from tiny import tiny_text
 
-from gradmem_adapter import GradMemPipeline, MemoryState, load_checkpoint, save_checkpoint
+from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryState, load_backbone, load_checkpoint, save_checkpoint
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.outputs import ScoredText
 from gradmem_adapter.store import MemoryStore
@@ -35,7 +36,7 @@ def test_answers_from_the_text_and_then_from_the_state_alone(checkpoint, tmp_pat
     kept = ["--state", tmp_path / "kept.safetensors"]
     first = ask("w1 w2", "w3", *files, *kept, "--checkpoint", checkpoint)
     assert first.exit_code == 0, first.output
-    assert "21 tokens are in 6 vectors" in first.output
+    assert "21 tokens in 6 vectors of 2 states, " in first.output
     again = ask("w1 w2", "w3", *kept, "--checkpoint", checkpoint)
     assert again.exit_code == 0, again.output
     assert answers_in(first) == answers_in(again)
@@ -81,7 +82,7 @@ def test_states_of_several_texts_are_asked_together(checkpoint, tmp_path):
     kept = ask("w1 w2", "w3", "--state", states, "--checkpoint", checkpoint)
     texts = ask("w1 w2", "w3", "--text", files[0], "--text", files[1], "--checkpoint", checkpoint)
     assert (kept.exit_code, texts.exit_code) == (0, 0), kept.output
-    assert "21 tokens are in 6 vectors" in kept.output
+    assert "21 tokens in 6 vectors of 2 states, " in kept.output
     assert answers_in(kept) == answers_in(texts)
 
 
@@ -133,8 +134,24 @@ def test_a_refusal_is_from_nowhere(refuses, tmp_path, monkeypatch):
     for said, named in (("w7", False), ("w8", True)):
         monkeypatch.setattr(GradMemPipeline, "stream", lambda *a, _said=said, **k: iter([_said]))
         result = ask("w1 w2", *texts, "--checkpoint", refuses)
-        assert "21 tokens are in 12 vectors of 4 states" in result.stdout
+        assert "21 tokens in 12 vectors of 4 states" in result.stdout
         assert (f"  {said}  (support " in result.stdout, ".txt" in result.stdout) == (True, named)
+
+
+def test_tokens_that_segments_repeat_are_named(backbone, tmp_path):
+    """A text had one number of tokens in the warning, and a larger one behind it, without a word."""
+    model, tokenizer = load_backbone(backbone)
+    model = get_peft_model(model, GradMemConfig(num_memory_tokens=8, refusal="w7", trained_length=16))
+    save_checkpoint(model, tokenizer, tmp_path / "overlapping")
+    (tmp_path / "long.txt").write_text(tiny_text(70))
+    tokens = sum(segment.tokens for segment in GradMemPipeline(model, tokenizer).segments(tiny_text(70)))
+    assert tokens > 70
+    result = ask("w1 w2", "--text", tmp_path / "long.txt", "--checkpoint", tmp_path / "overlapping")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert "long.txt has 70 tokens, and the adapter was trained on texts of up to 16: it is written in " in said
+    assert f"two tokens for each vector and {tokens} in all, with what segments repeat of each other. --state" in said
+    assert f"{tokens} tokens, with what segments repeat of each other, in " in result.stdout
 
 
 def test_a_text_beyond_the_trained_length_is_written_in_segments(refuses, tmp_path):

@@ -156,7 +156,7 @@ class TestKeyValues:
         [
             (("--checkpoint", "nowhere"), "nowhere"),
             (("--pairs", 0), "pairs must be from 1 to 3844"),
-            (("--pairs", 500), "Context 0 has 3501 tokens"),
+            (("--pairs", 500), "Context 0 has 3,501 tokens"),
         ],
     )
     def test_what_cannot_work(self, arguments, message):

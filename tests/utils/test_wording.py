@@ -21,7 +21,7 @@ def test_counted(number, noun, said):
 
 
 def test_messages_say_one_and_several():
-    """ "1 tokens", "1 queries", "1 states" and "1 layers" were said."""
+    """They said "1 tokens", "1 queries", "1 states" and "1 layers"."""
     with pytest.raises(ValueError, match="at least 1 token, 0 of them"):
         list(segments("a text", tiny_tokenizer(), 0))
     with pytest.raises(ValueError, match="has 1 query, 2 targets and references for 2: each"):
