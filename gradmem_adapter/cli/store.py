@@ -26,6 +26,8 @@ app = typer.Typer(help="See what a memory store holds, and mend it.", no_args_is
 DIR = typer.Argument(file_okay=False, help="What `gradmem write --store` made.")
 SHOWN = 60
 """Characters of a text in a table."""
+_SAID = {"nbytes": "bytes"}
+"""What fields are called that are named for programs."""
 
 
 @app.command("list")
@@ -116,19 +118,23 @@ def _print_rows(rows: Sequence[dict[str, Any]], figures: dict[str, Any], as_json
     if as_json:
         print_json(figures)
     elif rows:
-        table = Table(*(Column(name, overflow="fold") for name in rows[0]))
+        table = Table(*(Column(_SAID.get(name, name), overflow="fold") for name in rows[0]))
         for row in rows:
-            table.add_row(*(Text(visible(str(value))) for value in row.values()))
+            table.add_row(*(Text(visible(_in_words(value))) for value in row.values()))
         Console().print(table)
     else:
         typer.echo("There is nothing in it.")
+
+
+def _in_words(value: str | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def _print_numbers(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(figures)
     else:
-        typer.echo("\n".join(f"{name}: {value}" for name, value in figures.items()))
+        typer.echo("\n".join(f"{_SAID.get(name, name)}: {_in_words(value)}" for name, value in figures.items()))
 
 
 def _print_report(store: MemoryStore, report: Report, as_json: bool) -> None:

@@ -124,7 +124,8 @@ def _print_states(documents: Sequence[Document], states: MemoryState, as_json: b
     if as_json:
         print_json({"states": rows})
         return
-    table = Table("source", "tokens", "nbytes", "last write loss")
+    table = Table("source", "tokens", "bytes", "last write loss")
     for row in rows:
-        table.add_row(Text(visible(row["source"])), str(row["tokens"]), str(row["nbytes"]), f"{row['write_loss']:.4f}")
+        numbers = (f"{row['tokens']:,}", f"{row['nbytes']:,}", f"{row['write_loss']:.4f}")
+        table.add_row(Text(visible(row["source"])), *numbers)
     Console().print(table)

@@ -44,6 +44,7 @@ def test_list(memory):
         {"source": "a.txt", "states": 3, "tokens": 52, "nbytes": sizes["a.txt"]},
     ]
     assert "[b].txt" in table
+    assert ("bytes" in table, "nbytes" in table, f" {sizes['a.txt']:,} " in table) == (True, False, True)
 
 
 def test_show(memory):
@@ -59,7 +60,7 @@ def test_stats():
     text, figures = store("stats")
     assert (figures["states"], figures["sources"], figures["tokens"]) == (4, 2, 56)
     assert sum(figures["models"].values()) == 4
-    assert "tokens: 56\nnbytes: " in text
+    assert f"tokens: 56\nbytes: {figures['nbytes']:,}\n" in text
     (model,) = figures["models"]
     assert text.endswith(f"model {model}: 4\n")
 

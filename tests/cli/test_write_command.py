@@ -34,6 +34,7 @@ def test_write(checkpoint, tmp_path, monkeypatch):
         [name, tokens, str(3 * 32 * 4), loss]
         for name, tokens, loss in zip(files, ("7", "30", "12"), losses, strict=True)
     ]
+    assert ("bytes" in result.stdout, "nbytes" in result.stdout) == (True, False)
     assert "WRITE" not in result.stderr  # no terminal, no progress bar
     steps = invoke("write", files[0], "--output", "steps.safetensors", "--steps", 5, *arguments)
     assert steps.exit_code == 0, steps.output
