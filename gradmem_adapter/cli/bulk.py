@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gradmem_adapter.cli.inputs import Inputs
 from gradmem_adapter.cli.options import print_json, visible
-from gradmem_adapter.cli.processes import shared_out, together
+from gradmem_adapter.cli.processes import say_once, shared_out, together, whose
 from gradmem_adapter.utils.wording import counted
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1024
 """Segments that are given to the store together; behind them the last batch is waited for until it is on the disk."""
+EVERY = 30.0
+"""Seconds between two lines of progress where there is no terminal, as in a log; shorter work has none."""
 SHOWN = 20
 """Texts that could not be written and are named on a terminal."""
 Piece: TypeAlias = "tuple[str, Segment, int]"
@@ -30,7 +33,8 @@ Piece: TypeAlias = "tuple[str, Segment, int]"
 def write_to_store(
     store: MemoryStore, pipeline: GradMemPipeline, inputs: Inputs, segment_tokens: int | None, **how: Any
 ) -> Counter[str]:
-    """Write documents segment by segment. What is stored already is not written again; progress goes to a terminal.
+    """Write documents segment by segment. What is stored already is not written again; progress goes to a terminal, or
+    else now and then, a line each, to standard error.
 
     Of several processes each writes its share.
 
@@ -55,17 +59,25 @@ def write_to_store(
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
+        task, start = bar.add_task(""), time.monotonic()
+        said = start
+
+        def tell() -> None:
+            nonlocal said
+            bar.update(task, description=in_words(counts))
+            if not console.is_terminal and (now := time.monotonic()) - said >= EVERY:
+                said = now
+                say_once(f"gradmem write: {in_words(counts)} ({now - start:.0f} s{whose()})", err=True)
 
         def written(keys: list[str]) -> None:
             counts["written"] += len(keys)
-            bar.update(task, description=in_words(counts))
+            tell()
 
         pieces = _pieces(pipeline, inputs, segment_tokens, counts)
         try:
             while part := list(itertools.islice(pieces, AT_ONCE)):
                 _add(store, pipeline, part, inputs.refuse, how | {"done": written})
-                bar.update(task, description=in_words(counts))
+                tell()
         except KeyboardInterrupt:
             stored = counted(counts["written"], "segment")
             typer.echo(

@@ -57,16 +57,25 @@ def together(counts: Counter[str], inputs: Inputs) -> Counter[str]:
     return sum((part for part, _, _ in found), Counter())
 
 
-def say_once(line: str) -> None:
+def whose() -> str:
+    """What stands behind numbers that the first process says of its own share; nothing where it is the only one."""
+    from accelerate import PartialState
+
+    count = PartialState().num_processes
+    return "" if count == 1 else f", the first of {count} processes"
+
+
+def say_once(line: str, err: bool = False) -> None:
     """Print a line, in the first process alone.
 
     Args:
-        line (`str`): the same in all of them.
+        line (`str`): what all of them would say, or the first says for all.
+        err (`bool`, *optional*, defaults to `False`): on standard error.
     """
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        typer.echo(line)
+        typer.echo(line, err=err)
 
 
 def end_of_run(model: Path | None, output: Path, then: str = "") -> None:

@@ -1,6 +1,7 @@
 """`gradmem write --store`: any number of texts of any length, each written once."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -142,6 +143,16 @@ def test_ctrl_c_leaves_what_is_written_and_says_so(checkpoint, monkeypatch):
     assert "interrupted. Written now and stored: 2 segments; the same command goes on" in result.stderr
     assert sum(batches[:2]) == len(MemoryStore("memory")) == 2
     assert figures(write("rows.jsonl", "notes", "--json"))["written"] == 5
+
+
+def test_progress_in_a_log(monkeypatch):
+    """Hours of work said nothing there."""
+    assert write("notes").stderr == ""  # it was short
+    monkeypatch.setattr("gradmem_adapter.cli.bulk.EVERY", 0.0)
+    lines = write("notes", "rows.jsonl", "--max-tokens", 20, store="other").stderr.splitlines()
+    assert len(lines) > 3
+    assert all(re.fullmatch(r"gradmem write: documents: .* of which written now: \d \(\d+ s\)", line) for line in lines)
+    assert "documents: 5, tokens: 82, segments: 7, of which written now: 7" in lines[-1]
 
 
 def test_progress_on_a_terminal(monkeypatch):
