@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -44,7 +44,26 @@ def of_one_adapter(method: Method) -> Method:
     return cast(Method, checked)
 
 
-class _NoneLeft(dict[str, GradMemConfig]):
+class _Configs(dict[str, GradMemConfig]):
+    """Configurations by the names of adapters. The backbone has them, too, and PEFT enters here what it is asked to add
+    to it, before it changes anything: an adapter of another method is refused."""
+
+    def __setitem__(self, adapter: str, config: GradMemConfig) -> None:
+        if not isinstance(config, GradMemConfig):
+            raise ValueError(
+                f"The backbone carries a GradMem adapter, and the adapter {adapter!r} of a {type(config).__name__} "
+                "would change what memory is written with. A LoRA to train with the memory goes into "
+                "GradMemConfig(lora_config=...); model.unload() gives the backbone alone, for other adapters."
+            )
+        super().__setitem__(adapter, config)
+
+    def update(self, configs: Mapping[str, GradMemConfig]) -> None:  # type: ignore[override] # as PEFT calls it
+        """Enter several; `ValueError` where one is of another method."""
+        for adapter, config in configs.items():
+            self[adapter] = config
+
+
+class _NoneLeft(_Configs):
     """Configurations after the last adapter was deleted: `PeftModel` goes on asking for that of the one it thinks is
     active, though it only wants to know that it is no prompt learning."""
 
@@ -62,11 +81,18 @@ class GradMemTuner(BaseTuner):
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: GradMemConfig | dict[str, GradMemConfig],
+        adapter_name: str,
+        **options: Any,
+    ) -> None:
         check_backbone(model)
         keep_gradients(cast(PreTrainedModel, model))
         self._changes = Changes()
-        super().__init__(model, *args, **kwargs)
+        configs = {adapter_name: peft_config} if isinstance(peft_config, GradMemConfig) else peft_config
+        super().__init__(model, cast(Any, _Configs(configs)), adapter_name, **options)
         self._fingerprint = FingerprintCache()
         self.register_load_state_dict_pre_hook(self._changes.begin_loading)
         self.register_load_state_dict_post_hook(self._changes.end_loading)

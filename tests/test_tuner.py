@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from adapters import lora, make
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from tiny import ARCHITECTURES, tiny, tokens
 
 from gradmem_adapter import GradMemConfig
@@ -87,6 +87,27 @@ def test_without_its_last_adapter_the_model_is_the_backbone(with_lora):
     model.add_adapter("other", GradMemConfig(num_memory_tokens=2))
     model.set_adapter("other")
     assert model.write(IDS).num_memory_tokens == 2
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda model: get_peft_model(model.get_base_model(), lora()),
+        lambda model: get_peft_model(model, lora(), "other"),
+        lambda model: model.get_base_model().add_adapter(lora()),
+        lambda model: inject_adapter_in_model(lora(), model.get_base_model()),
+    ],
+)
+def test_an_adapter_of_another_method_is_refused_and_nothing_changes(add):
+    """PEFT entered its configuration in place of the adapter's own, which ended in a KeyError of the next write."""
+    model = make()
+    state, names = model.write(IDS), [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"carries a GradMem adapter, .* of a LoraConfig would .*lora_config=.*unload"):
+        add(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    model.set_adapter("default")
+    assert copy.deepcopy(model).write(IDS).equal(state)
+    get_peft_model(model.unload(), lora())
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
