@@ -114,9 +114,27 @@ class GradMemTuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Add an adapter's slots (and its LoRA) to the backbone. Called by PEFT."""
-        config = self.peft_config[adapter_name]
+        config, first = self.peft_config[adapter_name], not hasattr(model, SLOTS)
         if config.start != "slots":
             check_start(cast(PreTrainedModel, model), config.start)
+        try:
+            self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:  # a LoRA may be made in some layers by now
+            if first:
+                self.unload()
+            else:
+                self.delete_adapter(adapter_name)
+            raise
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: GradMemConfig,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
         with self._changes.one(), torch.inference_mode(False):  # whose tensors could not be written with
             # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -172,12 +190,13 @@ class GradMemTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's slots and LoRA."""
+        frozen = not any(parameter.requires_grad for _, parameter in self.adapter_parameters())
         with self._changes.one():
             super().delete_adapter(adapter_name)
             if not self.peft_config:
                 self.peft_config = self.model.peft_config = _NoneLeft()
             # PEFT takes the new active adapter from the first layer it meets, which may be a LoRA others do not have.
-            self.set_adapter(self.slots.active_adapters, inference_mode=False)
+            self.set_adapter(self.slots.active_adapters, inference_mode=frozen)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         """PEFT's `disable_adapter()` calls this at its beginning and its end."""
@@ -217,7 +236,8 @@ class GradMemTuner(BaseTuner):
         """Remove all adapters and return the backbone."""
         with self._changes.one():
             super().unload()
-            delattr(self.model, SLOTS)
+            if hasattr(self.model, SLOTS):
+                delattr(self.model, SLOTS)
         return self.model
 
     def changing(self) -> AbstractContextManager[None]:

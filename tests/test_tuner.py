@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from adapters import lora, make
-from peft import get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import ARCHITECTURES, tiny, tokens
 
 from gradmem_adapter import GradMemConfig
@@ -108,6 +108,27 @@ def test_an_adapter_of_another_method_is_refused_and_nothing_changes(add):
     model.set_adapter("default")
     assert copy.deepcopy(model).write(IDS).equal(state)
     get_peft_model(model.unload(), lora())
+
+
+def test_an_adapter_that_cannot_be_made_leaves_nothing():
+    """Its LoRA stayed in the layers that came before the one that takes none."""
+    wrong = GradMemConfig(num_memory_tokens=2, lora_config=LoraConfig(r=2, target_modules=["q_proj", "norm"]))
+    backbone = tiny()
+    expected, names = backbone(IDS).logits, [name for name, _ in backbone.named_parameters()]
+    with pytest.raises(ValueError, match="is not supported"):
+        get_peft_model(backbone, copy.deepcopy(wrong))
+    assert [name for name, _ in backbone.named_parameters()] == names
+    assert torch.equal(backbone(IDS).logits, expected)
+    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=2))
+    state = model.write(IDS)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with pytest.raises(ValueError, match="is not supported"):
+        model.add_adapter("other", wrong)
+    assert (list(model.peft_config), model.active_adapters) == (["default"], ["default"])
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert not any(".other" in name for name, _ in model.named_parameters())
+    assert model.write(IDS).equal(state)
+    model.add_adapter("other", GradMemConfig(num_memory_tokens=2))
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
