@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import wraps
-from typing import Any
-
-from peft import PeftModel, PeftType
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
@@ -15,8 +12,6 @@ from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.write.optimizers import OPTIMIZERS
 
 NAME = "GRADMEM"
-_UNDOES = "undoes_gradmem"
-"""An attribute of what `register` puts around a method of PEFT's, so that it does so once."""
 
 
 def _extend_peft_type() -> None:
@@ -37,35 +32,10 @@ def _extend_peft_type() -> None:
     type.__setattr__(PeftType, NAME, member)
 
 
-def _undo_failed_loads() -> None:
-    """Let a GradMem model be as it was after a `PeftModel.load_adapter` that failed; does nothing when it is so.
-
-    PEFT adds an adapter first, and reads its tensors then. Where they are missing, damaged or of another adapter it
-    leaves one that no training made, under a name that is taken. It has no hook there, and chooses the class itself.
-    """
-    load_adapter = PeftModel.load_adapter
-    if hasattr(load_adapter, _UNDOES):
-        return
-
-    @wraps(load_adapter)
-    def undone(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        known = adapter_name in self.peft_config
-        try:
-            return load_adapter(self, model_id, adapter_name, *args, **kwargs)
-        except BaseException:
-            if self.peft_type == NAME and not known and adapter_name in self.peft_config:
-                self.delete_adapter(adapter_name)
-            raise
-
-    setattr(undone, _UNDOES, True)
-    PeftModel.load_adapter = undone  # type: ignore[method-assign]
-
-
 def register() -> None:
     """Register GradMem with PEFT; may be called any number of times."""
     REGISTRIES.update(write_optimizer=OPTIMIZERS, meta_gradient=STRATEGIES)
     _extend_peft_type()
-    _undo_failed_loads()
     if PeftType(NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(
             name=NAME.lower(), config_cls=GradMemConfig, model_cls=GradMemModel, prefix=GradMemModel.prefix

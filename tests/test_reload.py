@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -104,49 +103,3 @@ def test_peft_takes_all_of_an_adapter_and_no_more(architecture, options, tmp_pat
     embeddings = {f"base_model.model.{n}": p for n, p in tiny(architecture).state_dict().items() if "embed_tokens" in n}
     save_file(whole | embeddings, file)
     PeftModel.from_pretrained(tiny(architecture), tmp_path, **options)
-
-
-REFUSED = (ValueError, RuntimeError, SafetensorError)
-
-
-def _of_another_model(file):
-    save_file({"base_model.model.lora_C": torch.ones(1)}, file)
-
-
-def _of_another_size(file):
-    save_file({name: tensor[..., :-1].contiguous() for name, tensor in load_file(file).items()}, file)
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [_of_another_model, _of_another_size, Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-9])],
-    ids=["names", "sizes", "missing", "damaged"],
-)
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_a_refused_adapter_is_gone(spoil, is_trainable, tmp_path):
-    """PEFT left one that no training made under its name, which could be used, and not be loaded any more."""
-    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    other = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, lora_config=lora))
-    other.save_pretrained(tmp_path / "other")
-    get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2)).save_pretrained(tmp_path / "first")
-    model = PeftModel.from_pretrained(tiny(), tmp_path / "first", is_trainable=is_trainable).eval()
-    expected = digest(model)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert bool(trained) == is_trainable
-    file = tmp_path / "other" / "adapter_model.safetensors"
-    whole = file.read_bytes()
-    spoil(file)
-    with pytest.raises(REFUSED):
-        model.load_adapter(tmp_path / "other", "second")
-    assert (list(model.peft_config), model.active_adapters) == (["default"], ["default"])
-    assert not any(".second" in name for name, _ in model.named_parameters())
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
-    assert digest(model) == expected
-    file.write_bytes(whole)
-    model.load_adapter(tmp_path / "other", "second")
-    model.set_adapter("second")
-    assert digest(model) == digest(other.eval())
-    spoil(file)
-    with pytest.raises(REFUSED):
-        model.load_adapter(tmp_path / "other", "second")
-    assert list(model.peft_config) == ["default", "second"]  # which was there before
