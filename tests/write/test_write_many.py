@@ -223,6 +223,21 @@ def test_contexts_longer_than_the_trained_length_are_told_of_once():
         model.write_many(contexts(3, 8))
 
 
+@pytest.mark.parametrize("refusal", [None, "not in memory"])
+def test_contexts_too_long_for_good_answers_are_told_of(refusal):
+    """Of adapters for questions about any text: what was trained on its own kind may keep more."""
+    config = GradMemConfig(num_memory_tokens=3, trained_length=40, refusal=refusal)
+    model = get_peft_model(tiny(), config).eval()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.write(tokens(1, 12))
+        assert not told
+        model.write(tokens(1, 13))
+    said = ["has 13 tokens, and questions are answered best from states of up to 6, and much worse from this one"]
+    assert len(told) == (refusal is not None)
+    assert all(text in str(warning.message) for text, warning in zip(said, told, strict=False))
+
+
 def test_progress_is_shown_where_asked_for(model, capsys):
     model.write_many(contexts(3, 4), progress=True)
     shown = capsys.readouterr()
