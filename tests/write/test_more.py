@@ -136,7 +136,7 @@ def test_a_short_text_has_enough_vectors_beside_a_long_one(length, vectors, monk
 
 
 def test_what_cannot_be_updated_is_refused(model, texts, first):
-    with pytest.raises(ValueError, match="2 states for 1 texts"):
+    with pytest.raises(ValueError, match="Got 1 text for 2 states"):
         model.update(first, texts[1][:1])
     with pytest.raises(ValueError, match="into a state of its own"):
         model.update(first, texts[1], objective="self_study")
