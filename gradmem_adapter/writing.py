@@ -199,11 +199,7 @@ class WritingModel(GradMemTuner):
             )
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
         vectors = self._vectors(memory, strict)
-        if len(vectors) != len(context.input_ids):
-            raise ValueError(
-                f"Got {counted(len(context.input_ids), 'text')} for {counted(len(vectors), 'state')}: pass one for "
-                "each state."
-            )
+        _check_one_each(context, "text", vectors)
         known, config = memory.context_tokens.to(context.lengths.device), self.peft_config[self._adapter]
         if config.start != "slots" and memory.num_memory_tokens != config.num_memory_tokens:
             raise ValueError(
@@ -341,9 +337,13 @@ class WritingModel(GradMemTuner):
         check_token_types(token_type_ids)
         context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
         vectors = self._vectors(memory, strict)
-        if len(vectors) != len(context.input_ids):
-            raise ValueError(
-                f"Got {counted(len(context.input_ids), 'context')} for {counted(len(vectors), 'state')}: pass one for "
-                "each state."
-            )
+        _check_one_each(context, "context", vectors)
         return fidelity(self._writer, vectors, context)
+
+
+def _check_one_each(context: Context, noun: str, vectors: Tensor) -> None:
+    if len(context.input_ids) != len(vectors):
+        raise ValueError(
+            f"Got {counted(len(context.input_ids), noun)} for {counted(len(vectors), 'state')}: pass one for each "
+            "state."
+        )
