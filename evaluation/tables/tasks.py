@@ -212,13 +212,17 @@ def continuation() -> Frame:
     return Frame(rows)
 
 
+EARLIER = " ¹"
+"""The mark of what was measured with weights before those that ship."""
+
+
 def long_documents() -> Frame:
     """F1 on questions about articles of thousands of words, by what is read of an article."""
     rows = []
     for _, row in read("long_documents", limit=48).iterrows():
         kept = row["bytes_per_context"] / INT8 / row["context_tokens"]
         rows.append({
-            "read": _what_is_read(row),
+            "read": _what_is_read(row) + EARLIER * str(row["checkpoint"]).startswith("before"),
             "kB for 1,000 tokens": f"{kept:,.0f}" if row["method"] == "gradmem" else None,
             "questions": f"{row['n']:,}",
             "F1": percent(row["f1"], row["f1_error"]),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -169,9 +170,10 @@ class TestStory:
     @pytest.mark.smollm
     def test_answers_from_memory_and_refuses_what_is_not_there(self):
         result = run_story_demo("smollm2-135m-qa", console=Console(quiet=True))
-        for answer, target in zip(result["from_memory"][:3], result["targets"], strict=True):
-            assert target.casefold() in answer.casefold()
-        assert result["from_memory"][3:].count("not in memory") >= 2
+        right = ("a gold ring", "scared|terrified", "the Many-furred Creature")
+        for answer, target in zip(result["from_memory"][:3], right, strict=True):
+            assert re.search(target, answer, re.IGNORECASE)
+        assert result["from_memory"][3:] == ["not in memory"] * 3
         assert min(result["support"][:3]) > max(result["support"][3:])
         assert (result["context_tokens"], result["states"], result["memory_tokens"]) == (207, 3, 64)
         assert result["kv_cache_bytes"] == 207 * 30 * 2 * 3 * 64 * 4

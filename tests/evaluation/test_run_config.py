@@ -32,8 +32,8 @@ def test_the_recipes_that_ship_are_sound(path):
     ("checkpoint", "recipe"),
     [
         ("kv-retrieval", "kv_retrieval_longer"),
-        ("smollm2-135m-qa", "qa_general_removed_sentences"),
-        ("smollm2-135m-qa-128", "qa_general_128_more_questions"),
+        ("smollm2-135m-qa", "qa_general_removed_from_articles"),
+        ("smollm2-135m-qa-128", "qa_general_128_removed_from_articles"),
         ("smollm2-135m-babi", "qa_babi_all_questions"),
     ],
 )
