@@ -19,6 +19,8 @@ from gradmem_adapter.cli.options import visible
 DEBUG = typer.Option("--debug", help="Where an error comes from: show its trace, too. May stand at the end as well.")
 WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
 """What this package and the libraries below it raise where an input, an option or the machine is not as it should."""
+NO_MEMORY = ("can't allocate memory", "STATUS_ALLOC_FAILED")
+"""How torch's own allocator for CPUs and the libraries below it say so, which raise no `OutOfMemoryError`."""
 ADVICE = {
     errno.ENOSPC: "Make room there, or name another place",
     errno.EDQUOT: "Make room there, or name another place",
@@ -101,7 +103,7 @@ def _outcome(error: Exception) -> tuple[int, str]:
     line = " ".join(str(error).split())
     if isinstance(error, TrainingDiverged):
         return 1, line
-    if isinstance(error, MemoryError | OutOfMemoryError) or "can't allocate memory" in line:
+    if isinstance(error, MemoryError | OutOfMemoryError) or any(words in line for words in NO_MEMORY):
         return 2, (
             "Out of memory. Give shorter texts, or long ones to gradmem write --store, which cuts them into segments; "
             f"fewer tokens at once (write: --max-tokens; train: training.tokens_per_batch); or another --device. {line}"

@@ -50,6 +50,11 @@ def failing(monkeypatch, error):
         (MemoryError(), 2, "Out of memory. Give shorter texts"),
         (torch.OutOfMemoryError("Tried to allocate 2 GiB"), 2, "another --device. Tried to allocate 2 GiB"),
         (RuntimeError("[enforce fail] can't allocate memory: you tried"), 2, "Out of memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            2,
+            "Out of memory",
+        ),
         (KeyError("x"), 1, "This is a bug in gradmem-adapter, not in what you gave it. KeyError: 'x'. Please report"),
         (RuntimeError("shape '[1]'"), 1, "This is a bug in gradmem-adapter"),
         (AssertionError(), 1, "what the same command prints with --debug"),
