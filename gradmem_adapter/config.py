@@ -8,7 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import InitVar, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast, get_args
 
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
@@ -179,13 +179,10 @@ class GradMemConfig(PeftConfig):
     trained_length: int | None = None
     refusal: str | None = None
     score_calibration: tuple[float, float] | None = None
-    probe_backbone: InitVar[bool] = True
+    probe_backbone: bool = True
 
-    def __post_init__(self, probe_backbone: bool) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(probe_backbone, bool):
-            raise TypeError(f"probe_backbone must be True or False, got {probe_backbone!r}.")
-        self.probe: bool = probe_backbone  # no field, for it is not saved
         self.peft_type = PeftType("GRADMEM")
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(
@@ -206,7 +203,7 @@ class GradMemConfig(PeftConfig):
         for name in ("write_clip_norm", "finite_difference_step"):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
-        for name in ("write_lr_from_end", "write_head", "train_backbone"):
+        for name in ("write_lr_from_end", "write_head", "train_backbone", "probe_backbone"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.score_calibration is not None:
@@ -261,8 +258,9 @@ class GradMemConfig(PeftConfig):
         return None if self.trained_length is None else min(self.trained_length, 2 * self.num_memory_tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; the nested LoRA as its own dict, its sets as sorted lists."""
-        result = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The configuration as JSON-ready values, as it is saved: the nested LoRA as its own dict, its sets as sorted
+        lists, and without `probe_backbone`."""
+        result = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "probe_backbone"}
         if isinstance(self.lora_config, LoraConfig):
             lora = self.lora_config.to_dict()
             result["lora_config"] = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items()}

@@ -43,7 +43,7 @@ class GradMemModel(WritingModel):
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the backbone, once this was tried out. Called by PEFT."""
         config = self.peft_config[adapter_name]
-        if config.probe and not config.inference_mode:
+        if config.probe_backbone and not config.inference_mode:
             probe(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 

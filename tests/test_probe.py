@@ -1,5 +1,8 @@
 """Backbones that an adapter is not attached to, because it would be wrong on them."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -191,8 +194,12 @@ def test_it_runs_once_for_a_kind_and_not_when_an_adapter_is_opened(tmp_path, mon
 
 
 def test_the_switch_is_no_part_of_the_adapter(tmp_path):
-    GradMemConfig(probe_backbone=False).save_pretrained(tmp_path)
-    assert GradMemConfig.from_pretrained(tmp_path).probe
+    config = GradMemConfig(probe_backbone=False)
+    assert not config.probe_backbone
+    assert not dataclasses.replace(config, write_steps=1).probe_backbone
+    config.save_pretrained(tmp_path)
+    assert "probe_backbone" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert GradMemConfig.from_pretrained(tmp_path).probe_backbone
     with pytest.raises(TypeError, match="probe_backbone"):
         GradMemConfig(probe_backbone="no")
 

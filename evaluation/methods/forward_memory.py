@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pydantic
 import torch
@@ -55,6 +55,6 @@ class ForwardMemory(PrefixMethod):
         places = prefix.embeddings.shape[:2]
         labels = torch.cat([context.new_full(places, IGNORED), context.masked_fill(mask == 0, IGNORED)], dim=1)
         tokens = torch.cat([prefix.embeddings, model.embed(context)], dim=1)
-        inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
+        inputs: dict[str, Any] = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
         recited = forward_at_targets(model.backbone, labels, context.shape[1], **inputs)
         return model.reconstruction_weight * cast(Tensor, recited.loss)

@@ -88,7 +88,7 @@ class PrefixModel(nn.Module):
         embeddings, lengths = prefix.rows(context_index)
         tokens, places = append(embeddings, lengths, self.embed(input_ids))
         targets, _ = append(labels.new_full(embeddings.shape[:2], IGNORED), lengths, labels)
-        inputs = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
+        inputs: dict[str, Any] = {"inputs_embeds": tokens, "use_cache": False, "return_dict": True}
         logits = None
         if max_targets is None:
             output = self.backbone(labels=targets, **inputs)

@@ -134,7 +134,7 @@ def forward_with_memory(
         output = fresh(backbone)(**inputs)
         loss = None if labels is None else loss_of_logits(backbone, output, labels, count)
     else:
-        output = forward_at_targets(backbone, labels, max_targets, **inputs)
+        output = forward_at_targets(backbone, labels, max_targets, count, **inputs)
         loss = output.loss
     logits = output.logits  # None from forward_at_targets
     if logits is not None and not options.get("logits_to_keep"):

@@ -53,7 +53,11 @@ def loss_of_logits(
 
 
 def forward_at_targets(
-    backbone: PreTrainedModel, labels: Tensor | None, max_targets: int, **inputs: Any
+    backbone: PreTrainedModel,
+    labels: Tensor | None,
+    max_targets: int,
+    count: Tensor | int | None = None,
+    **inputs: Any,
 ) -> GradMemOutput:
     """The backbone's forward with the output head applied where a label counts and nowhere else.
 
@@ -63,16 +67,24 @@ def forward_at_targets(
         backbone (`PreTrainedModel`): the causal LM.
         labels (`Tensor`, *optional*): `[B, T]`, -100 where no loss counts.
         max_targets (`int`): of a row at most so many labels count.
+        count (`Tensor` or `int`, *optional*): how many tokens the sum is divided by. `None`: those with a label.
         inputs: what the inner model takes, `inputs_embeds` `[B, T, d]` among it.
 
     Returns:
         `GradMemOutput` with `loss`, `correct` and `target_states`, and without logits.
 
     Raises:
-        ValueError: there are no labels, or more than `max_targets` in a row.
+        ValueError: there are no labels, or more than `max_targets` in a row, or a router's loss is asked for.
     """
     if labels is None:
         raise ValueError("max_targets needs labels.")
+    config = backbone.config.get_text_config()
+    if inputs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        raise ValueError(
+            "With max_targets the loss of the router is not computed, and output_router_logits asks for it: leave "
+            "max_targets out (what RowBatches makes has it), or set output_router_logits to False in the backbone's "
+            "configuration."
+        )
     if not capturing() and (found := int((labels != IGNORED).sum(1).max())) > max_targets:
         raise ValueError(f"max_targets is {max_targets}, and a query has {found} labels that count.")
     output = trunk(fresh(backbone))(**inputs)
@@ -80,7 +92,7 @@ def forward_at_targets(
     vocabulary = backbone.get_output_embeddings().weight.shape[0]
     fused = None if trains_head(backbone) else FUSED
     nll, correct = sequence_nll(states, targets, mask, output_head(backbone), vocabulary, fused)
-    loss = nll.sum() / mask.sum()
+    loss = nll.sum() / (mask.sum() if count is None else count)
     made = GradMemOutput(loss=loss, past_key_values=output.get("past_key_values"), target_states=states)
     assert correct is not None  # for the type checker
     made.correct = correct == mask.sum(1)

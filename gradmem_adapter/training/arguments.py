@@ -104,6 +104,11 @@ class GradMemTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be positive, got 0.")
         if self.ema_decay is not None and self.ema_decay >= 1:
             raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay!r}.")
+        if self.ema_decay is not None and self.load_best_model_at_end:
+            raise ValueError(
+                "ema_decay ends a run with the average of its weights, and load_best_model_at_end with those of its "
+                "best checkpoint: leave one of them out."
+            )
         if self.decay_share > 1:
             raise ValueError(f"decay_share must be from 0 to 1, got {self.decay_share!r}.")
 

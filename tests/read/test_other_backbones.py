@@ -109,6 +109,8 @@ def test_a_router_s_loss_is_added():
     plain = model(input_ids=query, labels=query, memory=state)
     routed = model(input_ids=query, labels=query, memory=state, output_router_logits=True)
     assert routed.loss > plain.loss + 0.1
+    with pytest.raises(ValueError, match="loss of the router is not computed"):
+        model(input_ids=query, labels=query, memory=state, output_router_logits=True, max_targets=5)
 
 
 def bamba():

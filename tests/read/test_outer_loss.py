@@ -53,6 +53,17 @@ def test_targets_that_would_be_left_out_are_refused():
         model(input_ids=query, memory=state, max_targets=3)
 
 
+def test_the_sum_over_targets_is_divided_by_what_the_caller_counted():
+    """As Transformers' Trainer does over the micro-batches of a step."""
+    model = make()
+    state, query = model.write(tokens(1, 9)), tokens(2, 4)
+    whole, few = (
+        model(input_ids=query, labels=query, memory=state, num_items_in_batch=30, **few).loss
+        for few in ({}, {"max_targets": 4})
+    )
+    torch.testing.assert_close(few, whole)
+
+
 def test_training_through_write_lowers_the_outer_loss():
     torch.manual_seed(0)
     config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, lora_config=LoraConfig(r=4, target_modules="all-linear"))
