@@ -6,9 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
-from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -17,9 +15,8 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.utils.backbone import Module, with_replaced
 from gradmem_adapter.utils.patterns import check_patterns
-
-Module = TypeVar("Module", bound=nn.Module)
 
 # READ is the default, so that everything that runs outside WRITE (generate, its worker threads, the recomputation of
 # gradient checkpointing in a backward pass) is READ without having to say so.
@@ -154,22 +151,11 @@ def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_m
 def without_lora(model: Module) -> Module:
     """A model whose LoRA layers are the layers they stand for. It shares all else with `model`, which stays as it is.
 
-    Modules are copied where there is a LoRA layer below them and nowhere else, so that other threads see no change.
-
     Args:
         model (`nn.Module`): the backbone, or a part of it.
     """
-    if isinstance(model, LoraLayer):
-        return without_lora(model.get_base_layer())
-    children = {name: child if child is None else without_lora(child) for name, child in model._modules.items()}
-    if all(child is model._modules[name] for name, child in children.items()):
-        return model
-    result = copy.copy(model)
-    result.__dict__["_modules"] = children
-    for name, value in model.__dict__.items():  # what offloading put in the place of forward
-        if isinstance(value, MethodType) and value.__self__ is model:
-            result.__dict__[name] = MethodType(value.__func__, result)
-        elif isinstance(value, partial) and value.args[:1] == (model,):
-            result.__dict__[name] = rebound = partial(value.func, result, *value.args[1:], **value.keywords)
-            rebound.__dict__.update(value.__dict__)
-    return result
+
+    def base_layer(module: nn.Module) -> nn.Module | None:
+        return module.get_base_layer() if isinstance(module, LoraLayer) else None
+
+    return with_replaced(model, base_layer)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.wording import counted
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def check_backbone(model: object) -> None:
@@ -122,13 +125,31 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     """
     copied = copy.copy(module)
     copied.__dict__["_modules"] = dict(module._modules)
-    hooked = module.__dict__.get("forward")
-    if isinstance(hooked, partial) and "_hf_hook" in module.__dict__:  # both are bound to the module
-        copied.__dict__ |= {
-            "forward": partial(hooked.func, copied),
-            "_old_forward": MethodType(module.__dict__["_old_forward"].__func__, copied),
-        }
+    for name, value in module.__dict__.items():  # what offloading put in the place of forward is bound to the module
+        if isinstance(value, MethodType) and value.__self__ is module:
+            copied.__dict__[name] = MethodType(value.__func__, copied)
+        elif isinstance(value, partial) and value.args[:1] == (module,):
+            copied.__dict__[name] = rebound = partial(value.func, copied, *value.args[1:], **value.keywords)
+            rebound.__dict__.update(value.__dict__)
     return copied
+
+
+def with_replaced(module: Module, replaced: Callable[[nn.Module], nn.Module | None]) -> Module:
+    """A model with other modules in the places of some. Modules above these are copied and nowhere else, so that other
+    threads see no change.
+
+    Args:
+        module (`nn.Module`): the model, or a part of it; stays as it is.
+        replaced (`Callable`): gives what stands for a module, or None, which leaves it.
+    """
+    if (other := replaced(module)) is not None:
+        return cast(Module, other)
+    children = {name: child and with_replaced(child, replaced) for name, child in module._modules.items()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    result = shallow_copy(module)
+    result.__dict__["_modules"] = children
+    return cast(Module, result)
 
 
 def device_of(backbone: PreTrainedModel) -> torch.device:

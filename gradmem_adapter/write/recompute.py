@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from gradmem_adapter.utils.backbone import decoder_layers, shallow_copy
+from gradmem_adapter.utils.backbone import decoder_layers, shallow_copy, with_replaced
 
 
 def recomputed(backbone: PreTrainedModel, layers: int, *, offloaded: bool = False) -> PreTrainedModel:
@@ -25,24 +25,16 @@ def recomputed(backbone: PreTrainedModel, layers: int, *, offloaded: bool = Fals
     """
     chosen = decoder_layers(backbone)[:layers]
 
-    def copied(module: nn.Module) -> nn.Module:
-        if module in chosen:
-            copy = shallow_copy(module)
-            # A compiled layer stays compiled; its hooks, if it is not, stay outside, as in Transformers.
-            run = module._compiled_call_impl or module.forward
-            copy.__dict__ |= {
-                "forward": partial(_again, run, offloaded, module.training),
-                "_compiled_call_impl": None,
-            }
-            return copy
-        children = {name: child and copied(child) for name, child in module._modules.items()}
-        if all(child is module._modules[name] for name, child in children.items()):
-            return module
+    def again(module: nn.Module) -> nn.Module | None:
+        if module not in chosen:
+            return None
         copy = shallow_copy(module)
-        copy.__dict__["_modules"] = children
+        # A compiled layer stays compiled; its hooks, if it is not, stay outside, as in Transformers.
+        run = module._compiled_call_impl or module.forward
+        copy.__dict__ |= {"forward": partial(_again, run, offloaded, module.training), "_compiled_call_impl": None}
         return copy
 
-    return cast(PreTrainedModel, copied(backbone))
+    return with_replaced(backbone, again)
 
 
 def _again(run: Callable[..., Any], offloaded: bool, random: bool, *args: Any, **kwargs: Any) -> Any:
