@@ -189,6 +189,25 @@ class GradMemConfig(PeftConfig):
                 f"task_type must be CAUSAL_LM, got {self.task_type!r}: GradMem writes with a causal language-model "
                 "loss, and PEFT would pass over its forward for other tasks. Leave task_type at its default."
             )
+        self._check_numbers()
+        self._check_choices()
+        if self.score_calibration is not None:
+            self._check_calibration()
+        if self.refusal is not None and not (isinstance(self.refusal, str) and self.refusal.strip()):
+            raise ValueError(f"refusal must be a text that the adapter answers, or None, got {self.refusal!r}.")
+        if (self.num_write_lrs > 1 or self.write_lr_from_end) and self.learn_write_lr == "no":
+            raise ValueError(
+                "num_write_lrs and write_lr_from_end have no effect with learn_write_lr='no': a rate that is not "
+                "learned is the same in every step. Use learn_write_lr='scalar' or 'per_element'."
+            )
+        if self.meta_gradient == "none" and self.reconstruction_weight:
+            raise ValueError(
+                "reconstruction_weight has no effect with meta_gradient='none', where WRITE is a constant: set it to "
+                "0 or choose another meta_gradient."
+            )
+        self.lora_config = self._as_lora_config(self.lora_config)
+
+    def _check_numbers(self) -> None:
         self._check_int("num_memory_tokens", minimum=1)
         self._check_int("write_steps", minimum=0)
         self._check_int("num_control_tokens", minimum=0)
@@ -203,13 +222,11 @@ class GradMemConfig(PeftConfig):
         for name in ("write_clip_norm", "finite_difference_step"):
             if getattr(self, name) is not None:
                 self._check_float(name, positive=True)
+
+    def _check_choices(self) -> None:
         for name in ("write_lr_from_end", "write_head", "train_backbone", "probe_backbone"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        if self.score_calibration is not None:
-            self._check_calibration()
-        if self.refusal is not None and not (isinstance(self.refusal, str) and self.refusal.strip()):
-            raise ValueError(f"refusal must be a text that the adapter answers, or None, got {self.refusal!r}.")
         self._check_choice("write_optimizer", REGISTRIES["write_optimizer"])
         self._check_choice("meta_gradient", (*REGISTRIES["meta_gradient"], "none"))
         self._check_choice("learn_write_lr", get_args(LearnWriteLR))
@@ -222,17 +239,6 @@ class GradMemConfig(PeftConfig):
                 f"query_format must be 'text', 'chat' or a template that contains '{{query}}', "
                 f"got {self.query_format!r}."
             )
-        if (self.num_write_lrs > 1 or self.write_lr_from_end) and self.learn_write_lr == "no":
-            raise ValueError(
-                "num_write_lrs and write_lr_from_end have no effect with learn_write_lr='no': a rate that is not "
-                "learned is the same in every step. Use learn_write_lr='scalar' or 'per_element'."
-            )
-        if self.meta_gradient == "none" and self.reconstruction_weight:
-            raise ValueError(
-                "reconstruction_weight has no effect with meta_gradient='none', where WRITE is a constant: set it to "
-                "0 or choose another meta_gradient."
-            )
-        self.lora_config = self._as_lora_config(self.lora_config)
 
     def _check_calibration(self) -> None:
         try:
