@@ -32,24 +32,30 @@ def more_text(
         memory (`Tensor`): `[B, m, d]`, M.
         known (`Tensor`): `[B]`, how many tokens it was written from.
         context (`Context`): B new contexts, C.
-        limit (`int`, *optional*): most tokens of C'. `None`: twice those of the longest C.
+        limit (`int`, *optional*): most tokens of C'. `None`: twice those of C.
 
     Returns:
         `[B, m, d]`, and C or C'.
     """
-    slots, longest = writer.config.start == "slots", context.input_ids.shape[1]
-    limit = min(limit or 2 * longest, writer.longest_context or limit or 2 * longest)
-    room = max(0, limit - longest)
-    asked = known.clamp(max=room) if slots else known
-    if not (asked <= room).any():
-        return start_beside(writer, memory, known, context), context
-    recited = recite(writer, memory, min(int(known.max()), room))
-    rehearses = recited.lengths >= RECITED * asked
-    old = [ids[:n] for ids, n in zip(recited.input_ids, recited.lengths * rehearses, strict=True)]
+    slots, own = writer.config.start == "slots", context.lengths
+    most = 2 * own if limit is None else torch.full_like(own, limit)
+    if writer.longest_context is not None:
+        most = most.clamp(max=writer.longest_context)
+    room = (most - own).clamp(min=0)  # of each row, whatever it is written with
+    asked = known.minimum(room) if slots else known.where(known <= room, 0)
+    recited = recite(writer, memory, int(asked.max()))
+    lengths = recited.lengths.minimum(asked)
+    rehearses = (lengths > 0) & (lengths >= RECITED * asked)
+    old = [ids[:n] for ids, n in zip(recited.input_ids, lengths * rehearses, strict=True)]
     new = [ids[:n] for ids, n in zip(*context, strict=True)]
     ids, mask = pad([torch.cat(rows) for rows in zip(old, new, strict=True)], "right")
     whole = Context(ids, mask.sum(1))
     if slots:
         return memory, whole
-    beside = start_beside(writer, memory, known, context)
-    return torch.where(rehearses[:, None, None], start_memory(writer, whole), beside), whole
+    start, beside = memory.clone(), ~rehearses
+    if rehearses.any():
+        start[rehearses] = start_memory(writer, Context(*(part[rehearses] for part in whole)))
+    if beside.any():
+        alone = Context(*(part[beside] for part in context))
+        start[beside] = start_beside(writer, memory[beside], known[beside], alone)
+    return start, whole

@@ -55,6 +55,30 @@ def test_states_of_a_batch_do_not_touch_each_other(model, texts, first):
     torch.testing.assert_close(together.vectors[1:], alone.vectors)
 
 
+@pytest.mark.parametrize(("known", "new"), [((5, 3), (4, 4)), ((5, 5), (7, 2)), ((2, 5), (6, 4))])
+@pytest.mark.parametrize("limit", [9, None])
+def test_each_row_of_a_batch_rehearses_what_it_would_alone(model, texts, monkeypatch, known, new, limit):
+    """Neither what a longer memory recites beside it, nor the room that a longer text leaves."""
+    monkeypatch.setattr(model.active_peft_config, "trained_length", limit)
+    more = tokens(2, 7, seed=1)
+    states = [model.write(texts[0][i : i + 1, :n], options=LEARN) for i, n in enumerate(known)]
+    ids, mask = pad_left([more[i, :n] for i, n in enumerate(new)])
+    together = model.update(MemoryState.stack(states), ids, mask, steps=3)
+    for i, state in enumerate(states):
+        alone = model.update(state, more[i : i + 1, : new[i]], steps=3)
+        torch.testing.assert_close(together.vectors[i : i + 1], alone.vectors)
+
+
+@pytest.mark.parametrize("start", ["context", "pooled_context"])
+def test_each_row_of_a_batch_starts_as_it_would_alone(start, texts):
+    model = make(start=start, trained_length=9)
+    state, more = model.write(texts[0]), tokens(2, 5, seed=1)
+    ids, mask = pad_left([more[0, :4], more[1]])  # the second leaves 4 places for the 5 tokens it is to recite
+    together = model.update(state, ids, mask)
+    alone = [model.update(state[0], more[:1, :4]), model.update(state[1], more[1:])]
+    torch.testing.assert_close(together.vectors, MemoryState.stack(alone).vectors)
+
+
 def test_a_state_at_its_trained_length_keeps_the_beginning(model, texts, first, monkeypatch):
     monkeypatch.setattr(model.active_peft_config, "trained_length", 7)
     updated = model.update(first, texts[1], options=LEARN)
