@@ -110,6 +110,11 @@ def write_document(
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
     if mode == "sequential":
+        if max_tokens is not None:
+            raise ValueError(
+                "max_tokens is of a batch of segments, and mode='sequential' writes one after the other. Leave it out; "
+                "segment_tokens says how long one may be."
+            )
         return _in_one_state(encoder, text, segment_tokens, overlap, options, progress)
     found = tuple(encoder.segments(text, segment_tokens, overlap))
     if not found:

@@ -80,7 +80,7 @@ class GradMemModel(WritingModel):
             context_attention_mask (`Tensor`, *optional*): `[C, N]`.
             context_index (`Tensor`, *optional*): `[B]`, the context (or state) of each query, or `[B, S]`, those that
                 it reads side by side (as `MemoryState.concat` puts them). `None`: the same order.
-            write_steps (`int`, *optional*): K in this pass. `None`: the configuration's.
+            write_steps (`int`, *optional*): K in this pass, from 0. `None`: the configuration's.
             max_targets (`int`, *optional*): of a query at most so many labels count. Then the output head is applied
                 where one does and nowhere else, which saves most of READ's memory; the output has no logits.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
@@ -94,9 +94,13 @@ class GradMemModel(WritingModel):
             TypeError, ValueError: inputs that do not go together, or that the model cannot read.
         """
         input_ids, labels = as_long(input_ids), as_long(labels)
+        if write_steps is not None and context_input_ids is None:
+            raise ValueError("write_steps is of a context that is written in this pass: pass context_input_ids.")
         if memory is None and context_input_ids is None:
-            if context_index is not None or context_attention_mask is not None:
-                raise ValueError("context_index and context_attention_mask need a memory or context_input_ids.")
+            if any(given is not None for given in (context_index, context_attention_mask, max_targets)):
+                raise ValueError(
+                    "context_index, context_attention_mask and max_targets need a memory or context_input_ids."
+                )
             check_known(kwargs, self.model)
             return self.model(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels, **kwargs

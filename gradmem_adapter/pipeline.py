@@ -149,7 +149,7 @@ class GradMemPipeline(TextEncoder):
             mode (`str`, *optional*, defaults to `"parallel"`): `"parallel"`: a state for each segment. `"sequential"`:
                 one state for all, into which one segment after the other is written with what the state recites of
                 those before, in the memory of a single one.
-            max_tokens, progress, options, fields: as for `write_many`.
+            max_tokens, progress, options, fields: as for `write_many`; `max_tokens` with `"parallel"` alone.
 
         Raises:
             TypeError, ValueError: what cannot be written; a text that is the name of a file; a mode that there is not;

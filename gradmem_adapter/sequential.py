@@ -31,8 +31,14 @@ def write_sequential(
         strict (`bool`, *optional*, defaults to `True`): refuse a `memory` that another model wrote.
 
     Raises:
-        ValueError: there are no segments, or `memory` holds several states.
+        ValueError: there are no segments, `memory` holds several states, or `objective="self_study"`, which writes each
+            text by itself.
     """
+    if options.objective == "self_study":
+        raise ValueError(
+            "objective='self_study' writes each text into a state of its own, and cannot go on from one: write the "
+            "segments with mode='parallel', or the new text by itself, and join the states with MemoryState.concat."
+        )
     known = 0
     if isinstance(memory, MemoryState):  # anything else is refused by `update`
         if len(memory) != 1:

@@ -115,6 +115,13 @@ class TestSequential:
         with pytest.raises(ValueError, match="written by model"):
             pipeline.update(tiny_pipeline(seed=1).write("w1"), "w4", segment_tokens=10)
 
+    def test_what_has_no_effect_is_refused_before_anything_is_written(self, pipeline, monkeypatch):
+        monkeypatch.setattr(pipeline.model.base_model, "write", None)
+        with pytest.raises(ValueError, match="max_tokens is of a batch of segments"):
+            pipeline.write_document(TEXT, "sequential", max_tokens=100)
+        with pytest.raises(ValueError, match="each text into a state of its own, and cannot go on from one"):
+            pipeline.write_document(TEXT, "sequential", objective="self_study")
+
 
 @pytest.mark.parametrize(
     ("text", "options", "error", "message"),

@@ -74,10 +74,15 @@ def differentiable_write(
     Returns:
         The memory `[B, m, d]` and write losses `[B, K]`, before each step; or `[B, 1]`, that of the memory WRITE starts
         from, where it starts from the context, K=0 and there is a reconstruction weight.
+
+    Raises:
+        ValueError: K is negative.
     """
     config = writer.config
     check_kind("write_steps", steps, SupportsIndex | None, "a number of steps")
     steps = config.write_steps if steps is None else steps
+    if steps < 0:
+        raise ValueError(f"write_steps must be from 0, got {steps}.")
     rates = write_lrs(writer.slots, writer.adapter, config, steps).unbind()
     memory = start_memory(writer, context)
     start_recites = not steps and config.reconstruction_weight > 0 and config.start != "slots"

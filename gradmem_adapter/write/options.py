@@ -150,6 +150,11 @@ class WriteOptions:
             )
         if self.compile is True:
             raise ValueError("compile=True cannot be had with objective='self_study'. Leave it at 'auto'.")
+        if self.max_memory != "auto":
+            raise ValueError(
+                "max_memory bounds the passes of objective='reconstruction', and has no effect on 'self_study'. Leave "
+                "it at 'auto'; Study.queries and Study.batch say how much is done at once."
+            )
 
     @classmethod
     def of(cls, options: WriteOptions | None = None, **fields: Unpack[WriteFields]) -> WriteOptions:

@@ -142,6 +142,10 @@ def test_return_dict_false_and_logits_to_keep():
         ({"memory": "one", "input_ids": tokens(1, 4) + 100}, ValueError, "the model knows 0 to"),
         ({"memory": "one", "position_ids": torch.arange(4)[None]}, ValueError, "position_ids cannot be combined"),
         ({"context_index": torch.tensor([0])}, ValueError, "need a memory"),
+        ({"max_targets": 2}, ValueError, "need a memory"),
+        ({"write_steps": 2}, ValueError, "write_steps is of a context that is written in this pass"),
+        ({"memory": "one", "write_steps": 2}, ValueError, "write_steps is of a context that is written in this pass"),
+        ({"context_input_ids": tokens(3, 4), "write_steps": -1}, ValueError, "write_steps must be from 0, got -1"),
     ],
 )
 def test_bad_input_is_named(arguments, error, message):

@@ -192,6 +192,7 @@ class TestRefused:
             ({"objective": "self_study", "tolerance": 0.1}, "do not go with objective"),
             ({"objective": "self_study", "stop_when_recovered": True}, "do not go with objective"),
             ({"objective": "self_study", "compile": True}, "compile=True cannot be had"),
+            ({"objective": "self_study", "max_memory": 2**30}, "max_memory .* has no effect on 'self_study'"),
             ({"objective": "self_study", "study": {}}, "study must be a Study"),
             ({"study": SMALL}, "study has no effect"),
         ],
