@@ -362,16 +362,17 @@ class MemoryStore:
         """
         return upkeep.gc(self.index, keep)
 
-    def forget(self, source: str) -> int:
-        """Remove all that comes from a source, from the disk too.
+    def forget(self, source: str, keys: Collection[str] | None = None) -> int:
+        """Remove what comes from a source, from the disk too.
 
         Args:
             source (`str`): its name. A state whose text another source has, too, stays for that.
+            keys (`Collection[str]`, *optional*): of the source's states that are to go. None: all of them.
 
         Returns:
             `int`: how many states are gone.
         """
-        return upkeep.forget(self.index, source)
+        return upkeep.forget(self.index, source, keys)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove states, wherever their texts come from. Some of their words may stay in the index until `gc`.

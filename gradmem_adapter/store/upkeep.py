@@ -185,22 +185,32 @@ def delete(index: Index, keys: Iterable[str]) -> None:
         removing(index, work)
 
 
-def forget(index: Index, source: str) -> int:
-    """Remove all that comes from a source, from the disk too.
+def forget(index: Index, source: str, keys: Collection[str] | None = None) -> int:
+    """Remove what comes from a source, from the disk too.
 
     Args:
         index (`Index`): of the store.
         source (`str`): its name. A state whose text another source has, too, stays for that.
+        keys (`Collection[str]`, *optional*): of the source's states that are to go. None: all of them.
 
     Returns:
         `int`: how many states are gone.
+
+    Raises:
+        ValueError: no key; nothing is removed then.
     """
+    check_kind("keys", keys, Iterable | None, "a list of keys")
+    if keys is not None:
+        keys = {keys} if isinstance(keys, str) else set(keys)
+        for key in keys:
+            state_file_of(index.states, key)
     index.make()
     with temporary_directory(index.folder) as folder:
 
         def work(connection: sqlite3.Connection, remove: Callable[[str], None]) -> int:
             count = 0
-            for key in dict.fromkeys(entry.key for entry in select(connection, "source = ?", (source,))):
+            found = dict.fromkeys(entry.key for entry in select(connection, "source = ?", (source,)))
+            for key in (key for key in found if keys is None or key in keys):
                 entries = list(select(connection, "key = ?", (key,)))
                 others = [entry for entry in entries if entry.source != source]
                 if others:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import uuid
 from collections.abc import Sequence
 
 from langchain_core.chat_history import BaseChatMessageHistory
@@ -28,20 +29,40 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
     Args:
         memory (`TurnMemory`): which turns stay text, and who writes the others.
         history (`BaseChatMessageHistory`, *optional*): where the messages are; None: in this process.
+        session_id (`str`, *optional*): the conversation's name, which no other has in the memory's store. Conversations
+            with the same turns share states; by it is known which of them nobody else needs. None: a
+            `StoredChatMessageHistory` and messages in this process have one; of any other `history` no state is
+            deleted, but by `MemoryStateStore.gc`.
+
+    Raises:
+        TypeError: the session's id is none.
     """
 
-    def __init__(self, memory: TurnMemory, history: BaseChatMessageHistory | None = None) -> None:
+    def __init__(
+        self, memory: TurnMemory, history: BaseChatMessageHistory | None = None, session_id: str | None = None
+    ) -> None:
         self.memory = memory
         self.history = _InProcess() if history is None else history
+        self.session_id = session_id if session_id is None else _checked(session_id)
+        self._source = self._name()
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[Self], tuple[TurnMemory, BaseChatMessageHistory]]:
-        return type(self), (self.memory, self.history)  # copies have locks of their own
+    def __reduce__(self) -> tuple[type[Self], tuple[TurnMemory, BaseChatMessageHistory, str | None]]:
+        return type(self), (self.memory, self.history, self.session_id)  # copies have locks of their own
+
+    def _name(self) -> str | None:
+        """What the states' entries in the store name as their source."""
+        if self.session_id is not None:
+            return f"session {self.session_id}"
+        if isinstance(self.history, StoredChatMessageHistory):
+            path, store = self.history.path, self.memory.store.store.path
+            return f"session {path.relative_to(store) if path.is_relative_to(store) else path.absolute()}"
+        return f"session {uuid.uuid4().hex}" if isinstance(self.history, _InProcess) else None
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
         """What goes into a prompt."""
-        return self.memory.shown(self.history.messages)
+        return self.memory.shown(self.history.messages, self._source)
 
     @property
     def archive(self) -> list[BaseMessage]:
@@ -64,14 +85,15 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
             before = self.history.messages
             self.history.add_messages(messages)
             now = self.history.messages
-            self.memory.shown(now)  # writes ahead, so that reading need not
+            self.memory.shown(now, self._source)  # writes ahead, so that reading need not
             needed = self.memory.references(now, cuts=2)
-            self.memory.store.mdelete([r for r in self.memory.references(before, cuts=2) if r not in needed])
+            superseded = [r for r in self.memory.references(before, cuts=2) if r not in needed]
+            self.memory.forget(self._source, superseded)
 
     def clear(self) -> None:
-        """Forget everything, the states too."""
+        """Forget everything, the states too, but for those that another conversation has in common with this one."""
         with self._lock:
-            self.memory.store.mdelete(self.memory.references(self.history.messages, cuts=2))
+            self.memory.forget(self._source)
             self.history.clear()
 
 
@@ -89,9 +111,7 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
     """
 
     def __init__(self, store: MemoryStateStore, session_id: str) -> None:
-        if not isinstance(session_id, str):
-            raise TypeError(f"session_id must be a text, as str({session_id!r}) is, got {type(session_id).__name__}.")
-        name = hashlib.sha256(session_id.encode()).hexdigest()
+        name = hashlib.sha256(_checked(session_id).encode()).hexdigest()
         self.path = store.store.path / "sessions" / f"{name}.json"
 
     @property
@@ -116,6 +136,12 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
     def clear(self) -> None:
         """Delete the session."""
         self.path.unlink(missing_ok=True)
+
+
+def _checked(session_id: object) -> str:
+    if not isinstance(session_id, str):
+        raise TypeError(f"session_id must be a text, as str({session_id!r}) is, got {type(session_id).__name__}.")
+    return session_id
 
 
 class _InProcess(BaseChatMessageHistory):

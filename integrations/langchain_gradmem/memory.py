@@ -24,6 +24,7 @@ class GradMemConversationMemory(BaseMemory):
         input_key (`str`, *optional*): which of a chain's inputs is the question; None: the only one.
         output_key (`str`, *optional*): which of its outputs is the answer; None: the only one.
         history (`BaseChatMessageHistory`, *optional*): where the messages are; None: in this process.
+        session_id (`str`, *optional*): as for `GradMemChatMessageHistory`.
     """
 
     memory: TurnMemory
@@ -31,12 +32,13 @@ class GradMemConversationMemory(BaseMemory):
     input_key: str | None = None
     output_key: str | None = None
     history: BaseChatMessageHistory | None = Field(default=None, exclude=True)
+    session_id: str | None = None
     _history: GradMemChatMessageHistory = PrivateAttr()
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     def model_post_init(self, context: Any, /) -> None:
-        self._history = GradMemChatMessageHistory(self.memory, self.history)
+        self._history = GradMemChatMessageHistory(self.memory, self.history, self.session_id)
 
     @property
     def chat_memory(self) -> GradMemChatMessageHistory:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
@@ -20,13 +21,17 @@ class GradMemState(AgentState):
     """Of the states that this conversation has in the store."""
     gradmem_written: NotRequired[Annotated[list[str], PrivateStateAttr]]
     """The ids of the messages that these states may hold."""
+    gradmem_session: NotRequired[Annotated[str, PrivateStateAttr]]
+    """With the thread the conversation's name, which tells agents apart whose threads are called alike."""
 
 
 class GradMemMiddleware(AgentMiddleware):
     """Shows the model old turns as memory and recent ones as text; the agent's messages stay as they are.
 
     What is shown depends on the messages that are there. Where one was removed, by `RemoveMessage` or by another
-    middleware, the states that held it are deleted, and what is left is written anew.
+    middleware, the states that held it are deleted, but for those that another conversation has in common with this
+    one, and what is left is written anew. Without a checkpointer nobody knows when a conversation ends, and
+    `MemoryStateStore.gc` alone deletes states.
 
     Args:
         memory (`TurnMemory`): which turns stay text, and who writes the others. For an agent that outlives its process
@@ -46,16 +51,18 @@ class GradMemMiddleware(AgentMiddleware):
         if known == needed:
             return None
         removed = not set(state.get("gradmem_written", [])) <= {message.id for message in messages}
-        self.memory.store.mdelete([reference for reference in known if removed or reference not in needed])
+        superseded = [reference for reference in known if removed or reference not in needed]
+        self.memory.forget(_source(state, runtime), superseded)
         written = [message.id for message in messages[: self.memory.cut(messages)]]
-        return {"gradmem_references": needed, "gradmem_written": written}
+        session = state.get("gradmem_session", uuid.uuid4().hex)
+        return {"gradmem_references": needed, "gradmem_written": written, "gradmem_session": session}
 
     async def abefore_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
         """As `before_model`, without blocking the event loop."""
         return await run_in_executor(None, self.before_model, state, runtime)
 
     def _shown(self, request: ModelRequest) -> ModelRequest:
-        messages: Any = self.memory.shown(request.messages)
+        messages: Any = self.memory.shown(request.messages, _source(request.state, request.runtime))
         return request.override(messages=messages)
 
     def wrap_model_call(self, request: ModelRequest, handler: Callable[[ModelRequest], ModelResponse]) -> ModelResponse:
@@ -67,3 +74,9 @@ class GradMemMiddleware(AgentMiddleware):
     ) -> ModelResponse:
         """As `wrap_model_call`."""
         return await handler(await run_in_executor(None, self._shown, request))
+
+
+def _source(state: Mapping[str, Any], runtime: Any) -> str | None:
+    """What the entries of a conversation's states name as their source; None: it is not kept, or has no states yet."""
+    session, thread = state.get("gradmem_session"), runtime.execution_info and runtime.execution_info.thread_id
+    return None if session is None or thread is None else f"agent {session}, thread {thread}"

@@ -44,17 +44,18 @@ class TurnMemory(MemoryWriter):
         if self.keep_turns > self.max_turns:
             raise ValueError(f"keep_turns ({self.keep_turns}) may not be more than max_turns ({self.max_turns}).")
 
-    def shown(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+    def shown(self, messages: Sequence[BaseMessage], source: str | None = None) -> list[BaseMessage]:
         """What a model is shown: system messages, a message that carries the memory of old turns, recent turns.
 
         If a write fails, all messages are shown as text, with a warning, and the next call tries again.
 
         Args:
             messages (`Sequence[BaseMessage]`): the whole conversation.
+            source (`str`, *optional*): as for `write`.
         """
         cut = self.cut(messages)
         try:
-            references = self.write(messages[:cut])
+            references = self.write(messages[:cut], source)
         except Exception as error:
             warnings.warn(
                 f"Old turns could not be written into memory and stay text: {type(error).__name__}: {error}",
@@ -79,16 +80,30 @@ class TurnMemory(MemoryWriter):
         at_once = self.max_turns - self.keep_turns + 1
         return [0, *(turns[old] for old in range(at_once, len(turns) - self.keep_turns + 1, at_once))]
 
-    def write(self, messages: Sequence[BaseMessage]) -> list[str]:
+    def write(self, messages: Sequence[BaseMessage], source: str | None = None) -> list[str]:
         """The references of the states of old turns; those not yet stored are written.
 
         Args:
             messages (`Sequence[BaseMessage]`): all old turns, those that were written before too.
+            source (`str`, *optional*): the conversation's name, which no other has in this store, for `forget`. None:
+                the states stay until `MemoryStateStore.gc`.
 
         Raises:
             ValueError: a turn that cannot be written; the message says why.
         """
-        return self.write_texts(self.parts(messages))
+        parts = self.parts(messages)
+        return self.write_texts(parts, [source] * len(parts))
+
+    def forget(self, source: str | None, references: Sequence[str] | None = None) -> None:
+        """Delete a conversation's states. Those that something else in the store has, too, stay for that.
+
+        Args:
+            source (`str`, *optional*): what they were written with. None: nothing is deleted, as nobody knows who else
+                needs them.
+            references (`Sequence[str]`, *optional*): which of them; None: all.
+        """
+        if source is not None and references != []:
+            self.store.store.forget(source, references)
 
     def references(self, messages: Sequence[BaseMessage], cuts: int = 1) -> list[str]:
         """The references of a conversation's old turns, whether or not they are written yet.

@@ -132,6 +132,16 @@ class TestForget:
         assert store.forget("d.txt") == 1
         assert not file_of(store, keys[0]).exists()
 
+    def test_some_of_a_source(self, store, keys, pipeline):
+        assert store.add(pipeline, TEXTS[:2], sources="d.txt") == keys[:2]
+        (own,) = store.add(pipeline, ["w9 w8"], sources="d.txt")
+        assert store.forget("d.txt", [own, keys[0], "0" * 32]) == 1
+        assert [entry.key for entry in store.entries("d.txt")] == [keys[1]]
+        assert set(store) == set(keys)
+        assert store.forget("d.txt", []) == 0
+        with pytest.raises(ValueError, match="key"):
+            store.forget("d.txt", ["../x"])
+
     def test_an_unknown_source(self, store, keys):
         assert store.forget("unknown") == 0
         with pytest.raises(TypeError, match="A source and a key of a memory store are texts"):

@@ -4,6 +4,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables.history import RunnableWithMessageHistory
@@ -68,6 +69,39 @@ class TestHistory:
         assert history.messages == history.archive == history.references == []
         assert list(memory.store.yield_keys()) == [other]
 
+    def test_another_session_with_the_same_turns_keeps_its_states(self, chat, memory, turn):
+        """Whose messages were given to it before, and are sent to the model afterwards."""
+        ended, longer, other = (GradMemChatMessageHistory(memory) for _ in range(3))
+        for i in range(6):
+            for history in (ended, longer, other):
+                history.add_messages(turn(i))
+        shown, copied = other.messages, copy.deepcopy(other)
+        copied_shown = copied.messages
+        for i in range(6, 12):
+            longer.add_messages(turn(i))
+        ended.clear()
+        longer.clear()
+        assert chat.invoke(shown).response_metadata["gradmem"] == other.references
+        other.clear()
+        assert chat.invoke(copied_shown).response_metadata["gradmem"] == copied.references
+        copied.clear()
+        assert list(memory.store.yield_keys()) == []
+
+    def test_of_a_foreign_history_the_session_has_to_be_named(self, chat, memory, turn):
+        unnamed, named = (
+            GradMemChatMessageHistory(memory, InMemoryChatMessageHistory(), session_id) for session_id in (None, "1")
+        )
+        for i in range(6):
+            unnamed.add_messages(turn(i))
+            named.add_messages(turn(i + 20))
+        shown, states = unnamed.messages, len(list(memory.store.yield_keys()))
+        GradMemChatMessageHistory(memory, named.history, "1").clear()
+        assert len(list(memory.store.yield_keys())) < states
+        unnamed.clear()
+        assert chat.invoke(shown).response_metadata["gradmem"]
+        with pytest.raises(TypeError, match="session_id must be a text, as str"):
+            GradMemChatMessageHistory(memory, InMemoryChatMessageHistory(), 7)
+
     def test_a_failed_write_is_not_swallowed_and_not_permanent(self, chat, pipeline, monkeypatch):
         """`RunnableWithMessageHistory` only logs what `add_messages` raises, and the turn would be lost."""
         memory = TurnMemory(pipeline=pipeline, store=chat.store, max_turns=1, keep_turns=1)
@@ -124,6 +158,19 @@ class TestPersistence:
         resumed = history("1")
         assert resumed.messages == shown
         assert resumed.memory.store.writes == 0
+
+    def test_sessions_of_one_name_in_two_directories(self, chat, memory, turn, tmp_path):
+        """Over one store of states."""
+        kept = [StoredChatMessageHistory(MemoryStateStore(tmp_path / name), "1") for name in "ab"]
+        kept.append(StoredChatMessageHistory(memory.store, "1"))
+        histories = [GradMemChatMessageHistory(memory, one) for one in kept]
+        for i in range(6):
+            for history in histories:
+                history.add_messages(turn(i))
+        shown = histories[1].messages
+        histories[0].clear()
+        histories[2].clear()
+        assert chat.invoke(shown).response_metadata["gradmem"] == histories[1].references
 
     def test_tenants_and_threads(self, memory, turn):
         other = MemoryStateStore(memory.store.store, namespace="other")

@@ -57,6 +57,32 @@ class TestAgent:
         agent.invoke({"messages": [RemoveMessage(id=REMOVE_ALL_MESSAGES), HumanMessage("w9")]}, config)
         assert list(memory.store.yield_keys()) == []
 
+    def test_other_conversations_with_the_same_messages_keep_their_states(self, chat, memory):
+        """Of another thread, and of another agent whose thread is called alike."""
+        agents = [
+            create_agent(chat, [], middleware=[GradMemMiddleware(memory)], checkpointer=InMemorySaver())
+            for _ in range(2)
+        ]
+        threads = [(agents[0], "1"), (agents[0], "2"), (agents[1], "1")]
+        for agent, thread in threads:
+            for i in range(6):
+                messages = [HumanMessage(f"w{i} w{i + 1}")]
+                agent.invoke({"messages": messages}, {"configurable": {"thread_id": thread}})
+        before = set(memory.store.yield_keys())
+        for (agent, thread), left in zip(threads, (before, before, set()), strict=True):
+            messages = [RemoveMessage(id=REMOVE_ALL_MESSAGES), HumanMessage("w9")]
+            agent.invoke({"messages": messages}, {"configurable": {"thread_id": thread}})
+            assert set(memory.store.yield_keys()) == left
+
+    def test_without_a_checkpointer_states_are_not_entered_again_and_again(self, chat, memory, turn):
+        """A call has no thread, so that nobody could tell when its states are no longer needed."""
+        agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)])
+        messages = [m for i in range(5) for m in turn(i)] + [HumanMessage("w1")]
+        for _ in range(3):
+            agent.invoke({"messages": messages})
+        entries = list(memory.store.store.entries())
+        assert len({entry.key for entry in entries}) == len(entries) > 0
+
     def test_beside_a_summary(self, chat, memory):
         """Turns that were never written are not hidden, and the question is always there."""
         summaries = SummarizationMiddleware(
