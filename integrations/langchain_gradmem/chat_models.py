@@ -28,7 +28,7 @@ from gradmem_adapter.answering.stopping import Answer, NewTokens, pieces_until_s
 from .binding import BoundChat
 from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools, usage_metadata
 from .options import CallOptions
-from .requests import Request, request_of
+from .requests import request_of
 from .stores import MemoryStateStore
 from .structured import parsed, response_format
 
@@ -46,14 +46,14 @@ class _Asked(NamedTuple):
     """A call, and what its answer is made into a message with."""
 
     call: Call
-    request: Request
     read: list[str]
     tools: list[Any] | None
 
     def usage(self, new_tokens: int) -> UsageMetadata:
         """Tokens of the call."""
-        vectors = 0 if self.call.memory is None else self.call.memory.num_memory_tokens
-        return usage_metadata(len(self.call.prompt), new_tokens, vectors, self.request.context_tokens)
+        memory = self.call.memory
+        vectors, written = (0, 0) if memory is None else (memory.num_memory_tokens, int(memory.context_tokens.sum()))
+        return usage_metadata(len(self.call.prompt), new_tokens, vectors, written)
 
 
 class ChatGradMem(BaseChatModel, CallOptions):
@@ -240,7 +240,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
         memory, read = request.memory(self.pipeline, self.side_by_side, tools, template)
         grammar = grammar_of(self.pipeline, wanted) if wanted else None
         options = Options(chosen.max_tokens, Sampling(chosen.temperature, chosen.top_p), stops, grammar)
-        return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), request, read, tools)
+        return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), read, tools)
 
     # ---------------------------------------------------------------- answers
 

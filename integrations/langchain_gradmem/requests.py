@@ -24,11 +24,6 @@ class Request(NamedTuple):
     states: dict[str, MemoryState]
     """By reference, that the messages refer to, at most `max_states`."""
 
-    @property
-    def context_tokens(self) -> int:
-        """Of all texts that the states stand for."""
-        return sum(int(state.context_tokens.sum()) for state in self.states.values())
-
     def memory(
         self, pipeline: GradMemPipeline, side_by_side: bool | None, tools: Any, template: Mapping[str, Any] | None
     ) -> tuple[MemoryState | None, list[str]]:
