@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
@@ -26,8 +26,8 @@ EVERY = 30.0
 """Seconds between two lines of progress where there is no terminal, as in a log; shorter work has none."""
 SHOWN = 20
 """Texts that could not be written and are named on a terminal."""
-Piece: TypeAlias = "tuple[str, Segment, int]"
-"""The source of a segment, the segment, and how many of them the source has."""
+Piece: TypeAlias = "tuple[str, Segment, Mapping[str, Any]]"
+"""The source of a segment, the segment, and its metadata."""
 
 
 def write_to_store(
@@ -124,15 +124,18 @@ def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
 def _pieces(
     pipeline: GradMemPipeline, inputs: Inputs, segment_tokens: int | None, counts: Counter[str]
 ) -> Iterator[Piece]:
+    from gradmem_adapter.store.whole import of_segments
+
     for document in shared_out(inputs):
         try:
             segments = list(pipeline.segments(document.text, segment_tokens))
         except ValueError as error:
             inputs.refuse(error, document.source)
             continue
+        metadata = of_segments(segments)
         for segment in segments:
             counts.update(segments=1, tokens=segment.tokens)
-            yield document.source, segment, len(segments)
+            yield document.source, segment, metadata
         counts["documents"] += 1
 
 
@@ -145,11 +148,9 @@ def _add(
 ) -> None:
     """Store some segments; where that fails, one by one, so that only what is at fault is left out."""
     from gradmem_adapter import MemoryStoreError
-    from gradmem_adapter.store.entry import of_segments
 
-    sources, segments, counts = zip(*part, strict=True)
+    sources, segments, metadata = zip(*part, strict=True)
     texts, offsets = [one.text for one in segments], [(one.start, one.end) for one in segments]
-    metadata = [of_segments(count) for count in counts]
     try:
         store.add(pipeline, texts, sources=sources, offsets=offsets, metadata=metadata, **how)
     except MemoryStoreError:

@@ -24,6 +24,7 @@ from gradmem_adapter.serve.stores import store_of
 from gradmem_adapter.serve.streams import Tell
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import Entry, MemoryStore
+from gradmem_adapter.store.whole import whole_documents
 from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 from gradmem_adapter.write.options import WriteOptions
 
@@ -262,10 +263,9 @@ class Memories:
         return entries
 
     def _whole(self, entries: Iterable[Entry]) -> list[Entry]:
-        """The segments of a text, of which all are written by this model; else none."""
+        """The segments of the text of a source that this model wrote to its end, of several the last; else none."""
         own = self.pipeline.model.fingerprint()
-        found = [entry for entry in entries if entry.fingerprint == own]
-        return found if found and len(found) == found[0].metadata.get("segments", len(found)) else []
+        return list(whole_documents(entry for entry in entries if entry.fingerprint == own).values() or [[]])[-1]
 
     def _summary(self, entries: Sequence[Entry]) -> dict[str, Any]:
         shares = [entry.metadata.get("fidelity") for entry in entries]

@@ -117,17 +117,6 @@ def places(
     ]
 
 
-def of_segments(count: int, metadata: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-    """Metadata of a document's segments, which say how many there are, so that it is known when some are missing.
-
-    Args:
-        count (`int`): of the segments.
-        metadata (`Mapping`, *optional*): what else there is to say of each.
-    """
-    check_kind("metadata", metadata, Mapping | None, "a mapping")
-    return ({"segments": count} if count > 1 else {}) | dict(metadata or {})
-
-
 def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, Any]:
     """How a text is written, as JSON has it: what is not at its default, so that a new option changes no key.
 

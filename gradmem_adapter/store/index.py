@@ -258,25 +258,6 @@ def places_of(connection: sqlite3.Connection, source: str | None) -> list[tuple[
     return [(key, (source, start, end)) for key, source, start, end in rows]
 
 
-def segments_of(connection: sqlite3.Connection, source: str, fingerprint: str, count: int) -> int:
-    """How many segments there are of a document that was cut into so many.
-
-    Args:
-        connection (`Connection`): to the index.
-        source (`str`): the document.
-        fingerprint (`str`): of the model that wrote it.
-        count (`int`): of its segments, as their metadata say.
-    """
-    (found,) = connection.execute(
-        """
-        SELECT count(*) FROM places JOIN states USING (key)
-        WHERE source = ? AND fingerprint = ? AND json_extract(metadata, '$.segments') = ?
-        """,
-        (source, fingerprint, count),
-    ).fetchone()
-    return int(found)
-
-
 def entries_of(connection: sqlite3.Connection, keys: Collection[str]) -> Iterator[Entry]:
     """All entries of some states.
 

@@ -18,10 +18,11 @@ from gradmem_adapter.store.adding import AT_ONCE, write_missing
 from gradmem_adapter.store.choose import Choice, choose
 from gradmem_adapter.store.claims import Claims
 from gradmem_adapter.store.embedding import Embedding
-from gradmem_adapter.store.entry import Entry, of_segments, places, state_key, write_identity
+from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
-from gradmem_adapter.store.index import Index, entries_of, places_of, segments_of
+from gradmem_adapter.store.index import Index, entries_of, places_of, select
 from gradmem_adapter.store.likelihood import by_likelihood
+from gradmem_adapter.store.whole import Document, of_segments, whole_documents
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.state_file import MemoryStateError
@@ -181,7 +182,7 @@ class MemoryStore:
         segments = pipeline.segments(text, segment_tokens, overlap)
         if isinstance(text, str):
             found = list(segments)
-            segments, metadata = iter(found), of_segments(len(found), metadata)
+            segments, metadata = iter(found), of_segments(found, metadata)
         with progress_bar(None, progress) as advance:
             while part := list(itertools.islice(segments, AT_ONCE)):
                 keys += self.add(
@@ -311,11 +312,11 @@ class MemoryStore:
             entry (`Entry`): one whose metadata have the number of `segments`; others are taken for whole texts.
         """
         check_kind("entry", entry, Entry, "an Entry, as entries() gives them")
-        segments = entry.metadata.get("segments")
-        if entry.source is None or type(segments) is not int:
+        document = Document.of(entry)
+        if document.source is None or document.segments is None:
             return True
         with self.index.reading() as connection:
-            return segments_of(connection, entry.source, entry.fingerprint, segments) >= segments
+            return document in whole_documents(select(connection, "source = ?", (document.source,)))
 
     def exists(self) -> bool:
         """Whether there is a store in the directory, if only an empty or a damaged one."""

@@ -80,3 +80,18 @@ def test_a_store_that_cannot_be_read_is_said(pipeline, store):
     other.index.path.write_bytes(bytes(999))
     (line,) = told(pipeline, MemoryStore(store.path), Tenants())
     assert line.startswith("The store of 'anna' cannot be read: The index")
+
+
+@pytest.mark.parametrize(("text", "steps"), [("w1 w2 w3. " * 4 + "w4 w5", None), ("w1 w2 w3. " * 5, 1)])
+def test_a_source_that_was_written_again_is_what_was_written_last(client, pipeline, store, text, steps):
+    store.add_document(pipeline, "w1 w2 w3. " * 5, source="notes.txt")
+    before = client.get("/v1/memories/notes.txt").json()
+    store.add_document(pipeline, text, source="notes.txt", steps=steps)
+    (after,) = client.get("/v1/memories").json()["data"]
+    found = client.get("/v1/memories/notes.txt", params={"text": True}).json()
+    assert " ".join(segment["text"] for segment in found["segments"]) == text.strip()
+    assert (after["id"], found != before) == ("notes.txt", True)
+    asked = {"model": "gradmem", "prompt": "w3", "memory": ["notes.txt"]}
+    answer = client.post("/v1/completions", json=asked).json()
+    places = {(segment["start"], segment["end"]) for segment in found["segments"]}
+    assert {(place["start"], place["end"]) for place in answer["memory"]} <= places

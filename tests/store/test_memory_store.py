@@ -26,6 +26,7 @@ from gradmem_adapter.store import (
     landing,
     memory_store,
 )
+from gradmem_adapter.store.whole import of_segments
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ class TestAddDocument:
         assert len(keys) == len(segments) == 3
         assert store.get(keys) == pipeline.write_document(self.TEXT, segment_tokens=12).states
         assert [(entry.key, *entry.place, entry.text, entry.metadata) for entry in store.entries("book")] == [
-            (key, "book", segment.start, segment.end, segment.text, {"by": "Ada", "segments": 3})
+            (key, "book", segment.start, segment.end, segment.text, of_segments(segments, {"by": "Ada"}))
             for key, segment in zip(keys, segments, strict=True)
         ]
 

@@ -1,0 +1,82 @@
+"""Which segments are of one document, and whether it is stored to its end: the one rule for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gradmem_adapter.segments import Segment
+from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.utils.kinds import check_kind
+
+
+class Document(NamedTuple):
+    """What entries of one document have in common. A source may have several: its text was edited, cut otherwise, or
+    written in another way.
+
+    Args:
+        source (`str`, *optional*): where it comes from.
+        fingerprint, options (`str`): who wrote it, and how.
+        segments (`int`, *optional*): how many it has; None: nobody said, and what is there is taken for all of it.
+        digest (`str`): of its text and of how it is cut, as `of_segments` has it; of other entries the same for all.
+    """
+
+    source: str | None
+    fingerprint: str
+    options: str
+    segments: int | None
+    digest: str
+
+    @classmethod
+    def of(cls, entry: Entry) -> Document:
+        """The one that an entry is a segment of."""
+        segments, digest, options = entry.metadata.get("segments"), "", json.dumps(entry.options, sort_keys=True)
+        if type(segments) is int:
+            digest = json.dumps(entry.metadata.get("document"), sort_keys=True)
+        else:
+            segments = None
+        return cls(entry.source, entry.fingerprint, options, segments, digest)
+
+
+def of_segments(segments: Sequence[Segment], metadata: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """Metadata of a document's segments, by which `whole_documents` knows them from those of other documents, and when
+    some are missing.
+
+    Args:
+        segments (`Sequence[Segment]`): all of them.
+        metadata (`Mapping`, *optional*): what else there is to say of each.
+    """
+    check_kind("metadata", metadata, Mapping | None, "a mapping")
+    cut = json.dumps([(one.start, one.end, one.text) for one in segments])
+    own = {"segments": len(segments), "document": hashlib.sha256(cut.encode()).hexdigest()[:16]}
+    return (own if len(segments) > 1 else {}) | dict(metadata or {})
+
+
+def whole_documents(entries: Iterable[Entry]) -> dict[Document, list[Entry]]:
+    """The documents that are stored to their ends, with the entries of each; the one that was written last at the end.
+
+    Args:
+        entries (`Iterable[Entry]`): all that there are of some sources, in the order of their places.
+    """
+    groups: dict[Document, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(Document.of(entry), []).append(entry)
+    whole = {}
+    for document, group in groups.items():
+        if document.segments is not None and document.source is not None:
+            last = {_where(entry): entry for entry in sorted(group, key=_written)}
+            group = [entry for entry in group if last[_where(entry)] is entry]
+            if len(group) != document.segments:
+                continue
+        whole[document] = group
+    return dict(sorted(whole.items(), key=lambda one: max(map(_written, one[1]))))
+
+
+def _where(entry: Entry) -> object:
+    return entry.key if entry.start is None else entry.place
+
+
+def _written(entry: Entry) -> float:
+    return entry.written

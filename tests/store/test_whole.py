@@ -1,0 +1,79 @@
+"""Whether a document is stored to its end, where its source was written more than once."""
+
+import pytest
+from tiny import tiny_text
+
+from gradmem_adapter.store import Entry
+from gradmem_adapter.store.whole import of_segments, whole_documents
+
+SENTENCES = [f"{tiny_text(9, seed)}." for seed in range(4)]
+TEXT, EDITED = " ".join(SENTENCES[:3]), " ".join([*SENTENCES[:2], SENTENCES[3]])
+HOW = {"source": "notes.txt", "segment_tokens": 12}
+
+
+def add_some(store, pipeline, text, which, **how):
+    """Segments of a text, as an interrupted `add_document` leaves them."""
+    segments = list(pipeline.segments(text, 12))
+    metadata = [of_segments(segments)] * len(which)
+    some = [segments[i] for i in which]
+    offsets = [(one.start, one.end) for one in some]
+    store.add(pipeline, [one.text for one in some], sources="notes.txt", offsets=offsets, metadata=metadata, **how)
+
+
+def whole_texts(store):
+    return [[entry.text for entry in group] for group in whole_documents(store.entries()).values()]
+
+
+def test_halves_that_were_written_in_two_ways_are_no_whole(store, pipeline):
+    add_some(store, pipeline, TEXT, [0, 1], steps=1)
+    add_some(store, pipeline, TEXT, [0], steps=2)
+    assert not any(map(store.is_whole, store.entries()))
+    store.add_document(pipeline, TEXT, steps=2, **HOW)
+    assert [store.is_whole(entry) for entry in store.entries()].count(True) == 3
+    assert whole_texts(store) == [SENTENCES[:3]]
+
+
+def test_halves_of_two_texts_are_no_whole(store, pipeline):
+    add_some(store, pipeline, TEXT, [0, 1])
+    add_some(store, pipeline, EDITED, [2])
+    assert not any(map(store.is_whole, store.entries()))
+    assert whole_texts(store) == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_the_edited_text_shares_is_its_own(store, pipeline, known):
+    """Where nobody said which text segments are of, too: of those at one place the last counts."""
+    for text in (TEXT, EDITED):
+        if known:
+            store.add_document(pipeline, text, **HOW)
+        else:
+            segments = list(pipeline.segments(text, 12))
+            store.add(
+                pipeline,
+                [one.text for one in segments],
+                sources="notes.txt",
+                offsets=[(i, i + 1) for i in range(3)],
+                metadata=[{"segments": 3}] * 3,
+            )
+    assert whole_texts(store) == [[*SENTENCES[:2], SENTENCES[3]]]
+
+
+def test_two_whole_texts_of_a_source_stay_apart_and_the_last_is_at_the_end(store, pipeline):
+    other = " ".join(reversed(SENTENCES))
+    for text in (TEXT, other):
+        store.add_document(pipeline, text, **HOW)
+    store.add_document(pipeline, TEXT, steps=1, **HOW)
+    assert whole_texts(store) == [SENTENCES[:3], SENTENCES[::-1], SENTENCES[:3]]
+    assert all(map(store.is_whole, store.entries()))
+
+
+def test_segments_without_places_are_told_apart_by_their_texts():
+    parts = [Entry(key=key, source="a", metadata={"segments": 2}) for key in ("1", "2")]
+    assert list(whole_documents(parts).values()) == [parts]
+    assert not whole_documents(parts[:1])
+
+
+def test_what_nobody_says_is_a_document_is_taken_as_it_is():
+    notes = [Entry(key=key, source="a") for key in ("1", "2")]
+    alone = [Entry(key="3", metadata={"segments": 9})]
+    assert list(whole_documents([*notes, *alone]).values()) == [notes, alone]
