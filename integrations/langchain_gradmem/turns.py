@@ -148,9 +148,15 @@ class TurnMemory(MemoryWriter):
 
 
 def _line(message: BaseMessage) -> str:
-    """A message as a line of text, tool calls and their results included; documents that it carried are not in it."""
+    """A message as a line of text, tool calls and their results included; documents that it carried are not in it.
+
+    A zero byte or half a character, as tools return them from files, could not be written, and would block all others.
+    """
+    return _said(message).replace("\0", "?").encode(errors="replace").decode()
+
+
+def _said(message: BaseMessage) -> str:
     text = without_markers(str(message.text), references_of(message))
-    text = text.encode(errors="replace").decode()  # half a character cannot be written, and would block all others
     if isinstance(message, HumanMessage):
         return f"User: {text}"
     if isinstance(message, ToolMessage):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 from typing_extensions import Self
 
 from gradmem_adapter import GradMemPipeline, WriteOptions
+from gradmem_adapter.utils.tokens import check_text
 
 from .stores import MemoryStateStore
 
@@ -79,9 +80,9 @@ class MemoryWriter(BaseModel):
             name (`str`, *optional*, defaults to `"The text"`): what it is called in errors.
 
         Raises:
-            ValueError: it is no text in Unicode.
+            TypeError, ValueError: it is no text, has half a character or a zero byte.
         """
-        _check_unicode(name, text)
+        check_text(name, text)
         if self.longest is None:
             return [text]
         limit = self.longest + len(self.pipeline.tokenizer("")["input_ids"])
@@ -114,17 +115,6 @@ class MemoryWriter(BaseModel):
         if not lines:
             return []
         for number, line in enumerate(lines):
-            _check_unicode(f"Line {number} ({line[:40]!r})", line)
+            check_text(f"Line {number} ({line[:40]!r})", line)
         rows = self.pipeline.tokenizer([f"{line}\n" for line in lines], add_special_tokens=False)["input_ids"]
         return list(map(len, rows))
-
-
-def _check_unicode(name: str, text: str) -> None:
-    """Half a character, as broken PDFs give it, is none, and tokenizers complain about types."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has half a character, {text[error.start]!r}, at place {error.start}, which no tokenizer reads. "
-            "Replace it: text.encode('utf-8', 'replace').decode()."
-        ) from error

@@ -50,8 +50,12 @@ def test_what_old_messages_carried_is_not_written_as_text(memory):
     assert text == "User: w1 "
 
 
-def test_half_a_character_blocks_nothing(memory, conversation):
-    messages = [HumanMessage("w1 \ud800"), AIMessage("w2"), *conversation(5)]
+@pytest.mark.parametrize("wrong", ["\ud800", "\0"])
+def test_what_cannot_be_written_blocks_nothing(memory, conversation, wrong):
+    """In a text, in what a tool is called with, or in what it returns."""
+    call = {"name": "read", "args": {"name": f"w1{wrong}"}, "id": "1"}
+    said = [AIMessage("w2", tool_calls=[call]), ToolMessage(f"w3{wrong}", tool_call_id="1", name=f"read{wrong}")]
+    messages = [HumanMessage(f"w1 {wrong}"), *said, *conversation(5)]
     assert carriers(memory.shown(messages))
 
 

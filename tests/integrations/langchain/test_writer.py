@@ -67,21 +67,22 @@ def test_parts_are_segments_of_the_adapter_s():
 @pytest.mark.parametrize(
     ("write", "name"),
     [
-        (lambda w: w.split("w1 \ud83d w2"), "The text"),
-        (lambda w: w.join(["w1 w2", "w1 \ud83d w2"]), "Line 1"),
-        (lambda w: w.write_texts(["w1 w2", "w1 \ud83d w2"]), "Context 1"),
+        (lambda w, text: w.split(text), "The text"),
+        (lambda w, text: w.join(["w1 w2", text]), "Line 1"),
+        (lambda w, text: w.write_texts(["w1 w2", text]), "Context 1"),
         (
-            lambda w: GradMemCompressor(pipeline=w.pipeline).compress_documents(
-                [Document("w1"), Document("w1 \ud83d w2", id="page-7")], ""
+            lambda w, text: GradMemCompressor(pipeline=w.pipeline).compress_documents(
+                [Document("w1"), Document(text, id="page-7")], ""
             ),
             r"Document 1 \(id page-7\)",
         ),
     ],
 )
-def test_half_a_character_is_told_by_its_text(writer, write, name):
-    """Tokenizers would complain about types."""
-    with pytest.raises(ValueError, match=f"{name}.* has half a character.*at place 3"):
-        write(writer)
+@pytest.mark.parametrize(("wrong", "what"), [("\ud83d", "half a character"), ("\0", "a zero byte")])
+def test_what_is_no_text_is_told_by_its_name(writer, write, name, wrong, what):
+    """Tokenizers would complain about types, or take it for something else."""
+    with pytest.raises(ValueError, match=f"{name}.* has {what}.*at place 3"):
+        write(writer, f"w1 {wrong} w2")
 
 
 def test_texts_are_cut_at_sentences(pipeline):
