@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmem_adapter.meta_gradients.tape import differentiable_write
+from gradmem_adapter.ops.answers import check_answers
 from gradmem_adapter.probe import probe
 from gradmem_adapter.read.cache_memory import tie_caches
 from gradmem_adapter.read.forward import check_forward_options, check_known, forward_with_memory, query_embeddings
@@ -223,7 +224,12 @@ class GradMemModel(WritingModel):
 
         Returns:
             `Tensor`: `[B]`, nats a token.
+
+        Raises:
+            TypeError, ValueError: no queries, an empty answer, a state or tokens that the model cannot read, or more of
+                them than it has positions.
         """
         with torch.no_grad():
             prefix = self._prefix(memory_of_queries(self._vectors(memory, strict), len(queries), context_index))
+        check_answers(self.model, prefix.shape[1], queries, answers)
         return log_likelihood(self.model, prefix, queries, answers)

@@ -7,11 +7,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from gradmem_adapter.ops.padding import pad
-from gradmem_adapter.utils.backbone import trunk
+from gradmem_adapter.utils.backbone import check_length, trunk
+from gradmem_adapter.utils.kinds import as_indices
+from gradmem_adapter.utils.tokens import check_tokens
+from gradmem_adapter.utils.wording import counted
+
+
+def check_answers(
+    backbone: PreTrainedModel, prefix_length: int, queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> None:
+    """Raise for queries and answers that cannot be read behind a prefix.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        prefix_length (`int`): P.
+        queries, answers (`Sequence`): R rows of token ids.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: there are none or not as many of both, an answer is empty, a token is not the model's, or an answer
+            goes beyond the model's positions.
+    """
+    if not len(queries) == len(answers) > 0:
+        raise ValueError(
+            f"Got {counted(len(queries), 'query')} and {counted(len(answers), 'answer')}: give one answer or more, "
+            "each with its query."
+        )
+    if empty := [str(i) for i, answer in enumerate(answers) if not len(answer)]:
+        raise ValueError(
+            f"Answer {', '.join(empty)} is empty: it has no token whose likelihood there is. Leave it out."
+        )
+    rows = [
+        as_indices(f"Query {i} with its answer", [*query, *answer], "token ids", torch.device("cpu"))
+        for i, (query, answer) in enumerate(zip(queries, answers, strict=True))
+    ]
+    check_tokens("The list of queries and answers", torch.cat(rows)[None], None, backbone)
+    longest = max(rows, key=len)[None, 1:]  # the last token is predicted, not read
+    check_length(prefix_length, longest, None, backbone, "A query with its answer up to the last token")
 
 
 def states_of_answers(

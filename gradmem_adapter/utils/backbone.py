@@ -229,7 +229,13 @@ def _find_first_position(backbone: PreTrainedModel) -> int:
     return 0
 
 
-def check_length(prefix_length: int, query: Tensor, attention_mask: Tensor | None, backbone: PreTrainedModel) -> None:
+def check_length(
+    prefix_length: int,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    backbone: PreTrainedModel,
+    name: str = "A query",
+) -> None:
     """Raise `ValueError` where a prefix and a query behind it are longer than the backbone has positions.
 
     Args:
@@ -237,6 +243,7 @@ def check_length(prefix_length: int, query: Tensor, attention_mask: Tensor | Non
         query (`Tensor`): `[B, T, ...]`.
         attention_mask (`Tensor`, *optional*): `[B, T]`, 1 where a query token counts.
         backbone (`PreTrainedModel`): the causal LM.
+        name (`str`, *optional*, defaults to `"A query"`): what is read, for the message.
     """
     positions, length = max_positions(backbone), query.shape[1]
     if positions is None or prefix_length + length <= positions or capturing():
@@ -244,7 +251,7 @@ def check_length(prefix_length: int, query: Tensor, attention_mask: Tensor | Non
     longest = length if attention_mask is None else int(attention_mask.bool().sum(1).max())
     if prefix_length + longest > positions:
         raise ValueError(
-            f"A query has {counted(longest, 'token')}, and at most {max(0, positions - prefix_length)} are allowed: "
+            f"{name} has {counted(longest, 'token')}, and at most {max(0, positions - prefix_length)} are allowed: "
             f"the model has {positions} positions, {prefix_length} of them for the memory. Shorten the query, or read "
             "fewer states side by side."
         )

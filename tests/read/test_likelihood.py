@@ -173,6 +173,47 @@ def test_of_an_adapter_that_never_refuses_the_likeliest_answer_counts():
         pipeline.support(PROMPTS[0], memory=states)
 
 
+TWO = [[3, 4], [5]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("queries", "answers", "error", "message"),
+    [
+        (TWO, [[6]], ValueError, "Got 2 queries and 1 answer"),
+        ([], [], ValueError, "Got 0 queries and 0 answers"),
+        (TWO, [[6], []], ValueError, "Answer 1 is empty"),
+        (TWO, [[6], [1000]], ValueError, "queries and answers .* token ids from 3 to 1000; the model knows 0 to 60"),
+        ([[3, -1], [5]], TWO, ValueError, "token ids from -1 to 5"),
+        ([[3], ["w"]], TWO, TypeError, "Query 1 with its answer must be token ids"),
+        ([[3], [0.5]], TWO, TypeError, "integer token ids"),
+        ([[3], [3] * 93], [[4], [5, 6]], ValueError, "has 94 tokens, and at most 93 are allowed: .* 96 positions"),
+    ],
+)  # fmt: skip
+def test_what_has_no_likelihood_is_named(architecture, queries, answers, error, message):
+    model = make(architecture).model
+    state = model.write(tokens(1, 5))
+    assert model.log_likelihood([[3] * 93], [[4]], state).isfinite().all()  # the last token is not read
+    with pytest.raises(error, match=message):
+        model.log_likelihood(queries, answers, state)
+
+
+def test_states_side_by_side_leave_fewer_positions():
+    model = make("gpt2").model
+    states, index = model.write(tokens(2, 5)), torch.tensor([[0, 1]])
+    assert model.log_likelihood([[3] * 90], [[4]], states, context_index=index).isfinite().all()
+    with pytest.raises(ValueError, match="has 91 tokens, and at most 90 are allowed"):
+        model.log_likelihood([[3] * 91], [[4]], states, context_index=index)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_question_without_room_for_the_refusal_is_refused(architecture):
+    pipeline = make(architecture, refusal="w1 w2 w3 w4 w5")
+    state = pipeline.write(CONTEXTS[0])
+    with pytest.raises(ValueError, match=r"A query with its answer .* has 96 tokens, and at most 93 are allowed"):
+        pipeline.support(tiny_text(91), memory=state)
+
+
 def test_refused():
     with pytest.raises(ValueError, match="pass a memory"):
         make().generate(PROMPTS, return_scores=True)
