@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -24,6 +23,7 @@ from gradmem_adapter.answering.batching import Call, Options, batcher_of
 from gradmem_adapter.answering.grammar import AVAILABLE, grammar_of
 from gradmem_adapter.answering.sampling import Sampling
 from gradmem_adapter.answering.stopping import Answer, NewTokens, pieces_until_stop
+from gradmem_adapter.config import unknown_fields
 
 from .binding import BoundChat
 from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools, usage_metadata
@@ -34,12 +34,8 @@ from .structured import parsed, response_format
 
 _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
 """Standard options of LangChain's chat models that a local model has no use for, and passes over."""
-
-
-def _named(unknown: Iterable[str], known: Collection[str]) -> str:
-    """Names that are not known, each with the one that is most like it."""
-    likely = {name: get_close_matches(name, known, n=1) for name in sorted(unknown)}
-    return ", ".join(f"{name} (did you mean {found[0]}?)" if found else name for name, found in likely.items())
+_OF_CALLS = ("memory", "response_format", "stream", "tools")
+"""What a call takes besides `CallOptions`."""
 
 
 class _Asked(NamedTuple):
@@ -100,10 +96,8 @@ class ChatGradMem(BaseChatModel, CallOptions):
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
         known = {*cls.model_fields, *(field.alias or "" for field in cls.model_fields.values()), *_HOSTED}
-        if isinstance(values, Mapping) and (unknown := sorted(values.keys() - known)):
-            raise ValueError(
-                f"ChatGradMem has no option {_named(unknown, known)}; help(ChatGradMem) explains those it has."
-            )
+        if isinstance(values, Mapping) and (unknown := unknown_fields(values, known)):
+            raise ValueError(f"ChatGradMem has no option {unknown} help(ChatGradMem) explains those it has.")
         return values
 
     @classmethod
@@ -219,9 +213,8 @@ class ChatGradMem(BaseChatModel, CallOptions):
 
     def _ask(self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Asked:
         """What a call asks the pipeline, whatever is wrong with it said here."""
-        known = {*CallOptions.model_fields, "memory"}
-        if unknown := kwargs.keys() - known - {"response_format", "stream", "tools"}:
-            raise TypeError(f"ChatGradMem got unexpected arguments: {_named(unknown, known)}.")
+        if unknown := unknown_fields(kwargs, {*CallOptions.model_fields, *_OF_CALLS}):
+            raise TypeError(f"A call of ChatGradMem has no argument {unknown}")
         given = {"stop": stop, **kwargs}
         chosen = CallOptions(
             **{

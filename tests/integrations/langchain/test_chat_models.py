@@ -57,7 +57,7 @@ class TestComplaints:
         assert chat.invoke("w3 w4").content == plain(pipeline, "w3 w4")
 
     def test_an_unknown_option_is_refused(self, pipeline):
-        with pytest.raises(ValidationError, match=r"has no option max_token \(did you mean max_tokens\?\);"):
+        with pytest.raises(ValidationError, match=r"has no option max_token\. Did you mean max_tokens\? help"):
             ChatGradMem(pipeline=pipeline, max_token=4)
 
     def test_max_tokens(self, chat):
