@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from gradmem_adapter.read.prefix_cache import KeptPrefix
-from gradmem_adapter.utils.backbone import device_of, shallow_copy
+from gradmem_adapter.utils.backbone import device_of, on_several_devices, shallow_copy
 from gradmem_adapter.utils.graphs import one_capture
 
 
@@ -26,7 +26,7 @@ def can_capture(backbone: PreTrainedModel) -> bool:
     """
     if backbone.training or getattr(backbone, "is_quantized", False) or not backbone._can_compile_fullgraph:
         return False
-    if len({parameter.device for parameter in backbone.parameters()}) > 1:
+    if on_several_devices(backbone):
         return False
     layers = StaticCache(config=backbone.config.get_text_config(decoder=True), max_cache_len=1).layers
     return all(type(layer) is StaticLayer for layer in layers)

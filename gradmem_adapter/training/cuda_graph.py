@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
 from gradmem_adapter.ops.attention import CAUSAL
+from gradmem_adapter.utils.backbone import attention_windows
 from gradmem_adapter.utils.capture import static_shapes
 from gradmem_adapter.utils.graphs import GraphPool
 from gradmem_adapter.utils.parameters import parts_with_dropout
@@ -162,9 +163,7 @@ def maskless_attention(model: nn.Module) -> Iterator[None]:
 
 def usual_attention(backbone: PreTrainedModel) -> bool:
     """Whether attention is PyTorch's, and sees the whole sequence in every layer."""
-    config = backbone.config.get_text_config()
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return backbone.config._attn_implementation == "sdpa" and all(window is None for window in windows)
+    return backbone.config._attn_implementation == "sdpa" and not attention_windows(backbone)
 
 
 def check_no_dropout(model: nn.Module) -> None:

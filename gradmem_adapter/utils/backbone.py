@@ -262,6 +262,22 @@ def uses_checkpointing(backbone: PreTrainedModel) -> bool:
     return backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
 
 
+def attention_windows(backbone: PreTrainedModel) -> list[int]:
+    """How far attention looks back in the layers where it does not see the whole sequence, as configurations call it.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+    """
+    config = backbone.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return [window for window in windows if window is not None]
+
+
+def on_several_devices(backbone: PreTrainedModel) -> bool:
+    """Whether weights of a backbone are on different devices, as a device map puts them."""
+    return len({parameter.device for parameter in backbone.parameters()}) > 1
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers in a model that Transformers marks as such."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -15,6 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from gradmem_adapter.utils.backbone import attention_windows, on_several_devices
 from gradmem_adapter.utils.fingerprint import walk
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.cuda_graph import Bucket, FastPass, launch_bound
@@ -39,13 +40,11 @@ def unsuited(writer: Writer, context: Context) -> str | None:
         return "the model is in training mode, where dropout draws anew in every pass; call model.eval()"
     if any("forward" in module.__dict__ for module in backbone.modules()):
         return "a module's forward has been replaced (offloading and device maps do that)"
-    if len({parameter.device for parameter in backbone.parameters()}) > 1:
+    if on_several_devices(backbone):
         return "the model is on several devices"
-    config = backbone.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     places = context.input_ids.shape[1] + writer.config.prefix_length
-    if any(window is not None and window < places for window in windows):
-        return f"the contexts are longer than the model's attention window ({windows})"
+    if (window := min(attention_windows(backbone), default=places)) < places:
+        return f"the contexts are longer than the model's attention window of {window:,} tokens"
     return None
 
 

@@ -178,6 +178,9 @@ def test_models_and_contexts_that_a_fast_pass_does_not_suit():
     layer = model.base_model.model.model.layers[0]
     layer.forward = layer.forward
     assert "replaced" in unsuited(writer, context)
+    del layer.forward
+    model.base_model.model.lm_head.to("meta")
+    assert "several devices" in unsuited(writer, context)
 
 
 def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
