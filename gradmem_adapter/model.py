@@ -204,6 +204,23 @@ class GradMemModel(WritingModel):
             )
         return self.model.generate_batch(*args, **kwargs)
 
+    def query_prefix(
+        self, memory: MemoryState, queries: int, *, context_index: Tensor | None = None, strict: bool = True
+    ) -> Tensor:
+        """What READ puts before each of several queries; `prefix_embeddings` is that of each state.
+
+        Args:
+            memory (`MemoryState`): one state for all queries or one per query.
+            queries (`int`): B, how many there are.
+            context_index (`Tensor`, *optional*): as for `generate`.
+            strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
+
+        Returns:
+            `Tensor`: `[B, m + 2c, d]` input embeddings in the backbone's dtype, with k m vectors of k states side by
+            side.
+        """
+        return self._prefix(memory_of_queries(self._vectors(memory, strict), queries, context_index))
+
     @of_one_adapter
     def log_likelihood(
         self,
@@ -230,6 +247,6 @@ class GradMemModel(WritingModel):
                 them than it has positions.
         """
         with torch.no_grad():
-            prefix = self._prefix(memory_of_queries(self._vectors(memory, strict), len(queries), context_index))
+            prefix = self.query_prefix(memory, len(queries), context_index=context_index, strict=strict)
         check_answers(self.model, prefix.shape[1], queries, answers)
         return log_likelihood(self.model, prefix, queries, answers)

@@ -12,7 +12,8 @@ TOP_LEVEL = (
     "save_checkpoint",
 )  # fmt: skip
 METHODS = (
-    "write", "write_many", "generate", "forward", "reconstruct", "fidelity", "prefix_embeddings", "fingerprint",
+    "write", "write_many", "generate", "forward", "reconstruct", "fidelity", "prefix_embeddings", "query_prefix",
+    "fingerprint",
 )  # fmt: skip
 
 

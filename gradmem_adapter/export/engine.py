@@ -16,13 +16,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
 from gradmem_adapter.export.prompt_embeds import check_finite
-from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.ops.answers import states_of_answers
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.ops.padding import move_padding_left
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.read.generation import check_prompt, end_with_positions, generation_option, query_mask
-from gradmem_adapter.read.prefix import memory_of_queries
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.backbone import check_length
 
@@ -153,8 +151,7 @@ class EngineReader(ABC):
         mask = options.pop("attention_mask")
         mask = query_mask(input_ids, options, default) if mask is None else mask.to(input_ids.device)
         input_ids, mask = move_padding_left(input_ids, mask)
-        tuner = cast(GradMemModel, self.model.base_model)
-        prefix = tuner._prefix(memory_of_queries(tuner._vectors(memory, strict), len(input_ids), context_index))
+        prefix = self.model.query_prefix(memory, len(input_ids), context_index=context_index, strict=strict)
         check_finite(prefix)
         check_length(prefix.shape[1], input_ids, mask, backbone)
         new, longest = (generation_option(name, options, default) for name in ("max_new_tokens", "max_length"))
