@@ -13,7 +13,7 @@ from evaluation.run import evaluate
 from evaluation.tasks import KVRetrieval
 from evaluation.train import train
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.utils.graphs import free_memory
+from gradmem_adapter.utils.graphs import free_on_gpu
 from gradmem_adapter.write.budget import Budget
 from gradmem_adapter.write.cuda_graph import FastPass
 from gradmem_adapter.write.plan import Plan, plans
@@ -311,7 +311,7 @@ def test_thirty_shapes_and_then_a_large_one():
     model.write(tokens(1, 64).cuda())
     model.write(tokens(1, 64).cuda())
     graphs = model.base_model._fast_writes._fast.graphs
-    graphs.share = 2**30 / free_memory(device)
+    graphs.share = 2**30 / free_on_gpu(device)
     before = torch.cuda.memory_reserved()
     for length in range(128, 31 * 128, 128):
         for _ in range(2):

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
-from gradmem_adapter.export.prompt_embeds import check_finite
+from gradmem_adapter.export.prompt_embeds import check_sendable
 from gradmem_adapter.ops.answers import states_of_answers
 from gradmem_adapter.ops.output_head import output_head
 from gradmem_adapter.ops.padding import move_padding_left
@@ -52,7 +52,7 @@ class EnginePrompt(NamedTuple):
     tokens: list[int]
 
 
-class Sampling(NamedTuple):
+class EngineSampling(NamedTuple):
     """How an engine draws tokens.
 
     Args:
@@ -70,7 +70,7 @@ class Sampling(NamedTuple):
     top_p: float
 
     @classmethod
-    def of(cls, options: dict[str, Any], default: GenerationConfig) -> Sampling:
+    def of(cls, options: dict[str, Any], default: GenerationConfig) -> EngineSampling:
         """What Transformers' `generate` would do with the same options; `ValueError` where no length is given."""
         chosen = {name: generation_option(name, options, default) for name in _KNOWN}
         if chosen["max_new_tokens"] is None:
@@ -105,7 +105,7 @@ class EngineReader(ABC):
 
     @abstractmethod
     def _answers(
-        self, prompts: Sequence[EnginePrompt], sampling: Sampling
+        self, prompts: Sequence[EnginePrompt], sampling: EngineSampling
     ) -> Generator[tuple[int, list[int], bool], None, None]:
         """Ask the engine.
 
@@ -152,7 +152,7 @@ class EngineReader(ABC):
         mask = query_mask(input_ids, options, default) if mask is None else mask.to(input_ids.device)
         input_ids, mask = move_padding_left(input_ids, mask)
         prefix = self.model.query_prefix(memory, len(input_ids), context_index=context_index, strict=strict)
-        check_finite(prefix)
+        check_sendable(prefix)
         check_length(prefix.shape[1], input_ids, mask, backbone)
         new, longest = (generation_option(name, options, default) for name in ("max_new_tokens", "max_length"))
         if new is None and longest is not None:
@@ -162,7 +162,7 @@ class EngineReader(ABC):
             EnginePrompt(one, ids[counts.bool()].tolist())
             for one, ids, counts in zip(prefix, input_ids, mask, strict=True)
         ]
-        sampling = Sampling.of(options, default)
+        sampling = EngineSampling.of(options, default)
         if prompts:
             self._compare(backbone, prompts[0], sampling.max_new_tokens)
         return self._follow(prompts, input_ids, sampling, options, default)
@@ -173,7 +173,7 @@ class EngineReader(ABC):
             count = min(self._to_compare, most)
             if not count:
                 return
-            with closing(self._answers([prompt], Sampling(count, [], 0.0, 0, 1.0))) as pieces:
+            with closing(self._answers([prompt], EngineSampling(count, [], 0.0, 0, 1.0))) as pieces:
                 tokens = [token for _, new, _ in pieces for token in new]
             if len(tokens) != count:
                 raise RuntimeError("The engine ended before its answers did.")
@@ -192,7 +192,7 @@ class EngineReader(ABC):
         self,
         prompts: list[EnginePrompt],
         input_ids: Tensor,
-        sampling: Sampling,
+        sampling: EngineSampling,
         options: dict[str, Any],
         default: GenerationConfig,
     ) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 from torch import Tensor
 
-from gradmem_adapter.export.engine import EnginePrompt, EngineReader, Sampling
+from gradmem_adapter.export.engine import EnginePrompt, EngineReader, EngineSampling
 from gradmem_adapter.peft_model import GradMemPeftModel
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class LlamaCppReader(EngineReader):
         self._lock = threading.Lock()
 
     def _answers(
-        self, prompts: Sequence[EnginePrompt], sampling: Sampling
+        self, prompts: Sequence[EnginePrompt], sampling: EngineSampling
     ) -> Generator[tuple[int, list[int], bool], None, None]:
         llama = self.llama
         for i, prompt in enumerate(prompts):

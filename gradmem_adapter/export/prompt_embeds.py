@@ -36,13 +36,13 @@ def prompt_embeds(
 
 def encoded(embeddings: Tensor) -> str:
     """Input embeddings `[T, d]` in base64, in PyTorch's file format; refused where they are not finite."""
-    check_finite(embeddings)
+    check_sendable(embeddings)
     file = io.BytesIO()
     torch.save(embeddings.detach().cpu().clone(), file)  # of a view, the whole storage would be written
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def check_finite(embeddings: Tensor) -> None:
+def check_sendable(embeddings: Tensor) -> None:
     """Raise `ValueError` for what would make an engine answer every later request wrongly, too."""
     if not embeddings.isfinite().all():
         raise ValueError(

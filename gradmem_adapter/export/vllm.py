@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
-from gradmem_adapter.export.engine import EnginePrompt, EngineReader, Sampling
+from gradmem_adapter.export.engine import EnginePrompt, EngineReader, EngineSampling
 from gradmem_adapter.export.prompt_embeds import encoded
 from gradmem_adapter.peft_model import GradMemPeftModel
 
@@ -69,7 +69,7 @@ class VLLMReader(EngineReader):
         self._lock = threading.Lock()
 
     def _answers(
-        self, prompts: Sequence[EnginePrompt], sampling: Sampling
+        self, prompts: Sequence[EnginePrompt], sampling: EngineSampling
     ) -> Generator[tuple[int, list[int], bool], None, None]:
         if isinstance(self.engine, str):
             yield from self._of_server(self.engine.rstrip("/").removesuffix("/v1"), prompts, sampling)
@@ -77,7 +77,7 @@ class VLLMReader(EngineReader):
             yield from self._of_llm(self.engine, prompts, sampling)
 
     def _of_llm(
-        self, llm: LLM, prompts: Sequence[EnginePrompt], sampling: Sampling
+        self, llm: LLM, prompts: Sequence[EnginePrompt], sampling: EngineSampling
     ) -> Generator[tuple[int, list[int], bool], None, None]:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
@@ -91,7 +91,7 @@ class VLLMReader(EngineReader):
             yield i, list(output.outputs[0].token_ids), True
 
     def _of_server(
-        self, url: str, prompts: Sequence[EnginePrompt], sampling: Sampling
+        self, url: str, prompts: Sequence[EnginePrompt], sampling: EngineSampling
     ) -> Generator[tuple[int, list[int], bool], None, None]:
         embed = self.model.get_input_embeddings()
         ids = [torch.tensor(one.tokens, dtype=torch.long, device=embed.weight.device) for one in prompts]
@@ -159,7 +159,7 @@ def _piece(choice: dict[str, Any], prompts: int) -> tuple[int, list[int], bool]:
     return index, tokens, choice.get("finish_reason") is not None
 
 
-def _parameters(sampling: Sampling) -> dict[str, Any]:
+def _parameters(sampling: EngineSampling) -> dict[str, Any]:
     """Sampling as vLLM names it; what is left out it would take from the model's generation configuration."""
     own = sampling._asdict()
     fixed = {"ignore_eos": True, "min_p": 0.0, "repetition_penalty": 1.0}  # it would add its own end to those asked for

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gradmem_adapter.utils.backbone import layers_of
+
 from .arguments import GradMemTrainingArguments
-from .compiled import layers_of
 
 
 def with_own_rates(optimizer: Optimizer, model: nn.Module, args: GradMemTrainingArguments) -> Optimizer:

@@ -92,7 +92,7 @@ class GraphPool(Generic[Graph]):
         )
 
     def _bound(self) -> float:
-        return self.share * (free_memory(self.device) + self.held)
+        return self.share * (free_on_gpu(self.device) + self.held)
 
 
 _pools: WeakSet[GraphPool[Any]] = WeakSet()
@@ -103,7 +103,7 @@ def held_by_graphs(device: torch.device) -> int:
     return sum(pool.held for pool in _pools if pool.device == device)
 
 
-def free_memory(device: torch.device) -> int:
+def free_on_gpu(device: torch.device) -> int:
     """Bytes of a GPU that PyTorch may still have: what nobody has, within the limit that was set on the process
     (`torch.cuda.set_per_process_memory_fraction`), and what it keeps for anybody.
 

@@ -33,7 +33,7 @@ def free_memory(device: torch.device) -> int:
         device (`torch.device`): a GPU, or anything else, which counts as the CPU.
     """
     if device.type == "cuda":
-        return int(MARGIN * graphs.free_memory(device))
+        return int(MARGIN * graphs.free_on_gpu(device))
     return max(0, min([psutil.virtual_memory().available, *_left_by_control_groups()]))
 
 

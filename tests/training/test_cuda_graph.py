@@ -10,8 +10,8 @@ from torch import nn
 
 from gradmem_adapter.ops.attention import CAUSAL
 from gradmem_adapter.training import Batches, GradMemCollator, RowBatches, TrainingDiverged
-from gradmem_adapter.training.compiled import layers_of
 from gradmem_adapter.training.cuda_graph import GraphedBackward, check_no_dropout, maskless_attention
+from gradmem_adapter.utils.backbone import layers_of
 
 
 class Fixed(Batches):

@@ -21,8 +21,8 @@ from gradmem_adapter.training import (
     RowBatches,
     TrainingDiverged,
 )
-from gradmem_adapter.training.compiled import layers_of
 from gradmem_adapter.training.sharding import whole
+from gradmem_adapter.utils.backbone import layers_of
 
 LORA = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.0}
 

@@ -127,10 +127,10 @@ def test_memory_comes_back(gpu):
 
 def test_free_memory_is_what_nobody_has_and_what_is_kept_for_anybody(gpu):
     gpu.cached = 300
-    assert graphs.free_memory(DEVICE) == TOTAL
+    assert graphs.free_on_gpu(DEVICE) == TOTAL
     pool = GraphPool(DEVICE)
     pool.get(100, gpu.capture(100))
-    assert graphs.free_memory(DEVICE) == TOTAL - 100
+    assert graphs.free_on_gpu(DEVICE) == TOTAL - 100
     gpu.fraction = 0.5
-    assert graphs.free_memory(DEVICE) == 400
+    assert graphs.free_on_gpu(DEVICE) == 400
     assert hardware.free_memory(DEVICE) == pytest.approx(hardware.MARGIN * 400)
