@@ -153,6 +153,8 @@ def test_what_goes_into_a_store(store, state, pipeline):
         store.get(None)
     with refused("keep", 5):
         store.gc(keep=5)
+    with refused("keys", 5):
+        store.choose(pipeline, "w1", keys=5)
     with refused("entries", 5):
         store.put(state, 5)
     with refused("Entry 0", "abc"):

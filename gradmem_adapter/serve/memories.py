@@ -232,17 +232,16 @@ class Memories:
         store = self._store(tenant)
         refuses = self.pipeline.model.active_peft_config.refusal is not None
         if memory == AUTO:
-            chosen = [one for one in store.choose(self.pipeline, query, most) if store.is_whole(one.entry)]
+            chosen = store.choose(self.pipeline, query, most, whole=True)
             entries = [one.entry for one in chosen]
         else:
-            ids = list(dict.fromkeys(memory))
-            entries = [entry for identity in ids for entry in self._entries(tenant, identity)]
+            entries = [entry for identity in dict.fromkeys(memory) for entry in self._entries(tenant, identity)]
+            own = {entry.key: entry for entry in reversed(entries)}
             chosen = []
             if len(entries) > most or (refuses and len(entries) > 1 and any(entry.text for entry in entries)):
-                ranked = [one for identity in ids for one in store.choose(self.pipeline, query, most, source=identity)]
-                chosen = sorted(ranked, key=lambda choice: -choice.score)[:most]
+                chosen = store.choose(self.pipeline, query, most, keys=own)
             if len(entries) > most:
-                entries = [one.entry for one in chosen] or entries[:most]
+                entries = [own[one.entry.key] for one in chosen] or entries[:most]
         if not entries:
             return None
         states = self._states(tenant, entries)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import sqlite3
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,8 @@ from torch import Tensor
 from gradmem_adapter.store.embedding import Embedding, cosines
 from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.store.index import Index, select
+from gradmem_adapter.store.whole import whole_in
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_text
 from gradmem_adapter.utils.wording import counted
 
@@ -25,8 +30,11 @@ _OF_QUESTIONS = {
 """English words that say nothing of what a question is about, and that BM25 asks for where texts have few of them."""
 _BY_WORDS = 64
 """States whose words count beside an embedding."""
+_ALL = 2**32
+"""SQLite knows no larger numbers than 2**63."""
 _STATES = """
     fingerprint = :fingerprint
+    AND (:keys IS NULL OR key IN (SELECT value FROM json_each(:keys)))
     AND (:source IS NULL OR EXISTS (SELECT 1 FROM places WHERE places.key = states.key AND places.source = :source))
 """
 
@@ -36,7 +44,7 @@ class Choice:
     """A state for a question.
 
     Args:
-        entry (`Entry`): the state, with the first of the places that its text was found at.
+        entry (`Entry`): the state, with the first of the places that count of those that its text was found at.
         score (`float`): the higher, the better. It says nothing beside the score for another question.
     """
 
@@ -52,6 +60,9 @@ def choose(
     source: str | None,
     embedding: Embedding | None,
     shortlist: int = 0,
+    *,
+    keys: str | Iterable[str] | None = None,
+    whole: bool = False,
 ) -> list[Choice]:
     """The best states for a question; `MemoryStore.choose` says what the arguments are.
 
@@ -63,21 +74,38 @@ def choose(
         raise ValueError(f"k is how many states are wanted, 1 at least, got {k!r}.")
     if type(shortlist) is not int or (shortlist and shortlist < k):
         raise ValueError(f"shortlist is 0, or at least k, how many states are wanted ({k}), got {shortlist!r}.")
-    k = min(max(k, shortlist), 2**32)  # SQLite knows no larger numbers than 2**63
+    k = min(max(k, shortlist), _ALL)
     check_text("The query", query)
-    values = {"fingerprint": fingerprint, "source": source}
+    check_kind("keys", keys, Iterable | None, "a list of keys")
+    if keys is not None:
+        keys = json.dumps([keys] if isinstance(keys, str) else list(keys))
+    values = {"fingerprint": fingerprint, "source": source, "keys": keys}
+    looked_at = _ALL if whole else k
     near = None if embedding is None else cosines(index, embedding, query, _STATES, values)
     with index.reading() as connection:
         if near is None:
-            scores = _by_words(connection, query, k, values)
+            scores = _by_words(connection, query, looked_at, values)
         else:
             words = _by_words(connection, query, max(k, _BY_WORDS), values)
-            scores = _with_words(*near, words, k)
+            scores = _with_words(*near, words, looked_at)
         if not scores:
             _check_states(connection, fingerprint)
-        place = "states.id = ? AND (? IS NULL OR source = ?)"
-        found = [next(select(connection, place, (state, source, source)), None) for state in scores]
-    return [Choice(entry, score) for entry, score in zip(found, scores.values(), strict=True) if entry is not None]
+        counts = whole_in(connection) if whole else None
+        return list(itertools.islice(_choices(connection, scores, source, counts), k))
+
+
+def _choices(
+    connection: sqlite3.Connection,
+    scores: dict[int, float],
+    source: str | None,
+    counts: Callable[[Entry], bool] | None,
+) -> Iterator[Choice]:
+    """States with the first of their places that counts (None: each does), if one does."""
+    for state, score in scores.items():
+        places = select(connection, "states.id = ? AND (? IS NULL OR source = ?)", (state, source, source))
+        entry = next(filter(counts, places), None)
+        if entry is not None:
+            yield Choice(entry, score)
 
 
 def match_any(query: str) -> str | None:

@@ -20,9 +20,9 @@ from gradmem_adapter.store.claims import Claims
 from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
-from gradmem_adapter.store.index import Index, entries_of, places_of, select
+from gradmem_adapter.store.index import Index, entries_of, places_of
 from gradmem_adapter.store.likelihood import by_likelihood
-from gradmem_adapter.store.whole import Document, of_segments, whole_documents
+from gradmem_adapter.store.whole import of_segments, whole_in
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.state_file import MemoryStateError
@@ -273,6 +273,8 @@ class MemoryStore:
         k: int = 4,
         *,
         source: str | None = None,
+        keys: str | Iterable[str] | None = None,
+        whole: bool = False,
         embedding: Embedding | None = None,
         shortlist: int = 0,
     ) -> list[Choice]:
@@ -286,6 +288,9 @@ class MemoryStore:
             query (`str`): the question.
             k (`int`, *optional*, defaults to `4`): how many states at most.
             source (`str`, *optional*): only states of this source.
+            keys (`str` or `Iterable[str]`, *optional*): only these states.
+            whole (`bool`, *optional*, defaults to `False`): only states of texts that are stored to their ends, as
+                `is_whole` has it.
             embedding (`Embedding`, *optional*): what the meaning of texts counts by, beside their words. Its vectors
                 are kept in the index; texts that have none yet are embedded first.
             shortlist (`int`, *optional*, defaults to `0`): of so many of the best it counts, too, how well each state
@@ -302,7 +307,7 @@ class MemoryStore:
         """
         check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
         fingerprint = pipeline.model.fingerprint()
-        found = choose(self.index, fingerprint, query, k, source, embedding, shortlist)
+        found = choose(self.index, fingerprint, query, k, source, embedding, shortlist, keys=keys, whole=whole)
         return by_likelihood(pipeline, query, found, self.get)[:k] if shortlist else found
 
     def is_whole(self, entry: Entry) -> bool:
@@ -312,11 +317,8 @@ class MemoryStore:
             entry (`Entry`): one whose metadata have the number of `segments`; others are taken for whole texts.
         """
         check_kind("entry", entry, Entry, "an Entry, as entries() gives them")
-        document = Document.of(entry)
-        if document.source is None or document.segments is None:
-            return True
         with self.index.reading() as connection:
-            return document in whole_documents(select(connection, "source = ?", (document.source,)))
+            return whole_in(connection)(entry)
 
     def exists(self) -> bool:
         """Whether there is a store in the directory, if only an empty or a damaged one."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from gradmem_adapter.segments import Segment
 from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.index import select
 from gradmem_adapter.utils.kinds import check_kind
 
 
@@ -72,6 +75,24 @@ def whole_documents(entries: Iterable[Entry]) -> dict[Document, list[Entry]]:
                 continue
         whole[document] = group
     return dict(sorted(whole.items(), key=lambda one: max(map(_written, one[1]))))
+
+
+def whole_in(connection: sqlite3.Connection) -> Callable[[Entry], bool]:
+    """Whoever tells of entries whether their documents are stored to their ends; each source is read once.
+
+    Args:
+        connection (`Connection`): to the index.
+    """
+
+    @cache
+    def documents(source: str) -> Collection[Document]:
+        return set(whole_documents(select(connection, "source = ?", (source,))))
+
+    def is_whole(entry: Entry) -> bool:
+        document = Document.of(entry)
+        return document.source is None or document.segments is None or document in documents(document.source)
+
+    return is_whole
 
 
 def _where(entry: Entry) -> object:

@@ -8,7 +8,7 @@ from asking import written
 from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import MemoryStore
-from gradmem_adapter.serve import Tenants, store_of, unseen
+from gradmem_adapter.serve import Limits, Tenants, store_of, unseen
 
 KEY = "a" * 16
 ANNA = {"Authorization": f"Bearer {KEY}"}
@@ -95,3 +95,23 @@ def test_a_source_that_was_written_again_is_what_was_written_last(client, pipeli
     answer = client.post("/v1/completions", json=asked).json()
     places = {(segment["start"], segment["end"]) for segment in found["segments"]}
     assert {(place["start"], place["end"]) for place in answer["memory"]} <= places
+
+
+def test_a_text_that_is_half_written_hides_no_memory(client, pipeline, store):
+    parts = [f"w1 w2 w3 w{i}" for i in (4, 5, 6, 7)]
+    places = [(12 * i, 12 * i + 11) for i in range(4)]
+    store.add(pipeline, parts, sources="part", offsets=places, metadata=[{"segments": 9}] * 4)
+    identity = written(client, "w1 w8 w9 w10 w11 w12")["id"]
+    answer = client.post("/v1/completions", json={"model": "gradmem", "prompt": "w1 w2 w3", "memory": "auto"}).json()
+    assert [place["id"] for place in answer["memory"]] == [identity]
+
+
+def test_of_many_segments_those_of_the_memory_are_read(client, pipeline, store):
+    text = " ".join(f"w1 w2 w3 w{i}." for i in range(4, 34))
+    for again in (text, f"w1. {text}"):
+        store.add_document(pipeline, again, source="notes.txt")
+    memory = client.get("/v1/memories/notes.txt").json()
+    asked = {"model": "gradmem", "prompt": "w1", "memory": ["notes.txt"]}
+    places = client.post("/v1/completions", json=asked).json()["memory"]
+    assert len(places) == Limits().states < len(memory["segments"])
+    assert {place["start"] for place in places} <= {segment["start"] for segment in memory["segments"]}

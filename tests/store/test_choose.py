@@ -231,3 +231,30 @@ class TestRefusals:
         MemoryStore(store.path).add(pipeline, PASSAGES)
         assert store.choose(pipeline, "heron")
         assert {entry.key: entry.written for entry in store.entries()} == written
+
+
+class TestOfWholeTexts:
+    @pytest.fixture
+    def halved(self, store, pipeline):
+        """Four of nine segments of a document, which a question fits best, and the same in part in whole texts."""
+        parts = ["heron one", "heron two", "heron three", "heron four"]
+        places = [(i, i + 1) for i in range(4)]
+        store.add(pipeline, parts, sources="a part", offsets=places, metadata=[{"segments": 9}] * 4)
+        store.add(pipeline, ["heron two", "heron, after a longer text"], sources=["b", "c"])
+        return store
+
+    @pytest.mark.parametrize("how", [{}, {"embedding": letters([])}])
+    def test_what_is_not_whole_takes_nobodys_place(self, halved, pipeline, how):
+        assert {one.entry.source for one in halved.choose(pipeline, "heron", 4, **how)} == {"a part"}
+        chosen = halved.choose(pipeline, "heron", 2, whole=True, **how)
+        assert [one.entry.source for one in chosen] == ["b", "c"]
+        assert all(halved.is_whole(one.entry) for one in chosen)
+        assert len(halved.choose(pipeline, "heron", 1, whole=True, **how)) == 1
+
+    def test_of_keys(self, halved, pipeline):
+        two = {entry.key for entry in halved.entries("a part") if entry.text in ("heron two", "heron four")}
+        for how in ({}, {"embedding": letters([])}):
+            assert {one.entry.key for one in halved.choose(pipeline, "heron", keys=two, **how)} == two
+        assert [one.entry.key for one in halved.choose(pipeline, "heron", keys=min(two))] == [min(two)]
+        (one,) = halved.choose(pipeline, "heron", keys=two, whole=True)
+        assert one.entry.source == "b"
