@@ -62,10 +62,11 @@ class Reads:
         self.pipeline, self.memories, self.limits, self.metrics = pipeline, memories, limits, metrics
         self._batcher = Batcher(begins=metrics.batch.observe)
         self._calls: set[Call] = set()
+        """That are being answered or wait. Threads end them, and metrics are counted by another: nothing but single
+        operations of the set, which are whole."""
 
     def __len__(self) -> int:
         """How many prompts are being answered or wait."""
-        self._calls = {call for call in self._calls if not call.tokens.done()}
         return len(self._calls)
 
     def check_room(self, prompts: int) -> None:
@@ -105,6 +106,7 @@ class Reads:
 
     def _submit(self, call: Call) -> None:
         self._calls.add(call)
+        call.tokens.add_done_callback(lambda _: self._calls.discard(call))
         if call.by_engine:
             # A thread of its own, which the end of the server does not wait for: an engine may be silent for long.
             threading.Thread(target=answer, args=([call],), name="gradmem-engine", daemon=True).start()
@@ -132,10 +134,10 @@ class Reads:
             loop.call_soon_threadsafe(grown.put_nowait, tokens)
 
         call.progress = put
-        call.tokens.add_done_callback(lambda _: put(None))
         sent = 0
         try:
             self._submit(call)
+            call.tokens.add_done_callback(lambda _: put(None))  # last: who has the whole answer is no longer counted
             while (tokens := await grown.get()) is not None:
                 text = settled(Answer.of(self.pipeline, tokens, call.options.stops).text, call.options.stops)
                 if len(text) > sent:
@@ -156,7 +158,7 @@ class Reads:
 
     def close(self) -> None:
         """End all answers with their next tokens."""
-        for call in self._calls:
+        for call in list(self._calls):
             call.cancel()
 
 
