@@ -48,10 +48,9 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
     with claimed(output / RECIPE, config.fields(), PartialState(cpu=device.type == "cpu")):
         model, tokenizer = build_model(config)
         data = training_batches(config, tokenizer)
-        if isinstance(data, RowBatches) and isinstance(model, PeftModel):
-            model.active_peft_config.trained_length = data.longest_context
-            if any(getattr(task, name, 0) for task in config.tasks for name in ("unanswerable", "removed")):
-                model.active_peft_config.refusal = REFUSAL
+        refuses = any(getattr(task, name, 0) for task in config.tasks for name in ("unanswerable", "removed"))
+        if refuses and isinstance(model, PeftModel):
+            model.active_peft_config.refusal = REFUSAL
         trainer = GradMemTrainer(
             model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[LearningCurve(output / CURVE)],
             teacher=load_teacher(config, torch.bfloat16 if arguments.bf16 else torch.float32),

@@ -3,6 +3,8 @@
 Importing this package makes "GRADMEM" a PEFT method (arXiv 2603.13875).
 """
 
+import warnings
+
 from gradmem_adapter import compat
 from gradmem_adapter.backbones import SMOLLM2, load_backbone
 from gradmem_adapter.card import Card
@@ -25,6 +27,8 @@ from gradmem_adapter.write.options import Study, WriteOptions
 __version__ = "0.1.0"
 
 register()
+# PEFT asks each model of Transformers by an old name; who reads the warning cannot do anything about it.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 __all__ = [

@@ -126,8 +126,9 @@ def _print_rows(rows: Sequence[dict[str, Any]], figures: dict[str, Any], as_json
         typer.echo("There is nothing in it.")
 
 
-def _in_words(value: str | int) -> str:
-    return f"{value:,}" if isinstance(value, int) else value
+def _in_words(value: str | int | None) -> str:
+    """A cell; `None` is the source of texts that were written without one."""
+    return "(without a source)" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 
 def _print_numbers(figures: dict[str, Any], as_json: bool) -> None:

@@ -145,7 +145,6 @@ class TrainConfig:
             model, tokenizer = load_checkpoint(self.checkpoint, backbone=self.backbone, is_trainable=True)
             config = model.active_peft_config
             config.trained_length = max(config.trained_length or 0, _longest(contexts, tokenizer))
-            config.score_calibration = None  # of the weights as they were
             return model, tokenizer
         backbone, tokenizer = load_backbone(self.backbone or SMOLLM2)
         query_format = "text" if tokenizer.chat_template is None else "chat"

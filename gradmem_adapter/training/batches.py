@@ -175,6 +175,11 @@ class RowBatches(Batches):
         """Tokens of the longest bucket that has contexts."""
         return max(pool.length for pool in self.pools)
 
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the longest context."""
+        return max(int(pool.lengths.max()) for pool in self.pools)
+
     def batch_size(self, pool: Pool, side_by_side: int) -> int:
         """The contexts of a batch."""
         most = self.contexts if self.tokens is None else min(self.tokens // pool.length, self.contexts)

@@ -158,6 +158,10 @@ class GradMemTrainer(EvaluatingTrainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir!r}.")
         self._good = resume_from_checkpoint or None
+        if self.config is not None:
+            self.config.score_calibration = None  # of the weights as they were
+            if isinstance(self.train_dataset, RowBatches):
+                self._record_length(self.train_dataset.trained_length)
         self._sums = Sums(self.args.device)
         self._finite = torch.tensor([True, True], device=self.args.device)
         if torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -196,12 +200,20 @@ class GradMemTrainer(EvaluatingTrainer):
             batches = [self.train_dataset.batch(first + i, device) for i in range(num_batches)]
         else:
             batches = list(islice(epoch_iterator, num_batches))
+            for batch in batches:
+                if "context_attention_mask" in batch:
+                    self._record_length(int(batch["context_attention_mask"].sum(1).max()))
         counts = [torch.stack(count(batch, device)) for batch in batches]
         total = torch.stack(counts).sum(0) if counts else torch.zeros(2, dtype=torch.long, device=device)
         if self.args.average_tokens_across_devices:
             total = self.accelerator.gather(total[None]).sum(0)
         self._window = Count(*total)
         return batches, self._window.tokens
+
+    def _record_length(self, tokens: int) -> None:
+        """Let the adapter say how long a context it was trained to write."""
+        if self.config is not None:
+            self.config.trained_length = max(self.config.trained_length or 0, tokens)
 
     def write_steps(self) -> int:
         """K of the current optimizer step, the same in all its micro-batches and processes, and in a resumed run."""

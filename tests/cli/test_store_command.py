@@ -6,6 +6,7 @@ import pytest
 from commands import invoke
 from tiny import tiny_text
 
+from gradmem_adapter import GradMemPipeline, load_checkpoint
 from gradmem_adapter.store import MemoryStore
 
 
@@ -45,6 +46,14 @@ def test_list(memory):
     ]
     assert "[b].txt" in table
     assert ("bytes" in table, "nbytes" in table, f" {sizes['a.txt']:,} " in table) == (True, False, True)
+
+
+def test_texts_without_a_source_are_listed(memory, checkpoint):
+    """As LangChain's store keeps them."""
+    memory.add(GradMemPipeline(*load_checkpoint(checkpoint)), "w5 w6")
+    table, figures = store("list")
+    assert figures["sources"][0]["source"] is None
+    assert "(without a source)" in table
 
 
 def test_show(memory):

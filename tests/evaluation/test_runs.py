@@ -126,7 +126,7 @@ def test_a_run_with_a_teacher(folder, tmp_path):
     made = RunConfig.of(fields | {"teacher": str(path), "init_from": str(path)})
     model, _, saved = load_model(train(made, tmp_path / "student", CPU))
     assert saved.teacher == str(path)
-    assert model.active_peft_config.trained_length == 16
+    assert model.active_peft_config.trained_length == 14
     curve = [json.loads(line) for line in (tmp_path / "student" / "learning_curve.jsonl").read_text().splitlines()]
     assert [line["step"] for line in curve] == [2, 4, 6, 6]
     assert all(line["distillation_loss"] > 0 for line in curve[:3])

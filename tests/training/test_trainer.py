@@ -144,6 +144,17 @@ class TestLoss:
         assert entry["memory_grad_norm"] == pytest.approx(slots.norm().item(), rel=1e-4)
         assert "write_lr" not in entry
 
+    @pytest.mark.parametrize("batches", [False, True])
+    def test_the_adapter_says_what_it_was_trained_on(self, tmp_path, batches):
+        """Of an adapter that was calibrated before, whose weights are others now."""
+        model, train = make(score_calibration=(1.0, 0.0), trained_length=3), rows(4)
+        if batches:
+            train = RowBatches(train, GradMemCollator(tiny_tokenizer()), buckets=[16], contexts=4)
+        trainer(model, tmp_path, train).train()
+        config = model.active_peft_config
+        longest = max(len(tiny_tokenizer()(row["context"])["input_ids"]) for row in rows(4))
+        assert (config.trained_length, config.score_calibration) == (longest, None)
+
     def test_logs_the_learned_write_lr(self, tmp_path):
         run = trainer(make(learn_write_lr="scalar"), tmp_path, rows(2), max_steps=1)
         run.train()
