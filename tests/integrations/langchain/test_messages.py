@@ -3,6 +3,7 @@
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_gradmem import ChatGradMem, TurnMemory
+from langchain_gradmem.requests import request_of
 from tiny_pipeline import tiny_pipeline
 
 
@@ -50,6 +51,10 @@ RULES = {
 }
 
 
+def asked(chat, messages):
+    return request_of(messages, None, chat.pipeline, chat.store, chat.max_states)
+
+
 class TestSystemRole:
     """Templates without a system role, or with one at the beginning alone, are what most open models have."""
 
@@ -68,7 +73,7 @@ class TestSystemRole:
         ],
     )
     def test_their_text_is_kept(self, chat, messages):
-        shown = chat.pipeline.format_query(chat._ask(messages, None, {}).request.chat)[0]
+        shown = chat.pipeline.format_query(asked(chat, messages).chat)[0]
         assert all(message.content in shown for message in messages)
 
     def test_a_part_of_a_conversation_is_counted(self, chat):
@@ -82,7 +87,7 @@ class TestSystemRole:
 
     def test_a_carrier_without_a_notice_is_not_shown(self, chat, turn):
         memory = TurnMemory.from_chat(chat, max_turns=1, keep_turns=1, notice="")
-        request = chat._ask(memory.shown([*turn(0), *turn(1), HumanMessage("w1")]), None, {}).request
+        request = asked(chat, memory.shown([*turn(0), *turn(1), HumanMessage("w1")]))
         assert [entry["role"] for entry in request.chat] == ["user"]
         assert len(request.states) == 1
 
