@@ -177,11 +177,24 @@ def _write(
             counts = written if _overlap(places[-len(segments) :]) else ""
             warnings.warn(
                 f"{document.source} has {tokens:,} tokens, and the adapter was trained on texts of up to {trained:,}: "
-                f"it is written in {len(segments):,} segments, of two tokens for each vector{counts}. --state keeps "
-                "them; gradmem write --store also keeps their places.",
+                f"it is written in {len(segments):,} segments of up to {config.segment_tokens:,}{counts}. --state "
+                "keeps them; gradmem write --store also keeps their places.",
                 stacklevel=2,
             )
+    if config.refusal is None:
+        _check_room(pipeline, len(texts))
     return pipeline.write_many(texts, steps=steps), places
+
+
+def _check_room(pipeline: GradMemPipeline, states: int) -> None:
+    """Raise before the work if so many states, which are read side by side, leave no place for a question."""
+    most, vectors = pipeline.model.positions, states * pipeline.model.prefix_length
+    if most is not None and vectors >= most:
+        raise ValueError(
+            f"The texts would be {counted(states, 'state')} of {counted(vectors, 'position')}, and the model has "
+            f"{most:,} for these and a question: an adapter that was not trained to refuse reads all states side by "
+            "side. Write them into a store, and ask a few states at a time: gradmem write --store, gradmem ask --store."
+        )
 
 
 def _overlap(places: Sequence[dict[str, Any]]) -> bool:

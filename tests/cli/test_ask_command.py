@@ -150,7 +150,7 @@ def test_tokens_that_segments_repeat_are_named(backbone, tmp_path):
     assert result.exit_code == 0, result.output
     said = " ".join(result.stderr.split())
     assert "long.txt has 70 tokens, and the adapter was trained on texts of up to 16: it is written in " in said
-    assert f"two tokens for each vector and {tokens} in all, with what segments repeat of each other. --state" in said
+    assert f"segments of up to 16 and {tokens} in all, with what segments repeat of each other. --state" in said
     assert f"{tokens} tokens, with what segments repeat of each other, in " in result.stdout
 
 
@@ -168,6 +168,16 @@ def test_a_text_beyond_the_trained_length_is_written_in_segments(refuses, tmp_pa
     best = segments[scores.index(max(scores))]
     assert (source["start"], source["end"]) == (best.start, best.end)
     assert printed["answers"][0]["support"] == pytest.approx(max(scores))
+
+
+def test_more_states_than_the_model_has_positions_for_are_refused_before_they_are_written(checkpoint, tmp_path):
+    model, tokenizer = load_checkpoint(checkpoint)
+    model.active_peft_config.refusal, model.active_peft_config.trained_length = None, 6
+    save_checkpoint(model, tokenizer, tmp_path / "other")
+    (tmp_path / "long.txt").write_text(tiny_text(400))
+    result = ask("w1 w2", "--text", tmp_path / "long.txt", "--checkpoint", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "reads all states side by side. Write them into a store" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("refusal", ["w7", None])
