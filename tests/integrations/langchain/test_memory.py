@@ -2,6 +2,7 @@
 
 import pytest
 from langchain_classic.chains import LLMChain
+from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_gradmem import references_of
 from langchain_gradmem.memory import GradMemConversationMemory
@@ -26,6 +27,14 @@ class TestClassic:
         await kept.asave_context({"question": "w1"}, {"text": "w2"})
         assert [m.content for m in (await kept.aload_memory_variables({}))["history"]] == ["w1", "w2"]
         await kept.aclear()
+
+    def test_a_named_session_around_another_history_is_forgotten(self, memory):
+        kept = GradMemConversationMemory(memory=memory, history=InMemoryChatMessageHistory(), session_id="1")
+        for i in range(6):
+            kept.save_context({"question": f"w{i}"}, {"text": "w2"})
+        assert list(memory.store.yield_keys())
+        kept.clear()
+        assert list(memory.store.yield_keys()) == []
 
     def test_what_is_to_be_remembered_must_be_clear(self, memory):
         kept = GradMemConversationMemory(memory=memory)
