@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.card import Card
-from gradmem_adapter.checkpoint import save_checkpoint
+from gradmem_adapter.checkpoint import OWN, save_checkpoint
+from gradmem_adapter.utils.directory import CARD
 
 
 def push_to_hub(
@@ -26,11 +27,13 @@ def push_to_hub(
 ) -> str:
     """Save as `save_checkpoint` does, on the hub, from where `load_checkpoint(repo_id)` opens it.
 
+    A checkpoint that is there is replaced: what this one has no more of it goes, and other files stay.
+
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         repo_id (`str`): the repository, `owner/name`, which is made where there is none.
-        card (`Card`, *optional*): what the model card says of data, results and licence.
+        card (`Card`, *optional*): what the model card says of data, results and licence. One that is there stays.
         private (`bool`, *optional*): of a new repository; None: as its owner has it.
         token (`str`, *optional*): of the hub; None: the one of `hf auth login`.
         commit_message (`str`, *optional*): what the history says.
@@ -43,4 +46,11 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
         save_checkpoint(model, tokenizer, directory, card=replace(card or Card(), name=repo_id))
-        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message))
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            commit_message=commit_message,
+            ignore_patterns=[CARD] if CARD in api.list_repo_files(repo_id) else None,
+            delete_patterns=[pattern for name in OWN for pattern in (name, f"{name}/*")],
+        )
+        return str(commit)

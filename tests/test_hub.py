@@ -39,8 +39,13 @@ def hub(monkeypatch):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "deletedFile":
+                    del files[line["value"]["path"]]
             address = f"https://huggingface.co/owner/mine/commit/{'0' * 40}"
             return httpx.Response(200, json={"commitUrl": address, "commitOid": "0" * 40})
+        if path == "/api/models/owner/mine/tree/main":
+            listed = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in files]
+            return httpx.Response(200, json=listed)
         return httpx.Response(404)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -105,11 +110,30 @@ def test_a_checkpoint_goes_to_the_hub(hub, tmp_path):
     address = push_to_hub(model, tiny_tokenizer(), "owner/mine", card=Card(license="apache-2.0"), token="hf_x")
     assert address.endswith("0" * 40)
     assert b'load_checkpoint("owner/mine")' in hub["README.md"]
-    for name, content in hub.items():
-        (tmp_path / name).write_bytes(content)
-    loaded, _ = load_checkpoint(tmp_path, backbone=tiny())
+    loaded, _ = load_checkpoint(downloaded(hub, tmp_path), backbone=tiny())
     tokens = {"input_ids": torch.tensor([[1, 2, 3]])}
     assert torch.allclose(loaded.write(**tokens).vectors, model.write(**tokens).vectors, atol=1e-5)
+
+
+def test_the_next_one_replaces_what_is_there(hub, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    push_to_hub(adapter(train_backbone=True, lora_config=None), tokenizer, "owner/mine", token="hf_x")
+    assert {"chat_template.jinja", "backbone/config.json"} <= set(hub)
+    hub |= {"README.md": b"My own words.", "notes/backbone/plan.txt": b"mine"}
+    tokenizer.chat_template = None
+    push_to_hub(adapter(), tokenizer, "owner/mine", card=Card(license="mit"), token="hf_x")
+    assert [name for name in hub if "backbone" in name or "chat" in name] == ["notes/backbone/plan.txt"]
+    assert hub["README.md"] == b"My own words."
+    load_checkpoint(downloaded(hub, tmp_path), backbone=tiny())
+
+
+def downloaded(hub, folder):
+    """The files of a repository in a folder."""
+    for name, content in hub.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def test_the_trainer_pushes_with_what_it_measured(hub, tmp_path):
