@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmem_adapter.outputs import Fidelity, WriteProgress
-from gradmem_adapter.state import MemoryState, check_readable
+from gradmem_adapter.state import MemoryState, check_readable, check_state
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.kinds import check_kind
@@ -100,9 +100,31 @@ class WritingModel(GradMemTuner):
         """
         options = WriteOptions.of(options, **fields)
         check_token_types(token_type_ids)
-        context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
+        context = self._contexts_behind(initial, input_ids, attention_mask)
+        if initial is not None:
+            self._check_rates(initial, options)
         self._check_conditions(context.input_ids.shape[1])
         return self._write(context, options, initial, callback, strict)
+
+    def _contexts_behind(self, memory: MemoryState | None, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
+        """Checked contexts, for which there are positions behind memory; `None`: behind the adapter's slots."""
+        taken = self.prefix_length
+        if memory is not None:
+            check_state("memory", memory)
+            taken = self._writer.prefix_length(memory.num_memory_tokens)
+        return Context.from_tokens(input_ids, attention_mask, self.model, taken)
+
+    def _check_rates(self, memory: MemoryState, options: WriteOptions) -> None:
+        """Raise where states have vectors that there is no learned write learning rate for."""
+        config, vectors = self.peft_config[self._adapter], memory.num_memory_tokens
+        steps = config.write_steps if options.steps is None else options.steps
+        own = options.objective == "reconstruction" and options.lr is None and steps > 0
+        if own and config.learn_write_lr == "per_element" and vectors != config.num_memory_tokens:
+            raise ValueError(
+                f"The state has {counted(vectors, 'vector')}, and the adapter has learned a write learning rate for "
+                f"each element of {config.num_memory_tokens}. Go on from states first, and put them side by side then; "
+                "or pass lr."
+            )
 
     def _check_conditions(self, length: int) -> None:
         """Warn of contexts that are longer than the adapter was trained for, and of dropout."""
@@ -156,7 +178,8 @@ class WritingModel(GradMemTuner):
         budget = Budget.of(self.model)
         compiled = options.compile is True
         plans = budget.plans(batch, length, options.max_memory, compiled)
-        with self._fast_writes.of(writer, context, options.compile) as pass_of:
+        vectors = writer.config.num_memory_tokens if start is None else start.shape[1]
+        with self._fast_writes.of(writer, context, vectors, options.compile) as pass_of:
             run = BoundedPass(budget, plans, pass_of, compiled)
             written = write_contexts(writer, context, options, start, callback, run, more, plans[0].rows)
             memory, losses, diverged = written
@@ -197,9 +220,10 @@ class WritingModel(GradMemTuner):
                 "objective='self_study' writes each text into a state of its own. Write the new text so, and join both "
                 "states with MemoryState.concat."
             )
-        context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
+        context = self._contexts_behind(memory, input_ids, attention_mask)
         vectors = self._vectors(memory, strict)
         _check_one_each(context, "text", vectors)
+        self._check_rates(memory, options)
         known, config = memory.context_tokens.to(context.lengths.device), self.peft_config[self._adapter]
         if config.start != "slots" and memory.num_memory_tokens != config.num_memory_tokens:
             raise ValueError(
@@ -297,19 +321,32 @@ class WritingModel(GradMemTuner):
 
         Args:
             memory (`MemoryState`): B states.
-            max_new_tokens (`int`, *optional*): how many tokens. `None`: those of the longest context, as far as the
-                backbone has positions.
+            max_new_tokens (`int`, *optional*): how many tokens, as far as the backbone has positions. `None`: those of
+                the longest context, as far as it has.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
             callback (`Callable`, *optional*): given the token ids `[B]` of each place as soon as they are decoded.
 
         Returns:
             `Tensor`: `[B, max_new_tokens]` token ids; those of sample i count up to `memory.context_tokens[i]`.
+
+        Raises:
+            ValueError: a negative number of tokens, more than the backbone has positions for behind memory, or a state
+                that leaves none.
         """
         vectors = self._vectors(memory, strict)
+        most = self._writer.longest_context(memory.num_memory_tokens)
+        if most is not None and most < 1:
+            raise ValueError(
+                f"The state has {counted(memory.num_memory_tokens, 'vector')}, and the model has {self.positions} "
+                "positions: none is left for a token. Reconstruct states one by one."
+            )
         if max_new_tokens is None:
-            counts = (int(memory.context_tokens.max()), self._writer.longest_context)
-            max_new_tokens = min(count for count in counts if count is not None)
+            longest = int(memory.context_tokens.max())
+            max_new_tokens = longest if most is None else min(longest, most)
         check_kind("max_new_tokens", max_new_tokens, SupportsIndex, "a number of tokens")
+        if max_new_tokens < 0 or (most is not None and max_new_tokens > most):
+            allowed = "from 0" if most is None else f"from 0 to {most}, what memory leaves of the model's positions"
+            raise ValueError(f"max_new_tokens must be {allowed}; got {max_new_tokens}.")
         return reconstruct(self._writer, vectors, max_new_tokens, callback)
 
     @of_one_adapter
@@ -335,7 +372,7 @@ class WritingModel(GradMemTuner):
             `Fidelity`: shares `[B]` of tokens that come back, decoded greedily and given the true tokens before them.
         """
         check_token_types(token_type_ids)
-        context = Context.from_tokens(input_ids, attention_mask, self.model, self.prefix_length)
+        context = self._contexts_behind(memory, input_ids, attention_mask)
         vectors = self._vectors(memory, strict)
         _check_one_each(context, "context", vectors)
         return fidelity(self._writer, vectors, context)

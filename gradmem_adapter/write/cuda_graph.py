@@ -88,11 +88,12 @@ class FastPass:
         self.graphs: GraphPool[Callable[[Tensor, Context], Pass]] | None = GraphPool(device) if graphed else None
 
     def __call__(self, plan: Plan, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
-        bucket = Bucket.of(context, self.writer.longest_context)
+        vectors = memory.shape[1]
+        bucket = Bucket.of(context, self.writer.longest_context(vectors))
         if self.graphs is not None and plan.recomputed == 0 and launch_bound(self.writer.backbone, math.prod(bucket)):
             padded = bucket.pad(memory, context)
             wanted = gradient, recovered
-            launch = self.graphs.get((bucket, wanted), lambda pool: self._capture(pool, *padded, *wanted))
+            launch = self.graphs.get((bucket, vectors, wanted), lambda pool: self._capture(pool, *padded, *wanted))
             if launch is not None:
                 return self._own(launch(*padded), len(memory))
         return write_pass(plan.of(self.writer), memory, context, gradient, recovered)

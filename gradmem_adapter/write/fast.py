@@ -28,12 +28,13 @@ COMPILE_SECONDS = 20.0
 after it, that takes at most twice the time of whoever had known beforehand."""
 
 
-def unsuited(writer: Writer, context: Context) -> str | None:
+def unsuited(writer: Writer, context: Context, vectors: int) -> str | None:
     """Why a fast pass could give other numbers than the plain one, or `None`.
 
     Args:
         writer (`Writer`): the model.
         context (`Context`): what is to be written.
+        vectors (`int`): m, those of the memory that it is written into.
     """
     backbone = writer.backbone
     if backbone.training:
@@ -42,7 +43,7 @@ def unsuited(writer: Writer, context: Context) -> str | None:
         return "a module's forward has been replaced (offloading and device maps do that)"
     if on_several_devices(backbone):
         return "the model is on several devices"
-    places = context.input_ids.shape[1] + writer.config.prefix_length
+    places = writer.prefix_length(vectors) + context.input_ids.shape[1]
     if (window := min(attention_windows(backbone), default=places)) < places:
         return f"the contexts are longer than the model's attention window of {window:,} tokens"
     return None
@@ -70,12 +71,15 @@ class FastWrites:
         self._fast: FastPass | None = None
 
     @contextmanager
-    def of(self, writer: Writer, context: Context, compile: bool | str) -> Iterator[Callable[[Plan], RunPass]]:
+    def of(
+        self, writer: Writer, context: Context, vectors: int, compile: bool | str
+    ) -> Iterator[Callable[[Plan], RunPass]]:
         """What chooses the pass for a plan of a batch of contexts; the time that WRITE takes inside is measured.
 
         Args:
             writer (`Writer`): the model.
             context (`Context`): B contexts.
+            vectors (`int`): m, those of the memory that they are written into.
             compile (`bool` or `"auto"`): as in `WriteOptions`.
 
         Raises:
@@ -86,7 +90,7 @@ class FastWrites:
             plain = partial(write_pass, plan.of(writer))
             if compile is False:
                 return plain
-            return self._choose(writer, plan, context.split(plan.rows)[0], compile is True) or plain
+            return self._choose(writer, plan, context.split(plan.rows)[0], vectors, compile is True) or plain
 
         start = time.perf_counter()
         try:
@@ -94,11 +98,11 @@ class FastWrites:
         finally:
             self._seconds += time.perf_counter() - start
 
-    def _choose(self, writer: Writer, plan: Plan, context: Context, demanded: bool) -> RunPass | None:
+    def _choose(self, writer: Writer, plan: Plan, context: Context, vectors: int, demanded: bool) -> RunPass | None:
         cuda = context.input_ids.device.type == "cuda"
         if not (demanded or cuda):
             return None  # on a CPU compiling saves a seventh of the time: not worth the stall unless asked for
-        reason = unsuited(writer, context)
+        reason = unsuited(writer, context, vectors)
         with self._lock:
             key = signature(writer)
             if key != self._key:
@@ -109,7 +113,7 @@ class FastWrites:
                     raise ValueError(f"compile=True cannot be had: {reason}. Use compile='auto' or compile=False.")
                 return None
             compiled = demanded or self._seconds > COMPILE_SECONDS
-            bucket = Bucket.of(context, writer.longest_context)
+            bucket = Bucket.of(context, writer.longest_context(vectors))
             graphed = cuda and not plan.recomputed and launch_bound(writer.backbone, math.prod(bucket))
             again = bucket in self._seen
             self._seen.add(bucket)

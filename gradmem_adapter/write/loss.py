@@ -37,11 +37,22 @@ class Writer:
     config: GradMemConfig
     fused: FusedCrossEntropy | None = None
 
-    @property
-    def longest_context(self) -> int | None:
-        """How many tokens a context may have: what memory leaves of the backbone's positions. `None`: any number."""
+    def prefix_length(self, vectors: int) -> int:
+        """How many positions a memory takes with its control vectors, m + 2c.
+
+        Args:
+            vectors (`int`): m; states side by side have more than the adapter's slots.
+        """
+        return vectors + 2 * self.config.num_control_tokens
+
+    def longest_context(self, vectors: int) -> int | None:
+        """How many tokens a context may have: what memory leaves of the backbone's positions. `None`: any number.
+
+        Args:
+            vectors (`int`): m, those of the memory.
+        """
         positions = max_positions(self.backbone)
-        return None if positions is None else positions - self.config.prefix_length
+        return None if positions is None else positions - self.prefix_length(vectors)
 
     @property
     def trains_head(self) -> bool:

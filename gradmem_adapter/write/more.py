@@ -36,11 +36,14 @@ def more_text(
 
     Returns:
         `[B, m, d]`, and C or C'.
+
+    Raises:
+        ValueError: a start that reads contexts has no positions for M, C and the new vectors.
     """
     slots, own = writer.config.start == "slots", context.lengths
     most = 2 * own if limit is None else torch.full_like(own, limit)
-    if writer.longest_context is not None:
-        most = most.clamp(max=writer.longest_context)
+    if (longest := writer.longest_context(memory.shape[1])) is not None:
+        most = most.clamp(max=longest)
     room = (most - own).clamp(min=0)  # of each row, whatever it is written with
     asked = known.minimum(room) if slots else known.where(known <= room, 0)
     recited = recite(writer, memory, int(asked.max()))

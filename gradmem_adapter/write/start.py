@@ -7,7 +7,8 @@ from torch import Tensor
 
 from gradmem_adapter.lora import write_phase
 from gradmem_adapter.ops.padding import append, part_means
-from gradmem_adapter.utils.backbone import fresh, trunk, uses_checkpointing
+from gradmem_adapter.utils.backbone import fresh, max_positions, trunk, uses_checkpointing
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
@@ -68,8 +69,12 @@ def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context
 
     Returns:
         `Tensor`: `[B, m, d]`.
+
+    Raises:
+        ValueError: [M; C; means; S'] is longer than the model has positions.
     """
     slots = writer.slots.gradmem_memory[writer.adapter].to(memory.dtype)
+    _check_beside(writer, memory.shape[1], len(slots), int(context.lengths.max()))
     before = writer.slots.prefix(memory, "write", writer.adapter)
     started, m = [], len(slots)
     for row, (tokens, length) in enumerate(zip(known.tolist(), context.lengths.tolist(), strict=True)):
@@ -80,6 +85,18 @@ def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context
         begun = _from_context(writer, new, slots[None, kept:], before[row : row + 1], old[:, :kept])
         started.append(torch.cat([old[:, :kept], begun], dim=1))
     return torch.cat(started)
+
+
+def _check_beside(writer: Writer, old: int, new: int, length: int) -> None:
+    longest = writer.longest_context(old)
+    if longest is not None and length + new > longest:
+        raise ValueError(
+            f"A new text has {counted(length, 'token')}, and at most {max(0, longest - new)} are allowed with "
+            f"start={writer.config.start!r} where memory does not recite the old one: old memory, new text and new "
+            f"memory are read together, and the model has {max_positions(writer.backbone)} positions. Split the text "
+            "and update with one part after the other, or write it by itself and join the states with "
+            "MemoryState.concat."
+        )
 
 
 def _from_context(

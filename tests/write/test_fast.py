@@ -5,6 +5,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from functools import partial
 from itertools import product
 
 import pytest
@@ -109,6 +110,26 @@ def test_a_bucket_stays_within_the_models_positions():
     assert Bucket.of(Context(torch.empty(1, 8180), torch.empty(1)), 8184).length == 8184
 
 
+def test_a_bucket_leaves_positions_for_states_side_by_side():
+    """Of 96 positions 24 vectors leave 72; a graph has the shape of its memory."""
+    model, keys = make(), []
+    writer = model.base_model._writer
+    fast = FastPass(writer, compiled=False, graphed=False)
+
+    class Pool:
+        def get(self, key, capture):
+            keys.append(key)
+            return partial(write_pass, writer, gradient=True, recovered=False)
+
+    fast.graphs = Pool()
+    _, context = batch(model, 65)  # a bucket of 128 tokens, were there positions
+    for vectors in (3, 24):
+        fast(Plan(1), torch.zeros(1, vectors, 32), context, True, False)
+    (small, _, _), (large, _, _) = keys
+    assert (small.length, large.length) == (93, 72)
+    assert len(set(keys)) == 2
+
+
 def test_padding_to_a_bucket_changes_nothing():
     model = make()
     memory, context = batch(model, 9, 5, 7)
@@ -166,21 +187,22 @@ def test_models_and_contexts_that_a_fast_pass_does_not_suit():
     model = make(tiny("mistral"))
     context = batch(model, 9, 5)[1]
     writer = model.base_model._writer
-    assert unsuited(writer, context) is None
+    assert unsuited(writer, context, 3) is None
     window = model.config.sliding_window
-    assert "window" in unsuited(writer, batch(model, window)[1])
+    assert "window" in unsuited(writer, batch(model, window)[1], 3)
+    assert "window" in unsuited(writer, context, window)
     with pytest.raises(ValueError, match="compile=True cannot be had: the contexts are longer"):
         model.write(tokens(1, window), compile=True)
     model.write(tokens(1, window))
     model.train()
-    assert "training" in unsuited(writer, context)
+    assert "training" in unsuited(writer, context, 3)
     model.eval()
     layer = model.base_model.model.model.layers[0]
     layer.forward = layer.forward
-    assert "replaced" in unsuited(writer, context)
+    assert "replaced" in unsuited(writer, context, 3)
     del layer.forward
     model.base_model.model.lm_head.to("meta")
-    assert "several devices" in unsuited(writer, context)
+    assert "several devices" in unsuited(writer, context, 3)
 
 
 def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):

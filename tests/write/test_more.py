@@ -146,13 +146,13 @@ def test_texts_share_the_vectors_if_the_old_one_is_not_recited(start, texts, mon
     torch.testing.assert_close(updated.vectors[:1, 3:], expected)
 
 
-@pytest.mark.parametrize(("length", "vectors"), [(3, 3), (20, 8), (50, 11)])
-def test_a_short_text_has_enough_vectors_beside_a_long_one(length, vectors, monkeypatch):
+@pytest.mark.parametrize(("length", "known", "vectors"), [(3, 96, 3), (20, 96, 8), (32, 61, 11)])
+def test_a_short_text_has_enough_vectors_beside_a_long_one(length, known, vectors, monkeypatch):
     """A vector for each token, up to a quarter of all; a longer text has its share by tokens if that is more."""
     monkeypatch.setattr(fidelity, "CONFIDENT", 1.1)
     model = make(start="pooled_context", num_memory_tokens=32, num_control_tokens=0, memory_projection="none")
     state = model.write(tokens(1, 40))
-    full = MemoryState(state.vectors, torch.tensor([96]), state.write_losses, state.fingerprint)
+    full = MemoryState(state.vectors, torch.tensor([known]), state.write_losses, state.fingerprint)
     updated = model.update(full, tokens(1, length, seed=1), steps=0)
     means, _ = part_means(state.vectors, torch.tensor([32]), 32 - vectors)
     torch.testing.assert_close(updated.vectors[:, : 32 - vectors], means)
