@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,35 +131,37 @@ class Memories:
             if tell is not None:
                 tell(_step(numbers, progress))
 
-        def add() -> list[str]:
-            return store.add(
-                self.pipeline,
-                [segment.text for segment in segments],
-                sources=identity,
-                offsets=[(segment.start, segment.end) for segment in segments],
-                metadata=places,
-                options=options,
-                done=written,
-                callback=stepped,
-            )
-
+        add = partial(
+            store.add,
+            self.pipeline,
+            [segment.text for segment in segments],
+            sources=identity,
+            offsets=[(segment.start, segment.end) for segment in segments],
+            options=options,
+            done=written,
+            callback=stepped,
+        )
         if tell is not None:
             cut = [{"start": one.start, "end": one.end, "tokens": one.tokens} for one in segments]
             tell({"object": "memory.begun", "id": identity, "segments": cut})
         with changing_a_store():
             store.check_writable()  # before the work
-            keys = add()
+            keys = add(metadata=places)
         if fidelity and "fidelity" not in places[0]:
-            shares: list[float] = []
-            for begin in range(0, len(segments), _MEASURED_AT_ONCE):
-                check()
-                part = slice(begin, begin + _MEASURED_AT_ONCE)
-                measured = DocumentMemory(segments[part], store.get(keys[part]), "parallel").fidelity(self.pipeline)
-                shares += measured.greedy.tolist()
-            places = [place | {"fidelity": share} for place, share in zip(places, shares, strict=True)]
+            shares = self._fidelity(DocumentMemory(segments, store.get(keys), "parallel"), check)
             with changing_a_store():
-                add()
+                add(metadata=[place | {"fidelity": share} for place, share in zip(places, shares, strict=True)])
         return self.describe(tenant, identity)
+
+    def _fidelity(self, memory: DocumentMemory, check: Callable[[], None]) -> list[float]:
+        """Of each segment."""
+        shares: list[float] = []
+        for begin in range(0, len(memory.segments), _MEASURED_AT_ONCE):
+            check()
+            part = slice(begin, begin + _MEASURED_AT_ONCE)
+            measured = DocumentMemory(memory.segments[part], memory.states[part], "parallel").fidelity(self.pipeline)
+            shares += measured.greedy.tolist()
+        return shares
 
     def describe(self, tenant: str, identity: str, text: bool = False) -> dict[str, Any]:
         """All there is to say of a memory, with its text or not; `ApiError` where the tenant has none of this id."""

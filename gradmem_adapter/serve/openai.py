@@ -79,21 +79,7 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
         reads (`Reads`): who answers.
         model (`str`): the one model's name.
     """
-    router, started = APIRouter(prefix="/v1"), int(time.time())
-    config = reads.pipeline.model.active_peft_config
-    card = {
-        "id": model,
-        "object": "model",
-        "created": started,
-        "owned_by": "gradmem",
-        "memory": {
-            "vectors": config.num_memory_tokens,
-            "write_steps": config.write_steps,
-            "trained_length": config.trained_length,
-            "refusal": config.refusal,
-            "dtype": str(reads.pipeline.model.dtype).removeprefix("torch."),
-        },
-    }
+    router, card = APIRouter(prefix="/v1"), _card(reads, model)
 
     def check_model(name: str) -> None:
         if name != model:
@@ -116,7 +102,7 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
         query = next(one["content"] for one in reversed(messages) if one["role"] == "user")
         check_model(body.model)
         asked = [await run_in_threadpool(reads.ask, tenant, body, messages, query)]
-        return await respond(body, request, asked)
+        return await _respond(reads, model, body, request, asked)
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:
@@ -126,27 +112,49 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
             told = f"A request has at most {most}, and one where its answer is streamed."
             raise ApiError(400, told, param="prompt")
         asked = [await run_in_threadpool(reads.ask, tenant, body, prompt, prompt) for prompt in body.prompt]
-        return await respond(body, request, asked)
-
-    async def respond(body: ChatRequest | CompletionRequest, request: Request, asked: list[Asked]) -> Response:
-        reads.check_room(len(asked))
-        form = _Form.of(isinstance(body, ChatRequest), model)
-        support = _support(asked[0]) if isinstance(body, ChatRequest) and body.support else {}
-        if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(reads, form, asked[0], usage, support)
-            return EventSourceResponse(
-                events, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=reads.limits.grace
-            )
-        answers = await unless_gone(request, reads.answers(asked))
-        choices = [
-            form.choice(i, answer.text, answer) | {"memory": list(places_of(one.found))}
-            for i, (one, answer) in enumerate(zip(asked, answers, strict=True))
-        ]
-        memory = [place for choice in choices for place in choice["memory"]]
-        return JSONResponse(form.body(choices, usage=_usage(asked, answers), memory=memory, **support))
+        return await _respond(reads, model, body, request, asked)
 
     return router
+
+
+def _card(reads: Reads, model: str) -> dict[str, Any]:
+    """What a client is told of the model."""
+    config = reads.pipeline.model.active_peft_config
+    return {
+        "id": model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "gradmem",
+        "memory": {
+            "vectors": config.num_memory_tokens,
+            "write_steps": config.write_steps,
+            "trained_length": config.trained_length,
+            "refusal": config.refusal,
+            "dtype": str(reads.pipeline.model.dtype).removeprefix("torch."),
+        },
+    }
+
+
+async def _respond(
+    reads: Reads, model: str, body: ChatRequest | CompletionRequest, request: Request, asked: list[Asked]
+) -> Response:
+    """The answers to a request, as a stream or at once."""
+    reads.check_room(len(asked))
+    form = _Form.of(isinstance(body, ChatRequest), model)
+    support = _support(asked[0]) if isinstance(body, ChatRequest) and body.support else {}
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        events = _events(reads, form, asked[0], usage, support)
+        return EventSourceResponse(
+            events, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=reads.limits.grace
+        )
+    answers = await unless_gone(request, reads.answers(asked))
+    choices = [
+        form.choice(i, answer.text, answer) | {"memory": list(places_of(one.found))}
+        for i, (one, answer) in enumerate(zip(asked, answers, strict=True))
+    ]
+    memory = [place for choice in choices for place in choice["memory"]]
+    return JSONResponse(form.body(choices, usage=_usage(asked, answers), memory=memory, **support))
 
 
 def _support(asked: Asked) -> dict[str, Any]:

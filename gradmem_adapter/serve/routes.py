@@ -57,6 +57,39 @@ async def _memory_request(request: Request) -> MemoryRequest:
     raise ApiError(415, "Send JSON (application/json) or a form with a file (multipart/form-data).")
 
 
+async def _write(memories: Memories, writes: WriteQueue, limits: Limits, request: Request, tenant: str) -> Response:
+    """The memory of a text, which is written unless it is there; as a stream or at once."""
+    body = await _memory_request(request)
+    if (body.steps or 0) > limits.write_steps:
+        raise ApiError(
+            400,
+            f"A text is written in at most {counted(limits.write_steps, 'write step')} here, got {body.steps:,}.",
+            param="steps",
+        )
+    options = WriteOptions(steps=body.steps, lr=body.lr)
+    identity = await run_in_threadpool(memories.id_of, tenant, body.text, options)
+    found = None
+    with suppress(ApiError, MemoryStateError):  # which it is not, if it is there and whole
+        found = await run_in_threadpool(memories.describe, tenant, identity)
+    key = (tenant, identity, body.fidelity)
+    there = found is not None and (not body.fidelity or found["fidelity"] is not None)
+    if not there:
+        memories.check_cuts()
+        writes.check_room(key)
+
+    async def begin(tell: Tell | None = None) -> dict[str, Any]:
+        if found is not None and there:
+            return found
+        return await writes.run(
+            key, lambda check: memories.write(tenant, body.text, body.name, options, body.fidelity, check, tell)
+        )
+
+    if body.stream:
+        return event_stream(begin, limits.grace)
+    with api_errors():
+        return JSONResponse(await unless_gone(request, begin()))
+
+
 def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> APIRouter:
     """What writes, shows and deletes memories.
 
@@ -69,35 +102,7 @@ def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> API
 
     @router.post("", openapi_extra=_BODY)
     async def write(request: Request, tenant: Tenant) -> Response:
-        body = await _memory_request(request)
-        if (body.steps or 0) > limits.write_steps:
-            raise ApiError(
-                400,
-                f"A text is written in at most {counted(limits.write_steps, 'write step')} here, got {body.steps:,}.",
-                param="steps",
-            )
-        options = WriteOptions(steps=body.steps, lr=body.lr)
-        identity = await run_in_threadpool(memories.id_of, tenant, body.text, options)
-        found = None
-        with suppress(ApiError, MemoryStateError):  # which it is not, if it is there and whole
-            found = await run_in_threadpool(memories.describe, tenant, identity)
-        key = (tenant, identity, body.fidelity)
-        there = found is not None and (not body.fidelity or found["fidelity"] is not None)
-        if not there:
-            memories.check_cuts()
-            writes.check_room(key)
-
-        async def begin(tell: Tell | None = None) -> dict[str, Any]:
-            if found is not None and there:
-                return found
-            return await writes.run(
-                key, lambda check: memories.write(tenant, body.text, body.name, options, body.fidelity, check, tell)
-            )
-
-        if body.stream:
-            return event_stream(begin, limits.grace)
-        with api_errors():
-            return JSONResponse(await unless_gone(request, begin()))
+        return await _write(memories, writes, limits, request, tenant)
 
     @router.get("")
     async def some(
