@@ -72,12 +72,13 @@ class MemoryWriter(BaseModel):
         limits = [limit for limit in (chosen, self.pipeline.max_context_tokens) if limit is not None]
         return min(limits) - len(self.pipeline.tokenizer("")["input_ids"]) if limits else None
 
-    def split(self, text: str, name: str = "The text") -> list[str]:
-        """Parts of a text that memory holds well, as `pipeline.segments` cuts them, without overlap.
+    def split(self, text: str, name: str = "The text", overlap: int | None = None) -> list[str]:
+        """Parts of a text that memory holds well, as `pipeline.segments` cuts them.
 
         Args:
             text (`str`): of any length.
             name (`str`, *optional*, defaults to `"The text"`): what it is called in errors.
+            overlap (`int`, *optional*): as of `pipeline.segments`.
 
         Raises:
             TypeError, ValueError: it is no text, has half a character or a zero byte.
@@ -86,7 +87,7 @@ class MemoryWriter(BaseModel):
         if self.longest is None:
             return [text]
         limit = self.longest + len(self.pipeline.tokenizer("")["input_ids"])
-        return [segment.text for segment in self.pipeline.segments(text, limit, overlap=0)] or [text]
+        return [segment.text for segment in self.pipeline.segments(text, limit, overlap)] or [text]
 
     def join(self, lines: Iterable[str]) -> list[str]:
         """Lines in as few texts as memory holds well. A text is filled line by line, and stays once the next is begun.
@@ -99,7 +100,7 @@ class MemoryWriter(BaseModel):
         pieces = [
             piece
             for line, length in zip(lines, lengths, strict=True)
-            for piece in ([line] if limit is None or length <= limit else self.split(line))
+            for piece in ([line] if limit is None or length <= limit else self.split(line, overlap=0))
         ]
         for piece, length in zip(pieces, self._lengths(pieces), strict=True):
             if texts and (limit is None or length <= room):

@@ -42,7 +42,7 @@ def test_options_are_checked_where_they_are_given(pipeline, options, error, mess
 
 def test_a_text_is_split_into_equal_parts_that_fit(writer):
     text = tiny_text(400)
-    parts = writer.split(text)
+    parts = writer.split(text, overlap=0)
     assert " ".join(parts) == text
     assert [len(part.split()) for part in parts] == [134, 133, 133]  # of 160 positions, 3 are for the memory
     assert writer.split(TEXTS[0]) == TEXTS[:1]
@@ -57,11 +57,11 @@ def test_parts_are_segments_of_the_adapter_s():
     """Neither as long as it was trained for nor as the backbone takes: memory would keep them worse."""
     trained = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=25, trained_length=50))
     small = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=6, trained_length=50))
-    assert [len(part.split()) for part in small.split(tiny_text(24))] == [12, 12]
-    assert [len(part.split()) for part in trained.split(tiny_text(120))] == [50, 35, 35]
+    assert [len(part.split()) for part in small.split(tiny_text(24), overlap=0)] == [12, 12]
+    assert [len(part.split()) for part in trained.split(tiny_text(120), overlap=0)] == [50, 35, 35]
     assert [len(part.split()) for part in trained.join([tiny_text(120)])] == [50, 35, 35]
     chosen = MemoryWriter(pipeline=trained.pipeline, part_tokens=30)
-    assert [len(part.split()) for part in chosen.split(tiny_text(90))] == [30, 30, 30]
+    assert [len(part.split()) for part in chosen.split(tiny_text(90), overlap=0)] == [30, 30, 30]
 
 
 @pytest.mark.parametrize(
