@@ -56,7 +56,8 @@ def study_contexts(
         `Written`: the losses are `SelfStudy.loss`, of other queries in each step, and at last of all.
 
     Raises:
-        ValueError: an adapter that changes how the backbone reads, or a context that is too long to be asked about.
+        ValueError: an adapter that changes how the backbone reads, or a context that is too long to be asked about, or
+            memory to be asked behind.
     """
     config = writer.config
     if config.lora_config is not None or config.memory_projection != "none" or config.num_control_tokens:
@@ -69,6 +70,9 @@ def study_contexts(
     with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode take no part in autograd
         texts = [ids[:length].tolist() for ids, length in zip(context.input_ids, context.lengths, strict=True)]
         needed = steps or options.last_loss
+        if needed:
+            vectors = config.num_memory_tokens if initial is None else initial.shape[1]
+            _check_positions(writer.backbone, max(map(len, texts)), vectors, options.study)
         lessons = [learn(writer, text, options.study) for text in texts] if needed else []
         rate = LR * _size_of_embeddings(writer.backbone) if options.lr is None else options.lr
         if initial is None:
@@ -76,6 +80,35 @@ def study_contexts(
     options = replace(options, steps=steps, optimizer=options.optimizer or "adam")
     rates = [rate * (1 - step / steps) for step in range(steps)]  # to nothing: each step is of other queries
     return write_memory(writer, initial, context, rates, options, callback, SelfStudy(writer, lessons, options.study))
+
+
+def _check_positions(backbone: Any, text: int, vectors: int, study: Study) -> None:
+    """Raise `ValueError` where a question and its answer have no positions behind the longest text, or behind memory.
+
+    Args:
+        backbone (`PreTrainedModel`): the causal LM.
+        text (`int`): N, tokens of the longest context.
+        vectors (`int`): m, those of the memory.
+        study (`Study`): how the model is asked.
+    """
+    positions = max_positions(backbone)
+    if positions is None:
+        return
+    requests, openings = ([len(part) for part in parts] for parts in zip(*study.requests or [((), ())], strict=True))
+    around = len(study.before) + len(study.after) + study.query_tokens + study.answer_tokens
+    longest = max(request + opening for request, opening in zip(requests, openings, strict=True))
+    shown = text + len(study.between) + longest + around
+    # Behind memory nothing is asked where nobody said how, and an answer's last token is not read.
+    read = vectors - 1 + (max(openings) + around if study.requests else study.answer_tokens)
+    for what, needed in (
+        (f"A context has {counted(text, 'token')}", shown),
+        (f"The state has {counted(vectors, 'vector')}", read),
+    ):
+        if needed > positions:
+            raise ValueError(
+                f"{what}. With a question and its answer it takes {needed}, and the model has {positions} positions: "
+                "take a shorter one, or ask for less (Study.query_tokens, Study.answer_tokens)."
+            )
 
 
 class Lesson(NamedTuple):
@@ -158,19 +191,8 @@ def learn(writer: Writer, text: list[int], study: Study) -> list[Lesson]:
         writer (`Writer`): the model.
         text (`list[int]`): the context's tokens.
         study (`Study`): how it is asked.
-
-    Raises:
-        ValueError: the text is too long to be asked about.
     """
     backbone, shown = writer.backbone, [*study.before, *text, *study.between]
-    longest = max(len(request) + len(opening) for request, opening in study.requests or [((), ())])
-    needed = len(shown) + len(study.after) + longest + study.query_tokens + study.answer_tokens
-    positions = max_positions(backbone)
-    if positions is not None and needed > positions:
-        raise ValueError(
-            f"A context has {counted(len(text), 'token')}. With a question and its answer it takes {needed}, and the "
-            f"model has {positions} positions: split it, or ask for less (Study.query_tokens, Study.answer_tokens)."
-        )
     draw = torch.Generator(device_of(backbone)).manual_seed(study.seed)
     if study.requests:
         asked = [study.requests[i % len(study.requests)] for i in range(study.queries)]

@@ -10,7 +10,7 @@ from adapters import lora, make
 from peft import get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer, tokens
 
-from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryStore, Study, WriteOptions
+from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryState, MemoryStore, Study, WriteOptions
 from gradmem_adapter.ops import answers
 from gradmem_adapter.prompts import study_tokens
 from gradmem_adapter.write import self_study
@@ -184,6 +184,26 @@ class TestRefused:
         with pytest.raises(ValueError, match="A context has 80 tokens"):
             write(model(), tokens(1, 80))
         assert len(write(model(), tokens(1, 75), steps=0)) == 1
+
+    def test_one_among_others_before_any_is_studied(self, monkeypatch):
+        monkeypatch.setattr(self_study, "learn", None)
+        mask = torch.ones(2, 80, dtype=torch.long)
+        mask[0, 5:] = 0
+        with pytest.raises(ValueError, match="A context has 80 tokens"):
+            model().write(tokens(2, 80), mask, objective="self_study", study=ASKING)
+
+    @pytest.mark.parametrize(
+        ("study", "most"), [(replace(SMALL, answer_tokens=9), 22), (ASKING, 20)], ids=["continuations", "queries"]
+    )
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    def test_states_side_by_side_too_long_to_be_asked_behind(self, architecture, study, most):
+        """Of 96 positions 8 tokens of an answer are read, or 4 and 10 of its question with what stands around it."""
+        of = model(architecture)
+        state = MemoryState.concat(list(of.write(tokens(most + 1, 3), steps=0)))
+        with pytest.raises(ValueError, match=f"The state has {4 * most + 4} vectors"):
+            write(of, tokens(1, 3), study=study, initial=state)
+        state = MemoryState.concat(list(of.write(tokens(most, 3), steps=0)))
+        assert len(write(of, tokens(1, 3), study=study, initial=state, steps=1)) == 1
 
     @pytest.mark.parametrize(
         ("fields", "message"),
