@@ -37,7 +37,7 @@ class Document(NamedTuple):
         """The one that an entry is a segment of."""
         segments, digest, options = entry.metadata.get("segments"), "", json.dumps(entry.options, sort_keys=True)
         if type(segments) is int:
-            digest = json.dumps(entry.metadata.get("document"), sort_keys=True)
+            digest = json.dumps(entry.metadata.get("segments_of"), sort_keys=True)
         else:
             segments = None
         return cls(entry.source, entry.fingerprint, options, segments, digest)
@@ -53,7 +53,7 @@ def of_segments(segments: Sequence[Segment], metadata: Mapping[str, Any] | None 
     """
     check_kind("metadata", metadata, Mapping | None, "a mapping")
     cut = json.dumps([(one.start, one.end, one.text) for one in segments])
-    own = {"segments": len(segments), "document": hashlib.sha256(cut.encode()).hexdigest()[:16]}
+    own = {"segments": len(segments), "segments_of": hashlib.sha256(cut.encode()).hexdigest()[:16]}
     return (own if len(segments) > 1 else {}) | dict(metadata or {})
 
 

@@ -67,6 +67,12 @@ def test_two_whole_texts_of_a_source_stay_apart_and_the_last_is_at_the_end(store
     assert all(map(store.is_whole, store.entries()))
 
 
+def test_what_callers_say_of_a_document_does_not_mix_two(store, pipeline):
+    for text in (TEXT, " ".join(reversed(SENTENCES[:3]))):
+        store.add_document(pipeline, text, metadata={"document": "notes", "title": "Notes"}, **HOW)
+    assert whole_texts(store) == [SENTENCES[:3], SENTENCES[2::-1]]
+
+
 def test_segments_without_places_are_told_apart_by_their_texts():
     parts = [Entry(key=key, source="a", metadata={"segments": 2}) for key in ("1", "2")]
     assert list(whole_documents(parts).values()) == [parts]
