@@ -331,7 +331,7 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
         raise ValueError(
             f"The memory state was written by model {memory.fingerprint}, and this is model {fingerprint} "
             "(backbone and adapter). Another model reads it as noise: write the context again with this one. "
-            "strict=False reads it all the same, at your own risk."
+            "In Python strict=False reads it all the same, at your own risk."
         )
     check_finite(memory)
 

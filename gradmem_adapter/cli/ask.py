@@ -67,7 +67,7 @@ def ask(
     figures: dict[str, Any] = {}
     if there is None:
         start = time.perf_counter()
-        states, places = _write(pipeline, documents, steps) if documents else _kept(cast(Path, state))
+        states, places = _write(pipeline, documents, steps) if documents else _kept(pipeline, cast(Path, state))
         figures = {
             "context_tokens": int(states.context_tokens.sum()),
             "states": len(states),
@@ -205,11 +205,12 @@ def _overlap(places: Sequence[dict[str, Any]]) -> bool:
     )
 
 
-def _kept(state: Path) -> tuple[MemoryState, list[dict[str, Any]]]:
-    """The states in a file."""
+def _kept(pipeline: GradMemPipeline, state: Path) -> tuple[MemoryState, list[dict[str, Any]]]:
+    """The states in a file, which the adapter wrote."""
     from gradmem_adapter import MemoryState
 
     states = MemoryState.load(state)
+    pipeline.model.prefix_embeddings(states)  # refuses those of another model, before anything is said of them
     numbers = range(1, len(states) + 1)
     return states, [{"source": f"{state}, state {number}", "start": None, "end": None} for number in numbers]
 

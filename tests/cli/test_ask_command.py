@@ -73,6 +73,17 @@ def test_a_text_that_does_not_fit_is_refused_before_the_work(checkpoint, tmp_pat
     assert "gradmem write --store" in said
 
 
+def test_a_state_of_another_adapter_is_refused_first(checkpoint, tmp_path):
+    model, tokenizer = load_checkpoint(checkpoint)
+    with torch.no_grad():
+        model.base_model.slots.gradmem_memory["default"].add_(1)
+    state = tmp_path / "other.safetensors"
+    GradMemPipeline(model, tokenizer).write("w1 w2").save(state)
+    result = ask("w1", "--state", state, "--checkpoint", checkpoint)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "was written by model" in result.stderr
+
+
 def test_states_of_several_texts_are_asked_together(checkpoint, tmp_path):
     """`gradmem write` keeps one state per text; a question is asked of all of them, as with --text."""
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
