@@ -18,6 +18,7 @@ from gradmem_adapter.cli.options import (
     CHECKPOINT,
     DEVICE,
     JSON,
+    check_source,
     check_used,
     existing_store,
     in_words,
@@ -44,6 +45,9 @@ def ask(
     store: Annotated[
         Path | None, typer.Option(file_okay=False, help="A memory store to ask: what `gradmem write --store` made.")
     ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="store: ask this source alone, as `gradmem store list` has it.")
+    ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="store: how many states an answer may come from.")] = 4,
     checkpoint: Annotated[str, CHECKPOINT] = QA,
     backbone: Annotated[str | None, BACKBONE] = None,
@@ -56,12 +60,14 @@ def ask(
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Answer questions from memory alone: of texts that are written now, of a state that was kept, or of a store."""
-    check_used(context, "--store", store is not None, "k")
+    check_used(context, "--store", store is not None, "k", "source")
     check_used(context, "--text", bool(text), "steps")
     _check_questions(questions)
     there = None if store is None else existing_store(store)
     documents = Inputs(text or ()).read_all()
     _check_memories(text, documents, state, there)
+    if there is not None and source is not None:
+        check_source(there, source)
     pipeline = open_pipeline(checkpoint, backbone, device)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False}
     figures: dict[str, Any] = {}
@@ -86,7 +92,7 @@ def ask(
             )
     answers = []
     for question in questions:
-        found = (states, places) if there is None else _chosen(there, pipeline, question, k)
+        found = (states, places) if there is None else _chosen(there, pipeline, question, k, source)
         answers.append(_answer(pipeline, question, *found, options, as_json))
     if as_json:
         print_json(figures | {"answers": answers})
@@ -216,10 +222,10 @@ def _kept(pipeline: GradMemPipeline, state: Path) -> tuple[MemoryState, list[dic
 
 
 def _chosen(
-    store: MemoryStore, pipeline: GradMemPipeline, question: str, k: int
+    store: MemoryStore, pipeline: GradMemPipeline, question: str, k: int, source: str | None
 ) -> tuple[MemoryState | None, list[dict[str, Any]]]:
     """The states that a question needs; None where the store has none for it."""
-    chosen = store.choose(pipeline, question, k)
+    chosen = store.choose(pipeline, question, k, source=source)
     states = store.get([choice.entry.key for choice in chosen], pipeline.model.fingerprint()) if chosen else None
     named = ("key", "source", "start", "end")
     return states, [

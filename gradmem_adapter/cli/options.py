@@ -162,6 +162,17 @@ def existing_store(path: Path) -> MemoryStore:
     return store
 
 
+def check_source(store: MemoryStore, source: str) -> None:
+    """Raise `ValueError` for a source that a memory store does not have.
+
+    Args:
+        store (`MemoryStore`): the store.
+        source (`str`): where a text is from.
+    """
+    if next(store.entries(source), None) is None:
+        raise ValueError(f"{store.path} has no source {source!r}. `gradmem store list` names the sources.")
+
+
 def writable_store(path: Path, *, keep_text: bool, beside: Collection[str] = ()) -> MemoryStore:
     """The memory store in a directory, or one to be, which is not made before there is something to store.
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from gradmem_adapter.cli.options import JSON, existing_store, in_words, print_json, visible
+from gradmem_adapter.cli.options import JSON, check_source, existing_store, in_words, print_json, visible
 from gradmem_adapter.utils.wording import counted
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def forget(
 ) -> None:
     """Remove all that comes from a source, from the disk too. Texts that other sources have, too, stay for those."""
     store = existing_store(folder)
-    if next(store.entries(source), None) is None:
-        raise ValueError(f"{folder} has no source {source!r}. `gradmem store list` names the sources.")
+    check_source(store, source)
     _print_numbers({"removed": store.forget(source)}, as_json)
 
 

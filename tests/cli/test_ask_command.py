@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,6 +278,19 @@ class TestStore:
             said = "e.txt is not stored to its end: write it again, which goes on" in ask(*question).stdout
             assert said is not whole
             assert invoke(*write).exit_code == 0
+
+    def test_one_source_is_asked_alone(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        options = ("--checkpoint", checkpoint)
+        assert invoke("write", "a.txt", "b.txt", "--store", "memory", "--segment-tokens", 20, *options).exit_code == 0
+        words = [Path(name).read_text().split()[0] for name in ("a.txt", "b.txt")]
+        question = (" ".join(words), "--store", "memory", *options)
+        both, one = (json.loads(ask(*question, *more, "--json").stdout) for more in ((), ("--source", "b.txt")))
+        assert {place["source"] for place in both["answers"][0]["sources"]} == {"a.txt", "b.txt"}
+        assert {place["source"] for place in one["answers"][0]["sources"]} == {"b.txt"}
+        unknown = ask(*question, "--source", "c.txt")
+        assert (unknown.exit_code, "has no source 'c.txt'" in unknown.stderr) == (2, True)
+        assert "--source goes with --store" in ask("w1", "--text", "a.txt", "--source", "b.txt", *options).stderr
 
     @pytest.mark.parametrize("refusal", [False, True])
     def test_no_answer_and_no_name_commands_the_terminal(self, checkpoint, refuses, tmp_path, monkeypatch, refusal):
