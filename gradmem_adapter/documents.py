@@ -81,7 +81,7 @@ class DocumentMemory:
             found |= zip(rows, zip(*model.fidelity(states, ids, mask), strict=True), strict=True)
         greedy, forced = (torch.stack(shares) for shares in zip(*(found[i] for i in range(len(self))), strict=True))
         if self.mode == "sequential":
-            counts = (self.segments[-1].end, model.active_peft_config.trained_length, encoder.max_context_tokens)
+            counts = (model.active_peft_config.trained_length, encoder.max_context_tokens)
             most = min(count for count in (int(self.states.context_tokens), *counts) if count is not None)
             recital = model.reconstruct(self.states, most)[0].tolist()
             first, *_ = self.segments

@@ -194,7 +194,8 @@ def _write(
 
 def _check_room(pipeline: GradMemPipeline, states: int) -> None:
     """Raise before the work if so many states, which are read side by side, leave no place for a question."""
-    most, vectors = pipeline.model.positions, states * pipeline.model.prefix_length
+    config, most = pipeline.model.active_peft_config, pipeline.model.positions
+    vectors = (states - 1) * config.num_memory_tokens + config.prefix_length
     if most is not None and vectors >= most:
         raise ValueError(
             f"The texts would be {counted(states, 'state')} of {counted(vectors, 'position')}, and the model has "

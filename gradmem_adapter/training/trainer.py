@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
+from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.outputs import GradMemOutput
@@ -35,7 +36,7 @@ from .metrics import Score, score_answer
 from .optimizer import with_own_rates
 from .schedule import multiply, own_schedule
 from .sharding import check_sharding, shard_as_one, whole, whole_weights
-from .sums import Count, Sums, batch_sums, count, in_order, model_inputs, write_lr_means
+from .sums import Count, Sums, batch_sums, count, in_order, longest_context, model_inputs, write_lr_means
 
 
 class GradMemTrainer(EvaluatingTrainer):
@@ -158,10 +159,6 @@ class GradMemTrainer(EvaluatingTrainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir!r}.")
         self._good = resume_from_checkpoint or None
-        if self.config is not None:
-            self.config.score_calibration = None  # of the weights as they were
-            if isinstance(self.train_dataset, RowBatches):
-                self._record_length(self.train_dataset.trained_length)
         self._sums = Sums(self.args.device)
         self._finite = torch.tensor([True, True], device=self.args.device)
         if torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -200,19 +197,33 @@ class GradMemTrainer(EvaluatingTrainer):
             batches = [self.train_dataset.batch(first + i, device) for i in range(num_batches)]
         else:
             batches = list(islice(epoch_iterator, num_batches))
-            for batch in batches:
-                if "context_attention_mask" in batch:
-                    self._record_length(int(batch["context_attention_mask"].sum(1).max()))
         counts = [torch.stack(count(batch, device)) for batch in batches]
+        self._record(batches, device)
         total = torch.stack(counts).sum(0) if counts else torch.zeros(2, dtype=torch.long, device=device)
         if self.args.average_tokens_across_devices:
             total = self.accelerator.gather(total[None]).sum(0)
         self._window = Count(*total)
         return batches, self._window.tokens
 
-    def _record_length(self, tokens: int) -> None:
-        """Let the adapter say how long a context it was trained to write."""
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.config is not None:
+            self._trained_on(GradMemConfig.from_pretrained(resume_from_checkpoint).trained_length or 0)
+
+    def _record(self, batches: list[Any], device: torch.device) -> None:
+        """Let the configuration say how long contexts were, and that a calibration was of other weights."""
+        if self.config is None or not batches:
+            return
+        self.config.score_calibration = None
+        if isinstance(self.train_dataset, RowBatches):
+            self._trained_on(self.train_dataset.trained_length)
+        elif not isinstance(self.train_dataset, Batches):
+            longest = torch.tensor([max(map(longest_context, batches))], device=device)
+            self._trained_on(int(self.accelerator.gather(longest).max()))
+
+    def _trained_on(self, tokens: int) -> None:
+        """A context of so many tokens was trained on."""
+        if self.config is not None and tokens:
             self.config.trained_length = max(self.config.trained_length or 0, tokens)
 
     def write_steps(self) -> int:

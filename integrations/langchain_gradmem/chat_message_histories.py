@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import threading
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import BaseMessage, message_to_dict, messages_from_dict
@@ -57,7 +59,7 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
         if isinstance(self.history, StoredChatMessageHistory):
             path, store = self.history.path, self.memory.store.store.path
             return f"session {path.relative_to(store) if path.is_relative_to(store) else path.absolute()}"
-        return f"session {uuid.uuid4().hex}" if isinstance(self.history, _InProcess) else None
+        return f"session {self.history.name}" if isinstance(self.history, _InProcess) else None
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
@@ -145,10 +147,16 @@ def _checked(session_id: object) -> str:
 
 
 class _InProcess(BaseChatMessageHistory):
-    """LangChain's own is deprecated."""
+    """LangChain's own is deprecated, and has no name."""
 
     def __init__(self) -> None:
         self.messages = []
+        self.name = uuid.uuid4().hex
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self)()  # a conversation of its own
+        copied.messages = copy.deepcopy(self.messages, memo)
+        return copied
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
         self.messages = [*self.messages, *messages]

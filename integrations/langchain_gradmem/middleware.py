@@ -78,5 +78,6 @@ class GradMemMiddleware(AgentMiddleware):
 
 def _source(state: Mapping[str, Any], runtime: Any) -> str | None:
     """What the entries of a conversation's states name as their source; None: it is not kept, or has no states yet."""
-    session, thread = state.get("gradmem_session"), runtime.execution_info and runtime.execution_info.thread_id
+    info = getattr(runtime, "execution_info", None)
+    session, thread = state.get("gradmem_session"), info and info.thread_id
     return None if session is None or thread is None else f"agent {session}, thread {thread}"

@@ -1,5 +1,6 @@
 """`gradmem ask`: answers from a text, and then from what was kept of it."""
 
+import itertools
 import json
 import unicodedata
 from pathlib import Path
@@ -190,6 +191,18 @@ def test_more_states_than_the_model_has_positions_for_are_refused_before_they_ar
     result = ask("w1 w2", "--text", tmp_path / "long.txt", "--checkpoint", tmp_path / "other")
     assert result.exit_code == 2
     assert "reads all states side by side. Write them into a store" in " ".join(result.stderr.split())
+
+
+def test_control_vectors_are_counted_once(backbone, tmp_path):
+    model, tokenizer = load_backbone(backbone)
+    most = model.config.max_position_embeddings
+    model = get_peft_model(model, GradMemConfig(num_memory_tokens=4, num_control_tokens=4, write_steps=0))
+    save_checkpoint(model, tokenizer, tmp_path / "controlled")
+    files = [tmp_path / f"{i}.txt" for i in range(most // 12 + 1)]
+    for file in files:
+        file.write_text("w1 w2 w3")
+    result = ask("w1", *itertools.chain(*(("--text", file) for file in files)), "--checkpoint", tmp_path / "controlled")
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("refusal", ["w7", None])

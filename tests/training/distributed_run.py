@@ -79,6 +79,7 @@ def train(output, processes, meta_gradient, **options):
         return {
             "gradients": gradients,
             "weights": weights(run.model),
+            "trained_length": run.config.trained_length,
             "resumed": weights(again.model),
             "logs": {name: logs(run, name) for name in (*LOGGED, "write_steps")},
             "metrics": {name: metrics[name] for name in EVALUATED},

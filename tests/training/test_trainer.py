@@ -307,6 +307,17 @@ class TestResume:
         for name in ("loss", "learning_rate", "write_steps", "grad_norm"):
             assert logs(resumed, name) == logs(whole, name)
 
+    def test_the_trained_length_is_of_what_was_trained_before_too(self, tmp_path):
+        train = [row(i, 0) | {"context": tiny_text(n)} for i, n in enumerate((30, 30, 30, 30, 5, 5, 5, 5))]
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "sequential"}
+        trainer(make(), tmp_path, train, **options).train()
+        resumed = trainer(make(score_calibration=(1.0, 0.0)), tmp_path, train, **options)
+        with pytest.raises(FileNotFoundError):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+        assert resumed.config.score_calibration == (1.0, 0.0), "no weight has changed"
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert resumed.config.trained_length == 30
+
     def test_a_checkpoint_that_is_not_whole_is_passed_over(self, tmp_path):
         run = trainer(make(), tmp_path, rows(4), max_steps=2, save_strategy="steps", save_steps=1)
         run.train()

@@ -87,6 +87,15 @@ class TestHistory:
         copied.clear()
         assert list(memory.store.yield_keys()) == []
 
+    def test_a_copy_of_the_same_conversation_clears_it(self, memory, turn):
+        """As where it was pickled and opened again."""
+        history = GradMemChatMessageHistory(memory)
+        for i in range(6):
+            history.add_messages(turn(i))
+        assert list(memory.store.yield_keys())
+        copy.copy(history).clear()
+        assert list(memory.store.yield_keys()) == []
+
     def test_of_a_foreign_history_the_session_has_to_be_named(self, chat, memory, turn):
         unnamed, named = (
             GradMemChatMessageHistory(memory, InMemoryChatMessageHistory(), session_id) for session_id in (None, "1")
