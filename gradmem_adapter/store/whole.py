@@ -35,11 +35,10 @@ class Document(NamedTuple):
     @classmethod
     def of(cls, entry: Entry) -> Document:
         """The one that an entry is a segment of."""
-        segments, digest, options = entry.metadata.get("segments"), "", json.dumps(entry.options, sort_keys=True)
-        if type(segments) is int:
-            digest = json.dumps(entry.metadata.get("segments_of"), sort_keys=True)
-        else:
-            segments = None
+        options, segments = json.dumps(entry.options, sort_keys=True), entry.metadata.get("segments")
+        if type(segments) is not int:
+            return cls(entry.source, entry.fingerprint, options, None, "")
+        digest = json.dumps(entry.metadata.get("segments_of"), sort_keys=True)
         return cls(entry.source, entry.fingerprint, options, segments, digest)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -175,7 +176,7 @@ class RowBatches(Batches):
         """Tokens of the longest bucket that has contexts."""
         return max(pool.length for pool in self.pools)
 
-    @property
+    @cached_property
     def trained_length(self) -> int:
         """Tokens of the longest context."""
         return max(int(pool.lengths.max()) for pool in self.pools)

@@ -56,7 +56,7 @@ def count(batch: dict[str, Any], device: torch.device) -> Count:
     return Count(tokens, torch.full_like(tokens, len(batch["context_input_ids"])))
 
 
-def longest_context(batch: dict[str, Any]) -> int:
+def context_length(batch: dict[str, Any]) -> int:
     """Tokens of the longest context of a batch."""
     mask = batch.get("context_attention_mask")
     return batch["context_input_ids"].shape[1] if mask is None else int(mask.sum(1).max())

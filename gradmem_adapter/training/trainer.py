@@ -36,7 +36,7 @@ from .metrics import Score, score_answer
 from .optimizer import with_own_rates
 from .schedule import multiply, own_schedule
 from .sharding import check_sharding, shard_as_one, whole, whole_weights
-from .sums import Count, Sums, batch_sums, count, in_order, longest_context, model_inputs, write_lr_means
+from .sums import Count, Sums, batch_sums, context_length, count, in_order, model_inputs, write_lr_means
 
 
 class GradMemTrainer(EvaluatingTrainer):
@@ -218,7 +218,7 @@ class GradMemTrainer(EvaluatingTrainer):
         if isinstance(self.train_dataset, RowBatches):
             self._trained_on(self.train_dataset.trained_length)
         elif not isinstance(self.train_dataset, Batches):
-            longest = torch.tensor([max(map(longest_context, batches))], device=device)
+            longest = torch.tensor([max(map(context_length, batches))], device=device)
             self._trained_on(int(self.accelerator.gather(longest).max()))
 
     def _trained_on(self, tokens: int) -> None:
