@@ -49,7 +49,8 @@ def read(name: str, **where: Any) -> Frame:
 def general_passages() -> Frame:
     """What the general adapters answer about passages, each in a state of its own; no questions to be refused."""
     table = frame(load_records(RESULTS / "general.jsonl"))
-    return table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna()]
+    through_steps = (table["method"] != "gradmem") | (table["trained_steps"] != "0")
+    return table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna() & through_steps]
 
 
 def in_order(table: Frame, names: Iterable[str], column: str = "method") -> Frame:

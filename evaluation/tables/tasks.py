@@ -106,7 +106,8 @@ def _general(shipped: bool) -> Frame:
         if row["method"] != "gradmem":
             return METHODS[row["method"]].title
         steps = f"{row['write_steps']} gradient step" + "s" * (row["write_steps"] > 1)
-        return f"{row['memory_tokens']} vectors, {steps if row['write_steps'] else 'no gradient step'}"
+        trained = " trained without gradient steps," if row["trained_steps"] == "0" else ""
+        return f"{row['memory_tokens']} vectors,{trained} {steps if row['write_steps'] else 'no gradient step'}"
 
     labels = [label(row) for _, row in table.iterrows()]
     order = sorted(dict.fromkeys(labels), key=lambda name: (METHODS["full_context"].title == name, labels.index(name)))
