@@ -17,6 +17,9 @@ from gradmem_adapter.write.options import WriteOptions
 _WRITING = ("start", "write_steps", "write_lr", "write_optimizer", "write_clip_norm")
 """The fields of the configuration that change how a context is written, and are not part of the fingerprint."""
 
+_SPEED = ("compile", "max_memory")
+"""The options that change how fast a context is written, and its state by rounding alone."""
+
 Place: TypeAlias = tuple[str | None, int | None, int | None]
 """Source, start and end."""
 
@@ -120,13 +123,21 @@ def places(
 def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, Any]:
     """How a text is written, as JSON has it: what is not at its default, so that a new option changes no key.
 
+    An option that says what the adapter's configuration says is at its default, and one that changes how fast the same
+    state comes about is left out.
+
     Args:
         config (`GradMemConfig`): the adapter's.
         options (`WriteOptions`): how to write.
     """
     default = WriteOptions()
-    chosen = {one.name: getattr(options, one.name) for one in fields(options) if one.name != "max_memory"}
-    chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
+    own: dict[str, Any] = {}
+    if options.objective == "reconstruction":  # another objective has defaults of its own
+        own = {"steps": config.write_steps, "optimizer": config.write_optimizer}
+        if config.learn_write_lr == "no":
+            own["lr"] = config.write_lr
+    chosen = {one.name: getattr(options, one.name) for one in fields(options) if one.name not in _SPEED}
+    chosen = {name: value for name, value in chosen.items() if value not in (getattr(default, name), own.get(name))}
     identity = {name: getattr(config, name) for name in _WRITING} | chosen
     if options.objective == "self_study":  # which asks about the text in this format
         identity["query_format"] = config.query_format

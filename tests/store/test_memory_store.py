@@ -158,7 +158,14 @@ class TestAdd:
         ]
         assert len({keys[0], *others}) == 6
         assert store.key(tiny_pipeline(), TEXTS[0]) == store.key(pipeline, TEXTS[0], WriteOptions()) == keys[0]
-        assert store.key(pipeline, TEXTS[0], WriteOptions(max_memory=2**30)) == keys[0]
+        config = pipeline.model.active_peft_config
+        assert config.learn_write_lr == "no"
+        for options in (
+            WriteOptions(max_memory=2**30),
+            WriteOptions(compile=False),
+            WriteOptions(steps=config.write_steps, lr=config.write_lr, optimizer=config.write_optimizer),
+        ):
+            assert store.key(pipeline, TEXTS[0], options) == keys[0]
 
     def test_one_for_each_text(self, store, pipeline):
         with pytest.raises(ValueError, match="Got 4 texts, and sources for 2"):
