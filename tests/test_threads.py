@@ -9,7 +9,7 @@ from tiny import tiny, tokens
 
 from gradmem_adapter import GradMemConfig
 
-SECONDS = 30
+SECONDS = 8
 
 
 def test_two_threads_give_the_same_bytes_as_one_after_the_other():
