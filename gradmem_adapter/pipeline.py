@@ -11,11 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.documents import DocumentMemory, Mode, sequential_segments, write_document
-from gradmem_adapter.lora import without_lora
 from gradmem_adapter.outputs import Fidelity, ScoredText, SurestAnswer, WriteProgress
 from gradmem_adapter.prompts import Prompt, prompt_list, study_tokens
-from gradmem_adapter.read.cache_memory import tie_caches
-from gradmem_adapter.read.left_padding import check_left_padding
+from gradmem_adapter.read.no_memory import generate_without_memory
 from gradmem_adapter.read.reader import Reader
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
@@ -255,7 +253,7 @@ class GradMemPipeline(TextEncoder):
 
         Raises:
             ValueError: states that do not fit the prompts or the model; chat messages without a chat template;
-                scores without memory.
+                scores without memory; a prompt without a token that is asked without memory.
         """
         if return_scores and memory is None:
             raise ValueError("return_scores says how far memory supports an answer: pass a memory.")
@@ -291,7 +289,9 @@ class GradMemPipeline(TextEncoder):
         if self.model.active_peft_config.refusal is None:
             raise ValueError("This adapter was not trained to say what memory does not hold: it scores answers alone.")
         check_state("memory", memory)
-        ids, mask = self.encode_prompts(prompt_list(prompts), tools, chat_template_kwargs)
+        if not (batch := prompt_list(prompts)):
+            return []
+        ids, mask = self.encode_prompts(batch, tools, chat_template_kwargs)
         if len(ids) == 1:
             ids, mask = ids.expand(len(memory), -1), mask.expand(len(memory), -1)
         return answer_scores(self, ids, mask, ids.new_empty(len(ids), 0), memory, {"strict": strict})
@@ -310,7 +310,7 @@ class GradMemPipeline(TextEncoder):
         Raises:
             ValueError: as `support`; or search scores are not as many as states.
         """
-        supported = self.support(prompt, memory=memory, **how)
+        supported = self.support([prompt], memory=memory, **how)
         best = surest(supported, search_scores)
         return best, supported[best]
 
@@ -336,7 +336,8 @@ class GradMemPipeline(TextEncoder):
         if self.model.active_peft_config.refusal is None:
             found = self.generate([prompt] * len(memory), memory=memory, return_scores=True, **kwargs, **options)
             each = len(found) // len(memory)
-            best = surest([one.score for one in found], [s for s in search_scores or () for _ in range(each)] or None)
+            searched = None if search_scores is None else [score for score in search_scores for _ in range(each)]
+            best = surest([one.score for one in found], searched)
             return SurestAnswer(*found[best], state=best // each)
         how = {"search_scores": search_scores, "strict": options.get("strict", True)}
         best, score = self.surest_state(prompt, memory=memory, **how, **kwargs)
@@ -390,11 +391,6 @@ class GradMemPipeline(TextEncoder):
             What Transformers returns: prompts and new tokens `[B, T + new]`.
         """
         if memory is None:
-            if options.get("context_index") is not None:
-                raise ValueError("context_index needs a memory.")
-            tie_caches(options, None, options.get("strict", True))
-            own = {name: value for name, value in options.items() if name not in ("context_index", "strict")}
             backbone = cast(PreTrainedModel, self.model.get_base_model())
-            check_left_padding(backbone, not attention_mask.all())
-            return without_lora(backbone).generate(input_ids, attention_mask=attention_mask, **own)  # type: ignore[operator]
+            return generate_without_memory(backbone, input_ids, attention_mask, **options)
         return self.reader.generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **options)

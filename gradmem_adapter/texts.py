@@ -13,6 +13,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.prompts import Prompt, format_query, prompt_list
+from gradmem_adapter.read.prefix import check_queries
 from gradmem_adapter.segments import Segment, segments, unknown_length
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.kinds import check_kind
@@ -100,6 +101,9 @@ class TextEncoder:
 
         Returns:
             Token ids `[B, T]`, left padded, and their mask.
+
+        Raises:
+            ValueError: there is no prompt, or one that cannot be formatted or is too long for the model.
         """
         formatted = [self.format_query(prompt, tools, chat_template_kwargs) for prompt in prompt_list(prompts)]
         for i, (text, _) in enumerate(formatted):
@@ -117,7 +121,11 @@ class TextEncoder:
 
         Returns:
             Token ids `[B, T]`, left padded, and their mask, on the model's device.
+
+        Raises:
+            ValueError: there is no prompt.
         """
+        check_queries(len(rows))
         return self._pad(rows, "left")
 
     def encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:

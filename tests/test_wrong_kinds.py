@@ -61,7 +61,7 @@ def test_no_memory_state(pipeline, state, store, wrong):
 
 @pytest.mark.parametrize("wrong", [None, 5, 1.5, 1j], ids=repr)
 def test_no_prompt_and_no_text(pipeline, state, store, wrong):
-    for ask in (pipeline.generate, pipeline.support, pipeline.surest_state):
+    for ask in (pipeline.generate, pipeline.support):
         with refused("What is asked", wrong):
             ask(wrong, memory=state)
     with refused("What is asked", wrong):
@@ -69,6 +69,7 @@ def test_no_prompt_and_no_text(pipeline, state, store, wrong):
     for ask in (
         lambda: pipeline.generate([wrong], memory=state),
         lambda: pipeline.surest_answer(wrong, memory=state),
+        lambda: pipeline.surest_state(wrong, memory=state),
         lambda: list(pipeline.stream(wrong, memory=state)),
         lambda: pipeline.format_query(wrong),
     ):

@@ -163,8 +163,7 @@ class EngineReader(ABC):
             for one, ids, counts in zip(prefix, input_ids, mask, strict=True)
         ]
         sampling = EngineSampling.of(options, default)
-        if prompts:
-            self._compare(backbone, prompts[0], sampling.max_new_tokens)
+        self._compare(backbone, prompts[0], sampling.max_new_tokens)
         return self._follow(prompts, input_ids, sampling, options, default)
 
     def _compare(self, backbone: PreTrainedModel, prompt: EnginePrompt, most: int) -> None:

@@ -66,8 +66,8 @@ def states_of_answers(
     ids, _ = pad([[*query, *answer[:-1]] for query, answer in rows], "right")
     embeddings = backbone.get_input_embeddings()(ids.to(prefix.device))
     prefix = prefix.to(embeddings.dtype)
-    # Padding is on the right, where a causal model does not look.
-    if len(prefix) == 1 and prefix.shape[1] and shares_caches(backbone):
+    # Padding is on the right, where a causal model does not look. Behind no query an answer of one token reads nothing.
+    if len(prefix) == 1 and 0 not in (prefix.shape[1], ids.shape[1]) and shares_caches(backbone):
         before = trunk(backbone)(inputs_embeds=prefix, use_cache=True, return_dict=True)
         cache = before.past_key_values
         cache.batch_repeat_interleave(len(rows))

@@ -13,6 +13,16 @@ from gradmem_adapter.utils.tokens import as_long
 from gradmem_adapter.utils.wording import counted
 
 
+def check_queries(queries: int) -> None:
+    """Raise `ValueError` where there is no query to read, which no backbone's layers take.
+
+    Args:
+        queries (`int`): how many there are.
+    """
+    if not capturing() and not queries:
+        raise ValueError("There is no query to read: the batch of prompts is empty. Pass one at least.")
+
+
 def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | None) -> Tensor:
     """The memory that each query reads.
 
@@ -26,16 +36,17 @@ def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | Non
         `Tensor`: `[B, m, d]`, or `[B, k m, d]` of states side by side.
 
     Raises:
-        ValueError: an index fits no state, or the numbers of states and queries do not fit together.
+        ValueError: there is no query, an index fits no state, or the numbers of states and queries do not fit together.
     """
+    check_queries(queries)
     if context_index is not None:
         index = as_long(as_indices("context_index", context_index, "a tensor of integers", vectors.device))
-        if index.shape[:1] != (queries,) or index.dim() > 2 or index.is_floating_point():
+        if index.shape[:1] != (queries,) or index.dim() > 2 or 0 in index.shape or index.is_floating_point():
             raise ValueError(
                 f"context_index must hold one integer per query ({queries}), or a row of them, got shape "
                 f"{tuple(index.shape)}."
             )
-        if queries and not capturing() and (index.min() < 0 or index.max() >= len(vectors)):
+        if not capturing() and (index.min() < 0 or index.max() >= len(vectors)):
             raise ValueError(f"context_index must lie in 0 to {len(vectors) - 1}, got {index.tolist()}.")
         return vectors[index] if index.dim() == 1 else vectors[index].flatten(1, 2)
     if len(vectors) == queries:

@@ -95,7 +95,7 @@ class Index:
             MemoryStoreError: the index is damaged, lost, or of a newer version.
             OSError: it cannot be opened.
         """
-        if not self._exists():
+        if not self.exists():
             with closing(sqlite3.connect(":memory:")) as connection:
                 connection.executescript(_SCHEMA)
                 yield connection
@@ -128,7 +128,12 @@ class Index:
             with closing(self._connect(way)) as connection:
                 yield connection
 
-    def _exists(self) -> bool:
+    def exists(self) -> bool:
+        """Whether the store is there.
+
+        Raises:
+            MemoryStoreError: the index is lost.
+        """
         states = self.states.exists()  # asked first, as it is made after the index
         if self.path.exists():
             return True
@@ -162,7 +167,7 @@ class Index:
         """
         with errors_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._exists():
+        if not self.exists():
             with self.replacing(missing=True):
                 pass
 

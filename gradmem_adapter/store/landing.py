@@ -18,6 +18,7 @@ from gradmem_adapter.store.index import Index, entries_of, insert, select
 from gradmem_adapter.utils.files import errors_named
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.temporary import temporary_directory
+from gradmem_adapter.utils.wording import counted
 
 _FILES_AT_ONCE = 16
 """Files that wait for the disk together: most of the time that storing takes is this."""
@@ -33,6 +34,10 @@ def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: str)
     """
     check_state("states", states)
     check_kind("entries", entries, Iterable, "a list with an Entry for each state")
+    entries = list(entries)
+    if len(entries) != len(states):
+        told = f"Got {counted(len(entries), 'entry')} for {counted(len(states), 'state')}: pass one for each state."
+        raise ValueError(told)
     states, now = states.cpu(), time.time()
     finite = states.vectors.isfinite().flatten(1).all(1).tolist()
     tensors = {name: tensor.split(1) for name, tensor in files.new_tensors(states, dtype).items()}

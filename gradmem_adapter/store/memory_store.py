@@ -232,7 +232,10 @@ class MemoryStore:
             ValueError: no key.
         """
         check_kind("keys", keys, Iterable, "a key or a list of keys")
-        return MemoryState.stack([self._get(key, fingerprint) for key in ([keys] if isinstance(keys, str) else keys)])
+        keys = [keys] if isinstance(keys, str) else list(keys)
+        if not keys:
+            raise ValueError("There is no key of a memory state to get: name one at least.")
+        return MemoryState.stack([self._get(key, fingerprint) for key in keys])
 
     def _get(self, key: str, fingerprint: str | None) -> MemoryState:
         try:
@@ -377,11 +380,11 @@ class MemoryStore:
         """
         return upkeep.forget(self.index, source, keys)
 
-    def delete(self, keys: Iterable[str]) -> None:
+    def delete(self, keys: str | Iterable[str]) -> None:
         """Remove states, wherever their texts come from. Some of their words may stay in the index until `gc`.
 
         Args:
-            keys (`Iterable[str]`): of the states; those that are not there are passed over.
+            keys (`str` or `Iterable[str]`): of the states; those that are not there are passed over.
 
         Raises:
             ValueError: no key; nothing is removed then.

@@ -136,12 +136,10 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
     Raises:
         ValueError: what is to be kept is no key; nothing is removed then.
     """
-    check_kind("keep", keep, Iterable | None, "a list of keys")
-    if keep is not None:
-        keep = [keep] if isinstance(keep, str) else list(keep)
-        for key in keep:
-            state_file_of(index.states, key)
+    keep = _keys(index, "keep", keep)
     sweep(index.folder)
+    if not index.exists():
+        return []
     report = verify(index)
     if report.ok and keep is None and not left(index):
         return []
@@ -163,25 +161,24 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
     return removing(index, work)
 
 
-def delete(index: Index, keys: Iterable[str]) -> None:
+def delete(index: Index, keys: str | Iterable[str]) -> None:
     """Remove states, from the disk too.
 
     Args:
         index (`Index`): of the store.
-        keys (`Iterable[str]`): of the states; those that are not there are passed over.
+        keys (`str` or `Iterable[str]`): of the states; those that are not there are passed over.
 
     Raises:
         ValueError: no key; nothing is removed then.
     """
-    keys = list(keys)
-    for key in keys:
-        state_file_of(index.states, key)
+    check_kind("keys", keys, Iterable, "a key or a list of keys")
+    keys = _keys(index, "keys", keys) or []
 
     def work(_: sqlite3.Connection, remove: Callable[[str], None]) -> None:
         for key in keys:
             remove(key)
 
-    if keys:
+    if keys and index.exists():
         removing(index, work)
 
 
@@ -199,12 +196,9 @@ def forget(index: Index, source: str, keys: Collection[str] | None = None) -> in
     Raises:
         ValueError: no key; nothing is removed then.
     """
-    check_kind("keys", keys, Iterable | None, "a list of keys")
-    if keys is not None:
-        keys = {keys} if isinstance(keys, str) else set(keys)
-        for key in keys:
-            state_file_of(index.states, key)
-    index.make()
+    keys = _keys(index, "keys", keys)
+    if not index.exists():
+        return 0
     with temporary_directory(index.folder) as folder:
 
         def work(connection: sqlite3.Connection, remove: Callable[[str], None]) -> int:
@@ -222,6 +216,17 @@ def forget(index: Index, source: str, keys: Collection[str] | None = None) -> in
             return count
 
         return removing(index, work)
+
+
+def _keys(index: Index, name: str, keys: Iterable[str] | None) -> set[str] | None:
+    """Keys, of which there may be one by itself; `ValueError` names what is none."""
+    check_kind(name, keys, Iterable | None, "a list of keys")
+    if keys is None:
+        return None
+    keys = [keys] if isinstance(keys, str) else list(keys)
+    for key in keys:
+        state_file_of(index.states, key)
+    return set(keys)
 
 
 def _keep_places(index: Index, connection: sqlite3.Connection, new: Path, entries: list[Entry]) -> None:

@@ -181,7 +181,7 @@ TWO = [[3, 4], [5]]
     ("queries", "answers", "error", "message"),
     [
         (TWO, [[6]], ValueError, "Got 2 queries and 1 answer"),
-        ([], [], ValueError, "Got 0 queries and 0 answers"),
+        ([], [], ValueError, "There is no query to read"),
         (TWO, [[6], []], ValueError, "Answer 1 is empty"),
         (TWO, [[6], [1000]], ValueError, "queries and answers .* token ids from 3 to 1000; the model knows 0 to 60"),
         ([[3, -1], [5]], TWO, ValueError, "token ids from -1 to 5"),

@@ -362,7 +362,7 @@ class TestPut:
         assert store.get([entry.key for entry in entries]) == states
 
     def test_as_many_entries_as_states(self, store, pipeline):
-        with pytest.raises(ValueError, match="argument 2 is shorter"):
+        with pytest.raises(ValueError, match="Got 1 entry for 2 states"):
             store.put(pipeline.write(TEXTS[:2]), [Entry(store.key(pipeline, TEXTS[0]))])
 
     def test_no_path_for_a_key(self, store, pipeline):

@@ -1,0 +1,117 @@
+"""Nothing asked is nothing answered; where one thing at least is needed, its lack is said, and not by PyTorch."""
+
+import pytest
+import torch
+from tiny import tiny_text
+from tiny_pipeline import tiny_pipeline
+
+from gradmem_adapter import MemoryStore
+from gradmem_adapter.utils.temporary import PREFIX
+
+CONTEXTS = [tiny_text(9, 1), tiny_text(5, 2)]
+NO_QUERY = "There is no query to read"
+EMPTY, NO_ROWS = torch.empty(0, 0, dtype=torch.long), torch.empty(0, 5, dtype=torch.long)
+
+
+@pytest.fixture(scope="module", params=["w1 w2", None], ids=["refuses", "answers all"])
+def pipeline(request):
+    return tiny_pipeline(refusal=request.param)
+
+
+@pytest.fixture(scope="module")
+def states(pipeline):
+    return pipeline.write(CONTEXTS)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_prompts_have_no_answers(pipeline, states, count):
+    memory = states[:count]
+    assert pipeline.generate([]) == pipeline.generate([], memory=memory, return_scores=True) == []
+    if pipeline.model.active_peft_config.refusal:
+        assert pipeline.support([], memory=memory) == []
+
+
+def test_no_prompts_are_no_batch(pipeline, states):
+    model, one = pipeline.model, states[0]
+    for call in (
+        lambda: pipeline.encode_prompts([]),
+        lambda: pipeline.pad_prompts([]),
+        lambda: pipeline.generate_ids(EMPTY, EMPTY),
+        lambda: pipeline.generate_ids(EMPTY, EMPTY, memory=one),
+        lambda: model.generate(NO_ROWS, memory=states),
+        lambda: model(NO_ROWS, memory=one, labels=NO_ROWS),
+        lambda: model.query_prefix(one, 0),
+        lambda: model.log_likelihood([], [], one),
+    ):
+        with pytest.raises(ValueError, match=NO_QUERY):
+            call()
+
+
+def test_one_prompt_is_one(pipeline, states):
+    """And no list of them, of which the best state of any would be told."""
+    for ask in (pipeline.surest_answer, pipeline.surest_state):
+        if ask == pipeline.surest_state and not pipeline.model.active_peft_config.refusal:
+            continue
+        with pytest.raises(ValueError, match="empty conversation"):
+            ask([], memory=states)
+        with pytest.raises(ValueError, match="A chat message is a mapping"):
+            ask(["w1", "w2"], memory=states)
+        with pytest.raises(ValueError, match="2 states and 0 search scores"):
+            ask(
+                "w1",
+                memory=states,
+                search_scores=[],
+                **({"max_new_tokens": 2} if ask == pipeline.surest_answer else {}),
+            )
+
+
+def test_a_prompt_without_tokens_needs_a_memory(pipeline, states):
+    options = {"max_new_tokens": 2}
+    alone = pipeline.generate("", memory=states[0], **options)
+    assert pipeline.generate(["w1", ""], memory=states[0], **options)[1:] == alone
+    for prompts, which in ("", "0"), (["", ""], "0, 1"), (["w1", ""], "1"):
+        with pytest.raises(ValueError, match=f"Prompt {which} has no token, and without memory"):
+            pipeline.generate(prompts, **options)
+
+
+def test_a_query_that_reads_no_state(pipeline, states):
+    with pytest.raises(ValueError, match="context_index must hold one integer per query"):
+        pipeline.generate(["w1"], memory=states, context_index=torch.empty(1, 0, dtype=torch.long))
+
+
+def test_an_answer_of_one_token_behind_nothing(pipeline, states):
+    """As of a question of one word, by which a store explains its choice (`shortlist`)."""
+    model = pipeline.model
+    for state in states:
+        with torch.no_grad():
+            logits = model(torch.tensor([[5, 6]]), memory=state, labels=torch.tensor([[5, -100]])).loss
+        torch.testing.assert_close(model.log_likelihood([[]], [[5]], state), -logits[None])
+        torch.testing.assert_close(model.log_likelihood([[], []], [[5], [6]], state)[:1], -logits[None])
+
+
+def test_a_question_of_one_word_is_chosen_for(pipeline, tmp_path):
+    store = MemoryStore(tmp_path / "store")
+    store.add(pipeline, CONTEXTS)
+    assert store.choose(pipeline, CONTEXTS[0].split()[0], 1, shortlist=2)
+
+
+def test_a_store_that_is_not_there_is_an_empty_one_and_stays_away(pipeline, tmp_path):
+    store, key = MemoryStore(tmp_path / "store"), "0" * 32
+    assert store.add(pipeline, []) == store.gc([key]) == store.gc() == store.choose(pipeline, "w1") == []
+    store.delete(key)
+    assert store.forget("a.txt") == 0
+    assert not store.path.exists()
+    (store.path / f"{PREFIX}1-x").mkdir(parents=True)  # of a process that was killed before there was an index
+    store.gc()
+    assert not list(store.path.iterdir())
+
+
+def test_no_keys(pipeline, tmp_path):
+    store = MemoryStore(tmp_path / "store")
+    keys = store.add(pipeline, CONTEXTS, sources="a.txt")
+    store.delete([])
+    assert store.forget("a.txt", []) == 0
+    with pytest.raises(ValueError, match="no key of a memory state"):
+        store.get([])
+    store.delete(keys[0])
+    assert list(store) == keys[1:]
