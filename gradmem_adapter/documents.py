@@ -151,16 +151,34 @@ def sequential_segments(
     text: str | Iterable[str] | Iterable[int],
     segment_tokens: int | None = None,
     overlap: int | None = None,
+    *,
+    vectors: int | None = None,
 ) -> Iterator[Segment]:
     """Segments that leave room for what a state knows already.
 
     Args:
         encoder (`TextEncoder`): who writes them.
-        text, segment_tokens, overlap: as for `encoder.segments`, but None: half of the trained length, and no overlap.
+        text, segment_tokens, overlap: as for `encoder.segments`, but None: half of the trained length, or as many as
+            the model has positions for, and no overlap.
+        vectors (`int`, *optional*): of the state; None: as the adapter makes them.
+
+    Raises:
+        ValueError: a segment could be longer than the state leaves room or positions for, which would show only when
+            others are written.
     """
-    trained = encoder.model.active_peft_config.trained_length
+    config = encoder.model.active_peft_config
+    vectors = config.num_memory_tokens if vectors is None else vectors
+    trained, most = config.trained_length, encoder.model.longest_update(vectors)
+    if most is not None:  # without special tokens, but white space before a segment may be one more
+        most += len(encoder.tokenizer("")["input_ids"]) - 1
     if segment_tokens is None and trained is not None:
-        segment_tokens = max(1, trained // 2)
+        segment_tokens = max(1, trained // 2 if most is None else min(trained // 2, most))
+    if most is not None and segment_tokens is not None and segment_tokens > most:
+        raise ValueError(
+            f"Segments of {counted(segment_tokens, 'token')} are too long to be written one after the other into a "
+            f"state of {counted(vectors, 'vector')}: the model has {encoder.model.positions} positions, which are "
+            f"enough for {max(0, most)} beside the old memory and the new. Choose segment_tokens of that or less."
+        )
     if segment_tokens is not None and trained is not None and segment_tokens >= trained:
         raise ValueError(
             f"Segments of {counted(segment_tokens, 'token')} leave no room for what a state knows of those before: it "

@@ -184,7 +184,8 @@ class GradMemPipeline(TextEncoder):
         check_state("memory", memory)
         check_no_file(text)
         options = WriteOptions.of(options, **fields)
-        return write_sequential(self, sequential_segments(self, text, segment_tokens), options, memory, strict=strict)
+        found = sequential_segments(self, text, segment_tokens, vectors=memory.num_memory_tokens)
+        return write_sequential(self, found, options, memory, strict=strict)
 
     def _with_study(self, options: WriteOptions) -> WriteOptions:
         """Options that say in tokens how the model is asked about a text, where it is to study it."""

@@ -237,6 +237,14 @@ class WritingModel(GradMemTuner):
         written = self._write(whole, options, begun, strict=strict, more=True)
         return MemoryState(written.vectors, known + context.lengths, written.write_losses, written.fingerprint)
 
+    def longest_update(self, vectors: int) -> int | None:
+        """How many tokens a text may have for `update`, whatever a state recites; None: any number.
+
+        Args:
+            vectors (`int`): m, those of the state.
+        """
+        return self._writer.longest_update(vectors)
+
     def write_many(
         self,
         contexts: Sequence[Tensor | Sequence[int]],

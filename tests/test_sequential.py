@@ -80,6 +80,32 @@ def test_more_than_the_trained_length_in_one_state_is_told_of_once(pipeline):
         pipeline.update(first, "w1 w2")
 
 
+@pytest.mark.parametrize(("start", "most"), [("slots", 89), ("context", 19), ("pooled_context", 19)])
+def test_segments_without_positions_are_refused_before_the_first_is_written(start, most, monkeypatch):
+    """A start that reads contexts reads the old memory, the text and the new memory together."""
+    pipeline = tiny_pipeline(num_memory_tokens=70, start=start)
+    state, text = pipeline.write("w1"), tiny_text(200, 1)
+    pipeline.write_document(text, "sequential", segment_tokens=most, steps=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.model.base_model, "write", None)
+        patched.setattr(pipeline.model.base_model, "update", None)
+        for write in (lambda n: pipeline.write_document(text, "sequential", segment_tokens=n),
+                      lambda n: pipeline.update(state, text, segment_tokens=n)):  # fmt: skip
+            with pytest.raises(ValueError, match=f"160 positions, which are enough for {most} beside"):
+                write(most + 1)
+    trained = tiny_pipeline(num_memory_tokens=70, start=start, trained_length=80)
+    segments = trained.write_document(text, "sequential", steps=0).segments
+    assert max(segment.tokens for segment in segments) == min(40, most)
+
+
+def test_states_side_by_side_leave_fewer_positions_for_segments():
+    pipeline = tiny_pipeline()
+    both = MemoryState.concat([pipeline.write("w1")] * 40)
+    pipeline.update(both, TEXT, segment_tokens=39, steps=0)
+    with pytest.raises(ValueError, match=r"a state of 120 vectors: .* enough for 39 beside"):
+        pipeline.update(both, TEXT, segment_tokens=40, steps=0)
+
+
 @pytest.mark.slow
 def test_a_million_tokens_take_the_memory_of_a_tenth():
     def run(tokens):

@@ -54,6 +54,16 @@ class Writer:
         positions = max_positions(self.backbone)
         return None if positions is None else positions - self.prefix_length(vectors)
 
+    def longest_update(self, vectors: int) -> int | None:
+        """How many tokens more text may have, whatever memory recites of the old: a start that reads contexts reads the
+        old memory, the text and the new memory together. `None`: any number.
+
+        Args:
+            vectors (`int`): m, those of the memory.
+        """
+        longest = self.longest_context(vectors)
+        return longest if longest is None or self.config.start == "slots" else longest - self.config.num_memory_tokens
+
     @property
     def trains_head(self) -> bool:
         """Whether the output head that WRITE uses is trained, or anything between the trunk and it."""

@@ -74,7 +74,7 @@ def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context
         ValueError: [M; C; means; S'] is longer than the model has positions.
     """
     slots = writer.slots.gradmem_memory[writer.adapter].to(memory.dtype)
-    _check_beside(writer, memory.shape[1], len(slots), int(context.lengths.max()))
+    _check_beside(writer, memory.shape[1], int(context.lengths.max()))
     before = writer.slots.prefix(memory, "write", writer.adapter)
     started, m = [], len(slots)
     for row, (tokens, length) in enumerate(zip(known.tolist(), context.lengths.tolist(), strict=True)):
@@ -87,11 +87,11 @@ def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context
     return torch.cat(started)
 
 
-def _check_beside(writer: Writer, old: int, new: int, length: int) -> None:
-    longest = writer.longest_context(old)
-    if longest is not None and length + new > longest:
+def _check_beside(writer: Writer, vectors: int, length: int) -> None:
+    longest = writer.longest_update(vectors)
+    if longest is not None and length > longest:
         raise ValueError(
-            f"A new text has {counted(length, 'token')}, and at most {max(0, longest - new)} are allowed with "
+            f"A new text has {counted(length, 'token')}, and at most {max(0, longest)} are allowed with "
             f"start={writer.config.start!r} where memory does not recite the old one: old memory, new text and new "
             f"memory are read together, and the model has {max_positions(writer.backbone)} positions. Split the text "
             "and update with one part after the other, or write it by itself and join the states with "
