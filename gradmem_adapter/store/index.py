@@ -6,15 +6,18 @@ import errno
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gradmem_adapter.store.entry import Entry, Place
 from gradmem_adapter.store.errors import ANEW, MemoryStoreError, sqlite_errors
 from gradmem_adapter.utils.files import errors_named
 from gradmem_adapter.utils.temporary import locked, temporary_directory
+
+T = TypeVar("T")
 
 VERSION = 2
 """`PRAGMA user_version` of the schema."""
@@ -263,6 +266,31 @@ def places_of(connection: sqlite3.Connection, source: str | None) -> list[tuple[
     return [(key, (source, start, end)) for key, source, start, end in rows]
 
 
+def kinds_of(
+    connection: sqlite3.Connection, source: str, kind_of: Callable[[Entry], T]
+) -> Iterator[tuple[str, Place, T]]:
+    """Keys, places and kinds of a source's entries, whose texts are not read.
+
+    Args:
+        connection (`Connection`): to the index.
+        source (`str`): theirs.
+        kind_of (`Callable`): given an entry with its source, who wrote it, how, and its metadata alone; once for all
+            that have these in common.
+    """
+
+    @cache
+    def kind(fingerprint: str, options: str, metadata: str) -> T:
+        return kind_of(_entry("", source, None, None, None, metadata, options, 0, fingerprint))
+
+    rows = connection.execute(
+        """
+        SELECT key, start, "end", fingerprint, options, metadata FROM places JOIN states USING (key) WHERE source = ?
+        """,
+        (source,),
+    )
+    return ((key, (source, start, end), kind(*common)) for key, start, end, *common in rows)
+
+
 def entries_of(connection: sqlite3.Connection, keys: Collection[str]) -> Iterator[Entry]:
     """All entries of some states.
 
@@ -282,9 +310,14 @@ def select(connection: sqlite3.Connection, where: str = "TRUE", values: Sequence
         values (`Sequence`, *optional*): for its question marks.
     """
     for row in connection.execute(f"{_ENTRIES} WHERE {where} ORDER BY source, start, states.id", values):
-        key, source, start, end, text, metadata, options, *rest = row
-        try:
-            entry = Entry(key, source, start, end, text, json.loads(metadata), json.loads(options), *rest)
-        except (TypeError, ValueError) as error:
-            raise sqlite3.DatabaseError(f"what it says of {key} is nothing that was stored: {error}") from error
-        yield entry
+        yield _entry(*row)
+
+
+def _entry(
+    key: str, source: Any, start: Any, end: Any, text: str | None, metadata: str, options: str, *rest: Any
+) -> Entry:
+    """What a row says, which is nothing that a store wrote where it is no entry."""
+    try:
+        return Entry(key, source, start, end, text, json.loads(metadata), json.loads(options), *rest)
+    except (TypeError, ValueError) as error:
+        raise sqlite3.DatabaseError(f"what it says of {key} is nothing that was stored: {error}") from error

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from gradmem_adapter.segments import Segment
-from gradmem_adapter.store.entry import Entry
-from gradmem_adapter.store.index import select
+from gradmem_adapter.store.entry import Entry, Place
+from gradmem_adapter.store.index import kinds_of
 from gradmem_adapter.utils.kinds import check_kind
 
 
@@ -68,8 +68,8 @@ def whole_documents(entries: Iterable[Entry]) -> dict[Document, list[Entry]]:
     whole = {}
     for document, group in groups.items():
         if document.segments is not None and document.source is not None:
-            last = {_where(entry): entry for entry in sorted(group, key=_written)}
-            group = [entry for entry in group if last[_where(entry)] is entry]
+            last = {_where(entry.key, entry.place): entry for entry in sorted(group, key=_written)}
+            group = [entry for entry in group if last[_where(entry.key, entry.place)] is entry]
             if len(group) != document.segments:
                 continue
         whole[document] = group
@@ -77,7 +77,8 @@ def whole_documents(entries: Iterable[Entry]) -> dict[Document, list[Entry]]:
 
 
 def whole_in(connection: sqlite3.Connection) -> Callable[[Entry], bool]:
-    """Whoever tells of entries whether their documents are stored to their ends; each source is read once.
+    """Whoever tells of entries whether their documents are stored to their ends, as `whole_documents` has it; of each
+    source it is counted once.
 
     Args:
         connection (`Connection`): to the index.
@@ -85,7 +86,10 @@ def whole_in(connection: sqlite3.Connection) -> Callable[[Entry], bool]:
 
     @cache
     def documents(source: str) -> Collection[Document]:
-        return set(whole_documents(select(connection, "source = ?", (source,))))
+        found: dict[Document, set[object]] = {}
+        for key, place, document in kinds_of(connection, source, Document.of):
+            found.setdefault(document, set()).add(_where(key, place))
+        return {document for document, places in found.items() if len(places) == document.segments}
 
     def is_whole(entry: Entry) -> bool:
         document = Document.of(entry)
@@ -94,8 +98,9 @@ def whole_in(connection: sqlite3.Connection) -> Callable[[Entry], bool]:
     return is_whole
 
 
-def _where(entry: Entry) -> object:
-    return entry.key if entry.start is None else entry.place
+def _where(key: str, place: Place) -> object:
+    """What tells segments of a document apart."""
+    return key if place[1] is None else place
 
 
 def _written(entry: Entry) -> float:

@@ -3,7 +3,7 @@
 import pytest
 from tiny import tiny_text
 
-from gradmem_adapter.store import Entry
+from gradmem_adapter.store import Entry, MemoryStoreError, index
 from gradmem_adapter.store.whole import of_segments, whole_documents
 
 SENTENCES = [f"{tiny_text(9, seed)}." for seed in range(4)]
@@ -71,6 +71,20 @@ def test_what_callers_say_of_a_document_does_not_mix_two(store, pipeline):
     for text in (TEXT, " ".join(reversed(SENTENCES[:3]))):
         store.add_document(pipeline, text, metadata={"document": "notes", "title": "Notes"}, **HOW)
     assert whole_texts(store) == [SENTENCES[:3], SENTENCES[2::-1]]
+
+
+def test_whether_a_document_is_whole_is_counted_and_not_read(store, pipeline, monkeypatch):
+    store.add_document(pipeline, TEXT, **HOW)
+    add_some(store, pipeline, EDITED, [2])
+    entries, made = list(store.entries()), []
+    monkeypatch.setattr(index, "Entry", lambda *fields: made.append(fields) or Entry(*fields))
+    assert [store.is_whole(entry) for entry in entries[:2]] == [True, True]
+    assert len(made) == 2 * 2  # one for each document, and no text
+    assert not any(SENTENCES[0] in fields for fields in made)
+    with store.index.writing() as connection:
+        connection.execute("UPDATE places SET metadata = '{' WHERE key = ?", (entries[1].key,))
+    with pytest.raises(MemoryStoreError, match="nothing that was stored"):
+        store.is_whole(entries[0])
 
 
 def test_segments_without_places_are_told_apart_by_their_texts():
