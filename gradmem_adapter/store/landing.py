@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -51,12 +52,15 @@ def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: str)
     _land(index, found)
 
 
-def add_places(index: Index, entries: Sequence[Entry]) -> None:
+def add_places(index: Index, entries: Sequence[Entry]) -> bool:
     """Note what is new of stored texts: places, metadata, or that they are kept; enter what the index lacks.
 
     Args:
         index (`Index`): of the store.
-        entries (`Sequence[Entry]`): of texts whose states have a file.
+        entries (`Sequence[Entry]`): of texts whose states had a file.
+
+    Returns:
+        `bool`: whether all of them have one still; others were removed meanwhile, and nothing is noted of them.
     """
     with index.reading() as connection:
         known = {(entry.key, entry.place): entry for entry in entries_of(connection, {entry.key for entry in entries})}
@@ -65,11 +69,30 @@ def add_places(index: Index, entries: Sequence[Entry]) -> None:
         stored = known.get((entry.key, entry.place))
         if stored is None or entry.metadata not in ({}, stored.metadata) or (entry.text and not stored.text):
             new.setdefault(entry.key, []).append(entry)
-    for key, lacking in new.items():
-        tensors, before = files.read_file(files.state_file_of(index.states, key))
+    if not new:
+        return True
+    index.make()
+    with temporary_directory(index.folder) as folder:
+        noted = [_add_places(index, folder / key, key, lacking) for key, lacking in new.items()]
+    return all(noted)
+
+
+def _add_places(index: Index, new: Path, key: str, lacking: Sequence[Entry]) -> bool:
+    """Note what is new of one state, unless it is gone."""
+    file = files.state_file_of(index.states, key)
+    with index.writing() as connection:  # or a place that another process forgets meanwhile would come back
+        try:
+            tensors, before = files.read_file(file)
+        except FileNotFoundError:
+            return False
         places = {one.place: one for one in [*lacking, *before, *(one for one in lacking if one.metadata)]}
         one = replace(before[0], text=before[0].text or lacking[0].text)
-        _land(index, [(tensors, [replace(one, **_place(other)) for other in places.values()])])
+        entries = [replace(one, **_place(other)) for other in places.values()]
+        with errors_named(index.states):
+            entries = files.write_file(new, tensors, entries)
+        os.replace(new, file)
+        insert(connection, entries)
+    return True
 
 
 def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:

@@ -142,8 +142,10 @@ class MemoryStore:
             for text, entry in zip(texts, places(len(texts), sources, offsets, metadata, identity), strict=True)
         ]
         how: dict[str, Any] = {"max_tokens": max_tokens, "options": options, "callback": callback}
-        write_missing(self.index, self._claims, pipeline, texts, entries, self.put, done, progress, **how)
-        landing.add_places(self.index, entries)
+        noted = False
+        while not noted:  # another process may remove a state before that
+            write_missing(self.index, self._claims, pipeline, texts, entries, self.put, done, progress, **how)
+            noted = landing.add_places(self.index, entries)
         return [entry.key for entry in entries]
 
     def add_document(
@@ -232,8 +234,7 @@ class MemoryStore:
             ValueError: no key.
         """
         check_kind("keys", keys, Iterable, "a key or a list of keys")
-        keys = [keys] if isinstance(keys, str) else list(keys)
-        if not keys:
+        if not (keys := [keys] if isinstance(keys, str) else list(keys)):
             raise ValueError("There is no key of a memory state to get: name one at least.")
         return MemoryState.stack([self._get(key, fingerprint) for key in keys])
 

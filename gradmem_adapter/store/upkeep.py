@@ -212,7 +212,8 @@ def forget(index: Index, source: str, keys: Collection[str] | None = None) -> in
                 else:
                     remove(key)
                     count += 1
-            _overwrite(connection)
+            if count:
+                _overwrite(connection)
             return count
 
         return removing(index, work)

@@ -1,11 +1,12 @@
 """What is wrong with a store is found and named; what is whole goes on, and what is forgotten is gone."""
 
+import threading
 from pathlib import Path
 
 import pytest
 from stores import NAMES, TEXTS
 
-from gradmem_adapter.store import MemoryStore, MemoryStoreError, Stats
+from gradmem_adapter.store import MemoryStore, MemoryStoreError, Stats, files, upkeep
 from gradmem_adapter.utils.temporary import PREFIX
 
 
@@ -141,6 +142,35 @@ class TestForget:
         assert store.forget("d.txt", []) == 0
         with pytest.raises(ValueError, match="key"):
             store.forget("d.txt", ["../x"])
+
+    @pytest.mark.parametrize("turn", [1, 2], ids=["is seen to be there", "is read"])
+    def test_while_another_process_finds_the_text_elsewhere(self, store, pipeline, monkeypatch, turn):
+        """It is written again where it is gone, and what was forgotten does not come back with it."""
+        (key,) = store.add(pipeline, TEXTS[0], sources="a.txt")
+        store.add(pipeline, TEXTS[1], sources="a.txt")
+        read_file, reads = files.read_file, []
+        forgetting = threading.Thread(target=MemoryStore(store.path).forget, args=["a.txt"])
+
+        def forget_meanwhile(file):
+            found = read_file(file)
+            reads.append(file)
+            if len(reads) == turn:
+                forgetting.start()
+                forgetting.join(0.3)  # it may have to wait
+            return found
+
+        monkeypatch.setattr(files, "read_file", forget_meanwhile)
+        assert store.add(pipeline, TEXTS[0], sources="b.txt") == [key]
+        forgetting.join()
+        assert [(entry.key, entry.source) for entry in store.entries()] == [(key, "b.txt")]
+        assert store.verify().ok
+        assert store.get(key).equal(pipeline.write(TEXTS[0]))
+
+    def test_the_words_of_others_are_not_gone_through_where_nothing_goes(self, store, keys, pipeline, monkeypatch):
+        store.add(pipeline, TEXTS, sources="d.txt")
+        monkeypatch.setattr(upkeep, "_overwrite", None)
+        assert store.forget("d.txt") == store.forget("unknown") == 0
+        assert set(store) == set(keys)
 
     def test_an_unknown_source(self, store, keys):
         assert store.forget("unknown") == 0
