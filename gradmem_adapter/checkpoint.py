@@ -43,6 +43,8 @@ OWN = {
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
 }
 """What a checkpoint may consist of; a new one replaces an earlier one, and all else in its directory stays."""
+OWN_PATTERNS = [pattern for name in OWN for pattern in (name, f"{name}/*")]
+"""The same as the hub takes it, files in folders included."""
 _UNREAD = {BACKBONE, "adapter_model.bin", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"}
 """Those that may be somebody else's where `SHA256SUMS` does not list them: a trained backbone is read where the adapter
 says that it has one, and these vocabularies where there is no tokenizer.json."""

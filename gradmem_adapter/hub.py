@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.card import Card
-from gradmem_adapter.checkpoint import OWN, save_checkpoint
+from gradmem_adapter.checkpoint import OWN_PATTERNS, save_checkpoint
 from gradmem_adapter.utils.directory import CARD
 
 
@@ -51,6 +51,6 @@ def push_to_hub(
             folder_path=directory,
             commit_message=commit_message,
             ignore_patterns=[CARD] if CARD in api.list_repo_files(repo_id) else None,
-            delete_patterns=[pattern for name in OWN for pattern in (name, f"{name}/*")],
+            delete_patterns=OWN_PATTERNS,
         )
         return str(commit)

@@ -152,3 +152,38 @@ def test_the_trainer_pushes_with_what_it_measured(hub, tmp_path):
     assert f"| loss | {metrics['eval_loss']:.4g} |" in card
     assert 'load_checkpoint("owner/mine")' in card
     assert "adapter_model.safetensors" in hub
+
+
+def pushing(folder, model, tokenizer, **options):
+    fields = {"max_steps": 1, "report_to": "none", "use_cpu": True, "hub_token": "hf_x", "disable_tqdm": True}
+    args = GradMemTrainingArguments(str(folder), **fields | options)
+    return GradMemTrainer(model, args, train_dataset=[ROW], processing_class=tokenizer)
+
+
+def test_what_the_trainer_pushes_replaces_what_is_there(hub, tmp_path):
+    tokenizer = tiny_tokenizer()
+    pushing(tmp_path / "a", adapter(train_backbone=True, lora_config=None), tokenizer).push_to_hub()
+    assert {"chat_template.jinja", "backbone/config.json"} <= set(hub)
+    hub["notes/plan.txt"] = b"mine"
+    tokenizer.chat_template = None
+    pushing(tmp_path / "b", adapter(), tokenizer).push_to_hub()
+    assert not [name for name in hub if "backbone" in name or "chat" in name]
+    assert hub["notes/plan.txt"] == b"mine"
+    load_checkpoint(downloaded(hub, tmp_path / "c"), backbone=tiny())
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_what_is_pushed_in_training_opens(hub, tmp_path, strategy):
+    """Its digests are its own, whatever run wrote the output directory before."""
+    options = {"push_to_hub": True, "save_steps": 1, "hub_strategy": strategy, "hub_always_push": True}
+    with_backbone = adapter(train_backbone=True, lora_config=None)
+    pushing(tmp_path / "run", with_backbone, tiny_tokenizer()).save_model()
+    for i, model in enumerate((with_backbone, adapter())):
+        trainer = pushing(tmp_path / "run", model, tiny_tokenizer(), **options)
+        trainer.train()
+        loaded, _ = load_checkpoint(downloaded(hub, tmp_path / f"{i}"), backbone=None if i == 0 else tiny())
+        tokens = {"input_ids": torch.tensor([[5, 6, 7]])}
+        assert torch.allclose(loaded.write(**tokens).vectors, model.eval().write(**tokens).vectors, atol=1e-5)
+    places = {name.partition("/")[0] for name in hub if name.endswith("/optimizer.pt")}
+    assert places == {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-1"}}.get(strategy, set())
+    assert not [name for name in hub if "backbone" in name]

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,6 +21,7 @@ from gradmem_adapter.utils.files import errors_named, replacing
 from gradmem_adapter.utils.temporary import temporary_directory
 
 from .arguments import GradMemTrainingArguments
+from .pushing import PushingTrainer
 from .sharding import whole_weights
 from .weights import load_trained_weights, save_trained_weights, trained_weights
 
@@ -29,7 +30,7 @@ class TrainingDiverged(RuntimeError):
     """A loss, gradient or weight is no longer finite. The message names the last good checkpoint, if there is one."""
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(PushingTrainer):
     """The part of `GradMemTrainer` that saves and resumes; it is not used by itself."""
 
     model: nn.Module
@@ -40,8 +41,6 @@ class SavingTrainer(Trainer):
     """Whether all losses and all gradients so far are finite, on the device."""
     _good: str | None = None
     """The checkpoint that this run saved last, or goes on from; one of another run may lie beside it."""
-    _unfinished: str | None = None
-    """Where a checkpoint is until it is whole."""
 
     def check_finite(self) -> None:
         """Raise `TrainingDiverged` in all processes if a loss or a gradient of one of them was not finite."""
@@ -89,10 +88,6 @@ class SavingTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._unfinished or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _put_in_place(self, saved: Path, there: Path) -> None:
         """Put a checkpoint where it belongs, and those that are too many beside what was its place until now.
