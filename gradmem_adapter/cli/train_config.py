@@ -80,7 +80,7 @@ class TrainConfig:
 
     @property
     def memory_fields(self) -> dict[str, Any]:
-        """Fields of `GradMemConfig`, without those that depend on the rows and the tokenizer."""
+        """Fields of `GradMemConfig`, without those that depend on the tokenizer and on what is trained."""
         return merged(MEMORY, self.memory)
 
     def check(self, output: Path, device: torch.device) -> GradMemTrainingArguments:
@@ -117,7 +117,7 @@ class TrainConfig:
         rows = read_rows(self.rows)
         held_out = None if self.eval_rows is None else read_rows(self.eval_rows)
         set_seed(arguments.seed)
-        model, tokenizer = self._model(rows)
+        model, tokenizer = self._model()
         trainer = GradMemTrainer(
             model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
         )
@@ -136,24 +136,16 @@ class TrainConfig:
             return GradMemConfig(**self.memory_fields)
         return cast(GradMemConfig, PeftConfig.from_pretrained(str(shipped(self.checkpoint) or self.checkpoint)))
 
-    def _model(self, rows: list[dict[str, Any]]) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
+    def _model(self) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
         """The adapter to train, a new one or that of the checkpoint, and the tokenizer."""
         from gradmem_adapter import SMOLLM2, GradMemConfig, get_peft_model, load_backbone, load_checkpoint
 
-        contexts = [row["context"] for row in rows]
         if self.checkpoint is not None:
-            model, tokenizer = load_checkpoint(self.checkpoint, backbone=self.backbone, is_trainable=True)
-            config = model.active_peft_config
-            config.trained_length = max(config.trained_length or 0, _longest(contexts, tokenizer))
-            return model, tokenizer
+            return load_checkpoint(self.checkpoint, backbone=self.backbone, is_trainable=True)
         backbone, tokenizer = load_backbone(self.backbone or SMOLLM2)
         query_format = "text" if tokenizer.chat_template is None else "chat"
-        found: dict[str, Any] = {"query_format": query_format, "trained_length": _longest(contexts, tokenizer)}
-        return get_peft_model(backbone, GradMemConfig(**(found | self.memory_fields))), tokenizer
-
-
-def _longest(contexts: list[str], tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(map(len, tokenizer(contexts)["input_ids"]))
+        config = GradMemConfig(**{"query_format": query_format, **self.memory_fields})
+        return get_peft_model(backbone, config), tokenizer
 
 
 def _check_fields(name: str, given: Collection[str], known: Collection[str], shown: Collection[str]) -> None:

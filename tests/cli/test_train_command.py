@@ -66,6 +66,18 @@ def test_makes_an_adapter_that_opens(files):
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 32, {"q_proj"}), "what is not given is the default"
 
 
+def test_the_trained_length_is_of_contexts_that_were_trained(files):
+    """And not of one that its steps did not come to."""
+    (files / "train.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in [*ROWS[:8], ROWS[8] | {"context": "w1 w2 w3 w4 w5"}]), encoding="utf-8"
+    )
+    once = ("--set", "training.per_device_train_batch_size=1", "--set", "training.max_steps=1")
+    assert train(files, *once).exit_code == 0
+    assert load_checkpoint(files / "run" / "checkpoint")[0].active_peft_config.trained_length == 3
+    assert train(files, *once[:-1], "training.max_steps=9").exit_code == 0
+    assert load_checkpoint(files / "run" / "checkpoint")[0].active_peft_config.trained_length == 5
+
+
 def test_one_setting_of_the_lora_leaves_its_others():
     plan = TrainConfig.of(read_fields(None, ["rows=a", "memory.lora_config.r=8"]))
     assert plan.memory_fields["lora_config"] == {"r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
