@@ -121,7 +121,8 @@ class TrainConfig:
         trainer = GradMemTrainer(
             model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
         )
-        _check_rows(self.rows, rows, trainer.data_collator)
+        if trainer.train_dataset is rows:  # ready batches were made of all of them
+            _check_rows(self.rows, rows, trainer.data_collator)
         if held_out is not None and self.eval_rows is not None:
             _check_rows(self.eval_rows, held_out, trainer.data_collator)
         return trainer
