@@ -89,7 +89,7 @@ class GradMemModel(WritingModel):
 
         Returns:
             `GradMemOutput` (the backbone's own output without memory): loss, and logits `[B, T, V]` of the query
-            positions alone.
+            positions alone, as `logits_to_keep`, hidden states and attentions are.
 
         Raises:
             TypeError, ValueError: inputs that do not go together, or that the model cannot read.

@@ -34,6 +34,10 @@ class GradMemOutput(CausalLMOutputWithPast):
         loss (`Tensor`, *optional*): a scalar, the outer loss: target loss + reconstruction_weight x mean last write
             loss.
         logits (`Tensor`, *optional*): `[B, T, V]` of the query positions.
+        hidden_states (`tuple[Tensor]`, *optional*): `[B, T, h]` of the query positions, from each layer.
+        attentions (`tuple[Tensor]`, *optional*): `[B, heads, T, P + T]` from each layer: how far the query positions
+            look at the P places of the prefix, which come first unless a query is padded on the left, and at each
+            other.
         target_loss (`Tensor`, *optional*): a scalar, the loss on `labels` alone.
         write_losses (`Tensor`, *optional*): `[C, K]`, the write losses before each step, where C contexts were written;
             `[C, 1]` with K=0, that of the memory WRITE starts from, where this has a weight in the loss.

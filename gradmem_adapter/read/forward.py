@@ -90,6 +90,20 @@ def check_forward_options(options: dict[str, Any], query: Tensor) -> None:
     check_token_options(options, query.shape[:2])
 
 
+def _logits_to_keep(backbone: PreTrainedModel, options: dict[str, Any], has_labels: bool) -> int | Tensor | None:
+    """`logits_to_keep` of the options, `None` where all logits are asked for, or the backbone cannot choose."""
+    keep = options.get("logits_to_keep")
+    check_kind("logits_to_keep", keep, int | Tensor | None, "a number of places or a tensor of their indices")
+    if keep is None or (isinstance(keep, int) and not keep):
+        return None
+    if has_labels:
+        raise ValueError(
+            "logits_to_keep cannot be combined with labels or max_targets: the loss is of the places before all "
+            "labels. Leave it out; max_targets computes no logits but those that count."
+        )
+    return keep if "logits_to_keep" in inspect.signature(backbone.forward).parameters else None
+
+
 def forward_with_memory(
     backbone: PreTrainedModel,
     prefix: Tensor,
@@ -112,16 +126,20 @@ def forward_with_memory(
         options: what else the backbone's forward takes.
 
     Returns:
-        `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]`, or with `max_targets` `correct` and
-        `target_states`.
+        `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]` (or of the places that
+        `logits_to_keep` names), or with `max_targets` `correct` and `target_states`.
     """
     check_kind("labels", labels, Tensor | None, "a tensor [batch, length]")
     check_kind("max_targets", max_targets, SupportsIndex | None, "a number of tokens")
     check_length(prefix.shape[1], query, attention_mask, backbone)
     read = read_inputs(prefix, query, attention_mask, first_position(backbone))
-    check_left_padding(backbone, read.layout.source is not None)
+    layout = read.layout
+    check_left_padding(backbone, layout.source is not None)
+    keep = _logits_to_keep(backbone, options, labels is not None or max_targets is not None)
+    if keep is not None:
+        options["logits_to_keep"] = layout.places(keep)
     if labels is not None:
-        labels = read.layout.join(labels.new_full(prefix.shape[:2], IGNORED), labels)
+        labels = layout.join(labels.new_full(prefix.shape[:2], IGNORED), labels)
     inputs = {
         "inputs_embeds": read.inputs_embeds,
         "attention_mask": read.attention_mask,
@@ -137,14 +155,12 @@ def forward_with_memory(
         output = forward_at_targets(backbone, labels, max_targets, count, **inputs)
         loss = output.loss
     logits = output.logits  # None from forward_at_targets
-    if logits is not None and not options.get("logits_to_keep"):
-        logits = read.layout.split(logits)
     return GradMemOutput(
         loss=loss,
-        logits=logits,
+        logits=logits if logits is None or keep is not None else layout.split(logits),
         past_key_values=output.get("past_key_values"),
-        hidden_states=output.get("hidden_states"),
-        attentions=output.get("attentions"),
+        hidden_states=layout.split_layers(output.get("hidden_states")),
+        attentions=layout.split_layers(output.get("attentions")),
         target_loss=loss,
         correct=output.get("correct"),
         target_states=output.get("target_states"),

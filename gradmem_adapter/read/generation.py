@@ -110,12 +110,17 @@ def generate_with_memory(
     if padded_left or first or not input_ids.numel() or turns_by_length(backbone):
         kept = None
     if kind == "static":
-        return generate_statically(backbone, input_ids, prefix.shape[1], kept, **inputs, **options)
-    if kept is None or kind is None:
-        return backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
-    cache = kept.start(backbone, prefix.shape[1])
-    output = backbone.generate(input_ids, **inputs, **options | {"past_key_values": cache})  # type: ignore[operator]
-    kept.keep(cache)
+        output = generate_statically(backbone, input_ids, prefix.shape[1], kept, **inputs, **options)
+    elif kept is None or kind is None:
+        output = backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
+    else:
+        cache = kept.start(backbone, prefix.shape[1])
+        options["past_key_values"] = cache
+        output = backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
+        kept.keep(cache)
+    for name in ("hidden_states", "attentions"):
+        if not isinstance(output, Tensor) and (steps := output.get(name)) is not None:
+            output[name] = tuple(read.layout.split_layers(step) for step in steps)
     return output
 
 

@@ -93,7 +93,13 @@ def forward_at_targets(
     fused = None if trains_head(backbone) else FUSED
     nll, correct = sequence_nll(states, targets, mask, output_head(backbone), vocabulary, fused)
     loss = nll.sum() / (mask.sum() if count is None else count)
-    made = GradMemOutput(loss=loss, past_key_values=output.get("past_key_values"), target_states=states)
+    made = GradMemOutput(
+        loss=loss,
+        past_key_values=output.get("past_key_values"),
+        hidden_states=output.get("hidden_states"),
+        attentions=output.get("attentions"),
+        target_states=states,
+    )
     assert correct is not None  # for the type checker
     made.correct = correct == mask.sum(1)
     return made

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.kinds import as_indices
@@ -68,15 +70,16 @@ class Layout(NamedTuple):
     away from the query.
 
     Args:
+        prefix_length (`int`): P, the length of the prefix.
         length (`int`): T, the query's length.
         source (`Tensor`, *optional*): `[B, P+T]`, for each place the index into `[prefix; query]` that fills it.
-            `None`: no query is padded on the left.
-        query (`Tensor`, *optional*): `[B, T]`, for each query token its place. `None`: the last T places.
+            `None`: no query is padded on the left. Either way a query token that is no padding stands P places behind
+            its own.
     """
 
+    prefix_length: int
     length: int
     source: Tensor | None = None
-    query: Tensor | None = None
 
     @classmethod
     def of(cls, attention_mask: Tensor, prefix_length: int) -> Layout:
@@ -89,13 +92,12 @@ class Layout(NamedTuple):
         length = attention_mask.shape[1]
         left = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
         if not capturing() and not (left > 0).any():
-            return cls(length)
+            return cls(prefix_length, length)
         places = torch.arange(prefix_length + length, device=attention_mask.device).expand(len(attention_mask), -1)
         source = torch.where(
             places < left, places + prefix_length, torch.where(places < left + prefix_length, places - left, places)
         )
-        tokens = places[:, :length]
-        return cls(length, source, torch.where(tokens < left, tokens, tokens + prefix_length))
+        return cls(prefix_length, length, source)
 
     def join(self, prefix: Tensor, query: Tensor) -> Tensor:
         """`[B, P, ...]` and `[B, T, ...]` to `[B, P+T, ...]`, in the query's type and on its device."""
@@ -105,10 +107,30 @@ class Layout(NamedTuple):
         return joined.gather(1, self.source.view(*self.source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
 
     def split(self, joined: Tensor) -> Tensor:
-        """The query's part of `[B, P+T, V]`: `[B, T, V]`."""
-        if self.query is None:
-            return joined[:, joined.shape[1] - self.length :]
-        return joined.gather(1, self.query[..., None].expand(-1, -1, joined.shape[-1]))
+        """What the backbone gave for each place, `[..., P+T, n]`, without the prefix: `[..., T, n]`. What it gave for
+        fewer places, since it has others in a cache, has no prefix.
+
+        Where a query is padded, what stands there is of no token, here as without a prefix.
+        """
+        return joined if joined.shape[-2] < self.prefix_length + self.length else joined[..., self.prefix_length :, :]
+
+    def split_layers(self, joined: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
+        """The query's part of what each layer gave, hidden states or attention weights; those without any give `None`,
+        which stays."""
+        return None if joined is None else tuple(part if part is None else self.split(part) for part in joined)
+
+    def places(self, logits_to_keep: int | Tensor) -> Tensor:
+        """What Transformers is to be told of `[prefix; query]` as `logits_to_keep`, where this says it of the query.
+
+        Args:
+            logits_to_keep (`int` or `Tensor`): the last so many places of the query, indices, or a mask `[B, T]`.
+        """
+        if isinstance(logits_to_keep, Tensor) and logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
+            return F.pad(logits_to_keep, (self.prefix_length, 0))
+        places = torch.arange(self.prefix_length, self.prefix_length + self.length)
+        if isinstance(logits_to_keep, Tensor):
+            return places.to(logits_to_keep.device)[logits_to_keep]
+        return places[slice(-logits_to_keep, None)]
 
 
 class ReadInputs(NamedTuple):
@@ -147,7 +169,7 @@ def read_inputs(
         first_position (`int`, *optional*, defaults to 0): where the backbone counts positions from.
     """
     if attention_mask is None:
-        layout = Layout(query_embeddings.shape[1])
+        layout = Layout(prefix.shape[1], query_embeddings.shape[1])
         return ReadInputs(layout, layout.join(prefix, query_embeddings), None, first_position)
     # A pad token may embed to zeros, where norms have no derivative (Gemma 3n): a vector of the prefix takes its place.
     counts = attention_mask[..., None].bool()

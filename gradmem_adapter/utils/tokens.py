@@ -76,7 +76,7 @@ def check_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Non
         )
 
 
-_OF_ITS_OWN = ("attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
+_OF_ITS_OWN = ("attention_mask", "logits_to_keep", "negative_prompt_ids", "negative_prompt_attention_mask")
 """Arguments that go with memory, or are of another prompt."""
 
 

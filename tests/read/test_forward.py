@@ -193,3 +193,81 @@ def test_a_state_that_is_not_finite_is_read_by_nobody(value):
             with pytest.raises(ValueError, match="not finite, because WRITE diverged"):
                 read(**options)
     model.prefix_embeddings(states[0])
+
+
+@pytest.mark.parametrize("keep", [2, 5, 7, -2, [2], [1, 3], [-1, 0], [True, False, True, False, True]])
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_to_keep_counts_places_of_the_query_as_without_memory(keep, padded):
+    model, query, mask = make(), tokens(2, 5, seed=1), torch.ones(2, 5, dtype=torch.long)
+    keep = torch.tensor(keep) if isinstance(keep, list) else keep
+    mask[0, :2] = 0 if padded else 1
+    state = model.write(tokens(2, 9))
+    full = model(query, mask, memory=state).logits
+    kept = model(query, mask, memory=state, logits_to_keep=keep).logits
+    assert kept.shape == model(query, mask, logits_to_keep=keep).logits.shape
+    torch.testing.assert_close(kept, full[:, slice(-keep, None) if isinstance(keep, int) else keep])
+
+
+def test_logits_to_keep_of_each_row():
+    """Transformers takes such tensors from 5.23 on."""
+    model, query = make(), tokens(2, 5, seed=1)
+    places, mask = torch.tensor([[0, 4], [1, 2]]), torch.tensor([[1, 0, 0, 0, 1], [0, 1, 1, 1, 0]]).bool()
+    try:
+        model(query, logits_to_keep=places)
+    except (IndexError, RuntimeError):
+        pytest.skip("not in this version of Transformers")
+    state = model.write(tokens(2, 9))
+    full = model(query, memory=state).logits
+    kept = model(query, memory=state, logits_to_keep=places).logits
+    torch.testing.assert_close(kept, torch.take_along_dim(full, places[..., None], dim=1))
+    torch.testing.assert_close(model(query, memory=state, logits_to_keep=mask).logits, full[mask])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"logits_to_keep": torch.tensor([5])}, IndexError, "index 5 is out of bounds"),
+        ({"logits_to_keep": "2"}, TypeError, "logits_to_keep must be a number of places or a tensor of their indices"),
+        ({"logits_to_keep": 2, "labels": tokens(2, 5)}, ValueError, "cannot be combined with labels or max_targets"),
+    ],
+)
+def test_logits_to_keep_that_cannot_be(options, error, message):
+    model = make()
+    with pytest.raises(error, match=message):
+        model(tokens(2, 5), memory=model.write(tokens(2, 9)), **options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_states_and_attentions_are_of_the_query_alone(architecture):
+    model = make(architecture)
+    backbone = model.get_base_model()
+    backbone.set_attn_implementation("eager")
+    state, (ids, mask) = model.write(tokens(3, 9)), pad_left(ROWS)
+    options = {"output_hidden_states": True, "output_attentions": True}
+    whole = torch.cat([model.prefix_embeddings(state), model.get_input_embeddings()(ids)], dim=1)
+    expected = backbone(inputs_embeds=whole, **options)
+    for extra in ({}, {"labels": ids, "max_targets": ids.shape[1]}):
+        output = model(ids, memory=state, **options, **extra)
+        for found, all_of_it in zip(output.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(found, all_of_it[:, 5:], rtol=1e-4, atol=1e-5)
+        for found, all_of_it in zip(output.attentions, expected.attentions, strict=True):
+            torch.testing.assert_close(found, all_of_it[:, :, 5:], rtol=1e-4, atol=1e-5)
+    padded = model(ids, mask, memory=state, **options)
+    for i, row in enumerate(ROWS):
+        alone = model(row[None], memory=state[i], **options)
+        for found, by_itself in zip(padded.hidden_states, alone.hidden_states, strict=True):
+            torch.testing.assert_close(found[i][mask[i] == 1], by_itself[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_generate_returns_hidden_states_and_attentions_of_as_many_places_as_without_memory(options):
+    model, ids = make(), tokens(2, 5, seed=1)
+    model.get_base_model().set_attn_implementation("eager")
+    options = {
+        **options, "max_new_tokens": 3, "min_new_tokens": 3, "return_dict_in_generate": True,
+        "output_hidden_states": True, "output_attentions": True,
+    }  # fmt: skip
+    output, plain = model.generate(ids, memory=model.write(tokens(2, 9)), **options), model.generate(ids, **options)
+    for name in ("hidden_states", "attentions"):
+        places = [[[part.shape[-2] for part in step] for step in found[name]] for found in (output, plain)]
+        assert places[0] == places[1]
