@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from gradmem_adapter.meta_gradients.tape import differentiable_write
 from gradmem_adapter.ops.answers import check_answers
@@ -21,6 +22,7 @@ from gradmem_adapter.read.prefix import memory_of_queries
 from gradmem_adapter.read.prefix_cache import KeptPrefix, PrefixCache, prefix_key
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.tuner import of_one_adapter
+from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import as_long
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.writing import WritingModel
@@ -137,6 +139,7 @@ class GradMemModel(WritingModel):
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         memory: MemoryState | None = None,
         context_index: Tensor | None = None,
@@ -151,6 +154,7 @@ class GradMemModel(WritingModel):
 
         Args:
             inputs (`Tensor`): `[B, T]` prompts (or `input_ids=`). Padding on the right is moved to the left.
+            generation_config (`GenerationConfig`, *optional*): as Transformers takes it.
             memory (`MemoryState`, *optional*): one state for all prompts or one per prompt. `None`: plain `generate`
                 of the backbone (with its LoRA).
             context_index (`Tensor`, *optional*): `[B]`, the state of each prompt, or `[B, S]`, those read side by side.
@@ -169,6 +173,9 @@ class GradMemModel(WritingModel):
             TypeError, ValueError: a prompt or a state that the model cannot read, or a cache of another memory.
         """
         inputs = as_long(kwargs.pop("input_ids", None) if inputs is None else inputs)
+        wanted = "a GenerationConfig (a mask goes by attention_mask=)"
+        check_kind("generation_config", generation_config, GenerationConfig | None, wanted)
+        kwargs["generation_config"] = generation_config
         if memory is None:
             if context_index is not None:
                 raise ValueError("context_index needs a memory.")

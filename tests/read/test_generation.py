@@ -177,6 +177,15 @@ def test_what_a_passed_configuration_leaves_open_comes_from_the_models():
         model.generate(ids[:1], memory=states[0], generation_config=config)
 
 
+def test_a_configuration_stands_behind_the_prompt_as_in_transformers():
+    model, ids = make(), tokens(2, 5)
+    for memory in (None, model.write(tokens(2, 9))):
+        output = model.generate(ids, GenerationConfig(max_new_tokens=3, eos_token_id=[60]), memory=memory)
+        assert torch.equal(output, model.generate(ids, memory=memory, max_new_tokens=3, eos_token_id=[60]))
+        with pytest.raises(TypeError, match=r"generation_config must be a GenerationConfig .* got Tensor"):
+            model.generate(ids, torch.ones_like(ids), memory=memory)
+
+
 def test_padding_on_the_right_is_moved():
     """Tokenizers pad there by default, and new tokens would follow the padding."""
     model = make()
