@@ -60,6 +60,11 @@ def check_arguments(args: GradMemTrainingArguments, model: nn.Module, config: Gr
             "train_sampling_strategy='batch_rebalance' counts tokens, which rows of texts do not have yet. Choose "
             "'group_by_length', which goes by the length of contexts."
         )
+    if "loss" in args.include_for_metrics:
+        raise ValueError(
+            "include_for_metrics=['loss'] asks for the loss of each batch, and evaluation sums it up over tokens and "
+            "contexts, as eval_loss. Leave it out; 'inputs' are given to compute_metrics."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} devices and would split each batch over them, contexts and queries by the "

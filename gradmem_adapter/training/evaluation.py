@@ -7,9 +7,13 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
+from gradmem_adapter.ops.cross_entropy import IGNORED
+from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.state import MemoryState
 
@@ -29,6 +33,8 @@ class EvaluatingTrainer(SavingTrainer):
     score: Score
     _eval_sums: dict[str, float]
     _new_tokens: int
+    _batch: tuple[Tensor, int]
+    """Of the batch at work: the context of each query [R], and how many contexts there are."""
 
     @property
     def reconstruction_weight(self) -> float:
@@ -55,18 +61,27 @@ class EvaluatingTrainer(SavingTrainer):
     ) -> EvalLoopOutput:
         """Evaluate: losses and, with `predict_with_generate`, the scores of greedy answers, each a mean over all rows.
 
-        Answers are read from memory that is written once per context.
+        Answers are read from memory that is written once per context. What `compute_metrics` names is reported beside
+        this, or in its place where the name is the same.
+
+        Returns:
+            Transformers' `EvalLoopOutput`. Unless `prediction_loss_only`, it has a row for each query, context by
+            context: `predictions` are token ids of the answers, and `label_ids` those of the targets, padded with -100;
+            without `predict_with_generate` they are the logits, and the labels at the places of these.
         """
         self._eval_sums = {}
         self._new_tokens = self._max_new_tokens(dataloader.dataset)
+        self.gather_function = self._gather_queries  # until the loop has ended
         with uncompiled_layers(self.model):
-            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         if not self._eval_sums:
             raise ValueError("The dataset to evaluate on has no rows.")
         found = means(self._eval_sums)
         loss = found["target_loss"] + self.reconstruction_weight * found.get("last_write_loss", 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in ({"loss": loss} | found).items()}
-        return output._replace(metrics=(output.metrics or {}) | metrics)
+        return output._replace(metrics=metrics | (output.metrics or {}))
 
     def _max_new_tokens(self, dataset: Any) -> int:
         if self.args.generation_max_new_tokens is not None or not self.answers_queries:
@@ -85,14 +100,19 @@ class EvaluatingTrainer(SavingTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, None, None]:
+    ) -> tuple[None, Tensor | None, Tensor | None]:
         """Add a batch to the sums of the evaluation: those of each context by itself, so that the contexts which fill
-        up the last batch of several processes can be left out."""
+        up the last batch of several processes can be left out.
+
+        Returns:
+            No loss, which the sums have; predictions and labels `[R, ...]` of the queries, see `evaluation_loop`.
+        """
         inputs = self._prepare_inputs(inputs)
         steps = self.default_write_steps if self.args.eval_write_steps is None else self.args.eval_write_steps
         with torch.no_grad(), self.compute_loss_context_manager():
             output: GradMemOutput = model(**model_inputs(inputs), write_steps=steps)
             values = context_sums(inputs, output, steps)
+            predictions, labels = cast(Tensor, output.logits), inputs["labels"]
             if self.answers_queries:
                 with self.accelerator.autocast():
                     answers = self._answers(inputs, cast(Tensor, output.memory))
@@ -102,13 +122,29 @@ class EvaluatingTrainer(SavingTrainer):
                         f"The score may not be named {', '.join(sorted(taken))}: that is reported already."
                     )
                 values |= scores
+                # As long in every batch: the -100 that Transformers pads with is no token to decode.
+                padding = self.processing_class.pad_token_id
+                short = self._new_tokens - answers.shape[1]
+                predictions = F.pad(answers, (0, short), value=IGNORED if padding is None else padding)
+                labels = pad([row[row != IGNORED] for row in labels], "right", IGNORED)[0]
         table = self.accelerator.gather_for_metrics(torch.stack(list(values.values()), dim=1))
         for name, value in zip(values, table.double().sum(0).tolist(), strict=True):
             self._eval_sums[name] = self._eval_sums.get(name, 0.0) + value
-        return None, None, None
+        self._batch = context_index(inputs), len(inputs["context_input_ids"])
+        return (None, None, None) if prediction_loss_only else (None, predictions, labels)
 
-    def _answers(self, inputs: dict[str, Any], memory: Tensor) -> list[str]:
-        """The greedy answer to each query of a batch, read from memory [C, m, d]."""
+    def _gather_queries(self, rows: Tensor) -> Tensor:
+        """What is of the queries of a batch, `[R, n, ...]`, in all processes: context by context, without the contexts
+        that fill up the last batch."""
+        index, contexts = self._batch
+        counts = index.bincount(minlength=contexts)
+        by_context = pad_sequence(rows[index.argsort(stable=True)].split(counts.tolist()), batch_first=True)
+        by_context = self.accelerator.pad_across_processes(by_context, dim=1)
+        by_context, counts = self.accelerator.gather_for_metrics((by_context, counts))
+        return by_context[torch.arange(by_context.shape[1], device=counts.device) < counts[:, None]]
+
+    def _answers(self, inputs: dict[str, Any], memory: Tensor) -> Tensor:
+        """The greedy answer to each query of a batch, read from memory [C, m, d]: token ids [R, n]."""
         lengths = inputs["context_attention_mask"].sum(1)
         queries = inputs["query_input_ids"]
         sequences = cast(PeftModel, self.model).generate(
@@ -122,10 +158,11 @@ class EvaluatingTrainer(SavingTrainer):
             num_beams=1,
             pad_token_id=self.processing_class.pad_token_id,
         )
-        return self.processing_class.batch_decode(sequences[:, queries.shape[1] :], skip_special_tokens=True)
+        return cast(Tensor, sequences[:, queries.shape[1] :])
 
-    def _scores(self, inputs: dict[str, Any], answers: list[str]) -> dict[str, Tensor]:
-        scores = [self.score(answer, references) for answer, references in zip(answers, inputs["targets"], strict=True)]
+    def _scores(self, inputs: dict[str, Any], answers: Tensor) -> dict[str, Tensor]:
+        texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
+        scores = [self.score(text, references) for text, references in zip(texts, inputs["targets"], strict=True)]
         if any(score.keys() != scores[0].keys() for score in scores):
             raise ValueError("The score must return the same names for every answer.")
         device = inputs["input_ids"].device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from typing import Any, cast
@@ -60,7 +60,8 @@ class GradMemTrainer(EvaluatingTrainer):
         train_dataset (*optional*): rows, or `Batches` that are made ready on the device.
         eval_dataset (*optional*): rows, or several datasets by name.
         processing_class (`PreTrainedTokenizerBase`): the backbone's tokenizer.
-        callbacks, optimizers, optimizer_cls_and_kwargs: as for `Trainer`.
+        compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: as for
+            `Trainer`; predictions are the answers' token ids where `args` say `predict_with_generate`, else logits.
         score (`Score`, *optional*): scores an answer against its references, in place of exact match and F1.
         teacher (`nn.Module`, *optional*): a causal LM that reads the contexts as text; its distributions are further
             targets, by `distillation_weight` and `distillation_temperature` of `args`. See `Distillation`.
@@ -81,9 +82,11 @@ class GradMemTrainer(EvaluatingTrainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         score: Score = score_answer,
         teacher: nn.Module | None = None,
     ) -> None:
@@ -106,6 +109,7 @@ class GradMemTrainer(EvaluatingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            compute_metrics=compute_metrics,
             callbacks=[
                 *(callbacks or []),
                 *([EndByClock()] if args.max_minutes is not None else []),
@@ -113,6 +117,7 @@ class GradMemTrainer(EvaluatingTrainer):
             ],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by what get_batch_samples counts
         self.score = score

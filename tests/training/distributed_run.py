@@ -54,6 +54,8 @@ def train(output, processes, meta_gradient, **options):
     """Two optimizer steps on the same rows, however many processes share them; then an uneven evaluation. And the
     weights of a run that goes on from the checkpoint after the first step, once for all meta-gradients."""
 
+    answered = []
+
     def runner():
         seen = Gradients()
         model = make(
@@ -62,6 +64,7 @@ def train(output, processes, meta_gradient, **options):
         )  # fmt: skip
         run = trainer(
             model, output, rows(8, queries=3), rows(5, 30, queries=3), callbacks=[seen], score=score,
+            compute_metrics=lambda found: answered.append(found) or {},
             per_device_train_batch_size=2 // processes, gradient_accumulation_steps=2, max_grad_norm=0,
             train_sampling_strategy="sequential", write_steps=[1, 2, 3], generation_max_new_tokens=6,
             save_strategy="steps", save_steps=1, seed=1, **(SHARED if processes > 1 else {}), **options,
@@ -83,6 +86,7 @@ def train(output, processes, meta_gradient, **options):
             "resumed": weights(again.model),
             "logs": {name: logs(run, name) for name in (*LOGGED, "write_steps")},
             "metrics": {name: metrics[name] for name in EVALUATED},
+            "answers": [torch.tensor(found) for found in (answered[0].predictions, answered[0].label_ids)],
         }
 
 

@@ -54,6 +54,7 @@ def test_two_processes_are_one(two, one, run):
         for name, value in one["metrics"].items():
             assert result["metrics"][name] == pytest.approx(value, rel=1e-4), name
         assert result["trained_length"] == one["trained_length"]
+        assert all(map(torch.equal, result["answers"], one["answers"]))
     assert one["metrics"]["eval_exact_match"] > 0 or meta_gradient == "exact"
     weights = results[0][run]["weights"]
     close(weights, one["weights"], atol=A_STEP / 100)

@@ -75,8 +75,10 @@ class Gradients(TrainerCallback):
         self.steps.append({name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-def trainer(model, path, train=None, evaluation=None, callbacks=(), score=None, teacher=None, **options):
-    extra = {} if score is None else {"score": score}
+def trainer(
+    model, path, train=None, evaluation=None, callbacks=(), score=None, teacher=None, compute_metrics=None, **options
+):
+    extra = {"compute_metrics": compute_metrics} | ({} if score is None else {"score": score})
     return GradMemTrainer(
         model, arguments(path, **options), train_dataset=train, eval_dataset=evaluation,
         processing_class=tiny_tokenizer(), callbacks=list(callbacks), teacher=teacher, **extra,
@@ -591,9 +593,6 @@ class TestEvaluation:
         metrics = trainer(make(), tmp_path, evaluation={"one": rows(3), "two": rows(3, 9)}).evaluate()
         assert {"eval_one_loss", "eval_two_loss", "eval_one_exact_match", "eval_two_f1"} <= metrics.keys()
 
-    def test_predict(self, tmp_path):
-        assert "test_exact_match" in trainer(make(), tmp_path).predict(rows(3)).metrics
-
     def test_best_model_and_early_stopping(self, tmp_path):
         model = make(lora_config=LORA)
         values = iter([0.1, 0.5, 0.2, 0.3, 0.4])
@@ -659,6 +658,7 @@ class TestArguments:
         ("options", "config", "message"),
         [
             ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
+            ({"include_for_metrics": ["loss"]}, {}, "asks for the loss of each batch"),
             ({"torch_compile": True}, {}, "cannot be differentiated twice"),
             ({"accelerator_config": {"dispatch_batches": True}}, {}, "dispatch_batches"),
             ({"max_minutes": 1, "warmup_steps": 0.1}, {}, "Give a number of steps"),
