@@ -28,7 +28,7 @@ from gradmem_adapter.config import unknown_fields
 from .binding import BoundChat
 from .messages import as_chunk, count_tokens, parse_tool_calls, require_tools, usage_metadata
 from .options import CallOptions
-from .requests import request_of
+from .requests import identity_of, request_of
 from .stores import MemoryStateStore
 from .structured import parsed, response_format
 
@@ -36,6 +36,11 @@ _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
 """Standard options of LangChain's chat models that a local model has no use for, and passes over."""
 _OF_CALLS = ("memory", "response_format", "stream", "tools")
 """What a call takes besides `CallOptions`."""
+_CHANGES_NO_ANSWER = frozenset(
+    {"cache", "callbacks", "custom_get_token_ids", "disable_streaming", "max_batch", "metadata", "name", "profile"}
+    | {"rate_limiter", "streaming", "tags", "verbose"}
+)
+"""Fields without which a cache knows an answer again. Any other is part of its key, so that none can be forgotten."""
 
 
 class _Asked(NamedTuple):
@@ -117,9 +122,11 @@ class ChatGradMem(BaseChatModel, CallOptions):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        # With the fingerprint, or two adapters under one name would share entries of an LLM cache.
-        own = {name: getattr(self, name) for name in ("model_name", *CallOptions.model_fields)}
-        return own | {"fingerprint": self.pipeline.model.fingerprint(), "store": str(self.store.store.path.absolute())}
+        # The key of an LLM cache: two that answer differently must not share it, such as two adapters under one name.
+        # LangChain puts a call's arguments beside these, None where the call leaves them to us: hence a place apart.
+        own = {name: getattr(self, name) for name in type(self).model_fields if name not in _CHANGES_NO_ANSWER}
+        own |= {"pipeline": identity_of(self.pipeline), "store": str(self.store.store.path.absolute())}
+        return {"model_name": self.model_name, "fields": own}
 
     def bind_tools(self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any) -> Any:
         """The model with tools, where its chat template knows them.

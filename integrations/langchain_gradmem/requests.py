@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -98,6 +100,18 @@ def request_of(
     entries = [template_entry(message, everything) for message in messages]
     chat = [entry for entry, m in zip(entries, messages, strict=True) if entry["content"].strip() or not _is_carrier(m)]
     return Request(accepted(chat, partial(pipeline.format_query, chat_template_kwargs=chat_template_kwargs)), states)
+
+
+def identity_of(pipeline: GradMemPipeline) -> dict[str, str]:
+    """Which pipelines answer the same: the model's fingerprint, and a digest of what else is a pipeline's own.
+
+    Args:
+        pipeline (`GradMemPipeline`): who answers.
+    """
+    model = pipeline.model
+    rest = [model.active_peft_config.refusal, pipeline.tokenizer.chat_template, model.generation_config.to_diff_dict()]
+    told = json.dumps([*rest, model.dtype, type(pipeline.reader).__name__], sort_keys=True, default=str)
+    return {"fingerprint": model.fingerprint(), "told": hashlib.sha256(told.encode()).hexdigest()}
 
 
 def _is_carrier(message: BaseMessage) -> bool:

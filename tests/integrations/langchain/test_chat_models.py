@@ -222,14 +222,6 @@ class TestOptions:
         assert first == same != other
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_a_cache_tells_adapters_apart(self, store):
-        cache = InMemoryCache()
-        answers = [
-            ChatGradMem(pipeline=tiny_pipeline(seed=s), store=store, cache=cache, max_tokens=6).invoke("w3").content
-            for s in (0, 5)
-        ]
-        assert answers[0] != answers[1]
-
 
 class TestConcurrency:
     def test_threads(self, chat, reference, other):
@@ -362,3 +354,61 @@ class TestSeveralStates:
         assert details["memory_vectors"] == 6
         with pytest.raises(ValueError, match="not trained to say what memory does not hold"):
             chat.model_copy(update={"side_by_side": False}).invoke("w3", memory=[reference, other])
+
+
+class TestCached:
+    """A cache of answers gives nobody the answer that another configuration got."""
+
+    OTHERS = {
+        "chat_template_kwargs": {"x": 1}, "max_states": 1, "max_tokens": 5, "model_name": "other",
+        "output_version": "v1", "seed": 1, "side_by_side": True, "stop": ["w1"], "store": MemoryStateStore(),
+        "temperature": 1.0, "top_p": 0.5,
+    }  # fmt: skip
+    """A value of each field that changes an answer."""
+    SAME = {
+        "cache": True, "callbacks": [], "custom_get_token_ids": len, "disable_streaming": True, "max_batch": 2,
+        "metadata": {"x": 1}, "name": "chat", "profile": {}, "rate_limiter": None, "streaming": True, "tags": ["x"],
+        "verbose": True,
+    }  # fmt: skip
+
+    @staticmethod
+    def key(chat, **changed):
+        """What a cache knows an answer by, of a call that names arguments and leaves them to the model."""
+        call = {"stop": None} | dict.fromkeys(changed)
+        return chat.model_copy(update=changed)._get_llm_string(**call)
+
+    def test_every_field_is_named_here(self):
+        assert {*self.OTHERS, *self.SAME, "pipeline"} == {*ChatGradMem.model_fields}
+
+    @pytest.mark.parametrize("field", OTHERS)
+    def test_what_changes_an_answer(self, chat, field):
+        assert self.key(chat, **{field: getattr(chat, field)}) != self.key(chat, **{field: self.OTHERS[field]})
+
+    @pytest.mark.parametrize("field", SAME)
+    def test_what_does_not(self, chat, field):
+        assert self.key(chat, **{field: getattr(chat, field)}) == self.key(chat, **{field: self.SAME[field]})
+
+    def test_pipelines(self, chat, pipeline):
+        others = [tiny_pipeline() for _ in range(3)]
+        others[0].tokenizer.chat_template += " "
+        others[1].model.generation_config.repetition_penalty = 2.0
+        others += [
+            tiny_pipeline(seed=5),
+            tiny_pipeline(refusal="w50"),
+            GradMemPipeline(pipeline.model, pipeline.tokenizer),
+        ]
+        same = [self.key(chat, pipeline=other) == self.key(chat, pipeline=pipeline) for other in others]
+        assert same == [False, False, True, False, False, True]
+
+    def test_answers(self):
+        pipeline, cache = tiny_pipeline(refusal="w50 w51"), InMemoryCache()
+        chat = ChatGradMem(pipeline=pipeline, cache=cache, max_tokens=6)
+        references = chat.store.write(pipeline, ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"])
+        question = [attach(HumanMessage("w4"), references)]
+        assert len(chat.invoke(question).response_metadata["gradmem"]) == 1
+        whole = chat.model_copy(update={"side_by_side": True})
+        assert whole.invoke(question).response_metadata["gradmem"] == references
+        with pytest.warns(UserWarning, match="max_states are read"):
+            one = whole.model_copy(update={"max_states": 1}).invoke(question)
+        assert one.response_metadata["gradmem"] == references[:1]
+        assert len(cache._cache) == 3
