@@ -64,7 +64,10 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
         """What goes into a prompt."""
-        return self.memory.shown(self.history.messages, self._source)
+        messages = list(self.history.messages)
+        shown = self.memory.shown(messages, self._source)
+        self._forget_what_changed(messages)
+        return shown
 
     @property
     def archive(self) -> list[BaseMessage]:
@@ -84,19 +87,29 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
             messages (`Sequence[BaseMessage]`): what came since the last call.
         """
         with self._lock:
-            before = self.history.messages
+            before = list(self.history.messages)  # which some histories add to themselves
             self.history.add_messages(messages)
-            now = self.history.messages
+            now = list(self.history.messages)
             self.memory.shown(now, self._source)  # writes ahead, so that reading need not
-            needed = self.memory.references(now, cuts=2)
-            superseded = [r for r in self.memory.references(before, cuts=2) if r not in needed]
-            self.memory.forget(self._source, superseded)
+            self._forget_what_changed(before, now)
 
     def clear(self) -> None:
         """Forget everything, the states too, but for those that another conversation has in common with this one."""
         with self._lock:
-            self.memory.forget(self._source)
             self.history.clear()
+            self.memory.forget(self._source)  # last, or who is writing would not see that they are in vain
+
+    def _forget_what_changed(self, *seen: list[BaseMessage]) -> None:
+        """Delete the states of the conversation as it was seen that it needs no more as it is.
+
+        Another object or process may have cleared it, and deleted its states, while they were being written here.
+        """
+        now = self.history.messages
+        changed = [messages for messages in seen if messages != now]
+        if changed:
+            needed = self.memory.references(now, cuts=2)
+            found = [reference for messages in changed for reference in self.memory.references(messages, cuts=2)]
+            self.memory.forget(self._source, [reference for reference in found if reference not in needed])
 
 
 class StoredChatMessageHistory(BaseChatMessageHistory):
@@ -119,10 +132,12 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
         """The session's messages; `ValueError` where their file is damaged."""
-        if not self.path.exists():
-            return []
         with opening(f"The session in {str(self.path)!r} (clear() forgets it)"):
-            return messages_from_dict(json.loads(self.path.read_text("utf-8")))
+            try:
+                text = self.path.read_text("utf-8")
+            except FileNotFoundError:
+                return []
+            return messages_from_dict(json.loads(text))
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
         """Add messages.
@@ -137,7 +152,9 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
 
     def clear(self) -> None:
         """Delete the session."""
-        self.path.unlink(missing_ok=True)
+        if self.path.parent.exists():
+            with locked(self.path.parent):  # who is adding messages would bring back those it has read
+                self.path.unlink(missing_ok=True)
 
 
 def _checked(session_id: object) -> str:
@@ -150,16 +167,20 @@ class _InProcess(BaseChatMessageHistory):
     """LangChain's own is deprecated, and has no name."""
 
     def __init__(self) -> None:
-        self.messages = []
+        self._kept: list[BaseMessage] = []
         self.name = uuid.uuid4().hex
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self)()  # a conversation of its own
-        copied.messages = copy.deepcopy(self.messages, memo)
+        copied._kept = copy.deepcopy(self._kept, memo)
         return copied
 
+    @property
+    def messages(self) -> list[BaseMessage]:  # type: ignore[override]
+        return list(self._kept)
+
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
-        self.messages = [*self.messages, *messages]
+        self._kept.extend(messages)  # at once: threads may have histories of their own around this one
 
     def clear(self) -> None:
-        self.messages = []
+        self._kept.clear()

@@ -1,11 +1,12 @@
 """A history whose old turns are in memory."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 from langchain_core.chat_history import InMemoryChatMessageHistory
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, message_to_dict
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables.history import RunnableWithMessageHistory
 from langchain_gradmem import (
@@ -219,14 +220,57 @@ class TestPersistence:
         assert memory.store.gc(histories[0].references) > 0
         assert histories[1].messages == shown, "written anew from the text"
 
-    def test_superseded_states_are_deleted_whoever_opens_the_history(self, memory, turn):
+    @pytest.mark.parametrize("stored", [True, False])
+    def test_superseded_states_are_deleted_whoever_opens_the_history(self, memory, turn, stored):
         """As a web server does, with a new object for every request."""
-        kept = StoredChatMessageHistory(memory.store, "1")
+        kept = StoredChatMessageHistory(memory.store, "1") if stored else InMemoryChatMessageHistory()
         for i in range(40):
-            GradMemChatMessageHistory(memory, kept).add_messages(turn(i))
+            GradMemChatMessageHistory(memory, kept, "1").add_messages(turn(i))
             assert len(list(memory.store.yield_keys())) <= 2 * memory.max_parts
-        GradMemChatMessageHistory(memory, kept).clear()
+        GradMemChatMessageHistory(memory, kept, "1").clear()
         assert list(memory.store.yield_keys()) == []
+
+    def test_messages_that_are_being_added_bring_no_cleared_ones_back(self, memory, turn, monkeypatch):
+        adds, clears = (StoredChatMessageHistory(memory.store, "1") for _ in range(2))
+        clears.clear()  # of no session yet
+        adds.add_messages(turn(0))
+        read, go = threading.Event(), threading.Event()
+
+        def slowly(message):
+            read.set()
+            go.wait(5)
+            return message_to_dict(message)
+
+        monkeypatch.setattr("langchain_gradmem.chat_message_histories.message_to_dict", slowly)
+        with ThreadPoolExecutor(2) as threads:
+            added = threads.submit(adds.add_messages, turn(1))
+            read.wait()
+            cleared = threads.submit(clears.clear)
+            wait([cleared], timeout=0.2)
+            go.set()
+            added.result(), cleared.result()
+        assert adds.messages == []
+
+    @pytest.mark.parametrize("use", ["add", "read"])
+    def test_states_that_are_being_written_do_not_outlive_a_cleared_session(self, memory, turn, monkeypatch, use):
+        """Through another object, as `RunnableWithMessageHistory` asks for one in every call."""
+        slow, other = (GradMemChatMessageHistory(memory, StoredChatMessageHistory(memory.store, "1")) for _ in range(2))
+        for i in range(6):
+            other.add_messages(turn(i))
+        write = TurnMemory.write
+
+        def cleared_before(*args):
+            monkeypatch.undo()
+            other.clear()
+            return write(*args)
+
+        monkeypatch.setattr(TurnMemory, "write", cleared_before)
+        if use == "add":
+            slow.add_messages(turn(6))
+        else:
+            assert references_of(slow.messages[0])
+        assert list(memory.store.yield_keys()) == []
+        assert slow.messages == []
 
     async def test_async(self, memory, turn):
         history = GradMemChatMessageHistory(memory, StoredChatMessageHistory(memory.store, "1"))
