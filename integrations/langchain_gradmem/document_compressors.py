@@ -9,6 +9,8 @@ import torch
 from langchain_core.callbacks import Callbacks
 from langchain_core.callbacks.manager import dispatch_custom_event
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_core.runnables.config import ensure_config, get_callback_manager_for_config
 from pydantic import Field, PrivateAttr
 
 from gradmem_adapter.utils.files import readable
@@ -56,11 +58,18 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
                 taken, too.
             query (`str`): plays no part, so that a document is written once for all queries.
             callbacks (`Callbacks`, *optional*): are told by the custom event `"gradmem_write"` what was written.
+                Handlers that are of no run are told of one of the compressor's own. None: those of the run around.
 
         Returns:
             `list[Document]`: new documents, in order; those passed in stay as they are.
         """
         documents = list(documents)  # loaders have them one by one, too
+        config = ensure_config({"callbacks": callbacks} if callbacks else None)
+        if callbacks and get_callback_manager_for_config(config).parent_run_id is None:
+            return RunnableLambda(self._compress, name=type(self).__name__).invoke(documents, config)
+        return self._compress(documents, config)
+
+    def _compress(self, documents: list[Document], config: RunnableConfig) -> list[Document]:
         parts = [
             self.split(document.page_content, f"Document {i} (id {document.id})")
             if document.page_content.strip()
@@ -76,9 +85,9 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
             for _ in pieces
         ]
         references = iter(self.write_texts(texts, sources) if texts else [])
-        if callbacks:
+        if get_callback_manager_for_config(config).parent_run_id is not None:  # an event is of a run
             data = {"documents": len(documents), "contexts": len(texts), "written": self.store.writes - before}
-            dispatch_custom_event(EVENT, data, config={"callbacks": callbacks})
+            dispatch_custom_event(EVENT, data, config=config)
         result = []
         for document, pieces in zip(documents, parts, strict=True):
             found = [next(references) for _ in pieces]

@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
+from langchain_core.callbacks import BaseCallbackHandler, CallbackManager
 from langchain_core.documents import Document
+from langchain_core.runnables import RunnableLambda
 from langchain_gradmem import GradMemCompressor, MemoryStateStore, marker, references_of
 from tiny import tiny_text
 
@@ -17,6 +19,26 @@ TEXTS = [tiny_text(12, seed=i) for i in range(4)]
 class Failing(MemoryStore):
     def put(self, states, entries):
         raise OSError("disk full")
+
+
+class Heard(BaseCallbackHandler):
+    def __init__(self):
+        self.all = []
+
+    def on_chain_start(self, *args, run_id, parent_run_id, **kwargs):
+        assert parent_run_id is None
+        self.all.append(run_id)
+
+    def on_custom_event(self, name, data, *, run_id, **kwargs):
+        assert name == "gradmem_write"
+        self.all.append((run_id, data))
+
+    def on_chain_end(self, *args, run_id, **kwargs):
+        self.all.append(run_id)
+
+    def take(self):
+        found, self.all = self.all, []
+        return found
 
 
 class TestCompressor:
@@ -36,6 +58,30 @@ class TestCompressor:
         assert compressor.transform_documents(iter(documents)) == compressed  # as `lazy_load` gives them
         assert list(compressor.compress_documents(compressed, "w2")) == compressed
         assert compressor.store.writes == 4
+
+    @pytest.mark.parametrize("given", [lambda heard: [heard], lambda heard: CallbackManager.configure([heard])])
+    async def test_callbacks_that_are_of_no_run_are_told_too(self, pipeline, given):
+        """Of a run of its own, as of LangChain's own components."""
+        compressor = GradMemCompressor(pipeline=pipeline)
+        heard = Heard()
+        for written in (1, 0):
+            (document,) = compressor.compress_documents([Document("w1 w2")], "q", callbacks=given(heard))
+            assert references_of(document)
+            run, told, ended = heard.take()
+            assert told == (run, {"documents": 1, "contexts": 1, "written": written})
+            assert ended == run
+        (again,) = await compressor.acompress_documents([Document("w1 w2")], "q", callbacks=given(heard))
+        assert again == document
+        assert heard.take()[1][1]["written"] == 0
+
+    def test_inside_a_run_it_is_told_of_that_run(self, pipeline):
+        compressor = GradMemCompressor(pipeline=pipeline)
+        heard = Heard()
+        RunnableLambda(compressor.transform_documents).invoke([Document("w1 w2")], {"callbacks": [heard]})
+        run, told, ended = heard.take()
+        assert (told[0], told[1]["written"], ended) == (run, 1, run)
+        compressor.transform_documents([Document("w1 w2")])  # nobody is there to be told
+        assert heard.take() == []
 
     def test_a_file_whose_name_is_no_text(self, pipeline):
         """As loaders have it of a file that was named on another system."""
