@@ -73,7 +73,7 @@ def main() -> None:
     for rows in written.iter_batches(batch_size=None, batch_format="pandas"):
         states = MemoryState.stack([MemoryState.from_bytes(state) for state in rows.pop("state")])
         entries = [Entry(**row | {"options": json.loads(row["options"])}) for row in rows.to_dict("records")]
-        store.put(states, entries)
+        store.put(states, entries, dtype=store.dtype)
     stored = list(store.entries())
     print(f"{len({entry.source for entry in stored})} sources in {len(stored)} segments")
 

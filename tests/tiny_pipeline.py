@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from peft import get_peft_model
@@ -10,8 +9,7 @@ from tiny import tiny, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryState
-from gradmem_adapter.utils.state_file import narrowed, widened
+from gradmem_adapter import GradMemConfig, GradMemPipeline
 
 
 def tiny_pipeline(seed: int = 0, **config: Any) -> GradMemPipeline:
@@ -21,11 +19,6 @@ def tiny_pipeline(seed: int = 0, **config: Any) -> GradMemPipeline:
     config = {"num_memory_tokens": 3, "write_steps": 1, "write_lr": 0.3} | config
     model = get_peft_model(backbone, GradMemConfig(**config)).eval()
     return GradMemPipeline(model, tiny_tokenizer())
-
-
-def as_stored(state: MemoryState) -> MemoryState:
-    """A state as a memory store gives it back."""
-    return dataclasses.replace(state, vectors=widened(narrowed(state.vectors, "int8"))["vectors"])
 
 
 def byte_pipeline() -> GradMemPipeline:

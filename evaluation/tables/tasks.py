@@ -11,7 +11,7 @@ import pandas as pd
 from evaluation.methods import METHODS
 from evaluation.paper import KV_RETRIEVAL
 from evaluation.results import RESULTS, Record, frame, load_records
-from gradmem_adapter.store.memory_store import Dtype
+from gradmem_adapter.store.files import Dtype
 
 from .cells import Frame, data_title, general_passages, grid, in_order, line_title, percent, read
 

@@ -12,7 +12,7 @@ import torch
 from evaluation.data import Rows, joined
 from evaluation.unanswerable import REFUSAL, with_unanswerable, without_answers
 from gradmem_adapter.prompts import Prompt
-from gradmem_adapter.store.memory_store import Dtype
+from gradmem_adapter.store.files import Dtype
 from gradmem_adapter.training.metrics import score_answer
 from gradmem_adapter.utils.state_file import narrowed, widened
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from gradmem_adapter.store.entry import Entry
 from gradmem_adapter.utils import state_file
 from gradmem_adapter.utils.state_file import MemoryStateError, narrowed, widened
 
+Dtype = Literal["float32", "bfloat16", "int8"]
 _KEY = re.compile(r"[0-9a-f]{32}")
 _OF_THE_STATE = ("key", "text", "options", "written")
 OF_A_PLACE = ("source", "start", "end", "metadata")
@@ -37,14 +38,26 @@ def state_file_of(states: Path, key: str) -> Path:
     return states / key[:2] / f"{key}.safetensors"
 
 
-def new_tensors(states: MemoryState, dtype: str) -> dict[str, Tensor]:
+def check_dtype(dtype: str) -> None:
+    """Raise `ValueError` unless vectors can be of it in files."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {get_args(Dtype)}, got {dtype!r}.")
+
+
+def new_tensors(states: MemoryState, dtype: Dtype | None) -> dict[str, Tensor]:
     """What files hold of states, each of one.
 
     Args:
         states (`MemoryState`): B of them.
-        dtype (`str`): of the vectors in the files.
+        dtype (`str`, *optional*): of the vectors in the files; None: the states' own.
+
+    Raises:
+        ValueError: another dtype than files have.
     """
     kept = {"context_tokens": states.context_tokens, "write_losses": states.write_losses}
+    if dtype is None:
+        return kept | {"vectors": states.vectors}
+    check_dtype(dtype)
     return kept | narrowed(states.vectors, dtype)
 
 

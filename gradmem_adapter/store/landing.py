@@ -25,13 +25,12 @@ _FILES_AT_ONCE = 16
 """Files that wait for the disk together: most of the time that storing takes is this."""
 
 
-def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: str) -> None:
+def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: files.Dtype | None) -> None:
     """Store states; `MemoryStore.put` says what the arguments are.
 
     Args:
         index (`Index`): of the store.
-        states, entries: as there.
-        dtype (`str`): of the vectors in files.
+        states, entries, dtype: as there.
     """
     check_state("states", states)
     check_kind("entries", entries, Iterable, "a list with an Entry for each state")

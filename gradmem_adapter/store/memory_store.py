@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
@@ -33,7 +33,6 @@ from gradmem_adapter.write.options import WriteFields, WriteOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Dtype = Literal["float32", "bfloat16", "int8"]
 _PIPELINE = "a GradMemPipeline, which knows the model"
 _AT_ONCE = 256
 """Entries that are read together."""
@@ -53,7 +52,7 @@ class MemoryStore:
 
     Args:
         path (`str` or `PathLike`): the directory; the first state makes it.
-        dtype (`str`, *optional*, defaults to `"int8"`): of the vectors in files that are written from now on:
+        dtype (`str`, *optional*, defaults to `"int8"`): of the vectors in files that `add` writes from now on:
             `"int8"` with a scale for each vector, `"bfloat16"` or `"float32"`. What is read is float32.
         keep_text (`bool`, *optional*, defaults to `True`): keep the texts beside the states, so that answers can be
             cited, states be found by words, and texts be written anew for another model.
@@ -62,9 +61,8 @@ class MemoryStore:
         ValueError: another dtype.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, dtype: Dtype = "int8", keep_text: bool = True) -> None:
-        if dtype not in get_args(Dtype):
-            raise ValueError(f"dtype must be one of {get_args(Dtype)}, got {dtype!r}.")
+    def __init__(self, path: str | os.PathLike[str], *, dtype: files.Dtype = "int8", keep_text: bool = True) -> None:
+        files.check_dtype(dtype)
         check_kind("path", path, str | os.PathLike, "a path")
         self.path = Path(path)
         self.dtype = dtype
@@ -142,9 +140,9 @@ class MemoryStore:
             for text, entry in zip(texts, places(len(texts), sources, offsets, metadata, identity), strict=True)
         ]
         how: dict[str, Any] = {"max_tokens": max_tokens, "options": options, "callback": callback}
-        noted = False
+        put, noted = partial(self.put, dtype=self.dtype), False
         while not noted:  # another process may remove a state before that
-            write_missing(self.index, self._claims, pipeline, texts, entries, self.put, done, progress, **how)
+            write_missing(self.index, self._claims, pipeline, texts, entries, put, done, progress, **how)
             noted = landing.add_places(self.index, entries)
         return [entry.key for entry in entries]
 
@@ -200,19 +198,19 @@ class MemoryStore:
             raise ValueError("There is no text to write: the document is empty.")
         return keys
 
-    def put(self, states: MemoryState, entries: Iterable[Entry]) -> None:
+    def put(self, states: MemoryState, entries: Iterable[Entry], *, dtype: files.Dtype | None = None) -> None:
         """Store states that were written elsewhere, in the place of what there is under their keys.
 
         Args:
             states (`MemoryState`): any number.
-            entries (`Iterable[Entry]`): one for each, with what `key` says; what the states say of themselves is taken
-                from them.
+            entries (`Iterable[Entry]`): one for each, with what `key` says; what states say themselves is theirs.
+            dtype (`str`, *optional*): of the vectors in files, as `MemoryStore` has it. None: the states' own.
 
         Raises:
-            ValueError: no key, vectors that are not finite, or more or fewer entries than states.
+            ValueError: no key, vectors that are not finite, another dtype, or more or fewer entries than states.
             OSError: they cannot be written; none is in the index then, and the same call again puts them there.
         """
-        landing.put(self.index, states, entries, self.dtype)
+        landing.put(self.index, states, entries, dtype)
 
     def check_writable(self) -> None:
         """Raise `OSError` unless states can be stored, before the work of writing them. What is there can be read."""

@@ -78,7 +78,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             return None
 
     def mset(self, key_value_pairs: Sequence[tuple[str, MemoryState]]) -> None:
-        """Put states in.
+        """Put states in, rounded no more than they are.
 
         Args:
             key_value_pairs (`Sequence[tuple[str, MemoryState]]`): references and their states.

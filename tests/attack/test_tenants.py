@@ -2,7 +2,7 @@
 
 import pytest
 from langchain_gradmem import MemoryStateStore
-from tiny_pipeline import as_stored, tiny_pipeline
+from tiny_pipeline import tiny_pipeline
 
 REFERENCE = "0123456789abcdef" * 2
 PATHS = [
@@ -14,7 +14,7 @@ PATHS = [
 
 @pytest.fixture(scope="module")
 def states():
-    return [as_stored(state) for state in tiny_pipeline().write(["w1 w2 w3", "w4 w5"])]
+    return list(tiny_pipeline().write(["w1 w2 w3", "w4 w5"]))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

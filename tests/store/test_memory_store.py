@@ -53,8 +53,10 @@ class TestAdd:
     def test_each_batch_is_told_of_when_it_is_stored(self, store, keys, pipeline):
         told = []
         texts = [*TEXTS, "w1 w2 w3", "w4 w5"]
-        added = store.add(pipeline, texts, max_tokens=1, done=lambda batch: told.append((batch, len(store))))
-        assert sorted(told) == sorted([([added[4]], 5), ([added[5]], 6)])
+        added = store.add(
+            pipeline, texts, max_tokens=1, done=lambda batch: told.append((batch, all(key in store for key in batch)))
+        )
+        assert sorted(told) == sorted(([key], True) for key in added[4:])
 
     def test_a_full_disk_is_named(self, store, keys, pipeline, monkeypatch):
         def full(descriptor):  # as the system says it of a write, without the file's name
@@ -360,6 +362,27 @@ class TestPut:
         entries = [Entry(store.key(pipeline, text), source="s", text=text) for text in TEXTS[:2]]
         store.put(states, entries)
         assert store.get([entry.key for entry in entries]) == states
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_they_are_as_they_were(self, tmp_path, pipeline, dtype):
+        """Of the dtype that they are given in, whatever the store's own writes are of; what is read is float32."""
+        store, state = MemoryStore(tmp_path), pipeline.write(TEXTS[0]).to(dtype=dtype)
+        entry = Entry(store.key(pipeline, TEXTS[0]), source="s", text=TEXTS[0])
+        store.put(state, [entry])
+        assert store.get(entry.key) == state.to(dtype=torch.float32)
+        store.add(pipeline, TEXTS[:1], sources="again")
+        store.rebuild()
+        assert store.get(entry.key) == state.to(dtype=torch.float32)
+        (file,) = tmp_path.rglob("*.safetensors")
+        assert MemoryState.load(file) == state
+
+    def test_they_are_narrowed_where_that_is_asked_for(self, tmp_path, pipeline):
+        put, added = MemoryStore(tmp_path / "put"), MemoryStore(tmp_path / "added")
+        (key,) = added.add(pipeline, TEXTS[:1])
+        put.put(pipeline.write(TEXTS[0]), [Entry(key)], dtype="int8")
+        assert put.get(key) == added.get(key)
+        with pytest.raises(ValueError, match=r"dtype must be one of .*'int8'\), got 'int4'"):
+            put.put(pipeline.write(TEXTS[0]), [Entry(key)], dtype="int4")
 
     def test_as_many_entries_as_states(self, store, pipeline):
         with pytest.raises(ValueError, match="Got 1 entry for 2 states"):

@@ -134,7 +134,7 @@ class TestHistory:
         assert len(history.messages) <= 1 + 2 * memory.max_turns
 
 
-def fail(*_):
+def fail(*_, **how):
     raise OSError("disk full")
 
 

@@ -17,7 +17,7 @@ TEXTS = [tiny_text(12, seed=i) for i in range(4)]
 
 
 class Failing(MemoryStore):
-    def put(self, states, entries):
+    def put(self, states, entries, **how):
         raise OSError("disk full")
 
 

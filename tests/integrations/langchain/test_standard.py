@@ -11,7 +11,7 @@ from langchain_tests.integration_tests import (
     RetrieversIntegrationTests,
 )
 from langchain_tests.unit_tests import ChatModelUnitTests
-from tiny_pipeline import as_stored, byte_pipeline, tiny_pipeline
+from tiny_pipeline import byte_pipeline, tiny_pipeline
 
 PIPELINE = tiny_pipeline()
 
@@ -64,7 +64,7 @@ class TestRetriever(RetrieversIntegrationTests):
 
 @pytest.fixture(scope="module")
 def states():
-    return tuple(as_stored(state) for state in PIPELINE.write(["w1 w2 w3", "w4 w5", "w6"]))
+    return tuple(PIPELINE.write(["w1 w2 w3", "w4 w5", "w6"]))
 
 
 class _ByName(MemoryStateStore):

@@ -107,10 +107,10 @@ class TestFailures:
         class Failing(MemoryStore):
             broken = True
 
-            def put(self, states, entries):
+            def put(self, states, entries, **how):
                 if self.broken:
                     raise OSError("disk full")
-                super().put(states, entries)
+                super().put(states, entries, **how)
 
         failing = Failing(tmp_path)
         memory = TurnMemory(pipeline=pipeline, store=MemoryStateStore(failing), max_turns=1, keep_turns=1)
