@@ -265,7 +265,7 @@ def _adapter_tensors(
         loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     loaded = {name: tensor for name, tensor in own.items() if name.rpartition(".")[2] in may_lack} | loaded
     check_tensors(path, loaded, own)
-    return {name: tensor.to(own[name].dtype, copy=True) for name, tensor in loaded.items()}  # not a view of the file
+    return loaded
 
 
 def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
@@ -374,8 +374,10 @@ def _load(
     except BaseException:
         cast(GradMemModel, model.base_model).unload()  # the backbone may be the caller's
         raise
-    assigned = {name: tensor for name, tensor in tensors.items() if ".gradmem_" in name or ".lora_" in name}
-    set_peft_model_state_dict(model, assigned, low_cpu_mem_usage=empty)
-    if len(assigned) < len(tensors):  # embeddings, which have their place: the output head may share it
-        set_peft_model_state_dict(model, tensors)
+    if empty:  # places first: PEFT gives those of a LoRA the type of its layer, to which values would be rounded
+        places = get_peft_model_state_dict(model, save_embedding_layers=False)
+        places = {name: torch.empty_like(place, device="cpu") for name, place in places.items()}
+        set_peft_model_state_dict(model, places, low_cpu_mem_usage=True)
+        cast(GradMemModel, model.base_model)._cast_adapter_dtype(cast(str, model.active_adapter))
+    set_peft_model_state_dict(model, tensors)  # embeddings, too, whose place the output head may share
     return cast(GradMemPeftModel, model.eval()), tokenizer
