@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.backbones import check_end_token, load_backbone
-from gradmem_adapter.checkpoint import check_tensors
 from gradmem_adapter.training.weights import read_trained_weights
+from gradmem_adapter.utils.adapter_file import check_tensors
 from gradmem_adapter.utils.fields import from_json
 from gradmem_adapter.utils.files import read_text, replacing
 

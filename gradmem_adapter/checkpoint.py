@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -18,8 +18,6 @@ from peft.utils import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,9 +26,10 @@ from gradmem_adapter.card import Card, write_card
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.peft_model import GradMemPeftModel
+from gradmem_adapter.utils.adapter_file import check_tensors, opened_weights, round_weights
 from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import opening
-from gradmem_adapter.utils.parameters import first_of, wrong_names
+from gradmem_adapter.utils.parameters import trainable_as_before
 from gradmem_adapter.utils.pretrained import save_here
 from gradmem_adapter.utils.shipped import names_shipped, shipped
 
@@ -48,8 +47,6 @@ OWN_PATTERNS = [pattern for name in OWN for pattern in (name, f"{name}/*")]
 _UNREAD = {BACKBONE, "adapter_model.bin", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"}
 """Those that may be somebody else's where `SHA256SUMS` does not list them: a trained backbone is read where the adapter
 says that it has one, and these vocabularies where there is no tokenizer.json."""
-_SHOWN = 8
-"""So many differences are listed in an error."""
 
 
 def save_checkpoint(
@@ -110,12 +107,6 @@ def _has_backbone(path: Path, config: GradMemConfig) -> bool:
     return config.train_backbone and (path / BACKBONE).is_dir()
 
 
-def _round(file: Path, dtype: torch.dtype) -> None:
-    tensors = load_file(file)
-    rounded = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    save_file(rounded, file, metadata={"format": "pt"})
-
-
 def save_beside(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -136,7 +127,7 @@ def save_beside(
         _write(model, tokenizer, folder)
         write_card(folder, model, card or Card(), name=Path(path).name)
         if dtype is not None:
-            _round(folder / SAFETENSORS_WEIGHTS_NAME, dtype)
+            round_weights(folder / SAFETENSORS_WEIGHTS_NAME, dtype)
 
 
 def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -172,33 +163,13 @@ def _embeddings(model: PreTrainedModel | PeftModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
-def _resize(backbone: PreTrainedModel, directory: Path) -> bool:
-    """Give a backbone as many embeddings as a checkpoint holds, if it holds any: they are loaded with the adapter.
-
-    Returns:
-        Whether it had another number.
-    """
-    file = directory / SAFETENSORS_WEIGHTS_NAME
+def _saved_rows(directory: Path, backbone: PreTrainedModel) -> int:
+    """How many embeddings a checkpoint holds, which are loaded with the adapter; without any, those of the backbone."""
     table = _embeddings(backbone)
     name = next(name for name, module in backbone.named_modules() if module is table)
-    with _opened(file) as tensors:
+    with opened_weights(directory / SAFETENSORS_WEIGHTS_NAME) as tensors:
         key = f"base_model.model.{name}.weight"
-        rows = tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else table.num_embeddings  # noqa: SIM118
-    if rows != table.num_embeddings:
-        backbone.resize_token_embeddings(rows, mean_resizing=False)
-    return rows != table.num_embeddings
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    """The weights of an adapter; an error says which file is not there or damaged."""
-    if not file.is_file():
-        raise FileNotFoundError(f"There are no weights of an adapter in {str(file.parent)!r}: it has no {file.name}.")
-    try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {str(file.parent)!r} are damaged: {error}.") from error
+        return tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else table.num_embeddings  # noqa: SIM118
 
 
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
@@ -254,43 +225,23 @@ def _load_weights(model: PeftModel, path: Path, may_lack: Collection[str]) -> No
 
 
 def _adapter_tensors(
-    model: PeftModel, path: Path, *, embeddings: bool, may_lack: Collection[str] = ()
+    model: PeftModel,
+    path: Path,
+    *,
+    embeddings: bool,
+    may_lack: Collection[str] = (),
+    resize: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of the adapter in a checkpoint, if they are exactly those that the active adapter has.
 
-    With `embeddings`, those of a backbone that was resized are among them.
+    With `embeddings`, those of a backbone that was resized, or is going to be, are among them.
     """
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=embeddings)
-    with _opened(path / SAFETENSORS_WEIGHTS_NAME) as file:
+    with opened_weights(path / SAFETENSORS_WEIGHTS_NAME) as file:
         loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     loaded = {name: tensor for name, tensor in own.items() if name.rpartition(".")[2] in may_lack} | loaded
-    check_tensors(path, loaded, own)
+    check_tensors(path, loaded, own, resize=resize)
     return loaded
-
-
-def check_tensors(path: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raise `ValueError` with the differences unless both have the same tensors, of the same shapes and kinds.
-
-    Floating types may differ in width: the weights of a LoRA may be rounded in a checkpoint.
-
-    Args:
-        path (`Path`): the checkpoint, for messages.
-        saved (`dict[str, Tensor]`): its tensors.
-        own (`dict[str, Tensor]`): the model's.
-    """
-    differences = wrong_names(saved.keys(), own.keys(), own.keys())
-    for name in sorted(saved.keys() & own.keys()):
-        there, here = saved[name], own[name]
-        if there.shape != here.shape:
-            differences.append(f"{name!r} has shape {tuple(there.shape)} there and {tuple(here.shape)} here")
-        elif there.dtype != here.dtype and not (there.is_floating_point() and here.is_floating_point()):
-            differences.append(f"{name!r} is {there.dtype} there and {here.dtype} here")
-    if differences:
-        raise ValueError(
-            f"The checkpoint in {str(path)!r} is of another model: tensor "
-            f"{first_of(differences, _SHOWN, '; tensor ')}. Make the model with the configuration of the checkpoint, "
-            "or get the checkpoint anew."
-        )
 
 
 @torch.inference_mode(False)  # whose weights could be read with, and not written
@@ -298,8 +249,8 @@ def load_checkpoint(
     path: str | Path,
     *,
     backbone: str | Path | PreTrainedModel | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
     is_trainable: bool = False,
 ) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
     """Open a checkpoint: a model that writes and reads, and its tokenizer.
@@ -310,15 +261,23 @@ def load_checkpoint(
         backbone (`str`, `Path` or `PreTrainedModel`, *optional*): the backbone, or where to find it (see
             `load_backbone`). `None`: the one inside the checkpoint if it was trained, otherwise the one that the
             adapter was made for.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the backbone; the adapter stays in float32.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where to put both.
+        dtype (`torch.dtype`, *optional*): of the backbone; the adapter stays in float32. `None`: `torch.float32`, or as
+            a model that is passed has it.
+        device (`str` or `torch.device`, *optional*): where to put both. `None`: the CPU, or where a model that is
+            passed is.
         is_trainable (`bool`, *optional*, defaults to `False`): leave the adapter trainable.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: the adapter is not a GradMem adapter, does not say what its backbone is, its tensors are not exactly
-            those that its configuration calls for, or a file is damaged.
+            those that its configuration calls for, or a file is damaged. A backbone that was passed is then as it was.
+            Or `dtype` or `device` is given for one that was passed.
     """
+    if isinstance(backbone, PreTrainedModel) and not (dtype is None and device is None):
+        raise ValueError(
+            "dtype and device are of a backbone that load_checkpoint opens, and this one is a model: move it yourself, "
+            "by backbone.to(device, dtype), or pass where to find it."
+        )
     directory = shipped(path) or Path(path)
     if not directory.is_dir():
         try:
@@ -335,8 +294,8 @@ def load_checkpoint(
 def _load(
     directory: Path,
     backbone: str | Path | PreTrainedModel | None,
-    dtype: torch.dtype,
-    device: str | torch.device,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
     is_trainable: bool,
 ) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
     config = _config(directory)
@@ -355,29 +314,51 @@ def _load(
         )
     if isinstance(backbone, str | Path):
         reference = str(backbone)
-        backbone, tokenizer = load_backbone(reference, dtype=dtype, device=device, tokenizer=tokenizer)
+        backbone, tokenizer = load_backbone(
+            reference,
+            dtype=torch.float32 if dtype is None else dtype,
+            device="cpu" if device is None else device,
+            tokenizer=tokenizer,
+        )
         if as_made:
             check_weights(directory, reference)
     elif not isinstance(backbone, PreTrainedModel):
         raise TypeError(f"The backbone must be a model, or where to find one, got {backbone!r}.")
     if tokenizer is None:
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
-    resized = _resize(backbone, directory)
     config.inference_mode = not is_trainable
     # Without values, so that a configuration may ask for any size: it has to be that of the tensors in the file. Not on
     # offloaded layers, to whose place, the meta device, PEFT would take the LoRA that was read.
     empty = not any(has_offloaded_params(module) for module in backbone.modules())
-    with torch.device("meta") if empty else nullcontext():
-        model = PeftModelForCausalLM(backbone, config, low_cpu_mem_usage=empty)
-    try:  # not by PEFT, whose errors name neither the file nor all that is wrong
-        tensors = _adapter_tensors(model, directory, embeddings=resized or _is_resized(model))
-    except BaseException:
-        cast(GradMemModel, model.base_model).unload()  # the backbone may be the caller's
-        raise
+    with trainable_as_before(backbone):  # it may be the caller's
+        resize = _embeddings(backbone).num_embeddings, _saved_rows(directory, backbone)
+        if resized := resize[0] != resize[1]:  # which nobody undoes, so that all else is compared first
+            model, _ = _attached(backbone, config, directory, empty, resized, resize)
+            cast(GradMemModel, model.base_model).unload()
+            backbone.resize_token_embeddings(resize[1], mean_resizing=False)
+        model, tensors = _attached(backbone, config, directory, empty, resized)
     if empty:  # places first: PEFT gives those of a LoRA the type of its layer, to which values would be rounded
         places = get_peft_model_state_dict(model, save_embedding_layers=False)
         places = {name: torch.empty_like(place, device="cpu") for name, place in places.items()}
         set_peft_model_state_dict(model, places, low_cpu_mem_usage=True)
-        cast(GradMemModel, model.base_model)._cast_adapter_dtype(cast(str, model.active_adapter))
+        cast(GradMemModel, model.base_model)._cast_adapter_dtype(model.active_adapter)
     set_peft_model_state_dict(model, tensors)  # embeddings, too, whose place the output head may share
     return cast(GradMemPeftModel, model.eval()), tokenizer
+
+
+def _attached(
+    backbone: PreTrainedModel,
+    config: GradMemConfig,
+    directory: Path,
+    empty: bool,
+    resized: bool,
+    resize: tuple[int, int] | None = None,
+) -> tuple[PeftModelForCausalLM, dict[str, Tensor]]:
+    """A backbone with an adapter that has no values yet, and those of the checkpoint, which have its shapes."""
+    with torch.device("meta") if empty else nullcontext():
+        model = PeftModelForCausalLM(backbone, config, low_cpu_mem_usage=empty)
+    try:  # not by PEFT, whose errors name neither the file nor all that is wrong
+        return model, _adapter_tensors(model, directory, embeddings=resized or _is_resized(model), resize=resize)
+    except BaseException:
+        cast(GradMemModel, model.base_model).unload()
+        raise

@@ -19,7 +19,13 @@ from gradmem_adapter.lora import inject_lora
 from gradmem_adapter.utils.backbone import check_backbone, check_start, max_positions
 from gradmem_adapter.utils.changes import Changes
 from gradmem_adapter.utils.fingerprint import FingerprintCache, versions
-from gradmem_adapter.utils.parameters import adapter_parameters, backbone_parameters, first_of, wrong_names
+from gradmem_adapter.utils.parameters import (
+    adapter_parameters,
+    backbone_parameters,
+    first_of,
+    trainable_as_before,
+    wrong_names,
+)
 from gradmem_adapter.utils.weights import keep_gradients
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -117,14 +123,15 @@ class GradMemTuner(BaseTuner):
         config, first = self.peft_config[adapter_name], not hasattr(model, SLOTS)
         if config.start != "slots":
             check_start(cast(PreTrainedModel, model), config.start)
-        try:
-            self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except Exception:  # a LoRA may be made in some layers by now
-            if first:
-                self.unload()
-            else:
-                self.delete_adapter(adapter_name)
-            raise
+        with trainable_as_before(model):
+            try:
+                self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            except Exception:  # a LoRA may be made in some layers by now
+                if first:
+                    self.unload()
+                else:
+                    self.delete_adapter(adapter_name)
+                raise
 
     def _inject(
         self,

@@ -161,6 +161,12 @@ class TestBackbone:
             loaded, words = load_checkpoint(tmp_path / "saved", backbone=override)
             assert outcome(loaded, words) == outcome(model, tokenizer)
 
+    @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device": "cpu"}])
+    def test_passed_with_what_is_of_one_that_is_opened(self, backbone, tmp_path, options):
+        save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "saved")
+        with pytest.raises(ValueError, match=r"this one is a model: move it yourself, by backbone\.to"):
+            load_checkpoint(tmp_path / "saved", backbone=tiny(), **options)
+
     def test_passed_beside_a_trained_one(self, backbone, tmp_path):
         model = train(make(backbone, train_backbone=True))
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")

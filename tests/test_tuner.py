@@ -114,10 +114,12 @@ def test_an_adapter_that_cannot_be_made_leaves_nothing():
     """Its LoRA stayed in the layers that came before the one that takes none."""
     wrong = GradMemConfig(num_memory_tokens=2, lora_config=LoraConfig(r=2, target_modules=["q_proj", "norm"]))
     backbone = tiny()
-    expected, names = backbone(IDS).logits, [name for name, _ in backbone.named_parameters()]
+    backbone.lm_head.requires_grad_(False)
+    expected = backbone(IDS).logits
+    parameters = [(name, parameter.requires_grad) for name, parameter in backbone.named_parameters()]
     with pytest.raises(ValueError, match="is not supported"):
         get_peft_model(backbone, copy.deepcopy(wrong))
-    assert [name for name, _ in backbone.named_parameters()] == names
+    assert [(name, parameter.requires_grad) for name, parameter in backbone.named_parameters()] == parameters
     assert torch.equal(backbone(IDS).logits, expected)
     model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=2))
     state = model.write(IDS)

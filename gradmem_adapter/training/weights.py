@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gradmem_adapter.checkpoint import check_tensors
+from gradmem_adapter.utils.adapter_file import check_tensors
 from gradmem_adapter.utils.files import replacing
 
 WEIGHTS = "model.safetensors"

@@ -58,6 +58,23 @@ def constant(weights: Iterable[Tensor]) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
+@contextmanager
+def trainable_as_before(model: nn.Module) -> Iterator[None]:
+    """Parameters that are frozen inside require gradients again where the block fails: attaching an adapter freezes
+    all others.
+
+    Args:
+        model (`nn.Module`): whose they are.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    except BaseException:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+
+
 def wrong_names(found: Set[str], needed: Set[str], known: Set[str]) -> list[str]:
     """What is wrong with the tensors that were found for a model, one by one, in words.
 

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from gradmem_adapter import GradMemConfig, load_checkpoint, save_checkpoint
 
@@ -31,12 +32,35 @@ def change(saved, function):
 
 def refused(saved, match):
     backbone = tiny()
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    backbone.lm_head.requires_grad_(False)
+    before = {
+        name: (tensor.clone(), tensor.requires_grad) for name, tensor in backbone.state_dict(keep_vars=True).items()
+    }
     with pytest.raises(ValueError, match=match):
         load_checkpoint(saved, backbone=backbone)
-    after = backbone.state_dict()
+    after = backbone.state_dict(keep_vars=True)
     assert after.keys() == before.keys(), "the caller's backbone must be without an adapter again"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert all(torch.equal(tensor, before[name][0]) for name, tensor in after.items())
+    assert {name: tensor.requires_grad for name, tensor in after.items()} == {name: before[name][1] for name in before}
+    assert backbone.config.vocab_size == backbone.vocab_size == len(backbone.get_input_embeddings().weight)
+
+
+def test_a_backbone_is_not_resized_for_what_is_refused(saved, tmp_path):
+    """Where a checkpoint brings embeddings of its own; all else is compared before these take their place."""
+    tiny().save_pretrained(tmp_path / "base")
+    backbone = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    head = {"write_head": True, "lora_config": {"r": 2, "target_modules": ["lm_head", "q_proj"]}}
+    backbone.resize_token_embeddings(70, mean_resizing=False)
+    save_checkpoint(get_peft_model(backbone, GradMemConfig(**head)), tiny_tokenizer(), tmp_path / "resized")
+    (tmp_path / "resized" / "SHA256SUMS").unlink()
+    opened = tiny()
+    load_checkpoint(tmp_path / "resized", backbone=opened)
+    assert len(opened.lm_head.weight) == 70
+    change(tmp_path / "resized", lambda tensors: tensors.update({MEMORY: torch.zeros(4, 32)}))
+    refused(tmp_path / "resized", r"has shape \(4, 32\) there and \(16, 32\) here")
+    embeddings = {f"base_model.model.{name}.weight": torch.zeros(70, 32) for name in ("model.embed_tokens", "lm_head")}
+    change(saved, lambda tensors: tensors.update(embeddings | {"x": torch.zeros(1)}))
+    refused(saved, "tensor 'x' is unknown")
 
 
 def test_the_checkpoint_is_good(saved):
