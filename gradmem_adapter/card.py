@@ -38,7 +38,7 @@ memory = pipeline.write("Mary went to the kitchen. John went to the garden.")
 print(pipeline.generate("Where is Mary?", memory=memory)[0])
 ```
 
-PEFT alone opens it, too, after `import gradmem_adapter`.
+{peft}
 
 ## Data
 
@@ -52,6 +52,10 @@ PEFT alone opens it, too, after `import gradmem_adapter`.
 
 {license}
 """
+_PEFT = "PEFT alone opens it, too, after `import gradmem_adapter`."
+_PEFT_AND_BACKBONE = (
+    "PEFT alone knows nothing of the trained backbone, which is in the folder `backbone`: `load_checkpoint` opens both."
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def write_card(directory: Path, model: PeftModel, card: Card, *, name: str | Non
         name=card.name or name or directory.name,
         backbone=_backbone(config),
         m=config.num_memory_tokens,
+        peft=_PEFT_AND_BACKBONE if config.train_backbone else _PEFT,
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config).items()),
         data=card.data or "Not stated.",
         results=_results(card.results),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
@@ -48,6 +49,19 @@ def of_one_adapter(method: Method) -> Method:
             return method(self, *args, **kwargs)
 
     return cast(Method, checked)
+
+
+def _warn_of_untrained_backbone(model: Any, adapter: str) -> None:
+    """Say so if an adapter is loaded on what its backbone was before both were trained."""
+    config: GradMemConfig = model.peft_config[adapter]
+    trained_here = any(other.train_backbone for name, other in model.peft_config.items() if name != adapter)
+    if config.train_backbone and not trained_here and model.name_or_path == config.base_model_name_or_path:
+        warnings.warn(
+            f"The adapter {adapter!r} was trained together with its backbone, and {model.name_or_path!r} is what that "
+            "was before: they do not belong together. load_checkpoint(path) opens both. PEFT opens the adapter alone; "
+            "give it AutoModelForCausalLM.from_pretrained(path + '/backbone') of a local directory.",
+            stacklevel=4,
+        )
 
 
 class _Configs(dict[str, GradMemConfig]):
@@ -169,7 +183,7 @@ class GradMemTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT asks this for the model's names of the tensors that it loads, which are to be all of the adapter's, and
         of the backbone no more than embeddings. Without a word it would leave what is missing of a LoRA as it was made,
-        leave out what is unknown, and change the backbone."""
+        leave out what is unknown, change the backbone, and take one for another that was trained with the adapter."""
 
         def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return super(GradMemTuner, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
@@ -185,6 +199,7 @@ class GradMemTuner(BaseTuner):
                 f"The tensors are not those of the adapter {adapter_name!r}: {first_of(wrong, _SHOWN)}. Make the "
                 "adapter with the configuration that they were saved with, or get the file anew."
             )
+        _warn_of_untrained_backbone(model, adapter_name)
         return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

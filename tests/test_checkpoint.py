@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -201,6 +202,22 @@ class TestBackbone:
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), tmp_path / "saved").eval()
         assert outcome(loaded, tiny_tokenizer()) == outcome(model, tiny_tokenizer())
+
+    def test_peft_is_told_of_a_trained_one(self, backbone, tmp_path):
+        """It knows nothing of backbones inside checkpoints, and put the adapter on what its own was before."""
+        model, path = make(backbone, train_backbone=True), tmp_path / "saved"
+        save_checkpoint(model, tiny_tokenizer(), path)
+        assert "PEFT alone opens it" not in (path / "README.md").read_text()
+        with pytest.warns(
+            UserWarning, match=r"trained together with its backbone, and '.*base' is what that was before"
+        ):
+            AutoPeftModelForCausalLM.from_pretrained(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            load_checkpoint(path)
+            opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "backbone"), path)
+            model.load_adapter(str(path), "again")  # on the trained backbone itself
+        assert opened.fingerprint() == model.fingerprint()
 
 
 class TestWhole:
