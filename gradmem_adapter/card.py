@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
 
+from gradmem_adapter.backbones import is_local
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.naming import is_hub_id
 from gradmem_adapter.utils.directory import CARD
 from gradmem_adapter.utils.wording import counted
 
@@ -98,18 +99,18 @@ def _is_number(value: object) -> bool:
     return True
 
 
-def write_card(directory: Path, model: PeftModel, card: Card, *, name: str | None = None) -> None:
+def write_card(directory: Path, config: GradMemConfig, card: Card, *, name: str | None = None) -> None:
     """Write the model card of an adapter into a directory, in the place of one that is there.
 
     Args:
         directory (`Path`): the directory.
-        model (`PeftModel`): with an active GradMem adapter.
+        config (`GradMemConfig`): of the adapter, as it is saved.
         card (`Card`): what else it says.
         name (`str`, *optional*): where `card` has none; None: the directory's.
     """
-    config = model.active_peft_config
+    named = config.base_model_name_or_path
     metadata = ModelCardData(
-        base_model=None if config.train_backbone else config.base_model_name_or_path,
+        base_model=None if config.train_backbone or not is_hub_id(named) else named,  # the hub takes nothing else
         library_name="peft",
         license=card.license,
         pipeline_tag="text-generation",
@@ -132,7 +133,8 @@ def write_card(directory: Path, model: PeftModel, card: Card, *, name: str | Non
 def _backbone(config: GradMemConfig) -> str:
     if config.train_backbone:
         return "a backbone that was trained with it and lies beside it"
-    return f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "a backbone of your own"
+    named = config.base_model_name_or_path
+    return f"`{named}`" if named and not is_local(named) else "a backbone of your own"
 
 
 def _facts(config: GradMemConfig) -> dict[str, str]:

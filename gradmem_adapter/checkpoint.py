@@ -25,6 +25,7 @@ from gradmem_adapter.backbones import HUB_IDS, PACKAGED, check_weights, embeddin
 from gradmem_adapter.card import Card, write_card
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.naming import saved_config
 from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.utils.adapter_file import check_tensors, opened_weights, round_weights
 from gradmem_adapter.utils.directory import reading_together, replacing_together
@@ -114,6 +115,7 @@ def save_beside(
     *,
     dtype: torch.dtype | None = None,
     card: Card | None = None,
+    config: GradMemConfig | None = None,
 ) -> None:
     """Save as `save_checkpoint` does, beside whatever the directory holds.
 
@@ -122,21 +124,20 @@ def save_beside(
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): the directory.
         dtype, card (*optional*): see `save_checkpoint`.
+        config (`GradMemConfig`, *optional*): what is saved as the adapter's; None: `saved_config(model)`.
     """
+    config = config or saved_config(model)
     with replacing_together(Path(path), OWN) as folder:
         _write(model, tokenizer, folder)
-        write_card(folder, model, card or Card(), name=Path(path).name)
+        config.save_pretrained(str(folder))
+        write_card(folder, config, card or Card(), name=Path(path).name)
         if dtype is not None:
             round_weights(folder / SAFETENSORS_WEIGHTS_NAME, dtype)
 
 
 def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the files of a checkpoint into an empty folder."""
+    """Write the files of a checkpoint, but for its card, into an empty folder."""
     adapter, reference = model.active_adapter, cast(PreTrainedModel, model.get_base_model()).name_or_path
-    if reference in HUB_IDS:  # which PEFT and Transformers can open, too
-        model.active_peft_config.base_model_name_or_path = HUB_IDS[reference]
-    elif reference and Path(reference).is_dir():  # from whatever directory it will be opened
-        model.active_peft_config.base_model_name_or_path = str(Path(reference).absolute())
     model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=_is_resized(model))
     if adapter != "default":  # which PEFT puts into a folder of its own
         for entry in (folder / adapter).iterdir():
@@ -153,9 +154,11 @@ def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -
 def _is_resized(model: PeftModel) -> bool:
     """Whether the backbone has more or fewer embeddings than the one that an adapter's reference opens."""
     backbone = cast(PreTrainedModel, model.get_base_model())
+    named = model.active_peft_config.base_model_name_or_path
     packaged = backbone.name_or_path in HUB_IDS
-    reference = backbone.name_or_path if packaged else model.active_peft_config.base_model_name_or_path
-    there = embeddings_of(reference, backbone)
+    there = None if packaged else embeddings_of(named, backbone)
+    if there is None:  # or it has a name there that nobody has opened it by
+        there = embeddings_of(backbone.name_or_path, backbone)
     return there is not None and there != _embeddings(model).num_embeddings
 
 
@@ -343,6 +346,8 @@ def _load(
         set_peft_model_state_dict(model, places, low_cpu_mem_usage=True)
         cast(GradMemModel, model.base_model)._cast_adapter_dtype(model.active_adapter)
     set_peft_model_state_dict(model, tensors)  # embeddings, too, whose place the output head may share
+    if backbone.name_or_path and not config.train_backbone:
+        config.base_model_name_or_path = HUB_IDS.get(backbone.name_or_path, backbone.name_or_path)
     return cast(GradMemPeftModel, model.eval()), tokenizer
 
 

@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from gradmem_adapter.card import Card
-from gradmem_adapter.checkpoint import OWN_PATTERNS, save_checkpoint
+from gradmem_adapter.checkpoint import OWN_PATTERNS, save_beside
+from gradmem_adapter.naming import shared_config
 from gradmem_adapter.utils.directory import CARD
 
 
@@ -40,12 +41,17 @@ def push_to_hub(
 
     Returns:
         `str`: the address of the commit.
+
+    Raises:
+        ValueError: the backbone is a directory of this machine. `model.active_peft_config.base_model_name_or_path` says
+            what it is called on the hub.
     """
+    config = shared_config(model)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
-        save_checkpoint(model, tokenizer, directory, card=replace(card or Card(), name=repo_id))
+        save_beside(model, tokenizer, directory, card=replace(card or Card(), name=repo_id), config=config)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,

@@ -60,7 +60,7 @@ def _warn_of_untrained_backbone(model: Any, adapter: str) -> None:
             f"The adapter {adapter!r} was trained together with its backbone, and {model.name_or_path!r} is what that "
             "was before: they do not belong together. load_checkpoint(path) opens both. PEFT opens the adapter alone; "
             "give it AutoModelForCausalLM.from_pretrained(path + '/backbone') of a local directory.",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import httpx
 import huggingface_hub
@@ -28,7 +29,11 @@ def hub(monkeypatch):
         if path == "/api/repos/create":
             return httpx.Response(200, json={"url": "https://huggingface.co/owner/mine", "id": "owner/mine"})
         if path == "/api/validate-yaml":
-            return httpx.Response(200, json={"errors": [], "warnings": []})
+            base = ModelCard(json.loads(body)["content"]).data.base_model
+            if base is None or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
+                return httpx.Response(200, json={"errors": [], "warnings": []})
+            said = f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'
+            return httpx.Response(400, json={"errors": [{"message": said}], "warnings": []})
         if "/preupload/" in path:
             modes = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -54,9 +59,9 @@ def hub(monkeypatch):
     huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
 
 
-def adapter(**fields):
+def adapter(name="owner/backbone", **fields):
     backbone = tiny()
-    backbone.name_or_path = "owner/backbone"
+    backbone.name_or_path = str(name)
     config = {"num_memory_tokens": 3, "write_steps": 2, "trained_length": 1024, "lora_config": lora()} | fields
     return get_peft_model(backbone, GradMemConfig(**config))
 
@@ -94,6 +99,22 @@ def test_a_card_says_what_it_cannot_be_made_of(fields, said):
     assert Card(results={"one": 1, "tensor": torch.tensor(0.5), "numpy": torch.tensor(0.5).numpy()[()]})
 
 
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_no_card_names_a_directory(tmp_path, train_backbone):
+    """The hub takes none, nor could anybody use it; where the adapter is opened here, its configuration has it."""
+    tiny().save_pretrained(tmp_path / "base")
+    model = adapter(tmp_path / "base", train_backbone=train_backbone)
+    before = model.active_peft_config.to_dict()
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "mine")
+    assert model.active_peft_config.to_dict() == before
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "base_model" not in card
+    config = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert load_checkpoint(tmp_path / "mine")[0].fingerprint() == model.fingerprint()
+
+
 def test_a_card_without_facts_invents_none(tmp_path):
     save_checkpoint(adapter(trained_length=None, lora_config=None), tiny_tokenizer(), tmp_path / "mine")
     card = ModelCard.load(tmp_path / "mine" / "README.md")
@@ -113,6 +134,36 @@ def test_a_checkpoint_goes_to_the_hub(hub, tmp_path):
     loaded, _ = load_checkpoint(downloaded(hub, tmp_path), backbone=tiny())
     tokens = {"input_ids": torch.tensor([[1, 2, 3]])}
     assert torch.allclose(loaded.write(**tokens).vectors, model.write(**tokens).vectors, atol=1e-5)
+
+
+def pushed_by_a_trainer(model, tokenizer, repository, folder):
+    args = GradMemTrainingArguments(str(folder), report_to="none", use_cpu=True, hub_token="hf_x")
+    GradMemTrainer(model, args, train_dataset=[ROW], processing_class=tokenizer).push_to_hub()
+
+
+@pytest.mark.parametrize("push", [lambda *args: push_to_hub(*args[:3], token="hf_x"), pushed_by_a_trainer])
+def test_nobody_is_sent_to_a_directory_of_this_machine(hub, tmp_path, push):
+    tiny().save_pretrained(tmp_path / "base")
+    model = adapter(tmp_path / "base")
+    given = model, tiny_tokenizer(), "owner/mine", tmp_path / "run"
+    with pytest.raises(ValueError, match=r"others do not find it.*base_model_name_or_path = 'owner/name'"):
+        push(*given)
+    assert hub == {}
+    model.active_peft_config.base_model_name_or_path = "owner/backbone"
+    push(*given)
+    assert b"base_model: owner/backbone\n" in hub["README.md"]
+    push(adapter(tmp_path / "base", train_backbone=True), *given[1:3], tmp_path / "again")
+    assert not [
+        name for name, content in hub.items() if str(tmp_path).encode() in content and name != "training_args.bin"
+    ]
+    assert load_checkpoint(downloaded(hub, tmp_path / "mine"))
+
+
+def test_a_run_that_pushes_is_told_before_it_trains(tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+    args = GradMemTrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, push_to_hub=True)
+    with pytest.raises(ValueError, match="others do not find it"):
+        GradMemTrainer(adapter(tmp_path / "base"), args, train_dataset=[ROW], processing_class=tiny_tokenizer())
 
 
 def test_the_next_one_replaces_what_is_there(hub, tmp_path):

@@ -85,6 +85,7 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
 
     from gradmem_adapter import Card
     from gradmem_adapter.card import write_card
+    from gradmem_adapter.naming import saved_config
     from gradmem_adapter.training.callbacks import StopOnSignal
 
     state = PartialState(cpu=place.type == "cpu")
@@ -100,6 +101,6 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
         metrics = trainer.evaluate() if plan.eval_rows is not None else {}
         if not trainer.is_world_process_zero():
             return None
-        model = cast("PeftModel", trainer.model)
-        write_card(output / CHECKPOINT, model, Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics))
+        config = saved_config(cast("PeftModel", trainer.model))
+        write_card(output / CHECKPOINT, config, Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics))
         return metrics

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.naming import shared_config
 from gradmem_adapter.utils.tokens import check_pad_token
 from gradmem_adapter.utils.wording import counted
 
@@ -46,6 +47,8 @@ def check_model(model: Any) -> GradMemConfig | None:
 
 def check_arguments(args: GradMemTrainingArguments, model: nn.Module, config: GradMemConfig | None) -> None:
     """Refuse what cannot work, and put right what would go wrong unseen."""
+    if args.push_to_hub and config is not None:
+        shared_config(cast(PeftModel, model))
     if args.remove_unused_columns:
         warnings.warn(
             "remove_unused_columns=True would take the contexts out of the rows, and the model would train without "

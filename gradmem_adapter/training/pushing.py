@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import upload_folder
+from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -14,6 +15,7 @@ from transformers.utils import PushInProgress
 
 from gradmem_adapter.checkpoint import OWN, OWN_PATTERNS
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.naming import shared_config
 from gradmem_adapter.utils.directory import replacing_together
 from gradmem_adapter.utils.temporary import PREFIX
 
@@ -34,6 +36,8 @@ class PushingTrainer(Trainer):
     config: GradMemConfig | None
     _unfinished: str | None = None
     """Where a checkpoint is until it is whole."""
+    _shared: bool = False
+    """Whether what is saved goes to others, though nothing is pushed in training."""
 
     def push_to_hub(  # type: ignore[override] # Transformers 5.17 has no `private`
         self,
@@ -53,6 +57,8 @@ class PushingTrainer(Trainer):
         """
         if self.config is None:
             return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+        shared_config(cast(PeftModel, self.model))  # or it says that the adapter is not for others
+        self._shared = True
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         of_new = {"private": kwargs.pop("private")} if "private" in kwargs else {}
         if self.hub_model_id is None:

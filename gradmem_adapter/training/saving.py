@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gradmem_adapter.card import Card, write_card
 from gradmem_adapter.checkpoint import load_weights, save_beside
 from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.naming import saved_config, shared_config
 from gradmem_adapter.utils.files import errors_named, replacing
 from gradmem_adapter.utils.temporary import temporary_directory
 
@@ -117,7 +118,7 @@ class SavingTrainer(PushingTrainer):
             return
         output_dir = output_dir or cast(str, self.args.output_dir)
         if self.config is not None:
-            save_beside(cast(PeftModel, self.model), self.processing_class, output_dir)
+            save_beside(cast(PeftModel, self.model), self.processing_class, output_dir, config=self._saved_config())
         else:
             save_trained_weights(self.model, output_dir)
             self.processing_class.save_pretrained(output_dir)
@@ -138,7 +139,11 @@ class SavingTrainer(PushingTrainer):
             name, data = self.hub_model_id or kwargs.get("model_name"), kwargs.get("dataset")
             data = data if isinstance(data, str | None) else ", ".join(data)
             card = Card(name, data, results, kwargs.get("license"))
-            write_card(Path(cast(str, self.args.output_dir)), cast(PeftModel, self.model), card)
+            write_card(Path(cast(str, self.args.output_dir)), self._saved_config(), card)
+
+    def _saved_config(self) -> GradMemConfig:
+        named = shared_config if self._shared or self.args.push_to_hub else saved_config
+        return named(cast(PeftModel, self.model))
 
     def _load_weights(self, path: str) -> None:
         with whole_weights(self.model, keep=True):

@@ -1,0 +1,63 @@
+"""What a saved adapter calls its backbone, so that it is found again: here, or by everybody."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import cast
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from gradmem_adapter.backbones import HUB_IDS, is_local
+from gradmem_adapter.config import GradMemConfig
+
+
+def is_hub_id(reference: str | None) -> bool:
+    """Whether a reference has the form of a name on the hub, and is no directory here."""
+    try:
+        validate_repo_id(reference or "")
+    except HFValidationError:
+        return False
+    return not is_local(cast(str, reference))
+
+
+def saved_config(model: PeftModel) -> GradMemConfig:
+    """The configuration of the active adapter as it is saved.
+
+    Args:
+        model (`PeftModel`): a model with an active GradMem adapter, whose own configuration stays as it is.
+    """
+    config = copy.copy(cast(GradMemConfig, model.active_peft_config))
+    opened = cast(PreTrainedModel, model.get_base_model()).name_or_path
+    named = config.base_model_name_or_path or opened or None
+    if opened in HUB_IDS:  # which PEFT and Transformers can open, too
+        named = HUB_IDS[opened]
+    elif named and Path(named).is_dir():  # from whatever directory it will be opened
+        named = str(Path(named).absolute())
+    config.base_model_name_or_path, config.inference_mode = named, True
+    return config
+
+
+def shared_config(model: PeftModel) -> GradMemConfig:
+    """The configuration of the active adapter as it is saved for others, who do not have the directories of this
+    machine.
+
+    Args:
+        model (`PeftModel`): a model with an active GradMem adapter, whose own configuration stays as it is.
+
+    Raises:
+        ValueError: it names its backbone by a directory.
+    """
+    config = saved_config(model)
+    named = config.base_model_name_or_path
+    if named and is_local(named):
+        if not config.train_backbone:
+            raise ValueError(
+                f"The adapter's backbone was opened from {named!r}, where others do not find it. Say what it is called "
+                "on the hub, by model.active_peft_config.base_model_name_or_path = 'owner/name', and push again."
+            )
+        config.base_model_name_or_path = None  # the trained one is in the checkpoint
+    return config
