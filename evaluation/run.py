@@ -96,7 +96,7 @@ class Answerer:
         search_scores: Sequence[Sequence[float]] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """Of the states that each question may be asked of, the one that holds an answer most likely, as
-        `GradMemPipeline.surest_state` finds it."""
+        `GradMemPipeline.select` finds it."""
         pairs = [(query, i) for query, read in zip(queries, reads, strict=True) for i in read]
         parts = [pairs[start : start + SCORED] for start in range(0, len(pairs), SCORED)]
         found = [self.pipeline.support([q for q, _ in part], memory=memory[[i for _, i in part]]) for part in parts]

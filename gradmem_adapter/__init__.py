@@ -21,6 +21,7 @@ from gradmem_adapter.registration import register
 from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState, MemoryStateError
 from gradmem_adapter.store import MemoryStore, MemoryStoreError, UnknownStateError
+from gradmem_adapter.support import Selected
 from gradmem_adapter.tuner import AdapterChangedError
 from gradmem_adapter.write.options import Study, WriteOptions
 
@@ -49,6 +50,7 @@ __all__ = [
     "Reader",
     "ScoredText",
     "Segment",
+    "Selected",
     "Study",
     "SurestAnswer",
     "UnknownStateError",

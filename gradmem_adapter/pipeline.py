@@ -18,8 +18,7 @@ from gradmem_adapter.read.reader import Reader
 from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState, check_state
-from gradmem_adapter.support import answer_scores, surest
-from gradmem_adapter.texts import TextEncoder
+from gradmem_adapter.support import StateSelector, answer_scores, surest
 from gradmem_adapter.utils.tokens import check_no_file
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class GradMemPipeline(TextEncoder):
+class GradMemPipeline(StateSelector):
     """Write texts into memory states and ask about them in texts; several threads may share it.
 
     ```python
@@ -270,51 +269,6 @@ class GradMemPipeline(TextEncoder):
         scores = answer_scores(self, input_ids, mask, new, memory, options)
         return [ScoredText(text, score) for text, score in zip(texts, scores, strict=True)]
 
-    def support(
-        self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState, tools: list[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None, strict: bool = True,
-    ) -> list[float]:  # fmt: skip
-        """How far states hold answers to prompts, which are not computed for it.
-
-        Args:
-            prompts (`str`, `list[dict]` or a list of either): one, which each state is asked by itself, or several.
-            memory (`MemoryState`): any number of states for one prompt; for several one for all, or one per prompt.
-            tools, chat_template_kwargs, strict: as for `encode_prompts` and `generate`.
-
-        Returns:
-            `list[float]`: of each state or prompt the score that `generate` gives with an answer, from 0 to 1.
-
-        Raises:
-            ValueError: the adapter was not trained to refuse (`GradMemConfig.refusal`); scores need answers then.
-        """
-        if self.model.active_peft_config.refusal is None:
-            raise ValueError("This adapter was not trained to say what memory does not hold: it scores answers alone.")
-        check_state("memory", memory)
-        if not (batch := prompt_list(prompts)):
-            return []
-        ids, mask = self.encode_prompts(batch, tools, chat_template_kwargs)
-        if len(ids) == 1:
-            ids, mask = ids.expand(len(memory), -1), mask.expand(len(memory), -1)
-        return answer_scores(self, ids, mask, ids.new_empty(len(ids), 0), memory, {"strict": strict})
-
-    def surest_state(
-        self, prompt: Prompt, *, memory: MemoryState, search_scores: Sequence[float] | None = None, **how: Any
-    ) -> tuple[int, float]:
-        """Which of several states holds an answer to a prompt most likely, and how far it supports one.
-
-        Args:
-            prompt (`str` or `list[dict]`): a text or chat messages.
-            memory (`MemoryState`): any number of states, each asked by itself; of equals the first counts.
-            search_scores (`Sequence[float]`, *optional*): how well a search found each (`Choice.score`).
-            how: what else `support` takes.
-
-        Raises:
-            ValueError: as `support`; or search scores are not as many as states.
-        """
-        supported = self.support([prompt], memory=memory, **how)
-        best = surest(supported, search_scores)
-        return best, supported[best]
-
     def surest_answer(
         self, prompt: Prompt, *, memory: MemoryState, search_scores: Sequence[float] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any,
@@ -322,27 +276,28 @@ class GradMemPipeline(TextEncoder):
         """Ask several states the same, each by itself, and take the answer of the one that holds it most likely.
 
         For adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): the states that do not hold
-        it score low, and the best one alone answers. Others are better read side by side (`MemoryState.concat`).
+        it score low, and the best one alone answers. Of others each state answers, and the likeliest answer counts;
+        they are better read side by side, as `select` has it.
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
             memory (`MemoryState`): one state or several.
-            search_scores, chat_template_kwargs, options: as for `surest_state` and `generate`, which explains scores.
+            search_scores, chat_template_kwargs, options: as for `select` and `generate`, which explains scores.
 
         Returns:
             `SurestAnswer`: the answer, its score, and the index of the state that it is from.
         """
         check_state("memory", memory)
         kwargs: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
-        if self.model.active_peft_config.refusal is None:
+        if not self.refuses:
             found = self.generate([prompt] * len(memory), memory=memory, return_scores=True, **kwargs, **options)
             each = len(found) // len(memory)
             searched = None if search_scores is None else [score for score in search_scores for _ in range(each)]
             best = surest([one.score for one in found], searched)
             return SurestAnswer(*found[best], state=best // each)
         how = {"search_scores": search_scores, "strict": options.get("strict", True)}
-        best, score = self.surest_state(prompt, memory=memory, **how, **kwargs)
-        return SurestAnswer(self.generate(prompt, memory=memory[best], **kwargs, **options)[0], score, best)
+        read, (state,), score = self.select(prompt, memory=memory, support=True, **how, **kwargs)
+        return SurestAnswer(self.generate(prompt, memory=read, **kwargs, **options)[0], cast(float, score), state)
 
     def stream(
         self,

@@ -38,7 +38,8 @@ def test_no_memory_state(pipeline, state, store, wrong):
     for read in (
         lambda: pipeline.reconstruct(wrong),
         lambda: pipeline.support("w1", memory=wrong),
-        lambda: pipeline.surest_state("w1", memory=wrong),
+        *([] if isinstance(wrong, list) else [lambda: pipeline.select("w1", memory=wrong)]),
+        lambda: pipeline.select("w1", memory=[state, wrong]),
         lambda: pipeline.surest_answer("w1", memory=wrong),
         lambda: pipeline.update(wrong, "w1"),
         lambda: pipeline.fidelity("w1", wrong),
@@ -69,7 +70,7 @@ def test_no_prompt_and_no_text(pipeline, state, store, wrong):
     for ask in (
         lambda: pipeline.generate([wrong], memory=state),
         lambda: pipeline.surest_answer(wrong, memory=state),
-        lambda: pipeline.surest_state(wrong, memory=state),
+        lambda: pipeline.select(wrong, memory=state, support=True),
         lambda: list(pipeline.stream(wrong, memory=state)),
         lambda: pipeline.format_query(wrong),
     ):

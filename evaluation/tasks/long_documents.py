@@ -49,7 +49,7 @@ class LongDocuments(Task):
         chosen (`str`, *optional*, defaults to `"words"`): what a question is asked of: as many pieces as there are
             states to ask, by `"words"`, as `MemoryStore.choose` finds them; or the `"right"` piece.
         alone (`bool`, *optional*, defaults to `False`): ask the one chosen piece whose state holds an answer most
-            likely (`GradMemPipeline.surest_state`), not all side by side. For adapters that were trained to refuse.
+            likely (`GradMemPipeline.select`), not all side by side. For adapters that were trained to refuse.
         questions (`int`, *optional*): only so many questions of each article, drawn by the seed; None: all.
     """
 

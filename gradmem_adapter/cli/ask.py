@@ -115,8 +115,8 @@ def _answer(
         if not quiet:
             typer.echo("  (no text in the store has a word of it)")
         return {"question": question, "answer": None, "support": None, "sources": []}
-    pieces, support, best = _pieces(pipeline, question, states, places, options)
-    sources = list(places) if best is None else [places[best]]
+    pieces, support, read = _pieces(pipeline, question, states, places, options)
+    sources = [places[i] for i in read]
     answer = ""
     for piece in pieces:
         new = piece if answer else piece.lstrip()
@@ -138,21 +138,17 @@ def _pieces(
     states: MemoryState,
     places: Sequence[dict[str, Any]],
     options: dict[str, Any],
-) -> tuple[Iterable[str], float, int | None]:
-    """An answer's pieces, how far memory supports it, and the state that it is from; None: all of them.
+) -> tuple[Iterable[str], float, list[int]]:
+    """An answer's pieces, how far memory supports it, and the states that it is from.
 
-    An adapter that knows when a state does not hold an answer reads the surest one; others read them side by side, and
-    score the answer when it is whole.
+    What an adapter that was not trained to refuse answers is scored when it is whole.
     """
-    from gradmem_adapter import MemoryState
-
-    if pipeline.model.active_peft_config.refusal is None:
-        memory = MemoryState.concat(list(states))
-        (found,) = pipeline.generate([question], memory=memory, return_scores=True, **options)
-        return [found.text], found.score, None
     searched = [place["score"] for place in places if "score" in place] or None
-    best, support = pipeline.surest_state(question, memory=states, search_scores=searched)
-    return pipeline.stream(question, memory=states[best], **options), support, best
+    memory, read, support = pipeline.select(question, memory=states, search_scores=searched, support=True)
+    if support is not None:
+        return pipeline.stream(question, memory=memory, **options), support, read
+    (found,) = pipeline.generate([question], memory=memory, return_scores=True, **options)
+    return [found.text], found.score, read
 
 
 def _write(

@@ -23,7 +23,7 @@ from gradmem_adapter.serve.schemas import AUTO
 from gradmem_adapter.serve.stores import store_of
 from gradmem_adapter.serve.streams import Tell
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.store import Entry, MemoryStore
+from gradmem_adapter.store import Entry, MemoryStore, search_scores
 from gradmem_adapter.store.whole import whole_documents
 from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 from gradmem_adapter.write.options import WriteOptions
@@ -232,27 +232,22 @@ class Memories:
             support (`bool`, *optional*, defaults to `False`): say how far memory holds an answer.
         """
         store = self._store(tenant)
-        refuses = self.pipeline.model.active_peft_config.refusal is not None
         if memory == AUTO:
-            chosen = store.choose(self.pipeline, query, most, whole=True)
-            entries = [one.entry for one in chosen]
+            entries = [one.entry for one in store.choose(self.pipeline, query, most, whole=True)]
         else:
             entries = [entry for identity in dict.fromkeys(memory) for entry in self._entries(tenant, identity)]
-            own = {entry.key: entry for entry in reversed(entries)}
-            chosen = []
-            if len(entries) > most or (refuses and len(entries) > 1 and any(entry.text for entry in entries)):
-                chosen = store.choose(self.pipeline, query, most, keys=own)
             if len(entries) > most:
+                own = {entry.key: entry for entry in reversed(entries)}
+                chosen = store.choose(self.pipeline, query, most, keys=own)
                 entries = [own[one.entry.key] for one in chosen] or entries[:most]
         if not entries:
             return None
-        states = self._states(tenant, entries)
-        if not refuses or (len(entries) == 1 and not support):
-            return Found(MemoryState.concat(list(states)), entries)
-        found = {one.entry.key: one.score for one in chosen}
-        scores = [found.get(entry.key, 0.0) for entry in entries]
-        best_state, supported = self.pipeline.surest_state(prompt, memory=states, search_scores=scores)
-        return Found(states[best_state], [entries[best_state]], supported)
+        keys = [entry.key for entry in entries]
+        by_words = partial(search_scores, store.index, self.pipeline.model.fingerprint(), query, keys)
+        read = self.pipeline.select(
+            prompt, memory=self._states(tenant, entries), search_scores=by_words, support=support
+        )
+        return Found(read.memory, [entries[i] for i in read.states], read.support)
 
     def _states(self, tenant: str, entries: Sequence[Entry]) -> MemoryState:
         return self._store(tenant).get([entry.key for entry in entries], self.pipeline.model.fingerprint())

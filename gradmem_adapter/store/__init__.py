@@ -1,6 +1,6 @@
 """Many memory states on disk, with an index."""
 
-from gradmem_adapter.store.choose import Choice
+from gradmem_adapter.store.choose import Choice, search_scores
 from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, state_key, write_identity
 from gradmem_adapter.store.errors import MemoryStoreError, UnknownStateError
@@ -16,6 +16,7 @@ __all__ = [
     "Report",
     "Stats",
     "UnknownStateError",
+    "search_scores",
     "state_key",
     "write_identity",
 ]

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,25 @@ def choose(
             _check_states(connection, fingerprint)
         counts = whole_in(connection) if whole else None
         return list(itertools.islice(_choices(connection, scores, source, counts), k))
+
+
+def search_scores(index: Index, fingerprint: str, query: str, keys: Sequence[str]) -> list[float]:
+    """How well each of some states is found by a question's words, for `GradMemPipeline.select`.
+
+    Args:
+        index (`Index`): of their store.
+        fingerprint (`str`): of the model that is to read them.
+        query (`str`): the question.
+        keys (`Sequence[str]`): of the states.
+
+    Returns:
+        `list[float]`: BM25 of each; 0 where its text has no word of the question, or is not kept.
+    """
+    values = {"fingerprint": fingerprint, "source": None, "keys": json.dumps(list(keys))}
+    with index.reading() as connection:
+        scores = _by_words(connection, query, _ALL, values)
+        found = {choice.entry.key: choice.score for choice in _choices(connection, scores, None, None)}
+    return [found.get(key, 0.0) for key in keys]
 
 
 def _choices(

@@ -237,7 +237,8 @@ class ChatGradMem(BaseChatModel, CallOptions):
             raise NotImplementedError("A call takes tools or a response_format, not both.")
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
         (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
-        memory, read = request.memory(self.pipeline, self.side_by_side, tools, template)
+        how = {"tools": tools, "chat_template_kwargs": template}
+        memory, read = request.memory(self.pipeline, self.store, self.side_by_side, **how)
         grammar = grammar_of(self.pipeline, wanted) if wanted else None
         options = Options(chosen.max_tokens, Sampling(chosen.temperature, chosen.top_p), stops, grammar)
         return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), read, tools)

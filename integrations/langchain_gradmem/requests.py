@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, UnknownStateError
+from gradmem_adapter.store import search_scores
 
 from .messages import accepted, template_entry
 from .references import MARKER, check_references, references_of
@@ -23,27 +24,28 @@ class Request(NamedTuple):
     """What one call asks of the pipeline."""
 
     chat: list[dict[str, Any]]
+    query: str
+    """The last thing that a human said."""
     states: dict[str, MemoryState]
     """By reference, that the messages refer to, at most `max_states`."""
 
     def memory(
-        self, pipeline: GradMemPipeline, side_by_side: bool | None, tools: Any, template: Mapping[str, Any] | None
+        self, pipeline: GradMemPipeline, store: MemoryStateStore, side_by_side: bool | None, **how: Any
     ) -> tuple[MemoryState | None, list[str]]:
-        """What is read, with its references: all states side by side, or the one that holds the answer.
+        """What is read, with its references, as `pipeline.select` finds it.
 
         Args:
             pipeline (`GradMemPipeline`): who is to read.
+            store (`MemoryStateStore`): where the states are.
             side_by_side (`bool`, *optional*): None: where the adapter was not trained to refuse.
-            tools, template: what the chat template is given.
+            how: what the chat template is given.
         """
-        if side_by_side is None:
-            side_by_side = pipeline.model.active_peft_config.refusal is None
         references, states = list(self.states), list(self.states.values())
-        if side_by_side or len(states) < 2:
-            return MemoryState.concat(states) if states else None, references
-        each = MemoryState.stack(states)
-        best, _ = pipeline.surest_state(self.chat, memory=each, tools=tools, chat_template_kwargs=template)
-        return states[best], [references[best]]
+        if not states:
+            return None, []
+        by_words = partial(search_scores, store.store.index, pipeline.model.fingerprint(), self.query, references)
+        read = pipeline.select(self.chat, memory=states, side_by_side=side_by_side, search_scores=by_words, **how)
+        return read.memory, [references[i] for i in read.states]
 
 
 def request_of(
@@ -99,7 +101,8 @@ def request_of(
     states = _states([r for r in everything if r in chosen], needed, pipeline.model.fingerprint(), store)
     entries = [template_entry(message, everything) for message in messages]
     chat = [entry for entry, m in zip(entries, messages, strict=True) if entry["content"].strip() or not _is_carrier(m)]
-    return Request(accepted(chat, partial(pipeline.format_query, chat_template_kwargs=chat_template_kwargs)), states)
+    format_query = partial(pipeline.format_query, chat_template_kwargs=chat_template_kwargs)
+    return Request(accepted(chat, format_query), entries[human[-1]]["content"], states)
 
 
 def identity_of(pipeline: GradMemPipeline) -> dict[str, str]:

@@ -8,7 +8,7 @@ from adapters import lora
 from peft import get_peft_model
 from tiny import tiny, tiny_text, tiny_tokenizer, tokens
 
-from gradmem_adapter import GradMemConfig, GradMemPipeline, ScoredText
+from gradmem_adapter import GradMemConfig, GradMemPipeline, MemoryState, ScoredText
 from gradmem_adapter.read.likelihood import scores
 from gradmem_adapter.support import surest
 
@@ -126,10 +126,42 @@ def test_of_several_states_the_surest_answers():
         found = pipeline.surest_answer(prompt, memory=states, **OPTIONS)
         assert pipeline.support(prompt, memory=states) == pytest.approx([one.score for one in each], abs=1e-4)
         assert found.state == max(range(3), key=lambda i: each[i].score)
-        assert pipeline.surest_state(prompt, memory=states) == (found.state, found.score)
+        read = pipeline.select(prompt, memory=states)
+        assert (read.memory, read.states, read.support) == (states[found.state], [found.state], found.score)
         assert (found.text, found.score) == (each[found.state].text, pytest.approx(each[found.state].score, abs=1e-4))
         several = pipeline.surest_answer(prompt, memory=states, num_return_sequences=2, num_beams=2, max_new_tokens=4)
         assert several.state == found.state
+
+
+@pytest.mark.parametrize("refusal", ["no idea", None])
+def test_which_states_are_read(refusal):
+    """Side by side, or the one that holds an answer: as the adapter was trained, or as it is asked for."""
+    pipeline = make(refusal=refusal)
+    states = pipeline.write(CONTEXTS)
+    whole = MemoryState.concat(list(states))
+    if refusal is None:
+        assert pipeline.select(PROMPTS[0], memory=states, support=True) == (whole, [0, 1, 2], None)
+        with pytest.raises(ValueError, match="not trained to say what memory does not hold"):
+            pipeline.select(PROMPTS[0], memory=states, side_by_side=False)
+    else:
+        each = pipeline.support(PROMPTS[0], memory=states)
+        best = each.index(max(each))
+        assert pipeline.select(PROMPTS[0], memory=list(states)) == (states[best], [best], each[best])
+        (supported,) = pipeline.support(PROMPTS[0], memory=whole)
+        read = pipeline.select(PROMPTS[0], memory=states, side_by_side=True, support=True)
+        assert read == (whole, [0, 1, 2], pytest.approx(supported))
+        (alone,) = pipeline.support(PROMPTS[0], memory=states[1])
+        assert pipeline.select(PROMPTS[0], memory=states[1], support=True) == (states[1], [0], pytest.approx(alone))
+
+    def never():
+        raise AssertionError("no search is needed")
+
+    for memory, how in ((states, {"side_by_side": True}), (states[1], {})):
+        read = pipeline.select(PROMPTS[0], memory=memory, search_scores=never, **how)
+        assert (read.states, read.support) == (list(range(len(memory))), None)
+    other_size = MemoryState.concat([states[0], states[1]])
+    read = pipeline.select(PROMPTS[0], memory=[states[2], other_size], side_by_side=True)
+    assert read.memory == MemoryState.concat([states[2], other_size])
 
 
 @pytest.mark.parametrize("refusal", ["no idea", None])

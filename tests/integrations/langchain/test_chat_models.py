@@ -330,18 +330,33 @@ class TestSeveralStates:
 
     def test_the_one_that_holds_the_answer_is_read(self, refusing, references):
         supported = refusing.pipeline.support(
-            [{"role": "user", "content": "w4"}], memory=MemoryState.stack([*map(refusing.store.get, references)])
+            [{"role": "user", "content": "w20"}], memory=MemoryState.stack([*map(refusing.store.get, references)])
         )
         best = references[supported.index(max(supported))]
-        answer = refusing.invoke("w4", memory=references)
-        assert answer.text == refusing.invoke("w4", memory=best).text
+        answer = refusing.invoke("w20", memory=references)
+        assert answer.text == refusing.invoke("w20", memory=best).text
         saved = int(refusing.store.get(best).context_tokens) - 3
         assert answer.usage_metadata["input_token_details"] == {"memory_vectors": 3, "memory_saved": saved}
-        assert "".join(chunk.text for chunk in refusing.stream("w4", memory=references)) == answer.text
+        assert "".join(chunk.text for chunk in refusing.stream("w20", memory=references)) == answer.text
         assert answer.response_metadata["gradmem"] == [best]
-        *_, last = refusing.stream("w4", memory=references)
+        *_, last = refusing.stream("w20", memory=references)
         assert last.response_metadata["gradmem"] == [best]
         assert refusing.invoke("w4").response_metadata["gradmem"] == []
+
+    def test_the_words_of_the_question_count_too(self, refusing, references):
+        """As for `gradmem ask` and the server. Untrained, no state supports an answer much more than another."""
+        for word, reference in zip(("w2", "w5", "w8"), references, strict=True):
+            earlier = [HumanMessage("w1 w4 w6"), AIMessage("w1")]
+            answer = refusing.invoke([*earlier, attach(HumanMessage(word), references)])
+            assert answer.response_metadata["gradmem"] == [reference]
+
+    def test_states_of_no_text_are_compared_by_support_alone(self, refusing, references):
+        """Which were put, or written by a store that keeps no texts."""
+        bare = MemoryStateStore()
+        bare.mset([(reference, refusing.store.get(reference)) for reference in references])
+        chat = refusing.model_copy(update={"store": bare})
+        expected = refusing.invoke("w20", memory=references)
+        assert chat.invoke("w20", memory=references).response_metadata == expected.response_metadata
 
     def test_all_are_read_where_that_is_asked_for(self, refusing, references):
         chat = refusing.model_copy(update={"side_by_side": True})
