@@ -28,13 +28,21 @@ SPARE_TOKENS = 8
 
 
 class EvaluatingTrainer(SavingTrainer):
-    """The part of `GradMemTrainer` that evaluates; it is not used by itself."""
+    """The part of `GradMemTrainer` that evaluates; it is not used by itself.
 
-    score: Score
+    Args:
+        score (`Score`): scores an answer against its references.
+        kwargs: as for `SavingTrainer`.
+    """
+
     _eval_sums: dict[str, float]
     _new_tokens: int
     _batch: tuple[Tensor, int]
     """Of the batch at work: the context of each query [R], and how many contexts there are."""
+
+    def __init__(self, *, score: Score, **kwargs: Any) -> None:
+        self.score = score
+        super().__init__(**kwargs)
 
     @property
     def reconstruction_weight(self) -> float:

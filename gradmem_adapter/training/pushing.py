@@ -30,14 +30,21 @@ class PushingTrainer(Trainer):
 
     Transformers adds files to those that are in a repository, and in training those of a checkpoint that it knows.
     Files of an earlier adapter beside them, or digests of other files, would make what is there unreadable.
+
+    Args:
+        config (`GradMemConfig`, *optional*): of the adapter that is trained; None: a module without one.
+        kwargs: as for `Trainer`.
     """
 
     args: GradMemTrainingArguments
-    config: GradMemConfig | None
     _unfinished: str | None = None
     """Where a checkpoint is until it is whole."""
     _shared: bool = False
     """Whether what is saved goes to others, though nothing is pushed in training."""
+
+    def __init__(self, *, config: GradMemConfig | None, **kwargs: Any) -> None:
+        self.config = config
+        super().__init__(**kwargs)
 
     def push_to_hub(  # type: ignore[override] # Transformers 5.17 has no `private`
         self,

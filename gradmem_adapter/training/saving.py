@@ -21,7 +21,6 @@ from gradmem_adapter.naming import saved_config, shared_config
 from gradmem_adapter.utils.files import errors_named, replacing
 from gradmem_adapter.utils.temporary import temporary_directory
 
-from .arguments import GradMemTrainingArguments
 from .pushing import PushingTrainer
 from .sharding import whole_weights
 from .weights import load_trained_weights, save_trained_weights, trained_weights
@@ -32,16 +31,21 @@ class TrainingDiverged(RuntimeError):
 
 
 class SavingTrainer(PushingTrainer):
-    """The part of `GradMemTrainer` that saves and resumes; it is not used by itself."""
+    """The part of `GradMemTrainer` that saves and resumes; it is not used by itself. Args: as for `PushingTrainer`."""
 
     model: nn.Module
-    args: GradMemTrainingArguments
     processing_class: PreTrainedTokenizerBase
-    config: GradMemConfig | None
-    _finite: Tensor
-    """Whether all losses and all gradients so far are finite, on the device."""
-    _good: str | None = None
-    """The checkpoint that this run saved last, or goes on from; one of another run may lie beside it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._begin()
+
+    def _begin(self, checkpoint: str | None = None) -> None:
+        """A run begins, or goes on from a checkpoint."""
+        self._good = checkpoint
+        """The checkpoint that this run saved last, or goes on from; one of another run may lie beside it."""
+        self._finite = torch.tensor([True, True], device=self.args.device)
+        """Whether all losses and all gradients so far are finite."""
 
     def check_finite(self) -> None:
         """Raise `TrainingDiverged` in all processes if a loss or a gradient of one of them was not finite."""

@@ -90,19 +90,21 @@ class GradMemTrainer(EvaluatingTrainer):
         score: Score = score_answer,
         teacher: nn.Module | None = None,
     ) -> None:
-        self.config = check_model(model)
+        config = check_model(model)
         if processing_class is None:
             raise ValueError(
                 "GradMemTrainer needs the tokenizer to make batches, to read answers and for checkpoints: pass "
                 "processing_class=tokenizer."
             )
         args = with_defaults(args)
-        check_arguments(args, model, self.config)
+        check_arguments(args, model, config)
         check_datasets(train_dataset, eval_dataset)
-        collator = limited_collator(data_collator, processing_class, model, self.config)
+        collator = limited_collator(data_collator, processing_class, model, config)
         if args.cuda_graphs and train_dataset is not None and not isinstance(train_dataset, Batches):
             train_dataset = RowBatches.of(train_dataset, collator, args)
         super().__init__(
+            config=config,
+            score=score,
             model=model,
             args=args,
             data_collator=collator,
@@ -120,13 +122,11 @@ class GradMemTrainer(EvaluatingTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by what get_batch_samples counts
-        self.score = score
         self.distillation: Distillation | None = None
         if teacher is not None:
             self.distillation = Distillation(teacher.to(args.device), model, args.distillation_temperature)
         self._window: Count | None = None
         self._graphed: GraphedBackward | None = None
-        self._finite = torch.tensor([True, True], device=args.device)
         self._sums = Sums(args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -163,9 +163,8 @@ class GradMemTrainer(EvaluatingTrainer):
             resume_from_checkpoint = self._last_checkpoint()
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir!r}.")
-        self._good = resume_from_checkpoint or None
+        self._begin(resume_from_checkpoint or None)
         self._sums = Sums(self.args.device)
-        self._finite = torch.tensor([True, True], device=self.args.device)
         if torch.backends.cuda.matmul.fp32_precision == "tf32":
             # As Transformers sets it; torch.compile also asks PyTorch's older switch, and refuses if the two differ.
             torch.set_float32_matmul_precision("high")
