@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.batching import batches, progress_bar
 from gradmem_adapter.write.budget import Budget
 from gradmem_adapter.write.options import WriteOptions
+
+if TYPE_CHECKING:
+    from gradmem_adapter.pipeline import GradMemPipeline
 
 Mode: TypeAlias = Literal["parallel", "sequential"]
 
@@ -57,36 +60,36 @@ class DocumentMemory:
             raise ValueError("A document written with mode='sequential' has one state for all segments: read .states.")
         return MemoryState.concat(list(self.states if indices is None else self.states[indices]))
 
-    def fidelity(self, encoder: TextEncoder, max_tokens: int | None = None) -> Fidelity:
+    def fidelity(self, pipeline: GradMemPipeline, max_tokens: int | None = None) -> Fidelity:
         """How much of each segment its state gives back.
 
         With `"sequential"`, `greedy` is the share that the state recites anywhere, in runs of at least four tokens;
         `teacher_forced` is of the segment as if it came first.
 
         Args:
-            encoder (`TextEncoder`): the pipeline that wrote it.
+            pipeline (`GradMemPipeline`): that wrote it.
             max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
 
         Returns:
             `Fidelity`: shares `[segments]`.
         """
-        check_kind("encoder", encoder, TextEncoder, "the GradMemPipeline that wrote it")
-        model = encoder.model
+        check_kind("pipeline", pipeline, TextEncoder, "the GradMemPipeline that wrote it")
+        model = pipeline.model
         backbone = cast(PreTrainedModel, model.get_base_model())
         budget = Budget.of(backbone).tokens() if max_tokens is None else max_tokens
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for rows in batches([segment.tokens for segment in self.segments], budget):
-            ids, mask = encoder.encode_contexts([self.segments[i].text for i in rows])
+            ids, mask = pipeline.encode_contexts([self.segments[i].text for i in rows])
             states = self.states[rows if self.mode == "parallel" else [0] * len(rows)]
             found |= zip(rows, zip(*model.fidelity(states, ids, mask), strict=True), strict=True)
         greedy, forced = (torch.stack(shares) for shares in zip(*(found[i] for i in range(len(self))), strict=True))
         if self.mode == "sequential":
-            counts = (model.active_peft_config.trained_length, encoder.max_context_tokens)
+            counts = (model.active_peft_config.trained_length, pipeline.max_context_tokens)
             most = min(count for count in (int(self.states.context_tokens), *counts) if count is not None)
             recital = model.reconstruct(self.states, most)[0].tolist()
             first, *_ = self.segments
             texts = [first.text, *(text_behind(*pair) for pair in itertools.pairwise(self.segments))]
-            tokens = encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            tokens = pipeline.tokenizer(texts, add_special_tokens=False)["input_ids"]
             greedy = torch.tensor([_share_recited(ids, recital) for ids in tokens], device=greedy.device)
         return Fidelity(greedy, forced)
 

@@ -137,8 +137,8 @@ def test_no_pipeline(store, state, pipeline, wrong):
     for call in (store.choose, store.key, store.add, store.add_document):
         with refused("pipeline", wrong):
             call(wrong, "w1")
-    with refused("encoder", wrong):
-        pipeline.write_document("w1 w2").fidelity(wrong)
+    with refused("pipeline", wrong):
+        pipeline.write_document("w1 w2").fidelity(pipeline=wrong)
     with refused("tokenizer", wrong):
         GradMemPipeline(pipeline.model, wrong)
     with refused("entry", wrong):
