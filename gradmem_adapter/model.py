@@ -183,15 +183,16 @@ class GradMemModel(WritingModel):
             with self._unchanged():
                 return self.model.generate(inputs, **kwargs)
         inputs = check_prompt(self.model, inputs, kwargs)
+        keeps = self.prefix_cache.max_bytes > 0 and context_index is None
         with self._unchanged() as check:
+            seen = self._fingerprinted() if strict or keeps else None
             with torch.no_grad():
-                read = memory_of_queries(self._vectors(memory, strict), len(inputs), context_index)
+                read = memory_of_queries(self._vectors(memory, strict, seen), len(inputs), context_index)
                 prefix = self._prefix(read)
             tie_caches(kwargs, read, strict)
             kept = None
-            if self.prefix_cache.max_bytes and context_index is None:
-                key = prefix_key(self.model, self._adapter, self.fingerprint())
-                kept = KeptPrefix(self.prefix_cache, memory, key, check)
+            if seen is not None and keeps:
+                kept = KeptPrefix(self.prefix_cache, memory, prefix_key(self.model, seen), check)
             output = generate_with_memory(self.model, inputs, prefix, kept, **kwargs)
         if not isinstance(output, Tensor):
             tie_caches(output, read)

@@ -19,7 +19,7 @@ from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import inject_lora
 from gradmem_adapter.utils.backbone import check_backbone, check_start, max_positions
 from gradmem_adapter.utils.changes import Changes
-from gradmem_adapter.utils.fingerprint import FingerprintCache, versions
+from gradmem_adapter.utils.fingerprint import FingerprintCache, Fingerprinted, versions
 from gradmem_adapter.utils.parameters import (
     adapter_parameters,
     backbone_parameters,
@@ -313,6 +313,10 @@ class GradMemTuner(BaseTuner):
 
     def fingerprint(self) -> str:
         """The identity of the backbone and the active adapter; states carry it, and READ compares it."""
+        return self._fingerprinted().fingerprint
+
+    def _fingerprinted(self) -> Fingerprinted:
+        """The fingerprint with what it was computed of. Each call looks at all weights: make one for each purpose."""
         return self._fingerprint.get(self.model, self._adapter, self.peft_config[self._adapter])
 
     @property

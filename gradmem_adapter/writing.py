@@ -14,6 +14,7 @@ from gradmem_adapter.outputs import Fidelity, WriteProgress
 from gradmem_adapter.state import MemoryState, check_readable, check_state
 from gradmem_adapter.tuner import GradMemTuner, of_one_adapter
 from gradmem_adapter.utils.backbone import device_of
+from gradmem_adapter.utils.fingerprint import Fingerprinted
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.parameters import parts_with_dropout
 from gradmem_adapter.utils.tokens import check_token_types
@@ -50,10 +51,11 @@ class WritingModel(GradMemTuner):
     def _writer(self) -> Writer:
         return Writer(self.model, self.slots, self._adapter, self.peft_config[self._adapter])
 
-    def _vectors(self, memory: MemoryState, strict: bool) -> Tensor:
-        """The vectors `[B, m, d]` on the model's device, if this model can read them."""
+    def _vectors(self, memory: MemoryState, strict: bool, seen: Fingerprinted | None = None) -> Tensor:
+        """The vectors `[B, m, d]` on the model's device, if this model can read them; `seen` is as it is now."""
         slots = self.slots.gradmem_memory[self._adapter]
-        check_readable(memory, slots.shape[1], self.fingerprint() if strict else None)
+        own = (self._fingerprinted() if seen is None else seen).fingerprint if strict else None
+        check_readable(memory, slots.shape[1], own)
         return memory.vectors.to(device_of(self.model), torch.promote_types(slots.dtype, torch.float32))
 
     def _prefix(self, vectors: Tensor) -> Tensor:

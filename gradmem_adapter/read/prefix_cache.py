@@ -15,23 +15,22 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.backbone import device_of
-from gradmem_adapter.utils.fingerprint import versions
+from gradmem_adapter.utils.fingerprint import Fingerprinted
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
 """Per layer the keys and the values, `[B, heads, P, head size]` each."""
 
 
-def prefix_key(backbone: PreTrainedModel, adapter: str, fingerprint: str) -> Hashable:
-    """What the keys and values of a prefix depend on besides the memory: weights and autocast.
+def prefix_key(backbone: PreTrainedModel, seen: Fingerprinted) -> Hashable:
+    """What the keys and values of a prefix depend on besides the memory: weights, where they are, and autocast.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM with its adapters.
-        adapter (`str`): the name of the active one.
-        fingerprint (`str`): theirs, which also follows the LoRA's scaling and what is changed through `.data`.
+        seen (`Fingerprinted`): as it is now.
     """
     device = device_of(backbone).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return fingerprint, adapter, versions(backbone), autocast
+    return seen.key, autocast
 
 
 class ReadCache(DynamicCache):

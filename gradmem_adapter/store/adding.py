@@ -15,13 +15,30 @@ from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import files
 from gradmem_adapter.store.claims import Claims
-from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.entry import Entry, state_key, write_identity
 from gradmem_adapter.store.index import Index
 from gradmem_adapter.utils.state_file import MemoryStateError
+from gradmem_adapter.utils.tokens import check_text
 from gradmem_adapter.write.batching import progress_bar
+from gradmem_adapter.write.options import WriteOptions
 
 AT_ONCE = 256
 """Texts that are given to the pipeline together, whose states are all in memory then."""
+
+
+def text_keys(pipeline: GradMemPipeline, texts: Sequence[str], options: WriteOptions) -> list[str]:
+    """The keys that the states of texts have. The model is looked at once for all of them.
+
+    Args:
+        pipeline (`GradMemPipeline`): who would write.
+        texts (`Sequence[str]`): any number.
+        options (`WriteOptions`): how to write.
+    """
+    for text in texts:
+        check_text("The text", text)
+    identity = write_identity(pipeline.model.active_peft_config, options)
+    fingerprint = pipeline.model.fingerprint() if texts else ""
+    return [state_key(text, fingerprint, identity) for text in texts]
 
 
 def write_missing(

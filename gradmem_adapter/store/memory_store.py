@@ -14,7 +14,7 @@ from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import files, landing, upkeep
-from gradmem_adapter.store.adding import AT_ONCE, write_missing
+from gradmem_adapter.store.adding import AT_ONCE, text_keys, write_missing
 from gradmem_adapter.store.choose import Choice, choose
 from gradmem_adapter.store.claims import Claims
 from gradmem_adapter.store.embedding import Embedding
@@ -26,7 +26,7 @@ from gradmem_adapter.store.whole import of_segments, whole_in
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.state_file import MemoryStateError
-from gradmem_adapter.utils.tokens import check_no_file, check_text, text_list
+from gradmem_adapter.utils.tokens import check_no_file, text_list
 from gradmem_adapter.write.batching import progress_bar
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
@@ -81,13 +81,15 @@ class MemoryStore:
 
         Args:
             pipeline (`GradMemPipeline`): who would write.
-            text (`str`): one text.
+            text (`str`): one text; `keys_of` takes several, in the time of one.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
+        return self.keys_of(pipeline, [text], options)[0]
+
+    def keys_of(self, pipeline: GradMemPipeline, texts: list[str], options: WriteOptions | None = None) -> list[str]:
+        """What `key` says of each text."""
         check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
-        check_text("The text", text)
-        identity = write_identity(pipeline.model.active_peft_config, options or WriteOptions())
-        return state_key(text, pipeline.model.fingerprint(), identity)
+        return text_keys(pipeline, texts, options or WriteOptions())
 
     def add(
         self,

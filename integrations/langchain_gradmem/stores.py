@@ -133,6 +133,10 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         """
         return self.store.key(pipeline, text, options)
 
+    def references(self, pipeline: GradMemPipeline, texts: list[str], options: WriteOptions | None = None) -> list[str]:
+        """What `write` returns for texts, without writing; see `reference`."""
+        return self.store.keys_of(pipeline, texts, options)
+
     def write(
         self,
         pipeline: GradMemPipeline,

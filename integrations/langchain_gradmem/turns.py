@@ -114,7 +114,7 @@ class TurnMemory(MemoryWriter):
                 longer than they are needed, as a call under way may still read them.
         """
         texts = [part for cut in self._cuts(messages)[-cuts:] for part in self.parts(messages[:cut])]
-        return list(dict.fromkeys(self.store.reference(self.pipeline, text, self.write_options) for text in texts))
+        return list(dict.fromkeys(self.store.references(self.pipeline, texts, self.write_options)))
 
     def parts(self, messages: Sequence[BaseMessage]) -> list[str]:
         """The texts that old turns are written as. System messages are none of them: they stay text."""

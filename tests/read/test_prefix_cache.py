@@ -148,7 +148,7 @@ def test_scores_and_cache_are_returned_as_without_reuse():
 
 
 def _prefix(model, state):
-    return model.prefix_cache.get(state, prefix_key(model.get_base_model(), "default", model.fingerprint()))
+    return model.prefix_cache.get(state, prefix_key(model.get_base_model(), model.base_model._fingerprinted()))
 
 
 def test_streaming():

@@ -9,9 +9,11 @@ from adapters import lora, make
 from peft import get_peft_model
 from peft.helpers import rescale_adapter_scale
 from tiny import tiny, tokens
+from tiny_pipeline import tiny_pipeline
+from torch import nn
 
-from gradmem_adapter import GradMemConfig
-from gradmem_adapter.utils.fingerprint import fingerprint
+from gradmem_adapter import GradMemConfig, MemoryStore
+from gradmem_adapter.utils.fingerprint import FingerprintCache, fingerprint
 
 
 def test_fingerprint_follows_every_weight_that_matters():
@@ -120,6 +122,57 @@ def test_kept_prefixes_go_with_changes_through_data():
     found = model.generate(query, memory=state, **options).logits[0]
     model.base_model.prefix_cache.clear()
     torch.testing.assert_close(found, model.generate(query, memory=state, **options).logits[0])
+
+
+def other_module(layer):
+    layer.up_proj = nn.Linear(32, 48, bias=False)
+
+
+def other_parameter(layer):
+    layer.up_proj.weight = nn.Parameter(layer.up_proj.weight + 1)
+
+
+def one_more_module(layer):
+    layer.up_proj.norm = nn.LayerNorm(3)  # in one that had none
+
+
+def one_more_parameter(layer):
+    layer.up_proj.bias = nn.Parameter(torch.zeros(48))
+
+
+@pytest.mark.parametrize("change", [other_module, other_parameter, one_more_module, one_more_parameter])
+def test_what_takes_a_place_in_the_model_is_noticed(change):
+    model = make()
+    before = model.fingerprint()
+    assert model.fingerprint() == before
+    change(model.get_base_model().model.layers[1].mlp)
+    assert model.fingerprint() != before
+
+
+def looks(monkeypatch):
+    """How often a model is looked at for its fingerprint."""
+    seen, get = [], FingerprintCache.get
+    monkeypatch.setattr(FingerprintCache, "get", lambda *arguments: seen.append(1) or get(*arguments))
+    return seen
+
+
+def test_a_call_looks_at_the_model_once(monkeypatch):
+    model, seen = make(), looks(monkeypatch)
+    state, query = model.write(tokens(1, 9)), tokens(1, 5)
+    assert len(seen) == 1
+    for options, expected in (({}, 1), ({"strict": False}, 1), ({"strict": False, "context_index": [0]}, 0)):
+        seen.clear()
+        model.generate(query, memory=state, max_new_tokens=1, **options)
+        assert len(seen) == expected
+
+
+def test_so_do_the_keys_of_several_texts(monkeypatch, tmp_path):
+    store, pipeline = MemoryStore(tmp_path), tiny_pipeline()
+    expected = [store.key(pipeline, text) for text in ("w1", "w2", "w1 w2")]
+    seen = looks(monkeypatch)
+    assert store.keys_of(pipeline, ["w1", "w2", "w1 w2"]) == expected
+    assert len(seen) == 1
+    assert store.keys_of(pipeline, []) == []
 
 
 def test_the_scaling_of_the_lora_is_part_of_it():
