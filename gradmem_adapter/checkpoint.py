@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from accelerate.utils import has_offloaded_params
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.utils import (
@@ -33,6 +32,7 @@ from gradmem_adapter.utils.files import opening
 from gradmem_adapter.utils.parameters import trainable_as_before
 from gradmem_adapter.utils.pretrained import save_here
 from gradmem_adapter.utils.shipped import names_shipped, shipped
+from gradmem_adapter.utils.snapshot import snapshot
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -45,6 +45,7 @@ OWN = {
 """What a checkpoint may consist of; a new one replaces an earlier one, and all else in its directory stays."""
 OWN_PATTERNS = [pattern for name in OWN for pattern in (name, f"{name}/*")]
 """The same as the hub takes it, files in folders included."""
+_READ_PATTERNS = [pattern for pattern in OWN_PATTERNS if not pattern.startswith("adapter_model.bin")]
 _UNREAD = {BACKBONE, "adapter_model.bin", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"}
 """Those that may be somebody else's where `SHA256SUMS` does not list them: a trained backbone is read where the adapter
 says that it has one, and these vocabularies where there is no tokenizer.json."""
@@ -255,6 +256,8 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     is_trainable: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
     """Open a checkpoint: a model that writes and reads, and its tokenizer.
 
@@ -269,12 +272,14 @@ def load_checkpoint(
         device (`str` or `torch.device`, *optional*): where to put both. `None`: the CPU, or where a model that is
             passed is.
         is_trainable (`bool`, *optional*, defaults to `False`): leave the adapter trainable.
+        revision (`str`, *optional*): of a checkpoint on the hub: a branch, a tag or a commit. `None`: the newest.
+        token (`str`, *optional*): of the hub, for the checkpoint; None: the one of `hf auth login`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: the adapter is not a GradMem adapter, does not say what its backbone is, its tensors are not exactly
             those that its configuration calls for, or a file is damaged. A backbone that was passed is then as it was.
-            Or `dtype` or `device` is given for one that was passed.
+            Or `dtype` or `device` is given for one that was passed, or `revision` for a directory.
     """
     if isinstance(backbone, PreTrainedModel) and not (dtype is None and device is None):
         raise ValueError(
@@ -282,9 +287,14 @@ def load_checkpoint(
             "by backbone.to(device, dtype), or pass where to find it."
         )
     directory = shipped(path) or Path(path)
+    if directory.is_dir() and revision is not None:
+        raise ValueError(
+            f"A revision is of a repository on the hub, and {str(path)!r} is the directory {str(directory)!r}: leave "
+            "the revision out, or open it from another place."
+        )
     if not directory.is_dir():
         try:
-            directory = Path(snapshot_download(str(path)))
+            directory = snapshot(str(path), _READ_PATTERNS, revision=revision, token=token)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
                 f"There is no checkpoint {str(path)!r}: no directory here, none that ships "

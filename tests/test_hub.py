@@ -1,8 +1,10 @@
 """Model cards, and checkpoints on the hub: everything below the hub's client is what ships."""
 
 import base64
+import hashlib
 import json
 import re
+from pathlib import Path
 
 import httpx
 import huggingface_hub
@@ -16,13 +18,22 @@ from tiny import tiny, tiny_tokenizer
 from gradmem_adapter import Card, GradMemConfig, load_checkpoint, push_to_hub, save_checkpoint
 from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 
+COMMIT = "0" * 40
 ROW = {"context": "w1 w2 w3", "query": "w4", "target": "w5"}
+
+
+class Files(dict):
+    """A repository's files by their names."""
+
+    def __init__(self):
+        self.sent = {}
+        """Who asked for those that were downloaded."""
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """What the hub was sent: the files by their names. It answers as the real one does."""
-    files = {}
+    files = Files()
 
     def answer(request):
         path, body = request.url.path, request.content
@@ -48,9 +59,16 @@ def hub(monkeypatch):
                     del files[line["value"]["path"]]
             address = f"https://huggingface.co/owner/mine/commit/{'0' * 40}"
             return httpx.Response(200, json={"commitUrl": address, "commitOid": "0" * 40})
-        if path == "/api/models/owner/mine/tree/main":
-            listed = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in files]
+        if path == "/api/models/owner/mine/revision/of-may":
+            return httpx.Response(200, json={"id": "owner/mine", "sha": COMMIT})
+        if path in (f"/api/models/owner/mine/tree/{name}" for name in ("main", COMMIT)):
+            listed = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files]
             return httpx.Response(200, json=listed)
+        if path.startswith(place := f"/owner/mine/resolve/{COMMIT}/"):
+            content = files[path.removeprefix(place)]
+            files.sent.setdefault(path.removeprefix(place), request.headers["authorization"])
+            about = {"x-repo-commit": COMMIT, "etag": f'"{hashlib.sha1(content).hexdigest()}"'}
+            return httpx.Response(200, content=content, headers=about)
         return httpx.Response(404)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -164,6 +182,30 @@ def test_a_run_that_pushes_is_told_before_it_trains(tmp_path):
     args = GradMemTrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, push_to_hub=True)
     with pytest.raises(ValueError, match="others do not find it"):
         GradMemTrainer(adapter(tmp_path / "base"), args, train_dataset=[ROW], processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_a_revision_is_opened_without_what_else_is_there(hub, tmp_path, monkeypatch, train_backbone):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model, tokenizer = adapter(train_backbone=train_backbone), tiny_tokenizer()
+    save_pretrained = tokenizer.save_pretrained
+    monkeypatch.setattr(
+        tokenizer, "save_pretrained", lambda path: save_pretrained(path) and (Path(path) / "rare.vocab").write_text("x")
+    )
+    push_to_hub(model, tokenizer, "owner/mine", token="hf_x")
+    ours = hub.keys() - {"README.md"}
+    hub |= {"optimizer.pt": b"x", "last-checkpoint/adapter_model.safetensors": b"x", "adapter_model.bin": b"x"}
+    options = {} if train_backbone else {"backbone": tiny()}
+    loaded, _ = load_checkpoint("owner/mine", revision="of-may", token="hf_y", **options)
+    assert loaded.fingerprint() == model.fingerprint()
+    assert hub.sent == dict.fromkeys(ours, "Bearer hf_y")
+    assert "rare.vocab" in ours
+
+
+def test_a_directory_has_no_revision(tmp_path):
+    save_checkpoint(adapter(), tiny_tokenizer(), tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"A revision is of a repository on the hub, and '.*mine' is the directory"):
+        load_checkpoint(tmp_path / "mine", revision="v1", backbone=tiny())
 
 
 def test_the_next_one_replaces_what_is_there(hub, tmp_path):

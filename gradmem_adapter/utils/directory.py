@@ -134,6 +134,18 @@ def _listed(path: Path) -> set[str]:
         return set()
 
 
+def missing(path: Path) -> list[str]:
+    """The files that a directory's digests list and it does not have.
+
+    Args:
+        path (`Path`): the directory; one without digests misses nothing.
+    """
+    try:
+        return [name for name in _sums(path) if not (path / name).exists()]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
 def _remove(entry: Path) -> None:
     if entry.is_dir() and not entry.is_symlink():
         shutil.rmtree(entry)
