@@ -34,6 +34,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open the backbone that a reference names, in eval mode, with its tokenizer.
 
@@ -46,6 +47,7 @@ def load_backbone(
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the model goes.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): takes the place of the backbone's own.
+        revision (`str`, *optional*): of a model on the hub: a branch, a tag or a commit. `None`: the newest.
 
     Returns:
         The causal LM, and a tokenizer that has a pad token.
@@ -60,7 +62,7 @@ def load_backbone(
             model, own = open_gguf(file, dtype)
         tokenizer = tokenizer or own
     else:
-        model, tokenizer = _open_directory_or_hub(reference, dtype, tokenizer)
+        model, tokenizer = _open_directory_or_hub(reference, dtype, tokenizer, revision)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -182,7 +184,7 @@ def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _open_directory_or_hub(
-    reference: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None = None
+    reference: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(reference).expanduser()
     if not reference or (is_local(reference) and not path.is_dir()):
@@ -190,7 +192,8 @@ def _open_directory_or_hub(
     source = str(path) if path.is_dir() else reference
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"backbone {reference!r}, read as a directory, has no config.json. {_FORMS}.")
-    options = {"trust_remote_code": False}  # left out, Transformers asks the user whether to run it
+    # Left out, Transformers asks the user whether to run remote code.
+    options: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
     where = "directory" if path.is_dir() else f"hub id for want of such a directory ({_FORMS})"
     try:
         with opening(f"backbone {reference!r}, read as a {where},"):  # not reachable, damaged, or not a causal LM

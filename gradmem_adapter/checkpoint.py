@@ -332,6 +332,7 @@ def _load(
             dtype=torch.float32 if dtype is None else dtype,
             device="cpu" if device is None else device,
             tokenizer=tokenizer,
+            revision=config.revision if reference == config.base_model_name_or_path else None,
         )
         if as_made:
             check_weights(directory, reference)
@@ -356,8 +357,9 @@ def _load(
         set_peft_model_state_dict(model, places, low_cpu_mem_usage=True)
         cast(GradMemModel, model.base_model)._cast_adapter_dtype(model.active_adapter)
     set_peft_model_state_dict(model, tensors)  # embeddings, too, whose place the output head may share
-    if backbone.name_or_path and not config.train_backbone:
-        config.base_model_name_or_path = HUB_IDS.get(backbone.name_or_path, backbone.name_or_path)
+    opened = backbone.name_or_path or ""
+    if (named := HUB_IDS.get(opened, opened)) and named != config.base_model_name_or_path and not config.train_backbone:
+        config.base_model_name_or_path, config.revision = named, None
     return cast(GradMemPeftModel, model.eval()), tokenizer
 
 

