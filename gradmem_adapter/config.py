@@ -43,40 +43,36 @@ def unknown_fields(given: Collection[str], known: Collection[str]) -> str | None
     return f"{', '.join(unknown)}.{meant}" if unknown else None
 
 
-def _refuse_unknown_fields(cls: type[Config]) -> type[Config]:
-    """PEFT, which reads configurations from files, would leave out what it does not know, with a warning."""
-    init, known = cls.__init__, list(inspect.signature(cls).parameters)
+def _known(name: str, cls: type[PeftConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of the fields that a configuration has. Those that are from a file have a `peft_type`: what another
+    version saved besides is left out with a warning then, as PEFT does it."""
+    known = list(inspect.signature(cls).parameters)
+    if not (unknown := unknown_fields(values, known)):
+        return values
+    if "peft_type" not in values:  # written by hand: a slip of the pen
+        raise TypeError(f"{name} has no field {unknown} help({cls.__name__}) explains those it has.")
+    newer = ", ".join(sorted(values.keys() - set(known)))
+    warnings.warn(
+        f"{name} was saved with the fields {newer}, which this version does not know; they are left out. Where they "
+        "matter, use the versions of gradmem-adapter and peft that made the file.",
+        stacklevel=5,
+    )
+    return {field: value for field, value in values.items() if field in known}
+
+
+def _checks_fields(cls: type[Config]) -> type[Config]:
+    """Let a configuration be made of fields alone that it has."""
+    init = cls.__init__
 
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if unknown := unknown_fields(kwargs, known):
-            raise TypeError(
-                f"{cls.__name__} has no field {unknown} help({cls.__name__}) explains its fields. "
-                "Where a file has it (adapter_config.json), another version of gradmem-adapter or peft made that: use "
-                "that version, or rename or remove the field there."
-            )
-        init(self, *args, **kwargs)
+        init(self, *args, **_known(cls.__name__, cls, kwargs))
 
     cls.__init__ = checked_init  # type: ignore[method-assign]
     return cls
 
 
-def _lora_config_of(values: dict[str, Any]) -> LoraConfig:
-    """A `LoraConfig` from its dict; what a newer PEFT saved besides is left out with a warning, as PEFT does it."""
-    known = {f.name for f in fields(LoraConfig) if f.init}
-    unknown = sorted(values.keys() - known)
-    if unknown and "peft_type" not in values:  # written by hand: a slip of the pen
-        raise TypeError(f"lora_config has no field {', '.join(unknown)}; help(LoraConfig) explains those it has.")
-    if unknown:
-        warnings.warn(
-            f"lora_config was saved with the fields {', '.join(unknown)}, which this version of PEFT does not know; "
-            "they are left out. Where they matter, upgrade PEFT.",
-            stacklevel=2,
-        )
-    return LoraConfig(**{name: value for name, value in values.items() if name in known})
-
-
-@_refuse_unknown_fields
+@_checks_fields
 @dataclass
 class GradMemConfig(PeftConfig):
     """How a backbone is given a gradient-written memory (GradMem, arXiv 2603.13875).
@@ -293,7 +289,7 @@ class GradMemConfig(PeftConfig):
     @staticmethod
     def _as_lora_config(value: LoraConfig | dict[str, Any] | None) -> LoraConfig | None:
         if isinstance(value, dict):
-            value = _lora_config_of(value)
+            value = LoraConfig(**_known("lora_config", LoraConfig, value))
         if value is None:
             return None
         if type(value) is not LoraConfig:

@@ -88,16 +88,26 @@ def test_a_wrong_value_is_named(fields, error):
         GradMemConfig(**fields)
 
 
-def test_an_unknown_field_is_refused(tmp_path):
+def test_an_unknown_field_is_refused():
     with pytest.raises(TypeError, match=r"has no field num_memory_token\. Did you mean num_memory_tokens\?") as raised:
         GradMemConfig(num_memory_token=3)
     assert len(str(raised.value)) < 400, "thirty names help nobody"
-    GradMemConfig().save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("cls", [PeftConfig, GradMemConfig])
+def test_a_field_of_a_newer_version_is_left_out_of_a_file(tmp_path, cls):
+    """As PEFT's own methods do it: it may be of `PeftConfig`, which knows nothing of GradMem."""
+    config = GradMemConfig(num_memory_tokens=3, lora_config={"r": 3})
+    config.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"start_from_context": False}))
-    for cls in (PeftConfig, GradMemConfig):
-        with pytest.raises(TypeError, match=r"has no field start_from_context.*rename or remove"):
-            cls.from_pretrained(tmp_path)
+    saved = json.loads(file.read_text())
+    newer = saved | {"field_of_next_year": None, "lora_config": saved["lora_config"] | {"and_its": 1}}
+    file.write_text(json.dumps(newer))
+    with pytest.warns(UserWarning, match="was saved with the fields") as told:
+        assert cls.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert [str(warning.message).partition(", which")[0] for warning in told] == [
+        "GradMemConfig was saved with the fields field_of_next_year", "lora_config was saved with the fields and_its",
+    ]  # fmt: skip
 
 
 def test_a_lora_that_a_newer_peft_saved():
