@@ -29,6 +29,13 @@ REGISTRIES: dict[str, Collection[str]] = {}
 # `disable_adapter` gives back, so the ones that rewrite it (PiSSA, OLoRA, LoftQ, ...) are refused.
 _SAFE_LORA_INITS = (True, False, "gaussian", "orthogonal")
 
+_FROM_FILE = "gradmem_from_file"
+
+
+def is_from_file(config: LoraConfig) -> bool:
+    """Whether a nested LoRA is from a file, whose maker may be anybody, and not written by the user."""
+    return _FROM_FILE in config.__dict__
+
 
 def unknown_fields(given: Collection[str], known: Collection[str]) -> str | None:
     """The names that are not known, and those that may have been meant; None where all are known.
@@ -179,6 +186,7 @@ class GradMemConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        from_file = self.peft_type is not None
         self.peft_type = PeftType("GRADMEM")
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(
@@ -202,6 +210,13 @@ class GradMemConfig(PeftConfig):
                 "0 or choose another meta_gradient."
             )
         self.lora_config = self._as_lora_config(self.lora_config)
+        if from_file and self.lora_config is not None:
+            self.lora_config.__dict__[_FROM_FILE] = True  # its copies have it, too
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """What a file holds as a configuration; PEFT calls this."""
+        return super().from_peft_type(**{"peft_type": "GRADMEM"} | kwargs)
 
     def _check_numbers(self) -> None:
         self._check_int("num_memory_tokens", minimum=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from gradmem_adapter.config import GradMemConfig
+from gradmem_adapter.config import GradMemConfig, is_from_file
 from gradmem_adapter.utils.backbone import Module, with_replaced
 from gradmem_adapter.utils.patterns import check_patterns
 
@@ -121,20 +122,20 @@ def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_m
 
     Raises:
         ValueError: the LoRA's configuration cannot be used.
+        ChildProcessError: it is from a file, and its regular expressions cannot be tried.
     """
     if not isinstance(config.lora_config, LoraConfig):
         return
-    check_patterns(config.lora_config, (name for name, _ in model.named_modules()))
+    if is_from_file(config.lora_config):
+        check_patterns(config.lora_config, (name for name, _ in model.named_modules()))
     config.lora_config.inference_mode = config.inference_mode
     outer = model.__dict__.pop("peft_config", None)  # or the LoRA tuner would take our configurations for its own
     try:
         LoraModel(model, {adapter: config.lora_config}, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
     except (
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # fields of wrong types, which PEFT does not check
+        *(AttributeError, LookupError, RuntimeError, TypeError),  # fields of wrong types, which PEFT does not check
+        *(re.error, OverflowError),  # what is no regular expression
+    ) as error:
         raise ValueError(f"lora_config cannot be used: {error}") from error
     finally:
         model.__dict__.pop("peft_config", None)

@@ -16,12 +16,15 @@ _PLAIN = re.compile(r"[\w.^$-]*")
 """Expressions that neither fail nor take long."""
 _TRY = """
 import json, re, sys
+wrong = None
 for method, pattern, names in json.load(sys.stdin):
     try:
         for name in names:
             getattr(re, method)(pattern, name)
     except Exception as error:
-        sys.exit(f"{pattern!r} is no regular expression: {error}")
+        wrong = f"{pattern!r} is no regular expression: {error}"
+        break
+print(json.dumps({"wrong": wrong}))
 """
 
 
@@ -32,27 +35,35 @@ def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
     in a process of its own. Where there are plain names alone, none is started.
 
     Args:
-        config (`LoraConfig`): of a checkpoint, perhaps.
+        config (`LoraConfig`): from a file, whose maker may be anybody.
         names (`Iterable[str]`): of the modules that PEFT will match.
 
     Raises:
         ValueError: an expression is none, or takes too long.
+        ChildProcessError: there is no Python that tries them.
     """
     names = list(names)
     tried = [(method, pattern, names) for method, pattern in _patterns(config) if not _PLAIN.fullmatch(pattern)]
     if not tried:
         return
-    command = [sys.executable, "-I", "-c", _TRY]
+    listed = ", ".join(repr(pattern) for _, pattern, _ in tried)
     try:
+        command = [sys.executable or "", "-I", "-c", _TRY]
         done = subprocess.run(command, input=json.dumps(tried), capture_output=True, text=True, timeout=SECONDS)
+        wrong = json.loads(done.stdout)["wrong"]
     except subprocess.TimeoutExpired as error:
-        listed = ", ".join(repr(pattern) for _, pattern, _ in tried)
         raise ValueError(
             f"The regular expressions of lora_config are not done after {SECONDS} s: {listed}. Name the modules in a "
             "list, or use an expression without a repetition inside a repetition."
         ) from error
-    if done.returncode:
-        raise ValueError(f"lora_config cannot be used: {done.stderr.strip()}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ChildProcessError(
+            f"The regular expressions of lora_config are from a file, and not used before they were tried in a process "
+            f"of their own: {listed}. sys.executable, {sys.executable!r}, does not start one. Let it name a Python, or "
+            "replace them in the file by a list of the modules' names."
+        ) from error
+    if wrong is not None:
+        raise ValueError(f"lora_config cannot be used: {wrong}")
 
 
 def _patterns(config: LoraConfig) -> list[tuple[str, str]]:

@@ -1,9 +1,12 @@
 """Configurations of adapters that ask for what takes for ever or fills the machine: an error, and soon."""
 
+import copy
+import dataclasses
 import json
+import shutil
 
 import pytest
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from tiny import tiny, tiny_tokenizer
 
 from gradmem_adapter import GradMemConfig, load_checkpoint, save_checkpoint
@@ -50,10 +53,40 @@ def test_an_expression_that_is_never_done(made, monkeypatch, field):
         opened(made, **field)
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, dataclasses.replace, lambda config: GradMemConfig(**config.to_dict())]
+)
+def test_whoever_reads_the_file_tries_its_expressions(made, monkeypatch, named, copied):
+    monkeypatch.setattr("gradmem_adapter.utils.patterns.SECONDS", 1)
+    folder, good = made
+    config = good | {"lora_config": {"r": 2, "target_modules": ENDLESS}}
+    if not named:
+        del config["peft_type"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    loaded = (PeftConfig if named else GradMemConfig).from_pretrained(str(folder))
+    for config in (copied(loaded), GradMemConfig(lora_config=loaded.lora_config)):
+        with pytest.raises(ValueError, match="regular expressions of lora_config are not done after 1 s"):
+            get_peft_model(tiny(), config)
+
+
+@pytest.mark.parametrize("executable", [None, "", "no_such_file", "false", "true", "echo"])
+def test_where_no_python_starts_expressions_of_files_are_refused(made, monkeypatch, executable):
+    """And the user's own, and plain names, need none."""
+    monkeypatch.setattr("sys.executable", (executable and shutil.which(executable)) or executable)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ChildProcessError, match=r"'.*\(q_proj\|v_proj\)'.*does not start one. Let it name a Python"):
+        opened(made)
+    opened(made, target_modules=["q_proj", "v_proj"])
+    get_peft_model(tiny(), GradMemConfig(lora_config={"r": 2, "target_modules": r".*(q_proj|v_proj)"}))
+
+
 @pytest.mark.parametrize("pattern", ["(q_proj", "[", "*", "(" * 5000, "a{2,1}", r"\g"])
 def test_what_is_no_expression(made, pattern):
     with pytest.raises(ValueError, match="lora_config cannot be used"):
         opened(made, target_modules=pattern)
+    with pytest.raises(ValueError, match="lora_config cannot be used"):
+        get_peft_model(tiny(), GradMemConfig(lora_config={"target_modules": pattern}))
 
 
 @pytest.mark.parametrize(
