@@ -35,9 +35,17 @@ def query_embeddings(
     """The embeddings `[B, T, d]` of queries that are given as token ids `[B, T]` or as embeddings.
 
     Raises:
-        TypeError, ValueError: neither or both are given, or the ids are none of the model's.
+        TypeError, ValueError: neither or both are given, the ids are none of the model's, or the mask does not fit.
     """
     if inputs_embeds is not None and input_ids is None:
+        check_kind("inputs_embeds", inputs_embeds, Tensor, "a tensor [batch, length, width]")
+        if inputs_embeds.dim() != 3:
+            raise ValueError(f"inputs_embeds must have shape [batch, length, width], got {tuple(inputs_embeds.shape)}.")
+        if attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"inputs_embeds {tuple(inputs_embeds.shape)} need an attention mask {tuple(inputs_embeds.shape[:2])}, "
+                f"got {tuple(attention_mask.shape)}."
+            )
         return inputs_embeds
     if input_ids is None or inputs_embeds is not None:
         raise ValueError("Pass the query as input_ids or as inputs_embeds, one of the two.")
@@ -131,6 +139,13 @@ def forward_with_memory(
     """
     check_kind("labels", labels, Tensor | None, "a tensor [batch, length]")
     check_kind("max_targets", max_targets, SupportsIndex | None, "a number of tokens")
+    if query.shape[-1] != prefix.shape[-1]:
+        raise ValueError(f"inputs_embeds are {query.shape[-1]} wide, and the model's embeddings {prefix.shape[-1]}.")
+    if labels is not None and labels.shape != query.shape[:2]:
+        raise ValueError(
+            f"labels must have an entry for each token of the query, {tuple(query.shape[:2])}, {IGNORED} where no loss "
+            f"counts; got {tuple(labels.shape)}."
+        )
     check_length(prefix.shape[1], query, attention_mask, backbone)
     read = read_inputs(prefix, query, attention_mask, first_position(backbone))
     layout = read.layout

@@ -10,6 +10,8 @@ from typing import Any, get_args, get_type_hints
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
+from gradmem_adapter.utils.kinds import check_kind
+
 
 @dataclass
 class GradMemTrainingArguments(TrainingArguments):
@@ -173,6 +175,9 @@ def _check_number(name: str, value: Any, kinds: set[type], least: int | None) ->
 
 def with_defaults(args: TrainingArguments) -> GradMemTrainingArguments:
     """The same object; a plain `TrainingArguments` gets the fields of GradMem, at their defaults."""
+    check_kind(
+        "args", args, TrainingArguments, "training arguments, as GradMemTrainingArguments(output_dir) makes them"
+    )
     for own in fields(GradMemTrainingArguments):
         if not hasattr(args, own.name):
             setattr(args, own.name, own.default)

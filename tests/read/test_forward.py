@@ -128,6 +128,10 @@ def test_return_dict_false_and_logits_to_keep():
     torch.testing.assert_close(kept, full.logits[:, -2:])
 
 
+def embeddings(*shape):
+    return {"input_ids": None, "inputs_embeds": torch.zeros(shape)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -141,6 +145,19 @@ def test_return_dict_false_and_logits_to_keep():
         ({"memory": "one", "input_ids": None}, ValueError, "one of the two"),
         ({"memory": "one", "input_ids": tokens(1, 4) + 100}, ValueError, "the model knows 0 to"),
         ({"memory": "one", "position_ids": torch.arange(4)[None]}, ValueError, "position_ids cannot be combined"),
+        ({"memory": "one", "labels": tokens(3, 3)}, ValueError, r"each token of the query, \(3, 4\), .* got \(3, 3\)"),
+        ({"memory": "one", "labels": tokens(1, 4)}, ValueError, r"each token of the query, \(3, 4\), .* got \(1, 4\)"),
+        ({"memory": "one", **embeddings(3, 4, 16)}, ValueError, "16 wide, and the model's embeddings 32"),
+        (
+            {"memory": "one", **embeddings(4, 32)},
+            ValueError,
+            r"must have shape \[batch, length, width\], got \(4, 32\)",
+        ),
+        (
+            {"memory": "one", **embeddings(3, 4, 32), "attention_mask": torch.ones(3, 5)},
+            ValueError,
+            r"need an attention mask \(3, 4\), got \(3, 5\)",
+        ),
         ({"context_index": torch.tensor([0])}, ValueError, "need a memory"),
         ({"max_targets": 2}, ValueError, "need a memory"),
         ({"write_steps": 2}, ValueError, "write_steps is of a context that is written in this pass"),

@@ -669,6 +669,11 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             trainer(make(**config), tmp_path, rows(2), **options)
 
+    @pytest.mark.parametrize("wrong", [None, {"output_dir": "runs"}])
+    def test_none(self, wrong):
+        with pytest.raises(TypeError, match="args must be training arguments, as GradMemTrainingArguments"):
+            GradMemTrainer(make(), wrong, processing_class=tiny_tokenizer())
+
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
