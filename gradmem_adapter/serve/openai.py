@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
@@ -13,9 +13,9 @@ import anyio
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from sse_starlette import EventSourceResponse
-from starlette.concurrency import run_in_threadpool
 
 from gradmem_adapter.answering.stopping import Answer
+from gradmem_adapter.prompts import Prompt
 from gradmem_adapter.serve.errors import ApiError, api_error
 from gradmem_adapter.serve.memories import places_of
 from gradmem_adapter.serve.reads import Asked, Reads, unless_gone
@@ -101,18 +101,16 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
         messages = [message.as_template_has_it() for message in body.messages]
         query = next(one["content"] for one in reversed(messages) if one["role"] == "user")
         check_model(body.model)
-        asked = [await run_in_threadpool(reads.ask, tenant, body, messages, query)]
-        return await _respond(reads, model, body, request, asked)
+        return await _respond(reads, model, body, request, tenant, [(messages, query)])
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:
         check_model(body.model)
-        if len(body.prompt) > (1 if body.stream else reads.limits.prompts):
-            most = counted(reads.limits.prompts, "prompt")
-            told = f"A request has at most {most}, and one where its answer is streamed."
+        most = min(reads.limits.prompts, reads.limits.reads)
+        if len(body.prompt) > (1 if body.stream else most):
+            told = f"A request has at most {counted(most, 'prompt')}, and one where its answer is streamed."
             raise ApiError(400, told, param="prompt")
-        asked = [await run_in_threadpool(reads.ask, tenant, body, prompt, prompt) for prompt in body.prompt]
-        return await _respond(reads, model, body, request, asked)
+        return await _respond(reads, model, body, request, tenant, [(prompt, prompt) for prompt in body.prompt])
 
     return router
 
@@ -136,19 +134,30 @@ def _card(reads: Reads, model: str) -> dict[str, Any]:
 
 
 async def _respond(
-    reads: Reads, model: str, body: ChatRequest | CompletionRequest, request: Request, asked: list[Asked]
+    reads: Reads,
+    model: str,
+    body: ChatRequest | CompletionRequest,
+    request: Request,
+    tenant: str,
+    prompts: Sequence[tuple[Prompt, str]],
 ) -> Response:
-    """The answers to a request, as a stream or at once."""
-    reads.check_room(len(asked))
+    """The answers to prompts with a question in each, as a stream or at once."""
+
+    async def ask() -> list[Asked]:
+        return [await reads.ask(tenant, body, prompt, query) for prompt, query in prompts]
+
+    with reads.room(len(prompts)):
+        asked = await unless_gone(request, ask())
+        begun = reads.pieces(asked[0]) if body.stream else reads.answers(asked)
     form = _Form.of(isinstance(body, ChatRequest), model)
     support = _support(asked[0]) if isinstance(body, ChatRequest) and body.support else {}
-    if body.stream:
+    if isinstance(begun, AsyncGenerator):
         usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(reads, form, asked[0], usage, support)
+        events = _events(form, asked[0], begun, usage, support)
         return EventSourceResponse(
             events, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=reads.limits.grace
         )
-    answers = await unless_gone(request, reads.answers(asked))
+    answers = await unless_gone(request, begun)
     choices = [
         form.choice(i, answer.text, answer) | {"memory": list(places_of(one.found))}
         for i, (one, answer) in enumerate(zip(asked, answers, strict=True))
@@ -162,11 +171,10 @@ def _support(asked: Asked) -> dict[str, Any]:
 
 
 async def _events(
-    reads: Reads, form: _Form, asked: Asked, with_usage: bool, support: dict[str, Any]
+    form: _Form, asked: Asked, pieces: AsyncIterator[str | Answer], with_usage: bool, support: dict[str, Any]
 ) -> AsyncIterator[str]:
     """A streamed answer; what fails on the way is an event, too."""
     chunk = partial(form.body, chunk=True)
-    pieces = reads.pieces(asked)
     try:
         first = form.choice(0, "", None, chunk=True)
         if form.chat:
@@ -182,5 +190,5 @@ async def _events(
     except Exception as error:
         yield json.dumps(api_error(error).body)
     finally:
-        await pieces.aclose()
+        asked.call.cancel()
     yield "[DONE]"

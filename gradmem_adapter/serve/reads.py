@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+import anyio
 from fastapi import Request
 
 from gradmem_adapter.answering.batching import Batcher, Call, Options, answer
@@ -64,18 +66,35 @@ class Reads:
         self._calls: set[Call] = set()
         """That are being answered or wait. Threads end them, and metrics are counted by another: nothing but single
         operations of the set, which are whole."""
+        self._coming = 0
+        """Prompts whose calls are not begun. The event loop alone counts them."""
+        # Each may ask all its states, and together they ask about as many as are answered together.
+        self._looking = anyio.CapacityLimiter(max(1, limits.batch // limits.states))
 
     def __len__(self) -> int:
-        """How many prompts are being answered or wait."""
-        return len(self._calls)
+        """How many prompts are being answered or wait, for what they are answered from, too."""
+        return len(self._calls) + self._coming
 
-    def check_room(self, prompts: int) -> None:
-        """Raise `ApiError` where more prompts are too many."""
+    @contextmanager
+    def room(self, prompts: int) -> Iterator[None]:
+        """Inside the block prompts count from its beginning on, before any work for them; their calls do behind it.
+
+        Args:
+            prompts (`int`): how many.
+
+        Raises:
+            ApiError: they are too many beside those that are there.
+        """
         if len(self) + prompts > self.limits.reads:
             told = f"Being answered or waiting for it: {counted(len(self), 'prompt')}. Ask again later."
             raise ApiError(429, told, "too_many_requests", retry_after=1)
+        self._coming += prompts
+        try:
+            yield
+        finally:
+            self._coming -= prompts
 
-    def ask(self, tenant: str, body: ChatRequest | CompletionRequest, prompt: Prompt, query: str) -> Asked:
+    async def ask(self, tenant: str, body: ChatRequest | CompletionRequest, prompt: Prompt, query: str) -> Asked:
         """What a request asks, whatever is wrong with it said here.
 
         Args:
@@ -84,6 +103,9 @@ class Reads:
             prompt (`Prompt`): what.
             query (`str`): the question in it, by which memories are chosen.
         """
+        return await anyio.to_thread.run_sync(self._ask, tenant, body, prompt, query, limiter=self._looking)
+
+    def _ask(self, tenant: str, body: ChatRequest | CompletionRequest, prompt: Prompt, query: str) -> Asked:
         longest = body.max_tokens or _DEFAULT_NEW_TOKENS
         wanted, support = None, False
         if isinstance(body, ChatRequest):
@@ -113,11 +135,22 @@ class Reads:
         else:
             self._batcher.submit(call, self.limits.batch)
 
-    async def answers(self, asked: list[Asked]) -> list[Answer]:
-        """Whole answers. If whoever waits is cancelled, the model is free with its next token."""
+    def _begin(self, asked: list[Asked]) -> None:
         try:
             for one in asked:
                 self._submit(one.call)
+        except BaseException:  # such as that there can be no further thread
+            for one in asked:
+                one.call.cancel()
+            raise
+
+    def answers(self, asked: list[Asked]) -> Awaitable[list[Answer]]:
+        """Whole answers, begun at once. If whoever waits is cancelled, the model is free with its next token."""
+        self._begin(asked)
+        return self._whole(asked)
+
+    async def _whole(self, asked: list[Asked]) -> list[Answer]:
+        try:
             with api_errors():
                 tokens = await asyncio.gather(*(asyncio.wrap_future(one.call.tokens) for one in asked))
         finally:
@@ -125,31 +158,31 @@ class Reads:
                 one.call.cancel()
         return [self._answer(one, row) for one, row in zip(asked, tokens, strict=True)]
 
-    async def pieces(self, asked: Asked) -> AsyncGenerator[str | Answer, None]:
-        """An answer piece by piece, and at the end as a whole. Closing it frees the model."""
-        call, loop = asked.call, asyncio.get_running_loop()
+    def pieces(self, asked: Asked) -> AsyncGenerator[str | Answer, None]:
+        """An answer piece by piece, begun at once, and at the end as a whole. `asked.call.cancel` frees the model."""
+        loop = asyncio.get_running_loop()
         grown: asyncio.Queue[list[int] | None] = asyncio.Queue()
 
         def put(tokens: list[int] | None) -> None:
             loop.call_soon_threadsafe(grown.put_nowait, tokens)
 
-        call.progress = put
-        sent = 0
-        try:
-            self._submit(call)
-            call.tokens.add_done_callback(lambda _: put(None))  # last: who has the whole answer is no longer counted
-            while (tokens := await grown.get()) is not None:
-                text = settled(Answer.of(self.pipeline, tokens, call.options.stops).text, call.options.stops)
-                if len(text) > sent:
-                    yield text[sent:]
-                    sent = len(text)
-            with api_errors():
-                whole = self._answer(asked, call.tokens.result())
-            if whole.text[sent:]:
-                yield whole.text[sent:]
-            yield whole
-        finally:
-            call.cancel()
+        asked.call.progress = put
+        self._begin([asked])
+        asked.call.tokens.add_done_callback(lambda _: put(None))  # last: who has the whole answer is no longer counted
+        return self._pieces(asked, grown)
+
+    async def _pieces(self, asked: Asked, grown: asyncio.Queue[list[int] | None]) -> AsyncGenerator[str | Answer, None]:
+        call, sent = asked.call, 0
+        while (tokens := await grown.get()) is not None:
+            text = settled(Answer.of(self.pipeline, tokens, call.options.stops).text, call.options.stops)
+            if len(text) > sent:
+                yield text[sent:]
+                sent = len(text)
+        with api_errors():
+            whole = self._answer(asked, call.tokens.result())
+        if whole.text[sent:]:
+            yield whole.text[sent:]
+        yield whole
 
     def _answer(self, asked: Asked, tokens: list[int]) -> Answer:
         self.metrics.prompt_tokens.inc(asked.prompt_tokens)

@@ -3,7 +3,9 @@
 import json
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 
 import httpx
 import pytest
@@ -14,6 +16,7 @@ from tiny_pipeline import byte_pipeline, tiny_pipeline
 from gradmem_adapter import GradMemPipeline, MemoryState
 from gradmem_adapter.export.engine import EngineReader
 from gradmem_adapter.serve import Limits, create_app, schemas
+from gradmem_adapter.serve.memories import Memories
 from gradmem_adapter.store import MemoryStore
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -251,6 +254,30 @@ class TestCancelled:
         assert engine.begun.wait(60)
         assert engine.closed.wait(60)
 
+    def test_prompts_that_are_still_to_be_looked_at(self, client, ids, monkeypatch):
+        begun, gone, looked, find = threading.Event(), threading.Event(), [], Memories.find
+
+        def slowly(*args):
+            looked.append(args)
+            begun.set()
+            gone.wait(60)
+            time.sleep(0.2)  # in which the server learns that the client is gone
+            return find(*args)
+
+        monkeypatch.setattr(Memories, "find", slowly)
+        connection = HTTPConnection(client.base_url.host, client.base_url.port)
+        body = {"model": "gradmem", "prompt": ["w1"] * 9, "memory": ids[:1]}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        assert begun.wait(60)
+        assert metric(client, "gradmem_reads_waiting") == 9
+        connection.close()
+        gone.set()
+        until = time.monotonic() + 60
+        while metric(client, "gradmem_reads_waiting") and time.monotonic() < until:
+            time.sleep(0.01)
+        assert metric(client, "gradmem_reads_waiting") == 0
+        assert len(looked) < 9
+
     def test_an_engine_draws_by_itself(self, client, ids):
         body = {"model": "gradmem", "prompt": "w1", "memory": ids[:1], "seed": 1}
         assert "engine" in client.post("/v1/completions", json=body).json()["error"]["message"]
@@ -306,8 +333,62 @@ def test_no_more_prompts_than_the_bound(serve, ids):
     client = serve(limits=Limits(reads=2))
     body = {"model": "gradmem", "prompt": ["w1"] * 3}
     refused = client.post("/v1/completions", json=body)
-    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")  # asking again would not help
+    assert "at most 2 prompts" in refused.json()["error"]["message"]
     assert client.post("/v1/completions", json=body | {"prompt": ["w1"] * 2}).status_code == 200
+
+
+class TestLooking:
+    """For the state that holds an answer, which takes the model, before there is a call to answer."""
+
+    @pytest.fixture
+    def own(self):
+        return tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
+
+    @pytest.fixture
+    def looking(self, own, monkeypatch):
+        """Goes up with each look, which ends when the event is set."""
+        begun, go, select = threading.Semaphore(0), threading.Event(), own.select
+
+        def slowly(*args, **how):
+            begun.release()
+            assert go.wait(60)
+            return select(*args, **how)
+
+        monkeypatch.setattr(own, "select", slowly)
+        return begun, go
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_counts(self, serve, own, looking, stream):
+        client, (begun, go) = serve(own, limits=Limits(reads=2)), looking
+        ids = [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
+        body = {"model": "gradmem", "prompt": "w1", "memory": ids, "max_tokens": 2, "stream": stream}
+        with ThreadPoolExecutor(2) as threads:
+            answers = [threads.submit(client.post, "/v1/completions", json=body) for _ in range(2)]
+            assert all(begun.acquire(timeout=60) for _ in answers)
+            assert metric(client, "gradmem_reads_waiting") == 2
+            refused = client.post("/v1/completions", json=body)
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+            assert not begun.acquire(blocking=False)
+            go.set()
+            assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert metric(client, "gradmem_reads_waiting") == 0
+        unknown = client.post("/v1/completions", json=body | {"memory": ["mem_0"]})
+        assert (unknown.status_code, metric(client, "gradmem_reads_waiting")) == (404, 0)
+
+    def test_is_of_as_many_states_at_once_as_answers_are(self, serve, own, looking):
+        """And keeps nothing else from being done."""
+        client, (begun, go) = serve(own, limits=Limits(batch=4, states=4)), looking
+        ids = [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
+        with ThreadPoolExecutor(45) as threads:
+            answers = [threads.submit(chat, client, memory=ids) for _ in range(45)]
+            assert begun.acquire(timeout=60)
+            until = time.monotonic() + 60
+            while metric(client, "gradmem_reads_waiting") < 45 and time.monotonic() < until:
+                time.sleep(0.01)
+            assert not begun.acquire(blocking=False)
+            go.set()
+            assert {answer.result().status_code for answer in answers} == {200}
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def test_metrics_count_while_calls_come_and_go(reads, pipeline, often):
     thread.join()
     assert [one for one in counted if isinstance(one, Exception)] == []
     assert len(reads) == 3000
-    with pytest.raises(ApiError, match="3,000 prompts"):
-        reads.check_room(1)
+    with pytest.raises(ApiError, match="3,000 prompts"), reads.room(1):
+        pass
     calls[0].tokens.set_result([1])
     calls[1].tokens.set_exception(ValueError("no"))
     assert len(reads) == 2998
