@@ -17,6 +17,7 @@ from peft.utils import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -137,18 +138,17 @@ def save_beside(
 
 
 def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the files of a checkpoint, but for its card, into an empty folder."""
-    adapter, reference = model.active_adapter, cast(PreTrainedModel, model.get_base_model()).name_or_path
-    model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=_is_resized(model))
-    if adapter != "default":  # which PEFT puts into a folder of its own
-        for entry in (folder / adapter).iterdir():
-            entry.replace(folder / entry.name)
-        (folder / adapter).rmdir()
+    """Write weights and tokenizer of a checkpoint into an empty folder."""
+    backbone = cast(PreTrainedModel, model.get_base_model())
+    tensors = get_peft_model_state_dict(
+        model, adapter_name=model.active_adapter, save_embedding_layers=_is_resized(model)
+    )
+    own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(own, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     tokenizer.save_pretrained(str(folder))
-    if reference in HUB_IDS:
-        (folder / PACKAGED).write_text(reference + "\n", encoding="utf-8")
+    if backbone.name_or_path in HUB_IDS:
+        (folder / PACKAGED).write_text(backbone.name_or_path + "\n", encoding="utf-8")
     if model.active_peft_config.train_backbone:
-        backbone = cast(PreTrainedModel, model.get_base_model())
         save_here(backbone, folder / BACKBONE, state_dict=backbone_state_dict(model))
 
 

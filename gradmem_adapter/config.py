@@ -274,6 +274,17 @@ class GradMemConfig(PeftConfig):
         keeps more than of longer ones (docs/long_texts.md), no more than the trained length; None: that is unknown."""
         return None if self.trained_length is None else min(self.trained_length, 2 * self.num_memory_tokens)
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration, as PEFT's own do; called by `PeftModel.save_pretrained`, too, which is told what it
+        leaves out."""
+        if self.train_backbone and "auto_mapping_dict" in kwargs:  # the rest of what it would save is there by now
+            warnings.warn(
+                "save_pretrained saves the adapter alone, and not the backbone that is trained with it "
+                "(train_backbone=True): save both by gradmem_adapter.save_checkpoint(model, tokenizer, path).",
+                stacklevel=3,
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, as it is saved: the nested LoRA as its own dict, its sets as sorted
         lists, and without `probe_backbone`."""

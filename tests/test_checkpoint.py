@@ -203,6 +203,16 @@ class TestBackbone:
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), tmp_path / "saved").eval()
         assert outcome(loaded, tiny_tokenizer()) == outcome(model, tiny_tokenizer())
 
+    @pytest.mark.parametrize("train_backbone", [False, True])
+    def test_peft_says_that_it_does_not_save_a_trained_one(self, backbone, tmp_path, train_backbone):
+        """Whose training was lost without a word."""
+        model = make(backbone, train_backbone=train_backbone)
+        with warnings.catch_warnings(record=True) as told:
+            save_checkpoint(model, tiny_tokenizer(), tmp_path / "whole")
+            model.save_pretrained(tmp_path / "alone")
+        said = [str(warning.message) for warning in told if "save_pretrained saves the adapter alone" in str(warning)]
+        assert len(said) == train_backbone
+
     def test_peft_is_told_of_a_trained_one(self, backbone, tmp_path):
         """It knows nothing of backbones inside checkpoints, and put the adapter on what its own was before."""
         model, path = make(backbone, train_backbone=True), tmp_path / "saved"
