@@ -34,9 +34,7 @@ def test_public_methods_explain_their_arguments():
     model, pipeline = gradmem_adapter.GradMemModel, gradmem_adapter.GradMemPipeline
     functions = [getattr(model, name) for name in METHODS]
     functions += [gradmem_adapter.load_checkpoint, gradmem_adapter.save_checkpoint]
-    functions += [
-        function for name, function in vars(pipeline).items() if inspect.isfunction(function) and name[0] != "_"
-    ]
+    functions += [function for name, function in inspect.getmembers(pipeline, inspect.isfunction) if name[0] != "_"]
     functions += [training.read_rows, training.score_answer, training.Batches.batch, training.GradMemCollator.__call__]
     classes = [gradmem_adapter.WriteOptions, gradmem_adapter.MemoryState]
     classes += [training.GradMemTrainer, training.GradMemCollator, training.RowBatches]
