@@ -46,6 +46,9 @@ class GradMemOutput(CausalLMOutputWithPast):
             first choice.
         target_states (`Tensor`, *optional*): `[B, n, h]`, with `max_targets`: the last hidden states that predict the
             targets of a query, in order; n is `max_targets`.
+        aux_loss, router_logits (*optional*): with `output_router_logits`: what routed experts add to the loss, over the
+            places of the prefix too, and as backbones give them `[B x T, experts]` of the query positions, from each
+            layer.
     """
 
     target_loss: Tensor | None = None
@@ -53,6 +56,8 @@ class GradMemOutput(CausalLMOutputWithPast):
     memory: Tensor | None = None
     correct: Tensor | None = None
     target_states: Tensor | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 class Fidelity(NamedTuple):

@@ -174,9 +174,9 @@ def forward_with_memory(
         loss=loss,
         logits=logits if logits is None or keep is not None else layout.split(logits),
         past_key_values=output.get("past_key_values"),
-        hidden_states=layout.split_layers(output.get("hidden_states")),
-        attentions=layout.split_layers(output.get("attentions")),
+        aux_loss=output.get("aux_loss"),
         target_loss=loss,
         correct=output.get("correct"),
         target_states=output.get("target_states"),
+        **layout.split_outputs(output),
     )

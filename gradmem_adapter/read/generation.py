@@ -118,9 +118,10 @@ def generate_with_memory(
         options["past_key_values"] = cache
         output = backbone.generate(input_ids, **inputs, **options)  # type: ignore[operator]
         kept.keep(cache)
-    for name in ("hidden_states", "attentions"):
-        if not isinstance(output, Tensor) and (steps := output.get(name)) is not None:
-            output[name] = tuple(read.layout.split_layers(step) for step in steps)
+    if not isinstance(output, Tensor):
+        for name in output.keys() & {"hidden_states", "attentions"}:
+            steps = [read.layout.split_outputs({name: step}, new)[name] for new, step in enumerate(output[name])]
+            output[name] = tuple(steps)
     return output
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,18 +106,39 @@ class Layout(NamedTuple):
             return joined
         return joined.gather(1, self.source.view(*self.source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
 
-    def split(self, joined: Tensor) -> Tensor:
-        """What the backbone gave for each place, `[..., P+T, n]`, without the prefix: `[..., T, n]`. What it gave for
-        fewer places, since it has others in a cache, has no prefix.
+    def split(self, joined: Tensor, new: int = 0, dims: Sequence[int] = (-2,)) -> Tensor:
+        """What the backbone gave for each place, without the prefix.
 
         Where a query is padded, what stands there is of no token, here as without a prefix.
-        """
-        return joined if joined.shape[-2] < self.prefix_length + self.length else joined[..., self.prefix_length :, :]
 
-    def split_layers(self, joined: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
-        """The query's part of what each layer gave, hidden states or attention weights; those without any give `None`,
-        which stays."""
-        return None if joined is None else tuple(part if part is None else self.split(part) for part in joined)
+        Args:
+            joined (`Tensor`): `[..., P+T, n]`; of other lengths it is given back whole: the prefix is in a cache then.
+            new (`int`, *optional*, defaults to 0): how many tokens follow the query, in decoding without a cache.
+            dims (`Sequence[int]`, *optional*): where places are counted, the first of these that is as long.
+        """
+        length = self.length + new
+        dim = next((dim for dim in dims if joined.shape[dim] == self.prefix_length + length), None)
+        return joined if dim is None else joined.narrow(dim, self.prefix_length, length)
+
+    def split_outputs(self, output: Mapping[str, Any], new: int = 0) -> dict[str, Any]:
+        """The query's part of what layers gave: hidden states, attention weights and the logits of routers.
+
+        Args:
+            output (`Mapping`): of the backbone, with a tuple of each; layers without one of them give `None`.
+            new (`int`, *optional*, defaults to 0): as for `split`.
+        """
+        length = self.prefix_length + self.length + new
+        # Most hidden states are [B, P+T, h]; of several streams [streams, B, P+T, h], or [B, P+T, streams, h].
+        split: dict[str, Callable[[Tensor], Tensor]] = {
+            "hidden_states": lambda part: self.split(part, new, (-2, 1)),
+            "attentions": lambda part: self.split(part, new),
+            "router_logits": lambda part: self.split(part.unflatten(0, (-1, length)), new).flatten(0, 1),
+        }
+        return {
+            name: tuple(part if part is None else of(part) for part in output[name])
+            for name, of in split.items()
+            if output.get(name) is not None
+        }
 
     def places(self, logits_to_keep: int | Tensor) -> Tensor:
         """What Transformers is to be told of `[prefix; query]` as `logits_to_keep`, where this says it of the query.

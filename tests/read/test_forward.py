@@ -7,6 +7,7 @@ from tiny import ARCHITECTURES, VOCABULARY, tokens
 
 from benchmarks import textbook
 from gradmem_adapter import MemoryState
+from gradmem_adapter.read.prefix import Layout
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -288,3 +289,23 @@ def test_generate_returns_hidden_states_and_attentions_of_as_many_places_as_with
     for name in ("hidden_states", "attentions"):
         places = [[[part.shape[-2] for part in step] for step in found[name]] for found in (output, plain)]
         assert places[0] == places[1]
+
+
+def test_what_routers_say_is_of_the_query_alone():
+    model, ids = make("mixtral"), tokens(2, 5)
+    state = model.write(tokens(2, 9))
+    whole = torch.cat([model.prefix_embeddings(state), model.get_input_embeddings()(ids)], dim=1)
+    expected = model.get_base_model()(inputs_embeds=whole, output_router_logits=True)
+    output = model(ids, memory=state, output_router_logits=True)
+    torch.testing.assert_close(output.aux_loss, expected.aux_loss)
+    for found, all_of_it in zip(output.router_logits, expected.router_logits, strict=True):
+        torch.testing.assert_close(found, all_of_it.unflatten(0, (2, 10))[:, 5:].flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((2, 8, 6), (2, 5, 6)), ((4, 2, 8, 6), (4, 2, 5, 6)), ((2, 8, 4, 6), (2, 5, 4, 6))]
+)
+def test_hidden_states_of_several_streams(shape, expected):
+    """As Gemma 3n and models with hyper-connections have them."""
+    (found,) = Layout(3, 5).split_outputs({"hidden_states": (torch.zeros(shape),)})["hidden_states"]
+    assert found.shape == expected
