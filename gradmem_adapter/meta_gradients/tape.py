@@ -87,9 +87,10 @@ def differentiable_write(
     memory = start_memory(writer, context)
     start_recites = not steps and config.reconstruction_weight > 0 and config.start != "slots"
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
-        constant, history, diverged = write_memory(writer, memory, context, rates, WriteOptions(steps=steps))
+        options = WriteOptions(steps=steps, last_loss=start_recites)
+        written, history, diverged = write_memory(writer, memory, context, rates, options)
         warn_diverged(diverged)
-        return constant, history if start_recites else history[:, :-1]
+        return written, history if start_recites else history[:, :-1]
     chosen = STRATEGIES[config.meta_gradient]
     chosen.check(writer.backbone)
     first_order_steps = 0 if config.second_order_steps is None else steps - config.second_order_steps

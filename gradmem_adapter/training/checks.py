@@ -101,6 +101,20 @@ def check_arguments(args: GradMemTrainingArguments, model: nn.Module, config: Gr
         _check_graphs(args, model, getattr(args, checkpointing))
 
 
+def check_own_optimizer(args: GradMemTrainingArguments, optimizer: object) -> None:
+    """Raise if an optimizer was passed beside arguments that are for the one that the trainer makes.
+
+    Args:
+        args (`GradMemTrainingArguments`): the arguments.
+        optimizer (`Optimizer`, *optional*): what was passed.
+    """
+    if optimizer is not None and (args.write_lr_factor != 1 or args.muon_lr_factor is not None):
+        raise ValueError(
+            "write_lr_factor and muon_lr_factor make groups of the optimizer that the trainer makes, and another was "
+            "passed: give it such groups and leave these out, or pass (None, scheduler)."
+        )
+
+
 def _check_graphs(args: GradMemTrainingArguments, model: nn.Module, checkpointing: bool) -> None:
     check_no_dropout(model)
     for name, there in (("fp16", args.fp16), ("gradient_checkpointing", checkpointing)):

@@ -27,7 +27,7 @@ from gradmem_adapter.write.rates import write_lrs
 from .arguments import with_defaults
 from .batches import Batches, RowBatches
 from .callbacks import AverageWeights, EndByClock
-from .checks import check_arguments, check_datasets, check_model, limited_collator
+from .checks import check_arguments, check_datasets, check_model, check_own_optimizer, limited_collator
 from .compiled import compiled_layers
 from .cuda_graph import Batch, GraphedBackward, maskless_attention, own_stream
 from .distillation import Distillation
@@ -98,6 +98,7 @@ class GradMemTrainer(EvaluatingTrainer):
             )
         args = with_defaults(args)
         check_arguments(args, model, config)
+        check_own_optimizer(args, optimizers[0])
         check_datasets(train_dataset, eval_dataset)
         collator = limited_collator(data_collator, processing_class, model, config)
         if args.cuda_graphs and train_dataset is not None and not isinstance(train_dataset, Batches):

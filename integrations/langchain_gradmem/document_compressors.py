@@ -13,6 +13,7 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.runnables.config import ensure_config, get_callback_manager_for_config
 from pydantic import Field, PrivateAttr
 
+from gradmem_adapter.lora import without_lora
 from gradmem_adapter.utils.files import readable
 
 from .references import with_references
@@ -118,6 +119,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         ids, mask = self.pipeline.encode_contexts(text)
         if ids.shape[1] < 2:
             return 1.0  # too short to have a loss of its own
+        backbone = without_lora(self.pipeline.model.get_base_model())  # as it reads the text that is left
         with torch.no_grad():
-            without = self.pipeline.model(input_ids=ids, attention_mask=mask, labels=ids).loss.item()
+            without = backbone(input_ids=ids, attention_mask=mask, labels=ids).loss.item()
         return 1 - losses[~losses.isnan()][-1].item() / without

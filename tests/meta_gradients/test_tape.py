@@ -76,6 +76,18 @@ def test_weights_are_constants_while_a_step_is_taken(meta_gradient, checkpointin
         torch.testing.assert_close(gradient, eager[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_evaluation_takes_no_pass_for_a_loss_that_nobody_sees(steps):
+    model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3))
+    passes = []
+    model.get_base_model().model.register_forward_hook(lambda *of: passes.append(of))
+    with torch.no_grad():
+        output = model(input_ids=tokens(2, 5), context_input_ids=tokens(2, 9), write_steps=steps)
+    assert output.write_losses.shape == (2, steps)
+    assert output.write_losses.isfinite().all()
+    assert len(passes) == steps + 1  # and READ
+
+
 def test_weights_are_trained_again_after_an_error():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2, train_backbone=True))
     before = [p.requires_grad for p in model.parameters()]

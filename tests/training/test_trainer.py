@@ -76,9 +76,10 @@ class Gradients(TrainerCallback):
 
 
 def trainer(
-    model, path, train=None, evaluation=None, callbacks=(), score=None, teacher=None, compute_metrics=None, **options
-):
-    extra = {"compute_metrics": compute_metrics} | ({} if score is None else {"score": score})
+    model, path, train=None, evaluation=None, callbacks=(), score=None, teacher=None, compute_metrics=None,
+    optimizers=(None, None), **options,
+):  # fmt: skip
+    extra = {"compute_metrics": compute_metrics, "optimizers": optimizers} | ({} if score is None else {"score": score})
     return GradMemTrainer(
         model, arguments(path, **options), train_dataset=train, eval_dataset=evaluation,
         processing_class=tiny_tokenizer(), callbacks=list(callbacks), teacher=teacher, **extra,

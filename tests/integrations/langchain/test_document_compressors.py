@@ -8,7 +8,9 @@ from langchain_core.callbacks import BaseCallbackHandler, CallbackManager
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnableLambda
 from langchain_gradmem import GradMemCompressor, MemoryStateStore, marker, references_of
+from peft import LoraConfig
 from tiny import tiny_text
+from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import MemoryStore
 from gradmem_adapter.utils import hardware
@@ -153,6 +155,17 @@ class TestCompressor:
         assert references_of(much.compress_documents([document], "")[0])
         hook.remove()
         assert len(passes) == 2
+
+    def test_fallback_compares_with_the_backbone_that_would_read_the_text(self):
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        with_lora = tiny_pipeline(lora_config=lora)
+        compressor = GradMemCompressor(pipeline=with_lora, fallback="text")
+        (reference,) = compressor.write_texts([TEXTS[0]], None)
+        ids, _ = with_lora.encode_contexts(TEXTS[0])
+        with with_lora.model.disable_adapter(), torch.no_grad():
+            without = with_lora.model(input_ids=ids, labels=ids).loss.item()
+        written = compressor.store.get(reference).write_losses[0, -1].item()
+        assert compressor._gain(TEXTS[0], reference) == pytest.approx(1 - written / without, rel=1e-4)
 
     def test_empty_documents_stay(self, pipeline):
         documents = [Document(" "), Document(TEXTS[0])]
