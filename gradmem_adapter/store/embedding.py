@@ -24,10 +24,14 @@ class Embedding:
         name (`str`): of its model. The index keeps vectors under it: another model needs another name.
         embed (`Callable`): takes a list of n texts and returns n vectors of d numbers, such as the `encode` of a
             `SentenceTransformer` or the `embed_documents` of LangChain's `Embeddings`.
+        embed_query (`Callable`, *optional*): takes one question and returns its vector, where the model has another way
+            for these: `embed_query` of LangChain's `Embeddings`, `encode_query` of a `SentenceTransformer`. None:
+            `embed`.
     """
 
     name: str
     embed: Callable[[list[str]], Any]
+    embed_query: Callable[[str], Any] | None = None
 
     def vectors(self, texts: Sequence[str]) -> Tensor:
         """Vectors `[n, d]` of length 1, on the CPU.
@@ -38,11 +42,20 @@ class Embedding:
         Raises:
             ValueError: `embed` returned something else, or vectors that are not finite.
         """
-        found = torch.as_tensor(self.embed(list(texts)), dtype=torch.float32, device="cpu")
-        if found.dim() != 2 or len(found) != len(texts) or not found.isfinite().all():
+        return self._normalized(self.embed(list(texts)), len(texts))
+
+    def query_vector(self, query: str) -> Tensor:
+        """The vector `[d]` of a question; see `vectors`."""
+        if self.embed_query is None:
+            return self.vectors([query])[0]
+        return self._normalized(torch.as_tensor(self.embed_query(query))[None], 1)[0]
+
+    def _normalized(self, found: Any, count: int) -> Tensor:
+        found = torch.as_tensor(found, dtype=torch.float32, device="cpu")
+        if found.dim() != 2 or len(found) != count or not found.isfinite().all():
             raise ValueError(
-                f"The embedding {self.name!r} must return one vector of finite numbers for each text; for {len(texts)} "
-                f"it returned an array of shape {list(found.shape)}."
+                f"The embedding {self.name!r} must return one vector of finite numbers for each text; for {count} it "
+                f"returned an array of shape {list(found.shape)}."
             )
         return torch.nn.functional.normalize(found, dim=1)
 
@@ -80,7 +93,7 @@ def cosines(
         ValueError: see `Embedding.vectors`; or the vectors in the index have another width.
         OSError: the index cannot be written.
     """
-    (vector,) = embedding.vectors([query])
+    vector = embedding.query_vector(query)
     which = values | {"model": embedding.name}
     known, missing = _read(index, where, which, len(vector))
     if missing:

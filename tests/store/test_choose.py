@@ -127,6 +127,15 @@ class TestEmbedding:
         )
         assert texts(filled.choose(pipeline, same, k=1, embedding=embedding)) == [2]
 
+    @pytest.mark.parametrize("kind", [list, torch.tensor])
+    def test_questions_may_be_embedded_in_another_way(self, filled, pipeline, kind):
+        embedding = Embedding(
+            "topic",
+            lambda batch: [[1.0, 0.0] if "Genoa" in t else [0.0, 1.0] for t in batch],
+            lambda query: kind([2.0, 0.0]),
+        )
+        assert texts(filled.choose(pipeline, "qatspp", k=1, embedding=embedding)) == [2]
+
     @pytest.mark.parametrize(
         "embed", [lambda batch: [[1.0]], lambda batch: [1.0] * len(batch), lambda batch: [[float("nan")]] * len(batch)]
     )
