@@ -49,20 +49,16 @@ def test_no_prompts_are_no_batch(pipeline, states):
 
 def test_one_prompt_is_one(pipeline, states):
     """And no list of them, of which the best state of any would be told."""
-    for ask in (pipeline.surest_answer, pipeline.surest_state):
-        if ask == pipeline.surest_state and not pipeline.model.active_peft_config.refusal:
-            continue
+    asked = [(pipeline.surest_answer, {"max_new_tokens": 2})]
+    if pipeline.refuses:
+        asked.append((pipeline.select, {}))
+    for ask, options in asked:
         with pytest.raises(ValueError, match="empty conversation"):
             ask([], memory=states)
         with pytest.raises(ValueError, match="A chat message is a mapping"):
             ask(["w1", "w2"], memory=states)
         with pytest.raises(ValueError, match="2 states and 0 search scores"):
-            ask(
-                "w1",
-                memory=states,
-                search_scores=[],
-                **({"max_new_tokens": 2} if ask == pipeline.surest_answer else {}),
-            )
+            ask("w1", memory=states, search_scores=[], **options)
 
 
 def test_a_prompt_without_tokens_needs_a_memory(pipeline, states):
