@@ -8,21 +8,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any
 
 from torch import Tensor
 
 from gradmem_adapter.state import MemoryState, check_state
 from gradmem_adapter.store import files
-from gradmem_adapter.store.entry import Entry
+from gradmem_adapter.store.entry import Entry, Place
 from gradmem_adapter.store.index import Index, entries_of, insert, select
 from gradmem_adapter.utils.files import errors_named
 from gradmem_adapter.utils.kinds import check_kind
+from gradmem_adapter.utils.state_file import MemoryStateError, widened
 from gradmem_adapter.utils.temporary import temporary_directory
 from gradmem_adapter.utils.wording import counted
 
 _FILES_AT_ONCE = 16
 """Files that wait for the disk together: most of the time that storing takes is this."""
+_NOWHERE: Place = (None, None, None)
 
 
 def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: files.Dtype | None) -> None:
@@ -84,9 +87,8 @@ def _add_places(index: Index, new: Path, key: str, lacking: Sequence[Entry]) -> 
             tensors, before = files.read_file(file)
         except FileNotFoundError:
             return False
-        places = {one.place: one for one in [*lacking, *before, *(one for one in lacking if one.metadata)]}
         one = replace(before[0], text=before[0].text or lacking[0].text)
-        entries = [replace(one, **_place(other)) for other in places.values()]
+        entries = [replace(one, **place) for place in _places(before, lacking)]
         with errors_named(index.states):
             entries = files.write_file(new, tensors, entries)
         os.replace(new, file)
@@ -95,7 +97,7 @@ def _add_places(index: Index, new: Path, key: str, lacking: Sequence[Entry]) -> 
 
 
 def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:
-    """Put the files of states into their places and into the index; places that it knows stay."""
+    """Put the files of states into their places and into the index; what there is of them beside stays."""
     index.make()
     with temporary_directory(index.folder) as folder:
         new_files = [folder / str(number) for number in range(len(found))]
@@ -104,15 +106,38 @@ def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]
         with index.writing() as connection:
             for (tensors, _), new, entries in zip(found, new_files, written, strict=True):
                 file = files.state_file_of(index.states, entries[0].key)
-                found_at = {one.place: _place(one) for one in select(connection, "key = ?", (entries[0].key,))}
-                found_at |= {entry.place: _place(entry) for entry in entries}
-                if len(found_at) > len(entries):  # another process has found it elsewhere meanwhile
-                    entries = [replace(entries[0], **place) for place in found_at.values()]
+                stored, before = _stored(index, connection, entries[0].key)
+                if before:  # it was there, or another process has found it meanwhile
+                    entries = _with_known(entries, before)
+                    if _bits(tensors) == _bits(stored):  # as they are read again: they become no larger
+                        tensors, entries = stored, [replace(one, written=before[0].written) for one in entries]
                     entries = files.write_file(new, tensors, entries)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(new, file)
                 insert(connection, entries)
 
 
-def _place(entry: Entry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in files.OF_A_PLACE}
+def _stored(index: Index, connection: Connection, key: str) -> tuple[Mapping[str, Tensor], list[Entry]]:
+    """What there is of a state: tensors, or none where the file is damaged or gone, and entries."""
+    try:
+        return files.read_file(files.state_file_of(index.states, key))
+    except (FileNotFoundError, MemoryStateError):
+        return {}, list(select(connection, "key = ?", (key,)))
+
+
+def _with_known(new: Sequence[Entry], before: Sequence[Entry]) -> list[Entry]:
+    """Entries of a state with what was known of it and they do not say: its text, how it was written, its places."""
+    one = replace(new[0], text=new[0].text or before[0].text, options=new[0].options or before[0].options)
+    said = [entry for entry in new if entry.place != _NOWHERE or entry.metadata]
+    return [replace(one, **place) for place in _places(before, said)]
+
+
+def _places(before: Sequence[Entry], new: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Those that were known of a state and new ones; metadata that are said take the place of others."""
+    places = {one.place: one for one in [*new, *before, *(one for one in new if one.metadata)]}
+    return [{name: getattr(one, name) for name in files.OF_A_PLACE} for one in places.values()]
+
+
+def _bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Of the numbers that are read from tensors, by which NaN is NaN."""
+    return {name: tensor.double().numpy().tobytes() for name, tensor in widened(tensors).items()}

@@ -201,11 +201,11 @@ class MemoryStore:
         return keys
 
     def put(self, states: MemoryState, entries: Iterable[Entry], *, dtype: files.Dtype | None = None) -> None:
-        """Store states that were written elsewhere, in the place of what there is under their keys.
+        """Store states that were written elsewhere, in the place of those under their keys.
 
         Args:
             states (`MemoryState`): any number.
-            entries (`Iterable[Entry]`): one for each, with what `key` says; what states say themselves is theirs.
+            entries (`Iterable[Entry]`): one for each, with its `key`. What one does not say is as it was known.
             dtype (`str`, *optional*): of the vectors in files, as `MemoryStore` has it. None: the states' own.
 
         Raises:

@@ -384,6 +384,41 @@ class TestPut:
         with pytest.raises(ValueError, match=r"dtype must be one of .*'int8'\), got 'int4'"):
             put.put(pipeline.write(TEXTS[0]), [Entry(key)], dtype="int4")
 
+    @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
+    def test_of_a_known_key_what_is_not_said_is_as_it_was(self, tmp_path, pipeline, dtype):
+        """As for who puts back what `get` gave."""
+        store = MemoryStore(tmp_path, dtype=dtype)
+        keys = store.add(pipeline, TEXTS, sources=NAMES, offsets=PLACES, metadata=[{"title": name} for name in NAMES])
+        before = [dataclasses.replace(entry, written=0) for entry in store.entries()]
+        query = " ".join(TEXTS)
+        chosen = [choice.entry.key for choice in store.choose(pipeline, query)]
+        states = store.get(keys)
+        store.put(states, [Entry(key) for key in keys])
+        assert [dataclasses.replace(entry, written=0) for entry in store.entries()] == before
+        assert store.get(keys) == states
+        assert [choice.entry.key for choice in store.choose(pipeline, query)] == chosen
+        assert store.verify().ok
+        assert store.forget("b.txt") == 2
+
+    def test_of_a_known_key_what_is_said_is_new(self, store, keys, pipeline):
+        other = pipeline.write(TEXTS[0], steps=1)
+        store.put(other, [Entry(keys[0], *("b.txt", *PLACES[0]), metadata={"title": "new"})])
+        store.put(other, [Entry(keys[0], source="d.txt", options={"write_steps": 1})])
+        assert store.get(keys[0]) == other
+        places = {entry.source: entry for entry in store.entries() if entry.key == keys[0]}
+        assert places["b.txt"].metadata == {"title": "new"}
+        assert set(places) == {"b.txt", "d.txt"}
+        assert places["d.txt"].options == {"write_steps": 1}
+        assert places["d.txt"].text == TEXTS[0]
+        assert store.verify().ok
+
+    def test_over_a_damaged_file(self, store, keys, pipeline):
+        (store.path / "states" / keys[0][:2] / f"{keys[0]}.safetensors").write_bytes(b"damaged")
+        store.put(pipeline.write(TEXTS[0]), [Entry(keys[0])])
+        (entry,) = (entry for entry in store.entries() if entry.key == keys[0])
+        assert (entry.place, entry.text) == (("b.txt", 0, 10), TEXTS[0])
+        assert store.verify().ok
+
     def test_as_many_entries_as_states(self, store, pipeline):
         with pytest.raises(ValueError, match="Got 1 entry for 2 states"):
             store.put(pipeline.write(TEXTS[:2]), [Entry(store.key(pipeline, TEXTS[0]))])

@@ -35,6 +35,17 @@ def test_damaged_states_raise(state):
         assert store.mget([REFERENCE]) == [None]
 
 
+def test_states_that_are_put_back_are_found_and_forgotten_as_before(pipeline, tmp_path):
+    store = MemoryStateStore(tmp_path)
+    references = store.write(pipeline, TEXTS[:2], sources=["a", "b"])
+    sizes = [file.stat().st_size for file in sorted(tmp_path.rglob("*.safetensors"))]
+    store.mset(list(zip(references, store.mget(references), strict=True)))
+    assert [file.stat().st_size for file in sorted(tmp_path.rglob("*.safetensors"))] == sizes
+    assert {entry.text for entry in store.store.entries()} == set(TEXTS[:2])
+    assert len(store.store.choose(pipeline, TEXTS[0])) == 2
+    assert store.store.forget("a") == 1
+
+
 @pytest.mark.parametrize("namespace", ["", "a/b", "../x", "a b"])
 def test_namespaces_that_could_reach_another_are_refused(namespace):
     with pytest.raises(ValueError, match="namespace"):
