@@ -19,7 +19,7 @@ from gradmem_adapter.read.streaming import stream_text
 from gradmem_adapter.sequential import write_sequential
 from gradmem_adapter.state import MemoryState, check_state
 from gradmem_adapter.support import StateSelector, answer_scores, surest
-from gradmem_adapter.utils.tokens import check_no_file
+from gradmem_adapter.utils.tokens import check_no_file, text_list
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 
 if TYPE_CHECKING:
@@ -78,10 +78,11 @@ class GradMemPipeline(StateSelector):
 
         Raises:
             TypeError: what is no text.
-            ValueError: no text, or one without tokens or too long for the model.
+            ValueError: no text, or one that has no tokens, is too long for the model or is the name of a file.
             MemoryError: there is not enough memory free for it.
         """
         options = self._with_study(WriteOptions.of(options, **fields))
+        texts = text_list(texts, no_files=True)
         return self.model.write(
             *self.encode_contexts(texts), options=options, initial=initial, callback=callback, strict=strict
         )
@@ -112,19 +113,20 @@ class GradMemPipeline(StateSelector):
             `MemoryState`: one state per text, in order.
 
         Raises:
-            ValueError: no text, or one without tokens or too long for the model; the message names it.
+            ValueError: no text, or one that has no tokens, is too long for the model or is the name of a file; the
+                message names it.
             MemoryError: there is not enough memory free for the longest text.
             torch.cuda.OutOfMemoryError: a single text does not fit; the message names it.
         """
-        options = self._with_study(WriteOptions.of(options, **fields))
-        return self.model.write_many(
-            self._context_ids(texts),
-            max_tokens=max_tokens,
-            progress=progress,
-            done=done,
-            callback=callback,
-            options=options,
+        options = WriteOptions.of(options, **fields)
+        texts = text_list(texts, no_files=True)
+        return self._write_many(
+            texts, max_tokens=max_tokens, progress=progress, done=done, callback=callback, options=options
         )
+
+    def _write_many(self, texts: Sequence[str], *, options: WriteOptions, **how: Any) -> MemoryState:
+        """WRITE texts as `write_many` does, and also those that are the names of files."""
+        return self.model.write_many(self._context_ids(texts), options=self._with_study(options), **how)
 
     def write_document(
         self,
@@ -152,7 +154,7 @@ class GradMemPipeline(StateSelector):
             TypeError, ValueError: what cannot be written; a text that is the name of a file; a mode that there is not;
                 `segment_tokens` is needed where the adapter's configuration does not say its trained length.
         """
-        check_no_file(text)
+        check_no_file(text, ", which is read as it is needed")
         options = self._with_study(WriteOptions.of(options, **fields))
         return write_document(self, text, mode, segment_tokens, overlap, options, max_tokens, progress)
 
@@ -181,7 +183,7 @@ class GradMemPipeline(StateSelector):
             TypeError, ValueError: a text that cannot be written or is the name of a file, or several states.
         """
         check_state("memory", memory)
-        check_no_file(text)
+        check_no_file(text, ", which is read as it is needed")
         options = WriteOptions.of(options, **fields)
         found = sequential_segments(self, text, segment_tokens, vectors=memory.num_memory_tokens)
         return write_sequential(self, found, options, memory, strict=strict)

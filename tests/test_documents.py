@@ -149,6 +149,24 @@ def test_a_text_that_is_the_name_of_a_file_is_refused(pipeline, tmp_path, monkey
         assert pipeline.write_document(file).states == pipeline.write_document(TEXT).states
 
 
+def test_so_is_one_among_others(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text(TEXT)
+    store = MemoryStore(tmp_path / "store")
+    for write in (pipeline.write, pipeline.write_many, lambda texts: store.add(pipeline, texts)):
+        with pytest.raises(ValueError, match=r"name of a file, 'book\.txt'.*open\('book\.txt'\)\.read\(\).*a line end"):
+            write(["w1", "book.txt"])
+        assert len(write(["w1", "book.txt\n", TEXT])) == 3
+
+
+def test_a_segment_may_be_the_name_of_a_file(pipeline, tmp_path, monkeypatch):
+    """Who sends a text to a server is to find out nothing about the files there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text(TEXT)
+    store = MemoryStore(tmp_path / "store")
+    assert store.add(pipeline, "book.txt", offsets=[(0, 8)]) == store.add_document(pipeline, ["book.txt"])
+
+
 def test_an_adapter_of_unknown_length_needs_the_length_of_segments():
     pipeline = tiny_pipeline()
     with pytest.raises(

@@ -116,7 +116,7 @@ def _write(
 
     how["callback"] = callback and stepped
     try:
-        pipeline.write_many([texts[i] for i in numbers], progress=False, done=done, **how)
+        pipeline._write_many([texts[i] for i in numbers], progress=False, done=done, **how)
     except (TypeError, ValueError, torch.OutOfMemoryError) as error:
         if not (match := re.match(r"Context (\d+)", str(error))):
             raise

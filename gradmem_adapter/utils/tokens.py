@@ -137,17 +137,21 @@ def check_fits(name: str, text: str, tokenizer: Any, limit: int | None) -> None:
         piece *= 4
 
 
-def text_list(texts: str | Sequence[str]) -> list[str]:
+def text_list(texts: str | Sequence[str], *, no_files: bool = False) -> list[str]:
     """One text as a list of one, several as a list; `TypeError` for anything else.
 
     Args:
         texts (`str` or `Sequence[str]`): in order, which sets are not; no mapping, whose keys would be read.
+        no_files (`bool`, *optional*, defaults to `False`): refuse names of files, see `check_no_file`. Not where the
+            texts are parts of others, which may be of anybody who is to find out nothing about the files here.
     """
     if not isinstance(texts, str | Iterable) or isinstance(texts, bytes | Mapping | Set):
         raise TypeError(f"A text or a list of texts can be written, got {type(texts).__name__}.")
     texts = [texts] if isinstance(texts, str) else list(texts)
     if wrong := [f"text {i} is a {type(text).__name__}" for i, text in enumerate(texts) if not isinstance(text, str)]:
         raise TypeError(f"A text or a list of texts can be written: {', '.join(wrong[:3])}.")
+    for text in texts if no_files else ():
+        check_no_file(text)
     return texts
 
 
@@ -174,14 +178,19 @@ def check_text(name: str, text: str) -> None:
         ) from error
 
 
-def check_no_file(text: Any) -> None:
+_LONGEST_NAME = 4096
+"""Characters of a file's name, with its directories: Linux takes no longer one, and others hardly."""
+
+
+def check_no_file(text: Any, remedy: str = ".read()") -> None:
     """Raise `ValueError` if a text is the name of a file, which would be written in place of what is in it.
 
     Args:
-        text (`Any`): what is to be written as a document.
+        text (`Any`): what is to be written. With a line end in it it is no name.
+        remedy (`str`, *optional*): what follows `open(...)` in the message.
     """
-    if isinstance(text, str) and os.path.isfile(text):
+    if isinstance(text, str) and len(text) <= _LONGEST_NAME and "\n" not in text and os.path.isfile(text):
         raise ValueError(
             f"The text is the name of a file, {text!r}, and would be written itself. Pass what is in the file: "
-            f"open({text!r}), which is read as it is needed."
+            f"open({text!r}){remedy}. If the name itself is meant, put a line end behind it."
         )

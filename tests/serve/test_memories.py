@@ -84,14 +84,14 @@ def test_what_is_on_the_disk_is_there_after_a_restart(serve, pipeline, store):
 
 def test_half_a_text_is_no_memory_and_is_written_to_its_end(serve, pipeline, store, monkeypatch):
     """As a killed server leaves it."""
-    client, write_many = serve(), pipeline.write_many
+    client, write_many = serve(), pipeline._write_many
 
     def killed(texts, **options):
         write_many(texts[:1], **options)
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_many", killed)
+        patch.setattr(pipeline, "_write_many", killed)
         client.post("/v1/memories", json={"text": LONG})
     assert len(store) == 1
     assert client.get("/v1/memories").json()["data"] == []
@@ -101,14 +101,14 @@ def test_half_a_text_is_no_memory_and_is_written_to_its_end(serve, pipeline, sto
 
 
 def test_a_server_that_cuts_otherwise_makes_other_memories(serve, pipeline, monkeypatch):
-    write_many = pipeline.write_many
+    write_many = pipeline._write_many
 
     def killed(texts, **options):
         write_many(texts[:1], **options)
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_many", killed)
+        patch.setattr(pipeline, "_write_many", killed)
         serve().post("/v1/memories", json={"text": LONG})
     again = serve(segment_tokens=6)
     assert len(written(again, LONG, fidelity=True)["segments"]) == 5  # whatever was left half written
@@ -142,13 +142,13 @@ def test_a_text_is_not_taken_for_the_name_of_a_file(client, tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_not_kept(client, pipeline, store, monkeypatch):
-    write_many = pipeline.write_many
+    write_many = pipeline._write_many
 
     def diverged(texts, done, **options):
         return write_many(texts, done=lambda rows, states: done(rows, _filled(states)), **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_many", diverged)
+        patch.setattr(pipeline, "_write_many", diverged)
         response = client.post("/v1/memories", json={"text": "w1 w2"})
     assert (response.status_code, "diverged" in response.json()["error"]["message"]) == (400, True)
     assert len(store) == 0
@@ -204,7 +204,7 @@ class TestQueue:
     @pytest.fixture
     def gate(self, pipeline, monkeypatch):
         """Lets WRITEs end, and says what was written."""
-        opened, begun, texts, write_many = threading.Event(), threading.Event(), [], pipeline.write_many
+        opened, begun, texts, write_many = threading.Event(), threading.Event(), [], pipeline._write_many
 
         def gated(these, **options):
             texts.extend(these)
@@ -212,7 +212,7 @@ class TestQueue:
             assert opened.wait(60)
             return write_many(these, **options)
 
-        monkeypatch.setattr(pipeline, "write_many", gated)
+        monkeypatch.setattr(pipeline, "_write_many", gated)
         opened.begun, opened.texts = begun, texts
         return opened
 

@@ -33,9 +33,9 @@ from gradmem_adapter.store.whole import of_segments
 def counted(pipeline, monkeypatch):
     """The texts that are written."""
     written = []
-    write_many = pipeline.write_many
+    write_many = pipeline._write_many
     monkeypatch.setattr(
-        pipeline, "write_many", lambda texts, **rest: written.extend(texts) or write_many(texts, **rest)
+        pipeline, "_write_many", lambda texts, **rest: written.extend(texts) or write_many(texts, **rest)
     )
     return written
 
@@ -523,7 +523,7 @@ def test_deleted_states_are_gone_and_others_are_passed_over(store, keys):
 
 def test_a_text_that_many_ask_for_at_once_is_written_once(store, pipeline, monkeypatch):
     """The others wait for it; where its write fails, they write it themselves."""
-    all_in, write_many, calls = threading.Barrier(8), pipeline.write_many, []
+    all_in, write_many, calls = threading.Barrier(8), pipeline._write_many, []
 
     def slow(texts, **options):
         calls.append(list(texts))
@@ -536,7 +536,7 @@ def test_a_text_that_many_ask_for_at_once_is_written_once(store, pipeline, monke
         all_in.wait()
         return store.add(pipeline, [TEXTS[i % 2], TEXTS[2]])
 
-    monkeypatch.setattr(pipeline, "write_many", slow)
+    monkeypatch.setattr(pipeline, "_write_many", slow)
     with ThreadPoolExecutor(8) as threads:
         futures = [threads.submit(ask, i) for i in range(8)]
         errors = [future.exception() for future in futures]
@@ -549,13 +549,13 @@ def test_a_text_that_many_ask_for_at_once_is_written_once(store, pipeline, monke
 
 
 def test_a_copy_does_not_wait_for_what_the_original_writes(store, pipeline, monkeypatch):
-    copies, write_many = [], pipeline.write_many
+    copies, write_many = [], pipeline._write_many
 
     def copy_meanwhile(*args, **kwargs):
         copies.extend((copy.deepcopy(store), pickle.loads(pickle.dumps(store))))
         return write_many(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "write_many", copy_meanwhile)
+    monkeypatch.setattr(pipeline, "_write_many", copy_meanwhile)
     keys = store.add(pipeline, TEXTS[0])
     for same in copies:
         assert same.add(pipeline, TEXTS[0]) == keys
