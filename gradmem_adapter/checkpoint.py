@@ -278,30 +278,50 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: the adapter is not a GradMem adapter, does not say what its backbone is, its tensors are not exactly
-            those that its configuration calls for, or a file is damaged. A backbone that was passed is then as it was.
-            Or `dtype` or `device` is given for one that was passed, or `revision` for a directory.
+            those that its configuration calls for, a file is damaged, or there is no such device here. A backbone that
+            was passed is then as it was. Or `dtype` or `device` is given for one that was passed, or `revision` for a
+            directory.
     """
     if isinstance(backbone, PreTrainedModel) and not (dtype is None and device is None):
         raise ValueError(
             "dtype and device are of a backbone that load_checkpoint opens, and this one is a model: move it yourself, "
             "by backbone.to(device, dtype), or pass where to find it."
         )
+    directory = _find(path, revision, token)
+    with reading_together(directory, OWN, _UNREAD):
+        return _load(directory, backbone, dtype, device, is_trainable)
+
+
+def _find(path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The directory of a checkpoint: here, of one that ships, or downloaded."""
     directory = shipped(path) or Path(path)
     if directory.is_dir() and revision is not None:
         raise ValueError(
             f"A revision is of a repository on the hub, and {str(path)!r} is the directory {str(directory)!r}: leave "
             "the revision out, or open it from another place."
         )
-    if not directory.is_dir():
-        try:
-            directory = snapshot(str(path), _READ_PATTERNS, revision=revision, token=token)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"There is no checkpoint {str(path)!r}: no directory here, none that ships "
-                f"({', '.join(names_shipped())}), and no repository on the hub ({error})."
-            ) from error
-    with reading_together(directory, OWN, _UNREAD):
-        return _load(directory, backbone, dtype, device, is_trainable)
+    if directory.is_dir():
+        return directory
+    try:
+        return snapshot(str(path), _READ_PATTERNS, revision=revision, token=token)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"There is no checkpoint {str(path)!r}: no directory here, none that ships "
+            f"({', '.join(names_shipped())}), and no repository on the hub ({error})."
+        ) from error
+
+
+def config_of(path: str | Path) -> GradMemConfig:
+    """The configuration of a checkpoint, which is found as `load_checkpoint` finds it and is not opened.
+
+    Args:
+        path (`str` or `Path`): a directory, the name of one that ships, or of one on the hub.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is of another kind of adapter, or damaged.
+    """
+    return _config(_find(path))
 
 
 def _load(

@@ -291,6 +291,12 @@ class TestErrors:
         with pytest.raises(FileNotFoundError, match=r"There is no checkpoint 'someone/adapter'.*cannot connect"):
             load_checkpoint("someone/adapter")
 
+    @pytest.mark.parametrize("device", ["abacus", "cuda:99", torch.device("xla")])
+    def test_no_such_device(self, backbone, tmp_path, device):
+        save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "saved")
+        with pytest.raises(ValueError, match=rf"There is no device '{device}' here; take cpu"):
+            load_checkpoint(tmp_path / "saved", device=device)
+
     def test_another_kind_of_adapter(self, tmp_path):
         get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
         with pytest.raises(ValueError, match="holds a LORA adapter, not a GradMem adapter"):

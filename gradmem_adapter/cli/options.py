@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,19 +62,13 @@ def chosen_device(name: str | None) -> torch.device:
     """
     import torch
 
+    from gradmem_adapter.utils.hardware import device_here
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's of kinds that there once were
-            device = torch.device(name)
-            if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.zeros(1, device=device).item()  # which is how one finds out
-    except (RuntimeError, AssertionError, ImportError) as error:
-        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-        raise ValueError(f"There is no device {name!r} here; use --device {there}.") from error
-    return device
+    return device_here(
+        f"cuda:{int(os.environ['LOCAL_RANK'])}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+    )
 
 
 def open_pipeline(checkpoint: str, backbone: str | None = None, device: str | None = None) -> GradMemPipeline:

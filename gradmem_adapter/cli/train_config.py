@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from gradmem_adapter.utils.fields import merged
 
@@ -128,14 +128,10 @@ class TrainConfig:
         return trainer
 
     def _adapter_config(self) -> GradMemConfig:
-        from peft import PeftConfig
-
         from gradmem_adapter import GradMemConfig
-        from gradmem_adapter.utils.shipped import shipped
+        from gradmem_adapter.checkpoint import config_of
 
-        if self.checkpoint is None:
-            return GradMemConfig(**self.memory_fields)
-        return cast(GradMemConfig, PeftConfig.from_pretrained(str(shipped(self.checkpoint) or self.checkpoint)))
+        return GradMemConfig(**self.memory_fields) if self.checkpoint is None else config_of(self.checkpoint)
 
     def _model(self) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
         """The adapter to train, a new one or that of the checkpoint, and the tokenizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,26 @@ MARGIN = 0.9
 
 UNCHECKED = 2**28
 """A write that needs less than 256 MiB begins without a look at what is free."""
+
+
+def device_here(name: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Args:
+        name (`str` or `torch.device`): such as `"cuda"` or `"cuda:1"`.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's of kinds that there once were
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()  # which is how one finds out
+    except (RuntimeError, AssertionError, ImportError) as error:
+        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"There is no device {str(name)!r} here; take {there}.") from error
+    return device
 
 
 def free_memory(device: torch.device) -> int:

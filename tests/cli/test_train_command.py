@@ -178,6 +178,12 @@ def test_a_run_that_diverges(files, monkeypatch):
     assert "no checkpoint yet" in " ".join(result.stderr.split())
 
 
+def test_no_such_checkpoint(files):
+    result = invoke("train", files / "train.jsonl", "--output", files / "run", "--checkpoint", "typo")
+    assert result.exit_code == 2, result.output
+    assert "There is no checkpoint 'typo': no directory here, none that ships (kv-" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
