@@ -20,7 +20,7 @@ MemoryProjection: TypeAlias = Literal["none", "shared"]
 LoraPhase: TypeAlias = Literal["both", "write", "read"]
 MemoryInit: TypeAlias = Literal["normal", "vocab"]
 
-Config = TypeVar("Config", bound=PeftConfig)
+Config = TypeVar("Config")
 
 REGISTRIES: dict[str, Collection[str]] = {}
 """What `write_optimizer` and `meta_gradient` may be: the registries of both, which `registration` puts here."""
@@ -50,7 +50,7 @@ def unknown_fields(given: Collection[str], known: Collection[str]) -> str | None
     return f"{', '.join(unknown)}.{meant}" if unknown else None
 
 
-def _known(name: str, cls: type[PeftConfig], values: dict[str, Any]) -> dict[str, Any]:
+def _known(name: str, cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     """The values of the fields that a configuration has. Those that are from a file have a `peft_type`: what another
     version saved besides is left out with a warning then, as PEFT does it."""
     known = list(inspect.signature(cls).parameters)
@@ -67,8 +67,12 @@ def _known(name: str, cls: type[PeftConfig], values: dict[str, Any]) -> dict[str
     return {field: value for field, value in values.items() if field in known}
 
 
-def _checks_fields(cls: type[Config]) -> type[Config]:
-    """Let a configuration be made of fields alone that it has."""
+def checks_fields(cls: type[Config]) -> type[Config]:
+    """Let a configuration be made of fields alone that it has.
+
+    Args:
+        cls (`type`): a dataclass.
+    """
     init = cls.__init__
 
     @functools.wraps(init)
@@ -79,7 +83,7 @@ def _checks_fields(cls: type[Config]) -> type[Config]:
     return cls
 
 
-@_checks_fields
+@checks_fields
 @dataclass
 class GradMemConfig(PeftConfig):
     """How a backbone is given a gradient-written memory (GradMem, arXiv 2603.13875).

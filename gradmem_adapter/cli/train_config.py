@@ -67,7 +67,8 @@ class TrainConfig:
 
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := unknown_fields(fields, known):
-            raise ValueError(f"There is no field {unknown} There are {', '.join(known)}.")
+            inner = f" Did you mean {', '.join(found)}?" if (found := _inner(fields)) else ""
+            raise ValueError(f"There is no field {unknown}{inner} There are {', '.join(known)}.")
         for name in ("rows", "eval_rows", "checkpoint", "backbone"):
             if not isinstance(fields.get(name) or "", str):
                 raise ValueError(f"{name} must be a text, got {fields[name]!r}.")
@@ -143,6 +144,16 @@ class TrainConfig:
         query_format = "text" if tokenizer.chat_template is None else "chat"
         config = GradMemConfig(**{"query_format": query_format, **self.memory_fields})
         return get_peft_model(backbone, config), tokenizer
+
+
+def _inner(given: Collection[str]) -> list[str]:
+    """The names that are fields of a field, with the name of that."""
+    from gradmem_adapter import GradMemConfig
+    from gradmem_adapter.training import GradMemTrainingArguments
+
+    kinds: dict[str, Any] = {"memory": GradMemConfig, "training": GradMemTrainingArguments}
+    there = {outer: {field.name for field in dataclasses.fields(kind)} for outer, kind in kinds.items()}
+    return [f"{outer}.{name}" for name in given for outer, names in there.items() if name in names]
 
 
 def _check_fields(name: str, given: Collection[str], known: Collection[str], shown: Collection[str]) -> None:

@@ -10,9 +10,11 @@ from typing import Any, get_args, get_type_hints
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
+from gradmem_adapter.config import checks_fields
 from gradmem_adapter.utils.kinds import check_kind
 
 
+@checks_fields
 @dataclass
 class GradMemTrainingArguments(TrainingArguments):
     """Transformers' training arguments and those of GradMem.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
+from gradmem_adapter.config import unknown_fields
 from gradmem_adapter.write.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -169,8 +170,10 @@ class WriteOptions:
         """
         if options is not None and not isinstance(options, WriteOptions):
             raise TypeError(f"options must be WriteOptions, got {type(options).__name__}.")
+        if unknown := unknown_fields(fields, WriteFields.__annotations__):
+            raise TypeError(f"WRITE has no option {unknown} help(WriteOptions) explains those it has.")
         base = options or cls()
-        given: dict[str, Any] = {n: getattr(base, n, None) if v is None else v for n, v in fields.items()}
+        given: dict[str, Any] = {n: getattr(base, n) if v is None else v for n, v in fields.items()}
         return replace(base, **given)
 
 

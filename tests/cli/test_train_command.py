@@ -189,6 +189,7 @@ def test_no_such_checkpoint(files):
     [
         ("eval_rows=nowhere.jsonl", "no file of rows 'nowhere.jsonl'"),
         ("colour=red", "There is no field colour"),
+        ("max_steps=3", "There is no field max_steps. Did you mean training.max_steps? There are rows, "),
         ("memory=3", "memory must be a mapping"),
         ("memory.write_steps=-1", "write_steps must be at least 0"),
         ("training.write_steps=[]", "write_steps must be a list"),

@@ -503,6 +503,12 @@ class TestDivergence:
         with pytest.raises(ValueError, match=r"batch_rebalance.*Choose 'group_by_length'"):
             trainer(make(), tmp_path, data, train_sampling_strategy="batch_rebalance")
 
+    def test_a_field_that_there_is_not(self, tmp_path):
+        with pytest.raises(
+            TypeError, match=r"GradMemTrainingArguments has no field max_step\. Did you mean max_steps\?"
+        ):
+            GradMemTrainingArguments(str(tmp_path), max_step=1)
+
     def test_plain_arguments_hide_nothing(self, tmp_path):
         args = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, remove_unused_columns=False)
         run = GradMemTrainer(
