@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -28,6 +29,8 @@ _KNOWN = {
     *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id"),
     *("stop_strings", "tokenizer", "streamer", "stopping_criteria", "generation_config"),
 }
+_NONE_SAYS_SO = ("temperature", "top_k", "top_p", "eos_token_id")
+"""Of these a keyword that is None takes effect: no such filter, no such end."""
 _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 _OF_CONFIGS = {"bos_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config", "use_cache"}
 
@@ -38,6 +41,20 @@ _COMPARED_TOKENS = 8
 _ROUNDING = 1.0
 """Nats by which a token that an engine takes for the likeliest may be less likely than the model's own. Of the right
 model in bfloat16 it was 0.01 at most, of another one at least 10 within eight tokens (docs/lab/LOG.md)."""
+
+
+_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def lock_of(engine: Any) -> threading.Lock:
+    """The one under which all readers ask an engine inside this process, which is no more than one thread's.
+
+    Args:
+        engine: the object that computes.
+    """
+    with _making:
+        return _locks.setdefault(engine, threading.Lock())
 
 
 class EnginePrompt(NamedTuple):
@@ -72,9 +89,13 @@ class EngineSampling(NamedTuple):
     @classmethod
     def of(cls, options: dict[str, Any], default: GenerationConfig) -> EngineSampling:
         """What Transformers' `generate` would do with the same options; `ValueError` where no length is given."""
-        chosen = {name: generation_option(name, options, default) for name in _KNOWN}
-        if chosen["max_new_tokens"] is None:
+        asked = {name: generation_option(name, options, default) for name in _KNOWN}
+        if asked["max_new_tokens"] is None:
             raise ValueError("Pass max_new_tokens, the most tokens of an answer.")
+        chosen = asked | {name: options[name] for name in _NONE_SAYS_SO if name in options}
+        for name, value in default._get_default_generation_params().items():  # as `generate` itself fills them
+            if asked.get(name, value) is None and name not in options:
+                chosen[name] = value
         ends = [] if chosen["eos_token_id"] is None else chosen["eos_token_id"]
         sample = bool(chosen["do_sample"])
         temperature = 1.0 if chosen["temperature"] is None else float(chosen["temperature"])

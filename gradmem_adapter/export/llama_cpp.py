@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from torch import Tensor
 
-from gradmem_adapter.export.engine import EnginePrompt, EngineReader, EngineSampling
+from gradmem_adapter.export.engine import EnginePrompt, EngineReader, EngineSampling, lock_of
 from gradmem_adapter.peft_model import GradMemPeftModel
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ class LlamaCppReader(EngineReader):
     def __init__(self, model: PeftModel | GradMemPeftModel, llama: Llama, *, check_model: bool = True) -> None:
         super().__init__(model, check_model=check_model)
         self.llama = llama
-        self._lock = threading.Lock()
 
     def _answers(
         self, prompts: Sequence[EnginePrompt], sampling: EngineSampling
@@ -43,7 +41,7 @@ class LlamaCppReader(EngineReader):
                     f"Memory, prompt and answer take {needed} positions, {len(prompt.prefix)} of them memory, and the "
                     f"Llama has n_ctx={llama.n_ctx()} and n_batch={llama.n_batch}. Make it with larger ones."
                 )
-            with self._lock:
+            with lock_of(llama):
                 read_prefix(llama, prompt.prefix)
                 tokens = prompt.tokens
                 for count in range(1, sampling.max_new_tokens + 1):

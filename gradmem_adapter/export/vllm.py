@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Sequence
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
-from gradmem_adapter.export.engine import EnginePrompt, EngineReader, EngineSampling
+from gradmem_adapter.export.engine import EnginePrompt, EngineReader, EngineSampling, lock_of
 from gradmem_adapter.export.prompt_embeds import encoded
 from gradmem_adapter.peft_model import GradMemPeftModel
 
@@ -66,7 +66,6 @@ class VLLMReader(EngineReader):
             raise ValueError("The api_key of a server has a line end or another character that no HTTP header takes.")
         self.engine, self.name, self.lora, self.api_key, self.timeout = engine, name, lora, api_key, timeout
         self._served_name = name
-        self._lock = threading.Lock()
 
     def _answers(
         self, prompts: Sequence[EnginePrompt], sampling: EngineSampling
@@ -82,10 +81,10 @@ class VLLMReader(EngineReader):
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
-        lora = None if self.lora is None else LoRARequest("gradmem", 1, str(self.lora))
+        lora = None if self.lora is None else LoRARequest(*_identity(self.lora), str(self.lora))
         parameters = SamplingParams(**_parameters(sampling), detokenize=False)
         inputs: Any = [mixed_prompt(prompt) for prompt in prompts]
-        with self._lock:  # an LLM is no more than one thread's
+        with lock_of(llm):
             outputs = llm.generate(inputs, parameters, lora_request=lora, use_tqdm=False)
         for i, output in enumerate(outputs):
             yield i, list(output.outputs[0].token_ids), True
@@ -147,6 +146,12 @@ def mixed_prompt(prompt: EnginePrompt) -> dict[str, Any]:
         "prompt_token_ids": [0] * len(memory) + prompt.tokens,
         "prompt_is_token_ids": [False] * len(memory) + [True] * len(prompt.tokens),
     }
+
+
+def _identity(lora: str | Path) -> tuple[str, int]:
+    """A LoRA's name and number: vLLM keeps what it loaded under them, whatever the path is."""
+    digest = hashlib.blake2b(str(Path(lora).resolve()).encode(), digest_size=4)
+    return f"gradmem-{digest.hexdigest()}", 1 + int.from_bytes(digest.digest(), "big") // 2  # 32 bits with a sign
 
 
 def _piece(choice: dict[str, Any], prompts: int) -> tuple[int, list[int], bool]:

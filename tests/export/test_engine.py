@@ -8,10 +8,13 @@ from adapters import lora, make
 from tiny import tiny_tokenizer, tokens
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     LogitsProcessorList,
     StoppingCriteria,
     TemperatureLogitsWarper,
     TextIteratorStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from gradmem_adapter import GradMemPipeline, MemoryState
@@ -147,6 +150,34 @@ def test_sampling(reader, states, prompts):
     assert reader.asked[-1][1] == (2, [2], 0.5, 7, 0.9)
     reader.generate(**prompts, memory=states, max_new_tokens=2, do_sample=False, temperature=0.5, eos_token_id=[3, 4])
     assert reader.asked[-1][1] == (2, [3, 4], 0.0, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 0}, {"top_k": 7}, {"top_k": None}, {"temperature": None, "top_p": None}, {"temperature": 0.5},
+     {"top_p": 0.3}, {"generation_config": GenerationConfig(top_k=9, temperature=2.0)}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("of_model", [{}, {"top_k": 11, "temperature": 0.8}], ids=["plain", "configured"])
+def test_what_nobody_says_is_as_transformers_has_it(reader, states, monkeypatch, options, of_model):
+    for name, value in of_model.items():
+        monkeypatch.setattr(reader.model.get_base_model().generation_config, name, value)
+    asked = {"memory": states[0], "max_new_tokens": 1, "do_sample": True} | options
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    if "generation_config" in options:
+        asked = {"memory": states[0], "generation_config": copy.deepcopy(options["generation_config"])}
+        asked["generation_config"].update(max_new_tokens=1, do_sample=True)
+    plain = reader.model.generate(tokens(1, 4), **copy.deepcopy(asked), **wanted)
+    reader.generate(tokens(1, 4), **asked)
+    sampling = reader.asked[-1][1]
+    found = plain.logits[0]
+    if sampling.temperature != 1:
+        found = TemperatureLogitsWarper(sampling.temperature)(None, found)
+    if sampling.top_k:
+        found = TopKLogitsWarper(sampling.top_k)(None, found)
+    if sampling.top_p < 1:
+        found = TopPLogitsWarper(sampling.top_p)(None, found)
+    torch.testing.assert_close(found, plain.scores[0])
 
 
 def test_answers_end_with_the_models_positions(reader, states):

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from adapters import make
+from engine_threads import at_once
 from tiny import tokens
 
 from gradmem_adapter.export.llama_cpp import LlamaCppReader
@@ -104,3 +105,7 @@ def test_another_model_and_a_failed_decode_are_errors(model, llama, monkeypatch)
     monkeypatch.setattr(Llama, "n_embd", lambda self: 48)
     with pytest.raises(ValueError, match="48 wide"):
         reader.generate(tokens(1, 4), memory=state, **GREEDY)
+
+
+def test_is_asked_by_one_reader_at_a_time(model, llama):
+    at_once(lambda: LlamaCppReader(model, llama, check_model=False), llama, "eval", model.write(tokens(1, 9)))

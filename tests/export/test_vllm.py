@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from adapters import make
+from engine_threads import at_once
 from tiny import tiny_tokenizer, tokens
 
 from gradmem_adapter import GradMemPipeline, MemoryState
@@ -242,4 +243,17 @@ class TestLlm:
         VLLMReader(model, llm, lora=tmp_path / "lora", check_model=False).generate(
             tokens(1, 4), memory=states[0], **GREEDY
         )
-        assert llm.asked[0][2] == ("gradmem", 1, str(tmp_path / "lora"))
+        assert llm.asked[0][2][2] == str(tmp_path / "lora")
+
+    def test_tells_loras_apart_by_name_and_number(self, model, states, llm, tmp_path):
+        """Which vLLM keeps them under: the second would be answered by the first."""
+        for lora in (tmp_path / "one", tmp_path / "two", f"{tmp_path}/one/"):
+            VLLMReader(model, llm, lora=lora, check_model=False).generate(tokens(1, 4), memory=states[0], **GREEDY)
+        (name, number, _), (other, another, _), again = (request for _, _, request, _ in llm.asked)
+        assert again[:2] == (name, number)
+        assert name != other
+        assert number != another
+        assert 0 < min(number, another) <= max(number, another) < 2**31
+
+    def test_is_asked_by_one_reader_at_a_time(self, model, states, llm):
+        at_once(lambda: VLLMReader(model, llm, check_model=False), llm, "generate", states[0])
