@@ -7,6 +7,7 @@ backward pass over `Study.batch` of them, behind one pass over the memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -269,7 +270,8 @@ def _generate(
 ) -> list[list[int]]:
     """At most `count` new tokens behind `[shown; row]`, up to an end token, which is left in place, or one of `ends`.
 
-    With `draw` they are sampled, otherwise the first choices.
+    With `draw` they are sampled, otherwise the first choices: whatever else the backbone's generation configuration
+    says, such as penalties for what was said before, would make both something else than the model's own.
     """
     end = backbone.generation_config.eos_token_id
     stops = [*(end if isinstance(end, list) else [] if end is None else [end]), *ends]
@@ -284,7 +286,9 @@ def _generate(
         mask = torch.cat([mask.new_ones(len(rows), first.shape[1]), mask], dim=1)
     else:
         ids, mask = pad([[*shown, *row] for row in rows], "left")
-    output = backbone.generate(
+    plain = copy.copy(backbone)  # another thread may be using the backbone
+    plain.generation_config = GenerationConfig()
+    output = plain.generate(
         ids.to(device_of(backbone)),
         attention_mask=mask.to(device_of(backbone)),
         past_key_values=cache,

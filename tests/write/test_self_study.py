@@ -68,6 +68,20 @@ def test_queries_open_as_asked_and_answers_are_the_models_own():
             text = torch.cat([text, torch.tensor([[token]])], dim=1)
 
 
+@pytest.mark.parametrize("study", [SMALL, ASKING], ids=["continuations", "queries"])
+def test_what_a_generation_configuration_says_changes_neither_questions_nor_answers(study):
+    """It is for those who talk with the model: penalties for what stands in the text would be worst here."""
+    of = writer(model())
+    found = []
+    for own in ({}, {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "suppress_tokens": [9], "temperature": 9.0}):
+        for name, value in own.items():
+            setattr(of.backbone.generation_config, name, value)
+        with torch.no_grad():
+            found.append([lesson[:2] for lesson in self_study.learn(of, IDS[0].tolist(), study)])
+    assert found[0] == found[1]
+    assert of.backbone.generation_config.repetition_penalty == 5.0
+
+
 def test_memory_that_is_the_text_has_no_loss():
     of = writer(model(m=9))
     study = Study(queries=4, batch=4, query_tokens=4, answer_tokens=5, requests=ASKING.requests, after=(6,))
