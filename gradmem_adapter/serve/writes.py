@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from gradmem_adapter.serve.errors import ApiError
@@ -23,10 +24,14 @@ class NobodyWaitsError(Exception):
     """Whoever asked for a WRITE is gone."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
-    result: asyncio.Future[Any] = field(init=False)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    key: Hashable
+    cancelled: threading.Event
+    ended: asyncio.Future[Any]
+    """Done when the thread has done with it, and not before."""
+    result: asyncio.Future[Any]
+    """The same for who waits, and cancelled where nobody is to wait any longer."""
     waiting: int = 0
 
     def end(self) -> None:
@@ -44,7 +49,8 @@ class WriteQueue:
 
     def __init__(self, bound: int) -> None:
         self.bound = bound
-        self._jobs: dict[Hashable, _Job] = {}
+        self._jobs: set[_Job] = set()
+        """Those, too, for which nobody waits, until their thread has done with them."""
         self._thread = ThreadPoolExecutor(1, "gradmem-write")
         self._seconds = 1.0
         """That a piece takes, lately."""
@@ -64,11 +70,10 @@ class WriteQueue:
         Raises:
             ApiError: there is too much to do.
         """
-        job = self._jobs.get(key)
+        job = self._waited_for(key)
         if job is None:
             self.check_room(key)
-            job = self._jobs[key] = _Job()
-            job.result = asyncio.get_running_loop().run_in_executor(self._thread, self._work, work, job.cancelled)
+            job = self._begin(key, work)
         job.waiting += 1
         try:
             result: T = await asyncio.shield(job.result)
@@ -81,20 +86,35 @@ class WriteQueue:
             job.waiting -= 1
             if not job.waiting:
                 job.end()
-                self._jobs.pop(key, None)
 
     def check_room(self, key: Hashable) -> None:
         """Raise `ApiError` where there is too much to do for one more piece, or no more is begun."""
         if self._stopped:
             raise _stopping()
-        if key not in self._jobs and len(self._jobs) >= self.bound:
+        if len(self._jobs) >= self.bound and self._waited_for(key) is None:
             told = f"Being written or waiting for it: {counted(len(self._jobs), 'text')}. Ask again later."
             raise ApiError(429, told, "write_queue_full", retry_after=self._retry_after)
 
     async def wait(self, key: Hashable) -> None:
-        """Wait until a piece of work has ended, if it is under way."""
-        if (job := self._jobs.get(key)) is not None:
-            await asyncio.wait([job.result])
+        """Wait until a piece of work has ended, if it is under way, whether or not somebody waits for what it gives."""
+        if ended := [job.ended for job in self._jobs if job.key == key]:
+            await asyncio.wait(ended)
+
+    def _begin(self, key: Hashable, work: Callable[[Callable[[], None]], Any]) -> _Job:
+        cancelled = threading.Event()
+        future = self._thread.submit(self._work, work, cancelled)
+        job = _Job(key, cancelled, ended=asyncio.wrap_future(future), result=asyncio.wrap_future(future))
+        job.ended.add_done_callback(partial(self._forget, job))
+        self._jobs.add(job)
+        return job
+
+    def _waited_for(self, key: Hashable) -> _Job | None:
+        return next((job for job in self._jobs if job.key == key and not job.cancelled.is_set()), None)
+
+    def _forget(self, job: _Job, ended: asyncio.Future[Any]) -> None:
+        self._jobs.discard(job)
+        if not ended.cancelled():
+            ended.exception()  # looked at, or asyncio logs what `result` tells
 
     @property
     def _retry_after(self) -> int:
@@ -115,12 +135,12 @@ class WriteQueue:
     def stop(self) -> None:
         """Begin nothing more, let what is under way end at its next check, and tell who waits."""
         self._stopped = True
-        for job in self._jobs.values():
+        for job in self._jobs:
             job.end()
 
     def close(self) -> None:
         """Wait for what is under way to end at its next check, and begin nothing more."""
-        for job in self._jobs.values():
+        for job in list(self._jobs):  # which those that end leave meanwhile
             job.cancelled.set()
         self._thread.shutdown(cancel_futures=True)
 

@@ -1,7 +1,9 @@
 """Memories over HTTP: texts in, what there is of them, out again."""
 
+import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from http.client import HTTPConnection
 
 import httpx
 import pytest
@@ -11,7 +13,9 @@ from tiny_pipeline import tiny_pipeline
 
 from gradmem_adapter import MemoryStore
 from gradmem_adapter.serve import Limits, create_app
-from gradmem_adapter.store import files
+from gradmem_adapter.serve.errors import ApiError
+from gradmem_adapter.serve.writes import WriteQueue
+from gradmem_adapter.store import files, landing
 
 LONG = tiny_text(30)
 
@@ -247,3 +251,65 @@ class TestQueue:
             written(client, "w3")
         assert gate.texts == ["w1", "w3"]
         assert len(MemoryStore(store.path)) == 2
+
+    def test_what_is_written_for_nobody_is_waited_for_before_it_is_deleted(self, pipeline, store, monkeypatch):
+        """It cannot end in the middle of being stored."""
+        land, storing, opened = landing._land, threading.Event(), threading.Event()
+
+        def slow(*args):
+            storing.set()
+            assert opened.wait(60)
+            land(*args)
+
+        monkeypatch.setattr(landing, "_land", slow)
+        identity = f"mem_{store.key(pipeline, 'w1 w2')}"
+        with (
+            listening(create_app(pipeline, store.path, limits=Limits(writes=1))) as url,
+            httpx.Client(base_url=url, timeout=60) as client,
+            ThreadPoolExecutor(2) as threads,
+        ):
+            goes_away = HTTPConnection(url.removeprefix("http://"))
+            goes_away.request("POST", "/v1/memories", '{"text": "w1 w2"}', {"Content-Type": "application/json"})
+            assert storing.wait(60)
+            goes_away.close()
+            deleted = threads.submit(client.delete, f"/v1/memories/{identity}")
+            assert wait([deleted], 0.5).not_done
+            assert client.post("/v1/memories", json={"text": "w3"}).status_code == 429
+            opened.set()
+            assert deleted.result().status_code == 200
+            assert client.get("/v1/memories").json()["data"] == []
+            assert len(store) == 0
+            assert written(client, "w1 w2")["id"] == identity
+
+
+def test_work_that_nobody_waits_for_is_under_way_until_its_thread_has_done():
+    async def run():
+        queue, begun, opened = WriteQueue(2), threading.Event(), threading.Event()
+
+        def work(check):
+            begun.set()
+            assert opened.wait(60)
+            check()
+
+        first = asyncio.ensure_future(queue.run("a", work))
+        await asyncio.to_thread(begun.wait, 60)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        waiting = asyncio.ensure_future(queue.wait("a"))
+        assert len(queue) == 1
+        fresh = asyncio.ensure_future(queue.run("a", lambda check: "fresh"))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        assert len(queue) == 2
+        with pytest.raises(ApiError, match="2 texts"):
+            queue.check_room("b")
+        queue.check_room("a")
+        opened.set()
+        await waiting
+        assert await fresh == "fresh"
+        await queue.wait("a")
+        assert len(queue) == 0
+        queue.close()
+
+    asyncio.run(run())
