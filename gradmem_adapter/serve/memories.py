@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from gradmem_adapter.serve.stores import store_of
 from gradmem_adapter.serve.streams import Tell
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store import Entry, MemoryStore, search_scores
+from gradmem_adapter.store.landing import add_places
 from gradmem_adapter.store.whole import whole_documents
 from gradmem_adapter.utils.kv_cache import kv_cache_bytes
+from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.options import WriteOptions
 
 _PREFIX = "mem_"
@@ -120,7 +123,8 @@ class Memories:
         if not segments:
             raise ValueError("There is no text to write: it is white space.")
         about: dict[str, Any] = {"name": name, "segments": len(segments), "created": int(time.time())}
-        places = [dict(entry.metadata) for entry in self._whole(store.entries(identity))] or [about] * len(segments)
+        there = _whole(store.entries(identity), self.pipeline.model.fingerprint())
+        places = [dict(entry.metadata) for entry in there] or [about] * len(segments)
 
         def written(keys: list[str]) -> None:
             self.metrics.written.inc(len(keys))
@@ -151,6 +155,20 @@ class Memories:
             shares = self._fidelity(DocumentMemory(segments, store.get(keys), "parallel"), check)
             with changing_a_store():
                 add(metadata=[place | {"fidelity": share} for place, share in zip(places, shares, strict=True)])
+        return self.describe(tenant, identity)
+
+    def rename(self, tenant: str, identity: str, name: str) -> dict[str, Any]:
+        """Call a text that is stored otherwise, and describe it; `ApiError` where the tenant has none of this id.
+
+        Args:
+            tenant, identity (`str`): whose, and of which memory.
+            name (`str`): what it is called from now on.
+        """
+        entries = [
+            replace(entry, metadata={**entry.metadata, "name": name}) for entry in self._entries(tenant, identity)
+        ]
+        with changing_a_store():
+            add_places(self._store(tenant).index, entries)
         return self.describe(tenant, identity)
 
     def _fidelity(self, memory: DocumentMemory, check: Callable[[], None]) -> list[float]:
@@ -203,7 +221,8 @@ class Memories:
             after (`str`, *optional*): the id behind which to begin.
         """
         named = (entry for entry in self._store(tenant).entries() if entry.source and entry.source > (after or ""))
-        whole = filter(None, (self._whole(group) for _, group in itertools.groupby(named, lambda entry: entry.source)))
+        model = self.pipeline.model.fingerprint()
+        whole = filter(None, (_whole(group, model) for _, group in itertools.groupby(named, lambda one: one.source)))
         found = [self._summary(entries) for entries in itertools.islice(whole, limit + 1)]
         return found[:limit], len(found) > limit
 
@@ -220,7 +239,8 @@ class Memories:
     ) -> Found | None:
         """What a question is to be answered from; None: the store has no text for it.
 
-        Of more states than may be read, those are that have the question's words. Where the adapter was trained to
+        Of more states than may be read, those are that have the question's words; `ApiError` where of those named none
+        has one. Where the adapter was trained to
         refuse, each is asked by itself, and the one that holds an answer is read; otherwise all side by side.
 
         Args:
@@ -231,37 +251,32 @@ class Memories:
             most (`int`): states that are read.
             support (`bool`, *optional*, defaults to `False`): say how far memory holds an answer.
         """
-        store = self._store(tenant)
+        store, model = self._store(tenant), self.pipeline.model.fingerprint()
         if memory == AUTO:
             entries = [one.entry for one in store.choose(self.pipeline, query, most, whole=True)]
         else:
-            entries = [entry for identity in dict.fromkeys(memory) for entry in self._entries(tenant, identity)]
+            entries = [entry for identity in dict.fromkeys(memory) for entry in self._entries(tenant, identity, model)]
             if len(entries) > most:
                 own = {entry.key: entry for entry in reversed(entries)}
                 chosen = store.choose(self.pipeline, query, most, keys=own)
-                entries = [own[one.entry.key] for one in chosen] or entries[:most]
+                if not chosen:
+                    raise _no_word(len(entries), most)
+                entries = [own[one.entry.key] for one in chosen]
         if not entries:
             return None
         keys = [entry.key for entry in entries]
-        by_words = partial(search_scores, store.index, self.pipeline.model.fingerprint(), query, keys)
-        read = self.pipeline.select(
-            prompt, memory=self._states(tenant, entries), search_scores=by_words, support=support
-        )
+        by_words = partial(search_scores, store.index, model, query, keys)
+        read = self.pipeline.select(prompt, memory=store.get(keys, model), search_scores=by_words, support=support)
         return Found(read.memory, [entries[i] for i in read.states], read.support)
 
     def _states(self, tenant: str, entries: Sequence[Entry]) -> MemoryState:
         return self._store(tenant).get([entry.key for entry in entries], self.pipeline.model.fingerprint())
 
-    def _entries(self, tenant: str, identity: str) -> list[Entry]:
-        entries = self._whole(self._store(tenant).entries(identity))
+    def _entries(self, tenant: str, identity: str, model: str | None = None) -> list[Entry]:
+        entries = _whole(self._store(tenant).entries(identity), model or self.pipeline.model.fingerprint())
         if not entries:
             raise _unknown(identity)
         return entries
-
-    def _whole(self, entries: Iterable[Entry]) -> list[Entry]:
-        """The segments of the text of a source that this model wrote to its end, of several the last; else none."""
-        own = self.pipeline.model.fingerprint()
-        return list(whole_documents(entry for entry in entries if entry.fingerprint == own).values() or [[]])[-1]
 
     def _summary(self, entries: Sequence[Entry]) -> dict[str, Any]:
         shares = [entry.metadata.get("fidelity") for entry in entries]
@@ -280,6 +295,16 @@ class Memories:
         }
 
 
+def _whole(entries: Iterable[Entry], model: str) -> list[Entry]:
+    """The segments of the text of a source that a model wrote to its end, of several the last; else none.
+
+    Args:
+        entries (`Iterable[Entry]`): of the source.
+        model (`str`): its fingerprint. It takes a look at the weights: once for a request, not once for a memory.
+    """
+    return list(whole_documents(entry for entry in entries if entry.fingerprint == model).values() or [[]])[-1]
+
+
 def _step(numbers: Sequence[int], progress: WriteProgress) -> dict[str, Any]:
     """What a client is told of a write step of segments that are written together."""
     shares = zip(numbers, progress.losses.tolist(), progress.recovered.tolist(), strict=True)
@@ -293,6 +318,14 @@ def _step(numbers: Sequence[int], progress: WriteProgress) -> dict[str, Any]:
 def _unknown(identity: str) -> ApiError:
     told = f"There is no memory {identity[:80]!r} of this model. GET /v1/memories names those there are."
     return ApiError(404, told, "memory_not_found", param="memory")
+
+
+def _no_word(states: int, most: int) -> ApiError:
+    told = (
+        f"These memories have {counted(states, 'state')}, an answer is read from {most:,} at most, and no text of them "
+        "has a word of the question, by which these would be chosen. Use a word of the text, or name fewer memories."
+    )
+    return ApiError(400, told, "no_memory_chosen", param="memory")
 
 
 def places_of(found: Found | None) -> Iterator[dict[str, Any]]:

@@ -78,11 +78,15 @@ async def _write(memories: Memories, writes: WriteQueue, limits: Limits, request
         writes.check_room(key)
 
     async def begin(tell: Tell | None = None) -> dict[str, Any]:
-        if found is not None and there:
-            return found
-        return await writes.run(
-            key, lambda check: memories.write(tenant, body.text, body.name, options, body.fidelity, check, tell)
-        )
+        if found is None or not there:
+            told = await writes.run(
+                key, lambda check: memories.write(tenant, body.text, body.name, options, body.fidelity, check, tell)
+            )
+        else:
+            told = found
+        if body.name in (None, told["name"]):
+            return told
+        return await run_in_threadpool(memories.rename, tenant, identity, body.name)
 
     if body.stream:
         return event_stream(begin, limits.grace)

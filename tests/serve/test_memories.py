@@ -61,6 +61,33 @@ def test_pages_of_a_list(client):
     assert ([one["id"] for one in rest["data"]], rest["has_more"]) == (ids[2:], False)
 
 
+def test_the_model_is_looked_at_as_often_for_many_memories_as_for_one(client, pipeline, monkeypatch):
+    ids = [written(client, f"w{i} w1")["id"] for i in range(4)]
+    looks, fingerprint = [], pipeline.model.fingerprint
+    monkeypatch.setattr(pipeline.model, "fingerprint", lambda: looks.append(1) or fingerprint())
+
+    def looks_of(method, path, **asked):
+        looks.clear()
+        assert client.request(method, path, **asked).status_code == 200
+        return len(looks)
+
+    assert looks_of("GET", "/v1/memories?limit=1") == looks_of("GET", "/v1/memories") == 1
+    asked = {"model": "gradmem", "prompt": "w3", "max_tokens": 1}
+    one, all_of_them = (looks_of("POST", "/v1/completions", json=asked | {"memory": these}) for these in (ids[:1], ids))
+    assert one == all_of_them
+
+
+def test_a_text_that_is_stored_gets_another_name(client, store):
+    first = written(client, LONG, name="one", fidelity=True)
+    assert written(client, LONG)["name"] == "one"
+    again = written(client, LONG, name="two")
+    assert again["name"] == "two"
+    assert again | {"name": "one"} == first | {"bytes": again["bytes"]}
+    assert client.get("/v1/memories").json()["data"][0]["name"] == "two"
+    assert metric(client, "gradmem_written_states_total") == len(first["segments"])
+    assert store.verify().ok
+
+
 def test_deleted_is_gone_from_the_disk(client, store):
     identity = written(client, LONG)["id"]
     assert client.delete(f"/v1/memories/{identity}").json()["deleted"]

@@ -137,6 +137,15 @@ def test_of_a_long_text_the_segments_with_the_question_s_words_are_read(client, 
     assert [place["start"] for place in response.json()["memory"]] == [entry.start for entry in chosen]
 
 
+def test_a_long_text_without_a_word_of_the_question_is_not_read_from_its_beginning_alone(client):
+    long = written(client, tiny_text(90))
+    response = chat(client, "zzz", memory=[long["id"]])
+    assert response.status_code == 400, response.text
+    said = response.json()["error"]
+    assert (said["code"], said["param"]) == ("no_memory_chosen", "memory")
+    assert f"have {len(long['segments'])} states, an answer is read from 4 at most" in said["message"]
+
+
 def test_an_adapter_that_refuses_is_read_one_state_at_a_time(serve, store):
     own = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     client = serve(own)
