@@ -286,7 +286,15 @@ def check_state(name: str, memory: object) -> None:
         name (`str`): what the caller named it.
         memory (`object`): what was passed.
     """
-    wanted = "a MemoryState, as write() and MemoryState.load() return, and as a DocumentMemory has in .states"
+    wanted = (
+        "a MemoryState, as write() and MemoryState.load() return, as a store's get(keys) gives, and as a "
+        "DocumentMemory has in .states"
+    )
+    if isinstance(memory, list | tuple):
+        wanted += (
+            " (MemoryState.stack(states) makes one of a list of them, and store.get([choice.entry.key for choice in "
+            "choices]) of what a store's choose returns)"
+        )
     check_kind(name, memory, MemoryState, wanted)
 
 

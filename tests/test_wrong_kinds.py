@@ -60,6 +60,18 @@ def test_no_memory_state(pipeline, state, store, wrong):
                 read()
 
 
+def test_lists_are_told_how_they_become_one_memory(pipeline, state, store):
+    chosen = store.choose(pipeline, "w1")
+    for wrong in ([state], (state, state), chosen):
+        with pytest.raises(
+            TypeError,
+            match=rf"^memory must be .*MemoryState\.stack\(states\).*choice\.entry\.key.*got {type(wrong).__name__}",
+        ):
+            pipeline.generate("w1", memory=wrong)
+    assert pipeline.generate("w1", memory=MemoryState.stack([state]), max_new_tokens=1)
+    assert pipeline.generate("w1", memory=store.get([choice.entry.key for choice in chosen]), max_new_tokens=1)
+
+
 @pytest.mark.parametrize("wrong", [None, 5, 1.5, 1j], ids=repr)
 def test_no_prompt_and_no_text(pipeline, state, store, wrong):
     for ask in (pipeline.generate, pipeline.support):

@@ -17,6 +17,8 @@ from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.prompt_values import PromptValue
 
+from gradmem_adapter import MemoryState
+
 KEY = "gradmem"
 REFERENCE = re.compile(r"[0-9a-f]{32}")
 MARKER = re.compile(r"\[\[gradmem:([0-9a-f]{32})\]\]")
@@ -45,9 +47,14 @@ def check_references(value: object) -> list[str]:
     if not isinstance(references, list | tuple) or not all(
         isinstance(reference, str) and REFERENCE.fullmatch(reference) for reference in references
     ):
-        raise ValueError(
-            f"A reference is a text of 32 hexadecimal digits, as MemoryStateStore.write returns it, got {value!r}."
-        )
+        told = f"A reference is a text of 32 hexadecimal digits, as MemoryStateStore.write returns it, got {value!r}."
+        if any(
+            isinstance(one, MemoryState) for one in (references if isinstance(references, list | tuple) else [value])
+        ):
+            told += (
+                " A state is put into the store first: reference = uuid.uuid4().hex; store.mset([(reference, state)])."
+            )
+        raise ValueError(told)
     return list(references)
 
 

@@ -13,7 +13,9 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from langchain_core.documents import Document
 from langchain_core.stores import BaseStore
 
 from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, MemoryStore, UnknownStateError, WriteOptions
@@ -21,6 +23,7 @@ from gradmem_adapter.store import Entry
 
 from .references import check_references
 
+T = TypeVar("T")
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -131,11 +134,11 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             text (`str`): one text.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
-        return self.store.key(pipeline, text, options)
+        return self.store.key(pipeline, _no_document(text), options)
 
     def references(self, pipeline: GradMemPipeline, texts: list[str], options: WriteOptions | None = None) -> list[str]:
         """What `write` returns for texts, without writing; see `reference`."""
-        return self.store.keys_of(pipeline, texts, options)
+        return self.store.keys_of(pipeline, _no_document(texts), options)
 
     def write(
         self,
@@ -163,9 +166,12 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             `list[str]`: a reference for each text, in order.
 
         Raises:
+            TypeError: what is no text, such as a `Document`.
             ValueError: a text cannot be written.
         """
-        return self.store.add(pipeline, texts, sources=sources, options=options, progress=progress, done=self._count)
+        return self.store.add(
+            pipeline, _no_document(texts), sources=sources, options=options, progress=progress, done=self._count
+        )
 
     def write_document(
         self,
@@ -190,8 +196,8 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             TypeError, ValueError: the text cannot be written, or is the name of a file.
         """
         return self.store.add_document(
-            pipeline, text, source=source, segment_tokens=segment_tokens, options=options, progress=progress,
-            done=self._count,
+            pipeline, _no_document(text), source=source, segment_tokens=segment_tokens, options=options,
+            progress=progress, done=self._count,
         )  # fmt: skip
 
     def _count(self, keys: list[str]) -> None:
@@ -211,6 +217,18 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             ValueError: what is to be kept is no reference; nothing is deleted then.
         """
         return len(self.store.gc(check_references(list(keep))))
+
+
+def _no_document(texts: T) -> T:
+    """What is to be written, as it is; `TypeError` for documents, whose fields would be taken for texts."""
+    among = texts if isinstance(texts, list | tuple) else [texts]
+    if any(isinstance(one, Document) for one in among):
+        raise TypeError(
+            "Texts are written, and got a Document: pass document.page_content. Or let "
+            "GradMemCompressor.from_chat(chat).transform_documents(documents) write documents of any length: what it "
+            "returns carries their references, as attach_documents takes them."
+        )
+    return texts
 
 
 @functools.cache

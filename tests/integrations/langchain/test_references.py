@@ -1,5 +1,7 @@
 """References travel with messages and documents, beside their text."""
 
+import uuid
+
 import pytest
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
@@ -47,3 +49,15 @@ def test_what_a_loader_left_in_metadata_is_passed_over(foreign):
 def test_what_is_no_reference(wrong):
     with pytest.raises(ValueError, match="32 hexadecimal digits"):
         references_of(HumanMessage("w1", additional_kwargs={"gradmem": wrong}))
+
+
+def test_a_state_is_told_how_it_gets_a_reference(chat):
+    state = chat.pipeline.write("w1 w2 w3")
+    for wrong in (state, [state]):
+        with pytest.raises(ValueError, match=r"got .*MemoryState.* store\.mset\(\[\(reference, state\)\]\)"):
+            chat.bind(memory=wrong).invoke("w1")
+    with pytest.raises(ValueError, match=r"got 3\.$"):
+        chat.invoke("w1", memory=3)
+    reference = uuid.uuid4().hex
+    chat.store.mset([(reference, state)])
+    assert chat._ask([HumanMessage("w1")], None, {"memory": reference}).call.memory == chat.store.get(reference)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from langchain_core.documents import Document
 from langchain_gradmem import MemoryStateStore
 from langchain_gradmem.writer import MemoryWriter
 from tiny import tiny_text
@@ -78,6 +79,14 @@ def test_a_memory_store_is_taken_as_it_is(pipeline, tmp_path):
 
 
 class TestWrite:
+    def test_documents_are_told_how_they_are_written(self, pipeline):
+        store, document = MemoryStateStore(), Document(TEXTS[0])
+        for write in (store.write, store.write_document, store.reference, store.references):
+            for wrong in (document, [document], [TEXTS[0], document]):
+                with pytest.raises(TypeError, match=r"got a Document: pass document\.page_content.*GradMemCompressor"):
+                    write(pipeline, wrong)
+        assert list(store.yield_keys()) == []
+
     def test_the_same_text_is_written_once(self, pipeline):
         store = MemoryStateStore()
         first = store.write(pipeline, [TEXTS[0], TEXTS[1], TEXTS[0]])
