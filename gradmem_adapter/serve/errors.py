@@ -131,12 +131,13 @@ def add_handlers(app: FastAPI) -> None:
         # Of what is no JSON the place is a number of characters.
         names = ["" if one["type"] == "json_invalid" else _place(one["loc"][1:])[:80] for one in error.errors()]
         told = {
-            "extra_forbidden": "This server does not take it; leave it out",
+            "string_too_short": "It is empty, and must have at least 1 character",
             "model_attributes_type": "Send a JSON object, and say so: Content-Type: application/json",
         }
         said = [told.get(one["type"], one["msg"].removeprefix("Value error, ").rstrip(".")) for one in error.errors()]
         message = "; ".join(": ".join(filter(None, pair)) for pair in zip(names[:5], said[:5], strict=True))
-        return ApiError(400, f"{message}.", error.errors()[0]["type"], param=names[0] or None).response()
+        message += "" if message.endswith("?") else "."
+        return ApiError(400, message, error.errors()[0]["type"], param=names[0] or None).response()
 
     def of_http(request: Request, error: Any) -> JSONResponse:
         told = {

@@ -47,9 +47,17 @@ async def _memory_request(request: Request) -> MemoryRequest:
         if kind == "multipart/form-data":
             async with request.form(max_files=1, max_fields=8) as form:
                 fields: dict[str, Any] = dict(form)
-                if isinstance(file := fields.pop("file", None), UploadFile):
+                for name, value in fields.items():
+                    if isinstance(value, UploadFile) != (name == "file"):
+                        told = f"A file is sent as the field file, as by curl -F file=@report.txt: got {name!r}"
+                        raise ApiError(400, f"{told} {'with' if name != 'file' else 'without'} one.", param=name[:80])
+                if (file := fields.pop("file", None)) is not None:
                     with api_errors():
                         text = decoded("The file", await file.read())
+                    if not text:
+                        raise ApiError(
+                            400, f"file: {file.filename!r} is empty: there is nothing to write.", param="file"
+                        )
                     fields = {"name": file.filename} | fields | {"text": text}
                 return MemoryRequest(**fields)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -10,9 +11,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from typing_extensions import Self
 
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 AUTO: Literal["auto"] = "auto"
@@ -44,6 +50,24 @@ _IDS_OR_AUTO = WrapValidator(_ids_or_auto, json_schema_input_type=list[str] | Li
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_what_was_meant(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """An unknown field is told with the one that may have been meant; other errors stay as they are."""
+        try:
+            return handler(values)
+        except ValidationError as error:
+            told = [InitErrorDetails(type=cls._told(one), loc=one["loc"], input=one["input"]) for one in error.errors()]
+            raise ValidationError.from_exception_data(cls.__name__, told) from None
+
+    @classmethod
+    def _told(cls, error: ErrorDetails) -> PydanticCustomError:
+        said = error["msg"]
+        if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+            meant = get_close_matches(str(error["loc"][0]), cls.model_fields, n=1)
+            said = f"This server does not take it; {f'did you mean {meant[0]}?' if meant else 'leave it out'}"
+        return PydanticCustomError(error["type"], said)
 
 
 class MemoryRequest(_Body):
@@ -142,8 +166,11 @@ class Message(BaseModel):
 
 
 def _with_a_question(messages: list[Message]) -> list[Message]:
-    if not any(message.role == "user" for message in messages):
+    asked = [message for message in messages if message.role == "user"]
+    if not asked:
         raise ValueError("There is no message of the user to answer.")
+    if not asked[-1].as_template_has_it()["content"].strip():
+        raise ValueError("The user's last message is empty: there is nothing to answer.")
     return messages
 
 

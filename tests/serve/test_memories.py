@@ -1,6 +1,7 @@
 """Memories over HTTP: texts in, what there is of them, out again."""
 
 import asyncio
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from http.client import HTTPConnection
@@ -51,6 +52,21 @@ def test_a_file(client):
     assert found["id"] == written(client, "w1 w2 w3", steps=2)["id"] != written(client, "w1 w2 w3")["id"]
     refused = client.post("/v1/memories", files={"file": ("notes.txt", b"\xff\xfe")})
     assert (refused.status_code, "UTF-8" in refused.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("form", "param", "said"),
+    [
+        ({"files": {"file": ("notes.txt", b"")}}, "file", "file: 'notes.txt' is empty"),
+        ({"files": {"f": ("notes.txt", b"w1")}}, "f", "A file is sent as the field file, .*: got 'f' with one"),
+        ({"files": {"file": (None, "notes.txt")}}, "file", "got .file. without one"),
+        ({"data": {"stpes": "2"}, "files": {"file": ("a", b"w1")}}, "stpes", "stpes: .* did you mean steps?"),
+    ],
+)
+def test_forms_that_cannot_be_written(client, form, param, said):
+    error = client.post("/v1/memories", **form).json()["error"]
+    assert error["param"] == param, error
+    assert re.search(said, error["message"]), error
 
 
 def test_pages_of_a_list(client):
@@ -151,7 +167,7 @@ def test_a_server_that_cuts_otherwise_makes_other_memories(serve, pipeline, monk
     ("body", "said"),
     [
         ({"text": " \n "}, "white space"),
-        ({"text": ""}, "text: "),
+        ({"text": ""}, "text: It is empty, and must have at least 1 character."),
         ({"text": "w1\0w2"}, "The text has a zero byte at place 2, which no text has"),
         ({"text": "w1", "steps": 1000}, "in at most 200 write steps"),
         ({"text": "w1", "lr": -1}, "lr: "),

@@ -412,10 +412,16 @@ class TestLooking:
         ({"messages": [{"role": "user", "content": ["w1"]}]}, "messages[0].content[0]", "object"),
         ({"messages": [{"role": "user", "content": "w1"}, {"role": "robot", "content": ""}]}, "messages[1].role", ""),
         ({"messages": [{"role": "system", "content": "w1"}]}, "messages", "no message of the user"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages", "The user's last message is empty"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages", "The user's last message is empty"),
+        ({"memori": ["mem_1"]}, "memori", "did you mean memory?"),
+        ({"colour": 1}, "colour", "does not take it; leave it out."),
+        ({"memori": 1, "temperature": 9}, "temperature", "memori: This server does not take it; did you mean"),
         ({"memory": "mem_1"}, "memory", "Send a list of ids, or 'auto'"),
         ({"memory": ["mem_1", 2]}, "memory[1]", "valid string"),
-        ({"stop": ["w1", ""]}, "stop[1]", "at least 1 character"),
+        ({"stop": ["w1", ""]}, "stop[1]", "It is empty, and must have at least 1 character"),
         ({"stream_options": {"what": 1}}, "stream_options.what", "does not take it"),
+        ({"stream_options": {"includes_usage": True}}, "stream_options.includes_usage", "did you mean include_usage?"),
     ],
 )
 def test_errors_name_a_place_as_openai_does(client, more, param, said):
