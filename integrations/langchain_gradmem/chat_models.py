@@ -48,6 +48,7 @@ class _Asked(NamedTuple):
 
     call: Call
     read: list[str]
+    support: float | None
     tools: list[Any] | None
 
     def usage(self, new_tokens: int) -> UsageMetadata:
@@ -238,10 +239,10 @@ class ChatGradMem(BaseChatModel, CallOptions):
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
         (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
         how = {"tools": tools, "chat_template_kwargs": template}
-        memory, read = request.memory(self.pipeline, self.store, self.side_by_side, **how)
+        memory, read, support = request.memory(self.pipeline, self.store, self.side_by_side, **how)
         grammar = grammar_of(self.pipeline, wanted) if wanted else None
         options = Options(chosen.max_tokens, Sampling(chosen.temperature, chosen.top_p), stops, grammar)
-        return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), read, tools)
+        return _Asked(Call(self.pipeline, ids, memory, options, chosen.seed), read, support, tools)
 
     # ---------------------------------------------------------------- answers
 
@@ -308,14 +309,14 @@ class ChatGradMem(BaseChatModel, CallOptions):
         message = AIMessage(
             text,
             **calls,
-            response_metadata=self._metadata(asked.read, stopped),
+            response_metadata=self._metadata(asked, stopped),
             usage_metadata=asked.usage(len(tokens)),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
-    def _metadata(self, read: list[str], stopped: bool) -> dict[str, Any]:
-        reason = "stop" if stopped else "length"
-        return {"model_name": self.model_name, "finish_reason": reason, "gradmem": read}
+    def _metadata(self, asked: _Asked, stopped: bool) -> dict[str, Any]:
+        reason, own = "stop" if stopped else "length", {"gradmem": asked.read, "gradmem_support": asked.support}
+        return {"model_name": self.model_name, "finish_reason": reason} | own
 
     def _stream(
         self,
@@ -371,7 +372,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content="",
-                response_metadata=self._metadata(asked.read, stopped),
+                response_metadata=self._metadata(asked, stopped),
                 usage_metadata=asked.usage(len(tokens)),
                 chunk_position="last",
             )

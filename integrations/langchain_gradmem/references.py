@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage
@@ -43,19 +43,15 @@ def check_references(value: object) -> list[str]:
     Raises:
         ValueError: it is neither a reference nor a list of them.
     """
-    references = [value] if isinstance(value, str) else value
-    if not isinstance(references, list | tuple) or not all(
-        isinstance(reference, str) and REFERENCE.fullmatch(reference) for reference in references
-    ):
+    references: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(reference, str) and REFERENCE.fullmatch(reference) for reference in references):
         told = f"A reference is a text of 32 hexadecimal digits, as MemoryStateStore.write returns it, got {value!r}."
-        if any(
-            isinstance(one, MemoryState) for one in (references if isinstance(references, list | tuple) else [value])
-        ):
+        if any(isinstance(reference, MemoryState) for reference in references):
             told += (
                 " A state is put into the store first: reference = uuid.uuid4().hex; store.mset([(reference, state)])."
             )
         raise ValueError(told)
-    return list(references)
+    return references
 
 
 def references_of(item: BaseMessage | Document) -> list[str]:

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
-from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
 from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStateError, UnknownStateError
 from gradmem_adapter.store import search_scores
@@ -31,8 +31,8 @@ class Request(NamedTuple):
 
     def memory(
         self, pipeline: GradMemPipeline, store: MemoryStateStore, side_by_side: bool | None, **how: Any
-    ) -> tuple[MemoryState | None, list[str]]:
-        """What is read, with its references, as `pipeline.select` finds it.
+    ) -> tuple[MemoryState | None, list[str], float | None]:
+        """What is read, with its references, as `pipeline.select` finds it, and how far it holds an answer, if it says.
 
         Args:
             pipeline (`GradMemPipeline`): who is to read.
@@ -42,10 +42,10 @@ class Request(NamedTuple):
         """
         references, states = list(self.states), list(self.states.values())
         if not states:
-            return None, []
+            return None, [], None
         by_words = partial(search_scores, store.store.index, pipeline.model.fingerprint(), self.query, references)
         read = pipeline.select(self.chat, memory=states, side_by_side=side_by_side, search_scores=by_words, **how)
-        return read.memory, [references[i] for i in read.states]
+        return read.memory, [references[i] for i in read.states], read.support
 
 
 def request_of(
@@ -70,7 +70,7 @@ def request_of(
         chat_template_kwargs (`Mapping`, *optional*): what the chat template is given besides.
 
     Raises:
-        ValueError: no human message; what is no reference; more bound states than are read.
+        ValueError: no human message, or an empty one at last; what is no reference; more bound states than are read.
         UnknownStateError, MemoryStateError: a state that this turn needs is not there or cannot be read. One that
             an earlier message carried is left out with a warning, so that the conversation goes on.
     """
@@ -100,6 +100,10 @@ def request_of(
     needed = {*bound, *turn, *chain(*(c for c, m in zip(carried, messages, strict=True) if _is_carrier(m)))}
     states = _states([r for r in everything if r in chosen], needed, pipeline.model.fingerprint(), store)
     entries = [template_entry(message, everything) for message in messages]
+    # Several human messages may ask together: a prompt's last one is empty where documents stood that memory holds.
+    answered = max((i for i in range(human[-1]) if isinstance(messages[i], AIMessage)), default=0)
+    if not any(entries[i]["content"].strip() for i in human if i >= answered):
+        raise ValueError("The last human message is empty: pass a question, or what else is to be answered.")
     chat = [entry for entry, m in zip(entries, messages, strict=True) if entry["content"].strip() or not _is_carrier(m)]
     format_query = partial(pipeline.format_query, chat_template_kwargs=chat_template_kwargs)
     return Request(accepted(chat, format_query), entries[human[-1]]["content"], states)

@@ -170,6 +170,17 @@ class TestReferences:
             with pytest.raises(UnknownStateError):
                 chat.invoke(needed)
 
+    @pytest.mark.parametrize(
+        "earlier", [[], [HumanMessage("w1"), AIMessage("w2")], [SystemMessage("w1")]], ids=["alone", "turn", "system"]
+    )
+    def test_an_empty_question_is_refused(self, chat, reference, earlier):
+        for empty in (HumanMessage(""), HumanMessage(" \n"), attach(HumanMessage(marker(reference)), [reference])):
+            with pytest.raises(ValueError, match="The last human message is empty"):
+                chat.invoke([*earlier, empty])
+        with pytest.raises(ValueError, match="The last human message is empty"):
+            next(chat.stream([*earlier, HumanMessage("")]))
+        assert chat.invoke([*earlier, HumanMessage("w1"), HumanMessage("")]).text  # what is in memory was there
+
     def test_unknown_references_raise(self, chat):
         with pytest.raises(UnknownStateError, match=r"no memory state 'f{32}' in '/"):
             chat.invoke("w3", memory="f" * 32)
@@ -341,6 +352,10 @@ class TestSeveralStates:
         assert answer.response_metadata["gradmem"] == [best]
         *_, last = refusing.stream("w20", memory=references)
         assert last.response_metadata["gradmem"] == [best]
+        for said in (answer, last):
+            assert said.response_metadata["gradmem_support"] == pytest.approx(max(supported), rel=1e-4)
+        for few in ({}, {"memory": best}):
+            assert refusing.invoke("w4", **few).response_metadata["gradmem_support"] is None
         assert refusing.invoke("w4").response_metadata["gradmem"] == []
 
     def test_the_words_of_the_question_count_too(self, refusing, references):
