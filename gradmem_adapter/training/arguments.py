@@ -121,9 +121,10 @@ class GradMemTrainingArguments(TrainingArguments):
         get_reporting_integration_callbacks(self.report_to)
         there = {*get_available_reporting_integrations(), "flyte"}  # which Transformers does not look for
         if missing := sorted(set(self.report_to or ()) - there):
+            how = 'pip install "gradmem-adapter[train]"' if missing == ["tensorboard"] else "install it"
             raise ImportError(
-                f"report_to names {', '.join(missing)}, and the package for that is not installed: install it, or "
-                "leave it out of report_to."
+                f"report_to names {', '.join(missing)}, and the package for that is not installed: {how}, or leave it "
+                "out of report_to."
             )
 
     def _go_by_the_clock(self) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from langchain_classic.base_memory import BaseMemory
+try:
+    from langchain_classic.base_memory import BaseMemory
+except ModuleNotFoundError as error:
+    told = f'{error}. Install what classic chains need: pip install "gradmem-adapter[langchain-classic]".'
+    raise ModuleNotFoundError(told, name=error.name) from error
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, HumanMessage
 from pydantic import ConfigDict, Field, PrivateAttr

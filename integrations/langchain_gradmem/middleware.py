@@ -6,8 +6,12 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
-from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
-from langchain.agents.middleware.types import PrivateStateAttr
+try:
+    from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
+    from langchain.agents.middleware.types import PrivateStateAttr
+except ModuleNotFoundError as error:
+    told = f'{error}. Install what agents need: pip install "gradmem-adapter[langchain]".'
+    raise ModuleNotFoundError(told, name=error.name) from error
 from langchain_core.runnables.config import run_in_executor
 from typing_extensions import NotRequired
 

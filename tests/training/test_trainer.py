@@ -718,6 +718,11 @@ class TestArguments:
         with pytest.raises(error, match=message):
             arguments(tmp_path, **options)
 
+    def test_a_missing_tensorboard_is_told_with_its_line(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("gradmem_adapter.training.arguments.get_available_reporting_integrations", list)
+        with pytest.raises(ImportError, match=r'pip install "gradmem-adapter\[train\]", or leave it out of report_to'):
+            arguments(tmp_path, report_to="tensorboard")
+
     def test_no_rows(self, tmp_path):
         with pytest.raises(ValueError, match="train_dataset has no rows"):
             trainer(make(), tmp_path, [])
