@@ -50,4 +50,8 @@ async def test_langchain(live, memory, pipeline, store):
     assert "".join(chunk.text for chunk in chunks) == said
     assert [message.text for message in await chat.abatch(["w4 w5"] * 4)] == [said] * 4
     (plain,) = pipeline.generate(MESSAGES, max_new_tokens=6, do_sample=False)
+    alone = chat.bind(extra_body={"memory": "auto"}).invoke("w4 w20")  # no memory has a word of it
+    for message, read in ((answer, True), (alone, False)):
+        details = message.response_metadata["token_usage"]["prompt_tokens_details"]
+        assert (details["memory_vectors"] > 0) == read
     assert chat.bind(extra_body={}).invoke("w4 w5").text == plain
