@@ -32,6 +32,8 @@ from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.options import WriteOptions
 
 _PREFIX = "mem_"
+_ASKED_IN_TURN = 64
+"""States that a question is asked of where no word of it says which: a pass for each of them."""
 _MEASURED_AT_ONCE = 8
 """Segments whose fidelity is measured together: nothing ends the work meanwhile."""
 
@@ -239,9 +241,9 @@ class Memories:
     ) -> Found | None:
         """What a question is to be answered from; None: the store has no text for it.
 
-        Of more states than may be read, those are that have the question's words; `ApiError` where of those named none
-        has one. Where the adapter was trained to
-        refuse, each is asked by itself, and the one that holds an answer is read; otherwise all side by side.
+        Of more states than may be read, those are that have the question's words. Where the adapter was trained to
+        refuse, each is asked by itself, and the one that holds an answer is read; otherwise all side by side. Of more
+        without a word of it that are named, a refusing adapter is asked as many as it may be; `ApiError` beyond that.
 
         Args:
             tenant (`str`): whose.
@@ -259,11 +261,20 @@ class Memories:
             if len(entries) > most:
                 own = {entry.key: entry for entry in reversed(entries)}
                 chosen = store.choose(self.pipeline, query, most, keys=own)
-                if not chosen:
-                    raise _no_word(len(entries), most)
-                entries = [own[one.entry.key] for one in chosen]
+                if not chosen and not (self.pipeline.refuses and len(own) <= _ASKED_IN_TURN):
+                    raise _no_word(len(own), most)
+                entries = [own[one.entry.key] for one in chosen] or list(own.values())[::-1]
         if not entries:
             return None
+        groups = [entries[begin : begin + most] for begin in range(0, len(entries), most)]
+        support = support or len(groups) > 1
+        found = [self._select(store, model, prompt, query, group, support) for group in groups]
+        return max(found, key=lambda one: one.support or 0.0)
+
+    def _select(
+        self, store: MemoryStore, model: str, prompt: Prompt, query: str, entries: Sequence[Entry], support: bool
+    ) -> Found:
+        """What of some states a question is to be answered from."""
         keys = [entry.key for entry in entries]
         by_words = partial(search_scores, store.index, model, query, keys)
         read = self.pipeline.select(prompt, memory=store.get(keys, model), search_scores=by_words, support=support)

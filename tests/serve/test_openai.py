@@ -15,7 +15,7 @@ from tiny_pipeline import byte_pipeline, tiny_pipeline
 
 from gradmem_adapter import GradMemPipeline, MemoryState
 from gradmem_adapter.export.engine import EngineReader
-from gradmem_adapter.serve import Limits, create_app, schemas
+from gradmem_adapter.serve import Limits, create_app, memories, schemas
 from gradmem_adapter.serve.memories import Memories
 from gradmem_adapter.store import MemoryStore
 
@@ -144,6 +144,22 @@ def test_a_long_text_without_a_word_of_the_question_is_not_read_from_its_beginni
     said = response.json()["error"]
     assert (said["code"], said["param"]) == ("no_memory_chosen", "memory")
     assert f"have {len(long['segments'])} states, an answer is read from 4 at most" in said["message"]
+
+
+def test_an_adapter_that_refuses_finds_the_segment_without_a_word_of_the_question(serve, store, monkeypatch):
+    own = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
+    client = serve(own)
+    long = written(client, tiny_text(90, seed=2))
+    states = store.get([entry.key for entry in store.entries(long["id"])])
+    question = [{"role": "user", "content": "zzz"}]
+    supported = own.support(question, memory=states)
+    best = long["segments"][supported.index(max(supported))]
+    assert best not in long["segments"][: Limits().states]
+    found = chat(client, "zzz", memory=[long["id"]], support=True).json()
+    assert [(place["start"], place["end"]) for place in found["memory"]] == [(best["start"], best["end"])]
+    assert found["support"] == pytest.approx(max(supported))
+    monkeypatch.setattr(memories, "_ASKED_IN_TURN", len(states) - 1)
+    assert chat(client, "zzz", memory=[long["id"]]).status_code == 400
 
 
 def test_an_adapter_that_refuses_is_read_one_state_at_a_time(serve, store):
