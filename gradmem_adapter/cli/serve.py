@@ -56,7 +56,17 @@ def serve(
 
     check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model", "engine_key")
     try:
-        from gradmem_adapter.serve import TENANTS, Limits, Tenants, create_app, is_loopback, run, store_of, unseen
+        from gradmem_adapter.serve import (
+            TENANTS,
+            Limits,
+            Tenants,
+            check_address,
+            create_app,
+            is_loopback,
+            run,
+            store_of,
+            unseen,
+        )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error}. Install what serves: pip install "gradmem-adapter[serve]".') from error
     tenants = Tenants() if keys is None else Tenants.from_file(keys)
@@ -67,6 +77,7 @@ def serve(
         )
     if (reader is ReaderName.vllm) != (url is not None):
         raise ValueError("--reader vllm and --url, where its server is, go together.")
+    check_address(host, port)
     served = MemoryStore(store).exists() or (store / TENANTS).exists()
     for path in sorted({store, *(store_of(store, name).path for name in tenants.names)}):
         _check_store(path, beside=(TENANTS,), served=served)

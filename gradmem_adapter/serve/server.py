@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from contextlib import suppress
 from typing import Any
@@ -32,6 +34,37 @@ class Server(uvicorn.Server):
             if request is not None and request.more_body:
                 connection.transport.close()
         await super().shutdown(sockets)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise before the work unless a server can listen at an address.
+
+    Args:
+        host (`str`), port (`int`): as for `run`.
+
+    Raises:
+        OSError: another one listens there, it may not be taken, or it is none of this machine.
+    """
+    failed: list[OSError] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise OSError(f"Nothing can listen at {host}: {error.strerror}. Take another --host.") from error
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                if os.name == "posix":  # elsewhere it would be given an address that is taken
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as error:
+            failed.append(error)
+    # One of a name's addresses may be missing, as IPv6 is in some containers.
+    for one in failed:
+        if len(failed) == len(found) or one.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            told = f"Nothing can listen at {host}, port {port}: {one.strerror}. Take another --port, or --host."
+            raise OSError(told) from one
 
 
 def run(app: FastAPI, *, host: str, port: int, grace: int) -> None:

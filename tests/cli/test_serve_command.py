@@ -1,5 +1,7 @@
 """`gradmem serve`: what it listens with, and where it refuses to."""
 
+import socket
+
 import pytest
 from commands import invoke
 from starlette.testclient import TestClient
@@ -30,6 +32,18 @@ def test_what_it_listens_with(checkpoint, tmp_path, started):
 def test_a_wrong_length_of_segments_is_said_before_it_listens(checkpoint, tmp_path, started):
     refused = invoke("serve", checkpoint, "--store", tmp_path / "store", "--segment-tokens", 0)
     assert (refused.exit_code, "got 0" in refused.output, started) == (2, True, [])
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_opened(tmp_path, started):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        refused = invoke("serve", tmp_path / "none", "--store", tmp_path / "store", "--port", port)
+    assert (refused.exit_code, started) == (2, [])
+    assert f"listen at 127.0.0.1, port {port}: Address already in use. Take another --port" in " ".join(
+        refused.stderr.split()
+    )
 
 
 def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, tmp_path, started):
