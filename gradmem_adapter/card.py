@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from gradmem_adapter.backbones import is_local
 from gradmem_adapter.config import GradMemConfig
@@ -36,7 +37,7 @@ from gradmem_adapter import GradMemPipeline, load_checkpoint
 
 pipeline = GradMemPipeline(*load_checkpoint("{name}"))
 memory = pipeline.write("Mary went to the kitchen. John went to the garden.")
-print(pipeline.generate("Where is Mary?", memory=memory)[0])
+print(pipeline.generate("Where is Mary?", memory=memory, max_new_tokens=16)[0])
 ```
 
 {peft}
@@ -68,6 +69,8 @@ class Card:
         data (`str`, *optional*): what it was trained on.
         results (`Mapping[str, float]`, *optional*): what was measured, by name.
         license (`str`, *optional*): its identifier on the hub, such as `"apache-2.0"`.
+        parent (`str`, *optional*): the adapter that it was trained on from, such as `"smollm2-135m-qa"`.
+        parent_license (`str`, *optional*): the identifier of that one's.
 
     Raises:
         TypeError: a field of another type, or a result that is no number.
@@ -77,9 +80,11 @@ class Card:
     data: str | None = None
     results: Mapping[str, float] = field(default_factory=dict)
     license: str | None = None
+    parent: str | None = None
+    parent_license: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("name", "data", "license"):
+        for name in ("name", "data", "license", "parent", "parent_license"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise TypeError(f"Card's {name} is a text, got {value!r}.")
         if not isinstance(self.results, Mapping):
@@ -121,10 +126,10 @@ def write_card(directory: Path, config: GradMemConfig, card: Card, *, name: str 
         backbone=_backbone(config),
         m=config.num_memory_tokens,
         peft=_PEFT_AND_BACKBONE if config.train_backbone else _PEFT,
-        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config).items()),
+        facts="\n".join(f"| {name} | {value} |" for name, value in (_facts(config) | _parent(card)).items()),
         data=card.data or "Not stated.",
         results=_results(card.results),
-        license=card.license or "Not stated. That of the backbone and of the data count, too.",
+        license=card.license or _license(card),
     )
     (directory / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n{text}", encoding="utf-8")
     ModelCard.load(directory / CARD)  # that the hub can read it
@@ -148,6 +153,33 @@ def _facts(config: GradMemConfig) -> dict[str, str]:
         "LoRA": f"rank {rank}, active in {config.lora_phase}" if rank else "none",
         "To what memory does not hold it says": repr(config.refusal) if config.refusal else "nothing in particular",
     }
+
+
+def _parent(card: Card) -> dict[str, str]:
+    license = f"licence: {card.parent_license}" if card.parent_license else "its card states no licence"
+    return {"Trained on from": f"`{card.parent}` ({license})"} if card.parent else {}
+
+
+def _license(card: Card) -> str:
+    if not card.parent:
+        return "Not stated. That of the backbone and of the data count, too."
+    parent = card.parent_license or "which its card does not state"
+    return (
+        f"That of `{card.parent}`, which it was trained on from, counts: {parent}. So do the backbone's and the data's."
+    )
+
+
+def license_of(directory: Path) -> str | None:
+    """What the model card in a directory says the licence is; None: nothing, or there is no card that can be read.
+
+    Args:
+        directory (`Path`): of a checkpoint.
+    """
+    try:
+        license = ModelCard.load(directory / CARD).data.license if (directory / CARD).is_file() else None
+    except (OSError, ValueError, YAMLError):
+        return None
+    return license if isinstance(license, str) else None
 
 
 def _results(results: Mapping[str, float]) -> str:

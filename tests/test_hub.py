@@ -94,6 +94,7 @@ def test_a_checkpoint_has_a_card_that_says_what_it_is(tmp_path):
         "GradMemPipeline, load_checkpoint",
         'load_checkpoint("mine")',
         "import gradmem_adapter",
+        "max_new_tokens=16",
         "Two fairy tales.",
     )
     assert [part for part in facts + usage if part not in card.text] == []
@@ -109,6 +110,7 @@ def test_a_checkpoint_has_a_card_that_says_what_it_is(tmp_path):
         ({"results": [0.5]}, "numbers by their names, such as"),
         ({"data": ["rows"]}, "data is a text"),
         ({"license": 3}, "license is a text"),
+        ({"parent": 3}, "parent is a text"),
     ],
 )
 def test_a_card_says_what_it_cannot_be_made_of(fields, said):

@@ -102,5 +102,6 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
         if not trainer.is_world_process_zero():
             return None
         config = saved_config(cast("PeftModel", trainer.model))
-        write_card(output / CHECKPOINT, config, Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics))
+        about = Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics, **plan.parent())
+        write_card(output / CHECKPOINT, config, about)
         return metrics

@@ -128,6 +128,17 @@ class TrainConfig:
             _check_rows(self.eval_rows, held_out, trainer.data_collator)
         return trainer
 
+    def parent(self) -> dict[str, str | None]:
+        """What a card says of the adapter that is trained on: no directory of this machine."""
+        from gradmem_adapter.card import license_of
+        from gradmem_adapter.utils.shipped import shipped
+
+        if self.checkpoint is None:
+            return {}
+        here = Path(self.checkpoint)
+        name = here.resolve().name if here.is_dir() else self.checkpoint
+        return {"parent": name, "parent_license": license_of(shipped(self.checkpoint) or here)}
+
     def _adapter_config(self) -> GradMemConfig:
         from gradmem_adapter import GradMemConfig
         from gradmem_adapter.checkpoint import config_of

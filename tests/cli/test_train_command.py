@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 from commands import invoke
+from huggingface_hub import ModelCard
 from tiny import tiny, tiny_tokenizer
 from transformers import TrainerCallback
 
-from gradmem_adapter import load_checkpoint, save_checkpoint
+from gradmem_adapter import Card, load_checkpoint, save_checkpoint
 from gradmem_adapter.cli import train_config
 from gradmem_adapter.cli.train_config import MEMORY, TrainConfig
 from gradmem_adapter.training import GradMemTrainer, read_rows
@@ -140,7 +141,7 @@ def test_a_trained_adapter_goes_on(files):
     first = files / "run" / "checkpoint"
     model, tokenizer = load_checkpoint(first)
     model.active_peft_config.score_calibration = [1.0, 0.5]
-    save_checkpoint(model, tokenizer, files / "start")
+    save_checkpoint(model, tokenizer, files / "start", card=Card(license="cc-by-sa-4.0"))
     config = {"checkpoint": str(files / "start"), "training": CONFIG["training"] | {"learning_rate": 1e-12}}
     (files / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = ("train", files / "train.jsonl", "--output", files / "more", "--config", files / "config.yaml")
@@ -149,6 +150,10 @@ def test_a_trained_adapter_goes_on(files):
     further, _ = load_checkpoint(files / "more" / "checkpoint")
     assert further.active_peft_config.score_calibration is None
     assert further.active_peft_config.num_memory_tokens == 2
+    card = ModelCard.load(files / "more" / "checkpoint" / "README.md")
+    assert "| Trained on from | `start` (licence: cc-by-sa-4.0) |" in card.text
+    assert "That of `start`, which it was trained on from, counts: cc-by-sa-4.0." in card.text
+    assert str(files) not in card.content
     tokens = {"input_ids": torch.tensor([[1, 2, 3]])}
     assert torch.allclose(further.write(**tokens).vectors, model.write(**tokens).vectors, atol=1e-5)
     result = invoke(*command[:-2], "--checkpoint", files / "start", "--set", "memory.num_memory_tokens=3")
