@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .config import GradMemConfig
 from .utils.backbone import device_of
+from .utils.fingerprint import FingerprintCache
 
 Phase = Literal["write", "read"]
 
@@ -71,6 +72,12 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         self.gradmem_projection = nn.ModuleDict()
         self.gradmem_write_head = nn.ModuleDict()
         self._devices: dict[str, torch.device] = {}
+        self.fingerprints = FingerprintCache()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemorySlots:
+        """PyTorch's own part of `.to()`, `.half()` and the like of whatever model this is in."""
+        self.fingerprints.release()
+        return super()._apply(fn, recurse)
 
     def add(self, adapter: str, config: GradMemConfig, backbone: PreTrainedModel, *, empty: bool = False) -> None:
         """Create the tensors of one adapter, on the device of the backbone's embeddings, float32 or wider.

@@ -19,7 +19,7 @@ from gradmem_adapter.layer import MemorySlots
 from gradmem_adapter.lora import inject_lora
 from gradmem_adapter.utils.backbone import check_backbone, check_start, max_positions
 from gradmem_adapter.utils.changes import Changes
-from gradmem_adapter.utils.fingerprint import FingerprintCache, Fingerprinted, versions
+from gradmem_adapter.utils.fingerprint import Fingerprinted, versions
 from gradmem_adapter.utils.parameters import (
     adapter_parameters,
     backbone_parameters,
@@ -113,7 +113,6 @@ class GradMemTuner(BaseTuner):
         self._changes = Changes()
         configs = {adapter_name: peft_config} if isinstance(peft_config, GradMemConfig) else peft_config
         super().__init__(model, cast(Any, _Configs(configs)), adapter_name, **options)
-        self._fingerprint = FingerprintCache()
         self.register_load_state_dict_pre_hook(self._changes.begin_loading)
         self.register_load_state_dict_post_hook(self._changes.end_loading)
 
@@ -317,7 +316,7 @@ class GradMemTuner(BaseTuner):
 
     def _fingerprinted(self) -> Fingerprinted:
         """The fingerprint with what it was computed of. Each call looks at all weights: make one for each purpose."""
-        return self._fingerprint.get(self.model, self._adapter, self.peft_config[self._adapter])
+        return self.slots.fingerprints.get(self.model, self._adapter, self.peft_config[self._adapter])
 
     @property
     def _adapter(self) -> str:

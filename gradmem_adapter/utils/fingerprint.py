@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import weakref
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -151,23 +152,33 @@ def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
 
 
 class _Samples:
-    """Some values of every parameter, to notice changes through `.data`, which torch does not count."""
+    """Some values of every parameter, to notice changes through `.data`, which torch does not count.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        views: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for parameter in parameters:
-            for _, tensor in plain_tensors("", parameter):
-                if not tensor.is_meta:
-                    views[tensor.device, tensor.dtype].append(_sample(tensor))
-        self._views = list(views.values())
-        self._values = self._read()
+    They are read through views, which take as long to make as to read and so are kept until `release`.
+    """
 
-    def _read(self) -> list[Tensor]:
-        return [_bits(torch.cat(group)) for group in self._views]
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._views: list[list[Tensor]] | None = None
+        self._values = self._read(parameters)
 
-    def same(self) -> bool:
-        """Whether they are what they were."""
-        return all(map(torch.equal, self._values, self._read()))
+    def release(self) -> None:
+        """Hold no weights any more."""
+        self._views = None
+
+    def _read(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        views = self._views
+        if views is None:
+            groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+            for parameter in parameters:
+                for _, tensor in plain_tensors("", parameter):
+                    if not tensor.is_meta:
+                        groups[tensor.device, tensor.dtype].append(_sample(tensor))
+            views = self._views = list(groups.values())
+        return [_bits(torch.cat(group)) for group in views]
+
+    def same(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether those of the same parameters, in the same places, are what they were."""
+        return all(map(torch.equal, self._values, self._read(parameters)))
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -184,7 +195,8 @@ class Fingerprinted:
     """A model with one adapter as it was when its fingerprint was computed.
 
     Modules are found once: whether one was exchanged since tell the dictionaries that they keep each other in, in a
-    quarter of the time of a walk.
+    fraction of the time of a walk. They and their parameters are free to go. What is put into a parameter's `.data`
+    leaves what it had held until the next look, unless all weights are moved, when `release` is called.
 
     Args:
         model (`PreTrainedModel`), adapter (`str`), config (`GradMemConfig`): as for `fingerprint`.
@@ -195,31 +207,53 @@ class Fingerprinted:
     """
 
     def __init__(self, model: PreTrainedModel, adapter: str, config: GradMemConfig) -> None:
-        self._adapter = adapter
-        self._modules = list(walk(model))  # held, as are parameters: another may not get the `id` of one
-        self._children = [module._modules for module in self._modules]
-        self._held = [module._parameters for module in self._modules]
-        self._layers = [module for module in self._modules if isinstance(module, LoraLayer)]
-        self._parameters, self._before = self._read()
+        self._adapter, owner = adapter, weakref.ref(self)
+
+        def gone(_: weakref.ref[Any]) -> None:
+            if (seen := owner()) is not None:
+                seen._gone()
+
+        modules = list(walk(model))
+        self._children = [module._modules for module in modules]
+        self._held = [module._parameters for module in modules]
+        self._layers = [weakref.ref(module) for module in modules if isinstance(module, LoraLayer)]
+        parameters, self._before = self._read()
+        # All are there as long as these are: before another can get the `id` of one that was freed, its end is told.
+        self._parts = [weakref.ref(part, gone) for part in (*modules, *parameters)]
         self.fingerprint = fingerprint(model, adapter, config)
-        self._samples = _Samples(self._parameters)
-        self.key: Hashable = (self.fingerprint, adapter, self._before)
+        self._samples = _Samples(parameters)
+        places = tuple([(parameter.device, parameter.dtype) for parameter in parameters])
+        modules_now = tuple([weakref.ref(module) for module in modules])
+        self.key: Hashable = (self.fingerprint, adapter, modules_now, places, self._before[2:])
+
+    def _gone(self) -> None:
+        """A module or a parameter was freed: what it held is to be free as well."""
+        self._parts, self._children, self._held = [], [], []
+        self.release()
 
     def _read(self) -> tuple[list[nn.Parameter], tuple[tuple[Any, ...], ...]]:
         """The parameters that are there, and what changes whenever a module or one of these is replaced, moved or
         modified in place, or a LoRA's scaling changed."""
         found = [p for held in self._held if held for p in held.values() if p is not None and not p.is_meta]
+        layers = [layer() for layer in self._layers]
         return found, (
             tuple([id(child) for children in self._children if children for child in children.values()]),
-            tuple([layer.scaling.get(self._adapter) for layer in self._layers]),
             tuple([id(parameter) for parameter in found]),
+            tuple([layer.scaling.get(self._adapter) for layer in layers if layer is not None]),
             tuple([parameter.data_ptr() for parameter in found]),
             tuple([0 if parameter.is_inference() else parameter._version for parameter in found]),
         )
 
     def is_of(self, adapter: str) -> bool:
         """Whether the model is still the same, with this adapter active."""
-        return adapter == self._adapter and self._read()[1] == self._before and (capturing() or self._samples.same())
+        if adapter != self._adapter:
+            return False
+        parameters, now = self._read()
+        return bool(self._parts) and now == self._before and (capturing() or self._samples.same(parameters))
+
+    def release(self) -> None:
+        """Hold no weights, which are about to be moved: what they were is still known."""
+        self._samples.release()
 
 
 class FingerprintCache:
@@ -240,3 +274,8 @@ class FingerprintCache:
         if last is None or not last.is_of(adapter):
             last = self._last = Fingerprinted(model, adapter, config)
         return last
+
+    def release(self) -> None:
+        """Hold no weights, which are about to be moved or converted."""
+        if (last := self._last) is not None:
+            last.release()

@@ -1,6 +1,8 @@
 """The fingerprint follows what matters and nothing else."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from peft.helpers import rescale_adapter_scale
 from tiny import tiny, tokens
 from tiny_pipeline import tiny_pipeline
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradmem_adapter import GradMemConfig, MemoryStore
 from gradmem_adapter.utils.fingerprint import FingerprintCache, fingerprint
@@ -230,3 +233,46 @@ def test_states_of_an_earlier_kind_say_so():
         model(input_ids=tokens(1, 5), memory=old)
     logits = [model(input_ids=tokens(1, 5), memory=s, strict=False).logits for s in (state, old)]
     assert torch.equal(*logits)
+
+
+def storage_of(parameter):
+    """Told by its end: whether the values that a parameter has now are still in memory."""
+    return StorageWeakRef(parameter.untyped_storage())
+
+
+@pytest.mark.parametrize("of", ["adapter", "backbone"])
+def test_weights_that_were_moved_are_freed(of):
+    """At once, and not with the next fingerprint: a GPU may have no room for both."""
+    model = make(lora_config=lora())
+    before = model.fingerprint()
+    old = [storage_of(parameter) for parameter in model.parameters()]
+    (model if of == "adapter" else model.get_base_model()).to(torch.float64)
+    assert all(storage.expired() for storage in old)
+    assert model.fingerprint() == before  # the values are
+
+
+@pytest.mark.parametrize("change", [other_module, other_parameter])
+def test_what_was_replaced_is_freed(change):
+    model = make()
+    model.fingerprint()
+    layer = model.get_base_model().model.layers[1].mlp
+    old, weight, module = (
+        storage_of(layer.up_proj.weight),
+        weakref.ref(layer.up_proj.weight),
+        weakref.ref(layer.up_proj),
+    )
+    change(layer)
+    gc.collect()
+    assert old.expired()
+    assert weight() is None
+    assert (module() is None) == (change is other_module)
+
+
+def test_a_model_that_is_moved_to_where_it_is_is_not_read_anew(monkeypatch):
+    model = make()
+    before = model.fingerprint()
+    monkeypatch.setattr("gradmem_adapter.utils.fingerprint.fingerprint", None)
+    assert model.to("cpu").fingerprint() == before
+    model.get_base_model().model.layers[1].mlp.up_proj.weight.data.mul_(2)
+    with pytest.raises(TypeError):
+        model.fingerprint()
