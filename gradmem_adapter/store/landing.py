@@ -110,7 +110,11 @@ def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]
                 if before:  # it was there, or another process has found it meanwhile
                     entries = _with_known(entries, before)
                     if _bits(tensors) == _bits(stored):  # as they are read again: they become no larger
-                        tensors, entries = stored, [replace(one, written=before[0].written) for one in entries]
+                        tensors, known = stored, before[0]
+                        entries = [replace(one, written=known.written, nbytes=known.nbytes) for one in entries]
+                        if all(one in before for one in entries):
+                            insert(connection, entries)
+                            continue
                     entries = files.write_file(new, tensors, entries)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(new, file)

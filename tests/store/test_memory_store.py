@@ -393,7 +393,9 @@ class TestPut:
         query = " ".join(TEXTS)
         chosen = [choice.entry.key for choice in store.choose(pipeline, query)]
         states = store.get(keys)
+        files_before = {file: file.stat().st_ino for file in tmp_path.rglob("*.safetensors")}
         store.put(states, [Entry(key) for key in keys])
+        assert {file: file.stat().st_ino for file in files_before} == files_before  # without the time of writing them
         assert [dataclasses.replace(entry, written=0) for entry in store.entries()] == before
         assert store.get(keys) == states
         assert [choice.entry.key for choice in store.choose(pipeline, query)] == chosen
