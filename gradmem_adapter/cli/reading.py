@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from gradmem_adapter.utils.files import decoded, open_regular, read_text
+from gradmem_adapter.utils.files import decoded, kind_of_no_text, open_regular, read_text
 
 STDIN = "-"
 MAX_BYTES = 2**27
@@ -35,7 +35,7 @@ def is_text(path: str) -> bool:
             head = stream.read(HEAD_BYTES)
     except ValueError:
         return True
-    return bool(head) and (b"\0" not in head or head.startswith(UTF16))
+    return bool(head) and kind_of_no_text(head) is None and (b"\0" not in head or head.startswith(UTF16))
 
 
 def whole(path: str) -> str:

@@ -166,6 +166,19 @@ def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
     return decoded(str(path), data)
 
 
+_NO_TEXTS = {b"%PDF-": "a PDF", b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are"}
+"""How files begin that hold a text and are none, and what they are."""
+
+
+def kind_of_no_text(data: bytes) -> str | None:
+    """What bytes are that hold a text in a form of their own, by how they begin; None: none that is known.
+
+    Args:
+        data (`bytes`): the first ones, or all.
+    """
+    return next((kind for start, kind in _NO_TEXTS.items() if data.startswith(start)), None)
+
+
 def decoded(name: str, data: bytes) -> str:
     """The text of bytes in UTF-8, without the mark that may stand before it.
 
@@ -174,8 +187,10 @@ def decoded(name: str, data: bytes) -> str:
         data (`bytes`): all of them.
 
     Raises:
-        ValueError: they are in another encoding, or damaged.
+        ValueError: they are in another encoding, damaged, or a PDF or the like.
     """
+    if (kind := kind_of_no_text(data)) is not None:
+        raise ValueError(f"{name} is {kind}, and no text. Extract its text first, and give that.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -95,6 +95,8 @@ BAD = {
     "latin1.txt": ("z\xe4h ".encode("latin-1") * 99, "is no text in UTF-8"),
     "mixed.txt": (b"w1 " * 9000 + "\xe4 ".encode() + b"\xe4 ", "can't decode byte 0xe4 in position 27003"),
     "utf16.txt": ("w1".encode("utf-16"), "is no text in UTF-8"),
+    "report.pdf": (b"%PDF-1.4\nwithout a byte that is none of a text", "is a PDF, and no text. Extract its text first"),
+    "report.docx": (b"PK\x03\x04\x14\x00\x06\x00", "is a zip archive, as .docx, .odt and .epub are, and no text"),
     "none.txt.gz": (b"w1 w2", "is damaged, or not gzipped"),
     "cut.jsonl.gz": (gzip.compress(rows({"text": "w1"}).encode() * 99)[:-9], "is damaged"),
 }
@@ -121,7 +123,9 @@ def test_what_is_found_may_be_empty_or_no_text():
     os.mkfifo("all/pipe.txt")
     found, inputs = read("all")
     assert ("all/good.txt", "w1") in found
-    assert inputs.passed_over == ["all/binary.dat", "all/empty.txt", "all/zero.dat"]
+    assert inputs.passed_over == [
+        f"all/{name}" for name in ("binary.dat", "empty.txt", "report.docx", "report.pdf", "zero.dat")
+    ]
     assert len(inputs.refused) == 6, "what is a text, or meant to be one, is named"
 
 
