@@ -109,7 +109,7 @@ def test_nobody_writes_while_one_reads_who_may_only_read(small, tmp_path):  # no
 def test_what_is_on_a_full_disk_can_be_read_and_deleted(small, tmp_path, killed):  # noqa: F811
     """SQLite cannot make the file that connections share there."""
     store = MemoryStore(small / "store")
-    large = MemoryState(torch.ones(1, 256, 256), torch.tensor([1]), torch.zeros(1, 1), "model")
+    large = MemoryState(torch.ones(1, 128, 128), torch.tensor([1]), torch.zeros(1, 1), "model")
     store.put(large, [Entry(key(2), "source")])
     for number in range(2):
         put_state(store.path, number, "source")
