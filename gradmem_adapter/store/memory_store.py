@@ -129,13 +129,13 @@ class MemoryStore:
             `list[str]`: a key for each text, in order.
 
         Raises:
-            TypeError, ValueError: a text cannot be written, or is the name of a file and without offsets; bad entries.
+            TypeError, ValueError: a text cannot be written, or is the name of a file and of no source; bad entries.
             MemoryStoreError: the index is damaged.
             OSError: the store cannot be written.
         """
         check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
         options = WriteOptions.of(options, **fields)
-        texts = text_list(texts, no_files=offsets is None)
+        texts = text_list(texts, no_files=sources is None and offsets is None)
         identity, fingerprint = write_identity(pipeline.model.active_peft_config, options), pipeline.model.fingerprint()
         entries = [
             replace(entry, key=state_key(text, fingerprint, identity), text=text if self.keep_text else None)

@@ -167,6 +167,12 @@ class TestCompressor:
         written = compressor.store.get(reference).write_losses[0, -1].item()
         assert compressor._gain(TEXTS[0], reference) == pytest.approx(1 - written / without, rel=1e-4)
 
+    def test_a_document_may_be_the_name_of_a_file(self, pipeline, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "w1").touch()
+        (written,) = GradMemCompressor(pipeline=pipeline).compress_documents([Document("w1")], "")
+        assert references_of(written)
+
     def test_empty_documents_stay(self, pipeline):
         documents = [Document(" "), Document(TEXTS[0])]
         empty, written = GradMemCompressor(pipeline=pipeline).compress_documents(documents, "")
