@@ -70,10 +70,10 @@ def write_lines(folder, puts):
 
     put, count = MemoryStore.put, itertools.count(1)
 
-    def counted(*arguments):
+    def counted(*arguments, **how):
         if next(count) == puts:
             os.kill(os.getpid(), signal.SIGKILL)
-        put(*arguments)
+        put(*arguments, **how)
 
     MemoryStore.put = counted
     arguments = ["write", folder / "lines.jsonl", "--store", folder / "memory", "--checkpoint", folder / "checkpoint"]

@@ -97,7 +97,7 @@ def test_shapes_do_not_follow_from_values_where_a_graph_will_be_captured():
         ({"input_ids": tokens(1, 3), "lr": float("nan")}, ValueError, "lr must be"),
         ({"input_ids": tokens(1, 3), "optimizer": "lion"}, ValueError, "optimizer must be"),
         ({"input_ids": tokens(1, 3), "tolerance": 2.0}, ValueError, "tolerance must be"),
-        ({"input_ids": tokens(1, 3), "step": 3}, TypeError, "unexpected keyword argument 'step'"),
+        ({"input_ids": tokens(1, 3), "step": 3}, TypeError, "no option step. Did you mean steps"),
         ({"input_ids": tokens(1, 3), "initial": torch.zeros(1, 3, 32)}, TypeError, "must be a MemoryState"),
     ],
 )
