@@ -347,12 +347,10 @@ def _load(
         )
     if isinstance(backbone, str | Path):
         reference = str(backbone)
+        dtype, device = dtype or torch.float32, "cpu" if device is None else device
+        revision = config.revision if reference == config.base_model_name_or_path else None
         backbone, tokenizer = load_backbone(
-            reference,
-            dtype=torch.float32 if dtype is None else dtype,
-            device="cpu" if device is None else device,
-            tokenizer=tokenizer,
-            revision=config.revision if reference == config.base_model_name_or_path else None,
+            reference, dtype=dtype, device=device, tokenizer=tokenizer, revision=revision
         )
         if as_made:
             check_weights(directory, reference)
