@@ -1,7 +1,7 @@
 """What a meta-training step costs: forward, backward and AdamW in bf16, by every strategy.
 
     python -m benchmarks.train_step [--batches 4 8] [--length 1024]
-    python -m benchmarks.train_step --shape llama-3.1-8b --lora 16 --checkpointing 2 --batches 1 4 --micro-batch 1 \\
+    python -m benchmarks.train_step --shape llama-3.1-8b --lora 16 --checkpointing 12 --batches 1 4 --micro-batch 1 \\
         --length 4096 --steps --many-steps 2 --how eager compiled
 
 All weights are trained, or with `--lora` a LoRA of that rank on all linear layers of a frozen model in `--dtype`. The
@@ -102,8 +102,9 @@ def by_us(args: argparse.Namespace, strategy: str, how: str, batch: int, steps: 
     if args.checkpointing:
         model.train()  # without which nothing is computed again; the shapes have no dropout
         cast(Any, model.get_base_model()).gradient_checkpointing_enable({"use_reentrant": False})
-        for number, layer in enumerate(layers_of(model)):  # `every_n_layers`, which Transformers 5.17 does not have
-            layer.gradient_checkpointing = number % args.checkpointing == 0
+        layers = layers_of(model)
+        for number, layer in enumerate(layers):  # spread evenly, as Transformers' `every_n_layers` spreads them
+            layer.gradient_checkpointing = number * args.checkpointing % len(layers) < args.checkpointing
     contexts, queries = (rows.split(args.micro_batch or batch) for rows in tokens(args, model.get_base_model(), batch))
 
     def loss(context: Tensor, query: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--many-steps", type=int, nargs="*", default=[1, 2, 5, 10], help="at the second")
     parser.add_argument("--strategies", nargs="*", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--lora", type=int, help="train a LoRA of this rank, not all weights")
-    parser.add_argument("--checkpointing", type=int, help="one of so many layers is computed again in backward passes")
+    parser.add_argument("--checkpointing", type=int, help="layers computed again in backward passes")
     parser.add_argument("--micro-batch", type=int, help="contexts at a time, whose gradients are added up")
     parser.add_argument("--warm-up", type=int, default=3, help="calls before those that are timed")
     parser.add_argument("--how", nargs="*", choices=HOW, default=HOW if torch.cuda.is_available() else HOW[:2])
