@@ -86,18 +86,19 @@ def checks_fields(cls: type[Config]) -> type[Config]:
 @checks_fields
 @dataclass
 class GradMemConfig(PeftConfig):
-    """How a backbone is given a gradient-written memory (GradMem, arXiv 2603.13875).
+    """Configuration of a GradMem adapter: a backbone with a memory written by gradient descent (arXiv 2603.13875).
 
-    Use it like any PEFT configuration: `get_peft_model(backbone, GradMemConfig(...))`. Below, m are memory vectors, d
-    the backbone's embedding size, K the write steps. PEFT's own fields (`base_model_name_or_path`, `inference_mode`,
-    ...) come besides.
+    Use it like any PEFT configuration: `get_peft_model(backbone, GradMemConfig(...))`. Below, m is the number of memory
+    vectors, d the backbone's embedding size and K the number of write steps. PEFT's own fields
+    (`base_model_name_or_path`, `inference_mode`, ...) are also available.
 
     Args:
-        num_memory_tokens (`int`, *optional*, defaults to `16`): m, the memory vectors that a context is written into.
-        write_steps (`int`, *optional*, defaults to `2`): K, the gradient steps of WRITE. Any other number may be used
-            at call time.
-        write_lr (`float`, *optional*, defaults to `1.0`): the write learning rate, applied to each sample by itself.
-            With `learn_write_lr` its value before training.
+        num_memory_tokens (`int`, *optional*, defaults to `16`): m, the number of memory vectors that a context is
+            written into.
+        write_steps (`int`, *optional*, defaults to `2`): K, the number of gradient steps in WRITE. A call may use any
+            other number.
+        write_lr (`float`, *optional*, defaults to `1.0`): the write learning rate, applied to each sample separately.
+            With `learn_write_lr`, its value before training.
         learn_write_lr (`str`, *optional*, defaults to `"no"`): whether the outer loss trains the write learning rate,
             which stays positive. `"no"`, `"scalar"` (one rate for all elements of the memory) or `"per_element"` (one
             rate for each element, a diagonal preconditioner: Meta-SGD, arXiv 1707.09835).
@@ -108,52 +109,52 @@ class GradMemConfig(PeftConfig):
             `num_write_lrs` steps, counted from the end, so that WRITE ends as suits its number of steps.
         write_optimizer (`str`, *optional*, defaults to `"sgd"`): the rule of a write step: `"sgd"` (the paper's) or
             `"adam"`.
-        start (`str`, *optional*, defaults to `"slots"`): where WRITE starts from. `"slots"`: the memory slots M_0 (the
-            paper's). `"context"`: the slots plus what one forward pass over [context; slots] gives at their places,
-            times a learned gain. `"pooled_context"`: the same, and slot j is first moved by the mean of the embeddings
-            of the j-th of m equal parts of the context, times another learned gain.
-        meta_gradient (`str`, *optional*, defaults to `"exact"`): how outer gradients cross a write step: `"exact"`
-            (second order), `"finite_difference"` (second order at the cost and in the memory of first-order passes),
-            `"first_order"` (the write gradient counts as a constant) or `"none"` (WRITE as a whole counts as one).
-        second_order_steps (`int`, *optional*): only the last n write steps are second order, earlier ones first order.
-            `None`: all are.
-        finite_difference_step (`float`, *optional*): with `"finite_difference"`, how far the memory vector that moves
-            most is moved, as a share of its length. `None`: by the type that the backbone computes in.
-        write_clip_norm (`float`, *optional*): clip the norm of each sample's write gradient to this. `None`: do not.
-        memory_projection (`str`, *optional*, defaults to `"none"`): `"shared"`: one linear layer on the memory before
-            it enters the model, in WRITE and READ.
-        write_head (`bool`, *optional*, defaults to `False`): a separate output head for WRITE, which starts as a copy
-            of the backbone's.
-        num_control_tokens (`int`, *optional*, defaults to `0`): c, learned vectors on each side of the memory, one set
-            for WRITE and one for READ.
+        start (`str`, *optional*, defaults to `"slots"`): what WRITE starts from. `"slots"`: the memory slots M_0, as in
+            the paper. `"context"`: the slots plus a learned gain times the output of one forward pass over [context;
+            slots] at their positions. `"pooled_context"`: the same, but the mean embedding of the j-th of m equal parts
+            of the context, times another learned gain, is first added to slot j.
+        meta_gradient (`str`, *optional*, defaults to `"exact"`): how outer gradients flow through a write step:
+            `"exact"` (second order), `"finite_difference"` (second order at the time and memory cost of first-order
+            passes), `"first_order"` (the write gradient is treated as a constant) or `"none"` (WRITE as a whole is
+            treated as a constant).
+        second_order_steps (`int`, *optional*): treat only the last n write steps as second order, and earlier ones as
+            first order. `None`: all are second order.
+        finite_difference_step (`float`, *optional*): with `"finite_difference"`, the largest displacement of a memory
+            vector relative to its norm. `None`: chosen by the dtype that the backbone computes in.
+        write_clip_norm (`float`, *optional*): clip each sample's write gradient to this norm. `None`: no clipping.
+        memory_projection (`str`, *optional*, defaults to `"none"`): `"shared"` applies one linear layer to the memory
+            before it enters the model, in WRITE and READ.
+        write_head (`bool`, *optional*, defaults to `False`): use a separate output head for WRITE, initialised as a
+            copy of the backbone's.
+        num_control_tokens (`int`, *optional*, defaults to `0`): c, the number of learned vectors on each side of the
+            memory; WRITE and READ each have a set of their own.
         reconstruction_weight (`float`, *optional*, defaults to `0.0`): weight of the last write loss (before the last
-            step) in the outer loss. Without write steps it is the loss of the memory that WRITE starts from, where
-            this depends on the context.
-        lora_config (`LoraConfig` or `dict`, *optional*): a LoRA on the backbone, trained with the memory and saved with
-            it.
-        lora_phase (`str`, *optional*, defaults to `"both"`): where the LoRA is active: `"both"`, `"write"` or `"read"`
-            alone.
-        train_backbone (`bool`, *optional*, defaults to `False`): train all weights of the backbone. Save with
-            `save_checkpoint` then.
-        memory_init (`str`, *optional*, defaults to `"normal"`): memory slots start as `"normal"` noise or as the
-            embeddings of random `"vocab"` tokens.
+            step) in the outer loss. Without write steps, the loss of the memory that WRITE starts from, if that memory
+            depends on the context.
+        lora_config (`LoraConfig` or `dict`, *optional*): a LoRA on the backbone, trained and saved with the memory.
+        lora_phase (`str`, *optional*, defaults to `"both"`): when the LoRA is active: `"both"`, or only `"write"` or
+            `"read"`.
+        train_backbone (`bool`, *optional*, defaults to `False`): train all weights of the backbone. The model must then
+            be saved with `save_checkpoint`.
+        memory_init (`str`, *optional*, defaults to `"normal"`): initialise the memory slots with `"normal"` noise or
+            with the embeddings of random `"vocab"` tokens.
         memory_init_std (`float`, *optional*, defaults to `0.02`): standard deviation of normal initial values (slots,
             control vectors).
         query_format (`str`, *optional*, defaults to `"text"`): how `GradMemPipeline` presents a query: `"text"` (as it
             is), `"chat"` (the tokenizer's chat template) or a template that contains `"{query}"`.
-        trained_length (`int`, *optional*): tokens of the longest context that the adapter was trained to write. `None`:
-            unknown.
-        refusal (`str`, *optional*): what the adapter was trained to answer where memory holds no answer. How likely it
-            is then decides on the scores of `GradMemPipeline.generate(return_scores=True)`. `None`: there is none, and
-            how likely the answer itself is decides.
-        score_calibration (`tuple[float, float]`, *optional*): scale and offset of the logistic map from either to the
-            probability that memory holds the answer, found on validation data. `None`: it is taken as it is.
+        trained_length (`int`, *optional*): length in tokens of the longest context that the adapter was trained to
+            write. `None`: unknown.
+        refusal (`str`, *optional*): what the adapter was trained to answer if memory does not hold the answer. The
+            scores of `GradMemPipeline.generate(return_scores=True)` then depend on the likelihood of this refusal.
+            `None`: no refusal; scores depend on the likelihood of the answer itself.
+        score_calibration (`tuple[float, float]`, *optional*): scale and offset, fitted on validation data, of the
+            logistic map from either likelihood to the probability that memory holds the answer. `None`: no calibration.
         probe_backbone (`bool`, *optional*, defaults to `True`): try the backbone on a few tokens when the adapter is
-            attached, and refuse one on which GradMem would be wrong. It is not saved: an adapter that is loaded to be
-            used was tried when it was made.
+            attached, and refuse one on which GradMem would be wrong. This is not saved: an adapter loaded for inference
+            was tried when it was made.
 
     Raises:
-        TypeError, ValueError: a field is unknown, or its value cannot work; the message names the field, the value and
+        TypeError, ValueError: a field is unknown or has an invalid value; the message names the field, the value and
             what was expected.
     """
 
@@ -219,7 +220,7 @@ class GradMemConfig(PeftConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """What a file holds as a configuration; PEFT calls this."""
+        """Make a configuration from the contents of a file. Called by PEFT."""
         return super().from_peft_type(**{"peft_type": "GRADMEM"} | kwargs)
 
     def _check_numbers(self) -> None:
@@ -269,18 +270,18 @@ class GradMemConfig(PeftConfig):
 
     @property
     def prefix_length(self) -> int:
-        """How many positions the memory takes with its control vectors, m + 2c."""
+        """The number of positions that the memory takes with its control vectors, m + 2c."""
         return self.num_memory_tokens + 2 * self.num_control_tokens
 
     @property
     def segment_tokens(self) -> int | None:
-        """Tokens of a segment of a long text unless another number is asked for: two for each vector, of which memory
-        keeps more than of longer ones (docs/long_texts.md), no more than the trained length; None: that is unknown."""
+        """Default length in tokens of a segment of a long text: two per memory vector (memory keeps more of such
+        segments than of longer ones, docs/long_texts.md), at most the trained length. None if that is unknown."""
         return None if self.trained_length is None else min(self.trained_length, 2 * self.num_memory_tokens)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, as PEFT's own do; called by `PeftModel.save_pretrained`, too, which is told what it
-        leaves out."""
+        """Save the configuration, as PEFT's own do. Called by `PeftModel.save_pretrained`, it also warns of a trained
+        backbone, which that leaves out."""
         if self.train_backbone and "auto_mapping_dict" in kwargs:  # the rest of what it would save is there by now
             warnings.warn(
                 "save_pretrained saves the adapter alone, and not the backbone that is trained with it "
@@ -290,8 +291,8 @@ class GradMemConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values, as it is saved: the nested LoRA as its own dict, its sets as sorted
-        lists, and without `probe_backbone`."""
+        """The configuration as it is saved, in JSON-ready values: the nested LoRA as a dict with sorted lists for its
+        sets, and without `probe_backbone`."""
         result = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "probe_backbone"}
         if isinstance(self.lora_config, LoraConfig):
             lora = self.lora_config.to_dict()

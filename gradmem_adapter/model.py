@@ -31,12 +31,13 @@ from gradmem_adapter.writing import WritingModel
 class GradMemModel(WritingModel):
     """A causal language model that writes contexts into memory and answers from it (GradMem, arXiv 2603.13875).
 
-    Made by `get_peft_model(backbone, GradMemConfig(...))`; its methods are reached through the `PeftModel`. Below, B
-    are samples, N context tokens, T query tokens, m memory vectors, c control vectors, d the embedding size.
+    Create it with `get_peft_model(backbone, GradMemConfig(...))`, and call its methods on the `PeftModel`. In shapes, B
+    is the number of samples, N of context tokens, T of query tokens, m of memory vectors and c of control vectors; d is
+    the embedding size.
 
     Attributes:
-        prefix_cache (`PrefixCache`): what `generate` keeps of the memory states it read last; `prefix_cache.max_bytes`
-            bounds it, 0 turns it off.
+        prefix_cache (`PrefixCache`): what `generate` keeps of the memory states it read last. `prefix_cache.max_bytes`
+            limits its size; 0 turns it off.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,7 +45,7 @@ class GradMemModel(WritingModel):
         self.prefix_cache = PrefixCache()
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the backbone, once this was tried out. Called by PEFT."""
+        """Add an adapter to the backbone after trying the backbone out. Called by PEFT."""
         config = self.peft_config[adapter_name]
         if config.probe_backbone and not config.inference_mode:
             probe(model)
@@ -69,32 +70,32 @@ class GradMemModel(WritingModel):
     ) -> Any:
         """READ, p(y | [M_K; query]), or WRITE and READ in one differentiable pass.
 
-        Without `memory` and without a context this is the backbone (with its LoRA) on the query alone.
+        Without `memory` and without a context, this runs the backbone (with its LoRA) on the query alone.
 
         Args:
-            input_ids (`Tensor`, *optional*): `[B, T]` queries (with their targets, in training).
+            input_ids (`Tensor`, *optional*): `[B, T]` queries, followed in training by their targets.
             attention_mask (`Tensor`, *optional*): `[B, T]`, padding on either side.
             inputs_embeds (`Tensor`, *optional*): `[B, T, d]`, in place of `input_ids`.
-            labels (`Tensor`, *optional*): `[B, T]`, -100 where no loss counts. The first query token is predicted from
-                the memory.
+            labels (`Tensor`, *optional*): `[B, T]`, -100 at positions that do not count. The first query token is
+                predicted from the memory.
             memory (`MemoryState`, *optional*): states to read, one for all queries or one per query.
-            context_input_ids (`Tensor`, *optional*): `[C, N]` contexts that are written in this pass. With gradients
-                enabled the outer loss flows back through the write steps as `meta_gradient` says.
+            context_input_ids (`Tensor`, *optional*): `[C, N]` contexts to write in this pass. With gradients enabled,
+                the outer loss is backpropagated through the write steps as `meta_gradient` says.
             context_attention_mask (`Tensor`, *optional*): `[C, N]`.
-            context_index (`Tensor`, *optional*): `[B]`, the context (or state) of each query, or `[B, S]`, those that
-                it reads side by side (as `MemoryState.concat` puts them). `None`: the same order.
-            write_steps (`int`, *optional*): K in this pass, from 0. `None`: the configuration's.
-            max_targets (`int`, *optional*): of a query at most so many labels count. Then the output head is applied
-                where one does and nowhere else, which saves most of READ's memory; the output has no logits.
+            context_index (`Tensor`, *optional*): `[B]`, the index of each query's context (or state), or `[B, S]`, of
+                those that it reads side by side (as in `MemoryState.concat`). `None`: in the same order.
+            write_steps (`int`, *optional*): K in this pass, 0 or more. `None`: the configuration's.
+            max_targets (`int`, *optional*): the most labels that count in any query. The output head is then applied
+                only where a label counts, which saves most of READ's memory; the output has no logits.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
-            kwargs: what else the backbone's forward takes.
+            kwargs: other arguments of the backbone's forward.
 
         Returns:
-            `GradMemOutput` (the backbone's own output without memory): loss, and logits `[B, T, V]` of the query
-            positions alone, as `logits_to_keep`, hidden states and attentions are.
+            `GradMemOutput` (without memory, the backbone's own output): the loss, and logits `[B, T, V]` of the query
+            positions only. `logits_to_keep`, hidden states and attentions also refer to these positions only.
 
         Raises:
-            TypeError, ValueError: inputs that do not go together, or that the model cannot read.
+            TypeError, ValueError: inputs that do not fit together, or that the model cannot read.
         """
         input_ids, labels = as_long(input_ids), as_long(labels)
         if write_steps is not None and context_input_ids is None:
@@ -148,28 +149,29 @@ class GradMemModel(WritingModel):
     ) -> Any:
         """Transformers' `generate`, reading from memory.
 
-        The keys and values of a state's prefix are kept for the next call with the same `MemoryState` object, as far
-        as `prefix_cache.max_bytes` allows, unless prompts are padded on the left or `context_index` or another cache
-        is passed. As after any change of shapes, logits then agree up to rounding.
+        The keys and values of a state's prefix are kept for the next call with the same `MemoryState` object, within
+        `prefix_cache.max_bytes`, unless prompts are padded on the left, or `context_index` or another cache is passed.
+        As after any change of shapes, logits then agree up to rounding.
 
         Args:
-            inputs (`Tensor`): `[B, T]` prompts (or `input_ids=`). Padding on the right is moved to the left.
-            generation_config (`GenerationConfig`, *optional*): as Transformers takes it.
-            memory (`MemoryState`, *optional*): one state for all prompts or one per prompt. `None`: plain `generate`
-                of the backbone (with its LoRA).
-            context_index (`Tensor`, *optional*): `[B]`, the state of each prompt, or `[B, S]`, those read side by side.
+            inputs (`Tensor`): `[B, T]` prompts (or `input_ids=`). Right padding is moved to the left.
+            generation_config (`GenerationConfig`, *optional*): as in Transformers.
+            memory (`MemoryState`, *optional*): one state for all prompts or one per prompt. `None`: plain `generate` of
+                the backbone (with its LoRA).
+            context_index (`Tensor`, *optional*): `[B]`, the index of each prompt's state, or `[B, S]`, of those it
+                reads side by side.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote, and a cache that
                 was made with another memory.
-            kwargs: what Transformers' `generate` takes: `attention_mask`, sampling and beam options, `streamer`,
-                `past_key_values` of an earlier turn with the same memory (and the full sequence as prompt), ... On a
-                GPU `cache_implementation="static"` decodes several times as fast (docs/performance.md).
+            kwargs: other arguments of Transformers' `generate`: `attention_mask`, sampling and beam options,
+                `streamer`, `past_key_values` of an earlier turn with the same memory (and the full sequence as prompt),
+                ... On a GPU, `cache_implementation="static"` decodes several times as fast (docs/performance.md).
 
         Returns:
             What Transformers returns: prompts and new tokens `[B, T + new]`. `max_length` and `min_length` count both.
 
         Raises:
-            NotImplementedError: assisted decoding, chunked prefill or another way of decoding that Transformers has
-                for tokens alone.
+            NotImplementedError: assisted decoding, chunked prefill or any other way of decoding that Transformers
+                offers only for prompts of tokens.
             TypeError, ValueError: a prompt or a state that the model cannot read, or a cache of another memory.
         """
         inputs = as_long(kwargs.pop("input_ids", None) if inputs is None else inputs)
@@ -199,11 +201,11 @@ class GradMemModel(WritingModel):
         return output
 
     def generate_batch(self, *args: Any, memory: MemoryState | None = None, **kwargs: Any) -> Any:
-        """Transformers' `generate_batch` of the backbone (with its LoRA), which reads no memory and passes over
-        arguments that it does not know.
+        """Run Transformers' `generate_batch` on the backbone (with its LoRA). It reads no memory and ignores arguments
+        that it does not know.
 
         Raises:
-            NotImplementedError: there is a memory to read.
+            NotImplementedError: a memory is passed.
         """
         if memory is not None:
             raise NotImplementedError(
@@ -215,16 +217,16 @@ class GradMemModel(WritingModel):
     def query_prefix(
         self, memory: MemoryState, queries: int, *, context_index: Tensor | None = None, strict: bool = True
     ) -> Tensor:
-        """What READ puts before each of several queries; `prefix_embeddings` is that of each state.
+        """What READ puts before each query; `prefix_embeddings` returns the same for each state.
 
         Args:
             memory (`MemoryState`): one state for all queries or one per query.
-            queries (`int`): B, how many there are.
+            queries (`int`): B, the number of queries.
             context_index (`Tensor`, *optional*): as for `generate`.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
 
         Returns:
-            `Tensor`: `[B, m + 2c, d]` input embeddings in the backbone's dtype, with k m vectors of k states side by
+            `Tensor`: `[B, m + 2c, d]` input embeddings in the backbone's dtype, with k m vectors for k states side by
             side.
         """
         return self._prefix(memory_of_queries(self._vectors(memory, strict), queries, context_index))
@@ -239,20 +241,20 @@ class GradMemModel(WritingModel):
         context_index: Tensor | None = None,
         strict: bool = True,
     ) -> Tensor:
-        """How likely answers are from memory: the mean log-likelihood of their tokens, see `read/likelihood.py`.
+        """Mean log-likelihood of the tokens of each answer, given its query and memory (see `read/likelihood.py`).
 
         Args:
-            queries, answers (`Sequence`): B rows of token ids, an answer being what follows its query.
+            queries, answers (`Sequence`): B rows of token ids each; an answer is what follows its query.
             memory (`MemoryState`): one state for all queries or one per query.
             context_index (`Tensor`, *optional*): as for `generate`.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
 
         Returns:
-            `Tensor`: `[B]`, nats a token.
+            `Tensor`: `[B]`, nats per token.
 
         Raises:
-            TypeError, ValueError: no queries, an empty answer, a state or tokens that the model cannot read, or more of
-                them than it has positions.
+            TypeError, ValueError: no queries, an empty answer, a state or tokens that the model cannot read, or more
+                tokens than it has positions for.
         """
         with torch.no_grad():
             prefix = self.query_prefix(memory, len(queries), context_index=context_index, strict=strict)

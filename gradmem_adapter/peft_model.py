@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradmem_adapter.model import GradMemModel
 
     class GradMemPeftModel(GradMemModel, PeftModelForCausalLM):  # type: ignore[misc] # both have set_adapter, ...
-        """A `PeftModel` with a GradMem adapter: PEFT's methods, and those of `GradMemModel` behind it."""
+        """A `PeftModel` with a GradMem adapter: PEFT's methods and those of `GradMemModel`."""
 
     def get_peft_model(
         model: PreTrainedModel,

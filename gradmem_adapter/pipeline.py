@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class GradMemPipeline(StateSelector):
-    """Write texts into memory states and ask about them in texts; several threads may share it.
+    """Write texts into memory states and answer prompts from them. Several threads may share one pipeline.
 
     ```python
     pipeline = GradMemPipeline(*load_checkpoint(path))
@@ -36,10 +36,10 @@ class GradMemPipeline(StateSelector):
     ```
 
     Args:
-        model (`PeftModel`): with an active GradMem adapter.
+        model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer, with a pad or an end token.
-        reader (`Reader`, *optional*): who answers from memory, such as an engine of `gradmem_adapter.export`; None:
-            `model` itself. What is asked without memory is answered by `model`'s backbone in any case.
+        reader (`Reader`, *optional*): what answers from memory, such as a reader of `gradmem_adapter.export`; None:
+            `model` itself. Prompts without memory are answered by `model`'s backbone in any case.
 
     Raises:
         TypeError: `model` has no GradMem adapter.
@@ -62,24 +62,24 @@ class GradMemPipeline(StateSelector):
         strict: bool = True,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
-        """WRITE texts into one memory state each, in one batch.
+        """WRITE each text into a memory state of its own, in one batch.
 
         Args:
             texts (`str` or `Sequence[str]`): one text or several.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
-            initial (`MemoryState`, *optional*): states to go on from, one per text, in place of the memory slots.
+            initial (`MemoryState`, *optional*): states to continue from, one per text, in place of the memory slots.
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
-            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study,
-                max_memory, the fields of `WriteOptions` by themselves, in place of those of `options`.
+            fields: single fields of `WriteOptions`, which replace those of `options`: steps, lr, optimizer, tolerance,
+                stop_when_recovered, last_loss, compile, objective, study, max_memory.
 
         Returns:
             `MemoryState`: one state per text, on the model's device.
 
         Raises:
-            TypeError: what is no text.
-            ValueError: no text, or one that has no tokens, is too long for the model or is the name of a file.
-            MemoryError: there is not enough memory free for it.
+            TypeError: something is not a text.
+            ValueError: there is no text, or one has no tokens, is too long for the model or is the name of a file.
+            MemoryError: there is not enough free memory.
         """
         options = self._with_study(WriteOptions.of(options, **fields))
         texts = text_list(texts, no_files=True)
@@ -98,24 +98,26 @@ class GradMemPipeline(StateSelector):
         options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
-        """WRITE any number of texts of any lengths into one memory state each, in batches that fit into memory.
+        """WRITE any number of texts of any lengths, each into a memory state of its own, in batches that fit into
+        memory.
 
         Args:
             texts (`Sequence[str]`): the texts.
-            max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
-            progress (`bool`, *optional*): show a progress bar; None: where stderr is a terminal.
-            done (`Callable`, *optional*): given the indices and the states of each batch as soon as it is written.
-            callback (`Callable`, *optional*): given the indices of a batch and a `WriteProgress`, before each step and
-                after the last.
+            max_tokens (`int`, *optional*): the most tokens in a batch, padding included; None: what the device has
+                memory for.
+            progress (`bool`, *optional*): show a progress bar; None: if stderr is a terminal.
+            done (`Callable`, *optional*): called with the indices and states of each batch as soon as it is written.
+            callback (`Callable`, *optional*): called with the indices of a batch and a `WriteProgress` before each step
+                and after the last.
             options, fields: as for `write`.
 
         Returns:
             `MemoryState`: one state per text, in order.
 
         Raises:
-            ValueError: no text, or one that has no tokens, is too long for the model or is the name of a file; the
+            ValueError: there is no text, or one has no tokens, is too long for the model or is the name of a file; the
                 message names it.
-            MemoryError: there is not enough memory free for the longest text.
+            MemoryError: there is not enough free memory for the longest text.
             torch.cuda.OutOfMemoryError: a single text does not fit; the message names it.
         """
         options = WriteOptions.of(options, **fields)
@@ -143,16 +145,16 @@ class GradMemPipeline(StateSelector):
         """WRITE a text of any length in segments, which end where paragraphs or sentences do.
 
         Args:
-            text, segment_tokens, overlap: as for `segments`; with `"sequential"` a segment has by default half of the
+            text, segment_tokens, overlap: as for `segments`, but with `"sequential"` segments have by default half the
                 trained length and no overlap.
             mode (`str`, *optional*, defaults to `"parallel"`): `"parallel"`: a state for each segment. `"sequential"`:
-                one state for all, into which one segment after the other is written with what the state recites of
-                those before, in the memory of a single one.
-            max_tokens, progress, options, fields: as for `write_many`; `max_tokens` with `"parallel"` alone.
+                one state for all, into which segments are written one after another, each with what the state recites
+                of those before; this takes no more device memory than writing a single segment.
+            max_tokens, progress, options, fields: as for `write_many`; `max_tokens` only with `"parallel"`.
 
         Raises:
-            TypeError, ValueError: what cannot be written; a text that is the name of a file; a mode that there is not;
-                `segment_tokens` is needed where the adapter's configuration does not say its trained length.
+            TypeError, ValueError: a text that cannot be written or is the name of a file; an unknown mode; no
+                `segment_tokens` although the adapter's configuration does not state its trained length.
         """
         check_no_file(text, ", which is read as it is needed")
         options = self._with_study(WriteOptions.of(options, **fields))
@@ -168,16 +170,16 @@ class GradMemPipeline(StateSelector):
         strict: bool = True,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
-        """WRITE more text into a state, which keeps what it can recite of what it knew.
+        """WRITE more text into a state, which keeps what it can recite of the earlier text.
 
         Args:
-            memory (`MemoryState`): one state, which stays as it is.
+            memory (`MemoryState`): one state, left unchanged.
             text (`str`, `Iterable[str]` or `Iterable[int]`): of any length, as for `segments`.
-            segment_tokens (`int`, *optional*): most tokens that are written at once; None: half of the trained length.
+            segment_tokens (`int`, *optional*): the most tokens to write at once; None: half the trained length.
             options, strict, fields: as for `write`.
 
         Returns:
-            `MemoryState`: one state of the size of `memory`.
+            `MemoryState`: one state, of the same size as `memory`.
 
         Raises:
             TypeError, ValueError: a text that cannot be written or is the name of a file, or several states.
@@ -199,13 +201,13 @@ class GradMemPipeline(StateSelector):
         """How much of each text its state gives back.
 
         Args:
-            texts (`str` or `Sequence[str]`): what was written.
+            texts (`str` or `Sequence[str]`): the texts that were written.
             memory (`MemoryState`): one state per text.
         """
         return self.model.fidelity(memory, *self.encode_contexts(texts))
 
     def reconstruct(self, memory: MemoryState) -> list[str]:
-        """The text that greedy decoding gets from each state alone.
+        """The text that greedy decoding recovers from each state alone.
 
         Args:
             memory (`MemoryState`): any number of states.
@@ -243,19 +245,19 @@ class GradMemPipeline(StateSelector):
                 adapter's `query_format`, or a list of chat messages, put into the tokenizer's chat template.
             memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt; None: the backbone alone,
                 without the adapter.
-            chat_template_kwargs (`Mapping`, *optional*): what the chat template is given, such as `enable_thinking`.
-            return_scores (`bool`, *optional*, defaults to `False`): say with each answer how far memory supports it,
-                from 0 to 1. Where the adapter was trained to refuse (`GradMemConfig.refusal`), this is the probability
-                that it does not refuse the question; otherwise the mean likelihood of the answer's tokens. With
-                `score_calibration` it is the probability that goes with either. It takes one more pass.
-            options: what `model.generate` takes: `max_new_tokens`, `do_sample`, `stop_strings`, `context_index`, ...
+            chat_template_kwargs (`Mapping`, *optional*): arguments for the chat template, such as `enable_thinking`.
+            return_scores (`bool`, *optional*, defaults to `False`): return with each answer a score from 0 to 1 for how
+                well memory supports it. If the adapter was trained to refuse (`GradMemConfig.refusal`), this is the
+                probability that it does not refuse the question; otherwise, the mean likelihood of the answer's tokens.
+                `score_calibration` turns either into a calibrated probability. Takes one more pass.
+            options: arguments of `model.generate`: `max_new_tokens`, `do_sample`, `stop_strings`, `context_index`, ...
 
         Returns:
-            `list[str]`: the new text of each prompt, without the prompt. With `return_scores` `list[ScoredText]`.
+            `list[str]`: the new text for each prompt, without the prompt; with `return_scores`, `list[ScoredText]`.
 
         Raises:
-            ValueError: states that do not fit the prompts or the model; chat messages without a chat template;
-                scores without memory; a prompt without a token that is asked without memory.
+            ValueError: states that do not fit the prompts or the model; chat messages without a chat template; scores
+                without memory; a prompt that has neither tokens nor memory.
         """
         if return_scores and memory is None:
             raise ValueError("return_scores says how far memory supports an answer: pass a memory.")
@@ -275,11 +277,11 @@ class GradMemPipeline(StateSelector):
         self, prompt: Prompt, *, memory: MemoryState, search_scores: Sequence[float] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any,
     ) -> SurestAnswer:  # fmt: skip
-        """Ask several states the same, each by itself, and take the answer of the one that holds it most likely.
+        """Ask several states the same, each by itself, and return the answer of the state most likely to hold it.
 
-        For adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): the states that do not hold
-        it score low, and the best one alone answers. Of others each state answers, and the likeliest answer counts;
-        they are better read side by side, as `select` has it.
+        Meant for adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): states that do not
+        hold it score low, and only the best state answers. With other adapters, every state answers and the likeliest
+        answer is returned; for these, reading the states side by side, as `select` does, is better.
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
@@ -287,7 +289,7 @@ class GradMemPipeline(StateSelector):
             search_scores, chat_template_kwargs, options: as for `select` and `generate`, which explains scores.
 
         Returns:
-            `SurestAnswer`: the answer, its score, and the index of the state that it is from.
+            `SurestAnswer`: the answer, its score, and the index of its state.
         """
         check_state("memory", memory)
         kwargs: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
@@ -311,7 +313,7 @@ class GradMemPipeline(StateSelector):
     ) -> Generator[str, None, None]:
         """Answer one prompt from memory, piece by piece.
 
-        An error in `generate` is raised here; closing the iterator stops the generation.
+        An error in `generate` is raised here; closing the iterator stops generation.
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
@@ -324,26 +326,26 @@ class GradMemPipeline(StateSelector):
     def stream_ids(
         self, input_ids: Tensor, attention_mask: Tensor, *, memory: MemoryState | None = None, **options: Any
     ) -> Generator[str, None, None]:
-        """As `stream`, of a prompt in tokens.
+        """As `stream`, for a prompt given as tokens.
 
         Args:
-            input_ids, attention_mask, memory, options: as for `generate_ids`, of one prompt.
+            input_ids, attention_mask, memory, options: as for `generate_ids`, for one prompt.
         """
         yield from stream_text(self.generate_ids, self.tokenizer, input_ids, attention_mask, memory=memory, **options)
 
     def generate_ids(
         self, input_ids: Tensor, attention_mask: Tensor, *, memory: MemoryState | None = None, **options: Any
     ) -> Any:
-        """Transformers' `generate` from memory; without memory the backbone's, as if the adapter were not there.
+        """Transformers' `generate` from memory; without memory, that of the backbone, as if there were no adapter.
 
-        (`model.generate` without memory follows PEFT: the adapter's LoRA acts.) Other threads see no change of the
+        (`model.generate` without memory follows PEFT: the adapter's LoRA acts.) Other threads see no change in the
         model.
 
         Args:
             input_ids (`Tensor`): `[B, T]`, prompts as `encode_prompts` returns them.
             attention_mask (`Tensor`): `[B, T]`.
             memory (`MemoryState`, *optional*): one state for all prompts, or one per prompt.
-            options: what `model.generate` takes, with those of `generation_options`.
+            options: arguments of `model.generate`, including those of `generation_options`.
 
         Returns:
             What Transformers returns: prompts and new tokens `[B, T + new]`.

@@ -40,15 +40,16 @@ def format_query(
     """The text a model sees for a prompt, and whether it still needs the tokenizer's special tokens.
 
     Args:
-        prompt (`str` or `list[dict]`): a text, which `query_format` is for, or chat messages, which are put into the
-            tokenizer's chat template whatever `query_format` says.
+        prompt (`str` or `list[dict]`): a text, formatted by `query_format`, or chat messages, which always go through
+            the tokenizer's chat template.
         query_format (`str`): as in `GradMemConfig`.
-        tokenizer (`PreTrainedTokenizerBase`): whose chat template is taken.
-        tools (`list[dict]`, *optional*): what chat templates that know tools are given, as JSON schemas.
-        chat_template_kwargs (`Mapping`, *optional*): what else the chat template is given, such as `enable_thinking`.
+        tokenizer (`PreTrainedTokenizerBase`): provides the chat template.
+        tools (`list[dict]`, *optional*): tools for chat templates that support them, as JSON schemas.
+        chat_template_kwargs (`Mapping`, *optional*): other arguments for the chat template, such as `enable_thinking`.
 
     Raises:
-        ValueError: chat messages or `"chat"`, and the tokenizer has no chat template; or a message that is none.
+        ValueError: the prompt is chat messages or the format `"chat"`, but the tokenizer has no chat template; or a
+            message is invalid.
     """
     check_kind("A prompt", prompt, Sequence, "a text or a list of chat messages")
     if isinstance(prompt, str) and query_format == "text":
@@ -68,7 +69,7 @@ def format_query(
 
 
 def study_tokens(query_format: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The fields of `Study` that say in tokens how a model is shown a text and asked about it.
+    """The fields of `Study` that state, in tokens, how a model is shown a text and asked about it.
 
     Args:
         query_format, tokenizer: as for `format_query`.

@@ -27,15 +27,15 @@ class MemoryState:
     """A batch of written contexts: what WRITE makes and READ takes.
 
     Args:
-        vectors (`Tensor`): `[B, m, d]`, the memory itself, before projection and control vectors, so that WRITE can go
-            on from it.
-        context_tokens (`Tensor`): `[B]` integers, how many tokens each context had.
+        vectors (`Tensor`): `[B, m, d]`, the memory itself, before projection and control vectors, so that WRITE can
+            continue from it.
+        context_tokens (`Tensor`): `[B]` integers, the number of tokens in each context.
         write_losses (`Tensor`): `[B, steps + 1]`, the write loss in nats per token before each step and after the last;
-            a sample that stopped early repeats its last.
+            a sample that stopped early repeats its last loss.
         fingerprint (`str`): the identity of the backbone and adapter that wrote it.
 
     Raises:
-        TypeError, ValueError: tensors of a wrong kind or shape.
+        TypeError, ValueError: a tensor has the wrong kind or shape.
     """
 
     vectors: Tensor
@@ -69,7 +69,7 @@ class MemoryState:
 
     @property
     def num_memory_tokens(self) -> int:
-        """m, the vectors per state."""
+        """m, the number of vectors per state."""
         return self.vectors.shape[1]
 
     @property
@@ -79,7 +79,7 @@ class MemoryState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory itself, all states together."""
+        """Size in bytes of the vectors of all states together."""
         return self.vectors.nbytes
 
     @property
@@ -99,7 +99,7 @@ class MemoryState:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> MemoryState:
-        """Some of the states.
+        """Select states.
 
         Args:
             index (`int`, `slice`, `Sequence[int]` or `Tensor`): an integer gives a batch of one; a tensor holds
@@ -128,7 +128,7 @@ class MemoryState:
 
     @staticmethod
     def stack(states: Sequence[MemoryState]) -> MemoryState:
-        """States as one batch, in order.
+        """Stack states into one batch, in order.
 
         Args:
             states (`Sequence[MemoryState]`): of the same model and shape.
@@ -148,9 +148,9 @@ class MemoryState:
 
     @staticmethod
     def concat(states: Sequence[MemoryState]) -> MemoryState:
-        """States side by side, to be read as one longer prefix: state i of each makes up state i of the result.
+        """Put states side by side, to be read as one longer prefix: state i of the result is made of state i of each.
 
-        `context_tokens` add up; `write_losses` are the mean over all their tokens.
+        `context_tokens` add up; `write_losses` are averaged over all tokens.
 
         Args:
             states (`Sequence[MemoryState]`): of the same model, with the same number of states each.
@@ -173,11 +173,11 @@ class MemoryState:
     # ---------------------------------------------------------------- place
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
-        """The states elsewhere, or narrower.
+        """Move the states to a device, or convert their vectors to a dtype.
 
         Args:
-            device (`torch.device` or `str`, *optional*): where to. `None`: where they are.
-            dtype (`torch.dtype`, *optional*): a floating dtype for the vectors; bfloat16 halves their bytes.
+            device (`torch.device` or `str`, *optional*): the target device. `None`: unchanged.
+            dtype (`torch.dtype`, *optional*): a floating-point dtype for the vectors; bfloat16 halves their size.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -194,7 +194,7 @@ class MemoryState:
         return self._map(Tensor.detach)
 
     def equal(self, other: MemoryState) -> bool:
-        """The same values bit for bit, dtypes and fingerprint, whatever the device."""
+        """Whether values (bit for bit), dtypes and fingerprint are equal, whatever the device."""
         check_state("other", other)
         return self._encoded() == other._encoded()
 
@@ -215,10 +215,10 @@ class MemoryState:
     # ---------------------------------------------------------------- files
 
     def to_bytes(self) -> bytes:
-        """One safetensors file with a digest of what it holds; equal states give equal bytes.
+        """One safetensors file with a digest of its contents; equal states give equal bytes.
 
         Raises:
-            ValueError: vectors that are not finite, or numbers of tokens that cannot be; `from_bytes` refuses them.
+            ValueError: vectors are not finite, or numbers of tokens are impossible; `from_bytes` would refuse them.
         """
         check_finite(self)
         return self._encoded()
@@ -228,7 +228,8 @@ class MemoryState:
 
     @classmethod
     def from_bytes(cls, data: bytes, device: torch.device | str = "cpu") -> MemoryState:
-        """Read what `to_bytes` made. Never unpickles. States saved before there were digests come with a warning.
+        """Read the output of `to_bytes`. Never unpickles. Warns if the states were saved before digests were
+        introduced.
 
         Args:
             data (`bytes`): one safetensors file.
@@ -245,14 +246,14 @@ class MemoryState:
         return state.to(device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one file, whole or not at all: a file that is there already stays until the new one is complete.
+        """Write one file, whole or not at all: an existing file stays until the new one is complete.
 
         Args:
-            path (`str` or `PathLike`): where to.
+            path (`str` or `PathLike`): the file to write.
 
         Raises:
             FileNotFoundError: the directory does not exist.
-            OSError: the file cannot be written, or `path` is something else than a file.
+            OSError: the file cannot be written, or `path` exists and is not a file.
             ValueError: as for `to_bytes`.
         """
         check_kind("path", path, _PATH, "a path")
@@ -261,7 +262,7 @@ class MemoryState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MemoryState:
-        """Read a file that `save` made. Never unpickles.
+        """Read a file written by `save`. Never unpickles.
 
         Args:
             path (`str` or `PathLike`): the file.
@@ -280,10 +281,10 @@ class MemoryState:
 
 
 def check_state(name: str, memory: object) -> None:
-    """Raise `TypeError` for what is no memory state.
+    """Raise `TypeError` for anything but a memory state.
 
     Args:
-        name (`str`): what the caller named it.
+        name (`str`): the caller's name for it.
         memory (`object`): what was passed.
     """
     wanted = (
@@ -312,15 +313,15 @@ def check_finite(memory: MemoryState) -> None:
 
 
 def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> None:
-    """Raise unless a model can read states. What is trained writes its own, and does not come here.
+    """Raise unless a model can read states. In training a model reads its own, which are not checked here.
 
     Args:
         memory (`MemoryState`): the states.
         width (`int`): d, the size of the model's memory vectors.
-        fingerprint (`str`, *optional*): the model's. `None`: states of another model are read, too.
+        fingerprint (`str`, *optional*): the model's. `None`: also allow states of another model.
 
     Raises:
-        TypeError: `memory` is no state.
+        TypeError: `memory` is not a state.
         ValueError: another model wrote it, or it has vectors that are not finite.
     """
     check_state("memory", memory)

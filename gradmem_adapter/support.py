@@ -19,13 +19,13 @@ _OF_SEARCH = 6.0
 
 
 class Selected(NamedTuple):
-    """What a prompt is to be answered from: what `GradMemPipeline.select` returns.
+    """What to answer a prompt from, as returned by `GradMemPipeline.select`.
 
     Args:
-        memory (`MemoryState`): one state to read: one of those there were, or several side by side.
-        states (`list[int]`): the indices of those that it is made of.
-        support (`float`, *optional*): how far it holds an answer, from 0 to 1. None: that was not asked for, or the
-            adapter was not trained to refuse.
+        memory (`MemoryState`): one state to read: one of the given states, or several side by side.
+        states (`list[int]`): the indices of the states it is made of.
+        support (`float`, *optional*): how well it supports an answer, from 0 to 1. None: not requested, or the adapter
+            was not trained to refuse.
     """
 
     memory: MemoryState
@@ -34,24 +34,24 @@ class Selected(NamedTuple):
 
 
 class StateSelector(TextEncoder):
-    """The part of `GradMemPipeline` that knows how far states hold an answer, before there is one."""
+    """The part of `GradMemPipeline` that tells how well states support an answer before there is one."""
 
     def support(
         self, prompts: Prompt | Sequence[Prompt], *, memory: MemoryState, tools: list[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, strict: bool = True,
     ) -> list[float]:  # fmt: skip
-        """How far states hold answers to prompts, which are not computed for it.
+        """How well states support answers to prompts, without generating the answers.
 
         Args:
-            prompts (`str`, `list[dict]` or a list of either): one, which each state is asked by itself, or several.
-            memory (`MemoryState`): any number of states for one prompt; for several one for all, or one per prompt.
+            prompts (`str`, `list[dict]` or a list of either): one prompt, asked of each state by itself, or several.
+            memory (`MemoryState`): for one prompt, any number of states; for several, one for all or one per prompt.
             tools, chat_template_kwargs, strict: as for `encode_prompts` and `generate`.
 
         Returns:
-            `list[float]`: of each state or prompt the score that `generate` gives with an answer, from 0 to 1.
+            `list[float]`: for each state or prompt, the score from 0 to 1 that `generate` returns with an answer.
 
         Raises:
-            ValueError: the adapter was not trained to refuse (`GradMemConfig.refusal`); scores need answers then.
+            ValueError: the adapter was not trained to refuse (`GradMemConfig.refusal`); scores then need answers.
         """
         if not self.refuses:
             raise ValueError("This adapter was not trained to say what memory does not hold: it scores answers alone.")
@@ -67,25 +67,26 @@ class StateSelector(TextEncoder):
         self, prompt: Prompt, *, memory: MemoryState | list[MemoryState], side_by_side: bool | None = None,
         search_scores: Sequence[float] | Callable[[], Sequence[float]] | None = None, support: bool = False, **how: Any,
     ) -> Selected:  # fmt: skip
-        """What of several states a prompt is best answered from: the one that holds an answer, or all side by side.
+        """Choose what to answer a prompt from: the one of several states that holds an answer, or all side by side.
 
         An adapter that was trained to refuse (`GradMemConfig.refusal`) tells which state holds an answer, and answers
-        better from that one alone. Others read all of them.
+        better from that one alone. With other adapters, all states are read.
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
             memory (`MemoryState` or a list of them): any number of states.
-            side_by_side (`bool`, *optional*): True: all states; False: the one that holds an answer most likely, of
-                equals the first; None: as the adapter was trained.
-            search_scores (`Sequence[float]`, *optional*): how well a search found each (`Choice.score`), which counts
-                beside that; or what gives them, called where they count.
-            support (`bool`, *optional*, defaults to `False`): say how far memory holds an answer, also where there is
-                nothing to choose. It takes a pass.
-            how: what else `support` takes.
+            side_by_side (`bool`, *optional*): True: all states; False: the state most likely to hold an answer, the
+                first if several are equal; None: as the adapter was trained.
+            search_scores (`Sequence[float]`, *optional*): how well a search matched each state (`Choice.score`), which
+                is then taken into account as well; or a function that returns these scores, called only when they are
+                needed.
+            support (`bool`, *optional*, defaults to `False`): also report how well memory supports an answer when there
+                is nothing to choose. Takes one pass.
+            how: other arguments of `support`.
 
         Raises:
-            ValueError: one of several states is to be found, and the adapter was not trained to refuse; or search
-                scores are not as many as states.
+            ValueError: one of several states is to be chosen, but the adapter was not trained to refuse; or there are
+                not as many search scores as states.
         """
         batches = memory if isinstance(memory, list) else [memory]
         for batch in batches:
@@ -115,9 +116,9 @@ def answer_scores(
     Args:
         encoder (`TextEncoder`): the model and its tokenizer.
         input_ids, mask (`Tensor`): `[B, T]`, prompts with padding on the left.
-        new (`Tensor`): `[B x sequences, n]`, the tokens behind them; n may be 0 of an adapter that refuses.
+        new (`Tensor`): `[B x sequences, n]`, the tokens after them; n may be 0 if the adapter was trained to refuse.
         memory (`MemoryState`): one state for all prompts, or one per prompt.
-        options (`dict`): those of `generate` that say where an answer ends and which state a prompt is asked of.
+        options (`dict`): those of `generate` that determine where an answer ends and which state a prompt is asked of.
     """
     config, tokenizer = encoder.model.active_peft_config, encoder.tokenizer
     own = tokenizer.eos_token_id
@@ -145,15 +146,15 @@ def answer_scores(
 
 
 def surest(supported: Sequence[float], search_scores: Sequence[float] | None = None) -> int:
-    """The state that holds an answer most likely; of equals the first.
+    """The index of the state most likely to hold an answer, the first if several are equal.
 
-    With the scores s of the search that found the states, and p how far each supports an answer:
+    With the scores s of the search that found the states, and p for how well each supports an answer:
 
         argmax_i  log p_i / (1 - p_i)  +  6 s_i / max_j s_j
 
     Args:
-        supported (`Sequence[float]`): of each state, from 0 to 1.
-        search_scores (`Sequence[float]`, *optional*): as many, 0 or more.
+        supported (`Sequence[float]`): p for each state, from 0 to 1.
+        search_scores (`Sequence[float]`, *optional*): one for each state, 0 or more.
 
     Raises:
         ValueError: there are not as many search scores as states.

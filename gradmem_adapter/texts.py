@@ -24,7 +24,7 @@ class TextEncoder:
     """A model with memory and its tokenizer: the half of `GradMemPipeline` that knows tokens.
 
     Args:
-        model (`PeftModel`): with an active GradMem adapter.
+        model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer, with a pad or an end token.
     """
 
@@ -41,7 +41,7 @@ class TextEncoder:
 
     @property
     def max_context_tokens(self) -> int | None:
-        """Tokens of the longest text that can be written, special ones included; None: the backbone sets no limit."""
+        """The most tokens that a text to write may have, special ones included; None: the backbone sets no limit."""
         positions = self.model.positions
         return None if positions is None else positions - self.model.prefix_length
 
@@ -51,18 +51,18 @@ class TextEncoder:
         segment_tokens: int | None = None,
         overlap: int | None = None,
     ) -> Iterator[Segment]:
-        """Cut a text of any length where paragraphs end, else sentences, else words; it is read as it is needed.
+        """Cut a text of any length at the ends of paragraphs, else sentences, else words. The text is read lazily.
 
         Args:
-            text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its pieces in order as they stand, such as
-                the lines of an open file; or its token ids.
-            segment_tokens (`int`, *optional*): most tokens of a segment, special ones included; None: two for each of
-                the adapter's vectors, no more than its trained length.
-            overlap (`int`, *optional*): most tokens that a segment repeats of the one before, where no paragraph ended
-                there; None: a sixteenth of a segment.
+            text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its consecutive pieces, such as the lines of
+                an open file; or its token ids.
+            segment_tokens (`int`, *optional*): the most tokens in a segment, special ones included; None: two per
+                memory vector, at most the adapter's trained length.
+            overlap (`int`, *optional*): the most tokens that a segment repeats of the one before, unless a paragraph
+                ended there; None: a sixteenth of a segment.
 
         Raises:
-            ValueError: the trained length is not known, or a segment would be longer than the model takes.
+            ValueError: the trained length is unknown, or a segment would be longer than the model takes.
         """
         limit = self.model.active_peft_config.segment_tokens if segment_tokens is None else segment_tokens
         if limit is None:
@@ -81,8 +81,8 @@ class TextEncoder:
 
         Args:
             prompt (`str` or `list[dict]`): a text or chat messages.
-            tools (`list[dict]`, *optional*): what chat templates that know tools are given, as JSON schemas.
-            chat_template_kwargs (`Mapping`, *optional*): what else the chat template is given.
+            tools (`list[dict]`, *optional*): tools for chat templates that support them, as JSON schemas.
+            chat_template_kwargs (`Mapping`, *optional*): other arguments for the chat template.
         """
         own = self.model.active_peft_config.query_format
         return format_query(prompt, own, self.tokenizer, tools, chat_template_kwargs)
@@ -93,7 +93,7 @@ class TextEncoder:
         tools: list[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts as the model sees them.
+        """Encode prompts as the model sees them.
 
         Args:
             prompts (`Sequence`): texts or chat messages.
@@ -103,7 +103,7 @@ class TextEncoder:
             Token ids `[B, T]`, left padded, and their mask.
 
         Raises:
-            ValueError: there is no prompt, or one that cannot be formatted or is too long for the model.
+            ValueError: there is no prompt, or one cannot be formatted or is too long for the model.
         """
         formatted = [self.format_query(prompt, tools, chat_template_kwargs) for prompt in prompt_list(prompts)]
         for i, (text, _) in enumerate(formatted):
@@ -114,10 +114,10 @@ class TextEncoder:
         )
 
     def pad_prompts(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Tokens of prompts as `generate_ids` takes them.
+        """Pad the tokens of prompts, for `generate_ids`.
 
         Args:
-            rows (`Sequence[Sequence[int]]`): of each prompt.
+            rows (`Sequence[Sequence[int]]`): the tokens of each prompt.
 
         Returns:
             Token ids `[B, T]`, left padded, and their mask, on the model's device.
@@ -129,7 +129,7 @@ class TextEncoder:
         return self._pad(rows, "left")
 
     def encode_contexts(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts as WRITE reads them.
+        """Encode texts as WRITE reads them.
 
         Args:
             texts (`str` or `Sequence[str]`): one text or several.
@@ -163,10 +163,10 @@ class TextEncoder:
         return cast(int, self.tokenizer.eos_token_id if pad is None else pad)
 
     def generation_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options for `model.generate`, with the tokenizer and the pad token where they are needed.
+        """Options for `model.generate`, with the tokenizer and the pad token where needed.
 
         Args:
-            options (`dict`): what `generate` was given; it is left as it is.
+            options (`dict`): the options given to `generate`; left unchanged.
         """
         options = dict(options)
         if options.get("stop_strings") is not None:

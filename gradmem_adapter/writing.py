@@ -40,8 +40,7 @@ with twice the tokens (docs/long_texts.md)."""
 
 
 class WritingModel(GradMemTuner):
-    """WRITE, and what can be asked of memory alone. `GradMemModel` is this and READ; its docstring says what the
-    letters of shapes mean."""
+    """WRITE, and what needs memory alone. `GradMemModel` adds READ; its docstring explains the letters in shapes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,32 +72,32 @@ class WritingModel(GradMemTuner):
         token_type_ids: Tensor | None = None,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
-        """WRITE a batch of contexts, each by itself, into one memory state each:
+        """WRITE each context of a batch, by itself, into a memory state of its own:
 
             M_{k+1} = M_k - a * grad_M L_w(M_k; C),    k = 0 .. K-1    (GradMem, arXiv 2603.13875)
 
-        Works under `torch.no_grad()` and `torch.inference_mode()`, changes nothing in the model, and may run in
-        several threads at once.
+        Works under `torch.no_grad()` and `torch.inference_mode()`, changes nothing in the model, and may run in several
+        threads at once.
 
         Args:
             input_ids (`Tensor`): `[B, N]` token ids, as the tokenizer returns them.
             attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts; padding on either side. `None`:
                 every token counts.
             options (`WriteOptions`, *optional*): how to write. `None`: as the configuration says.
-            initial (`MemoryState`, *optional*): states to go on from, one per context, in place of the memory slots.
-                The write optimizer starts anew; of the first steps' learned rates the last is used.
+            initial (`MemoryState`, *optional*): states to continue from, one per context, in place of the memory slots.
+                The write optimizer starts afresh; of the learned rates per step, only the last is used.
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
-            token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
-            fields: steps, lr, optimizer, tolerance, stop_when_recovered, last_loss, compile, objective, study,
-                max_memory, the fields of `WriteOptions` by themselves, in place of those of `options`.
+            token_type_ids (`Tensor`, *optional*): must be zeros; accepted so that `**tokenizer(...)` can be passed.
+            fields: single fields of `WriteOptions`, which replace those of `options`: steps, lr, optimizer, tolerance,
+                stop_when_recovered, last_loss, compile, objective, study, max_memory.
 
         Returns:
             `MemoryState`: B states, detached, in float32 (or float64) on the model's device.
 
         Raises:
             TypeError, ValueError: input that cannot be written; the message says why and what to do.
-            MemoryError: there is not enough memory free for it.
+            MemoryError: there is not enough free memory.
         """
         options = WriteOptions.of(options, **fields)
         check_token_types(token_type_ids)
@@ -200,21 +199,22 @@ class WritingModel(GradMemTuner):
         strict: bool = True,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
-        """WRITE more text into states, which keep what they can of the earlier (see `write/more.py`).
+        """WRITE more text into states, which keep what they can of the earlier text (see `write/more.py`).
 
         Args:
-            memory (`MemoryState`): B states, which stay as they are.
-            input_ids (`Tensor`): `[B, N]`, what each is to know besides.
+            memory (`MemoryState`): B states, left unchanged.
+            input_ids (`Tensor`): `[B, N]`, the text to add to each.
             attention_mask (`Tensor`, *optional*): `[B, N]`, padding on either side.
             options (`WriteOptions`, *optional*): how to write. `None`: as the configuration says.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
             fields: as for `write`.
 
         Returns:
-            `MemoryState`: B states; their `context_tokens` count old and new ones, `write_losses` are of the new text.
+            `MemoryState`: B states. Their `context_tokens` count old and new tokens; `write_losses` are those of the
+            new text.
 
         Raises:
-            ValueError: `objective="self_study"`, which writes each text by itself; else as for `write`.
+            ValueError: `objective="self_study"`, which writes each text by itself; otherwise as for `write`.
         """
         options = WriteOptions.of(options, **fields)
         if options.objective == "self_study":
@@ -240,10 +240,10 @@ class WritingModel(GradMemTuner):
         return MemoryState(written.vectors, known + context.lengths, written.write_losses, written.fingerprint)
 
     def longest_update(self, vectors: int) -> int | None:
-        """How many tokens a text may have for `update`, whatever a state recites; None: any number.
+        """The most tokens that a text for `update` may have, whatever a state recites; None: any number.
 
         Args:
-            vectors (`int`): m, those of the state.
+            vectors (`int`): m of the state.
         """
         return self._writer.longest_update(vectors)
 
@@ -263,14 +263,14 @@ class WritingModel(GradMemTuner):
         Contexts of similar length are written together. All are checked before the first is written.
 
         Args:
-            contexts (`Sequence`): token ids `[n]` of each.
-            max_tokens (`int`, *optional*): a batch's tokens, padding counted. `None`: found from the device and its
-                free memory.
-            progress (`bool`, *optional*): show a progress bar. `None`: where stderr is a terminal.
-            done (`Callable`, *optional*): given the indices and the states of each batch as soon as it is written, so
-                that what fails later loses nothing.
-            callback (`Callable`, *optional*): given the indices of a batch and a `WriteProgress`, before each step and
-                after the last.
+            contexts (`Sequence`): the token ids `[n]` of each context.
+            max_tokens (`int`, *optional*): the most tokens in a batch, padding included. `None`: found from the device
+                and its free memory.
+            progress (`bool`, *optional*): show a progress bar. `None`: if stderr is a terminal.
+            done (`Callable`, *optional*): called with the indices and states of each batch as soon as it is written, so
+                that a later failure loses nothing.
+            callback (`Callable`, *optional*): called with the indices of a batch and a `WriteProgress` before each step
+                and after the last.
             options, fields: as for `write`.
 
         Returns:
@@ -278,7 +278,7 @@ class WritingModel(GradMemTuner):
 
         Raises:
             TypeError, ValueError: input that cannot be written; the message names the context.
-            MemoryError: there is not enough memory free for the longest context.
+            MemoryError: there is not enough free memory for the longest context.
             torch.cuda.OutOfMemoryError: a single context does not fit; the message names it.
         """
         options = WriteOptions.of(options, **fields)
@@ -327,21 +327,22 @@ class WritingModel(GradMemTuner):
         strict: bool = True,
         callback: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Decode contexts greedily from memory alone, as WRITE sees it (its head, control vectors and LoRA).
+        """Decode contexts greedily from memory alone, as WRITE sees it (with its head, control vectors and LoRA).
 
         Args:
             memory (`MemoryState`): B states.
-            max_new_tokens (`int`, *optional*): how many tokens, as far as the backbone has positions. `None`: those of
-                the longest context, as far as it has.
+            max_new_tokens (`int`, *optional*): how many tokens to decode. `None`: as many as the longest context has,
+                as far as the backbone has positions.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
-            callback (`Callable`, *optional*): given the token ids `[B]` of each place as soon as they are decoded.
+            callback (`Callable`, *optional*): called with the token ids `[B]` of each position as soon as they are
+                decoded.
 
         Returns:
-            `Tensor`: `[B, max_new_tokens]` token ids; those of sample i count up to `memory.context_tokens[i]`.
+            `Tensor`: `[B, max_new_tokens]` token ids, of which the first `memory.context_tokens[i]` of sample i count.
 
         Raises:
-            ValueError: a negative number of tokens, more than the backbone has positions for behind memory, or a state
-                that leaves none.
+            ValueError: a negative number of tokens, more than the backbone has positions for after the memory, or a
+                state that leaves no position.
         """
         vectors = self._vectors(memory, strict)
         most = self._writer.longest_context(memory.num_memory_tokens)
@@ -376,10 +377,11 @@ class WritingModel(GradMemTuner):
             input_ids (`Tensor`): `[B, N]`, the contexts.
             attention_mask (`Tensor`, *optional*): `[B, N]`, padding on either side.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
-            token_type_ids (`Tensor`, *optional*): zeros, so that `**tokenizer(...)` can be passed.
+            token_type_ids (`Tensor`, *optional*): must be zeros; accepted so that `**tokenizer(...)` can be passed.
 
         Returns:
-            `Fidelity`: shares `[B]` of tokens that come back, decoded greedily and given the true tokens before them.
+            `Fidelity`: the shares `[B]` of tokens that come back, decoded greedily and given the true tokens before
+            them.
         """
         check_token_types(token_type_ids)
         context = self._contexts_behind(memory, input_ids, attention_mask)
