@@ -39,23 +39,23 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open the backbone that a reference names, in eval mode, with its tokenizer.
 
-    Unpacking a GGUF file takes many seconds, so its result is kept: see `utils.gguf`.
+    Unpacking a GGUF file takes many seconds, so the result is kept (see `utils.gguf`).
 
     Args:
         reference (`str`): a local directory, a hub id, or `package:<package>/<file>.gguf`, a GGUF file inside an
-            installed Python package. `model.name_or_path` is the reference, so that an adapter trained on the model
+            installed Python package. `model.name_or_path` is set to it, so that an adapter trained on the model
             remembers it.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the model goes.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): takes the place of the backbone's own.
-        revision (`str`, *optional*): of a model on the hub: a branch, a tag or a commit. `None`: the newest.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of the weights.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where to put the model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): replaces the backbone's own.
+        revision (`str`, *optional*): branch, tag or commit of a model on the hub. `None`: the newest.
 
     Returns:
         The causal LM, and a tokenizer that has a pad token.
 
     Raises:
-        FileNotFoundError, OSError, ModuleNotFoundError: it is not there; the message says what a reference may be.
-        ValueError: it is no causal LM, its tokenizer has no token to pad with, or there is no such device.
+        FileNotFoundError, OSError, ModuleNotFoundError: it is not found; the message says what a reference may be.
+        ValueError: it is not a causal LM, its tokenizer has no token to pad with, or there is no such device.
     """
     device = device_here(device)  # before the work
     if reference.startswith(_PACKAGE):

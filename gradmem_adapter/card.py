@@ -62,18 +62,18 @@ _PEFT_AND_BACKBONE = (
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says that the adapter itself does not know.
+    """What a model card says beyond what the adapter knows.
 
     Args:
-        name (`str`, *optional*): what to open it by, such as its repository; None: the directory's.
-        data (`str`, *optional*): what it was trained on.
-        results (`Mapping[str, float]`, *optional*): what was measured, by name.
-        license (`str`, *optional*): its identifier on the hub, such as `"apache-2.0"`.
-        parent (`str`, *optional*): the adapter that it was trained on from, such as `"smollm2-135m-qa"`.
-        parent_license (`str`, *optional*): the identifier of that one's.
+        name (`str`, *optional*): the name to open it by, such as its repository; None: the directory's.
+        data (`str`, *optional*): what the adapter was trained on.
+        results (`Mapping[str, float]`, *optional*): measurements, by name.
+        license (`str`, *optional*): the licence's identifier on the hub, such as `"apache-2.0"`.
+        parent (`str`, *optional*): the adapter that training started from, such as `"smollm2-135m-qa"`.
+        parent_license (`str`, *optional*): the identifier of the parent's licence.
 
     Raises:
-        TypeError: a field of another type, or a result that is no number.
+        TypeError: a field has another type, or a result is not a number.
     """
 
     name: str | None = None
@@ -105,13 +105,13 @@ def _is_number(value: object) -> bool:
 
 
 def write_card(directory: Path, config: GradMemConfig, card: Card, *, name: str | None = None) -> None:
-    """Write the model card of an adapter into a directory, in the place of one that is there.
+    """Write the model card of an adapter into a directory, replacing an existing one.
 
     Args:
         directory (`Path`): the directory.
-        config (`GradMemConfig`): of the adapter, as it is saved.
-        card (`Card`): what else it says.
-        name (`str`, *optional*): where `card` has none; None: the directory's.
+        config (`GradMemConfig`): the adapter's, as it is saved.
+        card (`Card`): what else the card says.
+        name (`str`, *optional*): the name if `card` has none; None: the directory's.
     """
     named = config.base_model_name_or_path
     metadata = ModelCardData(
@@ -170,10 +170,10 @@ def _license(card: Card) -> str:
 
 
 def license_of(directory: Path) -> str | None:
-    """What the model card in a directory says the licence is; None: nothing, or there is no card that can be read.
+    """The licence that the model card in a directory states; None: none, or there is no card that can be read.
 
     Args:
-        directory (`Path`): of a checkpoint.
+        directory (`Path`): the directory of a checkpoint.
     """
     try:
         license = ModelCard.load(directory / CARD).data.license if (directory / CARD).is_file() else None

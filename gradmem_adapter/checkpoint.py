@@ -60,22 +60,22 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     card: Card | None = None,
 ) -> None:
-    """Save the active adapter and the tokenizer, and the backbone where it was trained, for `load_checkpoint`.
+    """Save the active adapter and the tokenizer, and the backbone if it was trained, for `load_checkpoint`.
 
-    The directory appears whole or not at all. A checkpoint that is there already is replaced, and other files beside it
-    stay. If the process is killed, `load_checkpoint` finds the old one or the new one. `SHA256SUMS` has the digests of
-    all files, which it compares.
+    The directory appears whole or not at all. An existing checkpoint is replaced; other files beside it stay. If the
+    process is killed, `load_checkpoint` finds either the old one or the new one. `SHA256SUMS` has the digests of all
+    files, which `load_checkpoint` compares.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): the directory.
-        dtype (`torch.dtype`, *optional*): what the adapter's weights are rounded to in the file; bfloat16 halves it.
-            What is loaded from it has another fingerprint than `model`.
-        card (`Card`, *optional*): what the model card says of data, results and licence. One that is there stays.
+        dtype (`torch.dtype`, *optional*): what the adapter's weights are rounded to in the file; bfloat16 halves its
+            size. The rounded adapter has another fingerprint than `model`.
+        card (`Card`, *optional*): what the model card says about data, results and licence. An existing card stays.
 
     Raises:
-        FileExistsError: there is something else at `path`, which is left alone.
+        FileExistsError: `path` holds something else, which is left alone.
     """
     path = Path(path)
     left = path.is_dir() and all(entry.name.startswith(".gradmem-") for entry in path.iterdir())  # by killed processes
@@ -126,7 +126,7 @@ def save_beside(
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): the directory.
         dtype, card (*optional*): see `save_checkpoint`.
-        config (`GradMemConfig`, *optional*): what is saved as the adapter's; None: `saved_config(model)`.
+        config (`GradMemConfig`, *optional*): what to save as the adapter's configuration; None: `saved_config(model)`.
     """
     config = config or saved_config(model)
     with replacing_together(Path(path), OWN) as folder:
@@ -188,13 +188,12 @@ def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
 
 
 def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str] = ()) -> None:
-    """Load a checkpoint's weights into the active adapter of a model, and into its backbone where that is trained.
+    """Load a checkpoint's weights into the active adapter of a model, and into its backbone if that is trained.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
         path (`str` or `Path`): the checkpoint's directory.
-        may_lack (`Collection[str]`, *optional*): tensors of the slots that stay as they are where the checkpoint has
-            none.
+        may_lack (`Collection[str]`, *optional*): tensors of the slots that stay unchanged if the checkpoint lacks them.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or it has no trained backbone and the model needs one.
@@ -262,25 +261,25 @@ def load_checkpoint(
     """Open a checkpoint: a model that writes and reads, and its tokenizer.
 
     Args:
-        path (`str` or `Path`): a directory made by `save_checkpoint` (or by PEFT's `save_pretrained`), the name of one
-            that ships, such as `"smollm2-135m-qa"`, or of one on the hub.
+        path (`str` or `Path`): a directory made by `save_checkpoint` (or by PEFT's `save_pretrained`), the name of a
+            checkpoint that ships, such as `"smollm2-135m-qa"`, or of one on the hub.
         backbone (`str`, `Path` or `PreTrainedModel`, *optional*): the backbone, or where to find it (see
             `load_backbone`). `None`: the one inside the checkpoint if it was trained, otherwise the one that the
             adapter was made for.
-        dtype (`torch.dtype`, *optional*): of the backbone; the adapter stays in float32. `None`: `torch.float32`, or as
-            a model that is passed has it.
-        device (`str` or `torch.device`, *optional*): where to put both. `None`: the CPU, or where a model that is
-            passed is.
-        is_trainable (`bool`, *optional*, defaults to `False`): leave the adapter trainable.
-        revision (`str`, *optional*): of a checkpoint on the hub: a branch, a tag or a commit. `None`: the newest.
-        token (`str`, *optional*): of the hub, for the checkpoint; None: the one of `hf auth login`.
+        dtype (`torch.dtype`, *optional*): dtype of the backbone; the adapter stays in float32. `None`: `torch.float32`,
+            or that of the model passed.
+        device (`str` or `torch.device`, *optional*): where to put both. `None`: the CPU, or the device of the model
+            passed.
+        is_trainable (`bool`, *optional*, defaults to `False`): keep the adapter trainable.
+        revision (`str`, *optional*): branch, tag or commit of a checkpoint on the hub. `None`: the newest.
+        token (`str`, *optional*): hub token for the checkpoint; None: the one of `hf auth login`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the adapter is not a GradMem adapter, does not say what its backbone is, its tensors are not exactly
-            those that its configuration calls for, a file is damaged, or there is no such device here. A backbone that
-            was passed is then as it was. Or `dtype` or `device` is given for one that was passed, or `revision` for a
-            directory.
+        ValueError: the adapter is not a GradMem adapter or does not say what its backbone is, its tensors are not
+            exactly those that its configuration calls for, a file is damaged, or there is no such device; a backbone
+            that was passed is then left unchanged. Or `dtype` or `device` is given with a model as backbone, or
+            `revision` with a directory.
     """
     if isinstance(backbone, PreTrainedModel) and not (dtype is None and device is None):
         raise ValueError(
@@ -312,10 +311,10 @@ def _find(path: str | Path, revision: str | None = None, token: str | None = Non
 
 
 def config_of(path: str | Path) -> GradMemConfig:
-    """The configuration of a checkpoint, which is found as `load_checkpoint` finds it and is not opened.
+    """The configuration of a checkpoint, found as by `load_checkpoint` but without opening it.
 
     Args:
-        path (`str` or `Path`): a directory, the name of one that ships, or of one on the hub.
+        path (`str` or `Path`): a directory, or the name of a checkpoint that ships or is on the hub.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

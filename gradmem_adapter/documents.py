@@ -34,8 +34,8 @@ class DocumentMemory:
     """A long text in memory.
 
     Args:
-        segments (`tuple[Segment, ...]`): the pieces that it was written in, in order.
-        states (`MemoryState`): with `"parallel"` one state per segment, with `"sequential"` one for all.
+        segments (`tuple[Segment, ...]`): the segments it was written in, in order.
+        states (`MemoryState`): with `"parallel"`, one state per segment; with `"sequential"`, one state for all.
         mode (`str`): how it was written.
     """
 
@@ -44,17 +44,17 @@ class DocumentMemory:
     mode: Mode
 
     def __len__(self) -> int:
-        """How many segments it has."""
+        """The number of segments."""
         return len(self.segments)
 
     def side_by_side(self, indices: Sequence[int] | None = None) -> MemoryState:
-        """One state to read several segments from, each of which takes its own vectors in it.
+        """One state from which to read several segments, each of which keeps its own vectors.
 
         Args:
-            indices (`Sequence[int]`, *optional*): which segments, in the order in which they are to stand; None: all.
+            indices (`Sequence[int]`, *optional*): the segments, in the order in which they are to stand; None: all.
 
         Raises:
-            ValueError: some segments are asked for of the one state that a `"sequential"` document has.
+            ValueError: `indices` is given, but the document is `"sequential"` and has one state for all segments.
         """
         if indices is not None and self.mode == "sequential":
             raise ValueError("A document written with mode='sequential' has one state for all segments: read .states.")
@@ -63,12 +63,13 @@ class DocumentMemory:
     def fidelity(self, pipeline: GradMemPipeline, max_tokens: int | None = None) -> Fidelity:
         """How much of each segment its state gives back.
 
-        With `"sequential"`, `greedy` is the share that the state recites anywhere, in runs of at least four tokens;
-        `teacher_forced` is of the segment as if it came first.
+        With `"sequential"`, `greedy` is the share of tokens that the state recites anywhere, in runs of at least four;
+        `teacher_forced` is computed as if the segment came first.
 
         Args:
-            pipeline (`GradMemPipeline`): that wrote it.
-            max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
+            pipeline (`GradMemPipeline`): the pipeline that wrote it.
+            max_tokens (`int`, *optional*): the most tokens in a batch, padding included; None: what the device has
+                memory for.
 
         Returns:
             `Fidelity`: shares `[segments]`.
@@ -110,7 +111,7 @@ def write_document(
     max_tokens: int | None,
     progress: bool | None,
 ) -> DocumentMemory:
-    """WRITE a text of any length in segments; `GradMemPipeline.write_document` says what the arguments are."""
+    """WRITE a text of any length in segments; `GradMemPipeline.write_document` explains the arguments."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
     if mode == "sequential":
@@ -157,17 +158,17 @@ def sequential_segments(
     *,
     vectors: int | None = None,
 ) -> Iterator[Segment]:
-    """Segments that leave room for what a state knows already.
+    """Segments that leave room for what a state already knows.
 
     Args:
-        encoder (`TextEncoder`): who writes them.
-        text, segment_tokens, overlap: as for `encoder.segments`, but None: half of the trained length, or as many as
-            the model has positions for, and no overlap.
-        vectors (`int`, *optional*): of the state; None: as the adapter makes them.
+        encoder (`TextEncoder`): what writes them.
+        text, segment_tokens, overlap: as for `encoder.segments`, but None: half the trained length, or as many as the
+            model has positions for, and no overlap.
+        vectors (`int`, *optional*): the number of the state's vectors; None: the adapter's.
 
     Raises:
-        ValueError: a segment could be longer than the state leaves room or positions for, which would show only when
-            others are written.
+        ValueError: a segment could be longer than the state leaves room or positions for, which would otherwise show
+            only after others were written.
     """
     config = encoder.model.active_peft_config
     vectors = config.num_memory_tokens if vectors is None else vectors

@@ -26,25 +26,25 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Upload a GradMem adapter",
 ) -> str:
-    """Save as `save_checkpoint` does, on the hub, from where `load_checkpoint(repo_id)` opens it.
+    """Save on the hub as `save_checkpoint` does, for `load_checkpoint(repo_id)`.
 
-    A checkpoint that is there is replaced: what this one has no more of it goes, and other files stay.
+    An existing checkpoint is replaced: those of its files that the new one lacks are deleted, and other files stay.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
-        repo_id (`str`): the repository, `owner/name`, which is made where there is none.
-        card (`Card`, *optional*): what the model card says of data, results and licence. One that is there stays.
-        private (`bool`, *optional*): of a new repository; None: as its owner has it.
-        token (`str`, *optional*): of the hub; None: the one of `hf auth login`.
-        commit_message (`str`, *optional*): what the history says.
+        repo_id (`str`): the repository, `owner/name`, created if it does not exist.
+        card (`Card`, *optional*): what the model card says about data, results and licence. An existing card stays.
+        private (`bool`, *optional*): whether a new repository is private; None: its owner's default.
+        token (`str`, *optional*): hub token; None: the one of `hf auth login`.
+        commit_message (`str`, *optional*): the message of the commit.
 
     Returns:
         `str`: the address of the commit.
 
     Raises:
-        ValueError: the backbone is a directory of this machine. `model.active_peft_config.base_model_name_or_path` says
-            what it is called on the hub.
+        ValueError: the backbone is a local directory. Set `model.active_peft_config.base_model_name_or_path` to its
+            name on the hub.
     """
     config = shared_config(model)
     api = HfApi(token=token)

@@ -10,14 +10,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class WriteProgress(NamedTuple):
-    """What a callback of `write` is given before each step and after the last.
+    """What a callback of `write` receives before each step and after the last.
 
     Args:
-        step (`int`): how many steps were taken.
-        steps (`int`): K, how many there are to take.
+        step (`int`): the number of steps taken.
+        steps (`int`): K, the number of steps to take.
         losses (`Tensor`): `[B]`, the write loss of each sample in nats per token.
-        recovered (`Tensor`): `[B]`, the share of context tokens that are the model's first choice given the true tokens
-            before them.
+        recovered (`Tensor`): `[B]`, the share of context tokens that are the model's first choice, given the true
+            tokens before them.
     """
 
     step: int
@@ -35,20 +35,20 @@ class GradMemOutput(CausalLMOutputWithPast):
             loss.
         logits (`Tensor`, *optional*): `[B, T, V]` of the query positions.
         hidden_states (`tuple[Tensor]`, *optional*): `[B, T, h]` of the query positions, from each layer.
-        attentions (`tuple[Tensor]`, *optional*): `[B, heads, T, P + T]` from each layer: how far the query positions
-            look at the P places of the prefix, which come first unless a query is padded on the left, and at each
-            other.
+        attentions (`tuple[Tensor]`, *optional*): `[B, heads, T, P + T]` from each layer: the attention of the query
+            positions to the P positions of the prefix, which come first unless a query is padded on the left, and to
+            each other.
         target_loss (`Tensor`, *optional*): a scalar, the loss on `labels` alone.
-        write_losses (`Tensor`, *optional*): `[C, K]`, the write losses before each step, where C contexts were written;
-            `[C, 1]` with K=0, that of the memory WRITE starts from, where this has a weight in the loss.
-        memory (`Tensor`, *optional*): `[C, m, d]`, the memory after WRITE, where contexts were written.
+        write_losses (`Tensor`, *optional*): `[C, K]`, the write loss before each step, if C contexts were written. With
+            K=0, `[C, 1]`, that of the memory WRITE starts from, if it has a weight in the loss.
+        memory (`Tensor`, *optional*): `[C, m, d]`, the memory after WRITE, if contexts were written.
         correct (`Tensor`, *optional*): `[B]`, with `max_targets`: whether every target token of a query is the model's
             first choice.
         target_states (`Tensor`, *optional*): `[B, n, h]`, with `max_targets`: the last hidden states that predict the
             targets of a query, in order; n is `max_targets`.
-        aux_loss, router_logits (*optional*): with `output_router_logits`: what routed experts add to the loss, over the
-            places of the prefix too, and as backbones give them `[B x T, experts]` of the query positions, from each
-            layer.
+        aux_loss, router_logits (*optional*): with `output_router_logits`: the auxiliary loss of routed experts, which
+            includes the positions of the prefix, and the router logits `[B x T, experts]` of the query positions from
+            each layer, in the backbone's format.
     """
 
     target_loss: Tensor | None = None
@@ -63,13 +63,13 @@ class GradMemOutput(CausalLMOutputWithPast):
 class Fidelity(NamedTuple):
     """How much of each context its state gives back, between 0 and 1.
 
-    `teacher_forced` says how good the write loss got and can be near 1 where `greedy` is near 0.
+    `teacher_forced` tells how low the write loss got, and can be near 1 while `greedy` is near 0.
 
     Args:
-        greedy (`Tensor`): `[B]`, the share of context tokens that greedy decoding from memory gets back, place by
-            place.
-        teacher_forced (`Tensor`): `[B]`, the share of context tokens that are the model's first choice when shown the
-            true tokens before them.
+        greedy (`Tensor`): `[B]`, the share of context tokens that greedy decoding from memory gets back, position by
+            position.
+        teacher_forced (`Tensor`): `[B]`, the share of context tokens that are the model's first choice, given the true
+            tokens before them.
     """
 
     greedy: Tensor
@@ -81,7 +81,7 @@ class ScoredText(NamedTuple):
 
     Args:
         text (`str`): the answer.
-        score (`float`): from 0 to 1, how far memory supports it.
+        score (`float`): how well memory supports it, from 0 to 1.
     """
 
     text: str
@@ -93,8 +93,8 @@ class SurestAnswer(NamedTuple):
 
     Args:
         text (`str`): the answer.
-        score (`float`): from 0 to 1, how far the state supports it.
-        state (`int`): the index of the state that it is from.
+        score (`float`): how well the state supports it, from 0 to 1.
+        state (`int`): the index of the state it comes from.
     """
 
     text: str

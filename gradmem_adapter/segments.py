@@ -30,10 +30,10 @@ class Segment:
     """A piece of a long text.
 
     Args:
-        text (`str`): the piece, without white space around it: `whole[start:end]`.
-        start (`int`): the character of the whole text that it begins with.
-        end (`int`): the character behind it.
-        tokens (`int`): how many tokens WRITE reads of it, special ones included.
+        text (`str`): the piece, without surrounding white space: `whole[start:end]`.
+        start (`int`): the index of its first character in the whole text.
+        end (`int`): the index after its last character.
+        tokens (`int`): the number of tokens that WRITE reads, special ones included.
     """
 
     text: str
@@ -45,26 +45,26 @@ class Segment:
 def segments(
     text: str | Iterable[str] | Iterable[int], tokenizer: PreTrainedTokenizerBase, limit: int, overlap: int = 0
 ) -> Iterator[Segment]:
-    """Cut a text of any length at ends of paragraphs, else of sentences, else of words, else of characters.
+    """Cut a text of any length at the ends of paragraphs, else of sentences, else of words, else of characters.
 
-    A segment is cut at the last such place in the second half of what fits. Those near the end of the text are about
-    as long as each other. No more of the text is held than the next segment needs, and segments do not depend on the
-    pieces that the text came in.
+    A segment ends at the last such place in the second half of what fits. Segments near the end of the text have about
+    the same length. No more text is held than the next segment needs, and segments do not depend on the pieces that the
+    text comes in.
 
     Args:
-        text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its pieces in order as they stand, such as the
-            lines of an open file; or its token ids.
-        tokenizer (`PreTrainedTokenizerBase`): a fast one, which knows where in a text its tokens are.
-        limit (`int`): most tokens of a segment, special ones included.
-        overlap (`int`, *optional*, defaults to `0`): most tokens at the end of a segment that the next one repeats:
-            whole sentences, or else words. Less than a quarter of `limit`. A paragraph that ended is not repeated.
+        text (`str`, `Iterable[str]` or `Iterable[int]`): the text; or its consecutive pieces, such as the lines of an
+            open file; or its token ids.
+        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer, which knows the positions of its tokens in a text.
+        limit (`int`): the most tokens in a segment, special ones included.
+        overlap (`int`, *optional*, defaults to `0`): the most tokens at the end of a segment that the next one repeats:
+            whole sentences, or else words. Less than a quarter of `limit`. Nothing is repeated where a paragraph ended.
 
     Yields:
-        `Segment`: in order; of a text with nothing but white space none.
+        `Segment`: in order; none if the text is all white space.
 
     Raises:
-        TypeError: the text is none, or the tokenizer is slow.
-        ValueError: a text that is none in Unicode, or numbers that cannot work.
+        TypeError: the text is not one, or the tokenizer is slow.
+        ValueError: the text is not valid Unicode, or a number cannot work.
     """
     own = len(tokenizer("")["input_ids"])
     _check_numbers(limit, overlap, own)
@@ -74,10 +74,10 @@ def segments(
 
 
 def unknown_length(remedy: str) -> str:
-    """What is said where it is not known how long a segment may be.
+    """The message for when the length of a segment is not known.
 
     Args:
-        remedy (`str`): what those can do who are told.
+        remedy (`str`): what the reader can do about it.
     """
     return (
         "The adapter does not say its trained length, and so not how many tokens of a text one memory state keeps "

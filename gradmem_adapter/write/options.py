@@ -18,22 +18,23 @@ Objective: TypeAlias = Literal["reconstruction", "self_study"]
 class Study:
     """How a model studies a context with `objective="self_study"`; all texts are token ids.
 
-    A query q is asked of a context C as `[before; C; between; q; after]`, and behind memory as `[before; q; after]`.
-    `GradMemPipeline` fills in what is left empty there, from its tokenizer and the adapter's `query_format`.
+    A query q about a context C is asked as `[before; C; between; q; after]`, and after the memory as `[before; q;
+    after]`. `GradMemPipeline` fills in what is left empty here, from its tokenizer and the adapter's `query_format`.
 
     Args:
-        queries (`int`, *optional*, defaults to `32`): that the model asks itself, each with an answer.
-        batch (`int`, *optional*, defaults to `8`): of them that a write step looks at.
-        query_tokens (`int`, *optional*, defaults to `24`): most tokens of a query.
-        answer_tokens (`int`, *optional*, defaults to `32`): most tokens of an answer, from 2.
-        seed (`int`, *optional*, defaults to `0`): of the queries, and of which of them a step looks at.
-        before, between, after (`tuple[int, ...]`, *optional*): what stands around context and query.
-        requests (`tuple`, *optional*): pairs of what the model is asked so that it makes a query, and how the query
-            begins, in turn. None: no queries, but what the model goes on with behind the context.
-        query_ends (`tuple[int, ...]`, *optional*): tokens that end a query, besides the end token.
+        queries (`int`, *optional*, defaults to `32`): the number of queries that the model asks itself, each with an
+            answer.
+        batch (`int`, *optional*, defaults to `8`): the number of queries that a write step looks at.
+        query_tokens (`int`, *optional*, defaults to `24`): the most tokens in a query.
+        answer_tokens (`int`, *optional*, defaults to `32`): the most tokens in an answer, at least 2.
+        seed (`int`, *optional*, defaults to `0`): determines the queries, and which of them a step looks at.
+        before, between, after (`tuple[int, ...]`, *optional*): the tokens around context and query.
+        requests (`tuple`, *optional*): pairs, used in turn: what the model is asked in order to make a query, and how
+            the query begins. Empty: no queries; the model continues the context instead.
+        query_ends (`tuple[int, ...]`, *optional*): tokens that end a query, in addition to the end token.
 
     Raises:
-        ValueError: a number that cannot work.
+        ValueError: a number is too small.
     """
 
     queries: int = 32
@@ -55,7 +56,7 @@ class Study:
 
 
 class WriteFields(TypedDict, total=False):
-    """The fields of `WriteOptions` as keyword arguments of `write`; `None`: as the options say."""
+    """The fields of `WriteOptions` as keyword arguments of `write`; `None`: as in `options`."""
 
     steps: int | None
     lr: float | None
@@ -71,36 +72,35 @@ class WriteFields(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How a context is written. What is `None` is as the adapter's configuration says.
+    """How a context is written. Where a field is `None`, the adapter's configuration applies.
 
     Args:
-        steps (`int`, *optional*): K, the write steps, any number from 0.
-        lr (`float`, *optional*): the write learning rate of every step, in place of the configuration's or the learned
-            ones.
+        steps (`int`, *optional*): K, the number of write steps, 0 or more.
+        lr (`float`, *optional*): the write learning rate of every step, in place of the configured or learned ones.
         optimizer (`str`, *optional*): the write optimizer, a name in `OPTIMIZERS`: `"sgd"`, `"adam"` or one that was
             added.
-        tolerance (`float`, *optional*): a sample stops when a step lowers its write loss by less than this share of it.
-            `None`: all steps are taken.
-        stop_when_recovered (`bool`, *optional*, defaults to `False`): a sample stops when each of its tokens is the
+        tolerance (`float`, *optional*): stop a sample when a step lowers its write loss by less than this share of it.
+            `None`: take all steps.
+        stop_when_recovered (`bool`, *optional*, defaults to `False`): stop a sample when each of its tokens is the
             model's first choice, given the true tokens before it.
-        last_loss (`bool`, *optional*, defaults to `True`): `False` leaves the last of `write_losses` NaN and spares the
-            forward pass that it takes, of 2K + 1 passes in all; a last step that overshoots goes unseen then.
+        last_loss (`bool`, *optional*, defaults to `True`): `False` leaves the last of `write_losses` NaN and saves its
+            forward pass, one of 2K + 1 passes in all; a last step that overshoots then goes unnoticed.
         compile (`bool` or `"auto"`, *optional*, defaults to `"auto"`): `True`: compile the model's layers for WRITE
             now, and launch each pass as a CUDA graph. `False`: do neither. `"auto"`: on a GPU, graphs for shapes that
-            come again, and compiled layers once WRITE has taken long enough for them to pay; on a CPU, neither. The
-            states are the same up to rounding.
+            recur, and compiled layers once WRITE has run long enough for them to pay off; on a CPU, neither. The states
+            are the same up to rounding.
         objective (`str`, *optional*, defaults to `"reconstruction"`): what a write step lowers. `"reconstruction"`: the
-            write loss. `"self_study"`: how far answers from memory are from answers with the text, to questions that
-            the model makes itself. It needs no trained adapter and takes seconds to minutes a context
-            (`write/self_study.py`); steps, lr and optimizer have defaults of their own then.
+            write loss. `"self_study"`: how far answers from memory are from answers given the text, for questions that
+            the model makes up. It needs no trained adapter and takes seconds to minutes per context
+            (`write/self_study.py`); steps, lr and optimizer then have other defaults.
         study (`Study`, *optional*): how the model studies a context with `"self_study"`.
-        max_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`): bytes that the contexts of a batch may take,
-            beside the model. `"auto"`: what the device has free. What needs more is done with less, as fast as that
-            goes: contexts one after the other, layers computed again in the backward pass, their inputs kept on the CPU
-            (`write/plan.py`). What does not fit then is refused.
+        max_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`): the most bytes that the contexts of a batch
+            may take in addition to the model. `"auto"`: what the device has free. What needs more is done in less, as
+            fast as that allows: contexts one after another, layers recomputed in the backward pass, their inputs kept
+            on the CPU (`write/plan.py`). What still does not fit is refused.
 
     Raises:
-        ValueError: a value that cannot work; the message says what was expected.
+        ValueError: a field has an invalid value; the message says what was expected.
     """
 
     steps: int | None = None
@@ -159,11 +159,11 @@ class WriteOptions:
 
     @classmethod
     def of(cls, options: WriteOptions | None = None, **fields: Unpack[WriteFields]) -> WriteOptions:
-        """Options, with fields that are not `None` in place of theirs.
+        """Options in which the given fields that are not `None` replace those of `options`.
 
         Args:
-            options (`WriteOptions`, *optional*): what to start from. `None`: the defaults.
-            fields: by name.
+            options (`WriteOptions`, *optional*): the options to start from. `None`: the defaults.
+            fields: single fields, by name.
 
         Raises:
             TypeError: `options` is something else, or there is no such field.

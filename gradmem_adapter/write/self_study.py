@@ -50,15 +50,15 @@ def study_contexts(
         writer (`Writer`): the model; its adapter may not change how the backbone reads.
         context (`Context`): B contexts.
         options (`WriteOptions`): with `study`; steps, lr and optimizer default to STEPS, LR and Adam.
-        initial (`Tensor`, *optional*): `[B, m, d]`, a memory to go on from, in place of `unexpected_tokens`.
-        callback (`Callable`, *optional*): told of each step.
+        initial (`Tensor`, *optional*): `[B, m, d]`, a memory to continue from, in place of `unexpected_tokens`.
+        callback (`Callable`, *optional*): called at each step.
 
     Returns:
-        `Written`: the losses are `SelfStudy.loss`, of other queries in each step, and at last of all.
+        `Written`: its losses are `SelfStudy.loss`, of different queries in each step, and in the end of all.
 
     Raises:
-        ValueError: an adapter that changes how the backbone reads, or a context that is too long to be asked about, or
-            memory to be asked behind.
+        ValueError: the adapter changes how the backbone reads, or a context is too long, or a memory too large, for the
+            model's positions to hold a question as well.
     """
     config = writer.config
     if config.lora_config is not None or config.memory_projection != "none" or config.num_control_tokens:
@@ -113,12 +113,12 @@ def _check_positions(backbone: Any, text: int, vectors: int, study: Study) -> No
 
 
 class Lesson(NamedTuple):
-    """A query that the model asked itself, and what it says to it with the text before it.
+    """A query that the model asked itself, and its answer given the text.
 
     Args:
         query (`list[int]`): the tokens between memory and answer.
-        answer (`list[int]`): the tokens of the answer, the end token too.
-        hidden (`Tensor`): `[len(answer), h]`, the last hidden states that predict them with the text.
+        answer (`list[int]`): the tokens of the answer, including the end token.
+        hidden (`Tensor`): `[len(answer), h]`, the last hidden states that predict them given the text.
     """
 
     query: list[int]
@@ -127,12 +127,12 @@ class Lesson(NamedTuple):
 
 
 class SelfStudy:
-    """What one step of self-study needs to know of memories; takes the place of `write_pass` in the loop.
+    """What a step of self-study computes for memories; takes the place of `write_pass` in the loop.
 
     Args:
         writer (`Writer`): the model.
-        lessons (`Sequence`): those of each context.
-        study (`Study`): how many of them a step looks at.
+        lessons (`Sequence`): the lessons of each context.
+        study (`Study`): how many lessons a step looks at.
     """
 
     def __init__(self, writer: Writer, lessons: Sequence[list[Lesson]], study: Study) -> None:
@@ -141,7 +141,7 @@ class SelfStudy:
         self.waiting: list[int] = []
 
     def __call__(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
-        """Gradient, losses and share of first choices of a part of the lessons; without gradient, of all of them."""
+        """Gradient, losses and share of first choices, of some of the lessons; without gradient, of all of them."""
         chosen = self._next() if gradient else list(range(len(self.lessons[0])))
         slopes: list[Tensor] = []
         losses, same = [], []
@@ -163,16 +163,17 @@ class SelfStudy:
         return chosen
 
     def loss(self, memory: Tensor, lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor]:
-        """How far what memory says is from what the text says (the mean over answer tokens y_t of all queries q):
+        """How far answers from memory are from answers given the text (the mean over answer tokens y_t of all queries
+        q):
 
             KL( p(. | [C; q; y_<t])  ||  p(. | [M; q; y_<t]) )
 
         Args:
             memory (`Tensor`): `[1, m, d]`, M.
-            lessons (`Sequence[Lesson]`): of its context.
+            lessons (`Sequence[Lesson]`): lessons of its context.
 
         Returns:
-            The loss, nats a token, and the share of tokens that are the first choice of both.
+            The loss in nats per token, and the share of tokens that are the first choice of both.
         """
         backbone, slots = self.writer.backbone, self.writer.slots
         prefix = slots.prefix(memory, "read", self.writer.adapter)
@@ -186,7 +187,7 @@ class SelfStudy:
 
 
 def learn(writer: Writer, text: list[int], study: Study) -> list[Lesson]:
-    """Let the model ask itself about a context, and answer with the text before it.
+    """Let the model ask itself questions about a context, and answer them given the text.
 
     Args:
         writer (`Writer`): the model.
@@ -218,8 +219,8 @@ def unexpected_tokens(writer: Writer, text: list[int]) -> Tensor:
 
         M_0 = embeddings of { t_i : -log p(t_i | t_<i) among the m largest }.
 
-    What the model can guess, memory need not hold, and it reads tokens of its own without any training. A context of
-    fewer tokens has each of them, as often as it takes.
+    Memory need not hold what the model can guess, and the model reads its own tokens without any training. The tokens
+    of a context that has fewer than m are repeated.
 
     Args:
         writer (`Writer`): the model.
