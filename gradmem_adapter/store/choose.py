@@ -44,8 +44,8 @@ class Choice:
     """A state for a question.
 
     Args:
-        entry (`Entry`): the state, with the first of the places that count of those that its text was found at.
-        score (`float`): the higher, the better. It says nothing beside the score for another question.
+        entry (`Entry`): the state, with the first eligible place of those where its text was found.
+        score (`float`): higher is better. Not comparable with scores for other questions.
     """
 
     entry: Entry
@@ -64,9 +64,9 @@ def choose(
     keys: str | Iterable[str] | None = None,
     whole: bool = False,
 ) -> list[Choice]:
-    """The best states for a question; `MemoryStore.choose` says what the arguments are.
+    """The best states for a question; `MemoryStore.choose` explains the arguments.
 
-    The score of a state is its BM25. With an embedding it is its share of the best state's, plus the cosine:
+    The score of a state is its BM25. With an embedding, it is its BM25 relative to the best state's, plus the cosine:
 
         s(i)  =  bm25(i) / max_j bm25(j)  +  cos(i)
     """
@@ -95,16 +95,16 @@ def choose(
 
 
 def search_scores(index: Index, fingerprint: str, query: str, keys: Sequence[str]) -> list[float]:
-    """How well each of some states is found by a question's words, for `GradMemPipeline.select`.
+    """How well a question's words match each of some states, for `GradMemPipeline.select`.
 
     Args:
-        index (`Index`): of their store.
-        fingerprint (`str`): of the model that is to read them.
+        index (`Index`): the index of their store.
+        fingerprint (`str`): the fingerprint of the model that is to read them.
         query (`str`): the question.
-        keys (`Sequence[str]`): of the states.
+        keys (`Sequence[str]`): the keys of the states.
 
     Returns:
-        `list[float]`: BM25 of each; 0 where its text has no word of the question, or is not kept.
+        `list[float]`: BM25 of each; 0 if its text has no word of the question, or is not kept.
     """
     values = {"fingerprint": fingerprint, "source": None, "keys": json.dumps(list(keys))}
     with index.reading() as connection:
@@ -128,13 +128,13 @@ def _choices(
 
 
 def match_any(query: str) -> str | None:
-    """What FTS5 is asked for: texts with any word that says what a question is about, or else with any word of it.
+    """The query for FTS5: texts with any word that says what a question is about, or else with any word of it.
 
     Args:
         query (`str`): the question.
 
     Returns:
-        `str`, *optional*: for MATCH; None: there is no word.
+        `str`, *optional*: the argument of MATCH; None: there is no word.
     """
     words = dict.fromkeys(_WORD.findall(query.lower()))
     wanted = [word for word in words if word not in _OF_QUESTIONS] or words

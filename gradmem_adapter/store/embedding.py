@@ -21,11 +21,11 @@ class Embedding:
     """A sentence embedding.
 
     Args:
-        name (`str`): of its model. The index keeps vectors under it: another model needs another name.
+        name (`str`): the name of its model. The index keeps vectors under it: another model needs another name.
         embed (`Callable`): takes a list of n texts and returns n vectors of d numbers, such as the `encode` of a
             `SentenceTransformer` or the `embed_documents` of LangChain's `Embeddings`.
-        embed_query (`Callable`, *optional*): takes one question and returns its vector, where the model has another way
-            for these: `embed_query` of LangChain's `Embeddings`, `encode_query` of a `SentenceTransformer`. None:
+        embed_query (`Callable`, *optional*): takes one question and returns its vector, if the model embeds questions
+            differently: `embed_query` of LangChain's `Embeddings`, `encode_query` of a `SentenceTransformer`. None:
             `embed`.
     """
 
@@ -37,7 +37,7 @@ class Embedding:
         """Vectors `[n, d]` of length 1, on the CPU.
 
         Args:
-            texts (`Sequence[str]`): n of them.
+            texts (`Sequence[str]`): n texts.
 
         Raises:
             ValueError: `embed` returned something else, or vectors that are not finite.

@@ -26,22 +26,23 @@ Place: TypeAlias = tuple[str | None, int | None, int | None]
 
 @dataclass(frozen=True)
 class Entry:
-    """A state in a memory store, and a place that its text was found at.
+    """A state in a memory store, and a place where its text was found.
 
     Args:
-        key (`str`): of the state, 32 hexadecimal digits.
+        key (`str`): the state's key, 32 hexadecimal digits.
         source (`str`, *optional*): where the text comes from, such as a file's name.
         start, end (`int`, *optional*): the text's place in its source, in characters.
-        text (`str`, *optional*): what was written; None: the store does not keep it.
-        metadata (`Mapping`, *optional*): what else there is to say of the place, as JSON has it.
-        options (`Mapping`): how it was written: the configuration's fields, and the write options that were chosen.
-        tokens (`int`): of the text.
-        fingerprint (`str`): of the model that wrote it.
-        nbytes (`int`): of its file.
-        written (`float`): when, in seconds since 1970.
+        text (`str`, *optional*): the text that was written; None: the store does not keep it.
+        metadata (`Mapping`, *optional*): anything else about the place, in JSON types.
+        options (`Mapping`): how the text was written: the configuration's fields, and the write options that were
+            chosen.
+        tokens (`int`): the number of tokens in the text.
+        fingerprint (`str`): the fingerprint of the model that wrote it.
+        nbytes (`int`): the size of its file.
+        written (`float`): when it was written, in seconds since 1970.
 
     Raises:
-        TypeError, ValueError: a source that is no text, offsets that are none, or metadata that JSON does not have.
+        TypeError, ValueError: the source is not a text, the offsets are invalid, or the metadata are not JSON types.
     """
 
     key: str
@@ -88,15 +89,15 @@ def places(
     metadata: Sequence[Mapping[str, Any]] | None,
     options: Mapping[str, Any],
 ) -> list[Entry]:
-    """Entries that say where texts come from, and have no key and no text yet.
+    """Entries that state where texts come from, without keys and texts yet.
 
     Args:
-        count (`int`): of the texts.
+        count (`int`): the number of texts.
         sources, offsets, metadata (*optional*): as `MemoryStore.add` takes them.
-        options (`Mapping`): how they are written.
+        options (`Mapping`): how the texts are written.
 
     Raises:
-        TypeError, ValueError: more or fewer of something than texts, or what no entry can have.
+        TypeError, ValueError: there are not as many of something as texts, or an entry would be invalid.
     """
     if sources is None or isinstance(sources, str) or not hasattr(sources, "__len__"):
         sources = [cast(Any, sources)] * count
@@ -121,10 +122,10 @@ def places(
 
 
 def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, Any]:
-    """How a text is written, as JSON has it: what is not at its default, so that a new option changes no key.
+    """How a text is written, in JSON types: only what is not at its default, so that a new option changes no key.
 
-    An option that says what the adapter's configuration says is at its default, and one that changes how fast the same
-    state comes about is left out.
+    An option that repeats the adapter's configuration is at its default, and one that only changes how fast the same
+    state is made is left out.
 
     Args:
         config (`GradMemConfig`): the adapter's.
@@ -145,12 +146,12 @@ def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, An
 
 
 def state_key(text: str, fingerprint: str, identity: Mapping[str, Any]) -> str:
-    """The name of a state: what is written by the same model in the same way from the same text has the same.
+    """The name of a state, the same for the same text written by the same model in the same way.
 
     Args:
         text (`str`): the context.
-        fingerprint (`str`): of the model that writes it.
-        identity (`Mapping`): how, as `write_identity` says.
+        fingerprint (`str`): the fingerprint of the model that writes it.
+        identity (`Mapping`): how it is written, as from `write_identity`.
 
     Returns:
         `str`: 32 hexadecimal digits of a SHA-256.

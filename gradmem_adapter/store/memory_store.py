@@ -39,7 +39,7 @@ _AT_ONCE = 256
 
 
 class MemoryStore:
-    """Many memory states on disk: what was written once is found again, by key, by source or by what it says.
+    """Many memory states on disk: what was written once is found again by key, by source or by its text.
 
     ```python
     store = MemoryStore("states")
@@ -47,15 +47,15 @@ class MemoryStore:
     pipeline.generate("A question?", memory=store.get(keys[0]))
     ```
 
-    The files of the states hold everything; the index beside them can be made anew (`rebuild`). Threads and processes
-    of one machine may write to a store at once, and may be killed at any time.
+    The files of the states hold everything; the index beside them can be rebuilt (`rebuild`). Threads and processes of
+    one machine may write to a store at once, and may be killed at any time.
 
     Args:
-        path (`str` or `PathLike`): the directory; the first state makes it.
-        dtype (`str`, *optional*, defaults to `"int8"`): of the vectors in files that `add` writes from now on:
-            `"int8"` with a scale for each vector, `"bfloat16"` or `"float32"`. What is read is float32.
+        path (`str` or `PathLike`): the directory, created with the first state.
+        dtype (`str`, *optional*, defaults to `"int8"`): dtype of the vectors in files that `add` writes from now on:
+            `"int8"` with a scale for each vector, `"bfloat16"` or `"float32"`. Vectors are read as float32.
         keep_text (`bool`, *optional*, defaults to `True`): keep the texts beside the states, so that answers can be
-            cited, states be found by words, and texts be written anew for another model.
+            cited, states found by words, and texts written again for another model.
 
     Raises:
         ValueError: another dtype.
@@ -71,23 +71,23 @@ class MemoryStore:
         self._claims = Claims()
 
     def __reduce__(self) -> tuple[Callable[..., MemoryStore], tuple[Any, ...]]:
-        """A copy shares the directory, and does not wait for what threads are writing here."""
+        """A copy shares the directory, and does not wait for writes of threads here."""
         return partial(MemoryStore, dtype=self.dtype, keep_text=self.keep_text), (self.path,)
 
     # ---------------------------------------------------------------- write
 
     def key(self, pipeline: GradMemPipeline, text: str, options: WriteOptions | None = None) -> str:
-        """The key that a text's state has, whether or not it is stored: model, way of writing and text decide it.
+        """The key of a text's state, stored or not. It depends on the model, the way of writing and the text.
 
         Args:
-            pipeline (`GradMemPipeline`): who would write.
-            text (`str`): one text; `keys_of` takes several, in the time of one.
+            pipeline (`GradMemPipeline`): what would write.
+            text (`str`): one text; `keys_of` takes several in the same time.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
         return self.keys_of(pipeline, [text], options)[0]
 
     def keys_of(self, pipeline: GradMemPipeline, texts: list[str], options: WriteOptions | None = None) -> list[str]:
-        """What `key` says of each text."""
+        """The `key` of each text."""
         check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
         return text_keys(pipeline, texts, options or WriteOptions())
 
@@ -106,30 +106,30 @@ class MemoryStore:
         options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> list[str]:
-        """The keys of texts. Those that are not stored, or damaged, are written, in batches that fit into memory.
+        """Return the keys of texts. Those not stored, or damaged, are first written, in batches that fit into memory.
 
-        Each batch is stored as soon as it is written, so that what fails later loses nothing. Threads that ask for one
+        Each batch is stored as soon as it is written, so that a later failure loses nothing. Threads that add the same
         text at the same time write it once.
 
         Args:
-            pipeline (`GradMemPipeline`): who writes.
+            pipeline (`GradMemPipeline`): what writes.
             texts (`str` or `Sequence[str]`): one text or any number, of lengths that the model takes.
-            sources (`str` or `Sequence`, *optional*): where each comes from, such as a file's name; or all of them.
+            sources (`str` or `Sequence`, *optional*): where each comes from, such as a file's name; or one for all.
             offsets (`Sequence[tuple[int, int]]`, *optional*): where each begins and ends in its source, in characters.
-            metadata (`Sequence[Mapping]`, *optional*): what else there is to say of each, as JSON has it.
-            max_tokens (`int`, *optional*): a batch's tokens, padding counted; None: what the device has memory for.
-            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
-            done (`Callable`, *optional*): given the keys of each batch as soon as it is stored.
-            callback (`Callable`, *optional*): given the numbers of the texts that are being written together and a
+            metadata (`Sequence[Mapping]`, *optional*): anything else about each, in JSON types.
+            max_tokens (`int`, *optional*): tokens per batch, padding included; None: what the device has memory for.
+            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: if stderr is a terminal.
+            done (`Callable`, *optional*): called with the keys of each batch as soon as it is stored.
+            callback (`Callable`, *optional*): called with the numbers of the texts being written together and a
                 `WriteProgress`, before each step and after the last.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
-            fields: the fields of `WriteOptions` by themselves, in place of those of `options`.
+            fields: single fields of `WriteOptions`, which replace those of `options`.
 
         Returns:
             `list[str]`: a key for each text, in order.
 
         Raises:
-            TypeError, ValueError: a text cannot be written, or is the name of a file and of no source; bad entries.
+            TypeError, ValueError: a text cannot be written, or is a file's name without a source; or bad entries.
             MemoryStoreError: the index is damaged.
             OSError: the store cannot be written.
         """
@@ -160,22 +160,22 @@ class MemoryStore:
         progress: bool | None = False,
         **how: Any,
     ) -> list[str]:
-        """The keys of a long text's segments, in order. Those that are not stored, or damaged, are written.
+        """Return the keys of a long text's segments, in order. Those not stored, or damaged, are first written.
 
-        What was stored before an interruption is not written again: the same call goes on. `is_whole` tells of a string
-        what is not stored to its end. Of a text in pieces no more is held than the segments that are written together.
+        What was stored before an interruption is not written again: the same call continues. For a string, `is_whole`
+        tells what is not stored to its end. For a text in pieces, only the segments written together are held.
 
         Args:
-            pipeline (`GradMemPipeline`): who writes.
+            pipeline (`GradMemPipeline`): what writes.
             text (`str`, `Iterable[str]` or `Iterable[int]`): of any length, as for `pipeline.segments`.
             source (`str`, *optional*): where it comes from; each entry says where in it its segment begins and ends.
             segment_tokens, overlap: as for `pipeline.segments`.
-            metadata (`Mapping`, *optional*): what else there is to say of each segment, as JSON has it.
-            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
-            how: what else `add` takes: done, max_tokens, options, fields.
+            metadata (`Mapping`, *optional*): anything else about each segment, in JSON types.
+            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: if stderr is a terminal.
+            how: other arguments of `add`: done, max_tokens, options, fields.
 
         Raises:
-            TypeError, ValueError: a text that cannot be cut or written, or that is the name of a file; see `add`.
+            TypeError, ValueError: a text cannot be cut or written, or is the name of a file; see `add`.
             MemoryStoreError, OSError: as for `add`.
         """
         check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
@@ -201,37 +201,37 @@ class MemoryStore:
         return keys
 
     def put(self, states: MemoryState, entries: Iterable[Entry], *, dtype: files.Dtype | None = None) -> None:
-        """Store states that were written elsewhere, in the place of those under their keys.
+        """Store states that were written elsewhere, replacing those with the same keys.
 
         Args:
-            states (`MemoryState`): any number.
-            entries (`Iterable[Entry]`): one for each, with its `key`. What one does not say is as it was known.
-            dtype (`str`, *optional*): of the vectors in files, as `MemoryStore` has it. None: the states' own.
+            states (`MemoryState`): any number of states.
+            entries (`Iterable[Entry]`): one for each, with its `key`. What an entry leaves out stays as it was.
+            dtype (`str`, *optional*): dtype of the vectors in files, as for `MemoryStore`. None: the states' own.
 
         Raises:
-            ValueError: no key, vectors that are not finite, another dtype, or more or fewer entries than states.
-            OSError: they cannot be written; none is in the index then, and the same call again puts them there.
+            ValueError: an invalid key or dtype, vectors that are not finite, or more or fewer entries than states.
+            OSError: they cannot be written; none is in the index then, and the same call again enters them.
         """
         landing.put(self.index, states, entries, dtype)
 
     def check_writable(self) -> None:
-        """Raise `OSError` unless states can be stored, before the work of writing them. What is there can be read."""
+        """Raise `OSError` unless states can be stored, before the work of writing them. Stored ones can be read."""
         there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         check_writable(there / self.index.path.name)
 
     # ---------------------------------------------------------------- read
 
     def get(self, keys: str | Sequence[str], fingerprint: str | None = None) -> MemoryState:
-        """States, in the order of their keys, on the CPU.
+        """Read states onto the CPU, in the order of their keys.
 
         Args:
             keys (`str` or `Sequence[str]`): one key or several.
-            fingerprint (`str`, *optional*): of the model that is to read them; None: any model's states.
+            fingerprint (`str`, *optional*): of the model that is to read them; None: allow any model's states.
 
         Raises:
             UnknownStateError: a state is not in this store.
             MemoryStateError: a state is damaged, or another model than `fingerprint` wrote it.
-            ValueError: no key.
+            ValueError: no key, or an invalid one.
         """
         check_kind("keys", keys, Iterable, "a key or a list of keys")
         if not (keys := [keys] if isinstance(keys, str) else list(keys)):
@@ -254,13 +254,13 @@ class MemoryStore:
         return state
 
     def entries(self, source: str | None = None) -> Iterator[Entry]:
-        """What is stored, in the order of sources and places; a text that was found at several has an entry for each.
+        """What is stored, ordered by source and place; a text found in several places has an entry for each.
 
         Args:
-            source (`str`, *optional*): only those of this source.
+            source (`str`, *optional*): only the entries of this source.
 
         Yields:
-            `Entry`: of what there was at the beginning, without what is removed before it is its turn.
+            `Entry`: of what was stored at the beginning, except what is removed before its turn.
         """
         with self.index.reading() as connection:
             found = places_of(connection, source)
@@ -282,30 +282,30 @@ class MemoryStore:
         embedding: Embedding | None = None,
         shortlist: int = 0,
     ) -> list[Choice]:
-        """The states that a question needs, the best first: those whose texts have its words.
+        """The states that a question needs, best first: those whose texts share words with it.
 
-        Words count by BM25, without their English endings and without those that only make a question. A language
-        written without spaces between words needs an embedding.
+        Words are weighted by BM25, without their English endings and without those that only form a question. Languages
+        written without spaces between words need an embedding.
 
         Args:
-            pipeline (`GradMemPipeline`): who is to read; states of other models are passed over.
+            pipeline (`GradMemPipeline`): what is to read them; states of other models are ignored.
             query (`str`): the question.
-            k (`int`, *optional*, defaults to `4`): how many states at most.
+            k (`int`, *optional*, defaults to `4`): the most states to return.
             source (`str`, *optional*): only states of this source.
             keys (`str` or `Iterable[str]`, *optional*): only these states.
-            whole (`bool`, *optional*, defaults to `False`): only states of texts that are stored to their ends, as
-                `is_whole` has it.
-            embedding (`Embedding`, *optional*): what the meaning of texts counts by, beside their words. Its vectors
-                are kept in the index; texts that have none yet are embedded first.
-            shortlist (`int`, *optional*, defaults to `0`): of so many of the best it counts, too, how well each state
+            whole (`bool`, *optional*, defaults to `False`): only states of texts that are stored to their ends (see
+                `is_whole`).
+            embedding (`Embedding`, *optional*): scores the meaning of texts, in addition to their words. Its vectors
+                are kept in the index; texts without one are embedded first.
+            shortlist (`int`, *optional*, defaults to `0`): for this many of the best states, also score how well each
                 explains the question. The model reads the question from each: worth it for `k=1`.
 
         Returns:
-            `list[Choice]`: fewer than `k` where fewer texts have a word of the question.
+            `list[Choice]`: fewer than `k` if fewer texts have a word of the question.
 
         Raises:
-            ValueError: `k` is less than 1; the store has no state of this model, or no texts; an embedding that does
-                not fit.
+            ValueError: `k` is less than 1; the store has no state of this model, or no texts; the embedding does not
+                fit.
             MemoryStoreError, MemoryStateError: the index, or a state of the shortlist, is damaged.
             OSError: vectors cannot be stored.
         """
@@ -315,17 +315,17 @@ class MemoryStore:
         return by_likelihood(pipeline, query, found, self.get)[:k] if shortlist else found
 
     def is_whole(self, entry: Entry) -> bool:
-        """Whether the document that an entry is a segment of is stored to its end, so that nothing of it is missing.
+        """Whether the document that an entry is a segment of is stored to its end, with nothing missing.
 
         Args:
-            entry (`Entry`): one whose metadata have the number of `segments`; others are taken for whole texts.
+            entry (`Entry`): one whose metadata have the number of `segments`; others are taken as whole texts.
         """
         check_kind("entry", entry, Entry, "an Entry, as entries() gives them")
         with self.index.reading() as connection:
             return whole_in(connection)(entry)
 
     def exists(self) -> bool:
-        """Whether there is a store in the directory, if only an empty or a damaged one."""
+        """Whether there is a store in the directory, even an empty or damaged one."""
         return self.index.path.exists() or any(self.index.states.glob("[0-9a-f]?/*.safetensors"))
 
     def __len__(self) -> int:
@@ -334,12 +334,12 @@ class MemoryStore:
             return int(connection.execute("SELECT count(*) FROM states").fetchone()[0])
 
     def __contains__(self, key: str) -> bool:
-        """Whether the index has a state of this key."""
+        """Whether the index has a state with this key."""
         with self.index.reading() as connection:
             return connection.execute("SELECT 1 FROM states WHERE key = ?", (key,)).fetchone() is not None
 
     def __iter__(self) -> Iterator[str]:
-        """The keys of all states, those that were stored first at the front."""
+        """The keys of all states, in the order in which they were stored."""
         with self.index.reading() as connection:
             found = connection.execute("SELECT key FROM states ORDER BY id").fetchall()
         return (key for (key,) in found)
@@ -347,7 +347,7 @@ class MemoryStore:
     # ---------------------------------------------------------------- upkeep
 
     def stats(self) -> upkeep.Stats:
-        """How much there is."""
+        """How much the store holds."""
         return upkeep.stats(self.index)
 
     def verify(self) -> upkeep.Report:
@@ -359,25 +359,25 @@ class MemoryStore:
         return upkeep.verify(self.index)
 
     def gc(self, keep: Collection[str] | None = None) -> list[str]:
-        """Remove what killed processes left and what cannot be read, and enter what the index lacks.
+        """Remove what killed processes left and what cannot be read, and add to the index what it lacks.
 
         Args:
-            keep (`Collection[str]`, *optional*): keys; all other states go, too. None: all whole ones stay.
+            keep (`Collection[str]`, *optional*): keys; all other states are removed. None: all whole ones stay.
 
         Returns:
-            `list[str]`: the keys of the states that are gone.
+            `list[str]`: the keys of the removed states.
         """
         return upkeep.gc(self.index, keep)
 
     def forget(self, source: str, keys: Collection[str] | None = None) -> int:
-        """Remove what comes from a source, from the disk too.
+        """Remove what comes from a source, from the disk as well.
 
         Args:
-            source (`str`): its name. A state whose text another source has, too, stays for that.
-            keys (`Collection[str]`, *optional*): of the source's states that are to go. None: all of them.
+            source (`str`): its name. A state whose text also comes from another source stays for that one.
+            keys (`Collection[str]`, *optional*): which of the source's states to remove. None: all of them.
 
         Returns:
-            `int`: how many states are gone.
+            `int`: how many states were removed.
         """
         return upkeep.forget(self.index, source, keys)
 
@@ -385,16 +385,16 @@ class MemoryStore:
         """Remove states, wherever their texts come from. Some of their words may stay in the index until `gc`.
 
         Args:
-            keys (`str` or `Iterable[str]`): of the states; those that are not there are passed over.
+            keys (`str` or `Iterable[str]`): keys of the states; those not in the store are ignored.
 
         Raises:
-            ValueError: no key; nothing is removed then.
+            ValueError: something is not a key; nothing is removed then.
         """
         upkeep.delete(self.index, keys)
 
     def rebuild(self) -> upkeep.Report:
-        """Make the index anew from the states' files, whatever has become of it.
+        """Rebuild the index from the states' files, whatever its condition.
 
-        Embeddings are lost, and made anew where they are asked for. Who reads or writes is waited for.
+        Embeddings are lost, and computed again when needed. Waits for whoever is reading or writing.
         """
         return upkeep.rebuild(self.index)

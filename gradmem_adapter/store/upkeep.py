@@ -25,10 +25,10 @@ class Report:
     """What `MemoryStore.verify` and `rebuild` found.
 
     Args:
-        states (`int`): that are whole and as the index says.
+        states (`int`): the number of states that are whole and as the index says.
         damaged (`Mapping[str, str]`): by key, what is wrong with a state that cannot be read.
-        unlisted (`tuple[str, ...]`): keys of whole states that the index lacks, or of which it says something else.
-        leftovers (`tuple[str, ...]`): files and folders that are no state's, of processes that are at work or were
+        unlisted (`tuple[str, ...]`): keys of whole states that the index lacks or describes differently.
+        leftovers (`tuple[str, ...]`): files and folders that belong to no state: of processes that are at work or were
             killed, or somebody else's.
     """
 
@@ -48,11 +48,11 @@ class Stats:
     """How much a memory store holds.
 
     Args:
-        states (`int`): in the index.
-        sources (`int`): different ones.
-        tokens (`int`): of all texts.
-        nbytes (`int`): of the states' files.
-        models (`Mapping[str, int]`): how many states each model has written, by fingerprint.
+        states (`int`): the number of states in the index.
+        sources (`int`): the number of different sources.
+        tokens (`int`): the tokens of all texts.
+        nbytes (`int`): the size of the states' files.
+        models (`Mapping[str, int]`): how many states each model wrote, by fingerprint.
     """
 
     states: int

@@ -20,47 +20,47 @@ class GradMemTrainingArguments(TrainingArguments):
     """Transformers' training arguments and those of GradMem.
 
     Args:
-        remove_unused_columns (`bool`, *optional*, defaults to `False`): stays False: the columns of a dataset are
-            texts, which the collator turns into what the model takes.
-        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): stays False: a loss that is not finite stops
-            the training instead of hiding.
-        write_steps (`list[int]`, *optional*): K of an optimizer step is drawn from these, each as likely (name one
-            twice and it comes twice as often); None: the config's `write_steps`.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`): leave it False: the columns of a dataset are
+            texts, which the collator turns into the model's inputs.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): leave it False: a loss that is not finite
+            stops training instead of being hidden.
+        write_steps (`list[int]`, *optional*): K of each optimizer step is drawn from these with equal chances (a number
+            listed twice comes twice as often); None: the config's `write_steps`.
         eval_write_steps (`int`, *optional*): K in evaluation; None: the config's `write_steps`.
-        predict_with_generate (`bool`, *optional*, defaults to `True`): evaluation answers the queries greedily and
-            scores the texts.
-        generation_max_new_tokens (`int`, *optional*): most new tokens of an answer; None: a few more than the longest
-            target.
+        predict_with_generate (`bool`, *optional*, defaults to `True`): answer the queries greedily in evaluation, and
+            score the texts.
+        generation_max_new_tokens (`int`, *optional*): the most new tokens in an answer; None: a few more than the
+            longest target.
         cuda_graphs (`bool`, *optional*, defaults to `False`): launch the forward and backward pass of a step as one
-            CUDA graph, which spares the time that Python takes to launch its kernels: small models train several times
-            as fast. Needs a model without dropout. Rows are padded to a few lengths then (`RowBatches`). On a CPU the
-            same steps run as they are.
+            CUDA graph, which saves the time Python takes to launch kernels: small models train several times as fast.
+            Needs a model without dropout. Rows are then padded to a few lengths (`RowBatches`). On a CPU, the same
+            steps run without graphs.
         torch_compile (`bool`, *optional*, defaults to `False`): compile the backbone's layers, one by one.
-        context_buckets (`list[int]`, *optional*): with `cuda_graphs` and rows: the lengths in tokens that contexts are
+        context_buckets (`list[int]`, *optional*): with `cuda_graphs` and rows, the lengths in tokens that contexts are
             padded to; None: 64, 128, 256, ...
-        tokens_per_batch (`int`, *optional*): with `cuda_graphs` and rows: most context tokens of a batch, padding
-            counted, so that long contexts come in smaller batches than `per_device_train_batch_size`.
-        queries_per_context (`int`, *optional*, defaults to `2`): with `cuda_graphs` and rows: how many of a context's
+        tokens_per_batch (`int`, *optional*): with `cuda_graphs` and rows, the most context tokens in a batch, padding
+            included, so that long contexts come in smaller batches than `per_device_train_batch_size`.
+        queries_per_context (`int`, *optional*, defaults to `2`): with `cuda_graphs` and rows, how many of a context's
             queries are drawn for a batch.
-        max_minutes (`float`, *optional*): end the run after so many minutes (of all its parts together, where it was
-            interrupted), if `max_steps` are not done before. The learning rate warms up, stays, and falls in time to a
-            twentieth, whatever `lr_scheduler_type` says by default.
+        max_minutes (`float`, *optional*): end the run after this many minutes (in total, if it was interrupted), unless
+            `max_steps` are done before. The learning rate warms up, stays constant, and falls to a twentieth by the
+            end, whatever the default of `lr_scheduler_type`.
         decay_share (`float`, *optional*, defaults to `0.5`): the last share of the run, over which the learning rate
-            falls with `max_minutes` or with `lr_scheduler_type="warmup_stable_decay"`.
-        write_lr_factor (`float`, *optional*, defaults to `1.0`): learned write learning rates are trained at so many
-            times the learning rate.
-        muon_lr_factor (`float`, *optional*): train the matrices inside the backbone's layers by Muon (Jordan et al.,
-            2024) at so many times the learning rate, with updates of the size that AdamW's have (arXiv 2502.16982);
-            None: AdamW, or what `optim` says, trains all.
-        ema_decay (`float`, *optional*): end the run with the exponential moving average of the trained weights, which
-            keeps so much of itself at each step; None: with the weights of the last step.
-        distillation_weight (`float`, *optional*, defaults to `1.0`): with a teacher, what the divergence from it weighs
-            beside the cross entropy, per target token (see `Distillation`).
-        distillation_temperature (`float`, *optional*, defaults to `1.0`): both distributions are compared at this
-            temperature.
+            falls, with `max_minutes` or `lr_scheduler_type="warmup_stable_decay"`.
+        write_lr_factor (`float`, *optional*, defaults to `1.0`): learned write learning rates are trained at this
+            multiple of the learning rate.
+        muon_lr_factor (`float`, *optional*): train the matrices inside the backbone's layers with Muon (Jordan et al.,
+            2024) at this multiple of the learning rate, with updates as large as AdamW's (arXiv 2502.16982); None:
+            train all weights with AdamW, or what `optim` says.
+        ema_decay (`float`, *optional*): end the run with the exponential moving average of the trained weights, with
+            this decay per step; None: with the weights of the last step.
+        distillation_weight (`float`, *optional*, defaults to `1.0`): with a teacher, the weight of the divergence from
+            it beside the cross entropy, per target token (see `Distillation`).
+        distillation_temperature (`float`, *optional*, defaults to `1.0`): the temperature at which both distributions
+            are compared.
 
     Raises:
-        TypeError, ValueError: a value that cannot work; the message names it.
+        TypeError, ValueError: a field has an invalid value; the message names it.
     """
 
     remove_unused_columns: bool = False
@@ -177,7 +177,7 @@ def _check_number(name: str, value: Any, kinds: set[type], least: int | None) ->
 
 
 def with_defaults(args: TrainingArguments) -> GradMemTrainingArguments:
-    """The same object; a plain `TrainingArguments` gets the fields of GradMem, at their defaults."""
+    """The same object; a plain `TrainingArguments` gets GradMem's fields with their defaults."""
     check_kind(
         "args", args, TrainingArguments, "training arguments, as GradMemTrainingArguments(output_dir) makes them"
     )

@@ -20,14 +20,14 @@ from .pools import Pool, Rows, make_pools
 
 
 class Batches(Dataset[Any]):
-    """A `train_dataset` of `GradMemTrainer` that makes whole batches itself, in `batch`.
+    """A `train_dataset` for `GradMemTrainer` that makes whole batches itself, in `batch`.
 
-    A batch is drawn by its number and the seed alone: a resumed run draws what it would have drawn, and stages of a
-    curriculum are a look at the number. Batches of one kind have the same shapes, which is what `cuda_graphs` needs.
+    A batch depends on its number and the seed alone: a resumed run draws the same batches, and the stages of a
+    curriculum can go by the number. Batches of one kind have the same shapes, as `cuda_graphs` requires.
 
     Args:
-        seed (`int`, *optional*, defaults to `0`): of everything that is drawn.
-        steps (`int`, *optional*): how many batches there are (an epoch); None: as many as training asks for.
+        seed (`int`, *optional*, defaults to `0`): seed of everything that is drawn.
+        steps (`int`, *optional*): the number of batches (in an epoch); None: as many as training asks for.
     """
 
     def __init__(self, *, seed: int = 0, steps: int | None = None) -> None:
@@ -39,21 +39,21 @@ class Batches(Dataset[Any]):
         return self.steps
 
     def batch(self, step: int, device: torch.device) -> dict[str, Any]:
-        """Batch number `step`, from 0.
+        """Batch number `step`, counted from 0.
 
-        With gradient accumulation an optimizer step takes several. Of several processes each draws rows of its own
-        (by `generator`) and all draw the same shapes and K (by `choices`).
+        With gradient accumulation, an optimizer step takes several batches. With several processes, each draws rows of
+        its own (by `generator`), and all draw the same shapes and K (by `choices`).
 
         Args:
             step (`int`): the number of the batch.
-            device (`torch.device`): where its tensors are.
+            device (`torch.device`): where to put its tensors.
 
         Returns:
             `context_input_ids`, `context_attention_mask` [C, N]; `input_ids`, `attention_mask`, `labels` [R, T];
-            `context_index` [R], or [R, S] for S states side by side; all right padded, on the device. And, if wanted,
-            the ints `write_steps` (K; default: as the trainer draws it) and `max_targets` (the most labels of a query,
-            which spares the logits of all other tokens). For a teacher, where S is more than 1: `text_index` [R], the
-            text that answers each query, as many queries on each, and, unless these are the contexts,
+            `context_index` [R], or [R, S] for S states side by side; all right padded, on the device. Optionally the
+            ints `write_steps` (K; default: as the trainer draws it) and `max_targets` (the most labels in a query,
+            which saves computing the logits of all other tokens). For a teacher, if S is more than 1: `text_index` [R],
+            the text that answers each query, with as many queries on each text, and, unless the texts are the contexts,
             `text_input_ids` and `text_attention_mask`.
         """
         raise NotImplementedError
@@ -64,47 +64,48 @@ class Batches(Dataset[Any]):
         return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
     def lr_factor(self, step: int) -> float:
-        """What the learning rate of optimizer step `step` is multiplied by, for stages with a rate of their own."""
+        """The factor on the learning rate of optimizer step `step`, for stages with a rate of their own."""
         return 1.0
 
     def choices(self, step: int) -> random.Random:
-        """Draws what decides the kind of batch `step`; the same in all processes."""
+        """Random numbers that determine the kind of batch `step`; the same in all processes."""
         return random.Random(f"{self.seed}:{step}")
 
     def generator(self, step: int, device: torch.device | str) -> torch.Generator:
-        """Draws the contents of batch `step` on the device; another one in each process."""
+        """Random numbers on the device for the contents of batch `step`; different in each process."""
         number = random.Random(f"{self.seed}:{step}:{self.process}").getrandbits(63)
         return torch.Generator(device).manual_seed(number)
 
 
 class RowBatches(Batches):
-    """Batches of rows of texts that are kept as tokens on the device, padded to a few lengths of context.
+    """Batches of rows of texts, kept as tokens on the device, with contexts padded to a few lengths.
 
     Args:
-        rows (`Sequence`): rows as `GradMemCollator` takes them, or several `(rows, share)`, where a share is how much
-            of training these rows get. Or the pools that another's `pools` are.
-        collator (`GradMemCollator`): makes tokens of the rows.
+        rows (`Sequence`): rows as `GradMemCollator` takes them; or several `(rows, share)`, where the share is how much
+            of training goes to these rows; or the `pools` of another `RowBatches`.
+        collator (`GradMemCollator`): turns the rows into tokens.
         buckets (`Sequence[int]`, *optional*): contexts are padded to the smallest of these lengths that holds them;
             None: 64, 128, 256, ... as far as needed.
-        tokens (`int`, *optional*): context tokens of a batch, padding counted; None: as `contexts` gives.
-        contexts (`int`, *optional*, defaults to `64`): most contexts of a batch.
-        queries (`int`, *optional*, defaults to `2`): queries on each context of a batch, but no more than the contexts
-            of this length have on average.
-        side_by_side (`Sequence`, *optional*, defaults to `(1,)`): the kind of a batch is drawn from these. S: each
-            query is asked of S states, its own context's in a random place among those of other contexts. Or [S, P]:
-            each context is cut into P parts that are written by themselves, and P of the S states are its own. Of
-            `queries`, a context has the S-th part then, at least one: what is read is S times as long.
-        write_steps (`Sequence[int]`, *optional*): K of a batch is drawn from these; None: the trainer draws it.
-        write_steps_side_by_side (`Sequence[int]`, *optional*): the same for batches with several states, of which few
-            kinds should do: each is compiled and captured by itself. None: as for the others.
+        tokens (`int`, *optional*): the most context tokens in a batch, padding included; None: as many as `contexts`
+            gives.
+        contexts (`int`, *optional*, defaults to `64`): the most contexts in a batch.
+        queries (`int`, *optional*, defaults to `2`): queries on each context of a batch, at most as many as contexts of
+            this length have on average.
+        side_by_side (`Sequence`, *optional*, defaults to `(1,)`): the kind of each batch is drawn from these. S: each
+            query is asked of S states, its own context's at a random place among those of other contexts. [S, P]: also,
+            each context is cut into P parts that are written by themselves, and P of the S states are its own. With S
+            states, a context has `queries` / S queries, at least one, because S times as much is read.
+        write_steps (`Sequence[int]`, *optional*): K of each batch is drawn from these; None: the trainer draws it.
+        write_steps_side_by_side (`Sequence[int]`, *optional*): the same for batches with several states; keep it to few
+            values, as each kind of batch is compiled and captured separately. None: as for the others.
         drop_longer (`bool`, *optional*, defaults to `False`): leave out contexts longer than the largest bucket.
         query_tokens (`int`, *optional*): leave out queries that have more tokens than this, with their targets.
-        seed (`int`, *optional*, defaults to `0`): of what is drawn.
-        steps (`int`, *optional*): batches of an epoch; None: as many as give each context one turn on average.
+        seed (`int`, *optional*, defaults to `0`): seed of what is drawn.
+        steps (`int`, *optional*): batches in an epoch; None: as many as give each context one turn on average.
 
     Raises:
-        ValueError: a row is wrong, a context is longer than the largest bucket, or a batch cannot hold the contexts
-            that a query is asked of; the message names what.
+        ValueError: a row is invalid, a context is longer than the largest bucket, or a batch cannot hold the contexts
+            that a query is asked of; the message says which.
     """
 
     def __init__(
@@ -151,10 +152,10 @@ class RowBatches(Batches):
 
     @classmethod
     def of(cls, rows: Any, collator: Any, args: GradMemTrainingArguments) -> RowBatches:
-        """Batches of rows as the arguments of a run with `cuda_graphs` say.
+        """The batches of rows for a run with `cuda_graphs`, as its arguments say.
 
         Raises:
-            ValueError: the rows have no length, or another collator makes batches of them.
+            ValueError: the rows have no length, or another collator makes their batches.
         """
         if not isinstance(collator, GradMemCollator) or not hasattr(rows, "__len__"):
             raise ValueError(
@@ -173,16 +174,16 @@ class RowBatches(Batches):
 
     @property
     def longest_context(self) -> int:
-        """Tokens of the longest bucket that has contexts."""
+        """Length in tokens of the longest bucket that has contexts."""
         return max(pool.length for pool in self.pools)
 
     @cached_property
     def trained_length(self) -> int:
-        """Tokens of the longest context."""
+        """Length in tokens of the longest context."""
         return max(int(pool.lengths.max()) for pool in self.pools)
 
     def batch_size(self, pool: Pool, side_by_side: int) -> int:
-        """The contexts of a batch."""
+        """The number of contexts in a batch."""
         most = self.contexts if self.tokens is None else min(self.tokens // pool.length, self.contexts)
         return max(side_by_side, most)
 

@@ -22,7 +22,7 @@ _FORMS = (
 
 
 class Example(NamedTuple):
-    """A row: a context, and what is asked about it."""
+    """A row: a context and the queries on it."""
 
     context: str
     queries: list[Prompt]
@@ -32,22 +32,22 @@ class Example(NamedTuple):
 
 @dataclass
 class GradMemCollator:
-    """Makes a batch of rows.
+    """Makes batches of rows.
 
-    A row has a `context` and either one `query` with its `target` or lists of `queries` and `targets` on the same
-    context, which is then written once. A query is a text or a list of chat messages. `answers` are the references
-    that evaluation accepts (default: the target): a list of texts, with `queries` a list of such lists.
+    A row has a `context` and either a `query` with its `target` or lists of `queries` and `targets` on the same
+    context, which is then written once. A query is a text or a list of chat messages. `answers` are the references that
+    evaluation accepts (default: the target): a list of texts, or, with `queries`, a list of such lists.
 
-    Nothing is cut off, ever, and the tokenizer's state (its padding side) is neither read nor changed. A target ends
-    with the tokenizer's end token, where it has one.
+    Nothing is ever truncated, and the tokenizer's state (its padding side) is neither read nor changed. A target ends
+    with the tokenizer's end token, if it has one.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): the backbone's, with a pad token.
-        max_context_length (`int`, *optional*): most tokens of a context; None: `GradMemTrainer` fills in what fits the
-            backbone.
-        max_query_length (`int`, *optional*): most tokens of a query with its target; None: the same.
-        query_format (`str`, *optional*, defaults to `"text"`): as in `GradMemConfig`, whose `query_format` it must be
-            for training and inference to agree.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer, with a pad token.
+        max_context_length (`int`, *optional*): the most tokens in a context; None: `GradMemTrainer` fills in what fits
+            the backbone.
+        max_query_length (`int`, *optional*): the most tokens in a query with its target; None: the same.
+        query_format (`str`, *optional*, defaults to `"text"`): as in `GradMemConfig`, whose `query_format` it must
+            equal for training and inference to agree.
 
     Raises:
         ValueError: the tokenizer cannot pad.
@@ -67,11 +67,11 @@ class GradMemCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], first: int = 0) -> dict[str, Any]:
-        """A batch.
+        """Make a batch.
 
         Args:
             rows (`Sequence[Mapping[str, Any]]`): C rows, with R queries in all.
-            first (`int`, *optional*, defaults to `0`): what messages call the first row's number.
+            first (`int`, *optional*, defaults to `0`): the number of the first row in messages.
 
         Returns:
             context_input_ids, context_attention_mask: [C, N], right padded.
@@ -122,10 +122,10 @@ class GradMemCollator:
         }
 
     def longest_target(self, row: Mapping[str, Any]) -> int:
-        """How many tokens the longest text has that a query of the row may be answered with.
+        """The number of tokens in the longest text that a query of the row may be answered with.
 
         Args:
-            row (`Mapping[str, Any]`): as a batch is made of.
+            row (`Mapping[str, Any]`): a row as for `__call__`.
         """
         example = read_row("The row", row)
         texts = [*example.targets, *(text for accepted in example.references for text in accepted)]
@@ -157,14 +157,14 @@ class GradMemCollator:
 
 
 def read_row(name: str, row: Mapping[str, Any]) -> Example:
-    """A row as it is meant, in one form. Keys that are None count as absent, as `datasets` fills them in.
+    """A row in one form. Keys that are None count as absent, as `datasets` fills them in.
 
     Args:
-        name (`str`): what messages call it.
-        row (`Mapping[str, Any]`): what should be one.
+        name (`str`): the row's name in messages.
+        row (`Mapping[str, Any]`): the row.
 
     Raises:
-        TypeError, ValueError: it is no row, or lacks something, or is contradictory; the message says which and what.
+        TypeError, ValueError: the row is not one, lacks something or is contradictory; the message says which and what.
     """
     if not isinstance(row, Mapping):
         raise TypeError(f"{name} is a {type(row).__name__}, not a mapping. {_FORMS}")

@@ -10,8 +10,8 @@ Score: TypeAlias = Callable[[str, list[str]], dict[str, float]]
 
 
 def score_answer(prediction: str, references: list[str]) -> dict[str, float]:
-    """Exact match and token F1 as SQuAD has them: without case, punctuation, articles and extra space, each for the
-    reference that it is highest for.
+    """Exact match and token F1 as in SQuAD: ignoring case, punctuation, articles and extra space, each for the
+    reference for which it is highest.
 
     Args:
         prediction (`str`): the generated text.

@@ -13,14 +13,14 @@ from .collator import read_row
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows as `GradMemCollator` takes them from JSON lines, gzipped or not.
+    """Read rows as `GradMemCollator` takes them from a file of JSON lines, gzipped or not.
 
     Args:
         path (`str` or `Path`): the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no row, or there is none; the message names the line.
+        ValueError: a line is not a row, or there is none; the message names the line.
     """
     named = json_lines(Path(path))
     for name, row in named:

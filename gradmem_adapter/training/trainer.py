@@ -49,26 +49,27 @@ class GradMemTrainer(EvaluatingTrainer):
     ```
 
     The loss of an optimizer step is the mean over all its target tokens, plus `reconstruction_weight` times the mean
-    last write loss over all its contexts, however they are spread over micro-batches and processes. Evaluation reports
-    the loss and, from greedy answers, `exact_match` and `f1`. Every checkpoint opens with `load_checkpoint`.
+    last write loss over all its contexts, however these are spread over micro-batches and processes. Evaluation reports
+    the loss and, for greedy answers, `exact_match` and `f1`. Every checkpoint opens with `load_checkpoint`.
 
     Args:
-        model (`PeftModel`): with an active GradMem adapter that is trainable. Or any module with the `forward` of
-            `GradMemModel`, to compare with: its trained weights are saved alone, and it is evaluated by its loss.
+        model (`PeftModel`): a model with an active, trainable GradMem adapter. Or, for comparison, any module with the
+            `forward` of `GradMemModel`: only its trained weights are saved, and it is evaluated only by its loss.
         args (`TrainingArguments`): `GradMemTrainingArguments`, or Transformers' own.
-        data_collator (*optional*): makes batches of rows (default: a `GradMemCollator`, which says what a row is).
-        train_dataset (*optional*): rows, or `Batches` that are made ready on the device.
+        data_collator (*optional*): makes batches of rows (default: a `GradMemCollator`, which explains what a row is).
+        train_dataset (*optional*): rows, or `Batches`, made on the device.
         eval_dataset (*optional*): rows, or several datasets by name.
         processing_class (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: as for
-            `Trainer`; predictions are the answers' token ids where `args` say `predict_with_generate`, else logits.
+            `Trainer`; predictions are the token ids of the answers with `predict_with_generate` in `args`, otherwise
+            logits.
         score (`Score`, *optional*): scores an answer against its references, in place of exact match and F1.
-        teacher (`nn.Module`, *optional*): a causal LM that reads the contexts as text; its distributions are further
+        teacher (`nn.Module`, *optional*): a causal LM that reads the contexts as text; its distributions are additional
             targets, by `distillation_weight` and `distillation_temperature` of `args`. See `Distillation`.
 
     Raises:
         TypeError: the model has no active GradMem adapter.
-        ValueError, NotImplementedError: settings that cannot work; the message says what to do.
+        ValueError, NotImplementedError: the settings cannot work; the message says what to do.
     """
 
     loss_is_scaled_for_ga = True
@@ -139,12 +140,12 @@ class GradMemTrainer(EvaluatingTrainer):
             shard_as_one(self.accelerator)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """Accelerate does not wrap the forward pass of a model that FSDP2 shards."""
+        """Autocast for FSDP2, where Accelerate does not wrap the forward pass of the model."""
         return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
     @property
     def slots(self) -> MemorySlots | None:
-        """The layer of the method's trained tensors; None where the model has none."""
+        """The layer with the method's trained tensors; None if the model has none."""
         return None if self.config is None else cast(GradMemModel, cast(PeftModel, self.model).base_model).slots
 
     # ---------------------------------------------------------------- training
@@ -153,11 +154,11 @@ class GradMemTrainer(EvaluatingTrainer):
         """Train, as `Trainer.train` does.
 
         Args:
-            resume_from_checkpoint: a checkpoint, or True for the last whole one in the output directory.
+            resume_from_checkpoint: a checkpoint, or True for the last complete one in the output directory.
 
         Raises:
             TrainingDiverged: a loss or a gradient is not finite; the message names the last good checkpoint. The
-                weights are those before that step, or with `cuda_graphs`, where this is seen when the next log or
+                weights are those before that step, or, with `cuda_graphs`, which checks only when the next log or
                 checkpoint is due, those after it.
         """
         if resume_from_checkpoint is True:
@@ -196,7 +197,7 @@ class GradMemTrainer(EvaluatingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The batches of an optimizer step, and the target tokens in them over all processes."""
+        """The batches of an optimizer step, and the number of their target tokens over all processes."""
         if isinstance(self.train_dataset, Batches):
             first = self.state.global_step * self.args.gradient_accumulation_steps
             batches = [self.train_dataset.batch(first + i, device) for i in range(num_batches)]
@@ -232,7 +233,7 @@ class GradMemTrainer(EvaluatingTrainer):
             self.config.trained_length = max(self.config.trained_length or 0, tokens)
 
     def write_steps(self) -> int:
-        """K of the current optimizer step, the same in all its micro-batches and processes, and in a resumed run."""
+        """K of the current optimizer step: the same in all micro-batches and processes, and in a resumed run."""
         draw = random.Random(f"{self.args.seed}:{self.state.global_step}")
         return draw.choice(self.args.write_steps or [self.default_write_steps])
 
@@ -246,8 +247,8 @@ class GradMemTrainer(EvaluatingTrainer):
         """This micro-batch's share of the loss of its optimizer step.
 
         Args:
-            num_items_in_batch: None: the batch is a step of its own; otherwise it is one of those that
-                `get_batch_samples` gave last.
+            num_items_in_batch: None: the batch is a step by itself; otherwise, it is one of those last returned by
+                `get_batch_samples`.
         """
         whole = None if num_items_in_batch is None else self._window
         loss, output, table = self._loss(model, {"write_steps": self.write_steps()} | inputs, whole)
@@ -325,7 +326,8 @@ class GradMemTrainer(EvaluatingTrainer):
         return loss, table
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None: Transformers would count the queries alone, and walk through the whole model for it at every step."""
+        """Always 0: Transformers would count only the queries, and walk through the whole model to do so at every
+        step."""
         return 0
 
     # ---------------------------------------------------------------- optimizer, schedule, log
@@ -359,7 +361,7 @@ class GradMemTrainer(EvaluatingTrainer):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside the training loss, log what WRITE did on average since the last time."""
+        """Log, beside the training loss, means of what WRITE did since the last log."""
         if "loss" in logs:
             self.check_finite()
             means = self._sums.means(self.accelerator)
