@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -53,6 +54,25 @@ class PhaseGated:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return self.base_layer(x, *args, **kwargs)  # type: ignore[attr-defined]
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT. The next adapter of that name has a phase of its own."""
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self.gradmem_phases.pop(adapter_name, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What `pickle` and `copy` make another of: classes that are made here have no name to find them by."""
+        return _new_gated, (type(self).__bases__[1],), self.__dict__
+
+
+@cache
+def _gated(cls: type) -> type:
+    """A class of LoRA layers that act in a phase."""
+    return type(cls.__name__, (PhaseGated, cls), {})
+
+
+def _new_gated(cls: type) -> Any:
+    return object.__new__(_gated(cls))
+
 
 def in_phase(layer: PhaseGated, phase: str) -> Any:
     """A layer that is always what `layer` is in one phase, and shares its modules.
@@ -72,9 +92,6 @@ def in_phase(layer: PhaseGated, phase: str) -> Any:
     return result
 
 
-_gated_classes: dict[type, type] = {}
-
-
 def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
     """Make a LoRA layer act in one phase alone, for one adapter; other adapters on the layer keep theirs.
 
@@ -83,11 +100,8 @@ def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
         adapter (`str`): the adapter's name.
         phase (`str`): `"write"` or `"read"`.
     """
-    cls = type(layer)
     if not isinstance(layer, PhaseGated):
-        if cls not in _gated_classes:
-            _gated_classes[cls] = type(cls.__name__, (PhaseGated, cls), {})
-        layer.__class__ = _gated_classes[cls]
+        layer.__class__ = _gated(type(layer))
     phases: dict[str, str] = layer.__dict__.setdefault("gradmem_phases", {})
     phases[adapter] = phase
 
