@@ -18,7 +18,7 @@ from peft.utils import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.backbones import HUB_IDS, PACKAGED, check_weights, embeddings_of, load_backbone, reference_in
@@ -160,20 +160,21 @@ def _is_resized(model: PeftModel) -> bool:
     there = None if packaged else embeddings_of(named, backbone)
     if there is None:  # or it has a name there that nobody has opened it by
         there = embeddings_of(backbone.name_or_path, backbone)
-    return there is not None and there != _embeddings(model).num_embeddings
+    return there is not None and there != _rows(backbone)
 
 
-def _embeddings(model: PreTrainedModel | PeftModel) -> nn.Embedding:
-    return cast(nn.Embedding, model.get_input_embeddings())
+def _rows(backbone: PreTrainedModel) -> int:
+    """How many embeddings a backbone has, which may be those of a LoRA layer."""
+    return len(cast(Tensor, backbone.get_input_embeddings().weight))
 
 
 def _saved_rows(directory: Path, backbone: PreTrainedModel) -> int:
     """How many embeddings a checkpoint holds, which are loaded with the adapter; without any, those of the backbone."""
-    table = _embeddings(backbone)
+    table = backbone.get_input_embeddings()
     name = next(name for name, module in backbone.named_modules() if module is table)
     with opened_weights(directory / SAFETENSORS_WEIGHTS_NAME) as tensors:
-        key = f"base_model.model.{name}.weight"
-        return tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else table.num_embeddings  # noqa: SIM118
+        keys = {f"base_model.model.{table}.weight" for table in (name, f"{name}.base_layer")} & {*tensors.keys()}
+        return tensors.get_slice(keys.pop()).get_shape()[0] if keys else _rows(backbone)
 
 
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
@@ -362,7 +363,7 @@ def _load(
     # offloaded layers, to whose place, the meta device, PEFT would take the LoRA that was read.
     empty = not any(has_offloaded_params(module) for module in backbone.modules())
     with trainable_as_before(backbone):  # it may be the caller's
-        resize = _embeddings(backbone).num_embeddings, _saved_rows(directory, backbone)
+        resize = _rows(backbone), _saved_rows(directory, backbone)
         if resized := resize[0] != resize[1]:  # which nobody undoes, so that all else is compared first
             model, _ = _attached(backbone, config, directory, empty, resized, resize)
             cast(GradMemModel, model.base_model).unload()

@@ -15,6 +15,7 @@ from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.pipeline import GradMemPipeline
 
 LORA = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+ON_EMBEDDINGS = LORA | {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def files(path):
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("lora", [None, LORA], ids=["alone", "lora"])
+    @pytest.mark.parametrize("lora", [None, LORA, ON_EMBEDDINGS], ids=["alone", "lora", "lora on embeddings"])
     def test_frozen_backbone(self, backbone, tmp_path, lora):
         model, tokenizer = train(make(backbone, lora_config=lora)), tiny_tokenizer()
         save_checkpoint(model, tokenizer, tmp_path / "saved")
@@ -330,16 +331,18 @@ def test_what_is_no_checkpoint_is_not_replaced(backbone, tmp_path):
     assert [entry.name for entry in folder.iterdir()] == ["checkpoint-10"]
 
 
+@pytest.mark.parametrize("lora", [None, ON_EMBEDDINGS], ids=["alone", "lora on embeddings"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_added_tokens_are_saved_and_opened(tmp_path, tied):
+def test_added_tokens_are_saved_and_opened(tmp_path, tied, lora):
     """The backbone's reference knows nothing of them."""
     tiny(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
     backbone, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tiny_tokenizer()
     tokenizer.add_tokens(["<note>"])
     backbone.resize_token_embeddings(len(tokenizer))
-    model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, write_head=True)).eval()
+    config = GradMemConfig(num_memory_tokens=3, write_head=True, lora_config=lora)
+    model = train(get_peft_model(backbone, config).eval())
     inputs = tokenizer("w1 <note> w2", return_tensors="pt")
     save_checkpoint(model, tokenizer, tmp_path / "checkpoint")
     opened, tokenizer = load_checkpoint(tmp_path / "checkpoint")
-    assert opened.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert len(opened.get_input_embeddings().weight) == len(tokenizer)
     assert opened.write(**tokenizer("w1 <note> w2", return_tensors="pt")).equal(model.write(**inputs))
