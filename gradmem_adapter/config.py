@@ -28,6 +28,9 @@ REGISTRIES: dict[str, Collection[str]] = {}
 # LoRA initialisations that leave the backbone's own weights alone: WRITE and READ must see the same backbone that
 # `disable_adapter` gives back, so the ones that rewrite it (PiSSA, OLoRA, LoftQ, ...) are refused.
 _SAFE_LORA_INITS = (True, False, "gaussian", "orthogonal")
+# Of what PEFT marks as variants of LoRA, those that leave the backbone alone, act behind embeddings and come back as
+# they were saved. KaSA rewrites weights, aLoRA waits for tokens in vain, MonteCLoRA and VeLoRA keep more than is saved.
+_SAFE_LORA_VARIANTS = ("use_dora", "use_bdlora")
 
 _FROM_FILE = "gradmem_from_file"
 
@@ -330,6 +333,12 @@ class GradMemConfig(PeftConfig):
                 "lora_config may not use bias, modules_to_save, layer_replication or trainable_token_indices: they "
                 "change the backbone itself, which GradMem promises to leave as it is. Set train_backbone=True to "
                 "train the backbone."
+            )
+        variants = {field.name for field in fields(value) if field.metadata.get("is_lora_variant")}
+        if asked := sorted(name for name in variants.difference(_SAFE_LORA_VARIANTS) if getattr(value, name)):
+            raise ValueError(
+                f"lora_config may not use {', '.join(asked)}: of PEFT's variants of LoRA, GradMem works with "
+                f"{' and '.join(_SAFE_LORA_VARIANTS)}. Leave it out."
             )
         if value.init_lora_weights not in _SAFE_LORA_INITS:
             raise ValueError(

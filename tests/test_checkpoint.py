@@ -15,6 +15,9 @@ from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.pipeline import GradMemPipeline
 
 LORA = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+DORA = LORA | {"use_dora": True}
+BLOCKS = {"nblocks": 2, "target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"]}
+BD_LORA = LORA | {"target_modules": ["q_proj", "v_proj"], "use_bdlora": BLOCKS}
 ON_EMBEDDINGS = LORA | {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}
 
 
@@ -66,7 +69,9 @@ def files(path):
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("lora", [None, LORA, ON_EMBEDDINGS], ids=["alone", "lora", "lora on embeddings"])
+    @pytest.mark.parametrize(
+        "lora", [None, LORA, DORA, BD_LORA, ON_EMBEDDINGS], ids=["alone", "lora", "dora", "bd-lora", "on embeddings"]
+    )
     def test_frozen_backbone(self, backbone, tmp_path, lora):
         model, tokenizer = train(make(backbone, lora_config=lora)), tiny_tokenizer()
         save_checkpoint(model, tokenizer, tmp_path / "saved")

@@ -88,6 +88,18 @@ def test_a_wrong_value_is_named(fields, error):
         GradMemConfig(**fields)
 
 
+VARIANTS = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+
+
+@pytest.mark.parametrize("name", sorted({*VARIANTS} - {"use_dora", "use_bdlora"}))
+def test_a_variant_of_lora_that_does_not_work_is_refused(name):
+    """KaSA rewrites the backbone's weights, aLoRA never acts behind embeddings, others come back otherwise."""
+    lora = LoraConfig(r=2)
+    setattr(lora, name, True)
+    with pytest.raises(ValueError, match=f"lora_config may not use {name}: of PEFT's variants"):
+        GradMemConfig(lora_config=lora)
+
+
 def test_an_unknown_field_is_refused():
     with pytest.raises(TypeError, match=r"has no field num_memory_token\. Did you mean num_memory_tokens\?") as raised:
         GradMemConfig(num_memory_token=3)
