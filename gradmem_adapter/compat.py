@@ -45,13 +45,13 @@ _DESCRIPTIONS = {"architecture", "base_config", "tied_embeddings"}  # what a con
 
 
 def config_from_authors_options(options: Mapping[str, Any]) -> GradMemConfig:
-    """The `GradMemConfig` that says what the authors' options say, all weights trained.
+    """The `GradMemConfig` that corresponds to the authors' options, with all weights trained.
 
     Args:
         options (`Mapping`): the GradMem options under the authors' names (`n_mem_tokens`, `K`, `lr`, `grad_mode`, ...).
 
     Raises:
-        ValueError: an option that is not known, a missing one, or a wrong value of one.
+        ValueError: an option is unknown, missing or has a wrong value.
     """
     unknown = set(options) - _OPTIONS - _DESCRIPTIONS
     if unknown:
@@ -87,7 +87,7 @@ def load_authors_checkpoint(
     base_config: PretrainedConfig | Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> PeftModel:
-    """Open a checkpoint of the authors' code, trainable as theirs is: slots and all weights.
+    """Open a checkpoint of the authors' code. As in theirs, the slots and all weights are trainable.
 
     Args:
         state_dict (`Mapping[str, Tensor]`): tensors under the authors' names: `mem`, `mem_proj.*`, `write_head.weight`,
@@ -100,7 +100,7 @@ def load_authors_checkpoint(
         The backbone with a GradMem adapter, in the checkpoint's dtype and in eval mode.
 
     Raises:
-        ValueError: an unknown option, or tensors that are missing, left over or of another shape.
+        ValueError: an option is unknown, or tensors are missing, left over or of another shape.
     """
     config = config_from_authors_options(options)
     if not isinstance(base_config, PretrainedConfig):
@@ -136,10 +136,10 @@ def load_authors_checkpoint(
 
 
 def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The parameters of the active adapter and the backbone under the names of the authors' code.
+    """The parameters of the active adapter and the backbone, under the names of the authors' code.
 
     Tied weights appear once, under the first of their names. A LoRA, a learned write learning rate and a start from the
-    context have no counterpart there.
+    context do not exist there.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.

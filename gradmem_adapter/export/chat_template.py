@@ -25,11 +25,11 @@ _BEGINNING = (
 
 
 def memory_first(template: str) -> str:
-    """A chat template that writes the marks of all memories before everything else; without marks nothing changes.
+    """A chat template that puts the marks of all memories before everything else; without marks, nothing changes.
 
-    The adapter was trained on `[memory; prompt]`, and an engine puts the vectors where the mark stands.
+    The adapter was trained on `[memory; prompt]`, and an engine puts the vectors where the marks are.
 
     Args:
-        template (`str`): in Jinja, as Transformers and vLLM run it.
+        template (`str`): the Jinja template, as Transformers and vLLM run it.
     """
     return _BEGINNING + template

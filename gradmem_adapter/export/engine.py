@@ -48,10 +48,10 @@ _making = threading.Lock()
 
 
 def lock_of(engine: Any) -> threading.Lock:
-    """The one under which all readers ask an engine inside this process, which is no more than one thread's.
+    """The lock under which all readers use an engine inside this process, which only one thread may use at a time.
 
     Args:
-        engine: the object that computes.
+        engine: the engine.
     """
     with _making:
         return _locks.setdefault(engine, threading.Lock())
@@ -62,7 +62,7 @@ class EnginePrompt(NamedTuple):
 
     Args:
         prefix (`Tensor`): `[P, d]`, the memory with its control vectors.
-        tokens (`list[int]`): the prompt behind it.
+        tokens (`list[int]`): the prompt after it.
     """
 
     prefix: Tensor
@@ -70,12 +70,12 @@ class EnginePrompt(NamedTuple):
 
 
 class EngineSampling(NamedTuple):
-    """How an engine draws tokens.
+    """How an engine samples tokens.
 
     Args:
-        max_new_tokens (`int`): most tokens of an answer.
-        stop_token_ids (`list[int]`): each of them ends an answer, and is its last token.
-        temperature (`float`): 0: greedily.
+        max_new_tokens (`int`): the most tokens in an answer.
+        stop_token_ids (`list[int]`): each of them ends an answer, as its last token.
+        temperature (`float`): 0: greedy.
         top_k (`int`): 0: all tokens.
         top_p (`float`): 1: all tokens.
     """
@@ -88,7 +88,7 @@ class EngineSampling(NamedTuple):
 
     @classmethod
     def of(cls, options: dict[str, Any], default: GenerationConfig) -> EngineSampling:
-        """What Transformers' `generate` would do with the same options; `ValueError` where no length is given."""
+        """What Transformers' `generate` would do with the same options; `ValueError` if no length is given."""
         asked = {name: generation_option(name, options, default) for name in _KNOWN}
         if asked["max_new_tokens"] is None:
             raise ValueError("Pass max_new_tokens, the most tokens of an answer.")
@@ -109,13 +109,13 @@ class EngineSampling(NamedTuple):
 
 
 class EngineReader(ABC):
-    """Answers from memory by an engine that serves what `export_model` made of the model's checkpoint.
+    """Answers from memory with an engine that serves the export (`export_model`) of the model's checkpoint.
 
     Args:
-        model (`PeftModel`): with the adapter that writes the states. What it does not write, it refuses before anything
-            is sent.
-        check_model (`bool`, *optional*, defaults to `True`): before the first answer ask for eight tokens and see that
-            they are the model's own up to rounding, since an engine with another model would answer, too.
+        model (`PeftModel`): the model with the adapter that writes the states. States of another model are refused
+            before anything is sent.
+        check_model (`bool`, *optional*, defaults to `True`): before the first answer, ask for eight tokens and check
+            that they are the model's own up to rounding: an engine with another model would answer as well.
     """
 
     def __init__(self, model: PeftModel | GradMemPeftModel, *, check_model: bool = True) -> None:
@@ -131,7 +131,7 @@ class EngineReader(ABC):
         """Ask the engine.
 
         Yields:
-            The number of a prompt, new tokens of its answer, and whether they are its last.
+            The number of a prompt, new tokens of its answer, and whether they are the last.
         """
 
     @torch.no_grad()
@@ -151,17 +151,18 @@ class EngineReader(ABC):
             input_ids (`Tensor`): `[B, T]` prompts.
             attention_mask (`Tensor`, *optional*): `[B, T]`, padding on either side.
             memory (`MemoryState`): one state for all prompts or one per prompt.
-            context_index (`Tensor`, *optional*): `[B]`, the state of each prompt, or `[B, S]`, those read side by side.
+            context_index (`Tensor`, *optional*): `[B]`, the index of each prompt's state, or `[B, S]`, of those it
+                reads side by side.
             strict (`bool`, *optional*, defaults to `True`): refuse a state that another model wrote.
             options: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `eos_token_id`, `stop_strings`,
-                `streamer`, `stopping_criteria`, as Transformers has them.
+                `streamer`, `stopping_criteria`, as in Transformers.
 
         Returns:
             `Tensor`: prompts and new tokens `[B, T + new]`.
 
         Raises:
-            NotImplementedError: other options, which the engine would not follow as Transformers does.
-            TypeError, ValueError: prompts or states that do not fit the model or each other.
+            NotImplementedError: another option, which the engine would not follow as Transformers does.
+            TypeError, ValueError: prompts or states do not fit the model or each other.
             RuntimeError: the engine failed, or serves another model.
         """
         backbone = cast(PreTrainedModel, self.model.get_base_model())

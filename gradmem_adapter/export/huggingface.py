@@ -38,23 +38,23 @@ def export_model(
     merge: bool = True,
     gguf: Literal["float32", "float16"] | None = None,
 ) -> None:
-    """Write the model that answers from memory as a Hugging Face directory, which appears whole or not at all.
+    """Export the model that answers from memory to a Hugging Face directory, which appears whole or not at all.
 
-    A LoRA that acts in WRITE alone is left out: READ is the backbone then. The tokenizer's chat template gets a
-    beginning that puts memory first.
+    A LoRA that is active in WRITE only is left out, since READ is then the plain backbone. The tokenizer's chat
+    template is extended to put memory first.
 
     Args:
-        model (`PeftModel`): with an active GradMem adapter; it stays as it is.
+        model (`PeftModel`): a model with an active GradMem adapter; left unchanged.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): a new or empty directory.
-        merge (`bool`, *optional*, defaults to `True`): add the LoRA to the weights. `False`: the backbone's own
-            weights, and beside them the folder `lora`, a plain PEFT adapter; an engine then serves both.
-        gguf (`"float32"` or `"float16"`, *optional*): also write `model.gguf` for llama.cpp, by its own converter.
+        merge (`bool`, *optional*, defaults to `True`): merge the LoRA into the weights. `False`: the backbone's own
+            weights, with the folder `lora`, a plain PEFT adapter, beside them; an engine then serves both.
+        gguf (`"float32"` or `"float16"`, *optional*): also write `model.gguf` for llama.cpp, with its own converter.
 
     Raises:
-        FileExistsError: there is something at `path`, which is left alone.
+        FileExistsError: `path` holds something, which is left alone.
         FileNotFoundError: llama.cpp's converter is not on the PATH.
-        NotImplementedError: weights that cannot be exported, because they are quantised, or a LoRA would be merged
+        NotImplementedError: the weights cannot be exported, because they are quantised, or the LoRA would be merged
             into an embedding that is also the output head.
         RuntimeError: the converter failed.
     """

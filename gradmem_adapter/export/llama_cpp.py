@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 
 class LlamaCppReader(EngineReader):
-    """Answers from memory by llama.cpp, one prompt after the other, token by token.
+    """Answers from memory with llama.cpp, one prompt after another, token by token.
 
     Args:
-        model (`PeftModel`): with the adapter that writes the states.
-        llama (`Llama`): of the `model.gguf` that `gradmem export --gguf float32` made. Its `n_batch` must be at least
-            the vectors that stand before a prompt, its `n_ctx` hold them, the prompt and the answer.
-        check_model (`bool`, *optional*, defaults to `True`): see that it is the model's own before the first answer.
+        model (`PeftModel`): the model with the adapter that writes the states.
+        llama (`Llama`): a `Llama` with the `model.gguf` that `gradmem export --gguf float32` made. Its `n_batch` must
+            be at least the number of vectors before a prompt, and its `n_ctx` must hold these, the prompt and the
+            answer.
+        check_model (`bool`, *optional*, defaults to `True`): before the first answer, check that llama.cpp's model is
+            the adapter's own.
     """
 
     def __init__(self, model: PeftModel | GradMemPeftModel, llama: Llama, *, check_model: bool = True) -> None:
@@ -56,7 +58,7 @@ class LlamaCppReader(EngineReader):
 
 
 def read_prefix(llama: Llama, prefix: Tensor) -> None:
-    """Let a `Llama` read input embeddings `[P, d]` as the first positions of a new sequence."""
+    """Make a `Llama` read input embeddings `[P, d]` as the first positions of a new sequence."""
     import llama_cpp
 
     length, width = prefix.shape

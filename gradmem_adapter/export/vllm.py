@@ -26,7 +26,7 @@ _NOT_VLLM = (http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError
 
 
 class VLLMReader(EngineReader):
-    """Answers from memory by vLLM, which serves a directory that `gradmem export` made.
+    """Answers from memory with vLLM, which serves a directory that `gradmem export` made.
 
     ```python
     llm = LLM("exported", enable_prompt_embeds=True)
@@ -34,15 +34,15 @@ class VLLMReader(EngineReader):
     ```
 
     Args:
-        model (`PeftModel`): with the adapter that writes the states.
-        engine (`LLM` or `str`): made with `enable_prompt_embeds=True`; or the address of a server that was started with
-            `--enable-prompt-embeds`, such as `"http://localhost:8000"`. An `LLM` gives an answer as a whole, a server
+        model (`PeftModel`): the model with the adapter that writes the states.
+        engine (`LLM` or `str`): an `LLM` made with `enable_prompt_embeds=True`, or the address of a server started with
+            `--enable-prompt-embeds`, such as `"http://localhost:8000"`. An `LLM` returns an answer as a whole, a server
             token by token.
-        name (`str`, *optional*): a server's name of the model or LoRA; None: the first that it names.
-        lora (`str` or `Path`, *optional*): the exported folder `lora`, for an `LLM` of the backbone beside it.
-        api_key (`str`, *optional*): of a server.
-        timeout (`float`, *optional*, defaults to 600): most seconds that a server may be silent.
-        check_model (`bool`, *optional*, defaults to `True`): see that the engine's model is the adapter's own, before
+        name (`str`, *optional*): the server's name for the model or LoRA; None: the first it lists.
+        lora (`str` or `Path`, *optional*): the exported folder `lora`, for an `LLM` that serves the plain backbone.
+        api_key (`str`, *optional*): the key for a server.
+        timeout (`float`, *optional*, defaults to 600): the most seconds that a server may be silent.
+        check_model (`bool`, *optional*, defaults to `True`): check that the engine's model is the adapter's own, before
             the first answer and after each failure of a server.
     """
 
@@ -137,7 +137,7 @@ class VLLMReader(EngineReader):
 
 
 def mixed_prompt(prompt: EnginePrompt) -> dict[str, Any]:
-    """A prompt for `LLM.generate`: vectors where memory stands, zeros where the engine embeds a token by itself."""
+    """A prompt for `LLM.generate`: vectors for the memory, zeros where the engine embeds a token itself."""
     memory, length = prompt.prefix, len(prompt.prefix) + len(prompt.tokens)
     embeddings = memory.new_zeros(length, memory.shape[1])
     embeddings[: len(memory)] = memory

@@ -53,8 +53,8 @@ class Batches(Dataset[Any]):
             `context_index` [R], or [R, S] for S states side by side; all right padded, on the device. Optionally the
             ints `write_steps` (K; default: as the trainer draws it) and `max_targets` (the most labels in a query,
             which saves computing the logits of all other tokens). For a teacher, if S is more than 1: `text_index` [R],
-            the text that answers each query, with as many queries on each text, and, unless the texts are the contexts,
-            `text_input_ids` and `text_attention_mask`.
+            the text that answers each query, with equally many queries on each text, and, unless the texts are the
+            contexts, `text_input_ids` and `text_attention_mask`.
         """
         raise NotImplementedError
 

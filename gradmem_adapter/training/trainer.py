@@ -326,8 +326,7 @@ class GradMemTrainer(EvaluatingTrainer):
         return loss, table
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Always 0: Transformers would count only the queries, and walk through the whole model to do so at every
-        step."""
+        """Always 0: Transformers would count only the queries, and walk the whole model for it at every step."""
         return 0
 
     # ---------------------------------------------------------------- optimizer, schedule, log

@@ -10,8 +10,8 @@ from langchain_core.runnables import RunnableBinding
 
 
 class BoundChat(RunnableBinding[LanguageModelInput, AIMessage]):
-    """What `ChatGradMem.bind` returns. LangChain's own binding forgets its arguments, memory among them, where these
-    methods make something else of the model."""
+    """What `ChatGradMem.bind` returns. LangChain's own binding loses its arguments, memory among them, when one of
+    these methods derives something else from the model."""
 
     def with_structured_output(self, schema: Any, **options: Any) -> Any:
         """As `ChatGradMem.with_structured_output`, with the arguments that are bound."""

@@ -29,28 +29,29 @@ def create_gradmem_stuff_chain(
     document_separator: str = "\n\n",
     document_variable_name: str = "context",
 ) -> Runnable[dict[str, Any], Any]:
-    """LangChain's `create_stuff_documents_chain`, with documents that the model reads from memory.
+    """LangChain's `create_stuff_documents_chain`, for documents that the model reads from memory.
 
-    Documents are written when they are seen for the first time. In the prompt a marker stands where a document's text
-    would, which the model is not shown; what else `document_prompt` takes of a document, its metadata, stays text.
-    Documents that the compressor leaves as text (`fallback="text"`) stand there as text.
+    Documents are written when first seen. In the prompt, a marker, which the model is not shown, takes the place of a
+    document's text; the metadata that `document_prompt` uses stay text. Documents that the compressor leaves as text
+    (`fallback="text"`) appear as text.
 
     Args:
-        llm (`ChatGradMem`): who answers; it may be bound.
-        prompt (`BasePromptTemplate`): of messages or of one string, with a human message and the documents' variable.
-        compressor (`GradMemCompressor`, *optional*): who writes the documents; None: the chat model's pipeline, into
-            its store.
-        output_parser (`BaseOutputParser`, *optional*): None: the answer's text.
-        document_prompt (`BasePromptTemplate`, *optional*): of one document; None: its text alone.
+        llm (`ChatGradMem`): the model that answers; it may be bound.
+        prompt (`BasePromptTemplate`): a prompt of messages or of one string, with a human message and the documents'
+            variable.
+        compressor (`GradMemCompressor`, *optional*): writes the documents; None: the chat model's pipeline, into its
+            store.
+        output_parser (`BaseOutputParser`, *optional*): parses the answer; None: the answer's text.
+        document_prompt (`BasePromptTemplate`, *optional*): the prompt for one document; None: its text alone.
         document_separator (`str`, *optional*): what stands between documents.
         document_variable_name (`str`, *optional*, defaults to `"context"`): the input that holds the documents.
 
     Returns:
-        `Runnable[dict, Any]`: takes the prompt's variables, documents as a list among them.
+        `Runnable[dict, Any]`: takes the prompt's variables, with the documents as a list.
 
     Raises:
-        TypeError: `llm` is something that holds no `ChatGradMem`, as one with a schema; or, in a call, the documents
-            are a text.
+        TypeError: `llm` does not hold a `ChatGradMem`, for example because it has a schema; or, in a call, the
+            documents are a text.
         ValueError: the prompt has no variable for the documents.
     """
     if document_variable_name not in prompt.input_variables:

@@ -22,22 +22,22 @@ from .turns import TurnMemory
 
 
 class GradMemChatMessageHistory(BaseChatMessageHistory):
-    """`messages` has system messages, a message that carries the memory of old turns, and the recent ones as text.
+    """A history whose `messages` are system messages, a message with the memory of old turns, and recent ones as text.
 
-    The messages themselves are in another history, as text and whole, so that nothing is lost where a write fails, a
-    state is damaged or the adapter changes: what is missing is written anew, with a warning. A history that outlives
-    its process is a persistent one in `history` and a store of states that outlives it, too.
+    The messages themselves are kept in another history, complete and as text, so that nothing is lost if a write fails,
+    a state is damaged or the adapter changes: what is missing is written again, with a warning. To outlive its process,
+    it needs a persistent `history` and a store of states that outlives it as well.
 
     Args:
-        memory (`TurnMemory`): which turns stay text, and who writes the others.
+        memory (`TurnMemory`): determines which turns stay text, and writes the others.
         history (`BaseChatMessageHistory`, *optional*): where the messages are; None: in this process.
-        session_id (`str`, *optional*): the conversation's name, which no other has in the memory's store. Conversations
-            with the same turns share states; by it is known which of them nobody else needs. None: a
-            `StoredChatMessageHistory` and messages in this process have one; of any other `history` no state is
-            deleted, but by `MemoryStateStore.gc`.
+        session_id (`str`, *optional*): the conversation's name, unique in the memory's store. Conversations with the
+            same turns share states; the name tells which states nobody else needs. None: a `StoredChatMessageHistory`
+            and messages in this process have one of their own; for any other `history`, only `MemoryStateStore.gc`
+            deletes states.
 
     Raises:
-        TypeError: the session's id is none.
+        TypeError: the session id is not a text.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
-        """What goes into a prompt."""
+        """The messages for a prompt."""
         messages = list(self.history.messages)
         shown = self.memory.shown(messages, self._source)
         self._forget_what_changed(messages)
@@ -71,7 +71,7 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
 
     @property
     def archive(self) -> list[BaseMessage]:
-        """The old turns, as they were."""
+        """The old turns in their original form."""
         messages = self.history.messages
         return messages[: self.memory.cut(messages)]
 
@@ -81,10 +81,10 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
         return self.memory.references(self.history.messages)
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
-        """Add messages, and write old turns where there are too many.
+        """Add messages, and write old turns if there are too many.
 
         Args:
-            messages (`Sequence[BaseMessage]`): what came since the last call.
+            messages (`Sequence[BaseMessage]`): the messages since the last call.
         """
         with self._lock:
             before = list(self.history.messages)  # which some histories add to themselves
@@ -94,7 +94,7 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
             self._forget_what_changed(before, now)
 
     def clear(self) -> None:
-        """Forget everything, the states too, but for those that another conversation has in common with this one."""
+        """Forget everything, including the states, except those that another conversation shares."""
         with self._lock:
             self.history.clear()
             self.memory.forget(self._source)  # last, or who is writing would not see that they are in vain
@@ -118,11 +118,11 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
     Threads and processes may share a session.
 
     Args:
-        store (`MemoryStateStore`): over a directory that outlives the process.
+        store (`MemoryStateStore`): a store over a directory that outlives the process.
         session_id (`str`): any text.
 
     Raises:
-        TypeError: the session's id is none.
+        TypeError: the session id is not a text.
     """
 
     def __init__(self, store: MemoryStateStore, session_id: str) -> None:
@@ -131,7 +131,7 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
-        """The session's messages; `ValueError` where their file is damaged."""
+        """The session's messages; raises `ValueError` if their file is damaged."""
         with opening(f"The session in {str(self.path)!r} (clear() forgets it)"):
             try:
                 text = self.path.read_text("utf-8")
@@ -143,7 +143,7 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
         """Add messages.
 
         Args:
-            messages (`Sequence[BaseMessage]`): what came since the last call.
+            messages (`Sequence[BaseMessage]`): the messages since the last call.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.path.parent), replacing(self.path) as temporary:  # every message is written again

@@ -61,31 +61,31 @@ class _Asked(NamedTuple):
 class ChatGradMem(BaseChatModel, CallOptions):
     """A local model with GradMem memory as a LangChain chat model.
 
-    Which memory states a call may read is said by `bind(memory=reference)` or by references attached to its messages
-    (`attach`, `attach_documents`); `side_by_side` says how several are read. Markers in texts are never resolved; one
-    that nothing carries comes with a warning. A call that reads no state is answered by the backbone alone, without the
-    adapter.
+    The memory states that a call may read are named by `bind(memory=reference)` or by references attached to its
+    messages (`attach`, `attach_documents`); `side_by_side` determines how several are read. Markers in texts are never
+    resolved; a marker whose reference nothing carries gives a warning. A call that reads no state is answered by the
+    backbone alone, without the adapter.
 
-    Calls that come at the same time, from threads, tasks or `batch`, are answered together. One whose task is cancelled
+    Calls made at the same time, from threads, tasks or `batch`, are answered together. A call whose task is cancelled
     ends with its next token.
 
     Args:
         pipeline (`GradMemPipeline`): the model and its tokenizer, which needs a chat template.
-        store (`MemoryStateStore`, *optional*, defaults to a temporary one): where the states are that references
-            name.
-        model_name (`str`, *optional*, defaults to `"gradmem"`): what is reported as the model.
-        max_tokens (`int`, *optional*, defaults to `256`): most new tokens of an answer.
-        temperature (`float`, *optional*): of sampling; None or below 1e-4: greedy.
-        top_p (`float`, *optional*): nucleus of sampling; None: all tokens.
-        seed (`int`, *optional*): of sampling, alike alone and in a batch; None: each call draws anew.
+        store (`MemoryStateStore`, *optional*, defaults to a temporary one): holds the states that references name.
+        model_name (`str`, *optional*, defaults to `"gradmem"`): the name reported as the model.
+        max_tokens (`int`, *optional*, defaults to `256`): the most new tokens in an answer.
+        temperature (`float`, *optional*): sampling temperature; None or below 1e-4: greedy.
+        top_p (`float`, *optional*): nucleus sampling; None: all tokens.
+        seed (`int`, *optional*): sampling seed, with the same effect alone and in a batch; None: each call samples
+            afresh.
         stop (`list[str]`, *optional*): texts that end an answer and are not part of it.
         streaming (`bool`, *optional*, defaults to `False`): let `invoke` stream to its callbacks.
-        max_states (`int`, *optional*, defaults to `16`): most states that one call reads. Those of the last turn come
-            first, then the newest; others are left out with a warning.
+        max_states (`int`, *optional*, defaults to `16`): the most states that one call reads. Those of the last turn
+            come first, then the newest; others are left out with a warning.
         side_by_side (`bool`, *optional*): True: read all states of a call; False: only the one that holds the answer,
-            as the adapter's refusal tells; None: all, where the adapter was not trained to refuse.
-        max_batch (`int`, *optional*, defaults to `16`): most calls that are answered together.
-        chat_template_kwargs (`dict`, *optional*): what the chat template is given, such as `enable_thinking`.
+            as told by the adapter's refusal; None: all if the adapter was not trained to refuse, else only that one.
+        max_batch (`int`, *optional*, defaults to `16`): the most calls that are answered together.
+        chat_template_kwargs (`dict`, *optional*): arguments for the chat template, such as `enable_thinking`.
     """
 
     pipeline: GradMemPipeline = Field(exclude=True)
@@ -108,11 +108,11 @@ class ChatGradMem(BaseChatModel, CallOptions):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: str = "cpu", **options: Any) -> Self:
-        """A chat model of a saved adapter.
+        """A chat model from a saved adapter.
 
         Args:
             path (`str` or `Path`): as for `load_checkpoint`.
-            device (`str`, *optional*, defaults to `"cpu"`): where the model goes.
+            device (`str`, *optional*, defaults to `"cpu"`): where to put the model.
             options: the other fields.
         """
         return cls(pipeline=GradMemPipeline(*load_checkpoint(path, device=device)), **options)
@@ -130,16 +130,16 @@ class ChatGradMem(BaseChatModel, CallOptions):
         return {"model_name": self.model_name, "fields": own}
 
     def bind_tools(self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any) -> Any:
-        """The model with tools, where its chat template knows them.
+        """The model with tools, if its chat template supports them.
 
         Args:
             tools (`Sequence`): what `convert_to_openai_tool` takes: functions, LangChain tools, pydantic classes, ...
             tool_choice (`str`, *optional*): None or `"auto"`.
-            kwargs: what else the bound calls pass.
+            kwargs: other arguments for the bound calls.
 
         Raises:
-            NotImplementedError: it does not; or structured output or a choice of tool is asked for, which a template
-                cannot enforce.
+            NotImplementedError: the template does not support tools; or structured output or a choice of tool is
+                requested, which a template cannot enforce.
         """
         if tools:
             require_tools(self.pipeline.tokenizer)
@@ -158,22 +158,22 @@ class ChatGradMem(BaseChatModel, CallOptions):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The model with answers that keep to a schema, since nothing else can be decoded. Needs `llguidance`.
+        """The model, restricted to answers that follow a schema: nothing else can be decoded. Needs `llguidance`.
 
-        The model is not shown the schema: a question says what is wanted.
+        The model is not shown the schema: the question has to say what is wanted.
 
         Args:
-            schema (`dict` or `type`): a JSON schema, a tool's, a TypedDict or a pydantic class. Objects have the
-                properties that it names, and others only where it says `additionalProperties`.
-            method (`str`, *optional*): makes no difference: the answer is JSON that keeps to the schema.
-            include_raw (`bool`, *optional*, defaults to `False`): give a `dict` with the message (`raw`), its content
+            schema (`dict` or `type`): a JSON schema, a tool's schema, a TypedDict or a pydantic class. Objects have the
+                properties that it names, and others only if it says `additionalProperties`.
+            method (`str`, *optional*): makes no difference: the answer is always JSON that follows the schema.
+            include_raw (`bool`, *optional*, defaults to `False`): return a `dict` with the message (`raw`), its content
                 (`parsed`) and what went wrong (`parsing_error`).
             strict (`bool`, *optional*): True: all properties are required.
-            kwargs: what else the bound calls pass, such as `memory`.
+            kwargs: other arguments for the bound calls, such as `memory`.
 
         Returns:
-            `Runnable`: gives objects of a pydantic class, or a `dict` for any other schema. An answer that ends before
-            its JSON is whole raises an `OutputParserException`.
+            `Runnable`: returns objects of a pydantic class, or a `dict` for any other schema. An answer that ends
+            before its JSON is complete raises an `OutputParserException`.
 
         Raises:
             ModuleNotFoundError: `llguidance` is not installed.
@@ -186,10 +186,10 @@ class ChatGradMem(BaseChatModel, CallOptions):
         return parsed(llm, schema, include_raw)
 
     def bind(self, **kwargs: Any) -> Any:
-        """The model with arguments that its calls pass, also those of what is made of it.
+        """The model with arguments for its calls, and for the calls of whatever is derived from it.
 
         Args:
-            kwargs: what `invoke` takes, such as `memory`.
+            kwargs: arguments of `invoke`, such as `memory`.
         """
         return BoundChat(bound=self, kwargs=kwargs)
 
@@ -210,11 +210,11 @@ class ChatGradMem(BaseChatModel, CallOptions):
         return list(self.pipeline.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """The tokens of messages in the chat template, memory not counted.
+        """The number of tokens of messages in the chat template, not counting memory.
 
         Args:
             messages (`list[BaseMessage]`): any part of a conversation.
-            tools (`Sequence`, *optional*): what `bind_tools` takes.
+            tools (`Sequence`, *optional*): as for `bind_tools`.
         """
         schemas = [convert_to_openai_tool(tool) for tool in tools] if tools else None
         return count_tokens(messages, partial(self.pipeline.format_query, tools=schemas), self.get_num_tokens)
@@ -282,15 +282,14 @@ class ChatGradMem(BaseChatModel, CallOptions):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        """Answers to several inputs, as LangChain's `batch`, which asks as many at a time as the model answers at once.
+        """Answer several inputs, as LangChain's `batch`, as many at a time as the model answers together.
 
         Args:
             inputs (`list[LanguageModelInput]`): texts, messages or prompt values.
             config (`RunnableConfig` or a list of them, *optional*): callbacks, tags, ... of the calls;
                 `max_concurrency` bounds how many are answered at a time.
-            return_exceptions (`bool`, *optional*, defaults to `False`): return what goes wrong in the place of an
-                answer.
-            kwargs: what `invoke` takes, the same for all inputs.
+            return_exceptions (`bool`, *optional*, defaults to `False`): return errors in place of answers.
+            kwargs: arguments of `invoke`, the same for all inputs.
 
         Returns:
             `list[AIMessage]`: in the order of the inputs.

@@ -24,23 +24,23 @@ EVENT = "gradmem_write"
 
 
 class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransformer):
-    """Writes documents into memory states, those that are new in batches that fit into memory.
+    """Writes documents into memory states; new ones are written in batches that fit into memory.
 
-    A document comes back with its text, so that embeddings, rerankers and citations work as before, and with its
-    references as one string in `metadata["gradmem"]`. References are found from the text, never believed from metadata:
-    what a loader left there is replaced, a changed text is written anew, and so is a state that was lost or damaged. A
-    text that is longer than the adapter was trained for is split, and has a reference for each part.
+    A document is returned with its text, so that embeddings, rerankers and citations work as before, and with its
+    references as one string in `metadata["gradmem"]`. References are found from the text, never taken from metadata:
+    what a loader left there is replaced, and a text is written again if it changed or its state was lost or damaged. A
+    text longer than the adapter was trained for is split, with a reference for each part.
 
     Args:
-        pipeline (`GradMemPipeline`): who writes.
+        pipeline (`GradMemPipeline`): what writes.
         store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
-        part_tokens (`int`, *optional*): tokens of the longest part; None: as `pipeline.segments` has them.
-        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
+        part_tokens (`int`, *optional*): the most tokens in a part; None: as for `pipeline.segments`.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: if stderr is a
             terminal.
-        fallback (`str`, *optional*): `"text"` leaves a document without references where memory holds too little of it.
+        fallback (`str`, *optional*): `"text"` leaves a document without references if memory holds too little of it.
         min_gain (`float`, *optional*, defaults to `0.5`): with `fallback`, the share of a text's loss per token that
-            memory must take away. WRITE has measured the loss with memory; the loss without takes one pass.
+            memory must remove. WRITE has measured the loss with memory; the loss without takes one pass.
     """
 
     fallback: Literal["text"] | None = None
@@ -55,14 +55,14 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         """Write documents into memory.
 
         Args:
-            documents (`Sequence[Document]`): empty ones have nothing to write. What a loader's `lazy_load` gives is
-                taken, too.
-            query (`str`): plays no part, so that a document is written once for all queries.
-            callbacks (`Callbacks`, *optional*): are told by the custom event `"gradmem_write"` what was written.
-                Handlers that are of no run are told of one of the compressor's own. None: those of the run around.
+            documents (`Sequence[Document]`): documents, of which empty ones are not written. The output of a loader's
+                `lazy_load` is also accepted.
+            query (`str`): ignored, so that a document is written once for all queries.
+            callbacks (`Callbacks`, *optional*): receive the custom event `"gradmem_write"` with what was written.
+                Handlers outside of a run receive it in a run of the compressor's own. None: those of the enclosing run.
 
         Returns:
-            `list[Document]`: new documents, in order; those passed in stay as they are.
+            `list[Document]`: new documents, in order; the given ones are left unchanged.
         """
         documents = list(documents)  # loaders have them one by one, too
         config = ensure_config({"callbacks": callbacks} if callbacks else None)
@@ -100,7 +100,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
 
         Args:
             documents (`Sequence[Document]`): as for `compress_documents`.
-            kwargs: play no part.
+            kwargs: ignored.
         """
         return self.compress_documents(documents, "")
 

@@ -18,15 +18,15 @@ from .turns import TurnMemory
 
 
 class GradMemConversationMemory(BaseMemory):
-    """Old turns in memory, recent ones as text, for prompts with a `MessagesPlaceholder`.
+    """Old turns as memory, recent ones as text, for prompts with a `MessagesPlaceholder`.
 
-    A prompt that is one string cannot carry memory: the model would read a marker, of which `ChatGradMem` warns.
+    A prompt that is one string cannot carry memory: the model would read a marker, and `ChatGradMem` warns of it.
 
     Args:
-        memory (`TurnMemory`): which turns stay text, and who writes the others.
+        memory (`TurnMemory`): determines which turns stay text, and writes the others.
         memory_key (`str`, *optional*, defaults to `"history"`): the prompt's variable.
-        input_key (`str`, *optional*): which of a chain's inputs is the question; None: the only one.
-        output_key (`str`, *optional*): which of its outputs is the answer; None: the only one.
+        input_key (`str`, *optional*): the chain's input that is the question; None: the only one.
+        output_key (`str`, *optional*): the chain's output that is the answer; None: the only one.
         history (`BaseChatMessageHistory`, *optional*): where the messages are; None: in this process.
         session_id (`str`, *optional*): as for `GradMemChatMessageHistory`.
     """

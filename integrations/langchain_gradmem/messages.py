@@ -40,10 +40,10 @@ _TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", flags=re.DOTALL)
 
 
 def template_entry(message: BaseMessage, references: Sequence[str]) -> dict[str, Any]:
-    """A message as chat templates take it, without the markers of the references that it carries.
+    """A message as chat templates take it, without the markers of the references it carries.
 
     Raises:
-        ValueError: a message of another kind, or content that is not text.
+        ValueError: the message is of another kind, or its content is not text.
     """
     text = _text(message)
     content = without_markers(text, references)
@@ -60,17 +60,17 @@ def template_entry(message: BaseMessage, references: Sequence[str]) -> dict[str,
 def accepted(
     chat: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], tuple[str, bool]]
 ) -> list[dict[str, Any]]:
-    """A chat as the template takes it: as it is, or with one system message at the beginning, or with none.
+    """A chat in a form that the template accepts: as it is, with one system message at the beginning, or with none.
 
-    Many templates allow a system message at the beginning alone, some none at all, and some leave it out without a
-    word. Its text is kept either way: in the last form it stands before the first user message's.
+    Many templates allow a system message only at the beginning, some allow none, and some silently drop it. Its text is
+    kept in any case: in the last form it precedes the first user message.
 
     Args:
         chat (`list[dict]`): messages as chat templates take them.
-        render (`Callable`): puts a chat into the template, which raises for what it does not take.
+        render (`Callable`): renders a chat with the template, which raises for what it does not accept.
 
     Raises:
-        ValueError: the template takes none of these; the message is the template's.
+        ValueError: the template accepts none of these; the message is the template's.
     """
     system = [entry["content"].strip() for entry in chat if entry["role"] == "system"]
     if not any(system):
@@ -99,16 +99,16 @@ def count_tokens(
     render: Callable[[list[dict[str, Any]]], tuple[str, bool]],
     count: Callable[[str], int],
 ) -> int:
-    """Tokens of messages in the chat template; where it does not take them, as in a part of a conversation that begins
-    with an answer, of their texts.
+    """The number of tokens of messages in the chat template. If it does not accept them, as with part of a conversation
+    that begins with an answer, those of their texts.
 
     Args:
-        messages (`Sequence[BaseMessage]`): with or without references, whose markers do not count.
-        render (`Callable`): puts a chat into the template.
+        messages (`Sequence[BaseMessage]`): with or without references, whose markers are not counted.
+        render (`Callable`): renders a chat with the template.
         count (`Callable`): counts the tokens of a text.
 
     Raises:
-        ValueError: as `template_entry`.
+        ValueError: as for `template_entry`.
     """
     chat = [template_entry(message, references_of(message)) for message in messages]
     try:
@@ -133,7 +133,7 @@ def _text(message: BaseMessage) -> str:
 
 
 def require_tools(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `NotImplementedError` unless the tokenizer's chat template knows tools."""
+    """Raise `NotImplementedError` unless the tokenizer's chat template supports tools."""
     if "tools" not in str(tokenizer.chat_template):
         raise NotImplementedError(
             "The backbone's chat template does not know tools, so the model would neither see nor call them. Use a "
@@ -157,13 +157,13 @@ def parse_tool_calls(text: str) -> tuple[str, list[ToolCall], list[InvalidToolCa
 
 
 def usage_metadata(prompt_tokens: int, new_tokens: int, memory_vectors: int, context_tokens: int) -> UsageMetadata:
-    """Tokens of a call; `input_token_details` has the memory's vectors and how many tokens they save.
+    """Token counts of a call; `input_token_details` has the number of memory vectors and how many tokens they save.
 
     Args:
-        prompt_tokens (`int`): of the prompt as text.
-        new_tokens (`int`): of the answer.
-        memory_vectors (`int`): vectors that stood before the prompt, which count as input tokens; 0: no memory.
-        context_tokens (`int`): tokens of the contexts that these vectors stand for.
+        prompt_tokens (`int`): tokens of the prompt as text.
+        new_tokens (`int`): tokens of the answer.
+        memory_vectors (`int`): the vectors before the prompt, which count as input tokens; 0: no memory.
+        context_tokens (`int`): tokens of the contexts that these vectors represent.
     """
     details: Any = {"memory_vectors": memory_vectors, "memory_saved": context_tokens - memory_vectors}
     return UsageMetadata(

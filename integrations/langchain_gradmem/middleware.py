@@ -32,14 +32,13 @@ class GradMemState(AgentState):
 class GradMemMiddleware(AgentMiddleware):
     """Shows the model old turns as memory and recent ones as text; the agent's messages stay as they are.
 
-    What is shown depends on the messages that are there. Where one was removed, by `RemoveMessage` or by another
-    middleware, the states that held it are deleted, but for those that another conversation has in common with this
-    one, and what is left is written anew. Without a checkpointer nobody knows when a conversation ends, and
-    `MemoryStateStore.gc` alone deletes states.
+    What is shown depends on the current messages. If one was removed, by `RemoveMessage` or by another middleware, the
+    states that held it are deleted, except those that another conversation shares, and the rest is written again.
+    Without a checkpointer the end of a conversation is unknown, and only `MemoryStateStore.gc` deletes states.
 
     Args:
-        memory (`TurnMemory`): which turns stay text, and who writes the others. For an agent that outlives its process
-            its store must, too (`MemoryStateStore(path)`).
+        memory (`TurnMemory`): determines which turns stay text, and writes the others. If the agent outlives its
+            process, its store must as well (`MemoryStateStore(path)`).
     """
 
     state_schema = GradMemState
@@ -49,7 +48,7 @@ class GradMemMiddleware(AgentMiddleware):
         self.memory = memory
 
     def before_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
-        """Delete states of messages that were removed, and those that newer ones have taken the place of."""
+        """Delete states of messages that were removed, and states that newer ones have replaced."""
         messages, known = state["messages"], state.get("gradmem_references", [])
         needed = self.memory.references(messages, cuts=2)
         if known == needed:
@@ -70,7 +69,7 @@ class GradMemMiddleware(AgentMiddleware):
         return request.override(messages=messages)
 
     def wrap_model_call(self, request: ModelRequest, handler: Callable[[ModelRequest], ModelResponse]) -> ModelResponse:
-        """Write what has become old, and show the model memory and recent turns."""
+        """Write turns that have become old, and show the model memory and recent turns."""
         return handler(self._shown(request))
 
     async def awrap_model_call(

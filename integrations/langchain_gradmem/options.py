@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class CallOptions(BaseModel):
-    """How one call is answered; `ChatGradMem` has these fields, and explains them."""
+    """How one call is answered; the fields are those of `ChatGradMem`, which explains them."""
 
     max_tokens: int = Field(default=256, ge=1, strict=True)
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False, strict=True)

@@ -26,7 +26,7 @@ Message = TypeVar("Message", bound=BaseMessage)
 
 
 def marker(reference: str) -> str:
-    """How a reference is shown in a text.
+    """How a reference appears in a text.
 
     Args:
         reference (`str`): 32 hexadecimal digits.
@@ -58,11 +58,11 @@ def references_of(item: BaseMessage | Document) -> list[str]:
     """The references that the application attached to a message or a document.
 
     Args:
-        item (`BaseMessage` or `Document`): what may carry some. A document's metadata may come from its loader: what
-            is there under `"gradmem"` and is no reference of ours is passed over.
+        item (`BaseMessage` or `Document`): what may carry references. A document's metadata may come from its loader:
+            anything under `"gradmem"` that is not a reference of ours is ignored.
 
     Raises:
-        ValueError: what a message carries is no reference.
+        ValueError: a message carries something that is not a reference.
     """
     if isinstance(item, BaseMessage):
         return check_references(item.additional_kwargs.get(KEY, []))
@@ -72,22 +72,22 @@ def references_of(item: BaseMessage | Document) -> list[str]:
 
 
 def with_references(document: Document, references: Sequence[str]) -> Document:
-    """A copy of a document that carries these references and no others, as one string: databases refuse lists.
+    """A copy of a document that carries exactly these references, as one string, because databases refuse lists.
 
     Args:
-        document (`Document`): its text and its other metadata stay.
-        references (`Sequence[str]`): of the states of its text; none: the copy carries none.
+        document (`Document`): its text and other metadata are kept.
+        references (`Sequence[str]`): the states of its text; if empty, the copy carries none.
     """
     metadata = {name: value for name, value in document.metadata.items() if name != KEY}
     return document.model_copy(update={"metadata": metadata | ({KEY: " ".join(references)} if references else {})})
 
 
 def attach(message: Message, references: Sequence[str]) -> Message:
-    """A copy of a message that carries references, beside those that it has.
+    """A copy of a message that carries references in addition to those it has.
 
     Args:
-        message (`BaseMessage`): of any kind.
-        references (`Sequence[str]`): what `MemoryStateStore.write` returned.
+        message (`BaseMessage`): a message of any kind.
+        references (`Sequence[str]`): as returned by `MemoryStateStore.write`.
     """
     both = list(dict.fromkeys([*references_of(message), *check_references(list(references))]))
     return message.model_copy(update={"additional_kwargs": message.additional_kwargs | {KEY: both}})
@@ -96,12 +96,12 @@ def attach(message: Message, references: Sequence[str]) -> Message:
 def attach_documents(
     messages: str | PromptValue | Iterable[BaseMessage], documents: Iterable[Document]
 ) -> list[BaseMessage]:
-    """Messages of which the last human one carries the references of retrieved documents.
+    """Messages whose last human message carries the references of retrieved documents.
 
     Args:
-        messages (`str`, `PromptValue` or `Iterable[BaseMessage]`): a question, what a prompt gave, or messages with a
-            human one among them.
-        documents (`Iterable[Document]`): what `GradMemCompressor` or `GradMemRetriever` returned.
+        messages (`str`, `PromptValue` or `Iterable[BaseMessage]`): a question, the output of a prompt, or messages that
+            include a human one.
+        documents (`Iterable[Document]`): as returned by `GradMemCompressor` or `GradMemRetriever`.
 
     Raises:
         ValueError: there is no human message to carry them.
@@ -126,6 +126,6 @@ def attach_documents(
 
 
 def without_markers(text: str, references: Iterable[str]) -> str:
-    """The text without the markers of these references: the memory stands in their place."""
+    """The text without the markers of these references, whose place the memory takes."""
     known = set(references)
     return MARKER.sub(lambda found: "" if found[1] in known else found[0], text)

@@ -21,7 +21,7 @@ from .stores import MemoryStateStore
 
 
 class Request(NamedTuple):
-    """What one call asks of the pipeline."""
+    """What one call asks the pipeline for."""
 
     chat: list[dict[str, Any]]
     query: str
@@ -32,13 +32,13 @@ class Request(NamedTuple):
     def memory(
         self, pipeline: GradMemPipeline, store: MemoryStateStore, side_by_side: bool | None, **how: Any
     ) -> tuple[MemoryState | None, list[str], float | None]:
-        """What is read, with its references, as `pipeline.select` finds it, and how far it holds an answer, if it says.
+        """What is read, with its references, as chosen by `pipeline.select`, and its support for an answer, if known.
 
         Args:
-            pipeline (`GradMemPipeline`): who is to read.
+            pipeline (`GradMemPipeline`): what is to read.
             store (`MemoryStateStore`): where the states are.
-            side_by_side (`bool`, *optional*): None: where the adapter was not trained to refuse.
-            how: what the chat template is given.
+            side_by_side (`bool`, *optional*): None: if the adapter was not trained to refuse.
+            how: arguments for the chat template.
         """
         references, states = list(self.states), list(self.states.values())
         if not states:
@@ -56,23 +56,24 @@ def request_of(
     max_states: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Request:
-    """A call's messages as chat templates take them, and the states that it reads.
+    """A call's messages as chat templates take them, and the states it reads.
 
-    Where more states are referred to than `max_states`, those that are bound come first, then those of the last human
-    message and what follows it, in their order, then older ones, the newest first. The rest is left out with a warning.
+    If there are references to more than `max_states` states, bound ones come first, then those of the last human
+    message and what follows it, in their order, then older ones, newest first. The rest are left out with a warning.
 
     Args:
         messages (`Sequence[BaseMessage]`): with a human message among them.
-        memory (`str` or `list[str]`, *optional*): references that the call is bound to.
-        pipeline (`GradMemPipeline`): who is to read them.
+        memory (`str` or `list[str]`, *optional*): references bound to the call.
+        pipeline (`GradMemPipeline`): what is to read them.
         store (`MemoryStateStore`): where the states are.
-        max_states (`int`): most states to read.
-        chat_template_kwargs (`Mapping`, *optional*): what the chat template is given besides.
+        max_states (`int`): the most states to read.
+        chat_template_kwargs (`Mapping`, *optional*): other arguments for the chat template.
 
     Raises:
-        ValueError: no human message, or an empty one at last; what is no reference; more bound states than are read.
-        UnknownStateError, MemoryStateError: a state that this turn needs is not there or cannot be read. One that
-            an earlier message carried is left out with a warning, so that the conversation goes on.
+        ValueError: there is no human message, or the last one is empty; something is not a reference; more states are
+            bound than may be read.
+        UnknownStateError, MemoryStateError: a state that this turn needs is missing or cannot be read. One that an
+            earlier message carried is left out with a warning, so that the conversation can continue.
     """
     human = [i for i, message in enumerate(messages) if isinstance(message, HumanMessage)]
     if not human:
@@ -110,10 +111,10 @@ def request_of(
 
 
 def identity_of(pipeline: GradMemPipeline) -> dict[str, str]:
-    """Which pipelines answer the same: the model's fingerprint, and a digest of what else is a pipeline's own.
+    """Identifies pipelines that answer alike: the model's fingerprint, and a digest of the pipeline's other parts.
 
     Args:
-        pipeline (`GradMemPipeline`): who answers.
+        pipeline (`GradMemPipeline`): what answers.
     """
     model = pipeline.model
     rest = [model.active_peft_config.refusal, pipeline.tokenizer.chat_template, model.generation_config.to_diff_dict()]

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class GradMemRetriever(BaseRetriever):
-    """What another retriever finds, written into memory.
+    """Writes what another retriever finds into memory.
 
     Args:
-        base_retriever (`Runnable[str, list[Document]]`): who finds the documents: a retriever, or any Runnable that
-            gives documents for a query.
-        base_compressor (`GradMemCompressor`): who writes them.
+        base_retriever (`Runnable[str, list[Document]]`): finds the documents: a retriever, or any Runnable that returns
+            documents for a query.
+        base_compressor (`GradMemCompressor`): writes them.
         k (`int`, *optional*): the most documents to return; None: all that are found.
     """
 
@@ -39,8 +39,8 @@ class GradMemRetriever(BaseRetriever):
         """A retriever that writes with a chat model's pipeline into its store.
 
         Args:
-            retriever (`Runnable[str, list[Document]]`): who finds the documents.
-            chat (`ChatGradMem`): who is to read them.
+            retriever (`Runnable[str, list[Document]]`): finds the documents.
+            chat (`ChatGradMem`): the model that is to read them.
             k (`int`, *optional*): the most documents to return.
             options: fields of `GradMemCompressor`.
         """

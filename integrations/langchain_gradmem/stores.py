@@ -31,13 +31,13 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
     """Memory states, content-addressed: the same text under the same model and options is written once.
 
     Args:
-        store (`MemoryStore`, `str` or `PathLike`, *optional*): where the states are: a memory store, or its directory.
-            None: a temporary directory, which goes with the process.
-        namespace (`str`, *optional*): of a tenant, at most 64 letters, digits, `_` and `-`. Its states are in a
-            directory of their own, which the stores of other namespaces do not see. None: what `store` itself holds.
+        store (`MemoryStore`, `str` or `PathLike`, *optional*): a memory store for the states, or its directory. None: a
+            temporary directory that is deleted with the process.
+        namespace (`str`, *optional*): a tenant's name, at most 64 letters, digits, `_` and `-`. Its states are kept in
+            a directory of their own, which stores of other namespaces do not see. None: what `store` itself holds.
 
     Raises:
-        ValueError: a namespace of other characters.
+        ValueError: the namespace has other characters.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         return MemoryStateStore, (self.store,)  # copies share the directory, and count by themselves
 
     def mget(self, keys: Sequence[str]) -> list[MemoryState | None]:
-        """The states, None where there is none, and where it is damaged: a warning names it, and `write` replaces it.
+        """The states: None for a missing one, and for a damaged one, which a warning names and `write` replaces.
 
         Args:
             keys (`Sequence[str]`): references.
 
         Raises:
-            ValueError: a key that is no reference.
+            ValueError: a key is not a reference.
         """
         return [self._find(reference) for reference in check_references(list(keys))]
 
@@ -81,13 +81,13 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             return None
 
     def mset(self, key_value_pairs: Sequence[tuple[str, MemoryState]]) -> None:
-        """Put states in, rounded no more than they are.
+        """Store states, without further rounding.
 
         Args:
             key_value_pairs (`Sequence[tuple[str, MemoryState]]`): references and their states.
 
         Raises:
-            ValueError: a key that is no reference; nothing is stored then.
+            ValueError: a key is not a reference; nothing is stored then.
         """
         check_references([reference for reference, _ in key_value_pairs])
         for reference, state in key_value_pairs:
@@ -97,10 +97,10 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         """Delete states.
 
         Args:
-            keys (`Sequence[str]`): references; those that the store does not hold are passed over.
+            keys (`Sequence[str]`): references; those not in the store are ignored.
 
         Raises:
-            ValueError: a key that is no reference; nothing is deleted then.
+            ValueError: a key is not a reference; nothing is deleted then.
         """
         self.store.delete(check_references(list(keys)))
 
@@ -108,7 +108,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         """The references of all states.
 
         Args:
-            prefix (`str`, *optional*): only those that begin so.
+            prefix (`str`, *optional*): only references that begin with this.
         """
         yield from (key for key in self.store if key.startswith(prefix or ""))
 
@@ -117,27 +117,27 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
 
         Args:
             reference (`str`): 32 hexadecimal digits.
-            fingerprint (`str`, *optional*): of the model that is to read it; None: any model's state.
+            fingerprint (`str`, *optional*): of the model that is to read it; None: allow any model's state.
 
         Raises:
-            ValueError: it is no reference.
+            ValueError: it is not a reference.
             UnknownStateError: this store does not hold it: it was deleted, belongs to another tenant, or was made up.
-            MemoryStateError: it is damaged or not what was stored there, or another model than `fingerprint` wrote it.
+            MemoryStateError: it is damaged, is not what was stored, or was written by another model than `fingerprint`.
         """
         return self.store.get(check_references(reference), fingerprint)
 
     def reference(self, pipeline: GradMemPipeline, text: str, options: WriteOptions | None = None) -> str:
-        """What `write` returns for a text, without writing: model, way of writing and text decide it.
+        """What `write` would return for a text. It depends on the model, the way of writing and the text.
 
         Args:
-            pipeline (`GradMemPipeline`): who would write.
+            pipeline (`GradMemPipeline`): what would write.
             text (`str`): one text.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
         return self.store.key(pipeline, _no_document(text), options)
 
     def references(self, pipeline: GradMemPipeline, texts: list[str], options: WriteOptions | None = None) -> list[str]:
-        """What `write` returns for texts, without writing; see `reference`."""
+        """What `write` would return for texts; see `reference`."""
         return self.store.keys_of(pipeline, _no_document(texts), options)
 
     def write(
@@ -149,24 +149,24 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         sources: Sequence[str | None] | None = None,
         progress: bool | None = False,
     ) -> list[str]:
-        """The references of texts; those not yet stored, or damaged, are written, in batches that fit into memory.
+        """Return the references of texts; those missing or damaged are first written, in batches that fit into memory.
 
-        Each batch is stored as soon as it is written, so that what fails later loses nothing. Threads that ask for one
-        text at the same time write it once.
+        Each batch is stored as soon as it is written, so that a later failure loses nothing. Threads that write the
+        same text at the same time write it once.
 
         Args:
-            pipeline (`GradMemPipeline`): who writes.
-            texts (`str` or `Sequence[str]`): one text, or any number, of lengths that memory keeps; each has one state.
-                See `write_document` for longer ones.
+            pipeline (`GradMemPipeline`): what writes.
+            texts (`str` or `Sequence[str]`): one text or any number, each short enough for one state. For longer ones,
+                see `write_document`.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
             sources (`Sequence[str]`, *optional*): where each text comes from, for `MemoryStore.forget` and citations.
-            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: where stderr is a terminal.
+            progress (`bool`, *optional*, defaults to `False`): show a progress bar; None: if stderr is a terminal.
 
         Returns:
             `list[str]`: a reference for each text, in order.
 
         Raises:
-            TypeError: what is no text, such as a `Document`.
+            TypeError: something is not a text, such as a `Document`.
             ValueError: a text cannot be written.
         """
         return self.store.add(
@@ -186,11 +186,12 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         """The references of a long text's segments, in order; see `MemoryStore.add_document`.
 
         Args:
-            pipeline (`GradMemPipeline`): who writes.
-            text (`str` or `Iterable[str]`): of any length, or its pieces in order, such as the lines of an open file.
+            pipeline (`GradMemPipeline`): what writes.
+            text (`str` or `Iterable[str]`): a text of any length, or its consecutive pieces, such as the lines of an
+                open file.
             options, progress: as for `write`.
             source (`str`, *optional*): where the text comes from.
-            segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
+            segment_tokens (`int`, *optional*): the most tokens in a segment; None: as for `pipeline.segments`.
 
         Raises:
             TypeError, ValueError: the text cannot be written, or is the name of a file.
@@ -205,16 +206,16 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             self.writes += len(keys)
 
     def gc(self, keep: Iterable[str]) -> int:
-        """Delete all states but those that are still in use. A text whose state is gone is written anew.
+        """Delete all states but those still in use. A text whose state is deleted is written again when needed.
 
         Args:
-            keep (`Iterable[str]`): references, of histories (`GradMemChatMessageHistory.references`), documents, ...
+            keep (`Iterable[str]`): references in use: `GradMemChatMessageHistory.references`, those of documents, ...
 
         Returns:
             `int`: how many were deleted.
 
         Raises:
-            ValueError: what is to be kept is no reference; nothing is deleted then.
+            ValueError: something to keep is not a reference; nothing is deleted then.
         """
         return len(self.store.gc(check_references(list(keep))))
 

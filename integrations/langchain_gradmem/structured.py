@@ -16,10 +16,10 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 
 def response_format(schema: dict[str, Any] | type, strict: bool | None) -> dict[str, Any]:
-    """A schema as calls take it, in the form that OpenAI and LangChain's agents have for it.
+    """A schema in the form that calls take, which is that of OpenAI and LangChain's agents.
 
     Args:
-        schema (`dict` or `type`): a JSON schema, a tool's, a TypedDict or a pydantic class.
+        schema (`dict` or `type`): a JSON schema, a tool's schema, a TypedDict or a pydantic class.
         strict (`bool`, *optional*): True: all properties are required.
     """
     if not isinstance(schema, dict) or schema.keys() & {"function", "parameters", "input_schema"} or strict:
@@ -49,12 +49,12 @@ class _WholePydantic(_WholeJson, PydanticOutputParser):
 
 
 def parsed(llm: Runnable[Any, Any], schema: dict[str, Any] | type, include_raw: bool) -> Runnable[Any, Any]:
-    """A model with answers as objects of a pydantic class, or as a `dict` for any other schema.
+    """A model with its answers as objects of a pydantic class, or as a `dict` for any other schema.
 
     Args:
-        llm (`Runnable`): gives messages.
-        schema (`dict` or `type`): what they keep to.
-        include_raw (`bool`): as LangChain's `with_structured_output` has it.
+        llm (`Runnable`): returns messages.
+        schema (`dict` or `type`): the schema they follow.
+        include_raw (`bool`): as for LangChain's `with_structured_output`.
     """
     parser: JsonOutputParser = _WholeJson()
     if isinstance(schema, type) and is_basemodel_subclass(schema):

@@ -17,22 +17,22 @@ from .writer import MemoryWriter
 class TurnMemory(MemoryWriter):
     """Shows a conversation as memory of its old turns and the text of the recent ones.
 
-    What is shown depends on the messages alone. So a message that was removed or changed is gone from memory at the
-    next call, and a state that was lost or damaged is written anew.
+    What is shown depends on the messages alone. A message that was removed or changed is therefore gone from memory at
+    the next call, and a state that was lost or damaged is written again.
 
     Args:
-        pipeline (`GradMemPipeline`): who writes.
+        pipeline (`GradMemPipeline`): what writes.
         store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
-        part_tokens (`int`, *optional*): tokens of the longest part; None: as `pipeline.segments` has them.
-        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
+        part_tokens (`int`, *optional*): the most tokens in a part; None: as for `pipeline.segments`.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: if stderr is a
             terminal.
-        max_turns (`int`, *optional*, defaults to `8`): with more turns (human messages) than that, old ones are
+        max_turns (`int`, *optional*, defaults to `8`): with more turns (human messages) than this, old ones are
             written.
-        keep_turns (`int`, *optional*, defaults to `4`): so many of the last turns stay text then.
-        max_parts (`int`, *optional*, defaults to `8`): most states for the old turns. With more, the oldest parts are
-            merged in pairs, and dropped with a warning once all are.
-        notice (`str`, *optional*): what the message that carries the memory says.
+        keep_turns (`int`, *optional*, defaults to `4`): how many of the last turns then stay text.
+        max_parts (`int`, *optional*, defaults to `8`): the most states for the old turns. Beyond that, the oldest parts
+            are merged in pairs, and dropped with a warning once all are merged.
+        notice (`str`, *optional*): the text of the message that carries the memory.
     """
 
     max_turns: int = Field(default=8, ge=1)
@@ -45,7 +45,7 @@ class TurnMemory(MemoryWriter):
             raise ValueError(f"keep_turns ({self.keep_turns}) may not be more than max_turns ({self.max_turns}).")
 
     def shown(self, messages: Sequence[BaseMessage], source: str | None = None) -> list[BaseMessage]:
-        """What a model is shown: system messages, a message that carries the memory of old turns, recent turns.
+        """What a model is shown: system messages, a message with the memory of old turns, and the recent turns.
 
         If a write fails, all messages are shown as text, with a warning, and the next call tries again.
 
@@ -67,10 +67,10 @@ class TurnMemory(MemoryWriter):
         return [*system, *([self.carrier(references)] if references else []), *messages[cut:]]
 
     def cut(self, messages: Sequence[BaseMessage]) -> int:
-        """How many of the first messages are old: 0, or up to a human message.
+        """The number of first messages that are old: 0, or up to a human message.
 
-        Turns become old several at a time, so that not every turn has a write of its own: `keep_turns` to `max_turns`
-        of them are recent.
+        Turns become old several at a time, so that not every turn needs a write: `keep_turns` to `max_turns` of them
+        are recent.
         """
         return self._cuts(messages)[-1]
 
@@ -81,12 +81,12 @@ class TurnMemory(MemoryWriter):
         return [0, *(turns[old] for old in range(at_once, len(turns) - self.keep_turns + 1, at_once))]
 
     def write(self, messages: Sequence[BaseMessage], source: str | None = None) -> list[str]:
-        """The references of the states of old turns; those not yet stored are written.
+        """Return the references of the states of old turns; those not yet stored are first written.
 
         Args:
-            messages (`Sequence[BaseMessage]`): all old turns, those that were written before too.
-            source (`str`, *optional*): the conversation's name, which no other has in this store, for `forget`. None:
-                the states stay until `MemoryStateStore.gc`.
+            messages (`Sequence[BaseMessage]`): all old turns, including those already written.
+            source (`str`, *optional*): the conversation's name, unique in this store, for `forget`. None: the states
+                stay until `MemoryStateStore.gc`.
 
         Raises:
             ValueError: a turn that cannot be written; the message says why.
@@ -95,29 +95,29 @@ class TurnMemory(MemoryWriter):
         return self.write_texts(parts, [source] * len(parts))
 
     def forget(self, source: str | None, references: Sequence[str] | None = None) -> None:
-        """Delete a conversation's states. Those that something else in the store has, too, stay for that.
+        """Delete a conversation's states, except those that something else in the store shares.
 
         Args:
-            source (`str`, *optional*): what they were written with. None: nothing is deleted, as nobody knows who else
+            source (`str`, *optional*): what they were written with. None: nothing is deleted, as it is unknown who else
                 needs them.
-            references (`Sequence[str]`, *optional*): which of them; None: all.
+            references (`Sequence[str]`, *optional*): which of them to delete; None: all.
         """
         if source is not None and references != []:
             self.store.store.forget(source, references)
 
     def references(self, messages: Sequence[BaseMessage], cuts: int = 1) -> list[str]:
-        """The references of a conversation's old turns, whether or not they are written yet.
+        """The references of a conversation's old turns, written or not.
 
         Args:
             messages (`Sequence[BaseMessage]`): the whole conversation.
-            cuts (`int`, *optional*, defaults to `1`): 2: also those from before the last cut. They are kept one cut
-                longer than they are needed, as a call under way may still read them.
+            cuts (`int`, *optional*, defaults to `1`): 2: also those from before the last cut, which are kept one cut
+                longer than needed because a call in progress may still read them.
         """
         texts = [part for cut in self._cuts(messages)[-cuts:] for part in self.parts(messages[:cut])]
         return list(dict.fromkeys(self.store.references(self.pipeline, texts, self.write_options)))
 
     def parts(self, messages: Sequence[BaseMessage]) -> list[str]:
-        """The texts that old turns are written as. System messages are none of them: they stay text."""
+        """The texts that old turns are written as, without system messages, which stay text."""
         parts = self.join(_line(message) for message in messages if not isinstance(message, SystemMessage))
         merged = [False] * len(parts)
         while len(parts) > self.max_parts:

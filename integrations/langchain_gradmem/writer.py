@@ -22,15 +22,15 @@ def _as_write_options(value: Any) -> Any:
 
 
 class MemoryWriter(BaseModel):
-    """Who writes, how, and where the states are kept: what compressors, histories and agents have in common.
+    """What writes, how, and where states are kept: shared by compressors, histories and agents.
 
     Args:
-        pipeline (`GradMemPipeline`): who writes.
+        pipeline (`GradMemPipeline`): what writes.
         store (`MemoryStateStore`, *optional*, defaults to a temporary one): where states are kept.
         write_options (`WriteOptions` or its fields as a `dict`, *optional*): how to write.
-        part_tokens (`int`, *optional*): tokens of the longest part that a text is split into; None: as
-            `pipeline.segments` has them, two for each vector and no more than the adapter's trained length.
-        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: where stderr is a
+        part_tokens (`int`, *optional*): the most tokens in a part that a text is split into; None: as for
+            `pipeline.segments`, two per memory vector, at most the adapter's trained length.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar of writes; None: if stderr is a
             terminal.
     """
 
@@ -47,16 +47,16 @@ class MemoryWriter(BaseModel):
         """One that writes with a chat model's pipeline into its store.
 
         Args:
-            chat (`ChatGradMem`): who is to read.
+            chat (`ChatGradMem`): the model that is to read.
             options: the other fields.
         """
         return cls(pipeline=chat.pipeline, store=chat.store, **options)
 
     def write_texts(self, texts: str | Sequence[str], sources: Sequence[str | None] | None = None) -> list[str]:
-        """The references of texts in the store; those not yet stored are written.
+        """Return the references of texts in the store; those not yet stored are first written.
 
         Args:
-            texts (`str` or `Sequence[str]`): one text, or any number, of lengths that the model takes; see `split` and
+            texts (`str` or `Sequence[str]`): one text or any number, of lengths that the model takes; see `split` and
                 `join`.
             sources (`Sequence[str]`, *optional*): where each comes from, for `MemoryStore.forget` and citations.
 
@@ -67,21 +67,21 @@ class MemoryWriter(BaseModel):
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest part, without special ones; None: there is no limit."""
+        """The most tokens in a part, special ones excluded; None: no limit."""
         chosen = self.part_tokens or self.pipeline.model.active_peft_config.segment_tokens
         limits = [limit for limit in (chosen, self.pipeline.max_context_tokens) if limit is not None]
         return min(limits) - len(self.pipeline.tokenizer("")["input_ids"]) if limits else None
 
     def split(self, text: str, name: str = "The text", overlap: int | None = None) -> list[str]:
-        """Parts of a text that memory holds well, as `pipeline.segments` cuts them.
+        """Split a text into parts that memory holds well, as `pipeline.segments` cuts them.
 
         Args:
             text (`str`): of any length.
-            name (`str`, *optional*, defaults to `"The text"`): what it is called in errors.
-            overlap (`int`, *optional*): as of `pipeline.segments`.
+            name (`str`, *optional*, defaults to `"The text"`): its name in error messages.
+            overlap (`int`, *optional*): as for `pipeline.segments`.
 
         Raises:
-            TypeError, ValueError: it is no text, has half a character or a zero byte.
+            TypeError, ValueError: it is not a text, or has half a character or a zero byte.
         """
         check_text(name, text)
         if self.longest is None:
@@ -90,10 +90,10 @@ class MemoryWriter(BaseModel):
         return [segment.text for segment in self.pipeline.segments(text, limit, overlap)] or [text]
 
     def join(self, lines: Iterable[str]) -> list[str]:
-        """Lines in as few texts as memory holds well. A text is filled line by line, and stays once the next is begun.
+        """Join lines into as few texts as memory holds well, filled line by line; a text is final once the next begins.
 
         Args:
-            lines (`Iterable[str]`): those that are too long by themselves are split.
+            lines (`Iterable[str]`): the lines; one that is too long by itself is split.
         """
         limit, texts, room, lines = self.longest, list[str](), 0, list(lines)
         lengths = self._lengths(lines)
