@@ -34,32 +34,32 @@ if TYPE_CHECKING:
     from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStore
 
 REPEATED = "what segments repeat of each other"
-TEXT = """What to ask about: a file, a directory, a pattern in quotes, or - for standard input. May be repeated. Long
+TEXT = """Text to ask about: a file, a directory, a quoted pattern, or - for standard input. May be repeated. Long
 texts are written in segments."""
 
 
 def ask(
     context: typer.Context,
-    questions: Annotated[list[str], typer.Argument(help="Questions, each answered by itself.")],
+    questions: Annotated[list[str], typer.Argument(help="Questions, each answered separately.")],
     text: Annotated[list[str] | None, typer.Option(help=TEXT)] = None,
     store: Annotated[
-        Path | None, typer.Option(file_okay=False, help="A memory store to ask: what `gradmem write --store` made.")
+        Path | None, typer.Option(file_okay=False, help="A memory store to ask, made by `gradmem write --store`.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option(help="store: ask this source alone, as `gradmem store list` has it.")
+        str | None, typer.Option(help="store: ask only this source, as listed by `gradmem store list`.")
     ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="store: how many states an answer may come from.")] = 4,
+    k: Annotated[int, typer.Option("--k", min=1, help="store: the most states an answer may come from.")] = 4,
     checkpoint: Annotated[str, CHECKPOINT] = QA,
     backbone: Annotated[str | None, BACKBONE] = None,
     state: Annotated[
-        Path | None, typer.Option(help="Keep the memory in this file, or ask the one that was kept, without the text.")
+        Path | None, typer.Option(help="Save the memory to this file; or, without --text, ask the memory saved there.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Write steps; default: the adapter's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens in an answer.")] = 48,
     device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Answer questions from memory alone: of texts that are written now, of a state that was kept, or of a store."""
+    """Answer questions from memory alone: of texts written now, of a saved state, or of a memory store."""
     check_used(context, "--store", store is not None, "k", "source")
     check_used(context, "--text", bool(text), "steps")
     _check_questions(questions)

@@ -39,18 +39,22 @@ def demo(
     context: typer.Context,
     task: Annotated[DemoTask, typer.Option(help=TASK)] = DemoTask.tour,
     text: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="recite: a file; default: one that ships.")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="recite: a text file; default: one that ships with the package."
+        ),
     ] = None,
     backbone: Annotated[str | None, BACKBONE] = None,
     memory_tokens: Annotated[
-        int | None, typer.Option(help="recite: memory vectors; at most a quarter of the tokens; default: a fifth.")
+        int | None,
+        typer.Option(help="recite: number of memory vectors, at most a quarter of the tokens; default: a fifth."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Write steps; recite: 300 at most, kv: 5.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Write steps; default: at most 300 for recite, 5 for kv.")] = None,
     lr: Annotated[float, typer.Option(help="recite: write learning rate of Adam.")] = 0.03,
     checkpoint: Annotated[
         str | None, typer.Option(help=f"ask, kv: a trained adapter; default: {QA}, {KEY_VALUES}.")
     ] = None,
-    pairs: Annotated[int, typer.Option(help="kv: pairs in the context.")] = 16,
+    pairs: Annotated[int, typer.Option(help="kv: number of pairs in the context.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first memory, or of the pairs.")] = 0,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:

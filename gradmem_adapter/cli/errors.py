@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from gradmem_adapter.cli.options import visible
 
-DEBUG = typer.Option("--debug", help="Where an error comes from: show its trace, too. May stand at the end as well.")
+DEBUG = typer.Option("--debug", help="Also show the traceback of an error. May also be given at the end.")
 WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
 """What this package and the libraries below it raise where an input, an option or the machine is not as it should."""
 NO_MEMORY = ("can't allocate memory", "STATUS_ALLOC_FAILED")

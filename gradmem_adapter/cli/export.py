@@ -30,17 +30,18 @@ def export(
     merge: Annotated[
         bool,
         typer.Option(
-            "--merge/--lora", help="Add the LoRA to the weights, or write it beside them, into the folder lora."
+            "--merge/--lora", help="Merge the LoRA into the weights, or write it beside them, to the folder lora."
         ),
     ] = True,
-    dtype: Annotated[Type, typer.Option(help="Of the weights.")] = Type.float32,
+    dtype: Annotated[Type, typer.Option(help="Type of the weights.")] = Type.float32,
     gguf: Annotated[
-        Type | None, typer.Option(help="Also write model.gguf for llama.cpp, by its own converter: float32 or float16.")
+        Type | None,
+        typer.Option(help="Also write model.gguf for llama.cpp, with its own converter: float32 or float16."),
     ] = None,
     backbone: Annotated[str | None, BACKBONE] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Write the model that answers from memory as a plain Hugging Face directory, for vLLM and other engines."""
+    """Export the model that answers from memory as a plain Hugging Face directory, for vLLM and other engines."""
     check_used(context, "--merge", merge, "gguf")
     import torch
 
@@ -63,14 +64,14 @@ def export(
 
 
 def export_states(
-    states: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Memory states, as gradmem write makes.")],
-    output: Annotated[Path, typer.Argument(dir_okay=False, help="A file for JSON lines, one for each state.")],
+    states: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Memory states, from gradmem write.")],
+    output: Annotated[Path, typer.Argument(dir_okay=False, help="A file for JSON lines, one per state.")],
     checkpoint: Annotated[str, CHECKPOINT] = QA,
     backbone: Annotated[str | None, BACKBONE] = None,
-    dtype: Annotated[Type, typer.Option(help="Of the vectors; bfloat16 halves the lines.")] = Type.float32,
+    dtype: Annotated[Type, typer.Option(help="Type of the vectors; bfloat16 halves the lines.")] = Type.float32,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Write memory states as vLLM's API takes them: prompt_embeds, in base64."""
+    """Export memory states for vLLM's API, as prompt_embeds in base64."""
     import torch
 
     from gradmem_adapter import MemoryState, load_checkpoint

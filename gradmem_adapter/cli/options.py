@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
     from gradmem_adapter import GradMemPipeline, MemoryStore
 
-CHECKPOINT = typer.Option(help="A trained adapter: one that ships, a directory, or a name on the hub.")
+CHECKPOINT = typer.Option(help="A trained adapter: one that ships with the package, a directory, or a name on the hub.")
 BACKBONE = typer.Option(
-    help="A local directory, a hub id, or package:<package>/<file>.gguf; default: what the adapter was made for.",
+    help="A local directory, a hub id, or package:<package>/<file>.gguf; default: the one the adapter was made for.",
     show_default=False,
 )
 OF_LINES = "For JSON lines"
-TEXT_FIELD = typer.Option(help="The field with the text.", rich_help_panel=OF_LINES)
+TEXT_FIELD = typer.Option(help="The field that holds the text.", rich_help_panel=OF_LINES)
 SOURCE_FIELD = typer.Option(
-    help="The field with the text's name; default: the file and the line's number.", rich_help_panel=OF_LINES
+    help="The field that holds the text's name; default: the file and the line number.", rich_help_panel=OF_LINES
 )
-JSON_LINES = typer.Option("--json-lines", help="Standard input holds some.", rich_help_panel=OF_LINES)
+JSON_LINES = typer.Option("--json-lines", help="Standard input is JSON lines.", rich_help_panel=OF_LINES)
 JSON = typer.Option("--json", help="Print one JSON object, for programs, instead of tables.")
-DEVICE = typer.Option(help="Where to run; default: the GPU if there is one.", show_default=False)
+DEVICE = typer.Option(help="The device to run on; default: the GPU if there is one.", show_default=False)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

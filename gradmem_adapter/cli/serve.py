@@ -22,30 +22,32 @@ class ReaderName(str, Enum):
     vllm = "vllm"
 
 
-KEYS = """A file with a tenant and its key on each line; each tenant sees its own memories alone. Without it whoever
-reaches the server may use it."""
+KEYS = """A file with a tenant and its key on each line; each tenant sees only its own memories. Without it, anyone
+who reaches the server may use it."""
 
 
 def serve(
     context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="A trained adapter, as for ask.")],
     store: Annotated[Path, typer.Option(file_okay=False, help="A directory for the memories.")],
-    reader: Annotated[ReaderName, typer.Option(help="Who answers from memory.")] = ReaderName.transformers,
-    url: Annotated[str | None, typer.Option(help="vllm: where its server is.")] = None,
+    reader: Annotated[ReaderName, typer.Option(help="What answers from memory.")] = ReaderName.transformers,
+    url: Annotated[str | None, typer.Option(help="vllm: the address of its server.")] = None,
     engine_model: Annotated[
-        str | None, typer.Option(help="vllm: the name that it has for the model; default: its first.")
+        str | None, typer.Option(help="vllm: its name for the model; default: the first it lists.")
     ] = None,
-    engine_key: Annotated[
-        str | None, typer.Option(envvar="VLLM_API_KEY", help="vllm: the key that its server wants.")
-    ] = None,
+    engine_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="vllm: the key for its server.")] = None,
     keys: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help=KEYS)] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; elsewhere than here only with --keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    max_writes: Annotated[int, typer.Option(min=1, help="Texts that are written or wait; more are told to wait.")] = 16,
-    max_batch: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 16,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 4 * 2**20,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that other machines can reach needs --keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
+    max_writes: Annotated[
+        int, typer.Option(min=1, help="The most texts being written or waiting; further ones are told to retry.")
+    ] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="The most prompts answered together.")] = 16,
+    max_body: Annotated[int, typer.Option(min=1, help="The most bytes in a request.")] = 4 * 2**20,
     segment_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a segment; default: two for each vector.")
+        int | None, typer.Option(help="The most tokens in a segment; default: two per memory vector.")
     ] = None,
     backbone: Annotated[str | None, BACKBONE] = None,
     device: Annotated[str | None, DEVICE] = None,

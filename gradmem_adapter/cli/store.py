@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from gradmem_adapter import MemoryStore
     from gradmem_adapter.store import Entry, Report
 
-app = typer.Typer(help="See what a memory store holds, and mend it.", no_args_is_help=True)
+app = typer.Typer(help="Inspect and repair a memory store.", no_args_is_help=True)
 
-DIR = typer.Argument(file_okay=False, help="What `gradmem write --store` made.")
+DIR = typer.Argument(file_okay=False, help="The memory store, made by `gradmem write --store`.")
 SHOWN = 60
 """Characters of a text in a table."""
 _SAID = {"nbytes": "bytes"}
@@ -32,7 +32,7 @@ _SAID = {"nbytes": "bytes"}
 
 @app.command("list")
 def list_sources(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
-    """List the sources, and how much is stored of each."""
+    """List the sources, and how much of each is stored."""
     rows = []
     for source, group in itertools.groupby(existing_store(folder).entries(), lambda entry: entry.source):
         entries = list(group)
@@ -47,7 +47,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A source, or the key of a state.")],
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Show the states of a source, or one by its key."""
+    """Show the states of a source, or one state by its key."""
     store = existing_store(folder)
     entries = list(store.entries(name)) or [entry for entry in store.entries() if entry.key == name]
     if not entries:
@@ -75,14 +75,14 @@ def verify(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False)
 
 @app.command()
 def rebuild(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
-    """Make the index anew from the states, for instance because it is damaged; exit status 1 as for verify."""
+    """Rebuild the index from the states, for instance if it is damaged; exit status 1 as for verify."""
     store = existing_store(folder)
     _print_report(store, store.rebuild(), as_json)
 
 
 @app.command()
 def gc(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
-    """Remove states that cannot be read and what killed processes left, and enter states that the index lacks."""
+    """Remove unreadable states and what killed processes left, and add states that the index lacks."""
     removed = existing_store(folder).gc()
     _print_numbers({"removed": removed if as_json else len(removed)}, as_json)
 
@@ -90,10 +90,10 @@ def gc(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> 
 @app.command()
 def forget(
     folder: Annotated[Path, DIR],
-    source: Annotated[str, typer.Argument(help="As `gradmem store list` names it.")],
+    source: Annotated[str, typer.Argument(help="A source, as listed by `gradmem store list`.")],
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Remove all that comes from a source, from the disk too. Texts that other sources have, too, stay for those."""
+    """Remove all that comes from a source, also from the disk. Texts that other sources share stay for those."""
     store = existing_store(folder)
     check_source(store, source)
     _print_numbers({"removed": store.forget(source)}, as_json)
@@ -101,7 +101,7 @@ def forget(
 
 @app.command()
 def stats(folder: Annotated[Path, DIR], as_json: Annotated[bool, JSON] = False) -> None:
-    """Count states, sources, tokens and bytes, and the states of each model."""
+    """Count states, sources, tokens, bytes, and the states of each model."""
     figures = asdict(existing_store(folder).stats())
     if not as_json:
         figures |= {f"model {name}": states for name, states in figures.pop("models").items()}

@@ -23,40 +23,38 @@ if TYPE_CHECKING:
 
 RUN, CHECKPOINT = "run.json", "checkpoint"
 """In the directory of a run: how it was made, and the folder of the finished adapter."""
-ROWS_HELP = """JSON lines, each with a context and a query with its target, or lists of queries and targets; and, if
-wanted, answers: the texts that evaluation accepts, for each query."""
+ROWS_HELP = """JSON lines, each with a context, and a query and its target or lists of queries and targets; optionally
+answers: for each query, the texts that evaluation accepts."""
 
 
 def train(
     rows: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=ROWS_HELP)],
     output: Annotated[
         Path,
-        typer.Option(
-            help="Directory of the run, which goes on where it was; also a finished one, if it is to be longer."
-        ),
+        typer.Option(help="Directory of the run, which is resumed if it exists; a finished run can be extended."),
     ],
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="A trained adapter to go on from, such as smollm2-135m-qa; default: a new one."),
+        typer.Option(help="A trained adapter to continue from, such as smollm2-135m-qa; default: a new one."),
     ] = None,
     backbone: Annotated[
         str | None,
         typer.Option(help="As for ask; default: the checkpoint's, or SmolLM2-135M-Instruct.", show_default=False),
     ] = None,
     eval_rows: Annotated[
-        Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="Rows to measure the adapter on.")
+        Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="Rows to evaluate the adapter on.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A YAML file: checkpoint or memory, training, ...")
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated."),
+        typer.Option("--set", help="field=value or outer.inner=value, overriding the file's. May be repeated."),
     ] = None,
     device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Train an adapter on rows of your own: contexts with what is asked about them."""
+    """Train an adapter on your own rows: contexts, and queries about them with their targets."""
     given = {"rows": rows, "eval_rows": eval_rows, "checkpoint": checkpoint, "backbone": backbone}
     fields = {name: str(value) for name, value in given.items() if value is not None}
     read = read_fields(config, setting or ())

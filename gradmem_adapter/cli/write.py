@@ -36,17 +36,17 @@ from gradmem_adapter.utils.shipped import QA, shipped
 if TYPE_CHECKING:
     from gradmem_adapter import MemoryState
 
-PATHS = """Texts in UTF-8: files, directories, patterns in quotes, - for standard input. A file is one text; of
-JSON lines (.jsonl) each line is."""
-STORE = """A directory for texts of any length, written in segments. What is there is not written again: after an
-interruption the same command goes on."""
+PATHS = """Texts in UTF-8: files, directories, quoted patterns, or - for standard input. Each file is one text; in
+JSON lines (.jsonl), each line is."""
+STORE = """A memory store for texts of any length, written in segments. Stored texts are not written again: after an
+interruption, the same command continues."""
 
 
 def write(
     context: typer.Context,
     paths: Annotated[list[str], typer.Argument(help=PATHS)],
     output: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="A file for the states, one for each text however long.")
+        Path | None, typer.Option(dir_okay=False, help="A file for the states, one for each text, however long.")
     ] = None,
     store: Annotated[Path | None, typer.Option(file_okay=False, help=STORE)] = None,
     checkpoint: Annotated[str, CHECKPOINT] = QA,
@@ -56,13 +56,15 @@ def write(
     json_lines: Annotated[bool, JSON_LINES] = False,
     segment_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens of a segment; default: two for each vector.", rich_help_panel="With --store"),
+        typer.Option(
+            help="The most tokens in a segment; default: two per memory vector.", rich_help_panel="With --store"
+        ),
     ] = None,
     keep_text: Annotated[
         bool,
         typer.Option(
             "--keep-text/--no-text",
-            help="Keep the texts, too, by which ask finds the states for a question.",
+            help="Also keep the texts, by which ask finds the states for a question.",
             rich_help_panel="With --store",
         ),
     ] = True,
@@ -71,14 +73,18 @@ def write(
     ] = None,
     objective: Annotated[
         Literal["reconstruction", "self_study"],
-        typer.Option(help="What write steps lower; self_study needs no training, and takes seconds to minutes a text."),
+        typer.Option(
+            help="What write steps lower; self_study needs no training but takes seconds to minutes per text."
+        ),
     ] = "reconstruction",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at once; default: what memory allows.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per batch; default: what fits into memory.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what the output file holds, whatever it is.")] = False,
     device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Write texts into memory states: one for each in a file, or any number of any length in a memory store."""
+    """Write texts into memory states: one state per text in a file, or texts of any length into a memory store."""
     from gradmem_adapter import WriteOptions
 
     if (store is None) is (output is None):

@@ -16,7 +16,7 @@ from gradmem_adapter.state import MemoryState
 def prompt_embeds(
     model: PeftModel | GradMemPeftModel, memory: MemoryState, dtype: torch.dtype | None = None, *, strict: bool = True
 ) -> list[str]:
-    """States in the format of vLLM's API: what READ puts before a query, each encoded with `encoded`.
+    """States in the format of vLLM's API: what READ puts before a query, in base64.
 
     Args:
         model (`PeftModel`): the model with the adapter that wrote them; its projection and control vectors are part of
