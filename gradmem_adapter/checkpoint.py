@@ -178,7 +178,7 @@ def _saved_rows(directory: Path, backbone: PreTrainedModel) -> int:
 
 
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
-    """The backbone's own tensors, buffers too, under the names they have without an adapter."""
+    """The backbone's own tensors, including buffers, under the names they have without an adapter."""
     backbone = model.get_base_model()
     adapters = {id(parameter) for _, parameter in cast(GradMemModel, model.base_model).adapter_parameters()}
     return {

@@ -36,16 +36,16 @@ _FROM_FILE = "gradmem_from_file"
 
 
 def is_from_file(config: LoraConfig) -> bool:
-    """Whether a nested LoRA is from a file, whose maker may be anybody, and not written by the user."""
+    """Whether a nested LoRA comes from a file, which anybody may have made, and was not written by the user."""
     return _FROM_FILE in config.__dict__
 
 
 def unknown_fields(given: Collection[str], known: Collection[str]) -> str | None:
-    """The names that are not known, and those that may have been meant; None where all are known.
+    """Unknown names, and the known ones that may have been meant; None if all are known.
 
     Args:
         given (`Collection[str]`): names.
-        known (`Collection[str]`): all that there are.
+        known (`Collection[str]`): all known names.
     """
     unknown = sorted(set(given) - set(known))
     nearest = [name for field in unknown for name in difflib.get_close_matches(field, known, n=1)]
@@ -71,7 +71,7 @@ def _known(name: str, cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def checks_fields(cls: type[Config]) -> type[Config]:
-    """Let a configuration be made of fields alone that it has.
+    """Let a configuration be made only with fields that it has.
 
     Args:
         cls (`type`): a dataclass.

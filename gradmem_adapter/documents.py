@@ -51,7 +51,7 @@ class DocumentMemory:
         """One state from which to read several segments, each of which keeps its own vectors.
 
         Args:
-            indices (`Sequence[int]`, *optional*): the segments, in the order in which they are to stand; None: all.
+            indices (`Sequence[int]`, *optional*): the segments, in the desired order; None: all.
 
         Raises:
             ValueError: `indices` is given, but the document is `"sequential"` and has one state for all segments.

@@ -70,7 +70,7 @@ class GradMemPipeline(StateSelector):
             initial (`MemoryState`, *optional*): states to continue from, one per text, in place of the memory slots.
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
-            fields: single fields of `WriteOptions`, which replace those of `options`: steps, lr, optimizer, tolerance,
+            fields: individual fields of `WriteOptions`, overriding those of `options`: steps, lr, optimizer, tolerance,
                 stop_when_recovered, last_loss, compile, objective, study, max_memory.
 
         Returns:
@@ -174,7 +174,7 @@ class GradMemPipeline(StateSelector):
 
         Args:
             memory (`MemoryState`): one state, left unchanged.
-            text (`str`, `Iterable[str]` or `Iterable[int]`): of any length, as for `segments`.
+            text (`str`, `Iterable[str]` or `Iterable[int]`): a text of any length, as for `segments`.
             segment_tokens (`int`, *optional*): the most tokens to write at once; None: half the trained length.
             options, strict, fields: as for `write`.
 
@@ -277,7 +277,7 @@ class GradMemPipeline(StateSelector):
         self, prompt: Prompt, *, memory: MemoryState, search_scores: Sequence[float] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any,
     ) -> SurestAnswer:  # fmt: skip
-        """Ask several states the same, each by itself, and return the answer of the state most likely to hold it.
+        """Ask each of several states the same, and return the answer of the state most likely to hold it.
 
         Meant for adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): states that do not
         hold it score low, and only the best state answers. With other adapters, every state answers and the likeliest

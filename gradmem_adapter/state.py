@@ -131,7 +131,7 @@ class MemoryState:
         """Stack states into one batch, in order.
 
         Args:
-            states (`Sequence[MemoryState]`): of the same model and shape.
+            states (`Sequence[MemoryState]`): states of the same model and shape.
 
         Raises:
             ValueError: no states, or states of different models, shapes or dtypes.
@@ -153,7 +153,7 @@ class MemoryState:
         `context_tokens` add up; `write_losses` are averaged over all tokens.
 
         Args:
-            states (`Sequence[MemoryState]`): of the same model, with the same number of states each.
+            states (`Sequence[MemoryState]`): states of the same model, with the same number of states each.
 
         Raises:
             ValueError: no states, or states of different models, widths, dtypes or batch sizes.

@@ -37,7 +37,7 @@ SLOTS = "memory_slots"
 
 
 class AdapterChangedError(RuntimeError):
-    """Another thread changed the adapters of a model while it wrote or read: what came out is of no adapter."""
+    """Another thread changed a model's adapters while it wrote or read, so the result belongs to no single adapter."""
 
 
 def of_one_adapter(method: Method) -> Method:

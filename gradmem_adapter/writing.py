@@ -40,7 +40,7 @@ with twice the tokens (docs/long_texts.md)."""
 
 
 class WritingModel(GradMemTuner):
-    """WRITE, and what needs memory alone. `GradMemModel` adds READ; its docstring explains the letters in shapes."""
+    """WRITE, and what needs only memory. `GradMemModel` adds READ; its docstring explains the letters in shapes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -89,7 +89,7 @@ class WritingModel(GradMemTuner):
             callback (`Callable`, *optional*): called with a `WriteProgress` before each step and after the last.
             strict (`bool`, *optional*, defaults to `True`): refuse an `initial` state that another model wrote.
             token_type_ids (`Tensor`, *optional*): must be zeros; accepted so that `**tokenizer(...)` can be passed.
-            fields: single fields of `WriteOptions`, which replace those of `options`: steps, lr, optimizer, tolerance,
+            fields: individual fields of `WriteOptions`, overriding those of `options`: steps, lr, optimizer, tolerance,
                 stop_when_recovered, last_loss, compile, objective, study, max_memory.
 
         Returns:

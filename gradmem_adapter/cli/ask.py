@@ -59,7 +59,7 @@ def ask(
     device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Answer questions from memory alone: of texts written now, of a saved state, or of a memory store."""
+    """Answer questions from memory alone: about texts written now, a saved state, or a memory store."""
     check_used(context, "--store", store is not None, "k", "source")
     check_used(context, "--text", bool(text), "steps")
     _check_questions(questions)

@@ -37,7 +37,7 @@ class UnknownStateError(KeyError):
 
 @contextmanager
 def sqlite_errors(index: Path) -> Iterator[None]:
-    """Errors of SQLite inside the block become an `OSError` where the system is at fault, else a `MemoryStoreError`.
+    """Errors of SQLite inside the block become an `OSError` if the system is at fault, else a `MemoryStoreError`.
 
     Args:
         index (`Path`): the file, for messages.

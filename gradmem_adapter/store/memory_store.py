@@ -123,7 +123,7 @@ class MemoryStore:
             callback (`Callable`, *optional*): called with the numbers of the texts being written together and a
                 `WriteProgress`, before each step and after the last.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
-            fields: single fields of `WriteOptions`, which replace those of `options`.
+            fields: individual fields of `WriteOptions`, overriding those of `options`.
 
         Returns:
             `list[str]`: a key for each text, in order.
@@ -167,7 +167,7 @@ class MemoryStore:
 
         Args:
             pipeline (`GradMemPipeline`): what writes.
-            text (`str`, `Iterable[str]` or `Iterable[int]`): of any length, as for `pipeline.segments`.
+            text (`str`, `Iterable[str]` or `Iterable[int]`): a text of any length, as for `pipeline.segments`.
             source (`str`, *optional*): where it comes from; each entry says where in it its segment begins and ends.
             segment_tokens, overlap: as for `pipeline.segments`.
             metadata (`Mapping`, *optional*): anything else about each segment, in JSON types.
@@ -226,7 +226,7 @@ class MemoryStore:
 
         Args:
             keys (`str` or `Sequence[str]`): one key or several.
-            fingerprint (`str`, *optional*): of the model that is to read them; None: allow any model's states.
+            fingerprint (`str`, *optional*): that of the model that is to read them; None: allow any model's states.
 
         Raises:
             UnknownStateError: a state is not in this store.

@@ -66,7 +66,7 @@ def verify(index: Index) -> Report:
     """Read every state and compare it with the index.
 
     Args:
-        index (`Index`): of the store, which is changed in nothing.
+        index (`Index`): the store's index, left unchanged.
 
     Raises:
         MemoryStoreError: the index is damaged or lost.
@@ -124,17 +124,17 @@ def _files(index: Index) -> tuple[list[str], list[str]]:
 
 
 def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
-    """Remove what killed processes left and what cannot be read, and enter what the index lacks.
+    """Remove what killed processes left and what cannot be read, and add to the index what it lacks.
 
     Args:
         index (`Index`): of the store.
-        keep (`Collection[str]`, *optional*): keys; all other states go, too. None: all whole ones stay.
+        keep (`Collection[str]`, *optional*): keys; all other states are removed. None: all whole ones stay.
 
     Returns:
-        `list[str]`: the keys of the states that are gone.
+        `list[str]`: the keys of the removed states.
 
     Raises:
-        ValueError: what is to be kept is no key; nothing is removed then.
+        ValueError: something to keep is not a key; nothing is removed then.
     """
     keep = _keys(index, "keep", keep)
     sweep(index.folder)
@@ -162,14 +162,14 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
 
 
 def delete(index: Index, keys: str | Iterable[str]) -> None:
-    """Remove states, from the disk too.
+    """Remove states, from the disk as well.
 
     Args:
         index (`Index`): of the store.
-        keys (`str` or `Iterable[str]`): of the states; those that are not there are passed over.
+        keys (`str` or `Iterable[str]`): keys of the states; those not in the store are ignored.
 
     Raises:
-        ValueError: no key; nothing is removed then.
+        ValueError: something is not a key; nothing is removed then.
     """
     check_kind("keys", keys, Iterable, "a key or a list of keys")
     keys = _keys(index, "keys", keys) or []
@@ -183,18 +183,18 @@ def delete(index: Index, keys: str | Iterable[str]) -> None:
 
 
 def forget(index: Index, source: str, keys: Collection[str] | None = None) -> int:
-    """Remove what comes from a source, from the disk too.
+    """Remove what comes from a source, from the disk as well.
 
     Args:
         index (`Index`): of the store.
-        source (`str`): its name. A state whose text another source has, too, stays for that.
-        keys (`Collection[str]`, *optional*): of the source's states that are to go. None: all of them.
+        source (`str`): its name. A state whose text also comes from another source stays for that one.
+        keys (`Collection[str]`, *optional*): which of the source's states to remove. None: all of them.
 
     Returns:
-        `int`: how many states are gone.
+        `int`: how many states were removed.
 
     Raises:
-        ValueError: no key; nothing is removed then.
+        ValueError: something is not a key; nothing is removed then.
     """
     keys = _keys(index, "keys", keys)
     if not index.exists():
@@ -245,10 +245,10 @@ def _overwrite(connection: sqlite3.Connection) -> None:
 
 
 def rebuild(index: Index) -> Report:
-    """Make the index anew from the states' files; embeddings are lost, and made anew where they are asked for.
+    """Rebuild the index from the states' files; embeddings are lost, and computed again when needed.
 
     Args:
-        index (`Index`): of the store, whatever has become of it. Who reads or writes is waited for.
+        index (`Index`): the store's index, whatever its condition. Waits for whoever is reading or writing.
     """
     damaged, states = {}, 0
     with index.replacing() as connection:
@@ -262,7 +262,7 @@ def rebuild(index: Index) -> Report:
 
 
 def stats(index: Index) -> Stats:
-    """Count what there is.
+    """Count what the store holds.
 
     Args:
         index (`Index`): of the store.

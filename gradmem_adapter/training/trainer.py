@@ -360,7 +360,7 @@ class GradMemTrainer(EvaluatingTrainer):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, beside the training loss, means of what WRITE did since the last log."""
+        """Log, in addition to the training loss, means of what WRITE did since the last log."""
         if "loss" in logs:
             self.check_finite()
             means = self._sums.means(self.accelerator)

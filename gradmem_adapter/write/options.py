@@ -163,7 +163,7 @@ class WriteOptions:
 
         Args:
             options (`WriteOptions`, *optional*): the options to start from. `None`: the defaults.
-            fields: single fields, by name.
+            fields: individual fields, by name.
 
         Raises:
             TypeError: `options` is something else, or there is no such field.

@@ -43,7 +43,7 @@ def create_gradmem_stuff_chain(
             store.
         output_parser (`BaseOutputParser`, *optional*): parses the answer; None: the answer's text.
         document_prompt (`BasePromptTemplate`, *optional*): the prompt for one document; None: its text alone.
-        document_separator (`str`, *optional*): what stands between documents.
+        document_separator (`str`, *optional*): the text between documents.
         document_variable_name (`str`, *optional*, defaults to `"context"`): the input that holds the documents.
 
     Returns:

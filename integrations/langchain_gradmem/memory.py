@@ -46,7 +46,7 @@ class GradMemConversationMemory(BaseMemory):
 
     @property
     def chat_memory(self) -> GradMemChatMessageHistory:
-        """The history behind it."""
+        """The underlying history."""
         return self._history
 
     @property

@@ -142,7 +142,7 @@ def require_tools(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[ToolCall], list[InvalidToolCall]]:
-    """The text without its tool calls, the calls, and what was meant as one but is none: as it was said."""
+    """The text without its tool calls, the calls, and what was meant as a call but is not one, as it was written."""
     calls, invalid = [], []
     for said in _TOOL_CALL.finditer(text):
         identity = f"call_{uuid.uuid4().hex}"

@@ -30,7 +30,7 @@ class GradMemState(AgentState):
 
 
 class GradMemMiddleware(AgentMiddleware):
-    """Shows the model old turns as memory and recent ones as text; the agent's messages stay as they are.
+    """Shows the model old turns as memory and recent ones as text; the agent's messages are left unchanged.
 
     What is shown depends on the current messages. If one was removed, by `RemoveMessage` or by another middleware, the
     states that held it are deleted, except those that another conversation shares, and the rest is written again.

@@ -117,7 +117,7 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
 
         Args:
             reference (`str`): 32 hexadecimal digits.
-            fingerprint (`str`, *optional*): of the model that is to read it; None: allow any model's state.
+            fingerprint (`str`, *optional*): that of the model that is to read it; None: allow any model's state.
 
         Raises:
             ValueError: it is not a reference.

@@ -76,7 +76,7 @@ class MemoryWriter(BaseModel):
         """Split a text into parts that memory holds well, as `pipeline.segments` cuts them.
 
         Args:
-            text (`str`): of any length.
+            text (`str`): a text of any length.
             name (`str`, *optional*, defaults to `"The text"`): its name in error messages.
             overlap (`int`, *optional*): as for `pipeline.segments`.
 
