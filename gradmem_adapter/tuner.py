@@ -231,16 +231,9 @@ class GradMemTuner(BaseTuner):
             "the adapter's tensors. Use unload() for the backbone alone, or keep the adapter."
         )
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible; raises `NotImplementedError` before a weight is touched."""
+    def unmerge_adapter(self) -> None:
+        """Nothing can have been merged; raises `NotImplementedError`."""
         self._check_merge_allowed()
-
-    unmerge_adapter = merge_adapter
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Not possible; raises `NotImplementedError`."""
-        self._check_merge_allowed()
-        return self.model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

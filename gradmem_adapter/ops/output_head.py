@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from gradmem_adapter.utils.backbone import contains, trunk, trunk_name
+from gradmem_adapter.utils.backbone import contains, shallow_copy, trunk, trunk_name
 
 
 class _HiddenStatesOnly(BaseModelOutputWithPast):
@@ -63,8 +62,7 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
         ValueError: the replacement is for another number of tokens.
         NotImplementedError: the output embeddings are not a direct child of the model, so they cannot be replaced.
     """
-    top = copy.copy(backbone)
-    top.__dict__["_modules"] = dict(backbone._modules)
+    top = cast(PreTrainedModel, shallow_copy(backbone))
     top._modules[trunk_name(backbone)] = _GivenHiddenStates(trunk(backbone), backbone.get_input_embeddings())
     if replacement is not None:
         names = [name for name, child in backbone._modules.items() if child is backbone.get_output_embeddings()]
