@@ -43,10 +43,10 @@ def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | Non
     check_queries(queries)
     if context_index is not None:
         index = as_long(as_indices("context_index", context_index, "a tensor of integers", vectors.device))
-        if index.shape[:1] != (queries,) or index.dim() > 2 or 0 in index.shape or index.is_floating_point():
+        if index.shape[:1] != (queries,) or index.dim() > 2 or 0 in index.shape or index.dtype != torch.long:
             raise ValueError(
                 f"context_index must hold one integer per query ({queries}), or a row of them, got shape "
-                f"{tuple(index.shape)}."
+                f"{tuple(index.shape)} of {index.dtype}."
             )
         if not capturing() and (index.min() < 0 or index.max() >= len(vectors)):
             raise ValueError(f"context_index must lie in 0 to {len(vectors) - 1}, got {index.tolist()}.")

@@ -142,6 +142,7 @@ def embeddings(*shape):
         ({"memory": "narrow"}, ValueError, "width 16, the model's are 32 wide"),
         ({"memory": "one", "context_index": torch.tensor([0, 0, 1])}, ValueError, "must lie in 0 to 0"),
         ({"memory": "one", "context_index": torch.tensor([0])}, ValueError, "one integer per query"),
+        ({"memory": "one", "context_index": torch.tensor([True, False, False])}, ValueError, "of torch.bool"),
         ({"memory": "one", "context_input_ids": tokens(1, 4)}, ValueError, "not both"),
         ({"memory": "one", "input_ids": None}, ValueError, "one of the two"),
         ({"memory": "one", "input_ids": tokens(1, 4) + 100}, ValueError, "the model knows 0 to"),
