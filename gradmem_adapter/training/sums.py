@@ -46,7 +46,7 @@ class Count(NamedTuple):
 
 
 def count(batch: dict[str, Any], device: torch.device) -> Count:
-    """Raises `ValueError` for a batch that GradMem cannot be trained with."""
+    """How much there is in a batch; `ValueError` where GradMem cannot be trained with it."""
     if "context_input_ids" not in batch or "labels" not in batch:
         raise ValueError(
             "A batch needs context_input_ids and labels, and the collator made one of "

@@ -84,7 +84,8 @@ class WriteOptions:
         stop_when_recovered (`bool`, *optional*, defaults to `False`): stop a sample when each of its tokens is the
             model's first choice, given the true tokens before it.
         last_loss (`bool`, *optional*, defaults to `True`): `False` leaves the last of `write_losses` NaN and saves its
-            forward pass, one of 2K + 1 passes in all; a last step that overshoots then goes unnoticed.
+            forward pass, one of 2K + 1 passes in all; a last step that overshoots then goes unnoticed, and a callback
+            is told nothing after it.
         compile (`bool` or `"auto"`, *optional*, defaults to `"auto"`): `True`: compile the model's layers for WRITE
             now, and launch each pass as a CUDA graph. `False`: do neither. `"auto"`: on a GPU, graphs for shapes that
             recur, and compiled layers once WRITE has run long enough for them to pay off; on a CPU, neither. The states
