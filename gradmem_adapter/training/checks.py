@@ -18,7 +18,7 @@ from gradmem_adapter.utils.wording import counted
 
 from .arguments import GradMemTrainingArguments
 from .batches import Batches
-from .collator import GradMemCollator
+from .collator import GradMemCollator, read_row
 from .cuda_graph import check_no_dropout
 
 
@@ -125,8 +125,12 @@ def _check_graphs(args: GradMemTrainingArguments, model: nn.Module, checkpointin
             )
 
 
-def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuse rows that are none, and to evaluate on ready batches, which have no texts to compare answers with."""
+def check_datasets(train_dataset: Any, eval_dataset: Any, collator: Any) -> None:
+    """Refuse rows that are none, and to evaluate on ready batches, which have no texts to compare answers with.
+
+    Of a list each row is looked at, before hours of training and not after them. Other datasets may read or make their
+    rows only when they are asked for, and are left to the collator.
+    """
     if not isinstance(train_dataset, Batches) and hasattr(train_dataset, "__len__") and not len(train_dataset):
         raise ValueError("train_dataset has no rows. Leave it out for a trainer that only evaluates.")
     parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -134,6 +138,10 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
         raise TypeError(
             "eval_dataset must be rows of texts, not Batches: answers are generated and compared with texts."
         )
+    if collator is None or isinstance(collator, GradMemCollator):
+        for name, rows in [("train_dataset", train_dataset), *(("eval_dataset", part) for part in parts)]:
+            for place, row in enumerate(rows if isinstance(rows, list) else ()):
+                read_row(f"Row {place} of {name}", row)
 
 
 def limited_collator(

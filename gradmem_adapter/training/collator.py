@@ -20,6 +20,9 @@ _FORMS = (
     "the accepted references of each target."
 )
 
+_SHOWN = 60
+"""So many characters of its context tell which row is meant."""
+
 
 class Example(NamedTuple):
     """A row: a context and the queries on it."""
@@ -66,12 +69,13 @@ class GradMemCollator:
                 "tokenizer.pad_token = tokenizer.eos_token."
             )
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], first: int = 0) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]], first: int | None = None) -> dict[str, Any]:
         """Make a batch.
 
         Args:
             rows (`Sequence[Mapping[str, Any]]`): C rows, with R queries in all.
-            first (`int`, *optional*, defaults to `0`): the number of the first row in messages.
+            first (`int`, *optional*): the number of the first row in messages. None: the number is unknown, as it is
+                where a trainer draws the rows, and messages quote the beginning of a row's context.
 
         Returns:
             context_input_ids, context_attention_mask: [C, N], right padded.
@@ -85,7 +89,7 @@ class GradMemCollator:
         """
         if not rows:
             raise ValueError("There are no rows to make a batch of.")
-        names = [f"Row {i}" for i in range(first, first + len(rows))]
+        names = [_name(place, row, first) for place, row in enumerate(rows)]
         examples = [read_row(name, row) for name, row in zip(names, rows, strict=True)]
         for name, example in zip(names, examples, strict=True):
             check_fits(f"{name}: the context", example.context, self.tokenizer, self.max_context_length)
@@ -208,6 +212,16 @@ def read_row(name: str, row: Mapping[str, Any]) -> Example:
         if isinstance(accepted, str) or not accepted or not all(isinstance(text, str) for text in accepted):
             raise ValueError(f"{name} has no list of texts as the answers to a query: {accepted!r}.")
     return Example(context, list(queries), list(targets), [list(accepted) for accepted in references])
+
+
+def _name(place: int, row: Any, first: int | None) -> str:
+    """What messages call a row of a batch, so that it is found in what the batch was drawn from."""
+    if first is not None:
+        return f"Row {first + place}"
+    context = row.get("context") if isinstance(row, Mapping) else None
+    if not isinstance(context, str):
+        return f"Row {place} of the batch"
+    return f"Row {place} of the batch (context {context if len(context) <= _SHOWN else context[:_SHOWN] + '...'!r})"
 
 
 def _list(name: str, key: str, value: Any) -> list[Any]:

@@ -42,7 +42,10 @@ def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         name = f"{path}, line {number}"
-        row = from_json(line, name)
+        try:
+            row = from_json(line, name)
+        except ValueError as error:
+            raise ValueError(f"{error}. A file of rows is JSON lines: a whole object on each line.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{name} must be an object with a context, got {type(row).__name__}.")
         found.append((name, row))

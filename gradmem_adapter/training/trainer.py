@@ -100,7 +100,7 @@ class GradMemTrainer(EvaluatingTrainer):
         args = with_defaults(args)
         check_arguments(args, model, config)
         check_own_optimizer(args, optimizers[0])
-        check_datasets(train_dataset, eval_dataset)
+        check_datasets(train_dataset, eval_dataset, data_collator)
         collator = limited_collator(data_collator, processing_class, model, config)
         if args.cuda_graphs and train_dataset is not None and not isinstance(train_dataset, Batches):
             train_dataset = RowBatches.of(train_dataset, collator, args)

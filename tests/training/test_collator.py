@@ -129,7 +129,7 @@ class TestErrors:
             GradMemCollator(tiny_tokenizer())([ROW, row])
 
     def test_no_row(self):
-        with pytest.raises(TypeError, match="Row 0 is a str"):
+        with pytest.raises(TypeError, match="Row 0 of the batch is a str"):
             GradMemCollator(tiny_tokenizer())(["w1"])
         with pytest.raises(ValueError, match="no rows"):
             GradMemCollator(tiny_tokenizer())([])
@@ -137,10 +137,17 @@ class TestErrors:
     def test_too_long(self):
         collator = GradMemCollator(tiny_tokenizer(), max_context_length=3)
         collator([ROW])
-        with pytest.raises(ValueError, match=r"Row 1: the context of 4 tokens is longer than the 3 that fit. Split it"):
+        with pytest.raises(ValueError, match=r"Row 1 of .*'w1 w2 w3 w4'\): the context of 4 tokens is longer"):
             collator([ROW, ROW | {"context": "w1 w2 w3 w4"}])
-        with pytest.raises(ValueError, match="Row 1: query and target of 5 tokens is longer than the 4 that fit"):
+        with pytest.raises(ValueError, match=r"Row 1 of .*\): query and target of 5 tokens is longer than the 4"):
             GradMemCollator(tiny_tokenizer(), max_query_length=4)([ROW, TWO])
+
+    def test_a_row_is_named_by_its_context_where_nobody_knows_its_number(self):
+        collator, bad = GradMemCollator(tiny_tokenizer()), {"context": "w1 " * 99, "query": "w2", "target": ""}
+        with pytest.raises(ValueError, match=r"Row 1 of the batch \(context '(w1 ){20}\.\.\.'\) has an empty target"):
+            collator([ROW, bad])
+        with pytest.raises(ValueError, match="Row 8 has an empty target"):
+            collator([ROW, bad], first=7)
 
     def test_no_pad_token(self):
         tokenizer = tiny_tokenizer()

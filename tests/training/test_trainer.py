@@ -727,10 +727,19 @@ class TestArguments:
         with pytest.raises(ValueError, match="train_dataset has no rows"):
             trainer(make(), tmp_path, [])
 
+    @pytest.mark.parametrize("several", [False, True])
+    def test_rows_in_a_list_are_looked_at_before_training(self, tmp_path, several):
+        bad = rows(3)
+        bad[2]["target"] = ""
+        with pytest.raises(ValueError, match="Row 2 of train_dataset has an empty target"):
+            trainer(make(), tmp_path, bad)
+        with pytest.raises(ValueError, match="Row 2 of eval_dataset has an empty target"):
+            trainer(make(), tmp_path, rows(3), {"easy": rows(1), "hard": bad} if several else bad)
+
     def test_collator_limits(self, tmp_path):
         run = trainer(make(num_control_tokens=1), tmp_path, [rows(1)[0] | {"context": tiny_text(93)}])
         assert run.data_collator.max_context_length == run.data_collator.max_query_length == 96 - 2 - 2
-        with pytest.raises(ValueError, match="Row 0: the context of 93 tokens is longer than the 92 that fit"):
+        with pytest.raises(ValueError, match=r"Row 0 of .*: the context of 93 tokens is longer than the 92 that fit"):
             run.train()
 
     def test_the_callers_collator_is_left_alone(self, tmp_path):
