@@ -27,7 +27,7 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.naming import saved_config
 from gradmem_adapter.peft_model import GradMemPeftModel
-from gradmem_adapter.utils.adapter_file import check_tensors, opened_weights, round_weights
+from gradmem_adapter.utils.adapter_file import check_holds_adapter, check_tensors, opened_weights, round_weights
 from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import opening
 from gradmem_adapter.utils.parameters import trainable_as_before
@@ -97,6 +97,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _config(path: Path) -> GradMemConfig:
     """The configuration in a checkpoint; `ValueError` where it is of another kind of adapter or damaged."""
+    check_holds_adapter(path)
     with opening(f"the configuration of the adapter in {str(path)!r}"):
         config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, GradMemConfig):

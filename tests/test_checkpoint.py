@@ -309,8 +309,15 @@ class TestErrors:
             load_checkpoint(tmp_path / "lora")
 
     def test_directory_without_an_adapter(self, backbone):
-        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        with pytest.raises(ValueError, match=r"no adapter_config\.json. It is a model .* train one .*--backbone"):
             load_checkpoint(backbone)
+
+    def test_directory_above_an_adapter(self, backbone, tmp_path):
+        save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "run" / "checkpoint")
+        with pytest.raises(ValueError, match=r"run' is no checkpoint.*There is one in '.*run.checkpoint'\."):
+            load_checkpoint(tmp_path / "run")
+        with pytest.raises(ValueError, match=r"is no checkpoint: .*save_checkpoint make checkpoints"):
+            load_checkpoint(tmp_path)
 
     def test_config_is_json(self, backbone, tmp_path):
         save_checkpoint(make(backbone, lora_config=LORA), tiny_tokenizer(), tmp_path / "saved")

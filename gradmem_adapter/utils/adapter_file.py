@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,6 +16,23 @@ from gradmem_adapter.utils.parameters import first_of, wrong_names
 
 _SHOWN = 8
 """So many differences are listed in an error."""
+
+
+def check_holds_adapter(directory: Path) -> None:
+    """Raise `ValueError` unless a directory has an adapter's configuration; the message says where there is one."""
+    if (directory / CONFIG_NAME).is_file():
+        return
+    below = ", ".join(repr(str(file.parent)) for file in sorted(directory.glob(f"*/{CONFIG_NAME}")))
+    if below:
+        advice = f"There is one in {below}."
+    elif (directory / "config.json").is_file():
+        advice = (
+            "It is a model that no adapter was trained for: train one (gradmem train --backbone), or attach a new one, "
+            "get_peft_model(backbone, GradMemConfig(...)), and save it with save_checkpoint."
+        )
+    else:
+        advice = "gradmem train and save_checkpoint make checkpoints."
+    raise ValueError(f"{str(directory)!r} is no checkpoint: it has no {CONFIG_NAME}. {advice}")
 
 
 @contextmanager
