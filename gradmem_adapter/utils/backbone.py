@@ -41,7 +41,8 @@ def check_backbone(model: object) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} carries an adapter already ({', '.join(_adapters(model)) or 'of unknown name'}), "
-            "which PEFT would mix up with this one. Merge it into the weights first: "
+            "which PEFT would mix up with this one. To start over, load the backbone again, or take what "
+            "model.unload() returns. To keep it, merge it into the weights: "
             "PeftModel.from_pretrained(backbone, adapter).merge_and_unload(). A LoRA to train with the memory goes "
             "into GradMemConfig(lora_config=...), a further GradMem adapter into model.add_adapter(name, config)."
         )

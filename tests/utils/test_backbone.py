@@ -47,6 +47,16 @@ def test_a_backbone_that_carries_an_adapter_is_refused(how):
         get_peft_model(backbone, GradMemConfig())
 
 
+def test_a_second_adapter_on_what_carries_one_is_told_the_way():
+    """As where a cell of a notebook is run again with other settings."""
+    backbone, lora = tiny(), LoraConfig(r=2, target_modules=["q_proj"])
+    model = get_peft_model(backbone, GradMemConfig(lora_config=lora))
+    with pytest.raises(ValueError, match=r"load the backbone again, or take what model\.unload\(\) returns"):
+        get_peft_model(backbone, GradMemConfig(num_memory_tokens=3))
+    again = get_peft_model(model.unload(), GradMemConfig(num_memory_tokens=3, lora_config=lora))
+    assert again.write(tokens(1, 5)).vectors.shape[1] == 3
+
+
 @pytest.mark.parametrize("start", ["context", "pooled_context"])
 def test_a_start_from_hidden_states_of_another_width_is_refused(start):
     config = RemBertConfig(
