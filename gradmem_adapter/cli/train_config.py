@@ -26,7 +26,7 @@ MEMORY: dict[str, Any] = {
 TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3, "lr_scheduler_type": "warmup_stable_decay",
     "write_lr_factor": 10.0, "per_device_train_batch_size": 16, "tokens_per_batch": 8192, "num_train_epochs": 3,
-    "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
+    "logging_first_step": True, "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
 }  # fmt: skip
 FURTHER: dict[str, Any] = {"learning_rate": 3e-4}
 """In the place of those in `TRAINING` where a trained adapter goes on."""

@@ -68,6 +68,13 @@ def test_makes_an_adapter_that_opens(files):
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 32, {"q_proj"}), "what is not given is the default"
 
 
+def test_a_short_run_shows_a_sign_of_life(files):
+    """With fewer steps than there are between two lines of the log, too."""
+    result = train(files, "--set", "training.logging_steps=20", "--set", "training.max_steps=1")
+    assert result.exit_code == 0, result.output
+    assert "'target_loss'" in result.output
+
+
 def test_the_trained_length_is_of_contexts_that_were_trained(files):
     """And not of one that its steps did not come to."""
     (files / "train.jsonl").write_text(
