@@ -154,7 +154,8 @@ class GradMemTrainer(EvaluatingTrainer):
         """Train, as `Trainer.train` does.
 
         Args:
-            resume_from_checkpoint: a checkpoint, or True for the last complete one in the output directory.
+            resume_from_checkpoint: a checkpoint, or True for the last complete one in the output directory. None or
+                False starts from the beginning; `has_checkpoint()` says whether there is one to resume from.
 
         Raises:
             TrainingDiverged: a loss or a gradient is not finite; the message names the last good checkpoint. The
@@ -164,7 +165,10 @@ class GradMemTrainer(EvaluatingTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
             if resume_from_checkpoint is None:
-                raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir!r}.")
+                raise ValueError(
+                    f"There is no checkpoint to resume from in {self.args.output_dir!r}. Pass "
+                    "resume_from_checkpoint=trainer.has_checkpoint() to resume only where there is one."
+                )
         self._begin(resume_from_checkpoint or None)
         self._sums = Sums(self.args.device)
         if torch.backends.cuda.matmul.fp32_precision == "tf32":
