@@ -98,8 +98,7 @@ class GradMemPipeline(StateSelector):
         options: WriteOptions | None = None,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
-        """WRITE any number of texts of any lengths, each into a memory state of its own, in batches that fit into
-        memory.
+        """WRITE any number of texts of any lengths into one memory state each, in batches that fit into memory.
 
         Args:
             texts (`Sequence[str]`): the texts.
@@ -145,8 +144,8 @@ class GradMemPipeline(StateSelector):
         """WRITE a text of any length in segments, which end where paragraphs or sentences do.
 
         Args:
-            text, segment_tokens, overlap: as for `segments`, but with `"sequential"` segments have by default half the
-                trained length and no overlap.
+            text, segment_tokens, overlap: as for `segments`, but with `"sequential"`, segments have half the trained
+                length and no overlap by default.
             mode (`str`, *optional*, defaults to `"parallel"`): `"parallel"`: a state for each segment. `"sequential"`:
                 one state for all, into which segments are written one after another, each with what the state recites
                 of those before; this takes no more device memory than writing a single segment.
@@ -277,7 +276,7 @@ class GradMemPipeline(StateSelector):
         self, prompt: Prompt, *, memory: MemoryState, search_scores: Sequence[float] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any,
     ) -> SurestAnswer:  # fmt: skip
-        """Ask each of several states the same, and return the answer of the state most likely to hold it.
+        """Put the same prompt to each of several states, and return the answer of the state most likely to hold it.
 
         Meant for adapters that say when memory does not hold an answer (`GradMemConfig.refusal`): states that do not
         hold it score low, and only the best state answers. With other adapters, every state answers and the likeliest

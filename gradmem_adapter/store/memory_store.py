@@ -81,7 +81,7 @@ class MemoryStore:
 
         Args:
             pipeline (`GradMemPipeline`): what would write.
-            text (`str`): one text; `keys_of` takes several in the same time.
+            text (`str`): one text; `keys_of` takes several in the time of one.
             options (`WriteOptions`, *optional*): how to write; None: as the adapter's configuration says.
         """
         return self.keys_of(pipeline, [text], options)[0]

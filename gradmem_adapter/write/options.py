@@ -83,16 +83,16 @@ class WriteOptions:
             `None`: take all steps.
         stop_when_recovered (`bool`, *optional*, defaults to `False`): stop a sample when each of its tokens is the
             model's first choice, given the true tokens before it.
-        last_loss (`bool`, *optional*, defaults to `True`): `False` leaves the last of `write_losses` NaN and saves its
+        last_loss (`bool`, *optional*, defaults to `True`): `False` leaves the last of `write_losses` NaN and skips its
             forward pass, one of 2K + 1 passes in all; a last step that overshoots then goes unnoticed, and a callback
-            is told nothing after it.
+            is not called after it.
         compile (`bool` or `"auto"`, *optional*, defaults to `"auto"`): `True`: compile the model's layers for WRITE
             now, and launch each pass as a CUDA graph. `False`: do neither. `"auto"`: on a GPU, graphs for shapes that
             recur, and compiled layers once WRITE has run long enough for them to pay off; on a CPU, neither. The states
             are the same up to rounding.
         objective (`str`, *optional*, defaults to `"reconstruction"`): what a write step lowers. `"reconstruction"`: the
-            write loss. `"self_study"`: how far answers from memory are from answers given the text, for questions that
-            the model makes up. It needs no trained adapter and takes seconds to minutes per context
+            write loss. `"self_study"`: how far answers from memory differ from answers given the text, to questions
+            that the model makes up. It needs no trained adapter and takes seconds to minutes per context
             (`write/self_study.py`); steps, lr and optimizer then have other defaults.
         study (`Study`, *optional*): how the model studies a context with `"self_study"`.
         max_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`): the most bytes that the contexts of a batch
