@@ -209,7 +209,8 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         """Delete all states but those still in use. A text whose state is deleted is written again when needed.
 
         Args:
-            keep (`Iterable[str]`): references in use: `GradMemChatMessageHistory.references`, those of documents, ...
+            keep (`Iterable[str]`): references in use: `GradMemChatMessageHistory.references`,
+                `references_of(document)` of documents, ...
 
         Returns:
             `int`: how many were deleted.

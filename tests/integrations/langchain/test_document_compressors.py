@@ -92,6 +92,15 @@ class TestCompressor:
         assert document.metadata["source"] == "caf\udce9.txt"
         assert [entry.source for entry in compressor.store.store.entries()] == ["caf\N{REPLACEMENT CHARACTER}.txt"]
 
+    def test_what_was_written_of_an_edited_or_deleted_document_goes_by_its_source(self, pipeline):
+        compressor = GradMemCompressor(pipeline=pipeline)
+        documents = [Document(text, metadata={"source": name}) for text, name in zip(TEXTS, "aab", strict=False)]
+        _, new, other = compressor.transform_documents(documents)
+        assert compressor.store.store.forget("a") == 2
+        assert list(compressor.store.yield_keys()) == references_of(other)
+        assert compressor.transform_documents([documents[1]]) == [new], "the edited one is written again"
+        assert compressor.store.gc(references_of(new)) == 1
+
     @pytest.mark.parametrize("foreign", ["yes", 3, None, ["a" * 32], "a" * 32, f"{'a' * 32} {'b' * 32}"])
     def test_references_are_never_believed_from_metadata(self, pipeline, foreign):
         """A loader may fill any field, with another's reference too."""
