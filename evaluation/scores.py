@@ -27,3 +27,10 @@ def score_texts(answer: str, accepted: list[str]) -> dict[str, float]:
 def standard_error(values: Tensor) -> float:
     """Of the mean of values [n]; 0 for a single one, which says nothing of how they spread."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def placements(right: Tensor, wrong: Tensor) -> Tensor:
+    """Of each score in `right` `[n]` the share of those in `wrong` that are lower, ties counting half; their mean is
+    the area under the curve."""
+    above, same = (right[:, None] > wrong).double(), (right[:, None] == wrong).double()
+    return (above + same / 2).mean(1)

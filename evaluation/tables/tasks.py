@@ -232,6 +232,23 @@ def long_documents() -> Frame:
     return Frame(rows)
 
 
+def left_out() -> Frame:
+    """Questions that a long text does not answer: how many a threshold of support refuses, and others."""
+    rows = []
+    for _, row in read("left_out").iterrows():
+        for threshold in (name.removeprefix("whole_below_") for name in row.index if name.startswith("whole_below_")):
+            if not threshold.endswith("_error"):
+                refused = {of: row[f"{of}_below_{threshold}"] for of in ("left_out", "whole")}
+                errors = {of: row[f"{of}_below_{threshold}_error"] for of in refused}
+                rows.append({
+                    "vectors": row["memory_tokens"],
+                    "support below": threshold,
+                    "without the answer %": percent(refused["left_out"], errors["left_out"]),
+                    "with the answer %": percent(refused["whole"], errors["whole"]),
+                })  # fmt: skip
+    return Frame(rows)
+
+
 def _what_is_read(row: Any) -> str:
     vectors = f"({row['memory_tokens']} vectors)"
     if row["pieces"] == "whole":
@@ -256,5 +273,5 @@ def kept_states() -> Frame:
 
 TABLES = (
     answers, answers_all, answers_side_by_side, choosing, continuation, general, general_others, kept_states,
-    kv_retrieval, long_documents, reconstruction, short_squad, untouched,
+    kv_retrieval, left_out, long_documents, reconstruction, short_squad, untouched,
 )  # fmt: skip

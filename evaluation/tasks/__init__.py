@@ -6,6 +6,7 @@ from .base import Measurement, Task
 from .continuation import Continuation
 from .conversation import Conversation
 from .kv_retrieval import KVRetrieval
+from .left_out import LeftOut
 from .long_documents import LongDocuments
 from .passages import Passages
 from .plain_text import PlainText
@@ -19,6 +20,7 @@ TASKS: dict[str, type[Task]] = {
     Continuation.name: Continuation,
     Conversation.name: Conversation,
     KVRetrieval.name: KVRetrieval,
+    LeftOut.name: LeftOut,
     LongDocuments.name: LongDocuments,
     Passages.name: Passages,
     PlainText.name: PlainText,
@@ -28,6 +30,6 @@ TASKS: dict[str, type[Task]] = {
 }
 
 __all__ = [
-    "TASKS", "Answerable", "Babi", "Continuation", "Conversation", "KVRetrieval", "LongDocuments", "Measurement",
-    "Passages", "PlainText", "Rag", "Reconstruction", "ShortSquad", "Task",
+    "TASKS", "Answerable", "Babi", "Continuation", "Conversation", "KVRetrieval", "LeftOut", "LongDocuments",
+    "Measurement", "Passages", "PlainText", "Rag", "Reconstruction", "ShortSquad", "Task",
 ]  # fmt: skip

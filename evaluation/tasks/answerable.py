@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from evaluation.data import questions
+from evaluation.scores import placements
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.pipeline import GradMemPipeline
 
@@ -80,13 +81,6 @@ class Answerable(QuestionTask):
                 )
             ],
         )
-
-
-def placements(right: Tensor, wrong: Tensor) -> Tensor:
-    """Of each score in `right` `[n]` the share of those in `wrong` that are lower, ties counting half; their mean is
-    the area under the curve."""
-    above, same = (right[:, None] > wrong).double(), (right[:, None] == wrong).double()
-    return (above + same / 2).mean(1)
 
 
 def fitted(scores: Tensor, kind: Tensor, config: GradMemConfig) -> list[float]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pydantic
 import torch
 
+from evaluation.articles import articles, drawn, into_segments, paragraphs
 from evaluation.data import Rows, by_words, group
-from gradmem_adapter.segments import Segment, segments
+from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState
-from gradmem_adapter.training.rows import json_lines
 from gradmem_adapter.write.options import WriteOptions
 
 from .base import OPTIONS, Measurement, Task
@@ -73,24 +72,11 @@ class LongDocuments(Task):
         given = {"segment_tokens": self.segment_tokens, "questions": self.questions, "alone": self.alone or None}
         return {"pieces": self.pieces, "chosen": self.chosen} | {k: v for k, v in given.items() if v is not None}
 
-    def articles(self, split: str) -> list[dict[str, Any]]:
-        """The articles of a split that have questions, with these.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: there is no question in it.
-        """
-        path = Path(self.source) / f"squad_articles_{split}.jsonl.gz"
-        found = [row for _, row in json_lines(path) if row["questions"]]
-        if not found:
-            raise ValueError(f"No article of {path} has a question: give it some that have.")
-        return found
-
     def rows(self, split: str) -> Rows:
         """Whole articles, for a model that takes them."""
         return group(
             (row["context"], asked["query"], asked["answers"])
-            for row in self.articles(split)
+            for row in articles(self.source, split)
             for asked in row["questions"]
         )
 
@@ -108,10 +94,8 @@ class LongDocuments(Task):
         draw = random.Random(seed)
         pieces: list[str] = []
         asked: list[Asked] = []
-        for row in self.articles(split)[:limit]:
-            questions = row["questions"]
-            if self.questions is not None and self.questions < len(questions):
-                questions = draw.sample(questions, self.questions)
+        for row in articles(self.source, split)[:limit]:
+            questions = drawn(row["questions"], self.questions, draw)
             cut = self._cut(answerer, row["context"])
             asked += self._asked(row["context"], questions, cut, len(pieces), states)
             pieces += [piece.text for piece in cut]
@@ -133,8 +117,8 @@ class LongDocuments(Task):
     def _asked(
         self, text: str, questions: Sequence[Any], pieces: Sequence[Segment], before: int, states: int
     ) -> list[Asked]:
-        paragraphs = _paragraphs(text)
-        right = [_holding(pieces, *paragraphs[question["para"]]) for question in questions]
+        places = paragraphs(text)
+        right = [_holding(pieces, *places[question["para"]]) for question in questions]
         queries = [question["query"] for question in questions]
         reads = (
             [{i: 1.0} for i in right]
@@ -150,18 +134,14 @@ class LongDocuments(Task):
 
     def _cut(self, answerer: Answerer, text: str) -> list[Segment]:
         if self.pieces == "paragraphs":
-            return [Segment(text[start:end], start, end, 0) for start, end in _paragraphs(text)]
+            return [Segment(text[start:end], start, end, 0) for start, end in paragraphs(text)]
         if self.pieces == "whole":
             room = answerer.backbone.config.get_text_config().max_position_embeddings - _ROOM
             kept = answerer.tokenizer(text, truncation=True, max_length=room, return_offsets_mapping=True)
             text = text[: max(end for _, end in kept["offset_mapping"])]
         if self.pieces in ("whole", "sequential"):
             return [Segment(text, 0, len(text), 0)]
-        config = getattr(answerer.model, "active_peft_config", None)
-        limit = self.segment_tokens or getattr(config, "segment_tokens", None)
-        if limit is None:
-            raise ValueError("long_documents needs segment_tokens where the model does not say its trained length.")
-        return list(segments(text, answerer.tokenizer, limit))
+        return into_segments(text, answerer, self.segment_tokens)
 
     def _answers(self, answerer: Answerer, pieces: Sequence[str], asked: Sequence[Asked]) -> list[str]:
         """The answer to each question; only pieces that are asked are read."""
@@ -184,15 +164,6 @@ class LongDocuments(Task):
             for text in texts
         ]
         return MemoryState.stack([document.states for document in documents])
-
-
-def _paragraphs(text: str) -> list[tuple[int, int]]:
-    """Where each begins and ends."""
-    places, start = [], 0
-    for paragraph in text.split("\n\n"):
-        places.append((start, start + len(paragraph)))
-        start += len(paragraph) + 2
-    return places
 
 
 def _holding(pieces: Sequence[Segment], start: int, end: int) -> int:

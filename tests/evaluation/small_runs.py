@@ -1,8 +1,9 @@
 """Runs on tiny models, with rows in files."""
 
+import gzip
 import json
 
-from tiny import rows, tiny, tiny_tokenizer
+from tiny import rows, tiny, tiny_text, tiny_tokenizer
 
 from evaluation.config import RunConfig
 
@@ -27,6 +28,20 @@ def write_folder(directory):
         for split in ("train", "test"):
             (directory / name / f"{split}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     return directory
+
+
+def write_articles(directory):
+    """Two articles of four paragraphs of ten words, with a question on each."""
+    lines = []
+    for article in range(2):
+        paragraphs = [tiny_text(10, seed=10 * article + i) for i in range(4)]
+        asked = [
+            {"query": " ".join(words[2:6]), "answers": [words[0]], "para": i}
+            for i, words in enumerate(paragraph.split() for paragraph in paragraphs)
+        ]
+        lines.append({"doc_id": str(article), "context": "\n\n".join(paragraphs), "questions": asked})
+    with gzip.open(directory / "squad_articles_test.jsonl.gz", "wt") as file:
+        file.write("\n".join(json.dumps(line) for line in lines))
 
 
 def qa_fields(folder, method=None, **changes):

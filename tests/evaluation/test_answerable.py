@@ -9,8 +9,9 @@ from torchmetrics.functional.classification import binary_auroc
 
 from evaluation.config import RunConfig
 from evaluation.run import Answerer
+from evaluation.scores import placements
 from evaluation.tasks import Answerable
-from evaluation.tasks.answerable import fitted, placements
+from evaluation.tasks.answerable import fitted
 from gradmem_adapter import GradMemConfig
 from gradmem_adapter.read.likelihood import scores
 

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import tiny, tiny_text, tiny_tokenizer
+from small_runs import write_articles
+from tiny import tiny, tiny_tokenizer
 
 from evaluation.config import RunConfig
 from evaluation.run import Answerer
@@ -15,17 +16,7 @@ from gradmem_adapter import GradMemConfig
 
 @pytest.fixture
 def source(tmp_path):
-    """Two articles of four paragraphs of ten words, with a question on each."""
-    lines = []
-    for article in range(2):
-        paragraphs = [tiny_text(10, seed=10 * article + i) for i in range(4)]
-        asked = [
-            {"query": " ".join(words[2:6]), "answers": [words[0]], "para": i}
-            for i, words in enumerate(paragraph.split() for paragraph in paragraphs)
-        ]
-        lines.append({"doc_id": str(article), "context": "\n\n".join(paragraphs), "questions": asked})
-    with gzip.open(tmp_path / "squad_articles_test.jsonl.gz", "wt") as file:
-        file.write("\n".join(json.dumps(line) for line in lines))
+    write_articles(tmp_path)
     return tmp_path
 
 
@@ -77,7 +68,7 @@ def test_how_well_pieces_were_found_counts_where_each_is_asked_by_itself(measure
 def test_segments_are_as_long_as_the_adapter_writes_by_default(measure):
     assert 8 < measure(states=2).facts["context_tokens"] <= 12
     assert measure(segment_tokens=7).facts["context_tokens"] <= 7
-    with pytest.raises(ValueError, match="needs segment_tokens"):
+    with pytest.raises(ValueError, match="need segment_tokens"):
         measure(method="full_context")
 
 

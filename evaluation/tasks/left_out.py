@@ -1,0 +1,102 @@
+"""Whether a long text is known not to answer: its questions, with and without the paragraph that answers them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import pydantic
+import torch
+
+from evaluation.articles import articles, drawn, into_segments, paragraphs
+from evaluation.data import Rows, by_words, group
+from evaluation.scores import placements
+from gradmem_adapter.segments import Segment
+
+from .base import OPTIONS, Measurement, Task
+
+if TYPE_CHECKING:
+    from evaluation.run import Answerer
+
+THRESHOLDS = (0.5, 0.9, 0.97)
+"""A question counts as refused whose support is below one of these."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class LeftOut(Task):
+    """Every question is asked of the segments of its article, and again without those of the paragraph that answers it.
+    What is left is about the same subject, so this is harder than another text.
+
+    Args:
+        source (`str`): as for `long_documents`.
+        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
+        questions (`int`, *optional*): only so many questions of each article, drawn by the seed; None: all.
+    """
+
+    source: str
+    segment_tokens: pydantic.PositiveInt | None = None
+    questions: pydantic.PositiveInt | None = None
+
+    name = "left_out"
+
+    @property
+    def dataset(self) -> str:
+        """What they are articles of."""
+        return "squad articles"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How an article is read."""
+        return {"segment_tokens": self.segment_tokens, "questions": self.questions}
+
+    def rows(self, split: str) -> Rows:
+        """Whole articles."""
+        return group(
+            (row["context"], asked["query"], asked["answers"])
+            for row in articles(self.source, split)
+            for asked in row["questions"]
+        )
+
+    def measure(
+        self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
+    ) -> Measurement:
+        """The area under the curve of `support`, as `GradMemPipeline.select` gives it, and how many questions with and
+        without their paragraph have less than each of `THRESHOLDS`. No answers are computed.
+
+        Raises:
+            TypeError: the model has no memory states.
+            ValueError: the adapter was not trained to refuse, or the length of segments is not known.
+        """
+        if not answerer.pipeline.refuses:
+            raise ValueError("left_out asks whether memory holds an answer: it needs an adapter trained to refuse.")
+        draw = random.Random(seed)
+        lines: list[dict[str, Any]] = []
+        for row in articles(self.source, split)[:limit]:
+            cut, places = into_segments(row["context"], answerer, self.segment_tokens), paragraphs(row["context"])
+            answerer.states([piece.text for piece in cut])  # in large batches
+            for question in drawn(row["questions"], self.questions, draw):
+                start, end = places[question["para"]]
+                others = [piece for piece in cut if piece.end <= start or piece.start >= end]
+                both = (_support(answerer, question["query"], pieces, states) for pieces in (cut, others))
+                lines.append({"query": question["query"]} | dict(zip(("whole", "left_out"), both, strict=True)))
+        lengths = [len(ids) for ids in answerer.tokenizer(list(answerer.written))["input_ids"]]
+        whole, left_out = (torch.tensor([line[of] for line in lines]).double() for of in ("whole", "left_out"))
+        return Measurement(
+            {"auc": placements(whole, left_out)}
+            | {f"whole_below_{t}": (whole < t).double() for t in THRESHOLDS}
+            | {f"left_out_below_{t}": (left_out < t).double() for t in THRESHOLDS},
+            {"context_tokens": sum(lengths) / len(lengths)},
+            {"checkpoint": answerer.checkpoint},
+            lines,
+        )
+
+
+def _support(answerer: Answerer, query: str, pieces: Sequence[Segment], states: int) -> float:
+    """Of the state that a question is answered from: of those that have its words, the likeliest. 0: there is none."""
+    if not pieces:
+        return 0.0
+    found = by_words([piece.text for piece in pieces], [query], states)[0]
+    memory = answerer.states([pieces[i].text for i in found])
+    chosen = answerer.pipeline.select(query, memory=memory, search_scores=list(found.values()), support=True)
+    return cast(float, chosen.support)  # not None of an adapter that refuses
