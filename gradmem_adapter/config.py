@@ -106,8 +106,8 @@ class GradMemConfig(PeftConfig):
             which stays positive. `"no"`, `"scalar"` (one rate for all elements of the memory) or `"per_element"` (one
             rate for each element, a diagonal preconditioner: Meta-SGD, arXiv 1707.09835).
         num_write_lrs (`int`, *optional*, defaults to `1`): with `learn_write_lr`, one rate (or one for each element)
-            for each of the first n write steps; later steps use the n-th. First steps profit from a large rate, which
-            in later steps overshoots.
+            for each of the first n write steps; later steps use the n-th. A large rate helps in the first steps and
+            overshoots in later ones.
         write_lr_from_end (`bool`, *optional*, defaults to `False`): with `learn_write_lr`, factors for the first
             `num_write_lrs` steps, counted from the end, so that WRITE ends as suits its number of steps.
         write_optimizer (`str`, *optional*, defaults to `"sgd"`): the rule of a write step: `"sgd"` (the paper's) or
