@@ -114,6 +114,17 @@ def _general(shipped: bool) -> Frame:
     return in_order(_by_dataset(table.assign(label=labels), "%"), order, "%")
 
 
+def general_side_by_side() -> Frame:
+    """The general adapters on SQuAD, each question asked of several states: all side by side, or each by itself."""
+    table = read("general", dataset="squad", method="gradmem", write_steps=2, limit=250)
+    asked_of_several = table.groupby("memory_tokens")["states"].transform("max") > 1
+    table = table[table["unanswerable"].isna() & asked_of_several].sort_values(["memory_tokens", "states"])
+    alone = table["alone"].eq(True).map({False: "side by side", True: "each by itself"})
+    rows = [f"{vectors} vectors, {how}" for vectors, how in zip(table["memory_tokens"], alone, strict=True)]
+    heads = [f"of {states}" if states > 1 else "its own state" for states in table["states"]]
+    return grid(table, rows, heads, lambda found: percent(found["f1"].iloc[-1], found["f1_error"].iloc[-1]))
+
+
 def short_squad() -> Frame:
     """Questions about the sentence of the answer alone."""
     rows = []
@@ -272,6 +283,6 @@ def kept_states() -> Frame:
 
 
 TABLES = (
-    answers, answers_all, answers_side_by_side, choosing, continuation, general, general_others, kept_states,
-    kv_retrieval, left_out, long_documents, reconstruction, short_squad, untouched,
+    answers, answers_all, answers_side_by_side, choosing, continuation, general, general_others, general_side_by_side,
+    kept_states, kv_retrieval, left_out, long_documents, reconstruction, short_squad, untouched,
 )  # fmt: skip
