@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import cast
 
@@ -36,7 +37,7 @@ def saved_config(model: PeftModel) -> GradMemConfig:
     if opened in HUB_IDS:  # which PEFT and Transformers can open, too
         named = HUB_IDS[opened]
     elif named and Path(named).is_dir():  # from whatever directory it will be opened
-        named = str(Path(named).absolute())
+        named = os.path.abspath(named)
     config.base_model_name_or_path, config.inference_mode = named, True
     return config
 

@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out bit for bit, whole or not at all, and errors say what to do."""
 
 import json
+import os
 import shutil
 import warnings
 
@@ -324,6 +325,16 @@ class TestErrors:
         config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
         assert config["peft_type"] == "GRADMEM"
         assert config["base_model_name_or_path"] == backbone
+
+    def test_a_backbone_is_named_without_the_way_to_it(self, backbone, tmp_path):
+        (tmp_path / "here").mkdir()
+        there = tmp_path / "here" / ".." / os.path.relpath(backbone, tmp_path)
+        save_checkpoint(make(str(there)), tiny_tokenizer(), tmp_path / "saved")
+        (tmp_path / "here").rmdir()
+        load_checkpoint(tmp_path / "saved")
+        assert (
+            json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["base_model_name_or_path"] == backbone
+        )
 
 
 def test_the_active_adapter_is_saved_whatever_its_name(backbone, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,7 +90,5 @@ def demo(
         figures["ask"] = run_story_demo(checkpoint or QA, backbone=backbone, console=console)
     if as_json:
         print_json(figures)
-    for name, found in figures.items():
-        console.print(f"{name}: {json.dumps(found)}", soft_wrap=True, highlight=False, markup=False, style="dim")
     if not figures.get("recite", {}).get("reconstructed", True):
         raise typer.Exit(1)
