@@ -174,7 +174,7 @@ def _saved_rows(directory: Path, backbone: PreTrainedModel) -> int:
     table = backbone.get_input_embeddings()
     name = next(name for name, module in backbone.named_modules() if module is table)
     with opened_weights(directory / SAFETENSORS_WEIGHTS_NAME) as tensors:
-        keys = {f"base_model.model.{table}.weight" for table in (name, f"{name}.base_layer")} & {*tensors.keys()}
+        keys = {f"base_model.model.{place}.weight" for place in (name, f"{name}.base_layer")} & {*tensors.keys()}
         return tensors.get_slice(keys.pop()).get_shape()[0] if keys else _rows(backbone)
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from evaluation.methods import METHODS
 from evaluation.paper import KV_RETRIEVAL
 from evaluation.results import RESULTS, Record, frame, load_records
+from evaluation.tasks.left_out import THRESHOLDS
 from gradmem_adapter.store.files import Dtype
 
 from .cells import Frame, data_title, general_passages, grid, in_order, line_title, percent, read
@@ -247,16 +248,12 @@ def left_out() -> Frame:
     """Questions that a long text does not answer: how many a threshold of support refuses, and others."""
     rows = []
     for _, row in read("left_out", limit=16).iterrows():
-        for threshold in (name.removeprefix("whole_below_") for name in row.index if name.startswith("whole_below_")):
-            if not threshold.endswith("_error"):
-                refused = {of: row[f"{of}_below_{threshold}"] for of in ("left_out", "whole")}
-                errors = {of: row[f"{of}_below_{threshold}_error"] for of in refused}
-                rows.append({
-                    "vectors": row["memory_tokens"],
-                    "support below": threshold,
-                    "refused without the answer %": percent(refused["left_out"], errors["left_out"]),
-                    "refused with the answer %": percent(refused["whole"], errors["whole"]),
-                })  # fmt: skip
+        for threshold in THRESHOLDS:
+            refused = {
+                f"refused {which} the answer %": percent(row[name], row[f"{name}_error"])
+                for which, name in (("without", f"left_out_below_{threshold}"), ("with", f"whole_below_{threshold}"))
+            }
+            rows.append({"vectors": row["memory_tokens"], "support below": f"{threshold}"} | refused)
     return Frame(rows)
 
 

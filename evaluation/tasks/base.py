@@ -11,7 +11,8 @@ import pydantic
 import torch
 from torch import Tensor
 
-from evaluation.data import Rows, distractors, qa_rows, questions
+from evaluation.articles import articles
+from evaluation.data import Rows, distractors, group, qa_rows, questions
 from evaluation.scores import score_texts
 from gradmem_adapter.prompts import Prompt
 
@@ -155,3 +156,31 @@ class QuestionTask(Task):
     def rows(self, split: str) -> Rows:
         """See `Task.rows`."""
         return qa_rows(self.source, split, **self.hub)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class ArticleTask(Task):
+    """A task on articles of thousands of words, with all questions on them.
+
+    Args:
+        source (`str`): a directory, see `articles`.
+        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
+        questions (`int`, *optional*): only so many questions of each article, drawn by the seed; None: all.
+    """
+
+    source: str
+    segment_tokens: pydantic.PositiveInt | None = None
+    questions: pydantic.PositiveInt | None = None
+
+    @property
+    def dataset(self) -> str:
+        """What they are articles of."""
+        return "squad articles"
+
+    def rows(self, split: str) -> Rows:
+        """Whole articles, for a model that takes them."""
+        return group(
+            (row["context"], asked["query"], asked["answers"])
+            for row in articles(self.source, split)
+            for asked in row["questions"]
+        )

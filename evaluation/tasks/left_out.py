@@ -10,11 +10,11 @@ import pydantic
 import torch
 
 from evaluation.articles import articles, drawn, into_segments, paragraphs
-from evaluation.data import Rows, by_words, group
+from evaluation.data import by_words
 from evaluation.scores import placements
 from gradmem_adapter.segments import Segment
 
-from .base import OPTIONS, Measurement, Task
+from .base import OPTIONS, ArticleTask, Measurement
 
 if TYPE_CHECKING:
     from evaluation.run import Answerer
@@ -24,39 +24,17 @@ THRESHOLDS = (0.5, 0.9, 0.97)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
-class LeftOut(Task):
+class LeftOut(ArticleTask):
     """Every question is asked of the segments of its article, and again without those of the paragraph that answers it.
     What is left is about the same subject, so this is harder than another text.
-
-    Args:
-        source (`str`): as for `long_documents`.
-        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
-        questions (`int`, *optional*): only so many questions of each article, drawn by the seed; None: all.
     """
 
-    source: str
-    segment_tokens: pydantic.PositiveInt | None = None
-    questions: pydantic.PositiveInt | None = None
-
     name = "left_out"
-
-    @property
-    def dataset(self) -> str:
-        """What they are articles of."""
-        return "squad articles"
 
     @property
     def settings(self) -> dict[str, Any]:
         """How an article is read."""
         return {"segment_tokens": self.segment_tokens, "questions": self.questions}
-
-    def rows(self, split: str) -> Rows:
-        """Whole articles."""
-        return group(
-            (row["context"], asked["query"], asked["answers"])
-            for row in articles(self.source, split)
-            for asked in row["questions"]
-        )
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0

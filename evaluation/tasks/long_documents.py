@@ -10,12 +10,12 @@ import pydantic
 import torch
 
 from evaluation.articles import articles, drawn, into_segments, paragraphs
-from evaluation.data import Rows, by_words, group
+from evaluation.data import by_words
 from gradmem_adapter.segments import Segment
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.write.options import WriteOptions
 
-from .base import OPTIONS, Measurement, Task
+from .base import OPTIONS, ArticleTask, Measurement
 
 if TYPE_CHECKING:
     from evaluation.run import Answerer
@@ -34,51 +34,30 @@ class Asked(NamedTuple):
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
-class LongDocuments(Task):
+class LongDocuments(ArticleTask):
     """Articles with all questions on them.
 
     Args:
-        source (`str`): a directory with `squad_articles_<split>.jsonl.gz`, an article a line: `context`, whose
-            paragraphs have empty lines between them, and `questions` with `query`, `answers` and `para`, the number of
-            the paragraph that answers.
         pieces (`str`, *optional*, defaults to `"segments"`): what is read by itself: `"segments"` of an article, its
             `"paragraphs"`, the `"whole"` of it, cut to what the model takes, or the whole of it in one state, written
             segment by segment (`"sequential"`).
-        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
         chosen (`str`, *optional*, defaults to `"words"`): what a question is asked of: as many pieces as there are
             states to ask, by `"words"`, as `MemoryStore.choose` finds them; or the `"right"` piece.
         alone (`bool`, *optional*, defaults to `False`): ask the one chosen piece whose state holds an answer most
             likely (`GradMemPipeline.select`), not all side by side. For adapters that were trained to refuse.
-        questions (`int`, *optional*): only so many questions of each article, drawn by the seed; None: all.
     """
 
-    source: str
     pieces: Literal["segments", "paragraphs", "whole", "sequential"] = "segments"
-    segment_tokens: pydantic.PositiveInt | None = None
     chosen: Literal["words", "right"] = "words"
     alone: bool = False
-    questions: pydantic.PositiveInt | None = None
 
     name = "long_documents"
-
-    @property
-    def dataset(self) -> str:
-        """What they are articles of."""
-        return "squad articles"
 
     @property
     def settings(self) -> dict[str, Any]:
         """How an article is read."""
         given = {"segment_tokens": self.segment_tokens, "questions": self.questions, "alone": self.alone or None}
         return {"pieces": self.pieces, "chosen": self.chosen} | {k: v for k, v in given.items() if v is not None}
-
-    def rows(self, split: str) -> Rows:
-        """Whole articles, for a model that takes them."""
-        return group(
-            (row["context"], asked["query"], asked["answers"])
-            for row in articles(self.source, split)
-            for asked in row["questions"]
-        )
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
