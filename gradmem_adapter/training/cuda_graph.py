@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from gradmem_adapter.ops.attention import CAUSAL
 from gradmem_adapter.utils.backbone import attention_windows
 from gradmem_adapter.utils.capture import static_shapes
-from gradmem_adapter.utils.graphs import GraphPool
+from gradmem_adapter.utils.graphs import GraphPool, one_capture
 from gradmem_adapter.utils.parameters import parts_with_dropout
 
 Batch: TypeAlias = dict[str, Any]
@@ -106,7 +106,7 @@ class GraphedBackward:
         mode = "thread_local" if distributed.is_initialized() else "global"
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a capture takes memory from a pool of its own and cannot free what others keep
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
+        with one_capture, torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
             loss, table, reached = self._passes(batch | inputs)
         return _Graph(graph, inputs, (loss, table), reached)
 
