@@ -57,8 +57,8 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
         if self.session_id is not None:
             return f"session {self.session_id}"
         if isinstance(self.history, StoredChatMessageHistory):
-            path, store = self.history.path, self.memory.store.store.path
-            return f"session {path.relative_to(store) if path.is_relative_to(store) else path.absolute()}"
+            here = self.history.path.is_relative_to(self.memory.store.store.path)
+            return f"session {self.history.session_id if here else self.history.path.absolute()}"
         return f"session {self.history.name}" if isinstance(self.history, _InProcess) else None
 
     @property
@@ -119,14 +119,15 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
 
     Args:
         store (`MemoryStateStore`): a store over a directory that outlives the process.
-        session_id (`str`): any text.
+        session_id (`str`): any text, which the store lists its states under.
 
     Raises:
         TypeError: the session id is not a text.
     """
 
     def __init__(self, store: MemoryStateStore, session_id: str) -> None:
-        name = hashlib.sha256(_checked(session_id).encode()).hexdigest()
+        self.session_id = _checked(session_id)
+        name = hashlib.sha256(session_id.encode()).hexdigest()
         self.path = store.store.path / "sessions" / f"{name}.json"
 
     @property

@@ -151,6 +151,7 @@ class TestPersistence:
         assert again.messages == history.messages
         assert references_of(again.messages[0]) == again.references
         assert memory.store.writes == writes
+        assert {entry.source for entry in memory.store.store.entries()} == {"session Ada's session / 1"}
 
     def test_another_process_goes_on(self, pipeline, turn, tmp_path):
         def history(session):
