@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from gradmem_adapter import GradMemConfig, GradMemPeftModel
     from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 
-ROWS_AT_ONCE = 256
 MEMORY: dict[str, Any] = {
     "num_memory_tokens": 32, "write_steps": 1, "write_lr": 0.6, "learn_write_lr": "per_element", "write_clip_norm": 0.5,
     "start": "pooled_context", "meta_gradient": "finite_difference", "reconstruction_weight": 0.5,
@@ -114,19 +113,16 @@ class TrainConfig:
         from transformers import set_seed
 
         from gradmem_adapter.training import GradMemTrainer, read_rows
+        from gradmem_adapter.training.checks import check_lengths, limited_collator
 
         rows = read_rows(self.rows)
         held_out = None if self.eval_rows is None else read_rows(self.eval_rows)
         set_seed(arguments.seed)
         model, tokenizer = self._model()
-        trainer = GradMemTrainer(
-            model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
-        )
-        if trainer.train_dataset is rows:  # ready batches were made of all of them
-            _check_rows(self.rows, rows, trainer.data_collator)
-        if held_out is not None and self.eval_rows is not None:
-            _check_rows(self.eval_rows, held_out, trainer.data_collator)
-        return trainer
+        collator = limited_collator(None, tokenizer, model, model.active_peft_config)
+        check_lengths(self.rows, rows, collator)  # the trainer does, too, and does not know the files
+        check_lengths(str(self.eval_rows), held_out, collator)
+        return GradMemTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
 
     def parent(self) -> dict[str, str | None]:
         """What a card says of the adapter that is trained on: no directory of this machine."""
@@ -172,12 +168,3 @@ def _check_fields(name: str, given: Collection[str], known: Collection[str], sho
 
     if unknown := unknown_fields(given, known):
         raise ValueError(f"{name} has no field {unknown} Some that it has: {', '.join(sorted(shown))}.")
-
-
-def _check_rows(file: str, rows: list[dict[str, Any]], collator: Any) -> None:
-    """Raise for a row that does not fit, before hours of training and not after them."""
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        try:
-            collator(rows[first : first + ROWS_AT_ONCE], first)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error

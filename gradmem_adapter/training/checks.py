@@ -144,6 +144,31 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, collator: Any) -> None
                 read_row(f"Row {place} of {name}", row)
 
 
+def check_lengths(name: str, rows: Any, collator: Any) -> None:
+    """Raise for a row of a list that does not fit the backbone, before hours of training and not after them.
+
+    Only rows that may not fit are tokenized. What this misses, the collator finds when the row is drawn.
+
+    Args:
+        name (`str`): what the rows are called in the message.
+        rows (`Any`): several datasets by name, or one; checked if it is a list.
+        collator (`Any`): checks the rows if it is a `GradMemCollator`.
+
+    Raises:
+        ValueError: a context, or a query with its target, has too many tokens, or none; the message names the row.
+    """
+    if isinstance(rows, dict):
+        for part, values in rows.items():
+            check_lengths(f"{name} {part!r}", values, collator)
+    elif isinstance(rows, list) and isinstance(collator, GradMemCollator):
+        for place, row in enumerate(rows):
+            if collator.may_not_fit(row):
+                try:
+                    collator([row], first=place)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+
 def limited_collator(
     collator: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module, config: GradMemConfig | None
 ) -> Any:

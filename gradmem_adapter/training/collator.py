@@ -125,6 +125,21 @@ class GradMemCollator:
             "targets": [references for example in examples for references in example.references],
         }
 
+    def may_not_fit(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row could have too many tokens or none, without tokenizing it.
+
+        A token has at least a byte. What a chat template adds is assumed to take at most half of the limit.
+
+        Args:
+            row (`Mapping[str, Any]`): a row as for `__call__`.
+        """
+        example = read_row("The row", row)
+        if not all(str(text).strip() for text in (example.context, *example.queries, *example.targets)):
+            return True
+        asked = [f"{query}{target}" for query, target in zip(example.queries, example.targets, strict=True)]
+        limits = [(example.context, self.max_context_length), *((text, self.max_query_length) for text in asked)]
+        return any(limit is not None and 2 * len(text.encode(errors="replace")) > limit for text, limit in limits)
+
     def longest_target(self, row: Mapping[str, Any]) -> int:
         """The number of tokens in the longest text that a query of the row may be answered with.
 

@@ -27,7 +27,14 @@ from gradmem_adapter.write.rates import write_lrs
 from .arguments import with_defaults
 from .batches import Batches, RowBatches
 from .callbacks import AverageWeights, EndByClock
-from .checks import check_arguments, check_datasets, check_model, check_own_optimizer, limited_collator
+from .checks import (
+    check_arguments,
+    check_datasets,
+    check_lengths,
+    check_model,
+    check_own_optimizer,
+    limited_collator,
+)
 from .compiled import compiled_layers
 from .cuda_graph import Batch, GraphedBackward, maskless_attention, own_stream
 from .distillation import Distillation
@@ -102,6 +109,8 @@ class GradMemTrainer(EvaluatingTrainer):
         check_own_optimizer(args, optimizers[0])
         check_datasets(train_dataset, eval_dataset, data_collator)
         collator = limited_collator(data_collator, processing_class, model, config)
+        check_lengths("train_dataset", train_dataset, collator)
+        check_lengths("eval_dataset", eval_dataset, collator)
         if args.cuda_graphs and train_dataset is not None and not isinstance(train_dataset, Batches):
             train_dataset = RowBatches.of(train_dataset, collator, args)
         super().__init__(

@@ -15,7 +15,6 @@ from tiny import tiny, tiny_tokenizer
 from transformers import TrainerCallback
 
 from gradmem_adapter import Card, load_checkpoint, save_checkpoint
-from gradmem_adapter.cli import train_config
 from gradmem_adapter.cli.train_config import MEMORY, TrainConfig
 from gradmem_adapter.training import GradMemTrainer, read_rows
 from gradmem_adapter.utils.fields import read_fields
@@ -95,9 +94,8 @@ def test_one_setting_of_the_lora_leaves_its_others():
     assert plan.memory_fields["lora_config"] is None
 
 
-def test_the_defaults_train(files, monkeypatch):
-    """Those on a GPU, too, whose steps run on a CPU as they are, and whose ready batches need no second look."""
-    monkeypatch.setattr(train_config, "_check_rows", None)
+def test_the_defaults_train(files):
+    """Those on a GPU, too, whose steps run on a CPU as they are."""
     (files / "config.yaml").write_text("training: {max_steps: 2, cuda_graphs: true, bf16: true}", encoding="utf-8")
     result = train(files)
     assert result.exit_code == 0, result.output

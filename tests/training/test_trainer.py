@@ -737,10 +737,26 @@ class TestArguments:
             trainer(make(), tmp_path, rows(3), {"easy": rows(1), "hard": bad} if several else bad)
 
     def test_collator_limits(self, tmp_path):
-        run = trainer(make(num_control_tokens=1), tmp_path, [rows(1)[0] | {"context": tiny_text(93)}])
+        run = trainer(make(num_control_tokens=1), tmp_path, (rows(1)[0] | {"context": tiny_text(93)},))
         assert run.data_collator.max_context_length == run.data_collator.max_query_length == 96 - 2 - 2
         with pytest.raises(ValueError, match=r"Row 0 of .*: the context of 93 tokens is longer than the 92 that fit"):
             run.train()
+
+    @pytest.mark.parametrize("several", [False, True])
+    @pytest.mark.parametrize(
+        ("field", "text", "wrong"),
+        [("context", tiny_text(95), "the context of 95 tokens is longer than the 94"),
+         ("query", tiny_text(95), "query and target of 97 tokens is longer than the 94"),
+         ("context", " ", "its context gives no tokens"),
+         ("target", " ", "its target gives no tokens")],
+    )  # fmt: skip
+    def test_rows_of_a_list_that_do_not_fit_are_told_before_training(self, tmp_path, field, text, wrong, several):
+        bad = [*rows(2), rows(1)[0] | {field: text}]
+        with pytest.raises(ValueError, match=f"train_dataset: Row 2: {wrong}"):
+            trainer(make(), tmp_path, bad)
+        name = "eval_dataset 'hard'" if several else "eval_dataset"
+        with pytest.raises(ValueError, match=f"{name}: Row 2: {wrong}"):
+            trainer(make(), tmp_path, rows(2), {"easy": rows(1), "hard": bad} if several else bad)
 
     def test_the_callers_collator_is_left_alone(self, tmp_path):
         collator = GradMemCollator(tiny_tokenizer(), max_query_length=20)
