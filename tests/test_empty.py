@@ -107,7 +107,7 @@ def test_no_keys(pipeline, tmp_path):
     keys = store.add(pipeline, CONTEXTS, sources="a.txt")
     store.delete([])
     assert store.forget("a.txt", []) == 0
-    with pytest.raises(ValueError, match="no key of a memory state"):
+    with pytest.raises(ValueError, match="Got no keys"):
         store.get([])
     store.delete(keys[0])
     assert list(store) == keys[1:]

@@ -1,4 +1,4 @@
-"""Texts into a memory store: those that it does not have are written."""
+"""Add texts to a memory store, writing those that are not stored yet."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from gradmem_adapter.write.batching import progress_bar
 from gradmem_adapter.write.options import WriteOptions
 
 AT_ONCE = 256
-"""Texts that are given to the pipeline together, whose states are all in memory then."""
+"""Texts per call of the pipeline: the states of all of them are in memory at once."""
 
 
 def text_keys(pipeline: GradMemPipeline, texts: Sequence[str], options: WriteOptions) -> list[str]:
-    """The keys that the states of texts have. The model is looked at once for all of them.
+    """The keys that the states of texts have. The model's fingerprint is computed once for all of them.
 
     Args:
-        pipeline (`GradMemPipeline`): who would write.
+        pipeline (`GradMemPipeline`): what would write.
         texts (`Sequence[str]`): any number.
         options (`WriteOptions`): how to write.
     """
@@ -54,15 +54,15 @@ def write_missing(
 ) -> None:
     """Write the texts whose states are not stored or are damaged, each once.
 
-    A batch waits for the disk while the next one is written.
+    A batch is stored in the background while the next one is written.
 
     Args:
-        index (`Index`): of the store.
-        claims (`Claims`): what threads are writing into it.
+        index (`Index`): the store's index.
+        claims (`Claims`): the keys that threads are writing into the store.
         pipeline, texts, done, progress: as for `MemoryStore.add`.
         entries (`Sequence[Entry]`): one for each text, with its key.
         put (`Callable`): stores states with their entries.
-        how: what else `pipeline.write_many` takes.
+        how: other arguments of `pipeline.write_many`.
     """
     number = {entry.key: i for i, entry in reversed(list(enumerate(entries)))}
     waiting = sorted(number, key=number.__getitem__)
@@ -71,7 +71,7 @@ def write_missing(
 
         def landed(rest: int = 0) -> None:
             while len(landing) > rest:
-                wait([landing[0][0]])  # Ctrl-C ends this, and the batch is still there to be told of
+                wait([landing[0][0]])  # Ctrl-C interrupts only the wait: the batch stays in `landing`, to be reported
                 future, keys = landing.pop(0)
                 future.result()
                 advance(len(keys))
@@ -93,7 +93,7 @@ def write_missing(
                         _write(pipeline, texts, entries, missing[begin : begin + AT_ONCE], land, **how)
                 finally:
                     landed()
-            waiting = sorted(set(waiting).difference(mine), key=number.__getitem__)  # others may have failed
+            waiting = sorted(set(waiting).difference(mine), key=number.__getitem__)  # others may have failed on theirs
 
 
 def _write(
@@ -105,7 +105,7 @@ def _write(
     callback: Callable[[list[int], WriteProgress], None] | None = None,
     **how: Any,
 ) -> None:
-    """Write some of the texts; an error names one by its number among all."""
+    """Write some of the texts. An error names the failing text by its number among all texts, not among these."""
 
     def done(rows: list[int], states: MemoryState) -> None:
         land(states, [entries[numbers[i]] for i in rows])
@@ -129,6 +129,6 @@ def _is_readable(index: Index, key: str) -> bool:
     except FileNotFoundError:
         return False
     except MemoryStateError as error:
-        warnings.warn(f"The stored state {key!r} is written anew, as it cannot be read: {error}", stacklevel=4)
+        warnings.warn(f"The stored state {key!r} cannot be read and is written again: {error}", stacklevel=4)
         return False
     return True

@@ -27,11 +27,11 @@ _OF_QUESTIONS = {
     "has", "have", "how", "in", "is", "it", "its", "many", "much", "of", "on", "or", "that", "the", "this", "to",
     "was", "were", "what", "when", "where", "which", "who", "whom", "whose", "why", "will", "with", "would",
 }  # fmt: skip
-"""English words that say nothing of what a question is about, and that BM25 asks for where texts have few of them."""
+"""English words that say nothing about a question's topic. BM25 would weight them highly if few texts have them."""
 _BY_WORDS = 64
-"""States whose words count beside an embedding."""
+"""With an embedding, only this many of the best states by BM25 get a score for their words."""
 _ALL = 2**32
-"""SQLite knows no larger numbers than 2**63."""
+"""No limit, as a number that fits SQLite's 64-bit integers."""
 _STATES = """
     fingerprint = :fingerprint
     AND (:keys IS NULL OR key IN (SELECT value FROM json_each(:keys)))
@@ -71,9 +71,9 @@ def choose(
         s(i)  =  bm25(i) / max_j bm25(j)  +  cos(i)
     """
     if type(k) is not int or k < 1:
-        raise ValueError(f"k is how many states are wanted, 1 at least, got {k!r}.")
+        raise ValueError(f"k, the number of states to return, must be an integer of at least 1, got {k!r}.")
     if type(shortlist) is not int or (shortlist and shortlist < k):
-        raise ValueError(f"shortlist is 0, or at least k, how many states are wanted ({k}), got {shortlist!r}.")
+        raise ValueError(f"shortlist must be 0 or an integer of at least k ({k}), got {shortlist!r}.")
     k = min(max(k, shortlist), _ALL)
     check_text("The query", query)
     check_kind("keys", keys, Iterable | None, "a list of keys")
@@ -119,7 +119,7 @@ def _choices(
     source: str | None,
     counts: Callable[[Entry], bool] | None,
 ) -> Iterator[Choice]:
-    """States with the first of their places that counts (None: each does), if one does."""
+    """Each state with the first of its places for which `counts` is true (None: any). Skips states without one."""
     for state, score in scores.items():
         places = select(connection, "states.id = ? AND (? IS NULL OR source = ?)", (state, source, source))
         entry = next(filter(counts, places), None)
@@ -134,7 +134,7 @@ def match_any(query: str) -> str | None:
         query (`str`): the question.
 
     Returns:
-        `str`, *optional*: the argument of MATCH; None: there is no word.
+        `str`, *optional*: the argument of MATCH; None: the question has no words.
     """
     words = dict.fromkeys(_WORD.findall(query.lower()))
     wanted = [word for word in words if word not in _OF_QUESTIONS] or words
@@ -142,7 +142,7 @@ def match_any(query: str) -> str | None:
 
 
 def _by_words(connection: sqlite3.Connection, query: str, limit: int, values: dict[str, Any]) -> dict[int, float]:
-    """By id, BM25 of the best states, in order."""
+    """BM25 scores of the best states by id, best first."""
     if (match := match_any(query)) is None:
         return {}
     found = connection.execute(
@@ -156,7 +156,7 @@ def _by_words(connection: sqlite3.Connection, query: str, limit: int, values: di
 
 
 def _with_words(ids: Tensor, cosine: Tensor, words: dict[int, float], k: int) -> dict[int, float]:
-    """The scores of the best states, in order."""
+    """Scores of the best states by id, best first: cosine plus relative BM25."""
     best = max(words.values(), default=1.0)
     both = cosine.clone()
     for i in torch.isin(ids, torch.tensor(list(words), dtype=torch.long)).nonzero().flatten().tolist():
@@ -166,16 +166,16 @@ def _with_words(ids: Tensor, cosine: Tensor, words: dict[int, float], k: int) ->
 
 
 def _check_states(connection: sqlite3.Connection, fingerprint: str) -> None:
-    """Raise `ValueError` where no question can find a state: none is the model's, or none has a text."""
+    """Raise `ValueError` if no question can find a state: this model wrote none, or the store keeps no texts."""
     counts = "SELECT count(*), total(fingerprint = ?), total(fingerprint = ? AND text IS NOT NULL) FROM states"
     states, own, texts = connection.execute(counts, (fingerprint, fingerprint)).fetchone()
     if states and not own:
         raise ValueError(
-            f"This store has {counted(states, 'state')}, and none that this model ({fingerprint}) wrote: it would read "
-            "them as noise. Write the texts again with this model."
+            f"This store has {counted(states, 'state')}, but none was written by this model ({fingerprint}), which "
+            "would read them as noise. Write the texts again with this model."
         )
     if own and not texts:
         raise ValueError(
-            "This store keeps no texts (keep_text=False), by which states are chosen. Write them again, which keeps "
-            "the texts beside the states that are there, or name keys yourself: MemoryStore.get(keys)."
+            "This store keeps no texts (keep_text=False), by which states are chosen. Open it with keep_text=True and "
+            "add the texts again, which keeps the existing states, or pass keys to MemoryStore.get()."
         )

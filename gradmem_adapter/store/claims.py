@@ -1,4 +1,4 @@
-"""Which states the threads of a process are writing, so that each is written once."""
+"""Which states the threads of a process are writing, so that each state is written once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Claims:
-    """Keys that threads are at work on."""
+    """The keys that threads of this process are working on."""
 
     def __init__(self) -> None:
         self._events: dict[str, threading.Event] = {}
@@ -16,10 +16,11 @@ class Claims:
 
     @contextmanager
     def taken(self, keys: Iterable[str]) -> Iterator[list[str]]:
-        """The keys that are this thread's inside the block. Behind it, the other threads have done with theirs.
+        """Claim keys for this thread and yield those that no other thread holds. On leaving the block, wait until the
+        other threads have released theirs.
 
         Args:
-            keys (`Iterable[str]`): what is to be worked on. What another thread has may have failed there.
+            keys (`Iterable[str]`): the keys to work on. Another thread may have failed on those that it held.
         """
         keys, done = list(keys), threading.Event()
         with self._lock:

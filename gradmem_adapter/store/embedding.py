@@ -1,4 +1,4 @@
-"""Sentence embeddings of texts in a memory store: made once, kept in its index."""
+"""Sentence embeddings of texts in a memory store: computed once, kept in its index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from gradmem_adapter.store.index import Index
 
 _AT_ONCE = 256
-"""Texts that are given to an embedding together."""
+"""Texts per call of an embedding."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,20 @@ class Embedding:
         found = torch.as_tensor(found, dtype=torch.float32, device="cpu")
         if found.dim() != 2 or len(found) != count or not found.isfinite().all():
             raise ValueError(
-                f"The embedding {self.name!r} must return one vector of finite numbers for each text; for {count} it "
-                f"returned an array of shape {list(found.shape)}."
+                f"The embedding {self.name!r} must return one vector of finite numbers for each text; for {count} "
+                f"texts it returned an array of shape {list(found.shape)}."
             )
         return torch.nn.functional.normalize(found, dim=1)
 
 
 @dataclass(frozen=True)
 class _Vectors:
-    """What was read of an index.
+    """Embeddings read from an index, kept in memory until the index changes.
 
     Args:
-        of (`tuple`): what decides it: which states, by which model, and how often the index had changed.
-        ids (`Tensor`): `[n]`, of the states.
-        vectors (`Tensor`): `[n, d]`.
+        of (`tuple`): the cache key: which states, which embedding model, and how often the index had changed.
+        ids (`Tensor`): `[n]`, ids of the states.
+        vectors (`Tensor`): `[n, d]`, their vectors.
     """
 
     of: tuple[Any, ...]
@@ -80,14 +80,14 @@ def cosines(
 ) -> tuple[Tensor, Tensor]:
     """Ids `[n]` of states that have a text, and the cosines `[n]` of these with a question.
 
-    Texts that have no vector of this model are embedded first; what is done is kept, whatever happens later. Vectors
-    stay in memory, and are read again when the index has changed: reading them takes longer than all the rest.
+    Texts that have no vector of this model are embedded first, and each batch is kept even if a later one fails.
+    Vectors stay in memory until the index changes: reading them takes longer than everything else.
 
     Args:
-        index (`Index`): of the store. It keeps the vectors of one model at a time.
-        embedding (`Embedding`): of texts and question.
+        index (`Index`): the store's index. It keeps the vectors of one model at a time.
+        embedding (`Embedding`): embeds texts and question.
         query (`str`): the question.
-        where, values: which states, in SQL with named values.
+        where, values: which states, as an SQL condition and its named values.
 
     Raises:
         ValueError: see `Embedding.vectors`; or the vectors in the index have another width.
@@ -121,8 +121,8 @@ def _read(index: Index, where: str, which: dict[str, Any], width: int) -> tuple[
     data = bytearray().join(stored for _, stored in kept)
     if len(data) != len(kept) * width * torch.float32.itemsize:
         raise ValueError(
-            f"The embedding {which['model']!r} has {width} numbers, and the index has vectors of another length under "
-            "that name: give another model another name."
+            f"The embedding {which['model']!r} returns vectors of {width} numbers, but under that name the index has "
+            "vectors of another length. Give each model its own name."
         )
     vectors = torch.frombuffer(data, dtype=torch.float32) if kept else torch.zeros(0)
     ids = torch.tensor([number for number, _ in kept], dtype=torch.long)

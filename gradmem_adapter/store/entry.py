@@ -15,10 +15,10 @@ from gradmem_adapter.utils.wording import counted
 from gradmem_adapter.write.options import WriteOptions
 
 _WRITING = ("start", "write_steps", "write_lr", "write_optimizer", "write_clip_norm")
-"""The fields of the configuration that change how a context is written, and are not part of the fingerprint."""
+"""Fields of the configuration that change how a context is written but are not part of the fingerprint."""
 
 _SPEED = ("compile", "max_memory")
-"""The options that change how fast a context is written, and its state by rounding alone."""
+"""Options that change how fast a context is written. They change its state by rounding errors only."""
 
 Place: TypeAlias = tuple[str | None, int | None, int | None]
 """Source, start and end."""
@@ -59,22 +59,22 @@ class Entry:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str | None):
-            raise TypeError(f"A source is a text, got {self.source!r}: pass str() of it.")
+            raise TypeError(f"The source must be a string, got {self.source!r}. Convert it with str().")
         if self.place[1:] != (None, None):
             start, end = (x if type(x) is int else -1 for x in self.place[1:])
             if not 0 <= start <= end < 2**63:
-                raise ValueError(f"Offsets are a text's first character and the one behind it, got {self.place[1:]}.")
+                raise ValueError(f"Offsets must be two integers with 0 <= start <= end, got {self.place[1:]}.")
         if not isinstance(self.metadata, Mapping):
-            raise TypeError(f"Metadata are a mapping, got {self.metadata!r}.")
+            raise TypeError(f"metadata must be a mapping, got {self.metadata!r}.")
         try:
             kept = json.dumps(dict(self.metadata), allow_nan=False, ensure_ascii=False)
             f"{self.source}{kept}".encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"A source and metadata are what JSON has in UTF-8, and something of {self.source!r} is not: {error}. "
-                "Leave it out, or pass it as another text."
+                f"The source and metadata must be JSON types in valid UTF-8, and those of {self.source!r} are not: "
+                f"{error}. Remove the invalid value or convert it to a valid string."
             ) from error
-        object.__setattr__(self, "metadata", json.loads(kept))  # as it is read again
+        object.__setattr__(self, "metadata", json.loads(kept))  # the same as when it is read back
 
     @property
     def place(self) -> Place:
@@ -89,7 +89,7 @@ def places(
     metadata: Sequence[Mapping[str, Any]] | None,
     options: Mapping[str, Any],
 ) -> list[Entry]:
-    """Entries that state where texts come from, without keys and texts yet.
+    """Entries that say where texts come from, with keys and texts still to be filled in.
 
     Args:
         count (`int`): the number of texts.
@@ -97,7 +97,7 @@ def places(
         options (`Mapping`): how the texts are written.
 
     Raises:
-        TypeError, ValueError: there are not as many of something as texts, or an entry would be invalid.
+        TypeError, ValueError: there are more or fewer sources, offsets or metadata than texts, or an entry is invalid.
     """
     if sources is None or isinstance(sources, str) or not hasattr(sources, "__len__"):
         sources = [cast(Any, sources)] * count
@@ -105,9 +105,9 @@ def places(
     check_kind("metadata", metadata, Sequence | None, "a list of mappings, one for each text")
     for name, values in {"sources": sources, "offsets": offsets, "metadata": metadata}.items():
         if values is not None and len(values) != count:
-            raise ValueError(f"Got {counted(count, 'text')}, and {name} for {len(values):,}: give one for each text.")
+            raise ValueError(f"Got {counted(count, 'text')} but {len(values):,} {name}: pass one for each text.")
     if offsets is not None and not all(len(pair) == 2 for pair in offsets):
-        raise ValueError("Offsets are pairs: where each text begins and ends in its source.")
+        raise ValueError("Offsets must be pairs (start, end): where each text begins and ends in its source.")
     return [
         Entry(
             key="",
@@ -122,31 +122,32 @@ def places(
 
 
 def write_identity(config: GradMemConfig, options: WriteOptions) -> dict[str, Any]:
-    """How a text is written, in JSON types: only what is not at its default, so that a new option changes no key.
+    """How a text is written, in JSON types: only options that differ from their defaults, so that a new option changes
+    no key.
 
-    An option that repeats the adapter's configuration is at its default, and one that only changes how fast the same
-    state is made is left out.
+    An option that repeats the adapter's configuration counts as its default. Options that only change how fast a state
+    is written are left out.
 
     Args:
-        config (`GradMemConfig`): the adapter's.
+        config (`GradMemConfig`): the adapter's configuration.
         options (`WriteOptions`): how to write.
     """
     default = WriteOptions()
     own: dict[str, Any] = {}
-    if options.objective == "reconstruction":  # another objective has defaults of its own
+    if options.objective == "reconstruction":  # other objectives have their own defaults
         own = {"steps": config.write_steps, "optimizer": config.write_optimizer}
         if config.learn_write_lr == "no":
             own["lr"] = config.write_lr
     chosen = {one.name: getattr(options, one.name) for one in fields(options) if one.name not in _SPEED}
     chosen = {name: value for name, value in chosen.items() if value not in (getattr(default, name), own.get(name))}
     identity = {name: getattr(config, name) for name in _WRITING} | chosen
-    if options.objective == "self_study":  # which asks about the text in this format
+    if options.objective == "self_study":  # it asks questions about the text in this format
         identity["query_format"] = config.query_format
     return dict(json.loads(json.dumps(identity, default=vars)))
 
 
 def state_key(text: str, fingerprint: str, identity: Mapping[str, Any]) -> str:
-    """The name of a state, the same for the same text written by the same model in the same way.
+    """The key of a state: the same for the same text written by the same model in the same way.
 
     Args:
         text (`str`): the context.

@@ -1,4 +1,4 @@
-"""What can be wrong with a memory store, and SQLite's errors in the words of the rest of the package."""
+"""The errors of a memory store, and how SQLite's errors become errors of this package."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _OF_THE_SYSTEM = {
     "I/O error": errno.EIO,
     "is locked": errno.ETIMEDOUT,
 }
-"""What SQLite says where the system keeps it from reading or writing."""
+"""Parts of SQLite's messages for errors of the operating system, with their numbers."""
 
 ANEW = (
-    "The states are not in it: `gradmem store rebuild {}`, or MemoryStore.rebuild() in Python, makes it anew from "
-    "their files."
+    "The states have their own files: `gradmem store rebuild {}`, or MemoryStore.rebuild() in Python, rebuilds the "
+    "index from them."
 )
 
 
@@ -37,17 +37,17 @@ class UnknownStateError(KeyError):
 
 @contextmanager
 def sqlite_errors(index: Path) -> Iterator[None]:
-    """Errors of SQLite inside the block become an `OSError` if the system is at fault, else a `MemoryStoreError`.
+    """Turn SQLite's errors inside the block into an `OSError` if the system caused them, else a `MemoryStoreError`.
 
     Args:
-        index (`Path`): the file, for messages.
+        index (`Path`): the index file, for messages.
     """
     try:
         yield
     except sqlite3.ProgrammingError as error:
         if "is not supported" in str(error):
-            raise TypeError(f"A source and a key of a memory store are texts: {error}.") from error
-        raise  # our fault
+            raise TypeError(f"Sources and keys of a memory store must be strings: {error}.") from error
+        raise  # a bug in this package
     except sqlite3.DatabaseError as error:
         for said, number in _OF_THE_SYSTEM.items():
             if said in str(error):

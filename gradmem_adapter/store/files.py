@@ -1,4 +1,4 @@
-"""The file of a state in a memory store: the state, and all that the index has of it."""
+"""The file of a state in a memory store: the state, and everything that the index says about it."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ OF_A_PLACE = ("source", "start", "end", "metadata")
 
 
 def state_file_of(states: Path, key: str) -> Path:
-    """Where a state is, whether or not it is there.
+    """The path of a state's file, which need not exist.
 
     Args:
-        states (`Path`): the folder of all.
-        key (`str`): the state's.
+        states (`Path`): the folder of all states.
+        key (`str`): the state's key.
 
     Raises:
-        ValueError: it is no key.
+        ValueError: `key` is not a valid key.
     """
     if not isinstance(key, str) or not _KEY.fullmatch(key):
-        raise ValueError(f"The key of a memory state is a text of 32 hexadecimal digits, got {key!r}.")
+        raise ValueError(f"The key of a memory state must be a string of 32 hexadecimal digits, got {key!r}.")
     return states / key[:2] / f"{key}.safetensors"
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise `ValueError` unless vectors can be of it in files."""
+    """Raise `ValueError` unless files can hold vectors of this dtype."""
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be one of {get_args(Dtype)}, got {dtype!r}.")
 
 
 def new_tensors(states: MemoryState, dtype: Dtype | None) -> dict[str, Tensor]:
-    """What files hold of states, each of one.
+    """The tensors that the files of states hold; row i belongs to the file of state i.
 
     Args:
-        states (`MemoryState`): B of them.
-        dtype (`str`, *optional*): of the vectors in the files; None: the states' own.
+        states (`MemoryState`): B states.
+        dtype (`str`, *optional*): dtype of the vectors in the files; None: that of the states.
 
     Raises:
-        ValueError: another dtype than files have.
+        ValueError: files cannot hold vectors of this dtype.
     """
     kept = {"context_tokens": states.context_tokens, "write_losses": states.write_losses}
     if dtype is None:
@@ -62,12 +62,12 @@ def new_tensors(states: MemoryState, dtype: Dtype | None) -> dict[str, Tensor]:
 
 
 def write_file(file: Path, tensors: Mapping[str, Tensor], entries: Sequence[Entry]) -> list[Entry]:
-    """Make the file of one state, which is on the disk then.
+    """Create the file of one state and flush it to disk.
 
     Args:
-        file (`Path`): a new one.
+        file (`Path`): a file that does not exist yet.
         tensors (`Mapping[str, Tensor]`): as `new_tensors` or `read_file` returns them.
-        entries (`Sequence[Entry]`): one for each place, alike in all else.
+        entries (`Sequence[Entry]`): one for each place, otherwise equal.
 
     Returns:
         `list[Entry]`: the entries, with the file's size.
@@ -90,8 +90,8 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], list[Entry]]:
         file (`Path`): what `write_file` made.
 
     Raises:
-        FileNotFoundError: it is not there.
-        MemoryStateError: it is damaged, or another state's.
+        FileNotFoundError: the file does not exist.
+        MemoryStateError: it is damaged, or belongs to another state.
         OSError: it cannot be read.
     """
     data = state_file.read(file)
@@ -103,9 +103,9 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], list[Entry]]:
         entries = [Entry(**place, **common) for place in places]
         key = entries[0].key
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
-        raise MemoryStateError(f"It is not as a memory store writes it: {error!r}.") from error
+        raise MemoryStateError(f"The file is not one that a memory store wrote: {error!r}.") from error
     if key != file.stem:
-        raise MemoryStateError(f"It is another state's, {str(key)[:120]!r}: it was copied or renamed.")
+        raise MemoryStateError(f"The file belongs to another state, {str(key)[:120]!r}: it was copied or renamed.")
     return tensors, entries
 
 
@@ -122,5 +122,5 @@ def read_memory(file: Path) -> tuple[MemoryState, list[Entry]]:
     try:
         state = MemoryState(**widened(tensors), fingerprint=entries[0].fingerprint)
     except (TypeError, ValueError) as error:
-        raise MemoryStateError(f"It has a wrong tensor: {error}") from error
+        raise MemoryStateError(f"The file has an invalid tensor: {error}") from error
     return state.to(dtype=torch.float32), entries

@@ -1,4 +1,4 @@
-"""The index of a memory store: one SQLite file, which can be made anew from the states' files at any time."""
+"""The index of a memory store: one SQLite file, which can be rebuilt from the states' files at any time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SCHEMA = f"""
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, text TEXT, tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL,
         options TEXT NOT NULL, nbytes INTEGER NOT NULL, written REAL NOT NULL
     );
-    -- A text that several sources have in common is one state with several places.
+    -- A text found in several sources is one state with several places.
     CREATE TABLE places(
         key TEXT NOT NULL REFERENCES states(key) ON DELETE CASCADE, source TEXT, start INTEGER, "end" INTEGER,
         metadata TEXT NOT NULL
@@ -47,7 +47,7 @@ _SCHEMA = f"""
         INSERT INTO texts(texts, rowid, text) VALUES ('delete', old.id, old.text);
         INSERT INTO texts(rowid, text) VALUES (new.id, new.text);
     END;
-    -- How often something was written, from a number on that another index hardly begins with.
+    -- Counts writes. It starts at a random number, so that two indexes are unlikely to have the same count.
     CREATE TABLE changes(count INTEGER NOT NULL);
     INSERT INTO changes VALUES (random() / 2);
     PRAGMA user_version = {VERSION};
@@ -67,20 +67,20 @@ class _Way(NamedTuple):
 
 _SHARED = _Way("mode=rw", "NORMAL")
 _ALONE = _Way("mode=rw", "EXCLUSIVE")
-"""For a full disk: without the file that connections share, which cannot grow there (https://sqlite.org/wal.html#noshm)."""
+"""For a full disk: avoids the shared-memory file, which cannot grow there (https://sqlite.org/wal.html#noshm)."""
 _UNCHANGING = _Way("immutable=1", "NORMAL")
-"""For whoever may only read it. SQLite does not look out for writers then: they wait for the folder's lock."""
+"""For processes that may only read. SQLite then does not check for writers: the lock on the folder keeps them out."""
 _UNCHANGING_LOG = _Way("mode=ro&vfs=unix-none", "EXCLUSIVE")
-"""The same where changes are in the log beside it, as of a killed writer, or of one that closed while others read."""
+"""The same if the write-ahead log has changes: a writer was killed, or closed while others were reading."""
 _KEPT_BACK = (errno.EACCES, errno.EROFS, errno.EIO)
-"""What `sqlite_errors` says where SQLite could not make a file."""
+"""Error numbers that `sqlite_errors` raises if SQLite could not create a file."""
 
 
 class Index:
-    """Connections to the index of a store, one for each piece of work: threads and processes share nothing else.
+    """Connections to the index of a store, a new one for each operation: threads and processes share no connection.
 
     Args:
-        folder (`Path`): of the store.
+        folder (`Path`): the store's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,11 +88,11 @@ class Index:
         self.path = folder / "index.sqlite"
         self.states = folder / "states"
         self.vectors: Any = None
-        """What `embedding.cosines` read last."""
+        """The embeddings that `embedding.cosines` read last."""
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection to read by. A store that is not there yet is an empty one.
+        """A connection for reading. A store that does not exist yet reads as an empty one.
 
         Raises:
             MemoryStoreError: the index is damaged, lost, or of a newer version.
@@ -108,7 +108,7 @@ class Index:
 
     @contextmanager
     def _open(self, ways: Sequence[_Way]) -> Iterator[sqlite3.Connection]:
-        """A connection in the first of some ways in which the system lets SQLite have one."""
+        """A connection in the first of these ways that the system permits."""
         with ExitStack() as stack:
             for way in ways:
                 try:
@@ -126,29 +126,29 @@ class Index:
             if way is _UNCHANGING and log.exists() and log.stat().st_size:
                 way = _UNCHANGING_LOG
                 if os.name != "posix":
-                    said = "has changes beside it that can only be read where it may be written; copy the store"
+                    said = "has changes in its log, which this system can only read with write access; copy the store"
                     raise OSError(errno.EROFS, said, str(self.path))
             with closing(self._connect(way)) as connection:
                 yield connection
 
     def exists(self) -> bool:
-        """Whether the store is there.
+        """Whether the store exists.
 
         Raises:
             MemoryStoreError: the index is lost.
         """
-        states = self.states.exists()  # asked first, as it is made after the index
+        states = self.states.exists()  # checked first, as it is created after the index
         if self.path.exists():
             return True
         if states:
-            raise MemoryStoreError(f"The index {str(self.path)!r} is gone. {ANEW.format(self.folder)}")
+            raise MemoryStoreError(f"The index {str(self.path)!r} is missing. {ANEW.format(self.folder)}")
         return False
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, beside which no other process or thread writes: neither to the index, nor the states' files.
+        """A transaction during which no other process or thread writes to the index or to the states' files.
 
-        An error undoes what was done to the index.
+        An error rolls back the changes to the index.
 
         Raises:
             MemoryStoreError: the index is damaged, lost, or of a newer version.
@@ -157,16 +157,16 @@ class Index:
         self.make()
         with self._open([_SHARED, _ALONE]) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            yield connection  # closed without COMMIT, nothing is changed
+            yield connection  # after an error it is closed without COMMIT, which rolls back
             connection.execute("UPDATE changes SET count = count + 1")
             connection.execute("COMMIT")
 
     def make(self) -> None:
-        """Make the folder and an empty index, if they are not there.
+        """Create the folder and an empty index, if they do not exist.
 
         Raises:
             MemoryStoreError: the index is lost.
-            OSError: they cannot be made.
+            OSError: they cannot be created.
         """
         with errors_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -182,18 +182,18 @@ class Index:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version > VERSION:
                 raise MemoryStoreError(
-                    f"The index {str(self.path)!r} has version {version}, and this gradmem_adapter knows versions up "
-                    f"to {VERSION}: upgrade gradmem-adapter to read it."
+                    f"The index {str(self.path)!r} has version {version}, but this gradmem_adapter reads only versions "
+                    f"up to {VERSION}. Upgrade gradmem-adapter."
                 )
-            connection.execute("SELECT 1 FROM states")  # nothing is read of the file before
+            connection.execute("SELECT 1 FROM states")  # the first statement that reads the file
             if version < VERSION:
                 raise MemoryStoreError(
-                    f"The index {str(self.path)!r} has version {version}, as an older gradmem_adapter made it. "
+                    f"The index {str(self.path)!r} has version {version}, from an older gradmem_adapter. "
                     f"{ANEW.format(self.folder)}"
                 )
             connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
-            connection.execute("PRAGMA synchronous = NORMAL")  # what a crash of the machine takes, `add` finds again
+            connection.execute("PRAGMA secure_delete = ON")  # overwrite deleted content
+            connection.execute("PRAGMA synchronous = NORMAL")  # `add` enters again what a crash of the machine loses
         except BaseException:
             connection.close()
             raise
@@ -201,15 +201,15 @@ class Index:
 
     @contextmanager
     def replacing(self, *, missing: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction in a new index, which takes the place of the old one when the block ends.
+        """A transaction in a new index, which replaces the old one when the block ends.
 
-        Nobody reads or writes the old one meanwhile.
+        Nobody reads or writes the old one in the meantime.
 
         Args:
-            missing (`bool`, *optional*, defaults to `False`): only if there is none.
+            missing (`bool`, *optional*, defaults to `False`): keep an index that exists by then.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the new index cannot be written.
         """
         with locked(self.folder), temporary_directory(self.folder) as temporary, sqlite_errors(self.path):
             new = temporary / self.path.name
@@ -226,11 +226,11 @@ class Index:
 
 
 def insert(connection: sqlite3.Connection, entries: Sequence[Entry]) -> None:
-    """Put a state in with all its places, in the place of what there was of it.
+    """Insert a state with all its places, replacing what the index has of it.
 
     Args:
         connection (`Connection`): in a transaction.
-        entries (`Sequence[Entry]`): one for each place, alike in all else.
+        entries (`Sequence[Entry]`): one for each place, otherwise equal.
     """
     one = entries[0]
     connection.execute(
@@ -253,7 +253,7 @@ def places_of(connection: sqlite3.Connection, source: str | None) -> list[tuple[
 
     Args:
         connection (`Connection`): to the index.
-        source (`str`, *optional*): only those of this source.
+        source (`str`, *optional*): only this source.
     """
     where, values = ("TRUE", ()) if source is None else ("source = ?", (source,))
     rows = connection.execute(
@@ -269,13 +269,13 @@ def places_of(connection: sqlite3.Connection, source: str | None) -> list[tuple[
 def kinds_of(
     connection: sqlite3.Connection, source: str, kind_of: Callable[[Entry], T]
 ) -> Iterator[tuple[str, Place, T]]:
-    """Keys, places and kinds of a source's entries, whose texts are not read.
+    """Keys, places and kinds of a source's entries, without reading their texts.
 
     Args:
         connection (`Connection`): to the index.
-        source (`str`): theirs.
-        kind_of (`Callable`): given an entry with its source, who wrote it, how, and its metadata alone; once for all
-            that have these in common.
+        source (`str`): the source.
+        kind_of (`Callable`): returns the kind of an entry that has only source, fingerprint, options and metadata. It
+            is called once for all entries with the same values of these.
     """
 
     @cache
@@ -296,7 +296,7 @@ def entries_of(connection: sqlite3.Connection, keys: Collection[str]) -> Iterato
 
     Args:
         connection (`Connection`): to the index.
-        keys (`Collection[str]`): theirs; those that are not there are passed over.
+        keys (`Collection[str]`): keys of the states; those not in the index are ignored.
     """
     return select(connection, "key IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),))
 
@@ -306,8 +306,8 @@ def select(connection: sqlite3.Connection, where: str = "TRUE", values: Sequence
 
     Args:
         connection (`Connection`): to the index.
-        where (`str`, *optional*): which, in SQL.
-        values (`Sequence`, *optional*): for its question marks.
+        where (`str`, *optional*): an SQL condition.
+        values (`Sequence`, *optional*): values for its question marks.
     """
     for row in connection.execute(f"{_ENTRIES} WHERE {where} ORDER BY source, start, states.id", values):
         yield _entry(*row)
@@ -316,8 +316,8 @@ def select(connection: sqlite3.Connection, where: str = "TRUE", values: Sequence
 def _entry(
     key: str, source: Any, start: Any, end: Any, text: str | None, metadata: str, options: str, *rest: Any
 ) -> Entry:
-    """What a row says, which is nothing that a store wrote where it is no entry."""
+    """The entry of a row; `DatabaseError` if the row holds none that a store could have written."""
     try:
         return Entry(key, source, start, end, text, json.loads(metadata), json.loads(options), *rest)
     except (TypeError, ValueError) as error:
-        raise sqlite3.DatabaseError(f"what it says of {key} is nothing that was stored: {error}") from error
+        raise sqlite3.DatabaseError(f"its row for {key} is invalid: {error}") from error

@@ -1,4 +1,4 @@
-"""The way of states into a memory store: into files first, and then into the index."""
+"""How states enter a memory store: first their files, then the index."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from gradmem_adapter.utils.temporary import temporary_directory
 from gradmem_adapter.utils.wording import counted
 
 _FILES_AT_ONCE = 16
-"""Files that wait for the disk together: most of the time that storing takes is this."""
+"""Files flushed to disk at the same time: flushing takes most of the time of storing."""
 _NOWHERE: Place = (None, None, None)
 
 
 def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: files.Dtype | None) -> None:
-    """Store states; `MemoryStore.put` says what the arguments are.
+    """Store states.
 
     Args:
-        index (`Index`): of the store.
-        states, entries, dtype: as there.
+        index (`Index`): the store's index.
+        states, entries, dtype: as for `MemoryStore.put`.
     """
     check_state("states", states)
     check_kind("entries", entries, Iterable, "a list with an Entry for each state")
@@ -48,21 +48,24 @@ def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: file
     for i, (tokens, entry) in enumerate(zip(states.context_tokens.tolist(), entries, strict=True)):
         check_kind(f"Entry {i}", entry, Entry, "an Entry")
         if not finite[i]:
-            raise ValueError(f"The state of {entry.key} has vectors that are not finite: WRITE diverged.")
+            raise ValueError(
+                f"The state of {entry.key} has vectors that are not finite: WRITE diverged. Use a smaller write "
+                "learning rate."
+            )
         entry = replace(entry, tokens=tokens, fingerprint=states.fingerprint, written=now)
         found.append(({name: parts[i] for name, parts in tensors.items()}, [entry]))
     _land(index, found)
 
 
 def add_places(index: Index, entries: Sequence[Entry]) -> bool:
-    """Note what is new of stored texts: places, metadata, or that they are kept; enter what the index lacks.
+    """Add what is new about stored texts (places, metadata, or the text itself) to their files and the index.
 
     Args:
-        index (`Index`): of the store.
-        entries (`Sequence[Entry]`): of texts whose states had a file.
+        index (`Index`): the store's index.
+        entries (`Sequence[Entry]`): entries of texts whose states had a file.
 
     Returns:
-        `bool`: whether all of them have one still; others were removed meanwhile, and nothing is noted of them.
+        `bool`: whether all states still have a file. Those removed in the meantime are skipped.
     """
     with index.reading() as connection:
         known = {(entry.key, entry.place): entry for entry in entries_of(connection, {entry.key for entry in entries})}
@@ -80,9 +83,9 @@ def add_places(index: Index, entries: Sequence[Entry]) -> bool:
 
 
 def _add_places(index: Index, new: Path, key: str, lacking: Sequence[Entry]) -> bool:
-    """Note what is new of one state, unless it is gone."""
+    """Add what is new about one state; `False` if the state was removed."""
     file = files.state_file_of(index.states, key)
-    with index.writing() as connection:  # or a place that another process forgets meanwhile would come back
+    with index.writing() as connection:  # otherwise a place that another process is forgetting could come back
         try:
             tensors, before = files.read_file(file)
         except FileNotFoundError:
@@ -97,7 +100,7 @@ def _add_places(index: Index, new: Path, key: str, lacking: Sequence[Entry]) -> 
 
 
 def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]]) -> None:
-    """Put the files of states into their places and into the index; what there is of them beside stays."""
+    """Put the files of states in their places and enter them in the index, keeping what was known about them."""
     index.make()
     with temporary_directory(index.folder) as folder:
         new_files = [folder / str(number) for number in range(len(found))]
@@ -107,9 +110,9 @@ def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]
             for (tensors, _), new, entries in zip(found, new_files, written, strict=True):
                 file = files.state_file_of(index.states, entries[0].key)
                 stored, before = _stored(index, connection, entries[0].key)
-                if before:  # it was there, or another process has found it meanwhile
+                if before:  # it was stored before, maybe by another process just now
                     entries = _with_known(entries, before)
-                    if _bits(tensors) == _bits(stored):  # as they are read again: they become no larger
+                    if _bits(tensors) == _bits(stored):  # equal when read: keep the smaller tensors
                         tensors, known = stored, before[0]
                         entries = [replace(one, written=known.written, nbytes=known.nbytes) for one in entries]
                         if all(one in before for one in entries):
@@ -122,7 +125,7 @@ def _land(index: Index, found: Sequence[tuple[Mapping[str, Tensor], list[Entry]]
 
 
 def _stored(index: Index, connection: Connection, key: str) -> tuple[Mapping[str, Tensor], list[Entry]]:
-    """What there is of a state: tensors, or none where the file is damaged or gone, and entries."""
+    """A state's tensors and entries. If its file is damaged or missing, no tensors, and the entries of the index."""
     try:
         return files.read_file(files.state_file_of(index.states, key))
     except (FileNotFoundError, MemoryStateError):
@@ -130,18 +133,18 @@ def _stored(index: Index, connection: Connection, key: str) -> tuple[Mapping[str
 
 
 def _with_known(new: Sequence[Entry], before: Sequence[Entry]) -> list[Entry]:
-    """Entries of a state with what was known of it and they do not say: its text, how it was written, its places."""
+    """New entries of a state, completed by what was known before: its text, how it was written, its places."""
     one = replace(new[0], text=new[0].text or before[0].text, options=new[0].options or before[0].options)
     said = [entry for entry in new if entry.place != _NOWHERE or entry.metadata]
     return [replace(one, **place) for place in _places(before, said)]
 
 
 def _places(before: Sequence[Entry], new: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Those that were known of a state and new ones; metadata that are said take the place of others."""
+    """The known places of a state and the new ones; new metadata replace those of the same place."""
     places = {one.place: one for one in [*new, *before, *(one for one in new if one.metadata)]}
     return [{name: getattr(one, name) for name in files.OF_A_PLACE} for one in places.values()]
 
 
 def _bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Of the numbers that are read from tensors, by which NaN is NaN."""
+    """The bytes of the values that are read from tensors. Compared as bytes, NaN equals NaN."""
     return {name: tensor.double().numpy().tobytes() for name, tensor in widened(tensors).items()}

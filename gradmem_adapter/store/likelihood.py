@@ -10,25 +10,24 @@ from gradmem_adapter.state import MemoryState
 from gradmem_adapter.store.choose import Choice
 
 _WEIGHT = 0.4
-"""Of a nat a token against the best score: what a sample of SQuAD asked for (docs/lab/LOG.md)."""
+"""Weight of one nat per token relative to the best score, tuned on a sample of SQuAD (docs/lab/LOG.md)."""
 _AT_ONCE = 16
-"""States that the question is read behind together."""
+"""States per batch: the question is read behind all of them at once."""
 
 
 def by_likelihood(
     pipeline: GradMemPipeline, query: str, choices: Sequence[Choice], get: Callable[[Sequence[str]], MemoryState]
 ) -> list[Choice]:
-    """Choices anew in order, by their scores s and by the mean log-likelihood of the question's tokens q behind each
-    state M:
+    """Rerank choices by their scores s and by the mean log-likelihood of the question's tokens q behind each state M:
 
         s'(i)  =  s(i) / max_j s(j)  +  w log p(q | M_i)
 
-    Where no score is above 0, it is s(i) - max_j s(j) in place of the share.
+    If no score is above 0, s(i) - max_j s(j) takes the place of the first term.
 
     Args:
-        pipeline (`GradMemPipeline`): who is to read.
+        pipeline (`GradMemPipeline`): what is to read.
         query (`str`): the question.
-        choices (`Sequence[Choice]`): the best first.
+        choices (`Sequence[Choice]`): best first.
         get (`Callable`): returns the states of keys.
     """
     before, after = _around(pipeline, query)
@@ -46,8 +45,8 @@ def by_likelihood(
 
 
 def _around(pipeline: GradMemPipeline, query: str) -> tuple[list[int], list[int]]:
-    """Tokens: what stands before a question as the model is asked it, and the question's own."""
-    mark = "\ue000"  # which nobody writes into a format
+    """The tokens before a question in the query format, and those of the question itself."""
+    mark = "\ue000"  # a private-use character, which no format contains
     text, special = pipeline.format_query(mark)
     before, _, _ = text.partition(mark)
     tokenizer = pipeline.tokenizer

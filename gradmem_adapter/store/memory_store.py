@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _PIPELINE = "a GradMemPipeline, which knows the model"
 _AT_ONCE = 256
-"""Entries that are read together."""
+"""Entries read in one transaction."""
 
 
 class MemoryStore:
@@ -143,7 +143,7 @@ class MemoryStore:
         ]
         how: dict[str, Any] = {"max_tokens": max_tokens, "options": options, "callback": callback}
         put, noted = partial(self.put, dtype=self.dtype), False
-        while not noted:  # another process may remove a state before that
+        while not noted:  # repeat if another process has removed a state in the meantime
             write_missing(self.index, self._claims, pipeline, texts, entries, put, done, progress, **how)
             noted = landing.add_places(self.index, entries)
         return [entry.key for entry in entries]
@@ -235,21 +235,21 @@ class MemoryStore:
         """
         check_kind("keys", keys, Iterable, "a key or a list of keys")
         if not (keys := [keys] if isinstance(keys, str) else list(keys)):
-            raise ValueError("There is no key of a memory state to get: name one at least.")
+            raise ValueError("Got no keys: pass the key of at least one memory state.")
         return MemoryState.stack([self._get(key, fingerprint) for key in keys])
 
     def _get(self, key: str, fingerprint: str | None) -> MemoryState:
         try:
             state, _ = files.read_memory(files.state_file_of(self.index.states, key))
         except FileNotFoundError:
-            lost = "If the index has it, its file was deleted, which gc puts right."
+            lost = "If the index lists it, its file was deleted: MemoryStore.gc() corrects the index."
             raise UnknownStateError(f"There is no memory state {key!r} in {str(self.path)!r}. {lost}") from None
         except MemoryStateError as error:
             raise MemoryStateError(f"The stored state {key!r} cannot be read: {error}") from error
         if fingerprint is not None and state.fingerprint != fingerprint:
             raise MemoryStateError(
-                f"The stored state {key!r} was written by model {state.fingerprint}, and this is model {fingerprint}: "
-                "it would be read as noise. Write the text again with this model."
+                f"The stored state {key!r} was written by model {state.fingerprint}, but this is model {fingerprint}, "
+                "which would read it as noise. Write the text again with this model."
             )
         return state
 
@@ -264,7 +264,7 @@ class MemoryStore:
         """
         with self.index.reading() as connection:
             found = places_of(connection, source)
-        for begin in range(0, len(found), _AT_ONCE):  # between which nobody is kept waiting, however slowly it is read
+        for begin in range(0, len(found), _AT_ONCE):  # no lock is held between parts, however slowly the caller reads
             part = found[begin : begin + _AT_ONCE]
             with self.index.reading() as connection:
                 known = {(entry.key, entry.place): entry for entry in entries_of(connection, {key for key, _ in part})}

@@ -1,4 +1,4 @@
-"""How states leave a memory store: files and index together, or neither."""
+"""How states leave a memory store: from disk and index together, or not at all."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from gradmem_adapter.utils.files import FULL
 T = TypeVar("T")
 
 _GOING = ".going"
-"""Behind the name of a file while the index forgets its state."""
+"""Suffix of a state's file until the index has dropped the state."""
 _ROOM = 2**16
-"""Bytes that a transaction of the index takes; so many are freed before it where the disk is full."""
+"""Bytes that a transaction of the index needs; on a full disk, at least this many are freed first."""
 
 
 def removing(index: Index, work: Callable[[sqlite3.Connection, Callable[[str], None]], T]) -> T:
-    """A transaction of the index that removes states. Where it fails their files stay, unless they are large enough to
-    make the room that it needs on a full disk: then it begins anew without them.
+    """Remove states in one transaction of the index. If it fails, their files stay.
+
+    One exception: if the disk is full and deleting these files makes enough room for the transaction, they are deleted
+    and the transaction is repeated.
 
     Args:
-        index (`Index`): of the store.
-        work (`Callable`): does it, given the connection and what removes the state of a key.
+        index (`Index`): the store's index.
+        work (`Callable`): does the removing, given the connection and a function that removes the state of a key.
 
     Returns:
-        What `work` does.
+        What `work` returns.
     """
     going: list[Path] = []
 
@@ -50,7 +52,7 @@ def removing(index: Index, work: Callable[[sqlite3.Connection, Callable[[str], N
         full = isinstance(error, OSError) and error.errno in FULL
         if not full or sum(file.stat().st_size for file in going) < _ROOM:
             for file in going:
-                with suppress(FileNotFoundError):  # `settle` came before
+                with suppress(FileNotFoundError):  # `settle` may have restored it
                     file.replace(file.with_suffix(""))
             raise
         _unlink(going)
@@ -65,11 +67,11 @@ def left(index: Index) -> list[Path]:
 
 
 def settle(index: Index, connection: sqlite3.Connection) -> None:
-    """End what killed processes began: files of states that the index still has come back, and others go.
+    """Finish removals that killed processes began: restore files of states that the index still has, delete the others.
 
     Args:
-        index (`Index`): of the store.
-        connection (`Connection`): to it, in a transaction.
+        index (`Index`): the store's index.
+        connection (`Connection`): to the index, in a transaction.
     """
     for file in left(index):
         listed = connection.execute("SELECT 1 FROM states WHERE key = ?", (file.name.split(".")[0],)).fetchone()

@@ -1,4 +1,4 @@
-"""Whether a memory store is whole, and how it becomes so again."""
+"""Check and repair a memory store."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def verify(index: Index) -> Report:
                 raise sqlite3.DatabaseError(wrong)
         listed = [key for (key,) in connection.execute("SELECT key FROM states ORDER BY key")]
         if wrong := [key for key in listed if not re.fullmatch("[0-9a-f]{32}", str(key))]:
-            raise sqlite3.DatabaseError(f"it has keys that are none, such as {wrong[0]!r}")
+            raise sqlite3.DatabaseError(f"it has invalid keys, such as {wrong[0]!r}")
         files, leftovers = _files(index)
         keys = dict.fromkeys([*listed, *files])
         damaged, unlisted = _check(index, connection, keys)
-    if damaged or unlisted:  # which may be another process's work under way
+    if damaged or unlisted:  # check again under the lock: another process may be at work
         with suppress(OSError), index.writing() as connection:
             damaged, unlisted = _check(index, connection, [*damaged, *unlisted])
     named = {key: str(error) for key, error in damaged.items()}
@@ -91,7 +91,7 @@ def verify(index: Index) -> Report:
 def _check(
     index: Index, connection: sqlite3.Connection, keys: Collection[str]
 ) -> tuple[dict[str, Exception], list[str]]:
-    """What is damaged, or kept back by the system, and what the index does not say as it is."""
+    """By key, why states cannot be read; and the keys of whole states that the index lacks or describes differently."""
     damaged: dict[str, Exception] = {}
     unlisted = []
     for key in keys:
@@ -100,8 +100,8 @@ def _check(
         try:
             stored = {entry.place: entry for entry in read_memory(file)[1]}
         except FileNotFoundError:
-            if entries:  # otherwise it was forgotten meanwhile
-                damaged[key] = MemoryStateError("Its file is gone.")
+            if entries:  # otherwise it was removed in the meantime
+                damaged[key] = MemoryStateError("Its file is missing.")
         except (MemoryStateError, OSError) as error:
             damaged[key] = error
         else:
@@ -111,7 +111,7 @@ def _check(
 
 
 def _files(index: Index) -> tuple[list[str], list[str]]:
-    """The keys that have a file, and the names of what is no state's."""
+    """The keys that have a file, and the names of files and folders that belong to no state."""
     keys, others = [], [path.name for path in index.folder.glob(f"{PREFIX}*")]
     for path in sorted(index.states.rglob("*")):
         name = path.relative_to(index.states).as_posix()
@@ -149,7 +149,7 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
         damaged, unlisted = _check(index, connection, [*report.damaged, *report.unlisted])
         for key in unlisted:
             insert(connection, read_file(state_file_of(index.states, key))[1])
-        gone = [key for key, error in damaged.items() if not isinstance(error, OSError)]  # the others may come back
+        gone = [key for key, error in damaged.items() if not isinstance(error, OSError)]  # others may be readable later
         if keep is not None:
             kept = {*keep, *gone}
             gone += [key for (key,) in connection.execute("SELECT key FROM states ORDER BY key") if key not in kept]
@@ -220,7 +220,7 @@ def forget(index: Index, source: str, keys: Collection[str] | None = None) -> in
 
 
 def _keys(index: Index, name: str, keys: Iterable[str] | None) -> set[str] | None:
-    """Keys, of which there may be one by itself; `ValueError` names what is none."""
+    """Keys as a set, of a list or a single key; `ValueError` if one is invalid."""
     check_kind(name, keys, Iterable | None, "a list of keys")
     if keys is None:
         return None
@@ -232,7 +232,7 @@ def _keys(index: Index, name: str, keys: Iterable[str] | None) -> set[str] | Non
 
 def _keep_places(index: Index, connection: sqlite3.Connection, new: Path, entries: list[Entry]) -> None:
     file = state_file_of(index.states, entries[0].key)
-    with suppress(FileNotFoundError, MemoryStateError):  # which `verify` names
+    with suppress(FileNotFoundError, MemoryStateError):  # `verify` reports it
         tensors, _ = read_file(file)
         entries = write_file(new, tensors, entries)
         new.replace(file)
@@ -240,7 +240,7 @@ def _keep_places(index: Index, connection: sqlite3.Connection, new: Path, entrie
 
 
 def _overwrite(connection: sqlite3.Connection) -> None:
-    """Words of deleted texts stay in the full-text index until its parts are merged."""
+    """Merge the parts of the full-text index: until then it still holds the words of deleted texts."""
     connection.execute("INSERT INTO texts(texts) VALUES ('optimize')")
 
 
@@ -258,7 +258,7 @@ def rebuild(index: Index) -> Report:
                 states += 1
             except (MemoryStateError, OSError) as error:
                 damaged[key] = str(error)
-    return Report(states, damaged, leftovers=tuple(_files(index)[1]))  # by now without our own
+    return Report(states, damaged, leftovers=tuple(_files(index)[1]))  # only now, as our own temporary folder is gone
 
 
 def stats(index: Index) -> Stats:

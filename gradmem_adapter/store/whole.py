@@ -1,4 +1,4 @@
-"""Which segments are of one document, and whether it is stored to its end: the one rule for it."""
+"""Which segments belong to one document, and whether it is stored to its end: the one place with this rule."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gradmem_adapter.utils.kinds import check_kind
 
 
 class Document(NamedTuple):
-    """What entries of one document have in common. A source may have several: its text was edited, cut otherwise, or
-    written in another way.
+    """What all entries of one document have in common. A source can have several documents: its text was edited, cut
+    differently, or written in another way.
 
     Args:
         source (`str`, *optional*): where it comes from.
-        fingerprint, options (`str`): who wrote it, and how.
-        segments (`int`, *optional*): how many it has; None: nobody said, and what is there is taken for all of it.
-        digest (`str`): of its text and of how it is cut, as `of_segments` has it; of other entries the same for all.
+        fingerprint, options (`str`): which model wrote it, and how.
+        segments (`int`, *optional*): its number of segments; None: unknown, and what is stored counts as all of it.
+        digest (`str`): a digest of its text and how it is cut, see `of_segments`; empty if `segments` is None.
     """
 
     source: str | None
@@ -34,7 +34,7 @@ class Document(NamedTuple):
 
     @classmethod
     def of(cls, entry: Entry) -> Document:
-        """The one that an entry is a segment of."""
+        """The document that an entry is a segment of."""
         options, segments = json.dumps(entry.options, sort_keys=True), entry.metadata.get("segments")
         if type(segments) is not int:
             return cls(entry.source, entry.fingerprint, options, None, "")
@@ -43,12 +43,12 @@ class Document(NamedTuple):
 
 
 def of_segments(segments: Sequence[Segment], metadata: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-    """Metadata of a document's segments, by which `whole_documents` knows them from those of other documents, and when
-    some are missing.
+    """Metadata of a document's segments, which let `whole_documents` tell them from segments of other documents, and
+    notice missing ones.
 
     Args:
-        segments (`Sequence[Segment]`): all of them.
-        metadata (`Mapping`, *optional*): what else there is to say of each.
+        segments (`Sequence[Segment]`): all segments of the document.
+        metadata (`Mapping`, *optional*): other metadata of each segment.
     """
     check_kind("metadata", metadata, Mapping | None, "a mapping")
     cut = json.dumps([(one.start, one.end, one.text) for one in segments])
@@ -57,10 +57,10 @@ def of_segments(segments: Sequence[Segment], metadata: Mapping[str, Any] | None 
 
 
 def whole_documents(entries: Iterable[Entry]) -> dict[Document, list[Entry]]:
-    """The documents that are stored to their ends, with the entries of each; the one that was written last at the end.
+    """The documents that are stored to their ends, with the entries of each; the one written last comes last.
 
     Args:
-        entries (`Iterable[Entry]`): all that there are of some sources, in the order of their places.
+        entries (`Iterable[Entry]`): all entries of some sources, in the order of their places.
     """
     groups: dict[Document, list[Entry]] = {}
     for entry in entries:
@@ -77,8 +77,8 @@ def whole_documents(entries: Iterable[Entry]) -> dict[Document, list[Entry]]:
 
 
 def whole_in(connection: sqlite3.Connection) -> Callable[[Entry], bool]:
-    """Whoever tells of entries whether their documents are stored to their ends, as `whole_documents` has it; of each
-    source it is counted once.
+    """A function that tells whether the document of an entry is stored to its end, by the rule of `whole_documents`. It
+    reads each source once.
 
     Args:
         connection (`Connection`): to the index.
@@ -99,7 +99,7 @@ def whole_in(connection: sqlite3.Connection) -> Callable[[Entry], bool]:
 
 
 def _where(key: str, place: Place) -> object:
-    """What tells segments of a document apart."""
+    """What tells the segments of a document apart."""
     return key if place[1] is None else place
 
 

@@ -38,7 +38,7 @@ def test_a_damaged_entry_blocks_neither_its_text_nor_the_others(pipeline, how):
     file.write_bytes(damage(file.read_bytes(), how))
     with pytest.raises(MemoryStateError, match=f"{references[1]}' cannot be read"):
         store.get(references[1])
-    with pytest.warns(UserWarning, match=f"{references[1]}.*written anew"):
+    with pytest.warns(UserWarning, match=f"{references[1]}.*is written again"):
         assert store.write(pipeline, TEXTS) == references
     assert store.writes == 4, "the damaged one alone is written anew"
     again = [store.get(reference) for reference in references]
@@ -53,7 +53,7 @@ def test_exchanged_entries_are_not_read(pipeline):
     for file, other in zip(files, reversed(data), strict=True):
         file.write_bytes(other)
     for file in files:
-        with pytest.raises(MemoryStateError, match="is another state"):
+        with pytest.raises(MemoryStateError, match="belongs to another state"):
             store.get(file.stem)
 
 
@@ -61,5 +61,5 @@ def test_a_plain_state_is_no_entry(pipeline):
     store = MemoryStateStore()
     (reference,) = store.write(pipeline, TEXTS[:1])
     store.get(reference).save(file_of(store, reference))
-    with pytest.raises(MemoryStateError, match="not as a memory store writes it"):
+    with pytest.raises(MemoryStateError, match="not one that a memory store wrote"):
         store.get(reference)

@@ -350,14 +350,14 @@ class TestStore:
         save_checkpoint(model, tokenizer, tmp_path / "other")
         result = ask("w4 w5", "--store", "memory", "--checkpoint", "other")
         assert result.exit_code == 2
-        assert "This store has 5 states, and none that this model" in result.stderr
+        assert "This store has 5 states, but none was written by this model" in result.stderr
 
     def test_a_state_whose_file_is_gone_is_named(self, checkpoint, memory):
         (entry,) = memory.entries("d.txt")
         (memory.path / "states" / entry.key[:2] / f"{entry.key}.safetensors").unlink()
         result = ask("w4 w5", "--store", "memory", "--checkpoint", checkpoint)
         assert result.exit_code == 2, result.output
-        assert f"no memory state '{entry.key}' in 'memory'. If the index has it" in " ".join(result.stderr.split())
+        assert f"no memory state '{entry.key}' in 'memory'. If the index lists it" in " ".join(result.stderr.split())
 
     def test_a_damaged_state_is_named(self, checkpoint, memory):
         (entry,) = memory.entries("d.txt")

@@ -225,7 +225,7 @@ def test_a_damaged_state_is_not_read_and_is_written_anew(client, store, damage):
     asked = {"model": "gradmem", "prompt": "w3", "memory": [identity]}
     for response in (client.get(f"/v1/memories/{identity}"), client.post("/v1/completions", json=asked)):
         assert (response.status_code, response.json()["error"]["code"]) == (500, "memory_damaged")
-    with pytest.warns(UserWarning, match="written anew"):
+    with pytest.warns(UserWarning, match="is written again"):
         assert written(client, "w1 w2")["id"] == identity
     assert client.post("/v1/completions", json=asked).status_code == 200
 

@@ -145,7 +145,7 @@ class TestEmbedding:
 
     def test_another_model_of_the_same_name_is_refused(self, filled, pipeline):
         filled.choose(pipeline, "heron", embedding=letters([]))
-        with pytest.raises(ValueError, match="give another model another name"):
+        with pytest.raises(ValueError, match="Give each model its own name"):
             filled.choose(pipeline, "heron", embedding=Embedding("letters", lambda batch: [[1.0]] * len(batch)))
 
 
@@ -201,12 +201,12 @@ class TestLikelihood:
 class TestRefusals:
     @pytest.mark.parametrize("shortlist", [1, -1, 2.5])
     def test_a_shortlist_that_is_shorter_than_what_is_wanted(self, filled, pipeline, shortlist):
-        with pytest.raises(ValueError, match=r"shortlist is 0, or at least k, how many states are wanted \(2\)"):
+        with pytest.raises(ValueError, match=r"shortlist must be 0 or an integer of at least k \(2\)"):
             filled.choose(pipeline, "heron", 2, shortlist=shortlist)
 
     @pytest.mark.parametrize("k", [0, -1, 2.0, True])
     def test_k(self, filled, pipeline, k):
-        with pytest.raises(ValueError, match="k is how many states"):
+        with pytest.raises(ValueError, match="k, the number of states to return, must be an integer"):
             filled.choose(pipeline, "heron", k)
 
     def test_more_than_there_are(self, filled, pipeline):
@@ -225,7 +225,7 @@ class TestRefusals:
 
     def test_states_of_another_model(self, filled, pipeline):
         other = tiny_pipeline(seed=1)
-        with pytest.raises(ValueError, match="This store has 6 states, and none that this model"):
+        with pytest.raises(ValueError, match="This store has 6 states, but none was written by this model"):
             filled.choose(other, "heron")
         key = filled.add(other, PASSAGES[1])[0]
         assert [choice.entry.key for choice in filled.choose(other, "heron")] == [key]

@@ -170,21 +170,21 @@ class TestAdd:
             assert store.key(pipeline, TEXTS[0], options) == keys[0]
 
     def test_one_for_each_text(self, store, pipeline):
-        with pytest.raises(ValueError, match="Got 4 texts, and sources for 2"):
+        with pytest.raises(ValueError, match="Got 4 texts but 2 sources"):
             store.add(pipeline, TEXTS, sources=["a", "b"])
         assert not store.path.exists()
 
     @pytest.mark.parametrize(
         ("places", "error", "message"),
         [
-            ({"sources": Path("a.txt")}, TypeError, r"A source is a text, got .*Path\('a.txt'\): pass str\(\) of it"),
-            ({"sources": [5]}, TypeError, "A source is a text, got 5"),  # which the index would have as "5"
-            ({"sources": ["a\udcff"]}, ValueError, "surrogates not allowed. Leave it out"),
-            ({"offsets": [(0, 2**70)]}, ValueError, "Offsets are a text's first character and the one behind it"),
-            ({"offsets": [(5, 2)]}, ValueError, "Offsets are"),
-            ({"offsets": [(5,)]}, ValueError, "Offsets are pairs"),
+            ({"sources": Path("a.txt")}, TypeError, r"source must be a string, got .*Path\('a.txt'\)"),
+            ({"sources": [5]}, TypeError, "The source must be a string, got 5"),  # which the index would have as "5"
+            ({"sources": ["a\udcff"]}, ValueError, "surrogates not allowed. Remove the invalid value"),
+            ({"offsets": [(0, 2**70)]}, ValueError, "Offsets must be two integers with 0 <= start <= end"),
+            ({"offsets": [(5, 2)]}, ValueError, "Offsets must be two integers"),
+            ({"offsets": [(5,)]}, ValueError, "Offsets must be pairs"),
             ({"offsets": [("1", "2")]}, TypeError, "as an integer"),
-            ({"metadata": ["title"]}, TypeError, "Metadata are a mapping"),
+            ({"metadata": ["title"]}, TypeError, "metadata must be a mapping"),
             ({"metadata": [{"score": float("nan")}]}, ValueError, "not JSON compliant"),
             ({"metadata": [{"path": Path("a.txt")}]}, ValueError, "not JSON serializable"),
             ({"metadata": [{"path": "\udcff"}]}, ValueError, "surrogates not allowed"),
@@ -495,10 +495,10 @@ class TestIndex:
 
     def test_lost(self, store, keys):
         store.index.path.unlink()
-        with pytest.raises(MemoryStoreError, match=r"gone.*rebuild"):
+        with pytest.raises(MemoryStoreError, match=r"missing.*rebuild"):
             list(store.entries())
 
-    @pytest.mark.parametrize(("version", "message"), [(99, "upgrade gradmem-adapter"), (1, "older.*rebuild")])
+    @pytest.mark.parametrize(("version", "message"), [(99, "Upgrade gradmem-adapter"), (1, "older.*rebuild")])
     def test_of_another_version(self, store, keys, version, message):
         connection = sqlite3.connect(store.index.path)
         connection.execute(f"PRAGMA user_version = {version}")

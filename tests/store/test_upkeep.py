@@ -40,7 +40,7 @@ class TestVerify:
         assert report.states == 1
         assert list(report.damaged) == sorted(keys[:2])
         assert "digest" in report.damaged[keys[0]]
-        assert "gone" in report.damaged[keys[1]]
+        assert "missing" in report.damaged[keys[1]]
         assert report.unlisted == (keys[2],)
         assert report.leftovers == (f"{PREFIX}1-x", "states/notes.txt")
         assert store.get(keys[3])
@@ -174,7 +174,7 @@ class TestForget:
 
     def test_an_unknown_source(self, store, keys):
         assert store.forget("unknown") == 0
-        with pytest.raises(TypeError, match="A source and a key of a memory store are texts"):
+        with pytest.raises(TypeError, match="Sources and keys of a memory store must be strings"):
             store.forget(Path("a.txt"))
         assert len(store) == 4
 

@@ -124,7 +124,7 @@ class TestCompressor:
         written = compressor.compress_documents([Document(TEXTS[0])], "")
         (file,) = compressor.store.store.path.rglob("*.safetensors")
         file.write_bytes(b"damaged")
-        with pytest.warns(UserWarning, match="written anew"):
+        with pytest.warns(UserWarning, match="is written again"):
             assert compressor.compress_documents(written, "") == written
         assert compressor.store.get(*references_of(written[0])) == pipeline.write(TEXTS[0]).cpu()
 

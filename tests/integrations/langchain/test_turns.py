@@ -124,7 +124,7 @@ class TestFailures:
         good = memory.store.get(reference)
         (file,) = memory.store.store.path.rglob("*.safetensors")
         file.write_bytes(b"damaged")
-        with pytest.warns(UserWarning, match="written anew"):
+        with pytest.warns(UserWarning, match="is written again"):
             memory.shown(conversation(4))
         assert memory.store.get(reference) == good
 
