@@ -1,4 +1,4 @@
-"""`gradmem serve`: memories over HTTP, and answers from them by OpenAI's API."""
+"""`gradmem serve`: memories over HTTP, and answers from them through OpenAI's API."""
 
 from gradmem_adapter.serve.app import create_app, is_loopback
 from gradmem_adapter.serve.limits import Limits

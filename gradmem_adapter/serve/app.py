@@ -40,19 +40,19 @@ def create_app(
     """Memories and answers over HTTP.
 
     Args:
-        pipeline (`GradMemPipeline`): who writes, and who answers, by its reader.
-        store (`Path`): the folder of the memory store; those of tenants are in folders of it.
-        model (`str`, *optional*, defaults to `"gradmem"`): the name that clients ask for.
-        tenants (`Tenants`, *optional*): who may; None: whoever reaches it from this machine.
-        limits (`Limits`, *optional*): bounds.
-        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments` has it.
-        host (`str`, *optional*, defaults to `"127.0.0.1"`): where it listens.
+        pipeline (`GradMemPipeline`): what writes, and what answers through its reader.
+        store (`Path`): the folder of the memory store; those of tenants are in folders inside it.
+        model (`str`, *optional*, defaults to `"gradmem"`): the model name that clients use.
+        tenants (`Tenants`, *optional*): who may use the server; None: everyone on this machine.
+        limits (`Limits`, *optional*): its limits.
+        segment_tokens (`int`, *optional*): the most tokens in a segment; None: as for `pipeline.segments`.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`): the address that it listens on.
     """
     tenants, limits, metrics = tenants or Tenants(), limits or Limits(), Metrics()
     memories, writes = Memories(pipeline, store, metrics, segment_tokens), WriteQueue(limits.writes)
     reads = Reads(pipeline, memories, limits, metrics)
-    metrics.gauge("gradmem_writes_waiting", "Texts that are being written or wait for it.", lambda: len(writes))
-    metrics.gauge("gradmem_reads_waiting", "Prompts that are being answered or wait for it.", lambda: len(reads))
+    metrics.gauge("gradmem_writes_waiting", "Texts being written or waiting to be.", lambda: len(writes))
+    metrics.gauge("gradmem_reads_waiting", "Prompts being answered or waiting to be.", lambda: len(reads))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,7 +60,7 @@ def create_app(
         reads.close()
         await run_in_threadpool(writes.close)
 
-    # Without the pages that load scripts from elsewhere.
+    # Without FastAPI's documentation pages, which load scripts from other sites.
     app = FastAPI(title="gradmem", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.writes = writes
     add_handlers(app)
@@ -84,7 +84,7 @@ def create_app(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether only this machine can reach an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API has them: what was wrong, and what to do."""
+"""Errors in the format of OpenAI's API: what was wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from gradmem_adapter.utils.state_file import MemoryStateError
 CLIENT_IS_GONE = 499
 _log = logging.getLogger("uvicorn.error")
 _REFUSED = (ValueError, TypeError, NotImplementedError, ImportError, TemplateError)
-"""What this package raises for what it was given."""
+"""The exceptions that this package raises for wrong input."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An error that a client is told.
+    """An error that is sent to a client.
 
     Args:
-        status (`int`): of HTTP.
+        status (`int`): the HTTP status.
         message (`str`): what was wrong, and what to do.
-        code (`str`, *optional*): for programs.
+        code (`str`, *optional*): an identifier for programs.
         param (`str`, *optional*): the field that was wrong.
-        retry_after (`int`, *optional*): seconds after which to ask again.
+        retry_after (`int`, *optional*): seconds after which to try again.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of OpenAI's API."""
+        """The error as JSON, in the format of OpenAI's API."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """What is sent."""
+        """The HTTP response with this error."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -66,38 +66,38 @@ class ApiError(Exception):
 
 
 def too_large() -> ApiError:
-    """Of a request with too long a body."""
-    return ApiError(413, "The request is larger than this server takes. Send a long text in parts.", "too_large")
+    """The error for a request whose body is too long."""
+    return ApiError(413, "The request is larger than this server accepts. Split a long text into parts.", "too_large")
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error: of those that are not its own no more than that there was one."""
+    """The error that a client is sent for an exception. It gives no details unless the client caused it."""
     match error:
         case ApiError():
             return error
         case UnknownStateError():
-            return ApiError(404, "The memory was deleted meanwhile. Write its text again.", "memory_not_found")
+            return ApiError(404, "The memory was deleted in the meantime. Write its text again.", "memory_not_found")
         case MemoryStateError():
             told = "A stored memory is damaged. Write its text again."
             return _logged(error, ApiError(500, told, "memory_damaged"))
         case MemoryStoreError() | OSError() if not isinstance(error, ConnectionError | TimeoutError):
-            return _logged(error, ApiError(503, "The memory store cannot be used now. Ask whoever runs this server."))
+            return _logged(error, ApiError(503, "The memory store is not available. Ask the operator of this server."))
         case MemoryError() | torch.OutOfMemoryError():
-            return _logged(error, ApiError(503, "There is not enough memory free. Send less at once, or later."))
+            return _logged(error, ApiError(503, "The server is out of memory. Send less at once, or try later."))
         case _ if isinstance(error, _REFUSED):
             return ApiError(400, " ".join(str(error).split()))
         case ConnectionError() | TimeoutError() | RuntimeError():
-            told = "The model or its engine failed. Ask again, or whoever runs this server."
+            told = "The model or its engine failed. Try again, or ask the operator of this server."
             return _logged(error, ApiError(502, told, "engine_failed"))
         case asyncio.CancelledError() | ClientDisconnect():
             return ApiError(CLIENT_IS_GONE, "The request was cancelled.")
         case _:
-            return _logged(error, ApiError(500, "The server failed. Ask whoever runs it, whose log says more."))
+            return _logged(error, ApiError(500, "The server failed. Ask its operator: the log has details."))
 
 
 @contextmanager
 def api_errors() -> Iterator[None]:
-    """Errors of the package inside the block become those of the API."""
+    """Turn exceptions inside the block into API errors."""
     try:
         yield
     except Exception as error:
@@ -106,33 +106,33 @@ def api_errors() -> Iterator[None]:
 
 @contextmanager
 def changing_a_store() -> Iterator[None]:
-    """What keeps a memory store from being changed inside the block, and not from being read, is said as that."""
+    """Turn a full or read-only disk inside the block into an API error that says that memories can still be read."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             told = (
-                "There is no room for it on the server's disk. What is stored can be read; delete what is not needed."
+                "The server's disk is full. Stored memories can still be read; delete some that are no longer needed."
             )
             raise _logged(error, ApiError(507, told, "store_full")) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            told = "This server's memories can be read, and not changed. Ask whoever runs it."
+            told = "The memories of this server can be read but not changed. Ask its operator."
             raise _logged(error, ApiError(503, told, "store_read_only")) from error
         raise
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let an app answer with errors of this form alone."""
+    """Make an app send all errors in this format."""
 
     def of_api(request: Request, error: Any) -> JSONResponse:
         return api_error(error).response()
 
     def of_fields(request: Request, error: Any) -> JSONResponse:
-        # Of what is no JSON the place is a number of characters.
+        # For invalid JSON, the location is a position in the body and names no field.
         names = ["" if one["type"] == "json_invalid" else _place(one["loc"][1:])[:80] for one in error.errors()]
         told = {
-            "string_too_short": "It is empty, and must have at least 1 character",
-            "model_attributes_type": "Send a JSON object, and say so: Content-Type: application/json",
+            "string_too_short": "It must have at least 1 character",
+            "model_attributes_type": "Send a JSON object, with the header Content-Type: application/json",
         }
         said = [told.get(one["type"], one["msg"].removeprefix("Value error, ").rstrip(".")) for one in error.errors()]
         message = "; ".join(": ".join(filter(None, pair)) for pair in zip(names[:5], said[:5], strict=True))
@@ -141,8 +141,8 @@ def add_handlers(app: FastAPI) -> None:
 
     def of_http(request: Request, error: Any) -> JSONResponse:
         told = {
-            404: f"There is no {request.method} {request.url.path} here. /openapi.json has all there is.",
-            405: f"{request.url.path} does not take {request.method}. /openapi.json says what it takes.",
+            404: f"This server has no {request.method} {request.url.path}. /openapi.json lists what it has.",
+            405: f"{request.url.path} does not accept {request.method}. /openapi.json says what it accepts.",
         }
         if error.status_code == 413:
             return too_large().response()
@@ -156,7 +156,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _place(steps: Sequence[str | int]) -> str:
-    """A place in a body as OpenAI's API names it, such as `messages[0].content`."""
+    """A location in a body, as OpenAI's API writes it: `messages[0].content`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 

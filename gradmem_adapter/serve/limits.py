@@ -1,4 +1,4 @@
-"""What a server takes at most."""
+"""The limits of a server."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a server; what goes beyond them is refused at once.
+    """Limits of a server. Requests that exceed one are refused at once.
 
     Args:
-        body_bytes (`int`, *optional*, defaults to 4 MiB): of a request, and so of a text.
-        writes (`int`, *optional*, defaults to 16): texts that are being written or wait for it.
-        reads (`int`, *optional*, defaults to 256): prompts that are being answered or wait for it.
+        body_bytes (`int`, *optional*, defaults to 4 MiB): bytes in a request, and thus in a text.
+        writes (`int`, *optional*, defaults to 16): texts being written or waiting to be.
+        reads (`int`, *optional*, defaults to 256): prompts being answered or waiting to be.
         batch (`int`, *optional*, defaults to 16): prompts that are answered together.
         states (`int`, *optional*, defaults to 4): memory states that an answer may come from.
-        new_tokens (`int`, *optional*, defaults to 1024): of an answer.
-        prompts (`int`, *optional*, defaults to 64): of one request to `/v1/completions`.
-        write_steps (`int`, *optional*, defaults to 200): that a request may ask for.
-        grace (`int`, *optional*, defaults to 30): seconds that requests have to end when the server is stopped.
+        new_tokens (`int`, *optional*, defaults to 1024): tokens in an answer.
+        prompts (`int`, *optional*, defaults to 64): prompts in one request to `/v1/completions`.
+        write_steps (`int`, *optional*, defaults to 200): write steps that a request may ask for.
+        grace (`int`, *optional*, defaults to 30): seconds that requests have to finish when the server is stopped.
     """
 
     body_bytes: int = 4 * 2**20

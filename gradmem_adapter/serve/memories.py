@@ -1,4 +1,4 @@
-"""The memories of tenants: a memory store for each, and in it a memory for each source."""
+"""The memories of tenants: each tenant has a memory store, and each source in it is a memory."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from gradmem_adapter.write.options import WriteOptions
 
 _PREFIX = "mem_"
 _ASKED_IN_TURN = 64
-"""States that a question is asked of where no word of it says which: a pass for each of them."""
+"""The most states to ask one by one if none of their texts shares a word with the question: each costs a pass."""
 _MEASURED_AT_ONCE = 8
-"""Segments whose fidelity is measured together: nothing ends the work meanwhile."""
+"""Segments whose fidelity is measured together. The work can only be cancelled between such batches."""
 
 
 class Found(NamedTuple):
     """What a question is answered from.
 
     Args:
-        memory (`MemoryState`): one state, of several texts side by side or not.
-        entries (`Sequence[Entry]`): where it is from.
-        support (`float`, *optional*): how far it holds an answer, from 0 to 1; None: that was not asked for, or the
-            adapter was not trained to refuse.
+        memory (`MemoryState`): the state of one text, or of several side by side.
+        entries (`Sequence[Entry]`): where these texts come from.
+        support (`float`, *optional*): how far memory holds an answer, from 0 to 1; None: not requested, or the adapter
+            was not trained to refuse.
     """
 
     memory: MemoryState
@@ -54,15 +54,15 @@ class Found(NamedTuple):
 
 
 class Memories:
-    """What tenants have had written. Nothing is kept but in their stores, so that a killed server loses nothing.
+    """The memories of tenants. They are kept only in the tenants' stores, so that a killed server loses nothing.
 
-    A memory is what a store has of one source: of texts that came by HTTP, or of files that `gradmem write` wrote.
+    A memory is what a store has of one source: of a text sent by HTTP, or of a file that `gradmem write` wrote.
 
     Args:
-        pipeline (`GradMemPipeline`): who writes and reads.
-        folder (`Path`): of their stores, as for `store_of`.
-        metrics (`Metrics`): where states are counted that are written.
-        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments` has it.
+        pipeline (`GradMemPipeline`): what writes and reads.
+        folder (`Path`): the folder of the stores, as for `store_of`.
+        metrics (`Metrics`): counts the states that are written.
+        segment_tokens (`int`, *optional*): the most tokens in a segment; None: as for `pipeline.segments`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Memories:
 
     @cached_property
     def _kv_bytes_per_token(self) -> int:
-        """That the backbone keeps of a text that it reads."""
+        """Bytes per token of the KV cache that the backbone would need to read a text itself."""
         backbone = self.pipeline.model.get_base_model()
         one, two = (kv_cache_bytes(backbone, torch.zeros(1, n, dtype=torch.long)) for n in (1, 2))
         return two - one
@@ -82,19 +82,19 @@ class Memories:
         return self._stores.setdefault(tenant, store_of(self.folder, tenant))
 
     def check_cuts(self) -> None:
-        """Raise `ApiError` unless it is known how long a segment may be; what is stored is read without."""
+        """Raise `ApiError` unless the length of a segment is known. Only writing needs it."""
         if self.segment_tokens is None and self.pipeline.model.active_peft_config.segment_tokens is None:
             remedy = (
-                "no text is written here, and what is stored can be asked. Whoever runs this server can say it: "
+                "this server writes no texts; stored memories can be asked. Its operator can set the length with "
                 "gradmem serve --segment-tokens."
             )
             raise ApiError(503, unknown_length(remedy), "no_segment_tokens")
 
     def id_of(self, tenant: str, text: str, options: WriteOptions) -> str:
-        """The id that a text's memory has, whether or not it is written: the same for the same text cut the same way.
+        """The id of a text's memory, written or not. The same text cut the same way has the same id.
 
         Args:
-            tenant, text (`str`): whose, and what.
+            tenant, text (`str`): the tenant and the text.
             options (`WriteOptions`): how it is written.
         """
         cut = "" if self.segment_tokens is None else f"_{self.segment_tokens}"
@@ -110,20 +110,20 @@ class Memories:
         check: Callable[[], None],
         tell: Tell | None = None,
     ) -> dict[str, Any]:
-        """WRITE a text in segments, unless that is done, and say what came of it.
+        """WRITE a text in segments, unless it is stored already, and describe its memory.
 
         Args:
-            tenant, text (`str`): whose, and what.
-            name (`str`, *optional*): what the text is called.
+            tenant, text (`str`): the tenant and the text.
+            name (`str`, *optional*): a name for the text.
             options (`WriteOptions`): how to write.
-            fidelity (`bool`): measure it.
-            check (`Callable`): called between batches of segments and between steps; what it raises ends the work.
-            tell (`Callable`, *optional*): told of the segments, and of each write step.
+            fidelity (`bool`): also measure the fidelity.
+            check (`Callable`): called between batches of segments and between steps; its exceptions end the work.
+            tell (`Callable`, *optional*): called with an event about the segments, and with one for each write step.
         """
         store, identity = self._store(tenant), self.id_of(tenant, text, options)
-        segments = tuple(self.pipeline.segments([text], self.segment_tokens))  # no text by itself: it may name a file
+        segments = tuple(self.pipeline.segments([text], self.segment_tokens))  # a list: a string might name a file
         if not segments:
-            raise ValueError("There is no text to write: it is white space.")
+            raise ValueError("The text is only white space: there is nothing to write.")
         about: dict[str, Any] = {"name": name, "segments": len(segments), "created": int(time.time())}
         there = _whole(store.entries(identity), self.pipeline.model.fingerprint())
         places = [dict(entry.metadata) for entry in there] or [about] * len(segments)
@@ -151,7 +151,7 @@ class Memories:
             cut = [{"start": one.start, "end": one.end, "tokens": one.tokens} for one in segments]
             tell({"object": "memory.begun", "id": identity, "segments": cut})
         with changing_a_store():
-            store.check_writable()  # before the work
+            store.check_writable()  # fail before the work
             keys = add(metadata=places)
         if fidelity and "fidelity" not in places[0]:
             shares = self._fidelity(DocumentMemory(segments, store.get(keys), "parallel"), check)
@@ -160,11 +160,11 @@ class Memories:
         return self.describe(tenant, identity)
 
     def rename(self, tenant: str, identity: str, name: str) -> dict[str, Any]:
-        """Call a text that is stored otherwise, and describe it; `ApiError` where the tenant has none of this id.
+        """Rename a memory and describe it; `ApiError` if the tenant has none with this id.
 
         Args:
-            tenant, identity (`str`): whose, and of which memory.
-            name (`str`): what it is called from now on.
+            tenant, identity (`str`): the tenant and the memory's id.
+            name (`str`): its new name.
         """
         entries = [
             replace(entry, metadata={**entry.metadata, "name": name}) for entry in self._entries(tenant, identity)
@@ -174,7 +174,7 @@ class Memories:
         return self.describe(tenant, identity)
 
     def _fidelity(self, memory: DocumentMemory, check: Callable[[], None]) -> list[float]:
-        """Of each segment."""
+        """The fidelity of each segment."""
         shares: list[float] = []
         for begin in range(0, len(memory.segments), _MEASURED_AT_ONCE):
             check()
@@ -184,7 +184,7 @@ class Memories:
         return shares
 
     def describe(self, tenant: str, identity: str, text: bool = False) -> dict[str, Any]:
-        """All there is to say of a memory, with its text or not; `ApiError` where the tenant has none of this id."""
+        """Describe a memory, with its text if asked for; `ApiError` if the tenant has none with this id."""
         entries = self._entries(tenant, identity)
         states = self._states(tenant, entries)
         losses = states.write_losses.tolist()
@@ -202,11 +202,11 @@ class Memories:
         return self._summary(entries) | {"write_loss": sum(row[-1] for row in losses) / len(losses), "segments": pieces}
 
     def segment(self, tenant: str, identity: str, index: int) -> tuple[str | None, MemoryState]:
-        """A segment's text, if the store keeps it, and its state; `ApiError` where there is none.
+        """A segment's text, if the store keeps it, and its state; `ApiError` if there is no such segment.
 
         Args:
-            tenant, identity (`str`): whose, and of which memory.
-            index (`int`): which segment.
+            tenant, identity (`str`): the tenant and the memory's id.
+            index (`int`): the number of the segment.
         """
         entries = self._entries(tenant, identity)
         if index >= len(entries):
@@ -218,9 +218,9 @@ class Memories:
         """Some of a tenant's memories in the order of their ids, and whether there are more.
 
         Args:
-            tenant (`str`): whose.
-            limit (`int`): how many.
-            after (`str`, *optional*): the id behind which to begin.
+            tenant (`str`): the tenant.
+            limit (`int`): the most memories to return.
+            after (`str`, *optional*): only memories after this id.
         """
         named = (entry for entry in self._store(tenant).entries() if entry.source and entry.source > (after or ""))
         model = self.pipeline.model.fingerprint()
@@ -229,8 +229,8 @@ class Memories:
         return found[:limit], len(found) > limit
 
     def delete(self, tenant: str, identity: str) -> None:
-        """Remove a memory of any model, from the disk too; `ApiError` where the tenant has none of this id, or where
-        that cannot be."""
+        """Remove a memory of any model, from the disk as well; `ApiError` if the tenant has none with this id, or if it
+        cannot be removed."""
         if not any(self._store(tenant).entries(identity)):
             raise _unknown(identity)
         with changing_a_store():
@@ -239,19 +239,20 @@ class Memories:
     def find(
         self, tenant: str, memory: Sequence[str] | str, prompt: Prompt, query: str, most: int, support: bool = False
     ) -> Found | None:
-        """What a question is to be answered from; None: the store has no text for it.
+        """The memory to answer a question from; None: the store has no text for it.
 
-        Of more states than may be read, those are that have the question's words. Where the adapter was trained to
-        refuse, each is asked by itself, and the one that holds an answer is read; otherwise all side by side. Of more
-        without a word of it that are named, a refusing adapter is asked as many as it may be; `ApiError` beyond that.
+        If there are more states than may be read, those whose texts share words with the question are chosen. An
+        adapter that was trained to refuse asks each chosen state and answers from the one that holds an answer; others
+        read them all side by side. If no text of the given memories shares a word, an adapter that refuses asks all
+        states, up to a limit; otherwise, and beyond that limit, `ApiError` is raised.
 
         Args:
-            tenant (`str`): whose.
-            memory (`Sequence[str]` or `str`): ids, or `"auto"` for all that the tenant has.
-            prompt (`Prompt`): what is asked.
+            tenant (`str`): the tenant.
+            memory (`Sequence[str]` or `str`): ids, or `"auto"` for all memories of the tenant.
+            prompt (`Prompt`): the whole prompt.
             query (`str`): the question in it.
-            most (`int`): states that are read.
-            support (`bool`, *optional*, defaults to `False`): say how far memory holds an answer.
+            most (`int`): the most states to read.
+            support (`bool`, *optional*, defaults to `False`): also say how far memory holds an answer.
         """
         store, model = self._store(tenant), self.pipeline.model.fingerprint()
         if memory == AUTO:
@@ -274,7 +275,7 @@ class Memories:
     def _select(
         self, store: MemoryStore, model: str, prompt: Prompt, query: str, entries: Sequence[Entry], support: bool
     ) -> Found:
-        """What of some states a question is to be answered from."""
+        """Which of some states to answer a question from."""
         keys = [entry.key for entry in entries]
         by_words = partial(search_scores, store.index, model, query, keys)
         read = self.pipeline.select(prompt, memory=store.get(keys, model), search_scores=by_words, support=support)
@@ -307,17 +308,17 @@ class Memories:
 
 
 def _whole(entries: Iterable[Entry], model: str) -> list[Entry]:
-    """The segments of the text of a source that a model wrote to its end, of several the last; else none.
+    """The segments of a source's text that a model wrote to its end; of several such texts, the one written last.
 
     Args:
-        entries (`Iterable[Entry]`): of the source.
-        model (`str`): its fingerprint. It takes a look at the weights: once for a request, not once for a memory.
+        entries (`Iterable[Entry]`): entries of the source.
+        model (`str`): the model's fingerprint. Computing it reads the weights: do so once per request, not per memory.
     """
     return list(whole_documents(entry for entry in entries if entry.fingerprint == model).values() or [[]])[-1]
 
 
 def _step(numbers: Sequence[int], progress: WriteProgress) -> dict[str, Any]:
-    """What a client is told of a write step of segments that are written together."""
+    """The event for a write step of segments that are written together."""
     shares = zip(numbers, progress.losses.tolist(), progress.recovered.tolist(), strict=True)
     segments = [
         {"segment": i, "write_loss": loss if math.isfinite(loss) else None, "recovered": share}
@@ -327,19 +328,19 @@ def _step(numbers: Sequence[int], progress: WriteProgress) -> dict[str, Any]:
 
 
 def _unknown(identity: str) -> ApiError:
-    told = f"There is no memory {identity[:80]!r} of this model. GET /v1/memories names those there are."
+    told = f"This model has no memory {identity[:80]!r}. GET /v1/memories lists its memories."
     return ApiError(404, told, "memory_not_found", param="memory")
 
 
 def _no_word(states: int, most: int) -> ApiError:
     told = (
-        f"These memories have {counted(states, 'state')}, an answer is read from {most:,} at most, and no text of them "
-        "has a word of the question, by which these would be chosen. Use a word of the text, or name fewer memories."
+        f"These memories have {counted(states, 'state')}, but an answer is read from at most {most:,}, and none of the "
+        "texts shares a word with the question. Use a word of the text in the question, or name fewer memories."
     )
     return ApiError(400, told, "no_memory_chosen", param="memory")
 
 
 def places_of(found: Found | None) -> Iterator[dict[str, Any]]:
-    """Where an answer is from, as clients are told."""
+    """The places that an answer comes from, as they are sent to clients."""
     for entry in [] if found is None else found.entries:
         yield {"id": entry.source, "name": entry.metadata.get("name"), "start": entry.start, "end": entry.end}

@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counts of one server. They name no tenant."""
+    """The metrics of one server. They name no tenant."""
 
     def __init__(self) -> None:
         self._registry = all_ = CollectorRegistry()
         ProcessCollector(registry=all_)
         self.requests = Counter("gradmem_requests", "Answered requests.", ["path", "status"], registry=all_)
         self.seconds = Histogram(
-            "gradmem_request_seconds", "Until an answer's end.", ["path"], buckets=_SECONDS, registry=all_
+            "gradmem_request_seconds", "Seconds until the end of a response.", ["path"], buckets=_SECONDS, registry=all_
         )
         self.batch = Histogram("gradmem_read_batch", "Prompts in a batch.", buckets=(1, 2, 4, 8, 16, 32), registry=all_)
         self.prompt_tokens = Counter("gradmem_prompt_tokens", "Tokens and memory vectors of prompts.", registry=all_)
@@ -27,11 +27,11 @@ class Metrics:
         self.written = Counter("gradmem_written_states", "Memory states that were written.", registry=all_)
 
     def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
-        """Show what a function returns.
+        """Add a metric whose value a function returns.
 
         Args:
-            name, what (`str`): of the metric.
-            value (`Callable`): asked whenever metrics are.
+            name, what (`str`): the metric's name and description.
+            value (`Callable`): called whenever metrics are requested.
         """
         Gauge(name, what, registry=self._registry).set_function(value)
 
@@ -41,10 +41,10 @@ class Metrics:
 
 
 class Counting:
-    """Counts requests and the seconds that they take.
+    """Middleware that counts requests and measures how long they take.
 
     Args:
-        app (`ASGIApp`): what answers them.
+        app (`ASGIApp`): the app that answers them.
         metrics (`Metrics`): where they are counted.
     """
 
@@ -66,6 +66,6 @@ class Counting:
         try:
             await self.app(scope, receive, noting)
         finally:
-            path = getattr(scope.get("route"), "path", "other")  # no more values than there are routes
+            path = getattr(scope.get("route"), "path", "other")  # routes, not paths: few label values
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - start)

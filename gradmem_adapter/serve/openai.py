@@ -24,7 +24,7 @@ from gradmem_adapter.utils.wording import counted
 
 
 def tenant_of(request: Request) -> str:
-    """Who asks, as `Gate` found it."""
+    """The tenant of a request, set by `Gate`."""
     return str(request.state.tenant)
 
 
@@ -32,13 +32,13 @@ Tenant = Annotated[str, Depends(tenant_of)]
 
 
 class _Form(NamedTuple):
-    """How answers to one request are written.
+    """The format of the answers to one request.
 
     Args:
-        chat (`bool`): as a chat, or as completions.
-        model (`str`): its name.
-        id (`str`): of the answer.
-        created (`int`): when, in seconds since 1970.
+        chat (`bool`): chat completions, or else completions.
+        model (`str`): the model's name.
+        id (`str`): the answer's id.
+        created (`int`): when it was created, in seconds since 1970.
     """
 
     chat: bool
@@ -73,18 +73,18 @@ def _usage(asked: list[Asked], answers: list[Answer]) -> dict[str, Any]:
 
 
 def openai_routes(reads: Reads, model: str) -> APIRouter:
-    """What OpenAI's clients ask for.
+    """The routes of OpenAI's API.
 
     Args:
-        reads (`Reads`): who answers.
-        model (`str`): the one model's name.
+        reads (`Reads`): what answers.
+        model (`str`): the name of the only model.
     """
     router, card = APIRouter(prefix="/v1"), _card(reads, model)
 
     def check_model(name: str) -> None:
         if name != model:
             raise ApiError(
-                404, f"There is no model {name[:80]!r} here, only {model!r}.", "model_not_found", param="model"
+                404, f"This server has no model {name[:80]!r}, only {model!r}.", "model_not_found", param="model"
             )
 
     @router.get("/models")
@@ -108,7 +108,7 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
         check_model(body.model)
         most = min(reads.limits.prompts, reads.limits.reads)
         if len(body.prompt) > (1 if body.stream else most):
-            told = f"A request has at most {counted(most, 'prompt')}, and one where its answer is streamed."
+            told = f"A request may have at most {counted(most, 'prompt')}, and only one if its answer is streamed."
             raise ApiError(400, told, param="prompt")
         return await _respond(reads, model, body, request, tenant, [(prompt, prompt) for prompt in body.prompt])
 
@@ -116,7 +116,7 @@ def openai_routes(reads: Reads, model: str) -> APIRouter:
 
 
 def _card(reads: Reads, model: str) -> dict[str, Any]:
-    """What a client is told of the model."""
+    """The model's entry in the list of models."""
     config = reads.pipeline.model.active_peft_config
     return {
         "id": model,
@@ -141,7 +141,7 @@ async def _respond(
     tenant: str,
     prompts: Sequence[tuple[Prompt, str]],
 ) -> Response:
-    """The answers to prompts with a question in each, as a stream or at once."""
+    """The answers to prompts, each with the question in it, as a stream or at once."""
 
     async def ask() -> list[Asked]:
         return [await reads.ask(tenant, body, prompt, query) for prompt, query in prompts]
@@ -173,7 +173,7 @@ def _support(asked: Asked) -> dict[str, Any]:
 async def _events(
     form: _Form, asked: Asked, pieces: AsyncIterator[str | Answer], with_usage: bool, support: dict[str, Any]
 ) -> AsyncIterator[str]:
-    """A streamed answer; what fails on the way is an event, too."""
+    """The events of a streamed answer. An error on the way is an event, too."""
     chunk = partial(form.body, chunk=True)
     try:
         first = form.choice(0, "", None, chunk=True)

@@ -1,4 +1,4 @@
-"""Prompts to answers: calls that come at the same time are answered together, and what nobody waits for ends."""
+"""Answer prompts: those that arrive at the same time in one batch, until nobody waits for them any more."""
 
 from __future__ import annotations
 
@@ -36,57 +36,57 @@ class Asked(NamedTuple):
 
     @property
     def prompt_tokens(self) -> int:
-        """With the vectors that stand before the prompt."""
+        """Tokens of the prompt, plus the memory vectors before it."""
         return len(self.call.prompt) + self.vectors
 
     @property
     def vectors(self) -> int:
-        """Of memory."""
+        """The number of memory vectors."""
         return 0 if self.found is None else self.found.memory.num_memory_tokens
 
     @property
     def context_tokens(self) -> int:
-        """That the vectors stand for."""
+        """The number of tokens that the memory vectors stand for."""
         return 0 if self.found is None else int(self.found.memory.context_tokens.sum())
 
 
 class Reads:
-    """Who answers prompts.
+    """Answers prompts.
 
     Args:
-        pipeline (`GradMemPipeline`): with a reader of an engine or none.
-        memories (`Memories`): what it may answer from.
-        limits (`Limits`): bounds.
-        metrics (`Metrics`): what is counted.
+        pipeline (`GradMemPipeline`): the pipeline, which may have an engine as its reader.
+        memories (`Memories`): the memories to answer from.
+        limits (`Limits`): the server's limits.
+        metrics (`Metrics`): where prompts and tokens are counted.
     """
 
     def __init__(self, pipeline: GradMemPipeline, memories: Memories, limits: Limits, metrics: Metrics) -> None:
         self.pipeline, self.memories, self.limits, self.metrics = pipeline, memories, limits, metrics
         self._batcher = Batcher(begins=metrics.batch.observe)
         self._calls: set[Call] = set()
-        """That are being answered or wait. Threads end them, and metrics are counted by another: nothing but single
-        operations of the set, which are whole."""
+        """Calls being answered or waiting. Several threads use this set without a lock, so only by single, atomic
+        operations."""
         self._coming = 0
-        """Prompts whose calls are not begun. The event loop alone counts them."""
-        # Each may ask all its states, and together they ask about as many as are answered together.
+        """Prompts whose calls have not begun. Only the event loop changes this number."""
+        # A prompt may read all its states to choose among them: allow about as many states at once as a batch has rows.
         self._looking = anyio.CapacityLimiter(max(1, limits.batch // limits.states))
 
     def __len__(self) -> int:
-        """How many prompts are being answered or wait, for what they are answered from, too."""
+        """The number of prompts being answered or waiting, including those whose memory is still being looked up."""
         return len(self._calls) + self._coming
 
     @contextmanager
     def room(self, prompts: int) -> Iterator[None]:
-        """Inside the block prompts count from its beginning on, before any work for them; their calls do behind it.
+        """Reserve room for prompts before any work on them. After the block, their calls count instead.
 
         Args:
-            prompts (`int`): how many.
+            prompts (`int`): the number of prompts.
 
         Raises:
-            ApiError: they are too many beside those that are there.
+            ApiError: there would be more prompts than the limit.
         """
         if len(self) + prompts > self.limits.reads:
-            told = f"Being answered or waiting for it: {counted(len(self), 'prompt')}. Ask again later."
+            told = f"The server is busy: {counted(len(self), 'prompt')} being answered or waiting. Try again later."
             raise ApiError(429, told, "too_many_requests", retry_after=1)
         self._coming += prompts
         try:
@@ -95,12 +95,12 @@ class Reads:
             self._coming -= prompts
 
     async def ask(self, tenant: str, body: ChatRequest | CompletionRequest, prompt: Prompt, query: str) -> Asked:
-        """What a request asks, whatever is wrong with it said here.
+        """Check a prompt and find the memory to answer it from. All errors of a request are raised here.
 
         Args:
             tenant (`str`): who asks.
             body (`ChatRequest` or `CompletionRequest`): how to answer.
-            prompt (`Prompt`): what.
+            prompt (`Prompt`): the whole prompt.
             query (`str`): the question in it, by which memories are chosen.
         """
         return await anyio.to_thread.run_sync(self._ask, tenant, body, prompt, query, limiter=self._looking)
@@ -112,10 +112,10 @@ class Reads:
             support = body.support
             longest, wanted = body.max_completion_tokens or longest, _json_schema(body.response_format)
         if longest > self.limits.new_tokens:
-            told = f"An answer has at most {counted(self.limits.new_tokens, 'token')} here, got {longest:,}."
+            told = f"An answer may have at most {counted(self.limits.new_tokens, 'token')} here, got {longest:,}."
             raise ApiError(400, told, param="max_tokens")
         with api_errors():
-            (ids,) = self.pipeline.encode_prompts([prompt])[0].tolist()  # first, for it refuses what is too long
+            (ids,) = self.pipeline.encode_prompts([prompt])[0].tolist()  # first: refuses prompts that are too long
             grammar = None if wanted is None else grammar_of(self.pipeline, wanted)
             found = None
             if body.memory:
@@ -123,14 +123,14 @@ class Reads:
             options = Options(longest, Sampling(body.temperature, body.top_p), body.stops, grammar)
             call = Call(self.pipeline, ids, None if found is None else found.memory, options, body.seed)
         if call.by_engine and (grammar is not None or body.seed is not None):
-            raise ApiError(400, "This server answers by an engine, which takes neither seed nor response_format.")
+            raise ApiError(400, "The engine of this server supports neither seed nor response_format. Leave them out.")
         return Asked(call, found)
 
     def _submit(self, call: Call) -> None:
         self._calls.add(call)
         call.tokens.add_done_callback(lambda _: self._calls.discard(call))
         if call.by_engine:
-            # A thread of its own, which the end of the server does not wait for: an engine may be silent for long.
+            # A daemon thread, so that the server can stop without waiting: an engine may take long to respond.
             threading.Thread(target=answer, args=([call],), name="gradmem-engine", daemon=True).start()
         else:
             self._batcher.submit(call, self.limits.batch)
@@ -139,13 +139,13 @@ class Reads:
         try:
             for one in asked:
                 self._submit(one.call)
-        except BaseException:  # such as that there can be no further thread
+        except BaseException:  # for instance, no further thread can be started
             for one in asked:
                 one.call.cancel()
             raise
 
     def answers(self, asked: list[Asked]) -> Awaitable[list[Answer]]:
-        """Whole answers, begun at once. If whoever waits is cancelled, the model is free with its next token."""
+        """Whole answers, begun at once. If the waiting task is cancelled, the model stops with its next token."""
         self._begin(asked)
         return self._whole(asked)
 
@@ -159,7 +159,7 @@ class Reads:
         return [self._answer(one, row) for one, row in zip(asked, tokens, strict=True)]
 
     def pieces(self, asked: Asked) -> AsyncGenerator[str | Answer, None]:
-        """An answer piece by piece, begun at once, and at the end as a whole. `asked.call.cancel` frees the model."""
+        """An answer piece by piece, begun at once, and then as a whole. `asked.call.cancel` stops the model."""
         loop = asyncio.get_running_loop()
         grown: asyncio.Queue[list[int] | None] = asyncio.Queue()
 
@@ -168,7 +168,7 @@ class Reads:
 
         asked.call.progress = put
         self._begin([asked])
-        asked.call.tokens.add_done_callback(lambda _: put(None))  # last: who has the whole answer is no longer counted
+        asked.call.tokens.add_done_callback(lambda _: put(None))  # added last, so that a finished call no longer counts
         return self._pieces(asked, grown)
 
     async def _pieces(self, asked: Asked, grown: asyncio.Queue[list[int] | None]) -> AsyncGenerator[str | Answer, None]:
@@ -196,13 +196,13 @@ class Reads:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What work gives; it is cancelled where the client goes away."""
+    """The result of some work, which is cancelled if the client disconnects."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(CLIENT_IS_GONE, "The client is gone.")
+            raise ApiError(CLIENT_IS_GONE, "The client has disconnected.")
         return task.result()
     finally:
         for one in (task, gone):
@@ -216,7 +216,7 @@ async def _gone(request: Request) -> None:
 
 
 def _json_schema(wanted: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A response format of OpenAI's API as one with a schema; None: any text."""
+    """A response format of OpenAI's API as one with a JSON schema; None: any text is allowed."""
     match (wanted or {}).get("type", "text"):
         case "text":
             return None
@@ -225,5 +225,5 @@ def _json_schema(wanted: dict[str, Any] | None) -> dict[str, Any] | None:
         case "json_schema":
             return wanted
         case other:
-            told = f"A response_format has the type text, json_object or json_schema, got {other!r}."
+            told = f"The type of response_format must be text, json_object or json_schema, got {other!r}."
             raise ApiError(400, told, param="response_format")

@@ -24,12 +24,12 @@ from gradmem_adapter.state import MemoryState
 
 
 def recital_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> APIRouter:
-    """What recites.
+    """The routes for recitals.
 
     Args:
-        memories (`Memories`): of all tenants.
-        writes (`WriteQueue`): where recitals wait, too: they take about as long.
-        limits (`Limits`): bounds.
+        memories (`Memories`): the memories of all tenants.
+        writes (`WriteQueue`): the queue of WRITEs, where recitals wait as well: they take about as long.
+        limits (`Limits`): the server's limits.
     """
     router = APIRouter(prefix="/v1/recitals")
 
@@ -61,7 +61,7 @@ def _recite(
     check: Callable[[], None],
     tell: Tell,
 ) -> dict[str, Any]:
-    """Decode one state greedily; each piece says whether its tokens are those that the text has at this place."""
+    """Decode one state greedily; each piece says whether its tokens are those of the text at the same position."""
     tokenizer, stream = pipeline.tokenizer, DecodeStream(skip_special_tokens=True)
     length = min(count for count in (int(state.context_tokens), pipeline.max_context_tokens, most) if count is not None)
     true: list[int | None] = [None] * length if text is None else tokenizer(text)["input_ids"]
@@ -73,7 +73,7 @@ def _recite(
         nonlocal told
         check()
         right.append(int(token) == true[len(right)])
-        if piece := stream.step(tokenizer.backend_tokenizer, int(token)):  # None in the middle of a character
+        if piece := stream.step(tokenizer.backend_tokenizer, int(token)):  # None inside a character of several tokens
             pieces.append({"text": piece, "right": None if text is None else all(right[told:])})
             told = len(right)
             tell({"object": "recital.piece"} | pieces[-1])

@@ -39,7 +39,7 @@ _BODY = {
 
 
 async def _memory_request(request: Request) -> MemoryRequest:
-    """What is to be written, of JSON or of a form with a file."""
+    """The text to write, from JSON or from a form with a file."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
@@ -49,15 +49,14 @@ async def _memory_request(request: Request) -> MemoryRequest:
                 fields: dict[str, Any] = dict(form)
                 for name, value in fields.items():
                     if isinstance(value, UploadFile) != (name == "file"):
-                        told = f"A file is sent as the field file, as by curl -F file=@report.txt: got {name!r}"
-                        raise ApiError(400, f"{told} {'with' if name != 'file' else 'without'} one.", param=name[:80])
+                        told = f"Send a file in the field file, as with curl -F file=@report.txt: got {name!r}"
+                        told += " without a file." if name == "file" else " with a file."
+                        raise ApiError(400, told, param=name[:80])
                 if (file := fields.pop("file", None)) is not None:
                     with api_errors():
                         text = decoded("The file", await file.read())
                     if not text:
-                        raise ApiError(
-                            400, f"file: {file.filename!r} is empty: there is nothing to write.", param="file"
-                        )
+                        raise ApiError(400, f"file: {file.filename!r} is empty. Send a file with text.", param="file")
                     fields = {"name": file.filename} | fields | {"text": text}
                 return MemoryRequest(**fields)
     except ValidationError as error:
@@ -66,18 +65,18 @@ async def _memory_request(request: Request) -> MemoryRequest:
 
 
 async def _write(memories: Memories, writes: WriteQueue, limits: Limits, request: Request, tenant: str) -> Response:
-    """The memory of a text, which is written unless it is there; as a stream or at once."""
+    """The memory of a text, which is written first unless it is stored; as a stream or at once."""
     body = await _memory_request(request)
     if (body.steps or 0) > limits.write_steps:
         raise ApiError(
             400,
-            f"A text is written in at most {counted(limits.write_steps, 'write step')} here, got {body.steps:,}.",
+            f"This server writes a text in at most {counted(limits.write_steps, 'write step')}, got {body.steps:,}.",
             param="steps",
         )
     options = WriteOptions(steps=body.steps, lr=body.lr)
     identity = await run_in_threadpool(memories.id_of, tenant, body.text, options)
     found = None
-    with suppress(ApiError, MemoryStateError):  # which it is not, if it is there and whole
+    with suppress(ApiError, MemoryStateError):  # not stored, or damaged
         found = await run_in_threadpool(memories.describe, tenant, identity)
     key = (tenant, identity, body.fidelity)
     there = found is not None and (not body.fidelity or found["fidelity"] is not None)
@@ -103,12 +102,12 @@ async def _write(memories: Memories, writes: WriteQueue, limits: Limits, request
 
 
 def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> APIRouter:
-    """What writes, shows and deletes memories.
+    """The routes that write, show and delete memories.
 
     Args:
-        memories (`Memories`): of all tenants.
-        writes (`WriteQueue`): where texts wait.
-        limits (`Limits`): bounds.
+        memories (`Memories`): the memories of all tenants.
+        writes (`WriteQueue`): where texts wait to be written.
+        limits (`Limits`): the server's limits.
     """
     router = APIRouter(prefix="/v1/memories")
 

@@ -1,4 +1,4 @@
-"""What requests may say."""
+"""The bodies of requests."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Text: TypeAlias = Annotated[str, Field(min_length=1)]
 AUTO: Literal["auto"] = "auto"
 
 
-# What may be one thing or another is made one thing before it is looked at. Of a union pydantic would put the names of
-# its types into the places of errors, which clients do not know.
+# Values that may have one of two types are converted to one type before validation. For a union, pydantic would put its
+# type names into the locations of errors, which mean nothing to clients.
 
 
 def _as_list(value: Any) -> list[Any]:
     if not isinstance(value, str | list):
-        raise ValueError("Send a text, or a list of them")
+        raise ValueError("Send a string or a list of strings")
     return [value] if isinstance(value, str) else value
 
 
@@ -54,7 +54,7 @@ class _Body(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _name_what_was_meant(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """An unknown field is told with the one that may have been meant; other errors stay as they are."""
+        """Suggest a known field for an unknown one; other errors stay as they are."""
         try:
             return handler(values)
         except ValidationError as error:
@@ -66,7 +66,7 @@ class _Body(BaseModel):
         said = error["msg"]
         if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
             meant = get_close_matches(str(error["loc"][0]), cls.model_fields, n=1)
-            said = f"This server does not take it; {f'did you mean {meant[0]}?' if meant else 'leave it out'}"
+            said = f"This server does not support it; {f'did you mean {meant[0]}?' if meant else 'leave it out'}"
         return PydanticCustomError(error["type"], said)
 
 
@@ -74,12 +74,12 @@ class MemoryRequest(_Body):
     """A text to write.
 
     Args:
-        text (`str`): of any length.
-        name (`str`, *optional*): what it is called.
+        text (`str`): the text, of any length.
+        name (`str`, *optional*): a name for it.
         steps (`int`, *optional*): write steps; None: the adapter's.
         lr (`float`, *optional*): write learning rate; None: the adapter's.
-        fidelity (`bool`, *optional*, defaults to `False`): measure how much the memory gives back, which takes longer
-            than the writing.
+        fidelity (`bool`, *optional*, defaults to `False`): measure how much of the text greedy decoding from memory
+            gets back, which takes longer than writing.
         stream (`bool`, *optional*, defaults to `False`): send each write step as a server-sent event.
     """
 
@@ -92,12 +92,12 @@ class MemoryRequest(_Body):
 
 
 class RecitalRequest(_Body):
-    """What greedy decoding gets from a memory alone.
+    """Decode a segment's text greedily, from memory alone.
 
     Args:
-        memory (`str`): its id.
-        segment (`int`, *optional*, defaults to `0`): which segment of its text.
-        max_tokens (`int`, *optional*): most tokens; None: as many as the segment has.
+        memory (`str`): the memory's id.
+        segment (`int`, *optional*, defaults to `0`): the number of the segment.
+        max_tokens (`int`, *optional*): the most tokens; None: as many as the segment has.
         stream (`bool`, *optional*, defaults to `False`): send each piece of text as a server-sent event.
     """
 
@@ -108,14 +108,15 @@ class RecitalRequest(_Body):
 
 
 class StreamOptions(_Body):
-    """Of a stream; `include_obfuscation` changes nothing."""
+    """Options of a streamed answer; `include_obfuscation` is accepted and ignored."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class _Generation(_Body):
-    """What both ways to ask have in common. What this server cannot do may be named with the value that asks nothing.
+    """The fields that both kinds of request have in common. Fields that this server does not support are accepted only
+    with the value that changes nothing.
 
     Args:
         memory (`list[str]` or `"auto"`, *optional*): the memories to answer from; `"auto"`: the store chooses. None:
@@ -135,7 +136,7 @@ class _Generation(_Body):
     frequency_penalty: Literal[0] | None = 0
     presence_penalty: Literal[0] | None = 0
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
-    # These say nothing of the answer.
+    # These do not affect the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -154,13 +155,13 @@ class Part(_Body):
 
 
 class Message(BaseModel):
-    """A message of a chat. Other fields that clients give back, such as an answer's, are passed over."""
+    """A message of a chat. Other fields are ignored: clients send them back with earlier answers."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
 
     def as_template_has_it(self) -> dict[str, str]:
-        """For the model's chat template."""
+        """The message as the model's chat template takes it."""
         content = "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
@@ -168,9 +169,9 @@ class Message(BaseModel):
 def _with_a_question(messages: list[Message]) -> list[Message]:
     asked = [message for message in messages if message.role == "user"]
     if not asked:
-        raise ValueError("There is no message of the user to answer.")
+        raise ValueError("There is no message with the role user to answer.")
     if not asked[-1].as_template_has_it()["content"].strip():
-        raise ValueError("The user's last message is empty: there is nothing to answer.")
+        raise ValueError("The last user message is empty: there is nothing to answer.")
     return messages
 
 
@@ -178,7 +179,7 @@ class ChatRequest(_Generation):
     """OpenAI's `/v1/chat/completions`, with `memory`.
 
     Args:
-        support (`bool`, *optional*, defaults to `False`): say how far memory supports an answer, before it begins.
+        support (`bool`, *optional*, defaults to `False`): say how far memory supports an answer, before the answer.
     """
 
     messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_with_a_question)]
@@ -190,7 +191,7 @@ class ChatRequest(_Generation):
 
 
 class CompletionRequest(_Generation):
-    """OpenAI's `/v1/completions`, with `memory`. A prompt is put into the adapter's query format."""
+    """OpenAI's `/v1/completions`, with `memory`. Each prompt is put into the adapter's query format."""
 
     prompt: Annotated[list[Text], Field(min_length=1), _ONE_OR_MANY]
     echo: Literal[False] | None = False

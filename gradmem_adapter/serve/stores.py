@@ -1,4 +1,4 @@
-"""Where the memory stores of tenants are, and what of them nobody is answered from."""
+"""Where the memory stores of tenants are, and which stored memories no client can see."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ TENANTS = "tenants"
 
 
 def store_of(folder: Path, tenant: str) -> MemoryStore:
-    """The memory store of a tenant, which need not be there yet.
+    """The memory store of a tenant, which need not exist yet.
 
     Args:
-        folder (`Path`): the store of `LOCAL`; those of other tenants are in folders of it.
-        tenant (`str`): whose.
+        folder (`Path`): the store of `LOCAL`; those of other tenants are in folders inside it.
+        tenant (`str`): the tenant.
     """
     return MemoryStore(folder if tenant == LOCAL else folder / TENANTS / tenant)
 
 
 def unseen(folder: Path, tenants: Tenants, fingerprint: str) -> Iterator[str]:
-    """What is stored and no client sees, and what to do: a sentence for each store where there is something.
+    """Warnings about stored memories that no client can see, with a remedy: at most one for each store.
 
     Args:
         folder (`Path`): as for `store_of`.
-        tenants (`Tenants`): who is served.
-        fingerprint (`str`): of the model that answers.
+        tenants (`Tenants`): the tenants that are served.
+        fingerprint (`str`): the fingerprint of the model that answers.
     """
     folders = (path.name for path in (folder / TENANTS).glob("*") if path.is_dir())
     for name in [LOCAL, *sorted(folders)]:
@@ -41,21 +41,22 @@ def unseen(folder: Path, tenants: Tenants, fingerprint: str) -> Iterator[str]:
             yield f"The store of {name!r} cannot be read: {error}"
             continue
         if name not in tenants.names and stats.states:
-            yield f"Memories in {store.path} that no client sees: {stats.sources:,}. {_remedy(folder, name, tenants)}"
+            memories = counted(stats.sources, "memory")
+            yield f"No client sees {memories} in {store.path}. {_remedy(folder, name, tenants)}"
         elif others := stats.states - stats.models.get(fingerprint, 0):
             yield (
-                f"Another model wrote {others:,} of {counted(stats.states, 'memory state')} in {store.path}, and what "
-                "another one wrote is not seen. Write those texts again with this one."
+                f"Another model wrote {others:,} of {counted(stats.states, 'memory state')} in {store.path}: clients "
+                "do not see these. Write their texts again with this model."
             )
 
 
 def _remedy(folder: Path, name: str, tenants: Tenants) -> str:
     if not tenants:
-        return f"They are of the tenant {name!r}, who needs a key: pass --keys FILE."
+        return f"They belong to the tenant {name!r}, which needs a key: pass --keys FILE."
     if name != LOCAL:
-        return f"No key is of their tenant: write a line with {name} and a key into the file of --keys."
+        return f"Their tenant has no key: add a line with {name} and a key to the file of --keys."
     old, new = shlex.quote(str(folder)), shlex.quote(str(folder / TENANTS / "NAME"))
     return (
-        f"They were stored without keys. Name a tenant {LOCAL} in the file of --keys, or give them to a new one while "
-        f"no server runs: mkdir -p {new} && mv {old}/index.sqlite* {old}/states {new}"
+        f"They were stored without keys. Add a tenant {LOCAL} to the file of --keys, or move them to a new one while "
+        f"no server is running: mkdir -p {new} && mv {old}/index.sqlite* {old}/states {new}"
     )

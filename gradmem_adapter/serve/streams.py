@@ -1,4 +1,4 @@
-"""What work tells on its way, as server-sent events."""
+"""Progress of long work as server-sent events."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sse_starlette import EventSourceResponse
 from gradmem_adapter.serve.errors import api_error
 
 Tell: TypeAlias = Callable[[dict[str, Any]], None]
-"""Called in any thread with what a client is told."""
+"""Called from any thread with an event for the client."""
 
 
 def event_stream(begin: Callable[[Tell], Awaitable[dict[str, Any]]], grace: float) -> EventSourceResponse:
-    """Events of what work tells, then what it gives, or its error, and `[DONE]`. Who goes away cancels the work.
+    """The events of some work, then its result or its error, then `[DONE]`. A client that disconnects cancels the work.
 
     Args:
-        begin (`Callable`): begins the work, given where it tells.
-        grace (`float`): seconds that it has to end when the server is stopped.
+        begin (`Callable`): begins the work, given a function to call with events.
+        grace (`float`): seconds that the work has to finish when the server is stopped.
     """
     return EventSourceResponse(_events(begin), sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=grace)
 

@@ -1,4 +1,4 @@
-"""Who asks: API keys, and the tenants that they stand for."""
+"""API keys, and the tenants that they belong to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradmem_adapter.serve.errors import ApiError, too_large
 from gradmem_adapter.utils.files import read_text
 
 LOCAL = "local"
-"""The tenant of a server without keys. One with keys may have it, too."""
+"""The tenant of a server without keys. A server with keys may have it, too."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _SHORTEST = 16
 
@@ -25,18 +25,18 @@ class Tenants:
     """The tenants of API keys.
 
     Args:
-        keys (`Mapping[str, str]`, *optional*): the tenant of each key; none: whoever asks is one tenant.
+        keys (`Mapping[str, str]`, *optional*): the tenant of each key; none: all requests are of one tenant.
 
     Raises:
-        ValueError: a name that no folder should have, or a key that is guessed too easily.
+        ValueError: a name is not safe for a folder, or a key is too short to be secret.
     """
 
     def __init__(self, keys: Mapping[str, str] | None = None) -> None:
         for key, name in (keys or {}).items():
             if not _NAME.fullmatch(name):
-                raise ValueError(f"A tenant's name has small letters, digits, - and _, 63 at most, got {name!r}.")
+                raise ValueError(f"A tenant's name must be 1 to 63 lowercase letters, digits, - and _, got {name!r}.")
             if len(key) < _SHORTEST:
-                raise ValueError(f"The key of {name!r} is too short: use {_SHORTEST} characters at least.")
+                raise ValueError(f"The key of {name!r} is too short: use at least {_SHORTEST} characters.")
         self._names = {_digest(key): name for key, name in (keys or {}).items()}
 
     @classmethod
@@ -44,7 +44,7 @@ class Tenants:
         """Tenants of a file with a tenant and a key on each line; a tenant may have several.
 
         Args:
-            path (`Path`): of the file; what stands behind `#` is a comment.
+            path (`Path`): the file; everything after `#` is a comment.
         """
         keys: dict[str, str] = {}
         for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -64,42 +64,42 @@ class Tenants:
 
     @property
     def names(self) -> set[str]:
-        """Of all that are served."""
+        """The names of all tenants that are served."""
         return set(self._names.values()) or {LOCAL}
 
     def of(self, headers: Headers) -> str:
         """The tenant of a request.
 
         Raises:
-            ApiError: it has no key, or a wrong one; or another site's page in a browser sent it, without a key.
+            ApiError: the key is missing or wrong; or, on a server without keys, a browser page of another site sent it.
         """
         if not self:
             if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-                raise ApiError(403, "A page of another site may not use this server.")
+                raise ApiError(403, "Pages of other sites may not use this server.")
             return LOCAL
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
-            raise ApiError(401, "Send a key: the header Authorization: Bearer KEY.", "invalid_api_key")
+            raise ApiError(401, "The API key is missing. Send the header Authorization: Bearer KEY.", "invalid_api_key")
         name = self._names.get(_digest(key.strip()))
         if name is None:
-            raise ApiError(401, "The key is wrong. Ask for one where this server is run.", "invalid_api_key")
+            raise ApiError(401, "The API key is wrong. Ask the operator of this server for one.", "invalid_api_key")
         return name
 
 
 def _digest(key: str) -> bytes:
-    """What is looked up in place of a key, so that the time which that takes tells nothing of it."""
+    """A digest to look up instead of the key, so that the time of the look-up reveals nothing about the key."""
     return hashlib.sha256(key.encode()).digest()
 
 
 class Gate:
-    """Lets requests in whose tenant is known, before anything of their body is read, and no more than so much of it.
+    """Middleware that refuses requests without a known tenant before their body is read, and bodies that are too long.
 
     Args:
-        app (`ASGIApp`): what is behind it, with the tenant in `request.state.tenant` for paths under `/v1`.
-        tenants (`Tenants`): who may.
-        body_bytes (`int`): most bytes of a body.
-        hosts (`Collection[str]`): what the server may be called where no key is needed, or a page whose name is made to
-            lead here could ask.
+        app (`ASGIApp`): the app, which finds the tenant in `request.state.tenant` for paths under `/v1`.
+        tenants (`Tenants`): who may use the server.
+        body_bytes (`int`): the most bytes in a body.
+        hosts (`Collection[str]`): host names accepted if no key is needed. This keeps out pages whose domain name was
+            made to resolve to this machine (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, tenants: Tenants, body_bytes: int, hosts: Collection[str]) -> None:
@@ -132,4 +132,4 @@ class Gate:
 
     def _check_host(self, host: str) -> None:
         if not self.tenants and urlsplit(f"//{host}").hostname not in self.hosts:
-            raise ApiError(400, f"This server is not {host[:80]!r}. Ask it as {' or '.join(sorted(self.hosts))}.")
+            raise ApiError(400, f"This server does not answer to {host[:80]!r}. Use {' or '.join(sorted(self.hosts))}.")

@@ -1,4 +1,4 @@
-"""WRITEs, one after the other, behind a bound."""
+"""A bounded queue of WRITEs, which run one after the other."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gradmem_adapter.utils.wording import counted
 
 T = TypeVar("T")
 _RESTART = 10
-"""Seconds after which a server that was stopped may run again."""
+"""Seconds after which clients of a stopping server should try again."""
 
 
 class NobodyWaitsError(Exception):
-    """Whoever asked for a WRITE is gone."""
+    """All clients that asked for a WRITE have disconnected."""
 
 
 @dataclass(eq=False)
@@ -29,46 +29,46 @@ class _Job:
     key: Hashable
     cancelled: threading.Event
     ended: asyncio.Future[Any]
-    """Done when the thread has done with it, and not before."""
+    """Done only when the thread has finished with the job."""
     result: asyncio.Future[Any]
-    """The same for who waits, and cancelled where nobody is to wait any longer."""
+    """What clients wait for: done with `ended`, or cancelled earlier if nobody is to wait any longer."""
     waiting: int = 0
 
     def end(self) -> None:
-        """Do not begin, or end at the next check; who waits does so no longer."""
+        """Cancel the job: it does not begin, or ends at its next check, and clients stop waiting now."""
         self.cancelled.set()
         self.result.cancel()
 
 
 class WriteQueue:
-    """Work of one thread, each piece of it once however many ask for it at the same time.
+    """Jobs for one thread. A job that several clients ask for at the same time runs once.
 
     Args:
-        bound (`int`): pieces that are being worked on or wait.
+        bound (`int`): the most jobs running or waiting.
     """
 
     def __init__(self, bound: int) -> None:
         self.bound = bound
         self._jobs: set[_Job] = set()
-        """Those, too, for which nobody waits, until their thread has done with them."""
+        """All jobs until the thread has finished with them, even if nobody waits for them any more."""
         self._thread = ThreadPoolExecutor(1, "gradmem-write")
         self._seconds = 1.0
-        """That a piece takes, lately."""
+        """Moving average of how long a job takes."""
         self._stopped = False
 
     def __len__(self) -> int:
-        """How many pieces there are."""
+        """The number of jobs running or waiting."""
         return len(self._jobs)
 
     async def run(self, key: Hashable, work: Callable[[Callable[[], None]], T]) -> T:
-        """Wait for a piece of work. If all who wait are cancelled, it does not begin, or ends at its next check.
+        """Run a job and wait for it. If everyone waiting is cancelled, it does not begin, or ends at its next check.
 
         Args:
-            key (`Hashable`): the same for the same work.
+            key (`Hashable`): identifies the job: equal keys share one run.
             work (`Callable`): called with a function that raises when nobody waits any more.
 
         Raises:
-            ApiError: there is too much to do.
+            ApiError: the queue is full, or the server is stopping.
         """
         job = self._waited_for(key)
         if job is None:
@@ -88,15 +88,15 @@ class WriteQueue:
                 job.end()
 
     def check_room(self, key: Hashable) -> None:
-        """Raise `ApiError` where there is too much to do for one more piece, or no more is begun."""
+        """Raise `ApiError` if the queue is full, or if the server is stopping."""
         if self._stopped:
             raise _stopping()
         if len(self._jobs) >= self.bound and self._waited_for(key) is None:
-            told = f"Being written or waiting for it: {counted(len(self._jobs), 'text')}. Ask again later."
+            told = f"The server is busy: {counted(len(self._jobs), 'text')} being written or waiting. Try again later."
             raise ApiError(429, told, "write_queue_full", retry_after=self._retry_after)
 
     async def wait(self, key: Hashable) -> None:
-        """Wait until a piece of work has ended, if it is under way, whether or not somebody waits for what it gives."""
+        """Wait until a job has ended, if it is in the queue, even if it was cancelled."""
         if ended := [job.ended for job in self._jobs if job.key == key]:
             await asyncio.wait(ended)
 
@@ -114,7 +114,7 @@ class WriteQueue:
     def _forget(self, job: _Job, ended: asyncio.Future[Any]) -> None:
         self._jobs.discard(job)
         if not ended.cancelled():
-            ended.exception()  # looked at, or asyncio logs what `result` tells
+            ended.exception()  # retrieved, or asyncio would log an exception that `result` reports
 
     @property
     def _retry_after(self) -> int:
@@ -133,18 +133,18 @@ class WriteQueue:
             self._seconds += 0.2 * (time.monotonic() - start - self._seconds)
 
     def stop(self) -> None:
-        """Begin nothing more, let what is under way end at its next check, and tell who waits."""
+        """Accept no more jobs, end the running one at its next check, and tell waiting clients."""
         self._stopped = True
         for job in self._jobs:
             job.end()
 
     def close(self) -> None:
-        """Wait for what is under way to end at its next check, and begin nothing more."""
-        for job in list(self._jobs):  # which those that end leave meanwhile
+        """Begin no more jobs, and wait for the running one to end at its next check."""
+        for job in list(self._jobs):  # a copy: jobs that end leave the set
             job.cancelled.set()
         self._thread.shutdown(cancel_futures=True)
 
 
 def _stopping() -> ApiError:
-    told = "The server is stopping. Send this again when it runs: what is stored of a text is not written anew."
+    told = "The server is stopping. Send this again after its restart: stored segments are not written again."
     return ApiError(503, told, "server_stopping", retry_after=_RESTART)

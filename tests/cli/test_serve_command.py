@@ -41,7 +41,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_opened(tmp_path, start
         port = other.getsockname()[1]
         refused = invoke("serve", tmp_path / "none", "--store", tmp_path / "store", "--port", port)
     assert (refused.exit_code, started) == (2, [])
-    assert f"listen at 127.0.0.1, port {port}: Address already in use. Take another --port" in " ".join(
+    assert f"listen at 127.0.0.1, port {port}: Address already in use. Pass another --port" in " ".join(
         refused.stderr.split()
     )
 
@@ -66,7 +66,7 @@ def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, t
             refused = client.post("/v1/memories", json={"text": "w1 w2", "stream": stream})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_segment_tokens")
             told = refused.json()["error"]["message"]
-            assert told.startswith(f"{said}: no text is written here")
+            assert told.startswith(f"{said}: this server writes no texts")
             assert told.endswith("gradmem serve --segment-tokens.")
 
 
@@ -129,5 +129,5 @@ def test_memories_that_no_key_sees_are_said(checkpoint, tmp_path, started):
     assert invoke("write", tmp_path / "a.txt", "--store", store, *options).exit_code == 0
     result = invoke("serve", checkpoint, "--store", store, "--keys", keys, "--segment-tokens", 8)
     assert (result.exit_code, len(started)) == (0, 1), result.output
-    said = f"Memories in {store} that no client sees: 1. They were stored without keys."
+    said = f"No client sees 1 memory in {store}. They were stored without keys."
     assert said in " ".join(result.stderr.split())

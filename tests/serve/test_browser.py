@@ -155,7 +155,7 @@ def test_not_in_memory(driver, store, monkeypatch):
 def test_a_key_is_asked_for_and_kept_for_the_session_alone(driver, pipeline, store):
     with listening(create_app(pipeline, store.path, tenants=Tenants({KEY: "anna"}))) as url:
         page = Page(driver, url)
-        page.until(lambda: page["key"].is_displayed() and "Send a key" in page["error"].text)
+        page.until(lambda: page["key"].is_displayed() and "The API key is missing" in page["error"].text)
         page.type("key", "b" * 16)
         page.press("#key-form button")
         page.until(lambda: "wrong" in page["error"].text)

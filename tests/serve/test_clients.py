@@ -34,7 +34,7 @@ def test_openai(client, memory, pipeline, store):
     assert len(client.completions.create(prompt="w4 w5", **own).choices[0].text.split()) == 6
     with pytest.raises(openai.NotFoundError, match="no memory"):
         client.chat.completions.create(messages=MESSAGES, **own | {"extra_body": {"memory": ["mem_0"]}})
-    with pytest.raises(openai.BadRequestError, match="does not take it"):
+    with pytest.raises(openai.BadRequestError, match="does not support it"):
         client.chat.completions.create(messages=MESSAGES, tools=[], **own)
 
 

@@ -58,7 +58,7 @@ def test_other_sites_do_not_use_a_server_without_keys(serve):
     assert client.get("/v1/memories", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
     found = client.get("/v1/memories", headers={"Host": "evil.example"})
     assert found.status_code == 400
-    assert "Ask it as 127.0.0.1 or" in found.json()["error"]["message"]
+    assert "Use 127.0.0.1 or" in found.json()["error"]["message"]
     written(client, "w1")
     for host in ("[::1]:8000", "localhost:8000"):
         assert client.get("/v1/memories", headers={"Host": host}).status_code == 200
@@ -79,7 +79,7 @@ def test_a_file_of_keys(tmp_path):
         ("anna", "line 1"),
         ("anna k1 k2", "line 1"),
         (f"anna {'a' * 16}\nbert {'a' * 16}", "line 2"),
-        (f"../bert {'a' * 16}", "name has"),
+        (f"../bert {'a' * 16}", "name must be"),
         ("anna short", "too short"),
     ):
         path.write_text(wrong)

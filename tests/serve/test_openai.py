@@ -143,7 +143,7 @@ def test_a_long_text_without_a_word_of_the_question_is_not_read_from_its_beginni
     assert response.status_code == 400, response.text
     said = response.json()["error"]
     assert (said["code"], said["param"]) == ("no_memory_chosen", "memory")
-    assert f"have {len(long['segments'])} states, an answer is read from 4 at most" in said["message"]
+    assert f"have {len(long['segments'])} states, but an answer is read from at most 4" in said["message"]
 
 
 def test_an_adapter_that_refuses_finds_the_segment_without_a_word_of_the_question(serve, store, monkeypatch):
@@ -204,12 +204,12 @@ def test_answers_in_json(serve):
         ({"memory": ["mem_0"]}, 404, "no memory 'mem_0'"),
         ({"memory": "all"}, 400, "memory"),
         ({"n": 2}, 400, "n: "),
-        ({"tools": []}, 400, "tools: This server does not take it"),
+        ({"tools": []}, 400, "tools: This server does not support it"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"temperature": 9}, 400, "temperature"),
         ({"max_tokens": 10**6}, 400, "at most 1,024 tokens"),
         ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "system", "content": "w1"}]}, 400, "no message of the user"),
+        ({"messages": [{"role": "system", "content": "w1"}]}, 400, "no message with the role user"),
         ({"messages": [{"role": "user", "content": "w1 " * 200}]}, 400, "too long"),
         ({"messages": [{"role": "user", "content": "w1\0"}]}, 400, "Prompt 0 has a zero byte at place"),
     ],
@@ -419,7 +419,7 @@ class TestLooking:
 @pytest.mark.parametrize(
     ("more", "param", "said"),
     [
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "Send a text, or a list"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "Send a string or a list"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "image_url"}]}]},
             "messages[0].content[1].type",
@@ -427,16 +427,16 @@ class TestLooking:
         ),
         ({"messages": [{"role": "user", "content": ["w1"]}]}, "messages[0].content[0]", "object"),
         ({"messages": [{"role": "user", "content": "w1"}, {"role": "robot", "content": ""}]}, "messages[1].role", ""),
-        ({"messages": [{"role": "system", "content": "w1"}]}, "messages", "no message of the user"),
-        ({"messages": [{"role": "user", "content": " "}]}, "messages", "The user's last message is empty"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages", "The user's last message is empty"),
+        ({"messages": [{"role": "system", "content": "w1"}]}, "messages", "no message with the role user"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages", "The last user message is empty"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages", "The last user message is empty"),
         ({"memori": ["mem_1"]}, "memori", "did you mean memory?"),
-        ({"colour": 1}, "colour", "does not take it; leave it out."),
-        ({"memori": 1, "temperature": 9}, "temperature", "memori: This server does not take it; did you mean"),
+        ({"colour": 1}, "colour", "does not support it; leave it out."),
+        ({"memori": 1, "temperature": 9}, "temperature", "memori: This server does not support it; did you mean"),
         ({"memory": "mem_1"}, "memory", "Send a list of ids, or 'auto'"),
         ({"memory": ["mem_1", 2]}, "memory[1]", "valid string"),
-        ({"stop": ["w1", ""]}, "stop[1]", "It is empty, and must have at least 1 character"),
-        ({"stream_options": {"what": 1}}, "stream_options.what", "does not take it"),
+        ({"stop": ["w1", ""]}, "stop[1]", "It must have at least 1 character"),
+        ({"stream_options": {"what": 1}}, "stream_options.what", "does not support it"),
         ({"stream_options": {"includes_usage": True}}, "stream_options.includes_usage", "did you mean include_usage?"),
     ],
 )

@@ -34,8 +34,8 @@ def test_what_was_stored_without_keys_is_given_to_a_tenant(serve, pipeline, stor
     assert told(pipeline, store, Tenants()) == []
     assert seen(serve, tenants) == set()
     (line,) = told(pipeline, store, tenants)
-    assert line.startswith(f"Memories in {store.path} that no client sees: 2. They were stored without keys.")
-    subprocess.run(line.partition("no server runs: ")[2].replace("NAME", "anna"), shell=True, check=True)
+    assert line.startswith(f"No client sees 2 memories in {store.path}. They were stored without keys.")
+    subprocess.run(line.partition("no server is running: ")[2].replace("NAME", "anna"), shell=True, check=True)
     assert told(pipeline, store, tenants) == []
     assert seen(serve, tenants) == set(filled)
     assert store_of(store.path, "anna").verify().ok
@@ -60,18 +60,16 @@ def test_a_tenant_named_local_has_what_was_stored_without_keys(serve, pipeline, 
 def test_tenants_without_a_key(serve, pipeline, store):
     serve(tenants=Tenants({KEY: "anna"})).post("/v1/memories", json={"text": "w1"}, headers=ANNA)
     (line,) = told(pipeline, store, Tenants({KEY: "bert"}))
-    assert "that no client sees: 1." in line
-    assert "write a line with anna and a key" in line
+    assert "No client sees 1 memory in" in line
+    assert "add a line with anna and a key" in line
     (line,) = told(pipeline, store, Tenants())
-    assert "They are of the tenant 'anna', who needs a key: pass --keys FILE." in line
+    assert "They belong to the tenant 'anna', which needs a key: pass --keys FILE." in line
 
 
 def test_what_another_model_wrote(pipeline, store, filled):
     store.add(tiny_pipeline(seed=1), ["w1 w2"])
     (line,) = told(pipeline, store, Tenants())
-    assert line.startswith(
-        f"Another model wrote 1 of 3 memory states in {store.path}, and what another one wrote is not seen."
-    )
+    assert line.startswith(f"Another model wrote 1 of 3 memory states in {store.path}: clients do not see these.")
 
 
 def test_a_store_that_cannot_be_read_is_said(pipeline, store):

@@ -21,7 +21,7 @@ async function call(path, { method = "GET", body, signal } = {}) {
   const { error } = await response.json().catch(() => ({}));
   const told = error?.message ?? `The server answered with status ${response.status}.`;
   const wait = response.headers.get("Retry-After");
-  throw new Error(wait ? `${told.replace(/ Ask again later\.$/, "")} Try again in ${wait} s.` : told);
+  throw new Error(wait ? `${told.replace(/ Try again later\.$/, "")} Try again in ${wait} s.` : told);
 }
 
 const get = async (path) => (await call(path)).json();
@@ -31,7 +31,7 @@ async function* events(path, body, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("The server ended before its answer did.");
+    if (done) throw new Error("The connection ended before the answer was complete.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines.filter((one) => one.startsWith("data: "))) {
@@ -240,7 +240,7 @@ function written(event, { text, name }) {
   } else {
     const known = current?.id === event.id; // or it had been written before
     show({ ...event, chars: Array.from(text) });
-    if (!known) $("status").textContent = "This text had been written before.";
+    if (!known) $("status").textContent = "This text was already written.";
   }
 }
 
@@ -318,7 +318,7 @@ async function take(file) {
   try {
     $("text").value = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
   } catch {
-    throw new Error(`${file.name} is no text in UTF-8.`);
+    throw new Error(`${file.name} is not a text file in UTF-8.`);
   }
   $("name").value = file.name;
 }
