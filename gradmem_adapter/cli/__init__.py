@@ -1,4 +1,4 @@
-"""The `gradmem` command, thin over the API: a command a file."""
+"""The `gradmem` command, a thin layer over the API: one file per subcommand."""
 
 from gradmem_adapter.cli.main import app
 

@@ -1,4 +1,4 @@
-"""As torchrun starts the command: `torchrun -m gradmem_adapter.cli train ...`."""
+"""Lets torchrun start the command: `torchrun -m gradmem_adapter.cli train ...`."""
 
 from gradmem_adapter.cli.main import app
 

@@ -1,4 +1,4 @@
-"""`gradmem ask`: questions in, answers from memory out: of texts, of states that were kept, or of a memory store."""
+"""`gradmem ask`: answers questions from memory: from texts, from saved states, or from a memory store."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gradmem_adapter.utils.wording import counted
 if TYPE_CHECKING:
     from gradmem_adapter import GradMemPipeline, MemoryState, MemoryStore
 
-REPEATED = "what segments repeat of each other"
+REPEATED = "overlaps included"
 TEXT = """Text to ask about: a file, a directory, a quoted pattern, or - for standard input. May be repeated. Long
 texts are written in segments."""
 
@@ -83,7 +83,7 @@ def ask(
             "seconds": time.perf_counter() - start,
         }
         if not as_json:
-            repeated = f", with {REPEATED}," if _overlap(places) else ""
+            repeated = f" ({REPEATED})" if _overlap(places) else ""
             split = f" of {counted(len(states), 'state')}" if len(states) > 1 else ""
             typer.echo(
                 f"{counted(figures['context_tokens'], 'token')}{repeated} in "
@@ -97,7 +97,7 @@ def ask(
     if as_json:
         print_json(figures | {"answers": answers})
     if documents and state is not None:
-        states.save(state)  # after the answers, which a full disk must not take away
+        states.save(state)  # last, so that a full disk does not cost the answers
 
 
 def _answer(
@@ -108,12 +108,12 @@ def _answer(
     options: dict[str, Any],
     quiet: bool,
 ) -> dict[str, Any]:
-    """Answer a question, piece by piece unless it is to be quiet, with how far memory supports it and its sources."""
+    """Answer a question and say how far memory supports the answer and where it comes from. Prints unless quiet."""
     if not quiet:
         typer.secho(visible(question), bold=True)
     if states is None:
         if not quiet:
-            typer.echo("  (no text in the store has a word of it)")
+            typer.echo("  (no text in the store shares a word with it)")
         return {"question": question, "answer": None, "support": None, "sources": []}
     pieces, support, read = _pieces(pipeline, question, states, places, options)
     sources = [places[i] for i in read]
@@ -124,10 +124,10 @@ def _answer(
             typer.echo(visible(new if answer else f"  {new}"), nl=False)
         answer += new
     if not quiet:
-        answered = answer.strip() != pipeline.model.active_peft_config.refusal  # what was refused is from nowhere
+        answered = answer.strip() != pipeline.model.active_peft_config.refusal  # a refusal has no source
         whence = f", {in_words(sources)}" if answered and (len(places) > 1 or "key" in places[0]) else ""
         partly = dict.fromkeys(visible(one["source"]) for one in sources if not one.get("whole", True))
-        whence += "".join(f"\n{source} is not stored to its end: write it again, which goes on" for source in partly)
+        whence += "".join(f"\n{source} is not stored to its end: write it again to continue" for source in partly)
         typer.secho(f"  (support {support:.2f}{whence})".replace("\n", "; "), dim=True)
     return {"question": question, "answer": answer.strip(), "support": support, "sources": sources}
 
@@ -139,9 +139,9 @@ def _pieces(
     places: Sequence[dict[str, Any]],
     options: dict[str, Any],
 ) -> tuple[Iterable[str], float, list[int]]:
-    """An answer's pieces, how far memory supports it, and the states that it is from.
+    """An answer's pieces, how far memory supports it, and the states that it comes from.
 
-    What an adapter that was not trained to refuse answers is scored when it is whole.
+    With an adapter that was not trained to refuse, the answer is scored only when it is complete.
     """
     searched = [place["score"] for place in places if "score" in place] or None
     memory, read, support = pipeline.select(question, memory=states, search_scores=searched, support=True)
@@ -154,10 +154,10 @@ def _pieces(
 def _write(
     pipeline: GradMemPipeline, documents: Sequence[Document], steps: int | None
 ) -> tuple[MemoryState, list[dict[str, Any]]]:
-    """States of documents, and what each is of.
+    """States of documents, and the place in its document that each was written from.
 
-    A document beyond the trained length has a state for each segment. So has a shorter one, longer than a segment,
-    where the adapter was trained to refuse: it knows which of several states holds an answer.
+    A document longer than the trained length gets a state for each segment. With an adapter that was trained to refuse,
+    so does every document longer than a segment, because it can tell which of several states holds an answer.
     """
     config = pipeline.model.active_peft_config
     trained = config.trained_length
@@ -175,11 +175,11 @@ def _write(
         texts += [segment.text for segment in segments]
         places += [{"source": document.source, "start": one.start, "end": one.end} for one in segments]
         if tokens > trained:
-            written = f" and {sum(one.tokens for one in segments):,} in all, with {REPEATED}"
+            written = f", {sum(one.tokens for one in segments):,} in all ({REPEATED})"
             counts = written if _overlap(places[-len(segments) :]) else ""
             warnings.warn(
-                f"{document.source} has {tokens:,} tokens, and the adapter was trained on texts of up to {trained:,}: "
-                f"it is written in {len(segments):,} segments of up to {config.segment_tokens:,}{counts}. --state "
+                f"{document.source} has {tokens:,} tokens, but the adapter was trained on texts of up to {trained:,}. "
+                f"It is written in {len(segments):,} segments of up to {config.segment_tokens:,}{counts}. --state "
                 "keeps them; gradmem write --store also keeps their places.",
                 stacklevel=2,
             )
@@ -189,19 +189,19 @@ def _write(
 
 
 def _check_room(pipeline: GradMemPipeline, states: int) -> None:
-    """Raise before the work if so many states, which are read side by side, leave no place for a question."""
+    """Raise before the work if this many states, read side by side, leave no positions for a question."""
     config, most = pipeline.model.active_peft_config, pipeline.model.positions
     vectors = (states - 1) * config.num_memory_tokens + config.prefix_length
     if most is not None and vectors >= most:
         raise ValueError(
-            f"The texts would be {counted(states, 'state')} of {counted(vectors, 'position')}, and the model has "
-            f"{most:,} for these and a question: an adapter that was not trained to refuse reads all states side by "
-            "side. Write them into a store, and ask a few states at a time: gradmem write --store, gradmem ask --store."
+            f"The texts need {counted(states, 'state')} with {counted(vectors, 'position')}, but the model has only "
+            f"{most:,}, also for the question: this adapter was not trained to refuse, so it reads all states side by "
+            "side. Use a store, and ask a few states at a time: gradmem write --store, gradmem ask --store."
         )
 
 
 def _overlap(places: Sequence[dict[str, Any]]) -> bool:
-    """Whether parts of a text stand in two segments that follow each other."""
+    """Whether neighbouring segments of a text overlap."""
     return any(
         one["source"] == other["source"] and other["start"] is not None and other["start"] < one["end"]
         for one, other in itertools.pairwise(places)
@@ -209,11 +209,11 @@ def _overlap(places: Sequence[dict[str, Any]]) -> bool:
 
 
 def _kept(pipeline: GradMemPipeline, state: Path) -> tuple[MemoryState, list[dict[str, Any]]]:
-    """The states in a file, which the adapter wrote."""
+    """The states in a file that this adapter wrote."""
     from gradmem_adapter import MemoryState
 
     states = MemoryState.load(state)
-    pipeline.model.prefix_embeddings(states)  # refuses those of another model, before anything is said of them
+    pipeline.model.prefix_embeddings(states)  # raises before any output if another model wrote them
     numbers = range(1, len(states) + 1)
     return states, [{"source": f"{state}, state {number}", "start": None, "end": None} for number in numbers]
 
@@ -221,7 +221,7 @@ def _kept(pipeline: GradMemPipeline, state: Path) -> tuple[MemoryState, list[dic
 def _chosen(
     store: MemoryStore, pipeline: GradMemPipeline, question: str, k: int, source: str | None
 ) -> tuple[MemoryState | None, list[dict[str, Any]]]:
-    """The states that a question needs; None where the store has none for it."""
+    """The states that a question needs; None if no text in the store matches it."""
     chosen = store.choose(pipeline, question, k, source=source)
     states = store.get([choice.entry.key for choice in chosen], pipeline.model.fingerprint()) if chosen else None
     named = ("key", "source", "start", "end")
@@ -237,28 +237,26 @@ def _check_questions(questions: Sequence[str]) -> None:
             raise ValueError("A question is empty. Leave it out.")
         if os.path.exists(question):
             raise ValueError(
-                f"The question {question!r} is the name of a file. Ask about it with --text {question}; a pattern of "
-                "several files stands in quotes: --text '*.txt'."
+                f"The question {question!r} is the name of a file. Ask about it with --text {question}; put a pattern "
+                "for several files in quotes: --text '*.txt'."
             )
 
 
 def _check_memories(
     given: Sequence[str] | None, documents: Sequence[Document], state: Path | None, store: MemoryStore | None
 ) -> None:
-    """Raise unless there is one thing to ask, texts to write, a state to read or a store, before the work begins."""
+    """Raise before the work unless there is exactly one thing to ask: texts, a saved state or a store."""
     kept = state is not None and state.exists()
     if given and not documents:
         raise ValueError(f"There is no text in {', '.join(given)}.")
     if store is not None:
         if documents or state is not None:
-            raise ValueError("A store is asked by itself: leave --text and --state out, or --store.")
+            raise ValueError("--store cannot be combined with --text or --state: leave one or the other out.")
     elif documents and kept:
-        raise ValueError(f"{state} exists. Leave the texts out to ask what it holds, or name another file.")
+        raise ValueError(f"{state} exists. To ask it, leave the texts out; to save a new memory, name another file.")
     elif not documents and state is not None and not kept:
-        raise FileNotFoundError(f"There is no memory state {str(state)!r}. To keep one there, say of what: --text.")
+        raise FileNotFoundError(f"There is no memory state {str(state)!r}. To save one there, pass texts with --text.")
     elif not documents and not kept:
-        raise ValueError(
-            "There is nothing to ask about: pass --text, --state with a file that was written before, or --store."
-        )
+        raise ValueError("There is nothing to ask about: pass --text, --state with an existing file, or --store.")
     elif state is not None and documents:
         check_writable(state)

@@ -1,4 +1,4 @@
-"""Any number of documents of any length into a memory store."""
+"""Write any number of documents of any length into a memory store."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from gradmem_adapter import GradMemPipeline, MemoryStore, Segment
 
 AT_ONCE = 1024
-"""Segments that are given to the store together; behind them the last batch is waited for until it is on the disk."""
+"""Segments passed to the store in one call, which returns when the last batch is on disk."""
 EVERY = 30.0
-"""Seconds between two lines of progress where there is no terminal, as in a log; shorter work has none."""
+"""Seconds between two lines of progress if there is no terminal, for instance in a log."""
 SHOWN = 20
-"""Texts that could not be written and are named on a terminal."""
+"""The most refused texts to name, unless --json is given."""
 Piece: TypeAlias = "tuple[str, Segment, Mapping[str, Any]]"
 """The source of a segment, the segment, and its metadata."""
 
@@ -33,28 +33,28 @@ Piece: TypeAlias = "tuple[str, Segment, Mapping[str, Any]]"
 def write_to_store(
     store: MemoryStore, pipeline: GradMemPipeline, inputs: Inputs, segment_tokens: int | None, **how: Any
 ) -> Counter[str]:
-    """Write documents segment by segment. What is stored already is not written again; progress goes to a terminal, or
-    else now and then, a line each, to standard error.
+    """Write documents segment by segment. Segments stored already are not written again. Progress is shown as a bar on
+    a terminal, or else as an occasional line on standard error.
 
-    Of several processes each writes its share.
+    If there are several processes, each writes its share.
 
     Args:
-        store (`MemoryStore`): where to.
-        pipeline (`GradMemPipeline`): who writes.
-        inputs (`Inputs`): the documents. One that cannot be written is refused there, and the rest goes on.
-        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
-        how: what else `MemoryStore.add` takes: options, max_tokens.
+        store (`MemoryStore`): the store to write to.
+        pipeline (`GradMemPipeline`): what writes.
+        inputs (`Inputs`): the documents. Those that cannot be written are listed there as refused.
+        segment_tokens (`int`, *optional*): the most tokens in a segment; None: as for `pipeline.segments`.
+        how: other arguments of `MemoryStore.add`: options, max_tokens.
 
     Returns:
-        `Counter`: of `documents`, their `segments` and `tokens`, and of the segments those that were `written` now; by
-        all processes.
+        `Counter`: numbers of `documents`, their `segments` and `tokens`, and of segments `written` now; summed over all
+        processes.
 
     Raises:
         ValueError: the trained length is not known, or a segment would be longer than the model takes.
         MemoryStoreError, OSError: the store cannot be read or written.
-        typer.Exit: Ctrl-C; what is stored by then is said.
+        typer.Exit: Ctrl-C, after a line that says how much is stored.
     """
-    pipeline.segments("", segment_tokens)  # wrong numbers are no document's fault
+    pipeline.segments("", segment_tokens)  # checks the numbers once, not for each document
     counts: Counter[str] = Counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -81,7 +81,7 @@ def write_to_store(
         except KeyboardInterrupt:
             stored = counted(counts["written"], "segment")
             typer.echo(
-                f"gradmem write: interrupted. Written now and stored: {stored}; the same command goes on from there.",
+                f"gradmem write: interrupted. Written now and stored: {stored}; the same command continues from there.",
                 err=True,
             )
             raise typer.Exit(130) from None
@@ -89,7 +89,7 @@ def write_to_store(
 
 
 def in_words(counts: Counter[str]) -> str:
-    """What `write_to_store` has done, so far."""
+    """What `write_to_store` has done so far, as a line of text."""
     return (
         f"documents: {counts['documents']:,}, tokens: {counts['tokens']:,}, segments: {counts['segments']:,}, "
         f"of which written now: {counts['written']:,}"
@@ -97,12 +97,12 @@ def in_words(counts: Counter[str]) -> str:
 
 
 def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
-    """Say what `write_to_store` has done and left out, and end the command with status 2 if it was asked for more.
+    """Print what `write_to_store` has done and left out, and exit with status 2 if documents were refused.
 
     Args:
-        counts (`Counter`): what it returned.
-        inputs (`Inputs`): what it was given.
-        as_json (`bool`): as one object.
+        counts (`Counter`): what `write_to_store` returned.
+        inputs (`Inputs`): its documents.
+        as_json (`bool`): print one JSON object.
     """
     if not counts["documents"] and not inputs.refused:
         raise ValueError(f"There is no text in {', '.join(inputs.paths)}.")
@@ -112,9 +112,9 @@ def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
     else:
         typer.echo(in_words(counts))
         if inputs.passed_over:
-            typer.echo(f"passed over, as empty or no text: {counted(len(inputs.passed_over), 'file')}")
+            typer.echo(f"skipped, as empty or not text: {counted(len(inputs.passed_over), 'file')}")
     more = len(inputs.refused) - SHOWN
-    named = [*inputs.refused[:SHOWN], f"{more:,} more are left out likewise; --json names them."]
+    named = [*inputs.refused[:SHOWN], f"{more:,} more could not be written; --json names them."]
     for line in named if more > 0 else inputs.refused:
         typer.secho(f"gradmem write: {visible(line)}", fg="red", err=True)
     if inputs.refused:
@@ -146,7 +146,7 @@ def _add(
     refuse: Callable[..., None],
     how: dict[str, Any],
 ) -> None:
-    """Store some segments; where that fails, one by one, so that only what is at fault is left out."""
+    """Store some segments. If that fails, store them one by one, so that only the faulty ones are left out."""
     from gradmem_adapter import MemoryStoreError
 
     sources, segments, metadata = zip(*part, strict=True)

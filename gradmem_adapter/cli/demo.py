@@ -1,4 +1,4 @@
-"""`gradmem demo`: what a memory state holds, told on a paragraph and a story, or shown on key-value pairs."""
+"""`gradmem demo`: shows what a memory state holds, with a paragraph, a story or key-value pairs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OPTIONS = {
     (DemoTask.recite, DemoTask.kv, DemoTask.tour): ("steps", "seed"),
     (DemoTask.kv,): ("pairs",),
 }
-"""What each option says something to."""
+"""The tasks that each option applies to."""
 
 
 def demo(

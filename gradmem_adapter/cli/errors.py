@@ -1,4 +1,4 @@
-"""How a command ends where its input is wrong or where this package is: by one line, and by its trace if asked for."""
+"""How a command reports errors: one line, plus the traceback if --debug is given."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from gradmem_adapter.cli.options import visible
 
 DEBUG = typer.Option("--debug", help="Also show the traceback of an error. May also be given at the end.")
 WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
-"""What this package and the libraries below it raise where an input, an option or the machine is not as it should."""
+"""What this package and its libraries raise for a wrong input or option, or a problem with the machine."""
 NO_MEMORY = ("can't allocate memory", "STATUS_ALLOC_FAILED")
-"""How torch's own allocator for CPUs and the libraries below it say so, which raise no `OutOfMemoryError`."""
+"""Parts of the out-of-memory errors that raise no `OutOfMemoryError`: torch on CPUs and the libraries below it."""
 ADVICE = {
     errno.ENOSPC: "Make room there, or name another place",
     errno.EDQUOT: "Make room there, or name another place",
-    errno.EIO: "The disk may be full, or broken. Make room there, or name another place",
+    errno.EIO: "The disk may be full or broken. Make room there, or name another place",
     errno.EROFS: "Name another place",
     errno.EACCES: "Change its permissions, or name another place",
 }
 
 
 class Command(TyperCommand):
-    """A command that loads a model, without the bars of Transformers for work of a second."""
+    """A command that loads a model, without Transformers' progress bars for loading, which takes about a second."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run it."""
@@ -40,20 +40,20 @@ class Command(TyperCommand):
 
         logging.disable_progress_bar()
         if sys.stderr.isatty():
-            enable_progress_bars()  # of downloads, which take longer
+            enable_progress_bars()  # needed for downloads, which take longer
         return super().invoke(ctx)
 
 
 class Commands(TyperGroup):
-    """Commands whose errors are one line: exit status 2 for wrong input, 1 for failed work and for bugs of ours."""
+    """Commands that report errors in one line: exit status 2 for wrong input, 1 for failed work and for our bugs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Let --debug stand behind the command, too."""
+        """Also accept --debug after the command."""
         flags = [argument for argument in args if argument == "--debug"]
         return super().parse_args(ctx, flags + [argument for argument in args if argument != "--debug"])
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command, and turn what it raises into a line and an exit status."""
+        """Run a command, and turn its exception into a line and an exit status."""
         try:
             with warnings.catch_warnings():
                 self._say_warnings_plainly(ctx)
@@ -61,7 +61,7 @@ class Commands(TyperGroup):
         except (typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            if hasattr(error, "exit_code"):  # Typer's own: wrong usage, or the end of a command
+            if hasattr(error, "exit_code"):  # from Typer: wrong usage, or a normal exit
                 raise
             if ctx.params["debug"]:
                 traceback.print_exc()
@@ -70,7 +70,7 @@ class Commands(TyperGroup):
             raise typer.Exit(status) from error
 
     def _say_warnings_plainly(self, ctx: Any) -> None:
-        """Show warnings in a line as errors are, and none that libraries have for each other's authors."""
+        """Show warnings as one line, like errors, and hide those that libraries address to each other's authors."""
 
         def show(message: Warning | str, *_: Any, **__: Any) -> None:
             line = visible(" ".join(str(message).split()))
@@ -83,10 +83,10 @@ class Commands(TyperGroup):
 
 
 def described(error: Exception) -> str:
-    """What an error says, in a line; of a file that cannot be opened or written also what to do.
+    """An error's message in one line, with advice if a file cannot be opened or written.
 
     Args:
-        error (`Exception`): of wrong input.
+        error (`Exception`): an error caused by wrong input.
     """
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. {ADVICE.get(error.errno or 0, '')}".rstrip(". ") + "."
@@ -95,7 +95,7 @@ def described(error: Exception) -> str:
 
 def _outcome(error: Exception) -> tuple[int, str]:
     """The exit status and the line for an error."""
-    from torch import OutOfMemoryError  # not where nothing has failed: it takes a while to import
+    from torch import OutOfMemoryError  # only after a failure: the import is slow
 
     from gradmem_adapter import UnknownStateError
     from gradmem_adapter.training import TrainingDiverged
@@ -105,20 +105,20 @@ def _outcome(error: Exception) -> tuple[int, str]:
         return 1, line
     if isinstance(error, MemoryError | OutOfMemoryError) or any(words in line for words in NO_MEMORY):
         return 2, (
-            "Out of memory. Give shorter texts, or long ones to gradmem write --store, which cuts them into segments; "
-            f"fewer tokens at once (write: --max-tokens; train: training.tokens_per_batch); or another --device. {line}"
+            "Out of memory. Use shorter texts, gradmem write --store, which cuts long ones into segments, fewer tokens "
+            f"per batch (write: --max-tokens; train: training.tokens_per_batch), or another --device. {line}"
         )
     if isinstance(error, pydantic.ValidationError):
         return 2, "; ".join(map(_wrong_field, error.errors())) + "."
     if isinstance(error, (*WRONG_INPUT, UnknownStateError)):
         return 2, described(error)
     return 1, (
-        f"This is a bug in gradmem-adapter, not in what you gave it. {type(error).__name__}: {line}. Please report it "
-        "with what the same command prints with --debug."
+        f"This is a bug in gradmem-adapter, not a problem with your input. {type(error).__name__}: {line}. Please "
+        "report it, with the output of the same command with --debug."
     )
 
 
 def _wrong_field(found: Any) -> str:
-    """What pydantic found, as `field: what is wrong`."""
+    """An error found by pydantic, as `field: what is wrong`."""
     what = found["msg"].removeprefix("Value error, ").rstrip(".")
     return ": ".join(filter(None, (".".join(map(str, found["loc"])), what)))

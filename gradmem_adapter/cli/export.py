@@ -49,7 +49,7 @@ def export(
     from gradmem_adapter.export import export_model
 
     if gguf is Type.bfloat16:
-        raise ValueError("--gguf is float32 or float16.")
+        raise ValueError("--gguf must be float32 or float16, got bfloat16.")
     model, tokenizer = load_checkpoint(checkpoint, backbone=backbone, dtype=getattr(torch, dtype.value))
     kind = cast(Literal["float32", "float16"] | None, None if gguf is None else gguf.value)
     export_model(model, tokenizer, directory, merge=merge, gguf=kind)
@@ -94,6 +94,6 @@ def export_states(
         print_json({"output": str(output), "states": len(rows), "fingerprint": memory.fingerprint})
     else:
         typer.echo(
-            f"{output} has {counted(len(rows), 'state')} for an engine that serves what gradmem export made of "
+            f"{output} has {counted(len(rows), 'state')} for an engine that serves the model exported from "
             f"{checkpoint}."
         )

@@ -1,4 +1,4 @@
-"""The texts that a command is given: files, directories, patterns, JSON lines and standard input, in order."""
+"""The input texts of a command: files, directories, patterns, JSON lines and standard input, in order."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from gradmem_adapter.utils.files import decoded, readable
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it comes from: a file, or a line of JSON lines by its number or the name that it has itself."""
+    """A text and its source: a file, or a line of JSON lines, named by its number or by a field of its own."""
 
     source: str
     text: str
 
 
 def is_one_text(path: str) -> bool:
-    """Whether a path leads to one text, and not to a directory, a pattern or JSON lines, which may be many."""
+    """Whether a path leads to exactly one text: it is not a directory, a pattern or JSON lines."""
     return path == STDIN or not (os.path.isdir(path) or _is_pattern(path) or has_json_lines(path))
 
 
 @dataclass
 class Inputs:
-    """The documents at some paths, each read when it is its turn. What cannot be read is kept, and the rest goes on.
+    """The documents at some paths, read one at a time. Inputs that cannot be read are listed in `refused`, and reading
+    continues.
 
-    Directories are read with those in them, without hidden files. What is found there, or by a pattern, may also be
-    empty or no text; what is named itself may not.
+    Directories are read recursively, without hidden files. Files found in a directory or by a pattern are skipped if
+    they are empty or not text; a file that is named itself is refused.
 
     Args:
         paths (`Sequence[str]`): files, directories, patterns such as `notes/**/*.md`, or `-` for standard input.
-        text_field (`str`, *optional*, defaults to `"text"`): where the objects of JSON lines have their text.
-        source_field (`str`, *optional*): where they have their name; None: they go by file and number of the line.
+        text_field (`str`, *optional*, defaults to `"text"`): the field of JSON lines that holds the text.
+        source_field (`str`, *optional*): the field that holds its name; None: the file and the line number.
         json_lines (`bool`, *optional*, defaults to `False`): standard input holds JSON lines.
-        without (`Path`, *optional*): a directory that is not looked into.
-        refused (`list[str]`): what could not be read so far and why, a line each.
-        passed_over (`list[str]`): what was found and is empty or no text, so far.
+        without (`Path`, *optional*): a directory to leave out.
+        refused (`list[str]`): so far, which inputs could not be read and why, one per line.
+        passed_over (`list[str]`): so far, the files that were skipped because they are empty or not text.
     """
 
     paths: Sequence[str]
@@ -54,7 +55,7 @@ class Inputs:
     passed_over: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Document]:
-        """The documents in order of the paths, and of their names in a directory."""
+        """The documents in the order of the paths; within a directory, in the order of their names."""
         for path in self.paths:
             if path != STDIN and os.path.isdir(path):
                 yield from self._found(self._walk(path))
@@ -64,18 +65,18 @@ class Inputs:
                 yield from self._read(path)
 
     def read_all(self) -> list[Document]:
-        """All documents; `ValueError` where one of them cannot be read."""
+        """All documents; `ValueError` if one of them cannot be read."""
         documents = list(self)
         if self.refused:
             raise ValueError(self.refused[0])
         return documents
 
     def refuse(self, error: Exception, place: str | None = None) -> None:
-        """Keep what is wrong with a text.
+        """Note that a text cannot be used, and why.
 
         Args:
-            error (`Exception`): what was raised. It is not kept itself, since it holds on to what was read.
-            place (`str`, *optional*): where the text is from; None: the error says it.
+            error (`Exception`): what was raised. Only its message is kept: the exception would keep the text alive.
+            place (`str`, *optional*): where the text comes from; None: the message says it.
         """
         self.refused.append(described(error) if place is None else f"{place}: {described(error)}")
 
@@ -131,12 +132,13 @@ def _is_pattern(path: str) -> bool:
 
 
 def _text(row: Any, name: str, place: str) -> str:
-    """A field of an object of JSON lines."""
+    """A field of an object of JSON lines; `ValueError` unless it is a text."""
     if isinstance(row, dict) and isinstance(row.get(name), str):
         return row[name]
     there = f"has the fields {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
     raise ValueError(
-        f"{place} must be an object with a text as {name!r}, and {there}. --text-field and --source-field name others."
+        f"{place} must be an object with a text in the field {name!r}, but it {there}. Choose other fields with "
+        "--text-field and --source-field."
     )
 
 
@@ -144,7 +146,7 @@ def _document(source: str, text: str) -> Document:
     from gradmem_adapter.utils.tokens import check_text
 
     if not text.strip():
-        raise ValueError(f"{source} is empty: there is nothing to write.")
+        raise ValueError(f"{source} is empty: pass a file with text.")
     source = readable(source)
     check_text("The name of a text", source)
     check_text(source, text)

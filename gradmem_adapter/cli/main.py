@@ -1,4 +1,4 @@
-"""The command and its parts."""
+"""The command `gradmem` and its subcommands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands share: options, how figures are printed, and what may be written where."""
+"""Shared by the commands: options, how figures are printed, and checks of outputs and stores."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def check_used(context: typer.Context, needed: str, there: bool, *names: str) -> None:
-    """Raise for options that were given and would be passed over, since what they go with was not given.
+    """Raise for options that would be ignored because they need another option that was not given.
 
     Args:
-        context (`typer.Context`): of the command.
-        needed (`str`): what they go with, as it stands on the command line.
+        context (`typer.Context`): the command's context.
+        needed (`str`): the option that they need, as written on the command line.
         there (`bool`): whether it was given.
-        names (`str`): of the parameters.
+        names (`str`): names of the parameters to check.
 
     Raises:
-        ValueError: one of them was given.
+        ValueError: one of them was given without the needed option.
     """
     for option in context.command.params:
         source = context.get_parameter_source(option.name or "")
         if option.name in names and not there and source is not None and source.name == "COMMANDLINE":
             said = (option.opts if context.params[option.name] else option.secondary_opts or option.opts)[0]
-            raise ValueError(f"{said} goes with {needed}: add that, or leave {said} out.")
+            raise ValueError(f"{said} needs {needed}: add it, or leave {said} out.")
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of a name; None: the GPU if there is one. Of several processes each has a GPU of its own.
+    """The device with a name; None: the GPU if there is one. If there are several processes, each gets its own GPU.
 
     Raises:
         ValueError: there is no such device here.
@@ -76,8 +76,8 @@ def open_pipeline(checkpoint: str, backbone: str | None = None, device: str | No
 
     Args:
         checkpoint (`str`): as for `load_checkpoint`.
-        backbone (`str`, *optional*): where it is; None: as the checkpoint says.
-        device (`str`, *optional*): where it goes; None: the GPU if there is one.
+        backbone (`str`, *optional*): where the backbone is; None: as the checkpoint says.
+        device (`str`, *optional*): the device to run on; None: the GPU if there is one.
     """
     from gradmem_adapter import GradMemPipeline, load_checkpoint
 
@@ -88,22 +88,22 @@ def print_json(figures: Mapping[str, Any]) -> None:
     """Print an object as a line of JSON.
 
     Args:
-        figures (`Mapping[str, Any]`): what it holds.
+        figures (`Mapping[str, Any]`): its fields.
     """
     typer.echo(json.dumps(figures))
 
 
 def visible(text: str) -> str:
-    """A text as a terminal may be given it: control characters but tabs and line ends as Python writes them, `\\x1b`.
+    """A text that is safe to print on a terminal: control characters except tabs and line ends are escaped as `\\x1b`.
 
     Args:
-        text (`str`): of a model, a file or its name, who may tell a terminal to do what they like.
+        text (`str`): a text from a model, a file or a file's name, which may hold escape sequences.
     """
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def in_words(entries: Iterable[Mapping[str, Any]]) -> str:
-    """Where stored texts are from: a line for each source, with the characters in it.
+    """Where stored texts come from: a line for each source, with the ranges of characters in it.
 
     Args:
         entries (`Iterable[Mapping[str, Any]]`): key, source, start and end of each.
@@ -116,16 +116,16 @@ def in_words(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def check_output(path: Path, *, inputs: Iterable[Path], force: bool) -> None:
-    """Raise before the work unless memory states may be saved there; on a terminal, ask before states are replaced.
+    """Raise before the work unless memory states may be saved at a path. On a terminal, ask before replacing states.
 
     Args:
-        path (`Path`): the file that will be written.
-        inputs (`Iterable[Path]`): the files that are read, none of which it may be, forced or not.
-        force (`bool`): replace what is there, whatever it is, without asking.
+        path (`Path`): the file to write.
+        inputs (`Iterable[Path]`): the files that are read, which must never be overwritten.
+        force (`bool`): replace an existing file, whatever it is, without asking.
 
     Raises:
-        OSError, ValueError: it may not; the message says why.
-        typer.Abort: the answer was no.
+        OSError, ValueError: states may not be saved there; the message says why.
+        typer.Abort: the user answered no.
     """
     from gradmem_adapter.utils.state_file import is_memory_state
 
@@ -135,17 +135,15 @@ def check_output(path: Path, *, inputs: Iterable[Path], force: bool) -> None:
     if not is_memory_state(path):
         raise FileExistsError(f"{path} exists and is no memory state. Name another file, or replace it with --force.")
     if not sys.stdin.isatty():
-        raise FileExistsError(
-            f"{path} exists and holds what was written before. Name another file, or replace it with --force."
-        )
-    typer.confirm(f"{path} holds what was written before. Replace it?", abort=True)
+        raise FileExistsError(f"{path} exists and holds memory states. Name another file, or replace it with --force.")
+    typer.confirm(f"{path} exists and holds memory states. Replace it?", abort=True)
 
 
 def existing_store(path: Path) -> MemoryStore:
     """The memory store in a directory.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no memory store.
     """
     from gradmem_adapter import MemoryStore
 
@@ -160,23 +158,23 @@ def check_source(store: MemoryStore, source: str) -> None:
 
     Args:
         store (`MemoryStore`): the store.
-        source (`str`): where a text is from.
+        source (`str`): the source.
     """
     if next(store.entries(source), None) is None:
-        raise ValueError(f"{store.path} has no source {source!r}. `gradmem store list` names the sources.")
+        raise ValueError(f"{store.path} has no source {source!r}. `gradmem store list` shows its sources.")
 
 
 def writable_store(path: Path, *, keep_text: bool, beside: Collection[str] = ()) -> MemoryStore:
-    """The memory store in a directory, or one to be, which is not made before there is something to store.
+    """The memory store in a directory. A new store is created only when the first states are stored.
 
     Args:
         path (`Path`): the directory.
-        keep_text (`bool`): of the store.
-        beside (`Collection[str]`, *optional*): names that may be in a directory that holds no store yet.
+        keep_text (`bool`): whether the store keeps texts.
+        beside (`Collection[str]`, *optional*): names of files allowed in a directory that holds no store yet.
 
     Raises:
-        FileExistsError: the directory holds something else.
-        OSError: nothing can be written there.
+        FileExistsError: the directory holds other files.
+        OSError: the directory cannot be written.
         MemoryStoreError: the index is damaged or lost.
     """
     from gradmem_adapter import MemoryStore
@@ -184,7 +182,7 @@ def writable_store(path: Path, *, keep_text: bool, beside: Collection[str] = ())
     store = MemoryStore(path, keep_text=keep_text)
     names = [] if store.exists() or not path.exists() else [entry.name for entry in path.iterdir()]
     if any(not name.startswith(".") and name not in beside for name in names):
-        raise FileExistsError(f"{path} holds other files and is no memory store. Name an empty or a new directory.")
-    len(store)  # a damaged index shows here, and not after the first texts are written
+        raise FileExistsError(f"{path} holds other files and is not a memory store. Name an empty or a new directory.")
+    len(store)  # raises now if the index is damaged, not after the first texts are written
     store.check_writable()
     return store

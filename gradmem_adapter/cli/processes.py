@@ -1,4 +1,4 @@
-"""A command that several processes run together, as `torchrun` and `accelerate launch` start them."""
+"""Running a command in several processes, started by `torchrun` or `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 PATIENCE = timedelta(days=30)
-"""How long a process that has done its share waits for the others."""
+"""How long a process that has finished its share waits for the others."""
 
 
 def meet(*, cpu: bool) -> PartialState:
-    """Find the other processes, each of which has to call this.
+    """Connect to the other processes. Each process must call this.
 
     Args:
-        cpu (`bool`): they compute on CPUs.
+        cpu (`bool`): the processes compute on CPUs.
     """
     from accelerate import PartialState
 
@@ -32,7 +32,7 @@ def meet(*, cpu: bool) -> PartialState:
 
 
 def shared_out(documents: Iterable[Document]) -> Iterator[Document]:
-    """The documents that this process has to do with: all processes take turns."""
+    """This process's share of the documents: with n processes, every n-th document."""
     from accelerate import PartialState
 
     state = PartialState()
@@ -40,11 +40,11 @@ def shared_out(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def together(counts: Counter[str], inputs: Inputs) -> Counter[str]:
-    """The sums over all processes. What any of them has left out is in `inputs` then, once.
+    """Sum counts over all processes, and collect in `inputs` what any of them has left out, without duplicates.
 
     Args:
-        counts (`Counter`): what this process has done.
-        inputs (`Inputs`): what it was given.
+        counts (`Counter`): the counts of this process.
+        inputs (`Inputs`): its documents.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -58,7 +58,7 @@ def together(counts: Counter[str], inputs: Inputs) -> Counter[str]:
 
 
 def whose() -> str:
-    """What stands behind numbers that the first process says of its own share; nothing where it is the only one."""
+    """A note that numbers are of the first process alone; empty if there is only one process."""
     from accelerate import PartialState
 
     count = PartialState().num_processes
@@ -66,10 +66,10 @@ def whose() -> str:
 
 
 def say_once(line: str, err: bool = False) -> None:
-    """Print a line, in the first process alone.
+    """Print a line, in the first process only.
 
     Args:
-        line (`str`): what all of them would say, or the first says for all.
+        line (`str`): the line to print.
         err (`bool`, *optional*, defaults to `False`): on standard error.
     """
     from accelerate import PartialState
@@ -79,17 +79,17 @@ def say_once(line: str, err: bool = False) -> None:
 
 
 def end_of_run(model: Path | None, output: Path, then: str = "") -> None:
-    """Say how a training run ended, once for all its processes.
+    """Print how a training run ended, once for all its processes.
 
     Args:
-        model (`Path`, *optional*): what it made; None: it was interrupted.
-        output (`Path`): its directory.
-        then (`str`, *optional*): what to do with the model, to the end of the line but for its name.
+        model (`Path`, *optional*): the trained adapter; None: the run was interrupted.
+        output (`Path`): the directory of the run.
+        then (`str`, *optional*): a hint on what to do with the adapter, to which its name is appended.
 
     Raises:
-        typer.Exit: it was interrupted.
+        typer.Exit: the run was interrupted.
     """
     if model is None:
-        say_once(f"Interrupted; the same command goes on from {output}.")
+        say_once(f"Interrupted; the same command continues from {output}.")
         raise typer.Exit(130)
     say_once(f"Saved: {model}" + (f". {then} {model}" if then else ""))

@@ -1,4 +1,4 @@
-"""What files and standard input hold: a text, or lines of JSON."""
+"""Read a text or JSON lines from files and standard input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradmem_adapter.utils.files import decoded, kind_of_no_text, open_regular, 
 
 STDIN = "-"
 MAX_BYTES = 2**27
-"""128 MiB: of a text, or of a line of JSON, which is read at once."""
+"""128 MiB: the most bytes of a text or of a line of JSON, each of which is read at once."""
 HEAD_BYTES = 2**13
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -26,9 +26,9 @@ def has_json_lines(path: str) -> bool:
 
 
 def is_text(path: str) -> bool:
-    """Whether a file seems to be a text, as Git tells: it has no zero byte in front. An empty one is none.
+    """Whether a file seems to be a text, by Git's rule: no zero byte near its beginning. An empty file is not a text.
 
-    UTF-16 is text, which whoever reads it refuses by its name, as other damage.
+    UTF-16 counts as text here, so that reading it fails with an error that names the encoding.
     """
     try:
         with _opened(path) as stream:
@@ -42,21 +42,21 @@ def whole(path: str) -> str:
     """The text of a file, or of standard input.
 
     Raises:
-        OSError, ValueError: as `read_text`.
+        OSError, ValueError: as for `read_text`.
     """
     if path != STDIN:
         return read_text(Path(path), max_bytes=MAX_BYTES)
     data = sys.stdin.buffer.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ValueError(f"Standard input has more than {MAX_BYTES:,} bytes, and no more are read.")
+        raise ValueError(f"Standard input has more than {MAX_BYTES:,} bytes, the limit. Split the text.")
     return decoded("Standard input", data)
 
 
 def lines(path: str) -> Iterator[bytes]:
-    """The lines of a file, or of standard input, each read when it is its turn.
+    """The lines of a file, or of standard input, read one at a time.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
         ValueError: it is damaged, or a line is too long.
     """
     with _opened(path) as stream:
@@ -64,13 +64,13 @@ def lines(path: str) -> Iterator[bytes]:
         while line := stream.readline(MAX_BYTES + 1):
             number += 1
             if len(line) > MAX_BYTES:
-                raise ValueError(f"{path}, line {number} has more than {MAX_BYTES:,} bytes, and no more are read.")
+                raise ValueError(f"{path}, line {number} has more than {MAX_BYTES:,} bytes, the limit. Split the text.")
             yield line
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, inflated, or of standard input."""
+    """A file, decompressed if it is gzipped, or standard input, opened for reading bytes."""
     if path == STDIN:
         yield sys.stdin.buffer
         return

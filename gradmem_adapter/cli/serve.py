@@ -1,4 +1,4 @@
-"""`gradmem serve`: memories over HTTP, and answers from them by OpenAI's API."""
+"""`gradmem serve`: memories over HTTP, and answers from them through OpenAI's API."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ def serve(
             unseen,
         )
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{error}. Install what serves: pip install "gradmem-adapter[serve]".') from error
+        raise ModuleNotFoundError(f'{error}. Install the server: pip install "gradmem-adapter[serve]".') from error
     tenants = Tenants() if keys is None else Tenants.from_file(keys)
     if not tenants and not is_loopback(host):
         raise ValueError(
-            f"On {host} others than this machine could read and delete all memories. Pass --keys FILE, with a tenant "
-            "and a key on each line, or leave --host out."
+            f"On {host}, other machines could read and delete all memories. Pass --keys FILE, with a tenant and a key "
+            "on each line, or leave --host out."
         )
     if (reader is ReaderName.vllm) != (url is not None):
-        raise ValueError("--reader vllm and --url, where its server is, go together.")
+        raise ValueError("--reader vllm needs --url, the address of its server, and --url needs --reader vllm.")
     check_address(host, port)
     served = MemoryStore(store).exists() or (store / TENANTS).exists()
     for path in sorted({store, *(store_of(store, name).path for name in tenants.names)}):
@@ -91,10 +91,10 @@ def serve(
         engine = VLLMReader(model, url, name=engine_model, api_key=engine_key)
     pipeline = GradMemPipeline(model, tokenizer, reader=engine)
     if segment_tokens is None and model.active_peft_config.segment_tokens is None:
-        remedy = "pass --segment-tokens. Without it no text is written, and what is stored can be asked."
+        remedy = "pass --segment-tokens. Without it, this server writes no texts; stored memories can be asked."
         warnings.warn(unknown_length(remedy), stacklevel=2)
     else:
-        pipeline.segments("", segment_tokens)  # a wrong number is no client's fault
+        pipeline.segments("", segment_tokens)  # checks the number before clients are served
     for told in unseen(store, tenants, model.fingerprint()):
         warnings.warn(told, stacklevel=2)
     limits = Limits(writes=max_writes, batch=max_batch, body_bytes=max_body)
@@ -108,16 +108,16 @@ def serve(
         host=host,
     )
     page = f", and with a browser at http://{host}:{port}" if port else ""
-    typer.echo(f"{Path(checkpoint).name} with the memories in {store}, for OpenAI's clients{page}.", err=True)
+    typer.echo(f"Serving {Path(checkpoint).name} with the memories in {store}, for OpenAI's clients{page}.", err=True)
     run(app, host=host, port=port, grace=limits.grace)
 
 
 def _check_store(path: Path, beside: Collection[str], served: bool) -> None:
-    """Raise unless a memory store can be served. One that can only be read is, with a warning, if there is anything to
-    read in the folder of all."""
+    """Raise unless a memory store can be served. A read-only store is served with a warning if the server's folder
+    holds any memories."""
     try:
         writable_store(path, keep_text=True, beside=beside)
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, *FULL) or not served:
             raise
-        warnings.warn(f"{path} {error.strerror}. Its memories can be asked, and none added or deleted.", stacklevel=2)
+        warnings.warn(f"{path} {error.strerror}. Memories can be asked, but not added or deleted.", stacklevel=2)

@@ -1,4 +1,4 @@
-"""`gradmem store`: what a memory store holds, and whether it is whole."""
+"""`gradmem store`: inspect, check and repair a memory store."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ app = typer.Typer(help="Inspect and repair a memory store.", no_args_is_help=Tru
 
 DIR = typer.Argument(file_okay=False, help="The memory store, made by `gradmem write --store`.")
 SHOWN = 60
-"""Characters of a text in a table."""
+"""The most characters of a text shown in a table."""
 _SAID = {"nbytes": "bytes"}
-"""What fields are called that are named for programs."""
+"""Labels for fields whose names are meant for programs."""
 
 
 @app.command("list")
@@ -51,7 +51,7 @@ def show(
     store = existing_store(folder)
     entries = list(store.entries(name)) or [entry for entry in store.entries() if entry.key == name]
     if not entries:
-        raise ValueError(f"{folder} has neither a source nor a state {name!r}. `gradmem store list` names the sources.")
+        raise ValueError(f"{folder} has neither a source nor a state {name!r}. `gradmem store list` shows its sources.")
     rows = [
         {
             "key": entry.key,
@@ -122,11 +122,11 @@ def _print_rows(rows: Sequence[dict[str, Any]], figures: dict[str, Any], as_json
             table.add_row(*(Text(visible(_in_words(value))) for value in row.values()))
         Console().print(table)
     else:
-        typer.echo("There is nothing in it.")
+        typer.echo("The store is empty.")
 
 
 def _in_words(value: str | int | None) -> str:
-    """A cell; `None` is the source of texts that were written without one."""
+    """The text of a table cell; `None` is the source of texts that were written without one."""
     return "(without a source)" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 
@@ -141,15 +141,15 @@ def _print_report(store: MemoryStore, report: Report, as_json: bool) -> None:
     if as_json:
         print_json({"ok": report.ok} | asdict(report))
     else:
-        typer.echo(f"Whole and as the index says: {counted(report.states, 'state')}.")
+        typer.echo(f"Intact and listed correctly: {counted(report.states, 'state')}.")
         for key, wrong in report.damaged.items():
             places = in_words(asdict(entry) for entry in store.entries() if entry.key == key).replace("\n", "; ")
             typer.echo(f"{key}{f' ({places})' if places else ''} is damaged: {visible(wrong)}")
         if report.damaged:
-            typer.echo("`gradmem write` writes the texts of damaged states anew; `gradmem store gc` removes these.")
+            typer.echo("`gradmem write` writes texts of damaged states again; `gradmem store gc` removes the states.")
         for key in report.unlisted:
-            typer.echo(f"{key} is whole, and the index says something else. `gradmem store gc` puts it right.")
+            typer.echo(f"{key} is intact, but not in the index as it is. `gradmem store gc` corrects the index.")
         for name in report.leftovers:
-            typer.echo(f"{visible(name)} is no state.")
+            typer.echo(f"{visible(name)} does not belong to a state.")
     if not report.ok:
         raise typer.Exit(1)

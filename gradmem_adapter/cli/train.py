@@ -1,4 +1,4 @@
-"""`gradmem train`: rows in, an adapter out."""
+"""`gradmem train`: train an adapter on rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 RUN, CHECKPOINT = "run.json", "checkpoint"
-"""In the directory of a run: how it was made, and the folder of the finished adapter."""
+"""Names inside the directory of a run: its configuration, and the folder of the finished adapter."""
 ROWS_HELP = """JSON lines, each with a context, and a query and its target or lists of queries and targets; optionally
 answers: for each query, the texts that evaluation accepts."""
 
@@ -59,9 +59,9 @@ def train(
     fields = {name: str(value) for name, value in given.items() if value is not None}
     read = read_fields(config, setting or ())
     if twice := sorted(fields.keys() & {one.partition("=")[0].strip() for one in setting or ()}):
-        raise ValueError(f"--set {twice[0]}=... is said by the command line itself, too: leave one of them out.")
+        raise ValueError(f"--set {twice[0]}=... repeats an option of the command line: leave one of them out.")
     plan = TrainConfig.of(read | fields)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what the Trainer logs
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # the Trainer logs to stdout
         metrics = _train(plan, output, chosen_device(device))
     if metrics is None:
         return
@@ -78,7 +78,7 @@ def train(
 
 
 def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, float] | None:
-    """Train, save and evaluate; the metrics, or None in processes other than the first."""
+    """Train, save and evaluate. Returns the metrics, or None in processes other than the first."""
     from accelerate import PartialState
 
     from gradmem_adapter import Card
@@ -87,7 +87,7 @@ def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, fl
     from gradmem_adapter.training.callbacks import StopOnSignal
 
     state = PartialState(cpu=place.type == "cpu")
-    arguments = plan.check(output, place)  # a plan that cannot be used claims no directory
+    arguments = plan.check(output, place)  # checked before the directory is claimed
     with claimed(output / RUN, dataclasses.asdict(plan), state, may_change={"training": LENGTH}):
         trainer = plan.trainer(arguments)
         with StopOnSignal() as stop:

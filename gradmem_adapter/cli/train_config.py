@@ -1,4 +1,4 @@
-"""What a run of `gradmem train` is made of."""
+"""The configuration of a run of `gradmem train`."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ TRAINING: dict[str, Any] = {
     "logging_first_step": True, "logging_steps": 20, "save_steps": 200, "save_total_limit": 1, "report_to": "none",
 }  # fmt: skip
 FURTHER: dict[str, Any] = {"learning_rate": 3e-4}
-"""In the place of those in `TRAINING` where a trained adapter goes on."""
+"""Replaces fields of `TRAINING` if training continues from a trained adapter."""
 LENGTH = ("max_steps", "num_train_epochs", "max_minutes")
-"""What a finished run may have more of."""
+"""Fields that may be raised to extend a finished run."""
 OWN = {"output_dir", "use_cpu", "resume_from_checkpoint"}
-"""What the command says itself of a run."""
+"""Training arguments that the command sets itself."""
 ON_GPU: dict[str, Any] = {"bf16": True, "cuda_graphs": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run is made of.
+    """The configuration of a run.
 
     Args:
         rows (`str`): a file of rows to train on, see `read_rows`.
-        eval_rows (`str`, *optional*): a file of rows that are not trained on.
-        checkpoint (`str`, *optional*): a trained adapter to go on from, as for `load_checkpoint`. None: a new one.
+        eval_rows (`str`, *optional*): a file of rows to evaluate on.
+        checkpoint (`str`, *optional*): a trained adapter to continue from, as for `load_checkpoint`. None: a new one.
         backbone (`str`, *optional*): a local directory, a hub id, or package:<package>/<file>.gguf. None: the
             checkpoint's, or `SMOLLM2`.
-        memory (`dict`, *optional*): fields of `GradMemConfig`, in the place of those in `MEMORY`; of `lora_config` only
-            the fields that are given.
-        training (`dict`, *optional*): fields of `GradMemTrainingArguments`, in the place of those in `TRAINING`, and
-            in `ON_GPU` on a GPU.
+        memory (`dict`, *optional*): fields of `GradMemConfig`, overriding those in `MEMORY`; `lora_config` is merged
+            field by field.
+        training (`dict`, *optional*): fields of `GradMemTrainingArguments`, overriding those in `TRAINING` and, on a
+            GPU, in `ON_GPU`.
     """
 
     rows: str
@@ -61,30 +61,30 @@ class TrainConfig:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> TrainConfig:
-        """The configuration with these fields; `ValueError` names one that is unknown."""
+        """The configuration with these fields; `ValueError` names an unknown field."""
         from gradmem_adapter.config import unknown_fields
 
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := unknown_fields(fields, known):
             inner = f" Did you mean {', '.join(found)}?" if (found := _inner(fields)) else ""
-            raise ValueError(f"There is no field {unknown}{inner} There are {', '.join(known)}.")
+            raise ValueError(f"There is no field {unknown}{inner} The fields are {', '.join(known)}.")
         for name in ("rows", "eval_rows", "checkpoint", "backbone"):
             if not isinstance(fields.get(name) or "", str):
-                raise ValueError(f"{name} must be a text, got {fields[name]!r}.")
+                raise ValueError(f"{name} must be a string, got {fields[name]!r}.")
         for name in ("memory", "training"):
             if not isinstance(fields.get(name, {}), dict):
                 raise ValueError(f"{name} must be a mapping of fields, got {fields[name]!r}.")
         if fields.get("checkpoint") and fields.get("memory"):
-            raise ValueError("memory is of a new adapter, and a checkpoint has its own: leave one of them out.")
+            raise ValueError("memory is for a new adapter and cannot be combined with checkpoint: leave one out.")
         return cls(**fields)
 
     @property
     def memory_fields(self) -> dict[str, Any]:
-        """Fields of `GradMemConfig`, without those that depend on the tokenizer and on what is trained."""
+        """Fields of `GradMemConfig`, except those that depend on the tokenizer and on what is trained."""
         return merged(MEMORY, self.memory)
 
     def check(self, output: Path, device: torch.device) -> GradMemTrainingArguments:
-        """How the run trains; `TypeError` or `ValueError` where a field of it, or of the memory, cannot be used."""
+        """The run's training arguments; `TypeError` or `ValueError` if one of them or of `memory` is invalid."""
         from peft import PeftConfig
         from transformers import TrainingArguments
 
@@ -98,7 +98,7 @@ class TrainConfig:
         fields = {field.name for field in dataclasses.fields(GradMemConfig)}
         _check_fields("memory", self.memory, fields, shown=fields - of_peft)
         memory = self._adapter_config()
-        steps: dict[str, Any] = {"warmup_steps": 50 if "max_minutes" in self.training else 0.05}  # a share, or a number
+        steps: dict[str, Any] = {"warmup_steps": 50 if "max_minutes" in self.training else 0.05}  # steps, or a share
         if memory.start != "slots":
             steps["write_steps"] = [0, memory.write_steps]  # 0 trains the start
         bars = {"disable_tqdm": not sys.stderr.isatty()}
@@ -120,12 +120,12 @@ class TrainConfig:
         set_seed(arguments.seed)
         model, tokenizer = self._model()
         collator = limited_collator(None, tokenizer, model, model.active_peft_config)
-        check_lengths(self.rows, rows, collator)  # the trainer does, too, and does not know the files
+        check_lengths(self.rows, rows, collator)  # the trainer checks them as well, but cannot name the files
         check_lengths(str(self.eval_rows), held_out, collator)
         return GradMemTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
 
     def parent(self) -> dict[str, str | None]:
-        """What a card says of the adapter that is trained on: no directory of this machine."""
+        """The model card's fields about the adapter that training continues from, without local paths."""
         from gradmem_adapter.card import license_of
         from gradmem_adapter.utils.shipped import shipped
 
@@ -142,7 +142,7 @@ class TrainConfig:
         return GradMemConfig(**self.memory_fields) if self.checkpoint is None else config_of(self.checkpoint)
 
     def _model(self) -> tuple[GradMemPeftModel, PreTrainedTokenizerBase]:
-        """The adapter to train, a new one or that of the checkpoint, and the tokenizer."""
+        """The adapter to train, new or from the checkpoint, and the tokenizer."""
         from gradmem_adapter import SMOLLM2, GradMemConfig, get_peft_model, load_backbone, load_checkpoint
 
         if self.checkpoint is not None:
@@ -154,7 +154,7 @@ class TrainConfig:
 
 
 def _inner(given: Collection[str]) -> list[str]:
-    """The names that are fields of a field, with the name of that."""
+    """Which of the given names are inner fields, each with its outer field: `memory.write_steps`."""
     from gradmem_adapter import GradMemConfig
     from gradmem_adapter.training import GradMemTrainingArguments
 
@@ -167,4 +167,4 @@ def _check_fields(name: str, given: Collection[str], known: Collection[str], sho
     from gradmem_adapter.config import unknown_fields
 
     if unknown := unknown_fields(given, known):
-        raise ValueError(f"{name} has no field {unknown} Some that it has: {', '.join(sorted(shown))}.")
+        raise ValueError(f"{name} has no field {unknown} Some of its fields: {', '.join(sorted(shown))}.")

@@ -1,4 +1,4 @@
-"""`gradmem write`: texts in, memory states out."""
+"""`gradmem write`: write texts into memory states."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def write(
     processes = meet(cpu=place.type == "cpu")
     if processes.num_processes > 1 and (store is None or STDIN in paths):
         raise ValueError(
-            "Several processes write files, directories and patterns into a store: leave out --output and -."
+            "Several processes can only write files, directories and patterns into a store: use --store, and no -."
         )
     if store is not None:
         there = writable_store(store, keep_text=keep_text)

@@ -189,7 +189,7 @@ def test_a_server_answers_from_a_store_that_it_cannot_write_to(small, folder, mo
             "serve", folder / "checkpoint", "--store", small / "store", "--segment-tokens", 8, "--device", "cpu"
         )
         assert result.exit_code == 0, result.output
-        assert "Read-only file system. Its memories can be asked, and none added or deleted." in result.stderr
+        assert "Read-only file system. Memories can be asked, but not added or deleted." in result.stderr
         mount("-o", "remount,rw", small)
         (small / "filler").unlink()
         assert client.post("/v1/memories", json={"text": "w4 w5"}).status_code == 200

@@ -111,7 +111,7 @@ def test_a_state_that_cannot_be_kept_is_refused_before_the_work(checkpoint, tmp_
     [
         ([], "nothing to ask about"),
         (["--state", "missing.safetensors"], "There is no memory state 'missing.safetensors'"),
-        (["--text", "a.txt", "--state", "a.txt"], "exists. Leave the texts out"),
+        (["--text", "a.txt", "--state", "a.txt"], "exists. To ask it, leave the texts out"),
         (["--text", "a.txt", "--checkpoint", "nowhere"], "nowhere"),
     ],
 )
@@ -162,16 +162,16 @@ def test_tokens_that_segments_repeat_are_named(backbone, tmp_path):
     result = ask("w1 w2", "--text", tmp_path / "long.txt", "--checkpoint", tmp_path / "overlapping")
     assert result.exit_code == 0, result.output
     said = " ".join(result.stderr.split())
-    assert "long.txt has 70 tokens, and the adapter was trained on texts of up to 16: it is written in " in said
-    assert f"segments of up to 16 and {tokens} in all, with what segments repeat of each other. --state" in said
-    assert f"{tokens} tokens, with what segments repeat of each other, in " in result.stdout
+    assert "long.txt has 70 tokens, but the adapter was trained on texts of up to 16. It is written in " in said
+    assert f"segments of up to 16, {tokens} in all (overlaps included). --state" in said
+    assert f"{tokens} tokens (overlaps included) in " in result.stdout
 
 
 def test_a_text_beyond_the_trained_length_is_written_in_segments(refuses, tmp_path):
     (tmp_path / "long.txt").write_text(tiny_text(70))
     result = ask("w1 w2", "--text", tmp_path / "long.txt", "--checkpoint", refuses, "--json")
     assert result.exit_code == 0, result.output
-    assert "long.txt has 70 tokens, and the adapter was trained on texts of up to 20" in " ".join(result.stderr.split())
+    assert "long.txt has 70 tokens, but the adapter was trained on texts of up to 20" in " ".join(result.stderr.split())
     printed = json.loads(result.stdout)
     pipeline = GradMemPipeline(*load_checkpoint(refuses))
     segments = list(pipeline.segments(tiny_text(70)))
@@ -190,7 +190,7 @@ def test_more_states_than_the_model_has_positions_for_are_refused_before_they_ar
     (tmp_path / "long.txt").write_text(tiny_text(400))
     result = ask("w1 w2", "--text", tmp_path / "long.txt", "--checkpoint", tmp_path / "other")
     assert result.exit_code == 2
-    assert "reads all states side by side. Write them into a store" in " ".join(result.stderr.split())
+    assert "reads all states side by side. Use a store" in " ".join(result.stderr.split())
 
 
 def test_control_vectors_are_counted_once(backbone, tmp_path):
@@ -266,7 +266,7 @@ class TestStore:
         assert one["answer"] == answer.strip()
         table = ask("w4 w5", "nowhere", "--store", "memory", "--checkpoint", checkpoint)
         assert "d.txt: 0-5" in table.stdout
-        assert "no text in the store has a word of it" in table.stdout
+        assert "no text in the store shares a word with it" in table.stdout
 
     def test_an_answer_says_that_its_source_is_not_stored_to_its_end(self, checkpoint, memory, tmp_path, monkeypatch):
         """Its writing was stopped, and half a text would answer as if it were whole."""
@@ -288,7 +288,7 @@ class TestStore:
         for whole in (False, True):
             (source,) = json.loads(ask(*question, "--json").stdout)["answers"][0]["sources"]
             assert (source["source"], source["whole"]) == ("e.txt", whole)
-            said = "e.txt is not stored to its end: write it again, which goes on" in ask(*question).stdout
+            said = "e.txt is not stored to its end: write it again to continue" in ask(*question).stdout
             assert said is not whole
             assert invoke(*write).exit_code == 0
 
@@ -303,7 +303,7 @@ class TestStore:
         assert {place["source"] for place in one["answers"][0]["sources"]} == {"b.txt"}
         unknown = ask(*question, "--source", "c.txt")
         assert (unknown.exit_code, "has no source 'c.txt'" in unknown.stderr) == (2, True)
-        assert "--source goes with --store" in ask("w1", "--text", "a.txt", "--source", "b.txt", *options).stderr
+        assert "--source needs --store" in ask("w1", "--text", "a.txt", "--source", "b.txt", *options).stderr
 
     @pytest.mark.parametrize("refusal", [False, True])
     def test_no_answer_and_no_name_commands_the_terminal(self, checkpoint, refuses, tmp_path, monkeypatch, refusal):
@@ -372,8 +372,8 @@ class TestStore:
         [
             (["--store", "a.txt"], "is a file"),
             (["--store", "nowhere"], "There is no memory store in nowhere"),
-            (["--store", "memory", "--text", "a.txt"], "A store is asked by itself"),
-            (["--store", "memory", "--state", "kept"], "A store is asked by itself"),
+            (["--store", "memory", "--text", "a.txt"], "--store cannot be combined with --text or --state"),
+            (["--store", "memory", "--state", "kept"], "--store cannot be combined with --text or --state"),
             (["--store", "memory", "--k", "0"], "Invalid value for '--k'"),
         ],
     )

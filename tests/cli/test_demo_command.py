@@ -80,7 +80,7 @@ def test_same_seed_same_outcome(backbone, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory-tokens", "13"], "13 memory tokens for 48 text tokens: the demo takes 1 to 12, a quarter"),
+        (["--memory-tokens", "13"], "13 memory tokens for 48 text tokens: the demo takes from 1 to 12, a quarter"),
         (["--memory-tokens", "0"], "0 memory tokens for 48 text tokens"),
         (["--lr", "0"], "lr must be a finite positive number"),
         (["--steps", "-1"], "steps must be an integer from 0"),
@@ -96,7 +96,7 @@ def test_numbers_that_cannot_work(backbone, text, arguments, message):
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (39, "The text has 39 tokens; the demo needs at least 40"),
+        (39, "The text has 39 tokens, but the demo needs at least 40"),
         (0, "The text has 0 tokens"),
         (200, "Context 0 has 200 tokens"),
     ],

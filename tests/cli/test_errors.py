@@ -47,7 +47,7 @@ def failing(monkeypatch, error):
             "a/b: Permission denied. Change its permissions",
         ),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "a/b: No space left on device. Make room there"),
-        (MemoryError(), 2, "Out of memory. Give shorter texts"),
+        (MemoryError(), 2, "Out of memory. Use shorter texts"),
         (torch.OutOfMemoryError("Tried to allocate 2 GiB"), 2, "another --device. Tried to allocate 2 GiB"),
         (RuntimeError("[enforce fail] can't allocate memory: you tried"), 2, "Out of memory"),
         (
@@ -55,9 +55,13 @@ def failing(monkeypatch, error):
             2,
             "Out of memory",
         ),
-        (KeyError("x"), 1, "This is a bug in gradmem-adapter, not in what you gave it. KeyError: 'x'. Please report"),
+        (
+            KeyError("x"),
+            1,
+            "This is a bug in gradmem-adapter, not a problem with your input. KeyError: 'x'. Please report",
+        ),
         (RuntimeError("shape '[1]'"), 1, "This is a bug in gradmem-adapter"),
-        (AssertionError(), 1, "what the same command prints with --debug"),
+        (AssertionError(), 1, "the output of the same command with --debug"),
     ],
     ids=repr,
 )
@@ -129,7 +133,7 @@ def test_a_question_that_fails_keeps_no_state(arguments, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("question", "words"),
-    [("notes.txt", "--text notes.txt; a pattern of several files stands in quotes"), (" ", "A question is empty")],
+    [("notes.txt", "--text notes.txt; put a pattern for several files in quotes"), (" ", "A question is empty")],
 )
 def test_what_is_no_question(arguments, question, words):
     result = invoke("ask", question, *arguments[2:])

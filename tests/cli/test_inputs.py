@@ -141,8 +141,8 @@ def test_bad_lines_are_named_and_the_other_lines_go_on():
     words = [
         "not JSON",
         "is a list",
-        "has the fields context. --text-field",
-        "with a text as 'text'",
+        "has the fields context. Choose other fields with --text-field",
+        "with a text in the field 'text'",
         "is empty",
         "half",
         "UTF-8",

@@ -28,5 +28,5 @@ def test_the_end_of_a_run_is_told_once(monkeypatch, function, command, then, mad
     monkeypatch.setattr(PartialState(cpu=True), "process_index", rank)
     monkeypatch.setattr(function, lambda *_: made and Path(made))
     result = invoke(*command, "--output", "run", "--device", "cpu", app=app)
-    told = f"Saved: {made}. {then} {made}\n" if made else "Interrupted; the same command goes on from run.\n"
+    told = f"Saved: {made}. {then} {made}\n" if made else "Interrupted; the same command continues from run.\n"
     assert (result.stdout, result.exit_code) == ("" if rank else told, 0 if made else 130)

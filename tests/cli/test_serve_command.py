@@ -56,7 +56,7 @@ def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, t
     said = (
         "The adapter does not say its trained length, and so not how many tokens of a text one memory state keeps well"
     )
-    assert f"{said}: pass --segment-tokens. Without it no text is written" in " ".join(result.stderr.split())
+    assert f"{said}: pass --segment-tokens. Without it, this server writes no texts" in " ".join(result.stderr.split())
     ((app, _),) = started
     with TestClient(app, "http://127.0.0.1") as client:
         (memory,) = client.get("/v1/memories").json()["data"]
@@ -88,7 +88,7 @@ def test_vllm_answers(checkpoint, tmp_path, started, monkeypatch):
     made = []
     monkeypatch.setattr(serve, "create_app", lambda pipeline, *rest, **more: made.append(pipeline))
     arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--segment-tokens", 8, "--reader", "vllm")
-    assert "go together" in invoke(*arguments).output
+    assert "--url needs --reader vllm" in invoke(*arguments).output
     result = invoke(*arguments, "--url", "http://localhost:9", "--engine-model", "memory", "--engine-key", "secret")
     assert result.exit_code == 0, result.output
     (pipeline,) = made
@@ -101,7 +101,7 @@ def test_a_directory_of_other_things_is_no_store(checkpoint, tmp_path, started):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "letter.txt").write_text("Dear")
     refused = invoke("serve", checkpoint, "--store", tmp_path / "store")
-    assert (refused.exit_code, "no memory store" in refused.output, started) == (2, True, [])
+    assert (refused.exit_code, "not a memory store" in refused.output, started) == (2, True, [])
 
 
 def test_the_stores_of_tenants_are_checked_as_others_are(checkpoint, tmp_path, started):
@@ -110,7 +110,7 @@ def test_the_stores_of_tenants_are_checked_as_others_are(checkpoint, tmp_path, s
     folder.mkdir(parents=True)
     (folder / "letter.txt").write_text("Dear")
     command = ("serve", checkpoint, "--store", tmp_path / "store", "--keys", tmp_path / "keys", "--segment-tokens", 8)
-    assert "no memory store" in invoke(*command).stderr
+    assert "not a memory store" in invoke(*command).stderr
     (folder / "letter.txt").unlink()
     (folder / "index.sqlite").write_bytes(bytes(999))
     refused = invoke(*command)
@@ -118,7 +118,7 @@ def test_the_stores_of_tenants_are_checked_as_others_are(checkpoint, tmp_path, s
     (folder / "index.sqlite").unlink()
     assert invoke(*command).exit_code == 0
     (tmp_path / "store" / "letter.txt").write_text("Dear")
-    assert "no memory store" in invoke(*command).stderr
+    assert "not a memory store" in invoke(*command).stderr
 
 
 def test_memories_that_no_key_sees_are_said(checkpoint, tmp_path, started):

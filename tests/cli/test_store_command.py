@@ -78,13 +78,13 @@ def test_forget(memory):
     assert json.loads(invoke("store", "forget", "memory", "a.txt", "--json").stdout) == {"removed": 3}
     assert [entry.source for entry in memory.entries()] == ["[b].txt"]
     assert invoke("store", "forget", "memory", "[b].txt").stdout == "removed: 1\n"
-    assert store("list") == ("There is nothing in it.\n", {"sources": []})
+    assert store("list") == ("The store is empty.\n", {"sources": []})
 
 
 def test_verify_and_gc(memory):
     text, figures = store("verify")
     assert figures == {"ok": True, "states": 4, "damaged": {}, "unlisted": [], "leftovers": []}
-    assert text == "Whole and as the index says: 4 states.\n"
+    assert text == "Intact and listed correctly: 4 states.\n"
     key = damage(memory, "a.txt")
     (memory.path / "states" / "notes").write_text("a stranger's")
     with memory.index.writing() as connection:
@@ -94,7 +94,7 @@ def test_verify_and_gc(memory):
     assert len(figures["unlisted"]) == 1
     assert figures["leftovers"] == ["states/notes"]
     assert f"{key} (a.txt: " in text
-    assert "`gradmem store gc` puts it right" in text
+    assert "`gradmem store gc` corrects the index" in text
     assert json.loads(invoke("store", "gc", "memory", "--json").stdout) == {"removed": [key]}
     assert invoke("store", "gc", "memory").stdout == "removed: 0\n"
     assert store("verify")[1]["states"] == 3

@@ -120,7 +120,7 @@ def test_an_interrupted_run_goes_on(files, monkeypatch):
         patch.setattr(TrainConfig, "trainer", interrupted)
         result = train(files)
     assert result.exit_code == 130, result.output
-    assert "the same command goes on" in " ".join(result.output.split())
+    assert "the same command continues" in " ".join(result.output.split())
     assert [path.name for path in (files / "run").glob("checkpoint*")] == ["checkpoint-1"]
     result = train(files)
     assert result.exit_code == 0, result.output
@@ -163,7 +163,7 @@ def test_a_trained_adapter_goes_on(files):
     assert torch.allclose(further.write(**tokens).vectors, model.write(**tokens).vectors, atol=1e-5)
     result = invoke(*command[:-2], "--checkpoint", files / "start", "--set", "memory.num_memory_tokens=3")
     assert result.exit_code == 2
-    assert "memory is of a new adapter" in " ".join(result.stderr.split())
+    assert "memory is for a new adapter" in " ".join(result.stderr.split())
 
 
 def test_the_example_of_rows(files):
@@ -199,11 +199,11 @@ def test_no_such_checkpoint(files):
     [
         ("eval_rows=nowhere.jsonl", "no file of rows 'nowhere.jsonl'"),
         ("colour=red", "There is no field colour"),
-        ("max_steps=3", "There is no field max_steps. Did you mean training.max_steps? There are rows, "),
+        ("max_steps=3", "There is no field max_steps. Did you mean training.max_steps? The fields are rows, "),
         ("memory=3", "memory must be a mapping"),
         ("memory.write_steps=-1", "write_steps must be at least 0"),
         ("training.write_steps=[]", "write_steps must be a list"),
-        ("training.step=1", "training has no field step. Did you mean max_steps? Some that it has: "),
+        ("training.step=1", "training has no field step. Did you mean max_steps? Some of its fields: "),
         ("training.step=1", "max_steps, muon_lr_factor"),
         ("memory.num_memory_token=3", "memory has no field num_memory_token. Did you mean num_memory_tokens? Some"),
         ("memory.num_memory_token=3", "start, train_backbone, trained_length, write_clip_norm"),

@@ -103,7 +103,7 @@ def test_of_many_faults_the_first_are_printed(tmp_path):
     [
         (["notes"], "either --output FILE or --store DIR"),
         (["notes", "--store", "memory", "--output", "x"], "either --output FILE or --store DIR"),
-        (["notes", "--store", "notes"], "notes holds other files and is no memory store"),
+        (["notes", "--store", "notes"], "notes holds other files and is not a memory store"),
         (["notes", "--store", "rows.jsonl"], "is a file"),
         (["notes", "--store", "/proc/memory"], "/proc"),
         (["empty", "--store", "memory"], "There is no text in empty"),
@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_what_is_written_and_says_so(checkpoint, monkeypatch):
         patch.setattr(GradMemModel, "_write", interrupted)
         result = write("rows.jsonl", "notes", "--max-tokens", 20)
     assert result.exit_code == 130
-    assert "interrupted. Written now and stored: 2 segments; the same command goes on" in result.stderr
+    assert "interrupted. Written now and stored: 2 segments; the same command continues" in result.stderr
     assert sum(batches[:2]) == len(MemoryStore("memory")) == 2
     assert figures(write("rows.jsonl", "notes", "--json"))["written"] == 5
 

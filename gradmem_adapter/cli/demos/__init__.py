@@ -1,1 +1,1 @@
-"""What `gradmem demo` shows, one demonstration a file."""
+"""The demonstrations of `gradmem demo`, one per file."""

@@ -1,4 +1,4 @@
-"""Key-value retrieval: pairs in, context gone, keys asked."""
+"""Key-value retrieval: write pairs into memory, drop the context, ask for each key."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SHOWN = 8
 
 
 def draw_pairs(count: int, seed: int) -> dict[str, str]:
-    """Random keys and values of two letters or digits each; no key comes twice.
+    """Random keys and values of two letters or digits each; all keys are different.
 
     Raises:
-        ValueError: there are not so many keys.
+        ValueError: there are fewer than `count` keys.
     """
     draw = random.Random(seed)
     keys = ["".join(key) for key in itertools.product(ALPHABET, repeat=2)]
@@ -44,19 +44,19 @@ def run_key_value_demo(
     seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Write random pairs into memory, drop them, and ask every key; returns the figures of it.
+    """Write random pairs into memory, drop them, and ask for every key; returns the figures.
 
     Args:
         checkpoint (`str` or `Path`): weights trained on key-value retrieval, as for `load_checkpoint`.
         backbone (`str`, *optional*): as for `load_checkpoint`.
-        pairs (`int`, *optional*, defaults to `16`): how many; those that ship are trained on 4 to 96.
+        pairs (`int`, *optional*, defaults to `16`): number of pairs; the shipped weights are trained on 4 to 96.
         steps (`int`, *optional*, defaults to `5`): write steps.
-        seed (`int`, *optional*, defaults to `0`): of the pairs.
+        seed (`int`, *optional*, defaults to `0`): seed of the pairs.
         console (`Console`, *optional*): where to print.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: a number of pairs for which there are no keys or that does not fit the model.
+        ValueError: there are not enough keys for so many pairs, or the context does not fit the model.
     """
     console = console or Console()
     values = draw_pairs(pairs, seed)

@@ -1,4 +1,4 @@
-"""Recital: a language model takes in a paragraph, forgets it, and recites it from a few vectors."""
+"""Recital: a language model writes a paragraph into a few vectors and recites it from these alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gradmem_adapter.utils.kv_cache import kv_cache_bytes
 from gradmem_adapter.utils.wording import counted
 
 MIN_TOKENS = 40
-"""A text of fewer tokens would show little."""
+"""Texts with fewer tokens would show little."""
 
 
 def demo_text(path: Path | None = None) -> str:
@@ -47,20 +47,20 @@ def run_recite_demo(
     seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Write `text` into a memory state, save it, load it, and decode it greedily with the text gone. Returns figures.
+    """Write `text` into a memory state, save and load it, and decode it greedily without the text. Returns figures.
 
     Args:
-        text (`str`): of at least 40 tokens.
+        text (`str`): a text of at least 40 tokens.
         backbone (`str`, *optional*, defaults to `SMOLLM2`): see `load_backbone`.
         memory_tokens (`int`, *optional*): m, at most a quarter of the text's tokens; None: a fifth.
-        steps (`int`, *optional*, defaults to `300`): write steps at most; WRITE stops when every token is recovered.
-        lr (`float`, *optional*, defaults to `0.03`): of Adam. The slots are not trained, so this takes the steps that
-            meta-training saves.
-        seed (`int`, *optional*, defaults to `0`): of the first memory.
+        steps (`int`, *optional*, defaults to `300`): the most write steps; WRITE stops when every token is recovered.
+        lr (`float`, *optional*, defaults to `0.03`): write learning rate of Adam. The slots are not trained, so WRITE
+            needs the steps that meta-training would save.
+        seed (`int`, *optional*, defaults to `0`): seed of the first memory.
         console (`Console`, *optional*): where to print.
 
     Raises:
-        ValueError: a text that is too short or too long, or more vectors than a quarter of its tokens.
+        ValueError: the text is too short or too long, or there are more vectors than a quarter of its tokens.
     """
     console = console or Console()
     with console.status(Text(f"Loading {backbone}")):
@@ -70,15 +70,15 @@ def run_recite_demo(
     count = len(ids)
     if count < MIN_TOKENS:
         raise ValueError(
-            f"The text has {counted(count, 'token')}; the demo needs at least {MIN_TOKENS} to show something."
+            f"The text has {counted(count, 'token')}, but the demo needs at least {MIN_TOKENS}. Pass a longer one."
         )
     memory_tokens = count // 5 if memory_tokens is None else memory_tokens
     if not 1 <= memory_tokens <= count // 4:
         raise ValueError(
-            f"{counted(memory_tokens, 'memory token')} for {counted(count, 'text token')}: the demo takes 1 to "
-            f"{count // 4}, a quarter."
+            f"Got {counted(memory_tokens, 'memory token')} for {counted(count, 'text token')}: the demo takes from 1 "
+            f"to {count // 4}, a quarter of the tokens."
         )
-    # Without meta-training, slots that start as token embeddings are written to in far fewer steps than noise.
+    # Without meta-training, slots that start as token embeddings need far fewer write steps than noise.
     config = GradMemConfig(num_memory_tokens=memory_tokens, memory_init="vocab", write_optimizer="adam")
     model = get_peft_model(causal_lm, config)
     pipeline = GradMemPipeline(model.eval(), tokenizer)
@@ -93,7 +93,7 @@ def run_recite_demo(
         state_bytes = path.stat().st_size
         state = MemoryState.load(path)
     recited = pipeline.reconstruct(state)[0]
-    original = tokenizer.decode(ids, skip_special_tokens=True)  # the text as its tokens have it
+    original = tokenizer.decode(ids, skip_special_tokens=True)  # what a perfect recital decodes to
     console.print(
         Panel(Text(visible(recited)), title=f"Recited from {counted(memory_tokens, 'vector')}, the text gone")
     )

@@ -1,4 +1,4 @@
-"""Questions about a story of a test set, and some that it does not answer, from memory and beside it from the text."""
+"""Questions about a story from a test set, some of them unanswerable: answers from memory, and from the text."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from gradmem_adapter.utils.wording import counted
 def run_story_demo(
     checkpoint: str | Path, *, backbone: str | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Answer the questions that ship with the package from memory, beside the backbone's answers from the whole text.
+    """Answer the questions that ship with the package from memory, and compare with answers from the whole text.
 
     Returns the figures.
 
     Args:
-        checkpoint (`str` or `Path`): what `load_checkpoint` opens, an adapter trained on questions.
+        checkpoint (`str` or `Path`): an adapter trained on questions, as for `load_checkpoint`.
         backbone (`str`, *optional*): as for `load_checkpoint`.
         console (`Console`, *optional*): where to print.
 

@@ -1,4 +1,4 @@
-"""The page at `/`: write a text, see what memory has of it, ask. It uses the API that everybody has."""
+"""The page at `/`: write a text, see what memory holds of it, ask. It uses only the public API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HEADERS = {
 
 
 def page_routes() -> APIRouter:
-    """The page and what it loads, which needs no key: it asks for one."""
+    """Routes for the page and its files. They need no key: the page asks for one."""
     router = APIRouter()
     for path, (name, kind) in _FILES.items():
         router.add_api_route(path, _file(name, kind), response_class=Response, include_in_schema=False)
