@@ -1,1 +1,1 @@
-"""Calls to a pipeline that come at the same time, answered together: what a chat model and a server share."""
+"""Answers concurrent calls to a pipeline in batches. Shared by the chat model and the server."""

@@ -1,4 +1,4 @@
-"""Calls that come at the same time, from threads or tasks, go through the model together."""
+"""Batches calls that arrive at the same time, from threads or tasks."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.wording import counted
 
 _WINDOW = 0.005
-"""Seconds without a further call after which a batch begins. It begins after ten of them in any case."""
+"""A batch begins when no call has arrived for this many seconds, or after ten times as long in any case."""
 
 
 class Options(NamedTuple):
-    """What calls must have in common to be one batch, besides the size of their memories."""
+    """Options that all calls of a batch share. Their memories must have the same size as well."""
 
     max_tokens: int
     sampling: Sampling
     stops: tuple[str, ...]
     grammar: str | None = None
-    """What answers keep to, see `grammar`."""
+    """The grammar that answers follow, see `grammar.py`."""
 
 
 class Call:
     """One prompt that waits for its answer.
 
     Args:
-        pipeline (`GradMemPipeline`): who answers.
-        prompt (`list[int]`): its tokens.
+        pipeline (`GradMemPipeline`): what answers.
+        prompt (`list[int]`): the tokens of the prompt.
         memory (`MemoryState`, *optional*): one state.
-        options (`Options`): how to answer; no more tokens are given than the model has positions for.
-        seed (`int`, *optional*): of sampling.
-        progress (`Callable`, *optional*): given the new tokens so far whenever there is one more, by another thread.
+        options (`Options`): how to answer; the number of new tokens is limited by the model's positions.
+        seed (`int`, *optional*): seed for sampling.
+        progress (`Callable`, *optional*): called from another thread after each new token, with all new tokens so far.
 
     Raises:
         ValueError: the model has no position left for an answer.
@@ -60,8 +60,8 @@ class Call:
         if positions is not None:
             if (room := positions - len(prompt) - vectors) < 1:
                 raise ValueError(
-                    f"The prompt is too long: it has {counted(len(prompt), 'token')}, memory "
-                    f"{counted(vectors, 'vector')} before it, and the model has {counted(positions, 'position')}. "
+                    f"The prompt is too long: it has {counted(len(prompt), 'token')} after "
+                    f"{counted(vectors, 'memory vector')}, but the model has only {counted(positions, 'position')}. "
                     "Shorten it (in LangChain: trim_messages)."
                 )
             options = options._replace(max_tokens=min(options.max_tokens, room))
@@ -73,20 +73,20 @@ class Call:
 
     @property
     def kind(self) -> Hashable:
-        """The same for calls that can be one batch."""
+        """Equal for calls that can be in one batch."""
         return self.options, 0 if self.memory is None else self.memory.num_memory_tokens
 
     @property
     def by_engine(self) -> bool:
-        """Whether an engine answers it, which makes batches and draws tokens by itself."""
+        """Whether an engine answers the call: engines batch and sample by themselves."""
         return self.memory is not None and self.pipeline.reader is not self.pipeline.model
 
     def generation_options(self, seeds: Sequence[int | None], criterion: StoppingCriteria) -> dict[str, Any]:
-        """What `generate_ids` is given for a batch of calls of this kind.
+        """The arguments of `generate_ids` for a batch of calls of this kind.
 
         Args:
-            seeds (`Sequence[int]`): of each row.
-            criterion (`StoppingCriteria`): what ends rows.
+            seeds (`Sequence[int]`): the seed of each row.
+            criterion (`StoppingCriteria`): decides when rows end.
         """
         own, engine = self.options, self.by_engine and self.options.grammar is None and set(seeds) <= {None}
         options = {"max_new_tokens": own.max_tokens, "do_sample": False, "stopping_criteria": [criterion]}
@@ -98,18 +98,18 @@ class Call:
         return self.pipeline.generation_options(options | {"logits_processor": processors})
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more: it ends with its next token, or does not begin."""
+        """Cancel the call: its answer ends with the next token, or does not begin."""
         self.cancelled.set()
         self.tokens.cancel()
 
 
 class Batcher:
-    """Answers calls to one pipeline, those that wait at the same time in one batch.
+    """Answers calls to one pipeline, putting those that wait at the same time into one batch.
 
-    While a batch is answered the next one gathers, so that concurrent calls are batches without being told.
+    The next batch gathers while the current one is being answered, so concurrent calls need no coordination.
 
     Args:
-        begins (`Callable`, *optional*): given the number of calls of each batch that begins.
+        begins (`Callable`, *optional*): called with the number of calls whenever a batch begins.
     """
 
     def __init__(self, begins: Callable[[int], None] = lambda size: None) -> None:
@@ -119,14 +119,14 @@ class Batcher:
         self._serving = False
 
     def submit(self, call: Call, max_batch: int) -> None:
-        """Have a call answered.
+        """Queue a call.
 
         Args:
-            call (`Call`): its `tokens` are set, or raise, when it is.
-            max_batch (`int`): most calls in its batch.
+            call (`Call`): its future `tokens` gets the answer or an exception.
+            max_batch (`int`): the most calls in its batch.
         """
         with self._changed:
-            if not self._serving:  # first, for it fails where there can be no further thread
+            if not self._serving:  # first, as it raises if no further thread can be started
                 threading.Thread(target=self._serve, name="gradmem-batches", daemon=True).start()
                 self._serving = True
             self._waiting.append((call, max_batch))
@@ -137,7 +137,7 @@ class Batcher:
             while batch := self._next():
                 self._begins(len(batch))
                 answer(batch)
-        except BaseException as error:  # who waits must learn of it, and the next call gets a new thread
+        except BaseException as error:  # pass it to all waiting calls; the next call starts a new thread
             with self._changed:
                 waiting, self._waiting, self._serving = self._waiting, [], False
             for call, _ in waiting:
@@ -145,7 +145,7 @@ class Batcher:
                     call.tokens.set_exception(error)
 
     def _next(self) -> list[Call]:
-        """The oldest call and those that can be answered with it; none: nothing waits, and the thread ends."""
+        """The oldest call and those that can be answered with it. Empty if no call is waiting: the thread ends."""
         with self._changed:
             end = time.monotonic() + 10 * _WINDOW
             while self._waiting and len(self._waiting) < self._waiting[0][1] and time.monotonic() < end:
@@ -162,10 +162,10 @@ class Batcher:
 
 
 def answer(batch: Sequence[Call]) -> None:
-    """Answer calls of one kind together, and one by one where that fails, so that each has its own error or answer.
+    """Answer calls of one kind together. If that fails, answer them one by one, so that each gets its answer or error.
 
     Args:
-        batch (`Sequence[Call]`): whose `tokens` are set; those that were cancelled are left out.
+        batch (`Sequence[Call]`): calls, whose `tokens` are set. Cancelled calls are skipped.
     """
     batch = [call for call in batch if call.tokens.running() or call.tokens.set_running_or_notify_cancel()]
     if not batch:
@@ -208,6 +208,6 @@ _making = threading.Lock()
 
 
 def batcher_of(pipeline: GradMemPipeline) -> Batcher:
-    """The one that answers all calls to a pipeline, whichever chat model they come from."""
+    """The batcher of a pipeline, shared by all chat models that use the pipeline."""
     with _making:
         return _batchers.setdefault(pipeline, Batcher())

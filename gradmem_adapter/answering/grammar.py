@@ -1,4 +1,4 @@
-"""Answers that keep to a JSON schema: each token is one with which the answer can still be such JSON."""
+"""Constrained decoding by a JSON schema: only tokens that can still lead to valid JSON are allowed."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 AVAILABLE = importlib.util.find_spec("llguidance") is not None
-"""Whether there is a library for constrained decoding."""
+"""Whether the library for constrained decoding is installed."""
 _STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As JSON is mostly written. Free white space is where a small model loses itself."""
+"""JSON's usual white space. If any white space were allowed, small models could generate it without end."""
 _tokenizers: WeakKeyDictionary[GradMemPipeline, LLTokenizer] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
 def grammar_of(pipeline: GradMemPipeline, wanted: Any) -> str:
-    """What a response format allows, as the library for constrained decoding takes it.
+    """The grammar of a response format, for the library for constrained decoding.
 
     Args:
-        pipeline (`GradMemPipeline`): who is to answer.
+        pipeline (`GradMemPipeline`): what is to answer.
         wanted (`dict`): `{"type": "json_schema", "json_schema": {"schema": ...}}`.
 
     Raises:
         ModuleNotFoundError: the library is not installed.
-        ValueError: it is no response format of this kind; or the library does not know what the schema asks for, or
-            does not know the tokenizer's kind.
+        ValueError: `wanted` is not such a response format, or the library does not support the schema or the kind of
+            tokenizer.
     """
     if not AVAILABLE:
         raise ModuleNotFoundError(
-            "Structured output needs the package 'llguidance', which keeps a local model to a schema while it decodes: "
-            'pip install "gradmem-adapter[structured-output]". Without it, ask for JSON in the prompt and parse the '
-            "answer with a PydanticOutputParser.",
+            "Structured output needs the package 'llguidance' for constrained decoding: pip install "
+            '"gradmem-adapter[structured-output]". Without it, ask for JSON in the prompt and parse the answer with a '
+            "PydanticOutputParser.",
             name="llguidance",
         )
     from llguidance import LLMatcher
@@ -49,25 +49,25 @@ def grammar_of(pipeline: GradMemPipeline, wanted: Any) -> str:
     schema = wanted.get("json_schema", {}).get("schema") if isinstance(wanted, Mapping) else None
     if not isinstance(schema, Mapping):
         raise ValueError(
-            'A response_format is {"type": "json_schema", "json_schema": {"schema": ...}}, as with_structured_output '
-            f"makes it, got {wanted!r}."
+            'response_format must be {"type": "json_schema", "json_schema": {"schema": ...}}, as '
+            f"with_structured_output makes it, got {wanted!r}."
         )
     grammar = str(LLMatcher.grammar_from_json_schema(_closed(dict(schema)), defaults=_STYLE))
     if problem := LLMatcher.validate_grammar(grammar, _tokenizer(pipeline)):
-        raise ValueError(f"The schema cannot be decoded by: {problem}")
+        raise ValueError(f"The schema is not supported by constrained decoding: {problem}")
     return grammar
 
 
 def _closed(schema: Any) -> Any:
-    """A schema whose objects have the properties that it names, and others only where it says so.
+    """A schema whose objects allow no properties other than those named, unless it says so explicitly.
 
-    JSON Schema allows any others by default, which nobody who asks a model for an answer means.
+    JSON Schema allows any others by default, but users who ask a model for an answer do not want them.
     """
     if isinstance(schema, list):
         return [_closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    as_is = {"allOf", "const", "default", "enum", "examples"}  # parts of allOf name others' properties too
+    as_is = {"allOf", "const", "default", "enum", "examples"}  # parts of allOf share their properties
     parts = {name: part if name in as_is else _closed(part) for name, part in schema.items()}
     return {"additionalProperties": False, **parts} if isinstance(schema.get("properties"), dict) else parts
 
@@ -76,22 +76,22 @@ def _tokenizer(pipeline: GradMemPipeline) -> LLTokenizer:
     from llguidance.hf import from_tokenizer
 
     with _making:
-        if pipeline not in _tokenizers:  # a second of work for a large vocabulary
+        if pipeline not in _tokenizers:  # takes a second for a large vocabulary
             eos = pipeline.model.generation_config.eos_token_id
             _tokenizers[pipeline] = from_tokenizer(cast(PreTrainedTokenizerFast, pipeline.tokenizer), eos_token=eos)
         return _tokenizers[pipeline]
 
 
 class Constraint(LogitsProcessor):
-    """Rules out, for each row of a batch, the tokens that its grammar does not allow next.
+    """Masks, for each row of a batch, the tokens that its grammar does not allow next.
 
-    An adapter that was trained to give bare answers ends the text where JSON has a quote first; so the probability of
-    the end is the quote's, too.
+    An adapter that was trained to give bare answers ends the text where JSON needs a closing quote. The quote therefore
+    gets the probability of the end as well.
 
     Args:
-        pipeline (`GradMemPipeline`): who answers.
+        pipeline (`GradMemPipeline`): what answers.
         grammar (`str`): what `grammar_of` returns.
-        rows (`int`): of the batch.
+        rows (`int`): the number of rows in the batch.
     """
 
     def __init__(self, pipeline: GradMemPipeline, grammar: str, rows: int) -> None:
@@ -104,7 +104,7 @@ class Constraint(LogitsProcessor):
         self.started = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.started:  # a row that has ended is padded; its matcher then allows the end alone
+        if self.started:  # the matcher of an ended row only sees padding, and allows only the end
             for matcher, token in zip(self.matchers, input_ids[:, -1].tolist(), strict=True):
                 matcher.consume_token(token)
         self.started = True

@@ -1,4 +1,4 @@
-"""Sampling with a generator for each row, so that calls under a seed need not wait for each other."""
+"""Sampling with a generator for each row, so that calls with different seeds can share a batch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 _GREEDY_BELOW = 1e-4
-"""Temperatures that scores are not divided by: nothing but the best token is likely, and they could overflow."""
+"""Lower temperatures count as greedy: only the best token is likely, and dividing scores by them could overflow."""
 
 
 class Sampling(NamedTuple):
     """How tokens are drawn.
 
     Args:
-        temperature (`float`, *optional*): None or below 1e-4: greedily.
-        top_p (`float`, *optional*): nucleus; None: all tokens.
+        temperature (`float`, *optional*): the temperature; None or below 1e-4: greedy.
+        top_p (`float`, *optional*): nucleus sampling; None: all tokens.
     """
 
     temperature: float | None
@@ -26,21 +26,21 @@ class Sampling(NamedTuple):
 
     @property
     def greedy(self) -> bool:
-        """Whether the best token is taken each time."""
+        """Whether decoding is greedy."""
         return self.temperature is None or self.temperature < _GREEDY_BELOW
 
     def options(self) -> dict[str, Any]:
-        """The same as `generate` takes it, for engines, which draw by themselves."""
+        """The same as arguments of `generate`, for engines, which sample by themselves."""
         if self.greedy:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p or 1.0}
 
     def processors(self, seeds: Sequence[int | None], device: torch.device) -> LogitsProcessorList:
-        """What makes greedy decoding draw; nothing for greedy answers.
+        """Logits processors with which greedy decoding samples; none for greedy answers.
 
         Args:
-            seeds (`Sequence[int]`): of each row; None: one that nobody knows.
-            device (`torch.device`): where the logits are.
+            seeds (`Sequence[int]`): the seed of each row; None: a random one.
+            device (`torch.device`): the device of the logits.
         """
         processors = LogitsProcessorList()
         if self.greedy:
@@ -53,9 +53,9 @@ class Sampling(NamedTuple):
 
 
 class _Draw(LogitsProcessor):
-    """Adds Gumbel noise, after which the highest score is a draw from the distribution (Gumbel-max trick).
+    """Adds Gumbel noise, so that the highest score is a sample from the distribution (Gumbel-max trick).
 
-    Transformers draws from the process's own generator, which threads share.
+    Transformers samples with the process's global generator, which all threads share.
     """
 
     def __init__(self, seeds: Sequence[int | None], device: torch.device) -> None:

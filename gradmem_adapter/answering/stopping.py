@@ -1,4 +1,4 @@
-"""What ends an answer: stop strings, however tokens fall on them, in whole answers and in streams, and its caller."""
+"""How answers end: by a stop string, whatever tokens it spans, in whole answers and streams; or by being cancelled."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gradmem_adapter.pipeline import GradMemPipeline
 
 
 class Answer(NamedTuple):
-    """What new tokens say.
+    """A complete answer.
 
     Args:
-        tokens (`list[int]`): with the one that ends the text, without padding behind it.
-        text (`str`): up to a stop.
-        stopped (`bool`): whether it ended by itself; else there was no room for more.
+        tokens (`list[int]`): the new tokens, including the end token but no padding.
+        text (`str`): their text, up to a stop.
+        stopped (`bool`): whether the answer ended by itself; otherwise it reached the limit of tokens.
     """
 
     tokens: list[int]
@@ -27,11 +27,11 @@ class Answer(NamedTuple):
 
     @classmethod
     def of(cls, pipeline: GradMemPipeline, tokens: list[int], stops: Sequence[str]) -> Answer:
-        """What a call's new tokens say.
+        """The answer that a call's new tokens make.
 
         Args:
-            pipeline (`GradMemPipeline`): who answered.
-            tokens (`list[int]`): all that it gave.
+            pipeline (`GradMemPipeline`): what answered.
+            tokens (`list[int]`): all new tokens.
             stops (`Sequence[str]`): texts that end an answer.
         """
         eos = pipeline.model.generation_config.eos_token_id
@@ -42,19 +42,19 @@ class Answer(NamedTuple):
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the stop that is complete first, as a stream finds it, and whether there was one."""
+    """The text before the first complete stop, as a stream would find it, and whether there was one."""
     places = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)[1]], True) if places else (text, False)
 
 
 def settled(text: str, stops: Sequence[str]) -> str:
-    """The part of a growing text that stays: without what may be the beginning of a stop, or of a character."""
+    """The part of a growing text that is final: without a possible beginning of a stop, or of a character."""
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - held].rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def pieces_until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Pieces up to a stop, and whether it came. What could be the beginning of a stop is held back until it is not."""
+    """Pieces up to a stop, and whether it came. A possible beginning of a stop is held back until it is decided."""
     text, sent = "", 0
     for piece in pieces:
         text += piece
@@ -72,11 +72,11 @@ class NewTokens(StoppingCriteria):
     """Keeps each row's new tokens, and ends a row that has a stop in its text or was cancelled.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): what decodes the tokens.
-        prompt_length (`int`): tokens of the padded prompts, after which the new ones begin.
+        tokenizer (`PreTrainedTokenizerBase`): decodes the tokens.
+        prompt_length (`int`): the length of the padded prompts, after which the new tokens begin.
         stops (`Sequence[str]`): texts that end a row.
-        cancelled (`Sequence[threading.Event]`): of each row; once set, it ends with its next token.
-        progress (`Sequence[Callable]`, *optional*): of each row; given its new tokens when there is one more.
+        cancelled (`Sequence[threading.Event]`): one for each row; once set, the row ends with its next token.
+        progress (`Sequence[Callable]`, *optional*): one for each row, called after each new token with all of them.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class NewTokens(StoppingCriteria):
         self.tokenizer, self.prompt_length, self.stops, self.cancelled = tokenizer, prompt_length, stops, cancelled
         self.progress = progress
         self.rows: dict[int, list[int]] = {}
-        """The new tokens of each row, padding after its end left out."""
+        """The new tokens of each row, without padding after its end."""
         self.stopped: set[int] = set()
 
     def text(self, tokens: list[int]) -> str:
@@ -100,7 +100,7 @@ class NewTokens(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
         for i, row in enumerate(input_ids[:, self.prompt_length :].tolist()):
             if i in self.stopped:
-                continue  # what comes now is padding, while other rows go on
+                continue  # only padding from now on, while other rows continue
             self.rows[i] = row
             if self.progress:
                 self.progress[i](row)

@@ -1,9 +1,9 @@
-"""Chat templates that put memory before the conversation, wherever in its messages memory is sent."""
+"""Chat templates that move memory before the conversation, wherever in its messages it was sent."""
 
 from __future__ import annotations
 
 MARK = "<prompt_embeds>"
-"""What vLLM writes where a message has a part of embeddings: a line of its text, or a part of it."""
+"""The mark that vLLM puts in place of an embeddings part: as a line of the message's text, or as a part of its own."""
 
 _BEGINNING = (
     "{%- set found = namespace(memory='', messages=[]) -%}"
@@ -25,7 +25,7 @@ _BEGINNING = (
 
 
 def memory_first(template: str) -> str:
-    """A chat template that puts the marks of all memories before everything else; without marks, nothing changes.
+    """A chat template that moves the marks of all memories to the front; without marks, nothing changes.
 
     The adapter was trained on `[memory; prompt]`, and an engine puts the vectors where the marks are.
 

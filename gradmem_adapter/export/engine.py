@@ -1,5 +1,5 @@
-"""What readers have in common that ask an engine: checks before anything is sent, and tokens as Transformers returns
-them."""
+"""The base class of readers that use an engine: it checks prompts before sending them, and returns tokens as
+Transformers does."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _KNOWN = {
     *("stop_strings", "tokenizer", "streamer", "stopping_criteria", "generation_config"),
 }
 _NONE_SAYS_SO = ("temperature", "top_k", "top_p", "eos_token_id")
-"""Of these a keyword that is None takes effect: no such filter, no such end."""
+"""Options for which an explicit None has a meaning: no such filter, no such end."""
 _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 _OF_CONFIGS = {"bos_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config", "use_cache"}
 
 _RIGHT_MODEL = (
-    "Serve what gradmem export made of this checkpoint; of a server with several models pass the name of the right one."
+    "Serve the model that gradmem export made from this checkpoint; if the server has several models, pass its name."
 )
 _COMPARED_TOKENS = 8
 _ROUNDING = 1.0
-"""Nats by which a token that an engine takes for the likeliest may be less likely than the model's own. Of the right
-model in bfloat16 it was 0.01 at most, of another one at least 10 within eight tokens (docs/lab/LOG.md)."""
+"""How many nats less likely, for this model, an engine's greedy token may be than this model's own. The right model in
+bfloat16 was off by at most 0.01, wrong models by at least 10 within eight tokens (docs/lab/LOG.md)."""
 
 
 _locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
@@ -48,7 +48,7 @@ _making = threading.Lock()
 
 
 def lock_of(engine: Any) -> threading.Lock:
-    """The lock under which all readers use an engine inside this process, which only one thread may use at a time.
+    """The lock for an engine in this process, shared by all its readers: only one thread may use it at a time.
 
     Args:
         engine: the engine.
@@ -62,7 +62,7 @@ class EnginePrompt(NamedTuple):
 
     Args:
         prefix (`Tensor`): `[P, d]`, the memory with its control vectors.
-        tokens (`list[int]`): the prompt after it.
+        tokens (`list[int]`): the tokens of the prompt that follows it.
     """
 
     prefix: Tensor
@@ -91,7 +91,7 @@ class EngineSampling(NamedTuple):
         """What Transformers' `generate` would do with the same options; `ValueError` if no length is given."""
         asked = {name: generation_option(name, options, default) for name in _KNOWN}
         if asked["max_new_tokens"] is None:
-            raise ValueError("Pass max_new_tokens, the most tokens of an answer.")
+            raise ValueError("Pass max_new_tokens, the most tokens in an answer.")
         chosen = asked | {name: options[name] for name in _NONE_SAYS_SO if name in options}
         for name, value in default._get_default_generation_params().items():  # as `generate` itself fills them
             if asked.get(name, value) is None and name not in options:
@@ -189,7 +189,7 @@ class EngineReader(ABC):
         return self._follow(prompts, input_ids, sampling, options, default)
 
     def _compare(self, backbone: PreTrainedModel, prompt: EnginePrompt, most: int) -> None:
-        """Raise `RuntimeError` where an engine's first greedy tokens are not likely to this model."""
+        """Raise `RuntimeError` if this model finds the engine's first greedy tokens unlikely."""
         with self._comparing:
             count = min(self._to_compare, most)
             if not count:
@@ -197,16 +197,16 @@ class EngineReader(ABC):
             with closing(self._answers([prompt], EngineSampling(count, [], 0.0, 0, 1.0))) as pieces:
                 tokens = [token for _, new, _ in pieces for token in new]
             if len(tokens) != count:
-                raise RuntimeError("The engine ended before its answers did.")
+                raise RuntimeError("The engine stopped before its answers were complete.")
             if not _lost(backbone, prompt, tokens) <= _ROUNDING:
                 raise RuntimeError(
-                    "The engine serves another model than the one that wrote the memory: its answer begins with the "
-                    f"tokens {tokens}, which are not this model's. {_RIGHT_MODEL}"
+                    "The engine does not serve the model that wrote the memory: its answer begins with the tokens "
+                    f"{tokens}, which are not this model's. {_RIGHT_MODEL}"
                 )
             self._to_compare -= count
 
     def _compare_again(self) -> None:
-        """After an engine failed: what comes back may be another one."""
+        """Check the model again after a failure: a restarted engine may serve another one."""
         self._to_compare = _COMPARED_TOKENS if self._check_model else 0
 
     def _follow(
@@ -217,7 +217,7 @@ class EngineReader(ABC):
         options: dict[str, Any],
         default: GenerationConfig,
     ) -> Tensor:
-        """Prompts and new tokens, shown to streamer and stopping criteria token by token as Transformers does."""
+        """Prompts and new tokens. Streamer and stopping criteria see them token by token, as in Transformers."""
         criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
         if stops := generation_option("stop_strings", options, default):
             criteria.append(StopStringCriteria(options["tokenizer"], stops))
@@ -232,8 +232,8 @@ class EngineReader(ABC):
             for i, tokens, last in pieces:
                 if wrong := _unknown(self.model.get_base_model(), tokens):
                     raise RuntimeError(
-                        "The engine serves another model than the one that wrote the memory: its answer has the tokens "
-                        f"{wrong[:8]}, which this model does not know. {_RIGHT_MODEL}"
+                        "The engine does not serve the model that wrote the memory: its answer has the tokens "
+                        f"{wrong[:8]}, which are not in this model's vocabulary. {_RIGHT_MODEL}"
                     )
                 if not ended[i]:
                     rows[i], ended[i] = rows[i] + tokens, last
@@ -250,19 +250,19 @@ class EngineReader(ABC):
                 if all(ended) and length == max(map(len, rows)):
                     break
         if not all(ended):
-            raise RuntimeError("The engine ended before its answers did.")
+            raise RuntimeError("The engine stopped before its answers were complete.")
         if streamer is not None:
             streamer.end()
         return output
 
 
 def _unknown(backbone: Any, tokens: list[int]) -> list[int]:
-    """Tokens that are not in a model's vocabulary."""
+    """The tokens that are not in a model's vocabulary."""
     return [token for token in tokens if not 0 <= token < backbone.get_input_embeddings().num_embeddings]
 
 
 def _lost(backbone: Any, prompt: EnginePrompt, tokens: list[int]) -> float:
-    """The most nats by which a token of an answer is less likely than the model's own."""
+    """The largest gap, in nats, between the model's likeliest token and the answer's; infinite if one is unknown."""
     if _unknown(backbone, tokens):
         return math.inf
     (states,) = states_of_answers(backbone, prompt.prefix[None], [(prompt.tokens, tokens)])
@@ -271,7 +271,7 @@ def _lost(backbone: Any, prompt: EnginePrompt, tokens: list[int]) -> float:
 
 
 def _check_options(options: dict[str, Any], default: GenerationConfig) -> None:
-    """Raise for options, passed or of a generation configuration, that an engine would not follow."""
+    """Raise for options, passed or from a generation configuration, that an engine would not follow."""
     asked = dict(options)
     for config in (options.get("generation_config"), default):
         if config is not None:
@@ -283,6 +283,6 @@ def _check_options(options: dict[str, Any], default: GenerationConfig) -> None:
     ]
     if wrong:
         raise NotImplementedError(
-            f"An engine does not take {', '.join(sorted(wrong))}, only {', '.join(sorted(_KNOWN))}. Leave the others "
-            "out, or read with the model itself."
+            f"An engine does not support {', '.join(sorted(wrong))}, only {', '.join(sorted(_KNOWN))}. Leave the "
+            "others out, or read with the model itself."
         )

@@ -1,4 +1,4 @@
-"""What READ runs on, as a plain model directory that engines open without this package."""
+"""Export the model that READ needs as a plain model directory, which engines open without this package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gradmem_adapter.utils.pretrained import save_here
 LORA = "lora"
 """The folder of the LoRA inside an exported directory."""
 GGUF_TYPES = {"float32": "f32", "float16": "f16"}
-"""Types of a GGUF file, and what llama.cpp's converter calls them. Quantised ones answer differently."""
+"""Types of a GGUF file, and their names in llama.cpp's converter. Quantised types are left out: answers differ."""
 CONVERTER = "convert_hf_to_gguf.py"
 
 
@@ -62,12 +62,12 @@ def export_model(
     if path.exists() and not (path.is_dir() and all(entry.name.startswith(".gradmem-") for entry in path.iterdir())):
         raise FileExistsError(f"{str(path)!r} exists and is not empty. Name a new directory.")
     if gguf is not None and not merge:
-        raise ValueError("A GGUF file holds one model: merge the LoRA.")
+        raise ValueError("A GGUF file holds one model, so the LoRA must be merged: pass merge=True (--merge).")
     converter = None if gguf is None else _converter()
     backbone = cast(PreTrainedModel, model.get_base_model())
     if getattr(backbone, "is_quantized", False):
         raise NotImplementedError(
-            "The backbone is quantised, and what is exported would be rounded again. Open the checkpoint with a "
+            "The backbone is quantised, and exported weights would be rounded again. Open the checkpoint with a "
             "backbone in float32 or bfloat16."
         )
     config = model.active_peft_config
@@ -89,10 +89,10 @@ def export_model(
 
 
 def _merged(backbone: PreTrainedModel, adapter: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that a LoRA changes, with it; sums are rounded once."""
+    """The weights that a LoRA changes, with the LoRA merged. Each sum is rounded only once."""
     merged: dict[str, Tensor] = {}
     for name, layer in backbone.named_modules():
-        if not isinstance(layer, LoraLayer) or ".base_layer" in name:  # of several around a layer, the outermost
+        if not isinstance(layer, LoraLayer) or ".base_layer" in name:  # of nested LoRA layers, only the outermost
             continue
         own = {key: tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
         _check_untied(own, weights)
@@ -111,14 +111,14 @@ def _check_untied(own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     for key, tensor in weights.items():
         if key not in own and tensor.numel() and tensor.data_ptr() in places:
             raise NotImplementedError(
-                f"{places[tensor.data_ptr()]} and {key} are one tensor, and the LoRA is of one of them alone: it "
+                f"{places[tensor.data_ptr()]} and {key} share one tensor, but the LoRA changes only one of them, so it "
                 "cannot be merged. Export it beside the backbone (merge=False, --lora)."
             )
 
 
 def _name_rope_as_before(file: Path) -> None:
-    """Give a configuration the names that rotary embeddings had before Transformers 5, too: other readers of it, such
-    as llama.cpp's converter, look for these, and take a default where there are none."""
+    """Add the names that rotary embeddings had before Transformers 5 to a configuration: other programs, such as
+    llama.cpp's converter, look for these and silently use a default if they are missing."""
     config = json.loads(file.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" not in rope:
@@ -130,7 +130,7 @@ def _name_rope_as_before(file: Path) -> None:
 
 
 def _write_lora(model: PeftModel, lora: LoraConfig, folder: Path) -> None:
-    """Write the LoRA of an adapter as PEFT writes one."""
+    """Write an adapter's LoRA in PEFT's format."""
     tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     own = {name: tensor.contiguous() for name, tensor in tensors.items() if "gradmem_" not in name}
     config = copy.deepcopy(lora)
@@ -140,11 +140,11 @@ def _write_lora(model: PeftModel, lora: LoraConfig, folder: Path) -> None:
 
 
 def _converter() -> str:
-    """Where llama.cpp's converter is."""
+    """The path of llama.cpp's converter."""
     found = shutil.which(CONVERTER)
     if found is None:
         raise FileNotFoundError(
-            f"A GGUF file is made by llama.cpp's own converter, and there is no {CONVERTER} on the PATH. Get it with "
+            f"A GGUF file needs llama.cpp's own converter, but there is no {CONVERTER} on the PATH. Get it with "
             "llama.cpp (git clone https://github.com/ggml-org/llama.cpp), add that directory to the PATH, and install "
             "gguf: pip install gguf."
         )

@@ -40,8 +40,8 @@ class LlamaCppReader(EngineReader):
             needed = len(prompt.prefix) + len(prompt.tokens) + sampling.max_new_tokens
             if needed > llama.n_ctx() or len(prompt.prefix) > llama.n_batch:
                 raise ValueError(
-                    f"Memory, prompt and answer take {needed} positions, {len(prompt.prefix)} of them memory, and the "
-                    f"Llama has n_ctx={llama.n_ctx()} and n_batch={llama.n_batch}. Make it with larger ones."
+                    f"Memory, prompt and answer need {needed} positions, {len(prompt.prefix)} of them for memory, but "
+                    f"the Llama has n_ctx={llama.n_ctx()} and n_batch={llama.n_batch}. Create it with larger ones."
                 )
             with lock_of(llama):
                 read_prefix(llama, prompt.prefix)
@@ -63,7 +63,7 @@ def read_prefix(llama: Llama, prefix: Tensor) -> None:
 
     length, width = prefix.shape
     if width != llama.n_embd():
-        raise ValueError(f"The memory has vectors of width {width}, and the GGUF model's are {llama.n_embd()} wide.")
+        raise ValueError(f"The memory has vectors of width {width}, but the GGUF model needs {llama.n_embd()}.")
     numbers = prefix.detach().float().cpu().contiguous()
     batch = llama_cpp.llama_batch_init(length, width, 1)
     try:

@@ -1,4 +1,4 @@
-"""Memory as engines take it over HTTP: input embeddings in base64."""
+"""Memory in the format that engines accept over HTTP: input embeddings in base64."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def prompt_embeds(
 
 
 def encoded(embeddings: Tensor) -> str:
-    """Input embeddings `[T, d]` in base64, in PyTorch's file format; refused if they are not finite."""
+    """Input embeddings `[T, d]` in base64, in PyTorch's file format; `ValueError` if they are not finite."""
     check_sendable(embeddings)
     file = io.BytesIO()
-    torch.save(embeddings.detach().cpu().clone(), file)  # of a view, the whole storage would be written
+    torch.save(embeddings.detach().cpu().clone(), file)  # of a view, torch.save would write the whole storage
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def check_sendable(embeddings: Tensor) -> None:
-    """Raise `ValueError` for what would make an engine answer all later requests wrongly as well."""
+    """Raise `ValueError` for vectors that are not finite: they would spoil an engine's later answers as well."""
     if not embeddings.isfinite().all():
         raise ValueError(
             "The memory has vectors that are not finite, because WRITE diverged. Nothing was sent, since engines keep "

@@ -1,4 +1,4 @@
-"""READ by vLLM, inside this process or by its server."""
+"""READ by vLLM, in this process or on a server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 _NOT_VLLM = (http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError)
-"""What comes of answers that are cut off, or of something else than vLLM."""
+"""The exceptions that parsing raises if a response is cut off, or does not come from vLLM."""
 
 
 class VLLMReader(EngineReader):
@@ -59,11 +59,11 @@ class VLLMReader(EngineReader):
     ) -> None:
         super().__init__(model, check_model=check_model)
         if isinstance(engine, str) and lora is not None:
-            raise ValueError("A server has its LoRA from --lora-modules: pass the name that it has there.")
+            raise ValueError("lora needs an LLM. A server takes it with --lora-modules: pass its name there as name.")
         if isinstance(engine, str) and not engine.startswith(("http://", "https://")):
-            raise ValueError(f"A server's address begins with http:// or https://, got {engine[:200]!r}.")
+            raise ValueError(f"The address of a server must begin with http:// or https://, got {engine[:200]!r}.")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("The api_key of a server has a line end or another character that no HTTP header takes.")
+            raise ValueError("api_key has a line end or another character that is not allowed in an HTTP header.")
         self.engine, self.name, self.lora, self.api_key, self.timeout = engine, name, lora, api_key, timeout
         self._served_name = name
 
@@ -114,11 +114,11 @@ class VLLMReader(EngineReader):
             self._compare_again()
             self._served_name = self.name
             if isinstance(error, _NOT_VLLM):
-                raise ConnectionError(f"What is at {url} does not answer as vLLM does: {error!r}.") from error
+                raise ConnectionError(f"The server at {url} does not respond like vLLM: {error!r}.") from error
             raise
 
     def _request(self, url: str, body: dict[str, Any] | None = None) -> Any:
-        """A response of the server, open to be read."""
+        """A response of the server, opened for reading."""
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -129,7 +129,7 @@ class VLLMReader(EngineReader):
             said = error.read(2000).decode(errors="replace")
             if '"param":"input_tokens"' in said.replace(" ", ""):
                 raise ValueError(
-                    "Memory and prompt are longer than vLLM was started for (--max-model-len). Shorten the prompt."
+                    "Memory and prompt are longer than vLLM's --max-model-len. Shorten the prompt, or raise the limit."
                 ) from error
             raise RuntimeError(f"vLLM at {url} refused the request ({error.code}): {said}") from error
         except urllib.error.URLError as error:
@@ -137,7 +137,7 @@ class VLLMReader(EngineReader):
 
 
 def mixed_prompt(prompt: EnginePrompt) -> dict[str, Any]:
-    """A prompt for `LLM.generate`: vectors for the memory, zeros where the engine embeds a token itself."""
+    """A prompt for `LLM.generate`: vectors for the memory, and zeros for tokens, which the engine embeds itself."""
     memory, length = prompt.prefix, len(prompt.prefix) + len(prompt.tokens)
     embeddings = memory.new_zeros(length, memory.shape[1])
     embeddings[: len(memory)] = memory
@@ -149,23 +149,24 @@ def mixed_prompt(prompt: EnginePrompt) -> dict[str, Any]:
 
 
 def _identity(lora: str | Path) -> tuple[str, int]:
-    """A LoRA's name and number: vLLM keeps what it loaded under them, whatever the path is."""
+    """A name and a number for a LoRA, derived from its path: vLLM caches LoRAs by these and ignores the path."""
     digest = hashlib.blake2b(str(Path(lora).resolve()).encode(), digest_size=4)
-    return f"gradmem-{digest.hexdigest()}", 1 + int.from_bytes(digest.digest(), "big") // 2  # 32 bits with a sign
+    return f"gradmem-{digest.hexdigest()}", 1 + int.from_bytes(digest.digest(), "big") // 2  # fits a signed int32
 
 
 def _piece(choice: dict[str, Any], prompts: int) -> tuple[int, list[int], bool]:
-    """Of an event of a stream; `TypeError` for what vLLM does not send."""
+    """The prompt's number, the new tokens and whether they are the last, from an event of a stream; `TypeError` if the
+    event is not one of vLLM's."""
     index, tokens = choice["index"], choice.get("token_ids")
     if tokens is None and not choice.get("text"):
         tokens = []
     if index not in range(prompts) or type(tokens) is not list or not all(type(token) is int for token in tokens):
-        raise TypeError(f"an answer's piece is {choice}")
+        raise TypeError(f"unexpected piece of an answer: {choice}")
     return index, tokens, choice.get("finish_reason") is not None
 
 
 def _parameters(sampling: EngineSampling) -> dict[str, Any]:
-    """Sampling as vLLM names it; what is left out it would take from the model's generation configuration."""
+    """Sampling options under vLLM's names. All are set, as vLLM would take others from the generation configuration."""
     own = sampling._asdict()
-    fixed = {"ignore_eos": True, "min_p": 0.0, "repetition_penalty": 1.0}  # it would add its own end to those asked for
+    fixed = {"ignore_eos": True, "min_p": 0.0, "repetition_penalty": 1.0}  # ends only by stop_token_ids
     return own | {"max_tokens": own.pop("max_new_tokens")} | fixed

@@ -112,7 +112,7 @@ def test_chat(pipeline, questions, server):
 
 
 def test_the_backbone_is_not_taken_for_the_adapter(pipeline, questions, server):
-    with pytest.raises(RuntimeError, match="serves another model"):
+    with pytest.raises(RuntimeError, match="does not serve the model"):
         VLLMReader(pipeline.model, server, name="backbone").generate(**questions[0])
 
 

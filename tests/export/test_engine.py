@@ -252,7 +252,7 @@ def test_options_without_effect(reader, states, prompts):
 
 def test_an_engine_that_breaks_off_is_an_error(reader, states, prompts, monkeypatch):
     monkeypatch.setattr(PlainReader, "_answers", lambda *_: iter_of((0, [5], True)))
-    with pytest.raises(RuntimeError, match="ended before"):
+    with pytest.raises(RuntimeError, match="stopped before"):
         reader.generate(**prompts, memory=states, **GREEDY)
 
 
@@ -305,20 +305,20 @@ class TestTheEnginesModel:
         if wrong == "without the LoRA":
             checking.engine = make().get_base_model()
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="serves another model"):
+            with pytest.raises(RuntimeError, match="does not serve the model"):
                 checking.generate(**prompts, memory=states, **GREEDY)
         assert all(len(asked) == 1 for asked, _ in checking.asked)
 
     def test_with_more_tokens_is_refused(self, checking, states, prompts, monkeypatch):
         monkeypatch.setattr(checking, "_answers", lambda prompts, sampling: iter_of((0, [1000] * 8, True)))
-        with pytest.raises(RuntimeError, match="serves another model"):
+        with pytest.raises(RuntimeError, match="does not serve the model"):
             checking.generate(**prompts, memory=states, **GREEDY)
 
     @pytest.mark.parametrize("token", [61, -1, 10**30])
     def test_whose_answer_has_a_token_that_is_none_is_refused(self, reader, states, prompts, monkeypatch, token):
         """Where nobody compares models, or further on in an answer."""
         monkeypatch.setattr(reader, "_answers", lambda *_: iter_of((0, [5, 6], False), (1, [7, token], True)))
-        with pytest.raises(RuntimeError, match=f"its answer has the tokens .{token}., which this model does not know"):
+        with pytest.raises(RuntimeError, match=f"its answer has the tokens .{token}., which are not in this model"):
             reader.generate(**prompts, memory=states, **GREEDY)
 
     def test_may_round_otherwise(self, checking, states, prompts):

@@ -103,7 +103,7 @@ def test_another_model_and_a_failed_decode_are_errors(model, llama, monkeypatch)
         reader.generate(tokens(1, 4), memory=state, **GREEDY)
     assert llama.module.calls[-1] == "free"
     monkeypatch.setattr(Llama, "n_embd", lambda self: 48)
-    with pytest.raises(ValueError, match="48 wide"):
+    with pytest.raises(ValueError, match="GGUF model needs 48"):
         reader.generate(tokens(1, 4), memory=state, **GREEDY)
 
 

@@ -148,13 +148,13 @@ class TestServer:
     def test_pieces_that_are_none(self, model, states, server, choice):
         server.chunks = [{"choices": [choice | {"finish_reason": "stop"}]}]
         reader = VLLMReader(model, server.url, name="exported", check_model=False)
-        with pytest.raises(ConnectionError, match="does not answer as vLLM does"):
+        with pytest.raises(ConnectionError, match="does not respond like vLLM"):
             reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
 
     @pytest.mark.parametrize("body", [b"<html>Hello</html>", b"[]", b'{"detail": "Not"}', b"\xff"])
     def test_that_is_another_server(self, model, states, server, body):
         server.body = body
-        with pytest.raises(ConnectionError, match="does not answer as vLLM does"):
+        with pytest.raises(ConnectionError, match="does not respond like vLLM"):
             VLLMReader(model, server.url).generate(tokens(1, 4), memory=states[0], **GREEDY)
 
     def test_that_comes_back_is_looked_at_anew(self, model, states, server):
@@ -171,19 +171,19 @@ class TestServer:
             reader.generate(ids, memory=states[0], **options)
         server.body, server.names = None, ["other"]
         server.chunks = [{"choices": [{"index": 0, "token_ids": (right - 1).tolist(), "finish_reason": "length"}]}]
-        with pytest.raises(RuntimeError, match="serves another model"):
+        with pytest.raises(RuntimeError, match="does not serve the model"):
             reader.generate(ids, memory=states[0], **options)
         assert server.asked[-1][1]["model"] == "other"
 
     def test_that_is_not_there(self, model, states):
         with pytest.raises(ConnectionError, match="no vLLM server"):
             VLLMReader(model, "http://127.0.0.1:9").generate(tokens(1, 4), memory=states[0], **GREEDY)
-        with pytest.raises(ValueError, match="begins with http"):
+        with pytest.raises(ValueError, match="must begin with http"):
             VLLMReader(model, "127.0.0.1:9")
 
     @pytest.mark.parametrize("key", ["secret\n", "secret\r\nX: y", "sécret", "secret\0"])
     def test_a_key_that_cannot_be_sent_is_refused_at_once_and_not_shown(self, model, key):
-        with pytest.raises(ValueError, match="no HTTP header takes") as error:
+        with pytest.raises(ValueError, match="not allowed in an HTTP header") as error:
             VLLMReader(model, "http://127.0.0.1:9", api_key=key)
         assert "cret" not in str(error.value)
 
