@@ -1,4 +1,4 @@
-"""A chat model with arguments that its calls pass."""
+"""A chat model with bound arguments."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from langchain_core.runnables import RunnableBinding
 
 
 class BoundChat(RunnableBinding[LanguageModelInput, AIMessage]):
-    """What `ChatGradMem.bind` returns. LangChain's own binding loses its arguments, memory among them, when one of
-    these methods derives something else from the model."""
+    """What `ChatGradMem.bind` returns. LangChain's own binding loses the bound arguments, including memory, when one of
+    these methods derives another runnable from the model."""
 
     def with_structured_output(self, schema: Any, **options: Any) -> Any:
-        """As `ChatGradMem.with_structured_output`, with the arguments that are bound."""
+        """As `ChatGradMem.with_structured_output`, keeping the bound arguments."""
         return self._chat.with_structured_output(schema, **{**self.kwargs, **options}).with_config(self.config)
 
     def bind_tools(self, tools: Any, **options: Any) -> Any:
-        """As `ChatGradMem.bind_tools`, with the arguments that are bound."""
+        """As `ChatGradMem.bind_tools`, keeping the bound arguments."""
         return self._chat.bind_tools(tools, **{**self.kwargs, **options}).with_config(self.config)
 
     @property

@@ -1,4 +1,4 @@
-"""The chain that answers from retrieved documents, with memory in the place of their text."""
+"""A chain that answers from retrieved documents, with memory in place of their text."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def create_gradmem_stuff_chain(
     """
     if document_variable_name not in prompt.input_variables:
         raise ValueError(
-            f"The prompt needs the variable {document_variable_name!r} for the documents, and has "
-            f"{', '.join(prompt.input_variables) or 'none'}. Name another by document_variable_name."
+            f"The prompt needs the variable {document_variable_name!r} for the documents, but has "
+            f"{', '.join(prompt.input_variables) or 'none'}. Add it, or pass another name as document_variable_name."
         )
     if compressor is None and not hasattr(llm, "pipeline"):
         raise TypeError(
-            f"create_gradmem_stuff_chain needs a ChatGradMem, bound or not; got {type(llm).__name__}. For answers by a "
-            "schema give attach_documents(question, documents) to chat.with_structured_output(schema)."
+            f"create_gradmem_stuff_chain needs a ChatGradMem, bound or not, got {type(llm).__name__}. For answers that "
+            "follow a schema, pass attach_documents(question, documents) to chat.with_structured_output(schema)."
         )
     writer = GradMemCompressor.from_chat(llm) if compressor is None else compressor
 
@@ -76,7 +76,7 @@ def create_gradmem_stuff_chain(
         documents = inputs[document_variable_name]
         if isinstance(documents, str):
             raise TypeError(
-                f"{document_variable_name!r} must be a list of Documents, and is a text: leave the function out that "
+                f"{document_variable_name!r} must be a list of Documents, got a string. Leave out the function that "
                 "joins them (format_docs), so that they can be read from memory."
             )
         found = writer.compress_documents(documents, "", callbacks=config.get("callbacks"))

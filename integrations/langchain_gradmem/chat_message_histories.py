@@ -50,10 +50,10 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Self], tuple[TurnMemory, BaseChatMessageHistory, str | None]]:
-        return type(self), (self.memory, self.history, self.session_id)  # copies have locks of their own
+        return type(self), (self.memory, self.history, self.session_id)  # without the lock: each copy gets its own
 
     def _name(self) -> str | None:
-        """What the states' entries in the store name as their source."""
+        """The source that the states of this conversation have in the store."""
         if self.session_id is not None:
             return f"session {self.session_id}"
         if isinstance(self.history, StoredChatMessageHistory):
@@ -87,22 +87,23 @@ class GradMemChatMessageHistory(BaseChatMessageHistory):
             messages (`Sequence[BaseMessage]`): the messages since the last call.
         """
         with self._lock:
-            before = list(self.history.messages)  # which some histories add to themselves
+            before = list(self.history.messages)  # a copy: some histories return their own list, which grows
             self.history.add_messages(messages)
             now = list(self.history.messages)
-            self.memory.shown(now, self._source)  # writes ahead, so that reading need not
+            self.memory.shown(now, self._source)  # writes now, so that reading need not write
             self._forget_what_changed(before, now)
 
     def clear(self) -> None:
         """Forget everything, including the states, except those that another conversation shares."""
         with self._lock:
             self.history.clear()
-            self.memory.forget(self._source)  # last, or who is writing would not see that they are in vain
+            self.memory.forget(self._source)  # last: a thread that is writing notices a cleared history
 
     def _forget_what_changed(self, *seen: list[BaseMessage]) -> None:
-        """Delete the states of the conversation as it was seen that it needs no more as it is.
+        """Delete states that were needed for the messages `seen` earlier but are not needed for the present ones.
 
-        Another object or process may have cleared it, and deleted its states, while they were being written here.
+        While states were being written here, another object or process may have cleared the conversation and deleted
+        its states.
         """
         now = self.history.messages
         changed = [messages for messages in seen if messages != now]
@@ -147,32 +148,32 @@ class StoredChatMessageHistory(BaseChatMessageHistory):
             messages (`Sequence[BaseMessage]`): the messages since the last call.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.path.parent), replacing(self.path) as temporary:  # every message is written again
+        with locked(self.path.parent), replacing(self.path) as temporary:  # the whole file is rewritten
             everything = [message_to_dict(message) for message in [*self.messages, *messages]]
             temporary.write_text(json.dumps(everything), "utf-8")
 
     def clear(self) -> None:
         """Delete the session."""
         if self.path.parent.exists():
-            with locked(self.path.parent):  # who is adding messages would bring back those it has read
+            with locked(self.path.parent):  # otherwise add_messages elsewhere could restore what it has read
                 self.path.unlink(missing_ok=True)
 
 
 def _checked(session_id: object) -> str:
     if not isinstance(session_id, str):
-        raise TypeError(f"session_id must be a text, as str({session_id!r}) is, got {type(session_id).__name__}.")
+        raise TypeError(f"session_id must be a string, got {type(session_id).__name__}. Pass str({session_id!r}).")
     return session_id
 
 
 class _InProcess(BaseChatMessageHistory):
-    """LangChain's own is deprecated, and has no name."""
+    """Messages in this process. LangChain's own class is deprecated and has no unique name."""
 
     def __init__(self) -> None:
         self._kept: list[BaseMessage] = []
         self.name = uuid.uuid4().hex
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = type(self)()  # a conversation of its own
+        copied = type(self)()  # with a new name: it is another conversation
         copied._kept = copy.deepcopy(self._kept, memo)
         return copied
 
@@ -181,7 +182,7 @@ class _InProcess(BaseChatMessageHistory):
         return list(self._kept)
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
-        self._kept.extend(messages)  # at once: threads may have histories of their own around this one
+        self._kept.extend(messages)  # one atomic call: several histories, in other threads, may share this one
 
     def clear(self) -> None:
         self._kept.clear()

@@ -33,18 +33,18 @@ from .stores import MemoryStateStore
 from .structured import parsed, response_format
 
 _HOSTED = frozenset({"api_key", "max_retries", "timeout"})
-"""Standard options of LangChain's chat models that a local model has no use for, and passes over."""
+"""Standard options of LangChain's chat models that a local model does not need. They are accepted and ignored."""
 _OF_CALLS = ("memory", "response_format", "stream", "tools")
-"""What a call takes besides `CallOptions`."""
+"""Arguments of a call besides `CallOptions`."""
 _CHANGES_NO_ANSWER = frozenset(
     {"cache", "callbacks", "custom_get_token_ids", "disable_streaming", "max_batch", "metadata", "name", "profile"}
     | {"rate_limiter", "streaming", "tags", "verbose"}
 )
-"""Fields without which a cache knows an answer again. Any other is part of its key, so that none can be forgotten."""
+"""Fields that do not change answers. All others are part of the key of an LLM cache, so that none can be forgotten."""
 
 
 class _Asked(NamedTuple):
-    """A call, and what its answer is made into a message with."""
+    """A call, and what is needed to turn its answer into a message."""
 
     call: Call
     read: list[str]
@@ -52,7 +52,7 @@ class _Asked(NamedTuple):
     tools: list[Any] | None
 
     def usage(self, new_tokens: int) -> UsageMetadata:
-        """Tokens of the call."""
+        """Token counts of the call."""
         memory = self.call.memory
         vectors, written = (0, 0) if memory is None else (memory.num_memory_tokens, int(memory.context_tokens.sum()))
         return usage_metadata(len(self.call.prompt), new_tokens, vectors, written)
@@ -103,7 +103,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
     def _refuse_unknown(cls, values: Any) -> Any:
         known = {*cls.model_fields, *(field.alias or "" for field in cls.model_fields.values()), *_HOSTED}
         if isinstance(values, Mapping) and (unknown := unknown_fields(values, known)):
-            raise ValueError(f"ChatGradMem has no option {unknown} help(ChatGradMem) explains those it has.")
+            raise ValueError(f"ChatGradMem has no option {unknown} help(ChatGradMem) lists its options.")
         return values
 
     @classmethod
@@ -123,8 +123,8 @@ class ChatGradMem(BaseChatModel, CallOptions):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        # The key of an LLM cache: two that answer differently must not share it, such as two adapters under one name.
-        # LangChain puts a call's arguments beside these, None where the call leaves them to us: hence a place apart.
+        # The key of an LLM cache. Models that answer differently must not share it: two adapters may have one name.
+        # LangChain adds a call's arguments, None for those left to the model: our fields are nested to avoid clashes.
         own = {name: getattr(self, name) for name in type(self).model_fields if name not in _CHANGES_NO_ANSWER}
         own |= {"pipeline": identity_of(self.pipeline), "store": str(self.store.store.path.absolute())}
         return {"model_name": self.model_name, "fields": own}
@@ -180,7 +180,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
             ValueError: the schema asks for something that cannot be enforced.
         """
         wanted = response_format(schema, strict)
-        grammar_of(self.pipeline, wanted)  # what is wrong with it is said here
+        grammar_of(self.pipeline, wanted)  # raises now if the schema is not supported
         told = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
         llm = self.bind(response_format=wanted, ls_structured_output_format=told, **kwargs)
         return parsed(llm, schema, include_raw)
@@ -194,7 +194,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
         return BoundChat(bound=self, kwargs=kwargs)
 
     def _resolve_model_profile(self) -> ModelProfile:
-        profile = ModelProfile(structured_output=AVAILABLE)  # agents choose by it how they ask for a schema
+        profile = ModelProfile(structured_output=AVAILABLE)  # agents choose by this how to request a schema
         if (positions := self.pipeline.model.positions) is not None:
             profile["max_input_tokens"] = positions
         return profile
@@ -220,7 +220,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
         return count_tokens(messages, partial(self.pipeline.format_query, tools=schemas), self.get_num_tokens)
 
     def _ask(self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Asked:
-        """What a call asks the pipeline, whatever is wrong with it said here."""
+        """Check a call and prepare it for the pipeline. All errors of a call's input are raised here."""
         if unknown := unknown_fields(kwargs, {*CallOptions.model_fields, *_OF_CALLS}):
             raise TypeError(f"A call of ChatGradMem has no argument {unknown}")
         given = {"stop": stop, **kwargs}
@@ -235,7 +235,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
             require_tools(self.pipeline.tokenizer)
         template, tools, wanted = chosen.chat_template_kwargs, kwargs.get("tools"), kwargs.get("response_format")
         if tools and wanted:
-            raise NotImplementedError("A call takes tools or a response_format, not both.")
+            raise NotImplementedError("A call cannot have both tools and response_format: leave one of them out.")
         request = request_of(messages, kwargs.get("memory"), self.pipeline, self.store, self.max_states, template)
         (ids,) = self.pipeline.encode_prompts([request.chat], tools, template)[0].tolist()
         how = {"tools": tools, "chat_template_kwargs": template}
@@ -324,7 +324,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        if kwargs.get("tools"):  # whether a text is a call is known when it is whole
+        if kwargs.get("tools"):  # only a complete text tells whether it is a tool call
             yield as_chunk(self._generate(messages, stop, **kwargs))
             return
         for chunk in self._chunks(self._ask(messages, stop, kwargs)):
@@ -353,7 +353,7 @@ class ChatGradMem(BaseChatModel, CallOptions):
             asked.call.cancel()  # a thread may still wait for the next piece
 
     def _chunks(self, asked: _Asked) -> Iterator[ChatGenerationChunk]:
-        """An answer piece by piece, the last one with what is known of the whole."""
+        """An answer piece by piece. The last piece has the metadata of the whole answer."""
         call, stops = asked.call, asked.call.options.stops
         new_tokens = NewTokens(self.pipeline.tokenizer, len(call.prompt), stops, [call.cancelled])
         pieces = self.pipeline.stream_ids(

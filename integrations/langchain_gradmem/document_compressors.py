@@ -1,4 +1,4 @@
-"""Documents in, the same documents out with a reference to the memory of their text."""
+"""Write documents into memory, and return them with references to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .references import with_references
 from .writer import MemoryWriter
 
 EVENT = "gradmem_write"
-"""The custom event of a write: {"documents", "contexts", "written"}."""
+"""The name of the custom event of a write; its data are {"documents", "contexts", "written"}."""
 
 
 class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransformer):
@@ -47,7 +47,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
     min_gain: float = Field(default=0.5, ge=0, lt=1)
 
     _gains: dict[str, float] = PrivateAttr(default_factory=dict)
-    """By reference, so that each is measured once."""
+    """The gain of each reference, so that it is measured only once."""
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -64,7 +64,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         Returns:
             `list[Document]`: new documents, in order; the given ones are left unchanged.
         """
-        documents = list(documents)  # loaders have them one by one, too
+        documents = list(documents)  # a loader may yield them one by one
         config = ensure_config({"callbacks": callbacks} if callbacks else None)
         if callbacks and get_callback_manager_for_config(config).parent_run_id is None:
             return RunnableLambda(self._compress, name=type(self).__name__).invoke(documents, config)
@@ -86,7 +86,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
             for _ in pieces
         ]
         references = iter(self.write_texts(texts, sources) if texts else [])
-        if get_callback_manager_for_config(config).parent_run_id is not None:  # an event is of a run
+        if get_callback_manager_for_config(config).parent_run_id is not None:  # events need a run
             data = {"documents": len(documents), "contexts": len(texts), "written": self.store.writes - before}
             dispatch_custom_event(EVENT, data, config=config)
         result = []
@@ -114,12 +114,12 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         return all(self._gains[reference] >= self.min_gain for reference in references)
 
     def _gain(self, text: str, reference: str) -> float:
-        """The share of the text's loss per token that its memory takes away."""
+        """The share of the text's loss per token that its memory removes."""
         losses = self.store.get(reference).write_losses[0]
         ids, mask = self.pipeline.encode_contexts(text)
         if ids.shape[1] < 2:
             return 1.0  # too short to have a loss of its own
-        backbone = without_lora(self.pipeline.model.get_base_model())  # as it reads the text that is left
+        backbone = without_lora(self.pipeline.model.get_base_model())  # the model that would read the text itself
         with torch.no_grad():
             without = backbone(input_ids=ids, attention_mask=mask, labels=ids).loss.item()
         return 1 - losses[~losses.isnan()][-1].item() / without

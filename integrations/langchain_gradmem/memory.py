@@ -7,7 +7,7 @@ from typing import Any
 try:
     from langchain_classic.base_memory import BaseMemory
 except ModuleNotFoundError as error:
-    told = f'{error}. Install what classic chains need: pip install "gradmem-adapter[langchain-classic]".'
+    told = f'{error}. Classic chains need more packages: pip install "gradmem-adapter[langchain-classic]".'
     raise ModuleNotFoundError(told, name=error.name) from error
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, HumanMessage
@@ -72,5 +72,5 @@ class GradMemConversationMemory(BaseMemory):
 def _only(values: dict[str, Any], key: str | None, name: str, but: set[str]) -> str:
     keys = [key] if key is not None else [k for k in values if k not in but]
     if len(keys) != 1 or keys[0] not in values:
-        raise ValueError(f"Set {name}: one of {sorted(values)} is to be remembered.")
+        raise ValueError(f"Set {name} to the one of {sorted(values)} that is to be remembered.")
     return str(values[keys[0]])

@@ -1,6 +1,6 @@
-"""LangChain's messages to chat templates, and answers back to messages: texts, tool calls, usage.
+"""Convert LangChain's messages for chat templates, and answers back to messages: texts, tool calls, usage.
 
-A tool call is written as most open models write it: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+Tool calls have the form of most open models: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROLES: dict[type[BaseMessage], str] = {
 _BESIDE_THE_TEXT = frozenset(
     {"reasoning", "reasoning_content", "redacted_thinking", "thinking", "tool_call", "tool_use", "function_call"}
 )
-"""Blocks of another model's answer: what it thought, which is not shown again, and calls, which `tool_calls` has."""
+"""Blocks to skip in another model's answer: reasoning, which is not shown again, and calls, kept in `tool_calls`."""
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", flags=re.DOTALL)
 
 
@@ -47,7 +47,7 @@ def template_entry(message: BaseMessage, references: Sequence[str]) -> dict[str,
     """
     text = _text(message)
     content = without_markers(text, references)
-    # What stood between markers goes with them, so that a question stands as it was trained.
+    # White space around markers is removed with them, so that a question looks as it did in training.
     entry: dict[str, Any] = {"role": _role(message), "content": content if content == text else content.strip()}
     if isinstance(message, AIMessage) and message.tool_calls:
         entry["tool_calls"] = [
@@ -91,7 +91,7 @@ def accepted(
         else:
             if all(part in text for part in system):
                 return form
-    raise ValueError(f"The backbone's chat template does not show these messages' system text: {refused}") from refused
+    raise ValueError(f"The backbone's chat template does not show the text of system messages: {refused}") from refused
 
 
 def count_tokens(
@@ -121,14 +121,14 @@ def _role(message: BaseMessage) -> str:
     for kind, role in _ROLES.items():
         if isinstance(message, kind):
             return role
-    raise ValueError(f"ChatGradMem takes human, AI, system and tool messages, got {type(message).__name__}.")
+    raise ValueError(f"ChatGradMem supports human, AI, system and tool messages, got {type(message).__name__}.")
 
 
 def _text(message: BaseMessage) -> str:
     read = {"text"} | (_BESIDE_THE_TEXT if isinstance(message, AIMessage) else set())
     for block in [] if isinstance(message.content, str) else message.content:
         if isinstance(block, dict) and block.get("type") not in read:
-            raise ValueError(f"ChatGradMem reads text alone, and a message has a block of type {block.get('type')!r}.")
+            raise ValueError(f"ChatGradMem reads only text, but a message has a block of type {block.get('type')!r}.")
     return str(message.text)
 
 
@@ -136,13 +136,13 @@ def require_tools(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `NotImplementedError` unless the tokenizer's chat template supports tools."""
     if "tools" not in str(tokenizer.chat_template):
         raise NotImplementedError(
-            "The backbone's chat template does not know tools, so the model would neither see nor call them. Use a "
+            "The backbone's chat template does not support tools, so the model would neither see nor call them. Use a "
             "backbone whose template does, or leave tools and tool messages out."
         )
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[ToolCall], list[InvalidToolCall]]:
-    """The text without its tool calls, the calls, and what was meant as a call but is not one, as it was written."""
+    """The text without its tool calls, the calls, and the invalid calls in their original form."""
     calls, invalid = [], []
     for said in _TOOL_CALL.finditer(text):
         identity = f"call_{uuid.uuid4().hex}"
@@ -151,7 +151,7 @@ def parse_tool_calls(text: str) -> tuple[str, list[ToolCall], list[InvalidToolCa
             calls.append(tool_call(name=content["name"], args=dict(content.get("arguments") or {}), id=identity))
         except (ValueError, TypeError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
-            # With its tags: LangChain mends the JSON of streamed calls, and `{"name"` would become a call.
+            # With its tags: LangChain repairs the JSON of streamed calls, and `{"name"` would become a valid call.
             invalid.append(invalid_tool_call(name=None, args=said[0], id=identity, error=problem))
     return _TOOL_CALL.sub("", text).strip() if calls or invalid else text, calls, invalid
 
@@ -179,7 +179,7 @@ def _as_said(args: dict[str, Any] | str | None) -> str | None:
 
 
 def as_chunk(result: ChatResult) -> ChatGenerationChunk:
-    """An answer as the one chunk of a stream."""
+    """An answer as the only chunk of a stream."""
     message = cast(AIMessage, result.generations[0].message)
     calls: list[ToolCall | InvalidToolCall] = [*message.tool_calls, *message.invalid_tool_calls]
     chunk = AIMessageChunk(
@@ -192,5 +192,5 @@ def as_chunk(result: ChatResult) -> ChatGenerationChunk:
         usage_metadata=message.usage_metadata,
         chunk_position="last",
     )
-    chunk.invalid_tool_calls = message.invalid_tool_calls  # with what is wrong with them, which its parts do not say
+    chunk.invalid_tool_calls = message.invalid_tool_calls  # with their errors, which the chunk's parts lack
     return ChatGenerationChunk(message=chunk)

@@ -10,7 +10,7 @@ try:
     from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
     from langchain.agents.middleware.types import PrivateStateAttr
 except ModuleNotFoundError as error:
-    told = f'{error}. Install what agents need: pip install "gradmem-adapter[langchain]".'
+    told = f'{error}. Agents need more packages: pip install "gradmem-adapter[langchain]".'
     raise ModuleNotFoundError(told, name=error.name) from error
 from langchain_core.runnables.config import run_in_executor
 from typing_extensions import NotRequired
@@ -22,11 +22,11 @@ class GradMemState(AgentState):
     """What the middleware keeps in the agent's state: text, so that every checkpointer can store it."""
 
     gradmem_references: NotRequired[Annotated[list[str], PrivateStateAttr]]
-    """Of the states that this conversation has in the store."""
+    """The references of this conversation's states in the store."""
     gradmem_written: NotRequired[Annotated[list[str], PrivateStateAttr]]
     """The ids of the messages that these states may hold."""
     gradmem_session: NotRequired[Annotated[str, PrivateStateAttr]]
-    """With the thread the conversation's name, which tells agents apart whose threads are called alike."""
+    """Together with the thread's id, the conversation's name: other agents may use the same thread ids."""
 
 
 class GradMemMiddleware(AgentMiddleware):
@@ -80,7 +80,7 @@ class GradMemMiddleware(AgentMiddleware):
 
 
 def _source(state: Mapping[str, Any], runtime: Any) -> str | None:
-    """What the entries of a conversation's states name as their source; None: it is not kept, or has no states yet."""
+    """The source that a conversation's states have in the store; None: there is no checkpointer, or no state yet."""
     info = getattr(runtime, "execution_info", None)
     session, thread = state.get("gradmem_session"), info and info.thread_id
     return None if session is None or thread is None else f"agent {session}, thread {thread}"

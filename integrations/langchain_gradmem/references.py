@@ -1,9 +1,9 @@
-"""References: what travels through chains in the place of memory states.
+"""References, which travel through chains in place of memory states.
 
 Tensors in messages and documents would fail JSON, caches and checkpoints. A reference is a text of 32 hexadecimal
 digits; it is carried by `additional_kwargs["gradmem"]` of a message or `metadata["gradmem"]` of a document, and shown
 in a message's text by a marker. Only what is carried there is ever resolved: a marker in a text that a user typed, a
-model echoed or a retriever found is text.
+model echoed or a retriever found stays text.
 """
 
 from __future__ import annotations
@@ -45,11 +45,9 @@ def check_references(value: object) -> list[str]:
     """
     references: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if not all(isinstance(reference, str) and REFERENCE.fullmatch(reference) for reference in references):
-        told = f"A reference is a text of 32 hexadecimal digits, as MemoryStateStore.write returns it, got {value!r}."
+        told = f"A reference must be 32 hexadecimal digits, as returned by MemoryStateStore.write, got {value!r}."
         if any(isinstance(reference, MemoryState) for reference in references):
-            told += (
-                " A state is put into the store first: reference = uuid.uuid4().hex; store.mset([(reference, state)])."
-            )
+            told += " Put a state into the store first: reference = uuid.uuid4().hex; store.mset([(reference, state)])."
         raise ValueError(told)
     return references
 
@@ -114,18 +112,18 @@ def attach_documents(
         references += references_of(document)
         if not references_of(document):
             warnings.warn(
-                "A document that is attached carries no reference, so the model sees it only where its text is in the "
-                "prompt. Write documents first: GradMemCompressor.compress_documents, or GradMemRetriever.",
+                "An attached document carries no reference, so the model sees it only if its text is in the prompt. "
+                "Write documents first: GradMemCompressor.compress_documents, or GradMemRetriever.",
                 stacklevel=2,
             )
     for i in reversed(range(len(result))):
         if isinstance(result[i], HumanMessage):
             result[i] = attach(result[i], references)
             return result
-    raise ValueError("There is no human message to attach the documents' references to.")
+    raise ValueError("There is no human message to attach the documents' references to: pass a HumanMessage.")
 
 
 def without_markers(text: str, references: Iterable[str]) -> str:
-    """The text without the markers of these references, whose place the memory takes."""
+    """The text without the markers of these references: the model reads their memory instead."""
     known = set(references)
     return MARKER.sub(lambda found: "" if found[1] in known else found[0], text)

@@ -1,4 +1,4 @@
-"""What one call asks of the model: chat messages, and the memory states that they refer to."""
+"""What one call sends to the model: chat messages, and the memory states that they refer to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Request(NamedTuple):
 
     chat: list[dict[str, Any]]
     query: str
-    """The last thing that a human said."""
+    """The text of the last human message."""
     states: dict[str, MemoryState]
     """By reference, that the messages refer to, at most `max_states`."""
 
@@ -81,8 +81,8 @@ def request_of(
     bound = [] if memory is None else check_references(memory)
     if len(bound) > max_states:
         raise ValueError(
-            f"The call is bound to {len(bound)} memory states, and at most {max_states} are read side by side: "
-            "retrieve fewer documents (k), or raise max_states."
+            f"The call is bound to {len(bound)} memory states, but at most {max_states} are read: retrieve fewer "
+            "documents (k), or raise max_states."
         )
     carried = [references_of(message) for message in messages]
     everything = list(dict.fromkeys(chain(bound, *carried)))
@@ -93,18 +93,18 @@ def request_of(
     chosen = list(dict.fromkeys([*bound, *turn, *older]))[:max_states]
     if len(chosen) < len(everything):
         warnings.warn(
-            f"The messages refer to {len(everything)} memory states, and max_states are read: the other "
-            f"{len(everything) - len(chosen)} are not, of older turns first, then the last of this turn. Attach fewer "
-            "documents (k), keep attached messages out of the history, or raise max_states.",
+            f"The messages refer to {len(everything)} memory states, more than max_states: "
+            f"{len(everything) - len(chosen)} are left out, first those of older turns, then the last ones of this "
+            "turn. Attach fewer documents (k), keep attached messages out of the history, or raise max_states.",
             stacklevel=2,
         )
     needed = {*bound, *turn, *chain(*(c for c, m in zip(carried, messages, strict=True) if _is_carrier(m)))}
     states = _states([r for r in everything if r in chosen], needed, pipeline.model.fingerprint(), store)
     entries = [template_entry(message, everything) for message in messages]
-    # Several human messages may ask together: a prompt's last one is empty where documents stood that memory holds.
+    # Several human messages may ask together: the last one is empty if it held only documents that are now in memory.
     answered = max((i for i in range(human[-1]) if isinstance(messages[i], AIMessage)), default=0)
     if not any(entries[i]["content"].strip() for i in human if i >= answered):
-        raise ValueError("The last human message is empty: pass a question, or what else is to be answered.")
+        raise ValueError("The last human message is empty: pass a question, or another text to answer.")
     chat = [entry for entry, m in zip(entries, messages, strict=True) if entry["content"].strip() or not _is_carrier(m)]
     format_query = partial(pipeline.format_query, chat_template_kwargs=chat_template_kwargs)
     return Request(accepted(chat, format_query), entries[human[-1]]["content"], states)
@@ -123,7 +123,7 @@ def identity_of(pipeline: GradMemPipeline) -> dict[str, str]:
 
 
 def _is_carrier(message: BaseMessage) -> bool:
-    """Whether it stands for turns in memory. Without a notice of its own it is empty, and is not shown."""
+    """Whether a message stands for turns in memory. If its notice is empty, it is not shown to the model."""
     return isinstance(message, SystemMessage) and bool(references_of(message))
 
 
@@ -137,19 +137,19 @@ def _states(
         except (UnknownStateError, MemoryStateError) as error:
             if reference in needed:
                 raise
-            warnings.warn(f"{error} An earlier message carries it; it is left out.", stacklevel=3)
+            warnings.warn(f"{error} Only an earlier message refers to this state, so it is left out.", stacklevel=3)
     return states
 
 
 def _warn_of_lost_markers(messages: Sequence[BaseMessage], known: Sequence[str], store: MemoryStateStore) -> None:
-    """Warn of markers that became text on their way, as prompts of one string make them."""
+    """Warn of markers whose references were lost on the way, for instance in a prompt of one string."""
     shown = dict.fromkeys(reference for message in messages for reference in MARKER.findall(str(message.text)))
     lost = [reference for reference in shown if reference not in known][:8]
     if lost and any(state is not None for state in store.mget(lost)):
         warnings.warn(
             "A message shows the marker of a memory state that no message carries: the model reads [[gradmem:...]] as "
-            "text and not the memory. Markers are never resolved by themselves, and references are lost where messages "
-            "become one string. For documents use create_gradmem_stuff_chain, for histories a prompt with a "
-            "MessagesPlaceholder, otherwise attach(message, references).",
+            "text instead of the memory. Markers alone are never resolved, and references are lost when messages are "
+            "joined into one string. For documents, use create_gradmem_stuff_chain; for histories, a prompt with a "
+            "MessagesPlaceholder; otherwise, attach(message, references).",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Any retriever, with documents that carry the memory of their text."""
+"""A wrapper for retrievers whose documents then carry the memory of their text."""
 
 from __future__ import annotations
 

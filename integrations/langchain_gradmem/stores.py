@@ -1,4 +1,4 @@
-"""Memory states by reference: LangChain's interface of stores over a memory store."""
+"""Memory states by reference: a memory store with LangChain's store interface."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
             store = MemoryStore(store)
         if namespace is not None:
             if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
-                raise ValueError(f"A namespace is made of at most 64 letters, digits, _ and -, got {namespace!r}.")
+                raise ValueError(f"A namespace must be 1 to 64 letters, digits, _ and -, got {namespace!r}.")
             path = store.path / "namespaces" / namespace
             store = MemoryStore(path, dtype=store.dtype, keep_text=store.keep_text)
         self.store = store
         self.writes = 0
-        """How many contexts this object has written, as opposed to found."""
+        """How many contexts this object has written; those found in the store do not count."""
         self._counting = threading.Lock()
 
     def __reduce__(self) -> tuple[type[MemoryStateStore], tuple[MemoryStore]]:
-        return MemoryStateStore, (self.store,)  # copies share the directory, and count by themselves
+        return MemoryStateStore, (self.store,)  # copies share the directory, but not the count
 
     def mget(self, keys: Sequence[str]) -> list[MemoryState | None]:
         """The states: None for a missing one, and for a damaged one, which a warning names and `write` replaces.
@@ -222,20 +222,20 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
 
 
 def _no_document(texts: T) -> T:
-    """What is to be written, as it is; `TypeError` for documents, whose fields would be taken for texts."""
+    """The texts, unchanged; `TypeError` for documents, whose fields would be taken for texts."""
     among = texts if isinstance(texts, list | tuple) else [texts]
     if any(isinstance(one, Document) for one in among):
         raise TypeError(
-            "Texts are written, and got a Document: pass document.page_content. Or let "
-            "GradMemCompressor.from_chat(chat).transform_documents(documents) write documents of any length: what it "
-            "returns carries their references, as attach_documents takes them."
+            "Expected texts, got a Document: pass document.page_content. For documents of any length, use "
+            "GradMemCompressor.from_chat(chat).transform_documents(documents), which returns documents with references "
+            "for attach_documents."
         )
     return texts
 
 
 @functools.cache
 def _temporary_directory() -> Path:
-    """Of this process; those that are forked from it share the directory and leave it there."""
+    """A directory that this process deletes when it ends. Forked processes share it and do not delete it."""
     path, maker = Path(tempfile.mkdtemp(prefix="gradmem-")), os.getpid()
 
     def remove() -> None:

@@ -1,4 +1,4 @@
-"""Answers that keep to a schema, as LangChain asks for them and takes them."""
+"""Structured output for LangChain: schemas as response formats, and answers as objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 
 def response_format(schema: dict[str, Any] | type, strict: bool | None) -> dict[str, Any]:
-    """A schema in the form that calls take, which is that of OpenAI and LangChain's agents.
+    """A schema as a response format, in the form that OpenAI and LangChain's agents use.
 
     Args:
         schema (`dict` or `type`): a JSON schema, a tool's schema, a TypedDict or a pydantic class.
@@ -28,7 +28,7 @@ def response_format(schema: dict[str, Any] | type, strict: bool | None) -> dict[
 
 
 class _WholeJson(JsonOutputParser):
-    """LangChain's parser mends JSON that breaks off; here that is an error, at the end of a stream too."""
+    """Raises for incomplete JSON, also at the end of a stream, where LangChain's parser would repair it."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         message = cast(AIMessage, cast(ChatGeneration, result[0]).message)
@@ -37,8 +37,9 @@ class _WholeJson(JsonOutputParser):
                 json.loads(message.text)
             except json.JSONDecodeError as error:
                 raise OutputParserException(
-                    f"The answer ended before its JSON was whole, by {'max_tokens' if reason == 'length' else reason}: "
-                    "raise max_tokens, or bound the schema (maxLength, maxItems).",
+                    "The answer ended before its JSON was complete, by "
+                    f"{'max_tokens' if reason == 'length' else reason}: raise max_tokens, or bound the schema "
+                    "(maxLength, maxItems).",
                     llm_output=message.text,
                 ) from error
         return super().parse_result(result, partial=partial)
@@ -49,10 +50,10 @@ class _WholePydantic(_WholeJson, PydanticOutputParser):
 
 
 def parsed(llm: Runnable[Any, Any], schema: dict[str, Any] | type, include_raw: bool) -> Runnable[Any, Any]:
-    """A model with its answers as objects of a pydantic class, or as a `dict` for any other schema.
+    """A model that returns objects of a pydantic class, or a `dict` for any other schema.
 
     Args:
-        llm (`Runnable`): returns messages.
+        llm (`Runnable`): the model, which returns messages.
         schema (`dict` or `type`): the schema they follow.
         include_raw (`bool`): as for LangChain's `with_structured_output`.
     """

@@ -42,7 +42,7 @@ class TurnMemory(MemoryWriter):
 
     def model_post_init(self, context: Any, /) -> None:
         if self.keep_turns > self.max_turns:
-            raise ValueError(f"keep_turns ({self.keep_turns}) may not be more than max_turns ({self.max_turns}).")
+            raise ValueError(f"keep_turns ({self.keep_turns}) must not be greater than max_turns ({self.max_turns}).")
 
     def shown(self, messages: Sequence[BaseMessage], source: str | None = None) -> list[BaseMessage]:
         """What a model is shown: system messages, a message with the memory of old turns, and the recent turns.
@@ -75,7 +75,7 @@ class TurnMemory(MemoryWriter):
         return self._cuts(messages)[-1]
 
     def _cuts(self, messages: Sequence[BaseMessage]) -> list[int]:
-        """All places where the conversation has been cut so far, from 0 on."""
+        """All positions where the conversation has been cut so far, beginning with 0."""
         turns = [i for i, message in enumerate(messages) if isinstance(message, HumanMessage)]
         at_once = self.max_turns - self.keep_turns + 1
         return [0, *(turns[old] for old in range(at_once, len(turns) - self.keep_turns + 1, at_once))]
@@ -121,12 +121,12 @@ class TurnMemory(MemoryWriter):
         parts = self.join(_line(message) for message in messages if not isinstance(message, SystemMessage))
         merged = [False] * len(parts)
         while len(parts) > self.max_parts:
-            # The newest part is still being filled, and would have to be written again.
+            # Not the newest part: it is still growing and would have to be written again.
             pair = next((i for i in range(len(parts) - 2) if self._may_merge(parts, merged, i)), None)
             if pair is None:
                 warnings.warn(
-                    f"The conversation is longer than max_parts ({self.max_parts}) states of it hold; the oldest turns "
-                    "are no longer in memory. Raise max_parts, and max_states of the chat model with it.",
+                    f"The conversation does not fit into max_parts ({self.max_parts}) states: its oldest turns are no "
+                    "longer in memory. Raise max_parts, and max_states of the chat model with it.",
                     stacklevel=2,
                 )
                 parts, merged = parts[1:], merged[1:]
@@ -148,9 +148,10 @@ class TurnMemory(MemoryWriter):
 
 
 def _line(message: BaseMessage) -> str:
-    """A message as a line of text, tool calls and their results included; documents that it carried are not in it.
+    """A message as a line of text, with tool calls and their results, but without documents that it carried.
 
-    A zero byte or half a character, as tools return them from files, could not be written, and would block all others.
+    Zero bytes and lone surrogates, which tools may return from files, are replaced: they cannot be written, and would
+    block all other turns.
     """
     return _said(message).replace("\0", "?").encode(errors="replace").decode()
 

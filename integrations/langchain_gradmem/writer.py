@@ -1,4 +1,4 @@
-"""Texts into memory states: the one place that writes, for documents, chat histories and agents."""
+"""Write texts into memory states: the only place that writes, for documents, chat histories and agents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MemoryWriter(BaseModel):
 
     @classmethod
     def from_chat(cls, chat: ChatGradMem, **options: Any) -> Self:
-        """One that writes with a chat model's pipeline into its store.
+        """A writer that uses a chat model's pipeline and store.
 
         Args:
             chat (`ChatGradMem`): the model that is to read.
@@ -112,7 +112,7 @@ class MemoryWriter(BaseModel):
         return texts
 
     def _lengths(self, lines: list[str]) -> list[int]:
-        """Tokens of each line with its end."""
+        """The number of tokens in each line, including its line end."""
         if not lines:
             return []
         for number, line in enumerate(lines):

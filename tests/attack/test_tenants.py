@@ -28,7 +28,7 @@ def test_no_path_leads_to_another_tenant(tmp_path, states, path):
         lambda: bob.mset([(REFERENCE, states[0]), (path, states[0])]),
         lambda: bob.mdelete([REFERENCE, path]),
     ):
-        with pytest.raises(ValueError, match="A reference is a text of 32 hexadecimal digits"):
+        with pytest.raises(ValueError, match="A reference must be 32 hexadecimal digits"):
             attempt()
     assert alice.get(REFERENCE) == states[0]
     assert bob.get(REFERENCE) == states[1], "a refused call must change nothing"
@@ -44,5 +44,5 @@ def test_a_tenant_lists_its_own_references(tmp_path, states, prefix):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../alice", "alice/", "/alice", "a b", "alice\n", "ä", "a" * 65, 3])
 def test_a_namespace_is_a_name(tmp_path, name):
-    with pytest.raises(ValueError, match="A namespace is made of"):
+    with pytest.raises(ValueError, match="A namespace must be"):
         MemoryStateStore(tmp_path, namespace=name)

@@ -83,7 +83,7 @@ def test_whether_a_document_is_whole_is_counted_and_not_read(store, pipeline, mo
     assert not any(SENTENCES[0] in fields for fields in made)
     with store.index.writing() as connection:
         connection.execute("UPDATE places SET metadata = '{' WHERE key = ?", (entries[1].key,))
-    with pytest.raises(MemoryStoreError, match="its row for .* is invalid"):
+    with pytest.raises(MemoryStoreError, match=r"its row for .* is invalid"):
         store.is_whole(entries[0])
 
 

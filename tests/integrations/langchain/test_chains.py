@@ -35,10 +35,10 @@ def asked(chat, monkeypatch):
 
 def test_what_holds_no_chat_model_and_documents_that_were_joined_are_refused(chat):
     prompt = PROMPTS["human"]
-    with pytest.raises(TypeError, match="needs a ChatGradMem, bound or not; got RunnableSequence"):
+    with pytest.raises(TypeError, match="needs a ChatGradMem, bound or not, got RunnableSequence"):
         create_gradmem_stuff_chain(chat | RunnableLambda(str), prompt)
     chain = create_gradmem_stuff_chain(chat, prompt)
-    with pytest.raises(TypeError, match="'context' must be a list of Documents, and is a text"):
+    with pytest.raises(TypeError, match="'context' must be a list of Documents, got a string"):
         chain.invoke({"context": "w1 w2", "input": "w3"})
 
 

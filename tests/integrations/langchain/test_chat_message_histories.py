@@ -109,7 +109,7 @@ class TestHistory:
         assert len(list(memory.store.yield_keys())) < states
         unnamed.clear()
         assert chat.invoke(shown).response_metadata["gradmem"]
-        with pytest.raises(TypeError, match="session_id must be a text, as str"):
+        with pytest.raises(TypeError, match="session_id must be a string, got"):
             GradMemChatMessageHistory(memory, InMemoryChatMessageHistory(), 7)
 
     def test_a_failed_write_is_not_swallowed_and_not_permanent(self, chat, pipeline, monkeypatch):
@@ -205,7 +205,7 @@ class TestPersistence:
         assert kept.messages == turn(1)
 
     def test_a_session_is_a_text(self, memory):
-        with pytest.raises(TypeError, match="session_id must be a text, as str"):
+        with pytest.raises(TypeError, match="session_id must be a string, got"):
             StoredChatMessageHistory(memory.store, 7)
 
     def test_garbage_is_collected_and_other_sessions_are_kept(self, memory, turn):

@@ -143,7 +143,7 @@ class TestReferences:
         usage = chat.invoke("w3", memory=[reference, other]).usage_metadata
         assert usage["input_token_details"] == {"memory_vectors": 6, "memory_saved": 11 - 6}
         limited = chat.model_copy(update={"max_states": 1})
-        with pytest.raises(ValueError, match=r"2 memory states, and at most 1.*retrieve fewer"):
+        with pytest.raises(ValueError, match=r"2 memory states, but at most 1.*retrieve fewer"):
             limited.invoke("w3", memory=[reference, other])
 
     def test_of_too_many_the_last_turn_s_are_read_then_the_newest(self, chat, pipeline, store):
@@ -155,16 +155,14 @@ class TestReferences:
         expected = {2: [d, e], 3: [c, d, e], 4: [b, c, d, e], 1: [d]}
         for most, references in expected.items():
             limited = chat.model_copy(update={"max_states": most})
-            with pytest.warns(
-                UserWarning, match=r"refer to 5 memory states, and max_states are read: the other \d are not"
-            ):
+            with pytest.warns(UserWarning, match=r"refer to 5 memory states, more than max_states: \d are left out"):
                 memory = limited._ask(messages, None, {}).call.memory
             assert memory == MemoryState.concat([store.get(reference) for reference in references])
 
     def test_a_state_that_an_earlier_message_lost_ends_no_conversation(self, chat, reference, other):
         messages = [attach(HumanMessage("w1"), [other]), AIMessage("w2"), attach(HumanMessage("w3"), [reference])]
         chat.store.mdelete([other])
-        with pytest.warns(UserWarning, match="An earlier message carries it; it is left out"):
+        with pytest.warns(UserWarning, match="Only an earlier message refers to this state, so it is left out"):
             assert chat._ask(messages, None, {}).call.memory == chat.store.get(reference)
         for needed in (messages[:1], [attach(SystemMessage("w0"), [other]), HumanMessage("w1")]):
             with pytest.raises(UnknownStateError):
@@ -297,7 +295,7 @@ def test_arguments_of_the_chat_template(chat, pipeline, monkeypatch):
 
 def test_an_over_long_prompt_is_counted(chat):
     used = chat.invoke("w1").usage_metadata["input_tokens"] - 1
-    with pytest.raises(ValueError, match=rf"has {180 + used} tokens, memory 0 .* the model has 160 positions"):
+    with pytest.raises(ValueError, match=rf"has {180 + used} tokens after 0 memory vectors.*160 positions"):
         chat.invoke("w1 " * 180)
 
 
@@ -438,7 +436,7 @@ class TestCached:
         assert len(chat.invoke(question).response_metadata["gradmem"]) == 1
         whole = chat.model_copy(update={"side_by_side": True})
         assert whole.invoke(question).response_metadata["gradmem"] == references
-        with pytest.warns(UserWarning, match="max_states are read"):
+        with pytest.warns(UserWarning, match="more than max_states"):
             one = whole.model_copy(update={"max_states": 1}).invoke(question)
         assert one.response_metadata["gradmem"] == references[:1]
         assert len(cache._cache) == 3

@@ -95,7 +95,7 @@ class TestSystemRole:
 def test_what_a_template_refuses_anyhow_is_a_value_error():
     pipeline = tiny_pipeline()
     pipeline.tokenizer.chat_template = "{{ raise_exception('Never') }}"
-    with pytest.raises(ValueError, match="does not show these messages' system text: Never"):
+    with pytest.raises(ValueError, match="does not show the text of system messages: Never"):
         ChatGradMem(pipeline=pipeline).invoke([SystemMessage("w7"), HumanMessage("w1")])
 
 
@@ -126,7 +126,7 @@ class TestTools:
         return caller, said
 
     def test_refused_where_the_template_does_not_know_them(self, chat):
-        with pytest.raises(NotImplementedError, match="chat template does not know tools"):
+        with pytest.raises(NotImplementedError, match="chat template does not support tools"):
             chat.bind_tools([w5])
         for messages in (
             [HumanMessage("w1"), ToolMessage("w2", tool_call_id="1")],

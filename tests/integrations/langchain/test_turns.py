@@ -26,7 +26,7 @@ def test_old_turns_end_at_a_human_message(memory, conversation):
 
 
 def test_settings_that_contradict_each_other(pipeline):
-    with pytest.raises(ValueError, match=r"keep_turns \(5\) may not be more than max_turns \(2\)"):
+    with pytest.raises(ValueError, match=r"keep_turns \(5\) must not be greater than max_turns \(2\)"):
         TurnMemory(pipeline=pipeline, max_turns=2, keep_turns=5)
 
 
@@ -89,7 +89,7 @@ class TestManyParts:
         assert memory.parts(lines(5)) == ["\n".join(whole[:2]), "\n".join(whole[2:4]), whole[4]]
 
     def test_then_dropped_with_a_warning(self, memory, lines):
-        with pytest.warns(UserWarning, match="the oldest turns are no longer in memory"):
+        with pytest.warns(UserWarning, match="its oldest turns are no longer in memory"):
             parts = memory.parts(lines(12))
         assert len(parts) == 3
         assert parts[-1] == f"User: {lines(12)[-1].content}"
