@@ -5,5 +5,5 @@ if __name__ == "__main__":
         from evaluation.cli import app
 
         app(prog_name="python -m evaluation")
-    except KeyboardInterrupt:  # while libraries are imported, for seconds; later ones end by Typer
+    except KeyboardInterrupt:  # during imports, which take seconds; later ones are handled by Typer
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""Articles of thousands of words with questions: as files hold them, and cut into pieces."""
+"""Articles of thousands of words with questions: read from files, and cut into pieces."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ if TYPE_CHECKING:
 
 
 def articles(source: str, split: str) -> list[dict[str, Any]]:
-    """The articles of a split that have questions, with these.
+    """The articles of a split that have questions, with their questions.
 
     Args:
-        source (`str`): a directory with `squad_articles_<split>.jsonl.gz`, an article a line: `context`, whose
-            paragraphs have empty lines between them, and `questions` with `query`, `answers` and `para`, the number of
+        source (`str`): a directory with `squad_articles_<split>.jsonl.gz`, one article per line: `context`, whose
+            paragraphs are separated by empty lines, and `questions` with `query`, `answers` and `para`, the number of
             the paragraph that answers.
-        split (`str`): of the data.
+        split (`str`): the split of the data.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there is no question in it.
+        ValueError: no article in it has a question.
     """
     path = Path(source) / f"squad_articles_{split}.jsonl.gz"
     found = [row for _, row in json_lines(path) if row["questions"]]
     if not found:
-        raise ValueError(f"No article of {path} has a question: give it some that have.")
+        raise ValueError(f"No article of {path} has a question: add articles with questions.")
     return found
 
 
 def drawn(questions: list[dict[str, Any]], most: int | None, draw: random.Random) -> list[dict[str, Any]]:
-    """So many of an article's questions; None, or no more than that: all.
+    """A random sample of an article's questions.
 
     Args:
-        questions (`list[dict]`): of the article.
-        most (`int`, *optional*): how many.
-        draw (`random.Random`): what draws them.
+        questions (`list[dict]`): the article's questions.
+        most (`int`, *optional*): the most questions to draw; None: all.
+        draw (`random.Random`): the random generator.
     """
     return questions if most is None or most >= len(questions) else draw.sample(questions, most)
 
@@ -54,17 +54,17 @@ def paragraphs(text: str) -> list[tuple[int, int]]:
 
 
 def into_segments(text: str, answerer: Answerer, most: int | None) -> list[Segment]:
-    """An article in segments.
+    """Cut an article into segments.
 
     Args:
         text (`str`): the article.
         answerer (`Answerer`): the model that reads them.
-        most (`int`, *optional*): tokens of a segment; None: as `pipeline.segments`.
+        most (`int`, *optional*): the most tokens in a segment; None: as for `pipeline.segments`.
 
     Raises:
         ValueError: the length of segments is not known.
     """
     config = getattr(answerer.model, "active_peft_config", None)
     if (limit := most or getattr(config, "segment_tokens", None)) is None:
-        raise ValueError("Articles need segment_tokens where the model does not say its trained length.")
+        raise ValueError("The model does not say its trained length: set segment_tokens for tasks on articles.")
     return list(segments(text, answerer.tokenizer, limit))

@@ -1,4 +1,4 @@
-"""The commands of `python -m evaluation`, thin over its modules."""
+"""The commands of `python -m evaluation`, a thin layer over its modules."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(questions, name="questions")
-SETTING = typer.Option("--set", help="field=value or outer.inner=value, in the place of the file's. May be repeated.")
+SETTING = typer.Option("--set", help="field=value or outer.inner=value, overriding the file's. May be repeated.")
 
 
 @app.callback()
@@ -47,11 +47,11 @@ def main(debug: Annotated[bool, DEBUG] = False) -> None:
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file of evaluation/recipes.")],
-    output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run goes on where it was.")],
+    output: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run is resumed.")],
     settings: Annotated[list[str] | None, SETTING] = None,
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
-    """Train a model as a recipe says."""
+    """Train a model by a recipe."""
     checkpoint = train_run(RunConfig.load(recipe, settings or ()), output, chosen_device(device))
     end_of_run(checkpoint, output, "Measure it: python -m evaluation run")
 
@@ -59,15 +59,15 @@ def train(
 @app.command()
 def tokenize(
     recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file of evaluation/recipes.")],
-    output: Annotated[Path, typer.Option(dir_okay=False, help="For `train --set tokenized=FILE` of recipes like it.")],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="A file for `train --set tokenized=FILE`.")],
     settings: Annotated[list[str] | None, SETTING] = None,
 ) -> None:
-    """Tokenize what a recipe trains on, once for several runs on the same tasks and buckets."""
+    """Tokenize the training data of a recipe once, for several runs on the same tasks and buckets."""
     check_writable(output)
     config = RunConfig.load(recipe, settings or ())
     batches = training_batches(config, tokenizer_of(config))
     if not isinstance(batches, RowBatches):
-        raise ValueError(f"{recipe} makes its batches while it trains; there is nothing to tokenize.")
+        raise ValueError(f"{recipe} generates its batches during training: there is nothing to tokenize.")
     save_pools(batches.pools, output)
     typer.echo(
         "\n".join(
@@ -80,27 +80,27 @@ def tokenize(
 @app.command()
 def run(
     checkpoint: Annotated[
-        Path, typer.Argument(exists=True, help="What `train` made; or a recipe, for its model as it is untrained.")
+        Path, typer.Argument(exists=True, help="The output of `train`; or a recipe, to measure its untrained model.")
     ],
     task: Annotated[
         list[str] | None,
         typer.Option(help='"{name: babi, source: data/babi, number: 2}". Repeatable; default: as the checkpoint says.'),
     ] = None,
     pairs: Annotated[
-        str | None, typer.Option(help="Key-value retrieval with these numbers of pairs, as 16,32.")
+        str | None, typer.Option(help="Measure key-value retrieval with these numbers of pairs, such as 16,32.")
     ] = None,
     contexts: Annotated[int, typer.Option(min=1, help="--pairs: contexts for each number of pairs.")] = 128,
     text: Annotated[
-        Path | None, typer.Option(exists=True, help="How much of this text comes back from memory.")
+        Path | None, typer.Option(exists=True, help="Measure how much of this text comes back from memory.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help='Only this data set, as tables name it ("babi 2").')] = None,
-    steps: Annotated[str | None, typer.Option(help="Numbers of write steps, as 1,2,5.")] = None,
-    states: Annotated[str | None, typer.Option(help="How many contexts a question is asked of, as 1,2.")] = None,
-    split: Annotated[str | None, typer.Option(help="The part of the data.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many contexts of each data set.")] = None,
-    results: Annotated[Path | None, typer.Option(dir_okay=False, help="A file that the results are added to.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help='Only this data set, named as in tables ("babi 2").')] = None,
+    steps: Annotated[str | None, typer.Option(help="Numbers of write steps, such as 1,2,5.")] = None,
+    states: Annotated[str | None, typer.Option(help="How many contexts a question is asked of, such as 1,2.")] = None,
+    split: Annotated[str | None, typer.Option(help="The split of the data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most contexts from each data set.")] = None,
+    results: Annotated[Path | None, typer.Option(dir_okay=False, help="A file to add the results to.")] = None,
     answers: Annotated[Path | None, typer.Option(dir_okay=False, help="A file for every answer.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the other contexts with --states.")] = 0,
+    seed: Annotated[int, typer.Option(help="--states: seed for drawing the other contexts.")] = 0,
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Measure a trained model, and print a table."""
@@ -130,33 +130,33 @@ def run(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `run --answers` made.")],
-    second: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The same of another model.")],
+    first: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The file of `run --answers`.")],
+    second: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The same for another model.")],
 ) -> None:
-    """How much better a model answers the same questions than another, in pairs, with standard errors."""
+    """Compare two models' answers to the same questions, in pairs, with standard errors."""
     typer.echo(markdown(compare_answers(first, second)))
 
 
 @app.command()
 def models(
     model_types: Annotated[
-        list[str] | None, typer.Argument(help="As config.model_type; default: all not known.")
+        list[str] | None, typer.Argument(help="Values of config.model_type; default: all that were not checked yet.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="How many at a time.")] = 1,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds for one.")] = 300.0,
+    jobs: Annotated[int, typer.Option(min=1, help="How many to check at a time.")] = 1,
+    limit: Annotated[float, typer.Option(min=1, help="The most seconds for one.")] = 300.0,
     results: Annotated[Path, typer.Option(dir_okay=False, help="The file of results.")] = RESULTS / "models.jsonl",
 ) -> None:
-    """Try a tiny model of every causal LM of the installed Transformers; an interrupted run goes on where it was."""
+    """Check a tiny model of every causal LM of the installed Transformers; an interrupted run is resumed."""
     check_writable(results)
     _fail_where_wrong(sweep(results, model_types or (), jobs, limit, typer.echo))
 
 
 @app.command()
 def variants(
-    only: Annotated[list[str] | None, typer.Argument(help="As the table names them; default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Argument(help="Names from the table; default: all.")] = None,
     results: Annotated[Path, typer.Option(dir_okay=False, help="The file of results.")] = RESULTS / "variants.jsonl",
 ) -> None:
-    """Try every way to load a backbone: types, attention, compilation, placement, quantisation."""
+    """Check every way to load a backbone: dtypes, attention, compilation, placement, quantisation."""
     check_writable(results)
     _fail_where_wrong(check_all(results, only or (), typer.echo))
 
@@ -171,7 +171,7 @@ def tables(
     for place in changed:
         typer.echo(f"{'differs' if check else 'filled'}: {place}")
     if check and changed:
-        typer.secho("Run `python -m evaluation tables`.", fg="red", err=True)
+        typer.secho("These tables differ from the result files. Run `python -m evaluation tables`.", fg="red", err=True)
         raise typer.Exit(1)
 
 
@@ -190,13 +190,13 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"{option} takes integers with commas between them, as in 1,2,5, got {text!r}.") from error
+        raise ValueError(f"{option} must be integers separated by commas, such as 1,2,5, got {text!r}.") from error
     if min(numbers) < 0:
-        raise ValueError(f"{option} cannot be negative, got {text!r}.")
+        raise ValueError(f"{option} must not be negative, got {text!r}.")
     return numbers
 
 
 def _fail_where_wrong(found: list[Record]) -> None:
     if wrong := [record.dataset for record in found if record.facts["verdict"] in ("wrong", "crashes")]:
-        typer.secho(f"Wrong, or crashes behind attaching: {', '.join(wrong)}", fg="red", err=True)
+        typer.secho(f"Wrong, or crash after attaching: {', '.join(wrong)}", fg="red", err=True)
         raise typer.Exit(1)

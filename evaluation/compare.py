@@ -1,4 +1,4 @@
-"""Two models' answers to the same questions, compared in pairs: surer than what their standard errors say apart."""
+"""Compare two models' answers to the same questions in pairs, which is more precise than comparing their means."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ _TEXTS = [*_DATA, "write_steps", "query", "answer", "accepted"]
 
 
 def load_answers(path: Path) -> pd.DataFrame:
-    """Answers that `python -m evaluation run --answers` kept, a row each.
+    """The answers in a file of `python -m evaluation run --answers`, one per row.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds something else.
+        ValueError: it is not a file of answers.
     """
     try:
         rows = [row for _, row in json_lines(path)]
     except ValueError as error:
-        raise ValueError(f"{path} is no file of answers: {error}") from error
+        raise ValueError(f"{path} is not a file of answers: {error}") from error
     for row in rows:
         if missing := [name for name in _TEXTS if name not in row]:
-            raise ValueError(f"{path} is no file of answers: an answer has no {', '.join(missing)}.")
+            raise ValueError(f"{path} is not a file of answers: an answer has no {', '.join(missing)}.")
     return pd.DataFrame(rows)
 
 
 def differences(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Of each score, over questions that both answered, in the same order: the mean of the first model's less the
-    second's, its standard error, and how many of these (`errors`) it is from 0.
+    """For each score, the mean difference between the first and the second model over the same questions in the same
+    order, its standard error, and their ratio (`errors`).
 
     Raises:
-        ValueError: they are not the same questions.
+        ValueError: the questions differ.
     """
     asked = [table[["query", "accepted"]].to_numpy().tolist() for table in (first, second)]
     if asked[0] != asked[1]:
-        raise ValueError(f"These are not the same questions: {len(first)} of one, {len(second)} of the other.")
+        raise ValueError(f"The files have different questions: {len(first)} and {len(second)}. Use the same data.")
     names = first.columns.difference(_TEXTS, sort=False)
     apart = first[names].reset_index(drop=True) - second[names].reset_index(drop=True)
     found = pd.DataFrame({"mean": apart.mean(), "error": apart.sem().fillna(0)})
@@ -46,10 +46,10 @@ def differences(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(first: Path, second: Path) -> pd.DataFrame:
-    """A row for every two groups of answers to the same questions, whatever the numbers of write steps, in %.
+    """A row for every two groups of answers to the same questions, even at different numbers of write steps, in %.
 
     Raises:
-        ValueError: a file holds something else, or nothing that the other has.
+        ValueError: a file does not hold answers, or the files have nothing in common.
     """
     one, other = (load_answers(path).groupby([*_DATA, "write_steps"]) for path in (first, second))
     rows = []

@@ -1,4 +1,4 @@
-"""What a run is made of: tasks, method, model, training and evaluation, as YAML says it."""
+"""The configuration of a run: tasks, method, model, training and evaluation, read from YAML."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ STRICT = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
 def _by_name(what: str, kinds: Mapping[str, type[T]]) -> Callable[[Any], T]:
-    """Makes {"name": ..., options} to an object of the kind of that name."""
+    """Returns a function that turns {"name": ..., options} into an object of the class with that name."""
 
     def build(value: Any) -> T:
         if dataclasses.is_dataclass(value):
             return cast(T, value)
         if not isinstance(value, Mapping):
-            raise ValueError(f"A {what} is a mapping with a name, got {value!r}.")
+            raise ValueError(f"A {what} must be a mapping with a name, got {value!r}.")
         options = dict(value)
         name = options.pop("name", None)
         if name not in kinds:
-            raise ValueError(f"A {what}'s name must be one of {', '.join(sorted(kinds))}, got {name!r}.")
+            raise ValueError(f"The name of a {what} must be one of {', '.join(sorted(kinds))}, got {name!r}.")
         return pydantic.TypeAdapter(kinds[name]).validate_python(options)
 
     return build
@@ -45,13 +45,13 @@ AnyMethod = Annotated[Method, pydantic.PlainValidator(_by_name("method", METHODS
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Evaluation:
-    """What is measured of a trained model: every task at every number of write steps and of states.
+    """What to measure of a trained model: every task at every number of write steps and of states.
 
     Args:
-        tasks (`tuple[Task, ...]`, *optional*): as in `RunConfig`; none: those that were trained.
+        tasks (`tuple[Task, ...]`, *optional*): as in `RunConfig`; none: the tasks of training.
         write_steps (`tuple[int, ...]`, *optional*, defaults to `(1,)`): numbers of write steps, or of passes.
-        states (`tuple[int, ...]`, *optional*, defaults to `(1,)`): how many contexts a question is asked of.
-        split (`str`, *optional*, defaults to `"test"`): of the data.
+        states (`tuple[int, ...]`, *optional*, defaults to `(1,)`): how many contexts each question is asked of.
+        split (`str`, *optional*, defaults to `"test"`): the split of the data.
     """
 
     tasks: tuple[AnyTask, ...] = ()
@@ -62,27 +62,28 @@ class Evaluation:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """Everything that a trained model is made of, and what is measured of it.
+    """How a model is trained and what is measured of it.
 
     Args:
-        tasks (`tuple[Task, ...]`): what is trained, `{name: ..., share: ..., ...}` each, with the options of its class.
+        tasks (`tuple[Task, ...]`): the tasks of training, each `{name: ..., share: ..., ...}` with the options of its
+            class.
         backbone (`str` or `dict`): a local directory, a hub id or package:<package>/<file>.gguf; or the shape of a
-            Llama that is trained from scratch (`scratch_llama`).
+            Llama to train from scratch (`scratch_llama`).
         method (`Method`, *optional*, defaults to `gradmem`): `{name: ..., ...}`.
         memory (`dict`, *optional*): fields of `GradMemConfig`; baselines read num_memory_tokens, lora_config and a few.
-        batches (`dict`, *optional*): arguments of `RowBatches`, where tasks do not make batches of their own.
+        batches (`dict`, *optional*): arguments of `RowBatches`, for tasks that do not make their own batches.
         training (`dict`, *optional*): fields of `GradMemTrainingArguments`.
-        init_from (`str`, *optional*): a checkpoint of a run, whose weights are trained further; of one by another
-            method, which must be a baseline, the LoRA alone.
-        teacher (`str`, *optional*): a checkpoint of a run by `full_context`, whose distributions are further targets
-            (`training.distillation_weight` and `distillation_temperature` say how).
-        tokenized (`str`, *optional*): a file that `python -m evaluation tokenize` made of the same tasks; None: their
-            texts are tokenized when training starts.
+        init_from (`str`, *optional*): a checkpoint of a run to continue training from. If it is of another method,
+            which must be a baseline, only its LoRA is used.
+        teacher (`str`, *optional*): a checkpoint of a `full_context` run, whose distributions are additional targets
+            (see `training.distillation_weight` and `distillation_temperature`).
+        tokenized (`str`, *optional*): the file that `python -m evaluation tokenize` made for the same tasks; None:
+            their texts are tokenized when training starts.
         evaluation (`Evaluation`, *optional*): what `python -m evaluation run` measures.
-        trained_minutes (`float`, *optional*): written into the configuration of a finished model: how long it took.
+        trained_minutes (`float`, *optional*): how long training took; added to the configuration of a finished model.
 
     Raises:
-        ValueError: a field is unknown or has a value that cannot work; the message names it.
+        ValueError: a field is unknown or has an invalid value; the message names it.
     """
 
     tasks: Annotated[tuple[AnyTask, ...], pydantic.Field(min_length=1)]
@@ -107,18 +108,18 @@ class RunConfig:
                 raise ValueError(f"{name} has no field {unknown}")
         if 0 in self.training.get("write_steps", ()) and self.memory.get("start", "slots") == "slots":
             raise ValueError(
-                "training.write_steps holds 0, after which memory knows nothing of the context: leave it out, or let "
-                "memory.start be context or pooled_context."
+                "training.write_steps contains 0, with which memory knows nothing of the context: leave 0 out, or set "
+                "memory.start to context or pooled_context."
             )
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> RunConfig:
-        """The configuration with these fields, as YAML or JSON has them."""
+        """The configuration with these fields, in the types of YAML or JSON."""
         return pydantic.TypeAdapter(cls).validate_python(fields)
 
     @classmethod
     def load(cls, path: Path | None, settings: Sequence[str] = ()) -> RunConfig:
-        """The configuration of a YAML file, with some of its fields set anew.
+        """The configuration of a YAML file, with some of its fields overridden.
 
         Args:
             path (`Path`, *optional*): a file with a mapping of fields.
@@ -130,7 +131,7 @@ class RunConfig:
         return cls.of(read_fields(path, settings))
 
     def fields(self) -> dict[str, Any]:
-        """What `of` takes, as JSON."""
+        """The fields in JSON types, as `of` takes them."""
         result = dataclasses.asdict(self)
         result["tasks"], result["method"] = _named(self.tasks), _named([self.method])[0]
         result["evaluation"]["tasks"] = _named(self.evaluation.tasks)
@@ -138,12 +139,12 @@ class RunConfig:
 
     @property
     def steps(self) -> int | None:
-        """Training steps: those that are set, or those of a task that makes its own batches; None: epochs count."""
+        """The number of training steps: as set, or from a task that makes its own batches; None: epochs are set."""
         return self.training.get("max_steps") or self.tasks[0].steps
 
     @property
     def write_steps(self) -> tuple[int, ...]:
-        """The numbers of write steps that training draws from; none where the method has no steps."""
+        """The numbers of write steps that training draws from; none if the method has no steps."""
         if self.method.step is None:
             return ()
         drawn = self.training.get("write_steps") or [k for task in self.tasks for k in task.write_steps]
@@ -156,7 +157,7 @@ class RunConfig:
 
 
 def task_of(text: str) -> Task:
-    """A task from YAML, as `{name: kv_retrieval, pairs: 16}`."""
+    """A task from YAML, such as `{name: kv_retrieval, pairs: 16}`."""
     return _by_name("task", TASKS)(from_yaml(text, text))
 
 

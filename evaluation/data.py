@@ -1,4 +1,4 @@
-"""Where texts and questions come from: files, datasets on the hub, and the forms their records have."""
+"""Read texts and questions: from files and datasets on the hub, in all known forms of records."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ Passage: TypeAlias = list[int]
 _CONTEXT = ("context", "passage", "content", "story_section")
 _QUERY = ("query", "question")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
-"""What lies between two sentences; an initial ends none."""
+"""The boundary between two sentences; an initial does not end a sentence."""
 
 
 def qa_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[str, Any]]:
     """Passages with all questions on them, as `GradMemCollator` takes them, in order of first appearance.
 
     Args:
-        source: a directory with `<split>.jsonl` (or `.jsonl.gz`), one question a line, or with SQuAD's own
+        source: a directory with `<split>.jsonl` (or `.jsonl.gz`), one question per line, or with SQuAD's own
             `<split>.json`, `<split>-v1.1.json` or `<split>-v2.0.json`; otherwise what `datasets.load_dataset` takes.
-        split: "train", "valid", "test", or as the dataset calls it.
+        split: "train", "valid", "test", or the dataset's own name of a split.
         hub_options: for `datasets.load_dataset`: name, revision, ...
 
     Returns:
@@ -46,17 +46,17 @@ def qa_rows(source: str | Path, split: str, **hub_options: Any) -> list[dict[str
 
     Raises:
         FileNotFoundError: the directory has no such split; the message lists its files.
-        ValueError: records of a form that is not known; the message names their fields. Or no question has an answer.
+        ValueError: records have an unknown form; the message names their fields. Or no question has an answer.
         ImportError: the hub is needed, and the package `datasets` is not installed.
     """
     rows = group(parse(record) for record in records(source, split, **hub_options))
     if not rows:
-        raise ValueError(f"No question of {str(source)!r} has an answer in its split {split!r}.")
+        raise ValueError(f"No question in the split {split!r} of {str(source)!r} has an answer.")
     return rows
 
 
 def records(source: str | Path, split: str, **hub_options: Any) -> Iterable[Mapping[str, Any]]:
-    """The questions of a directory or of the hub one by one, in the form they have there."""
+    """The questions of a directory or a dataset on the hub one by one, in their original form."""
     directory = Path(source)
     if not directory.is_dir():
         return load_from_hub(str(source), split, **hub_options)
@@ -73,7 +73,7 @@ def records(source: str | Path, split: str, **hub_options: Any) -> Iterable[Mapp
 
 
 def text_lines(source: str | Path, split: str) -> list[str] | None:
-    """The lines of a directory's `<split>.txt` (or `.txt.gz`) that are not empty; None where it has no such file."""
+    """The lines of a directory's `<split>.txt` (or `.txt.gz`) that are not empty; None if it has no such file."""
     for suffix in (".txt", ".txt.gz"):
         if (file := Path(source) / f"{split}{suffix}").is_file():
             return [line for line in read_text(file).split("\n") if line.strip()]
@@ -81,40 +81,40 @@ def text_lines(source: str | Path, split: str) -> list[str] | None:
 
 
 def contexts(source: str | Path, split: str, **hub_options: Any) -> list[str]:
-    """The passages of a source of `records`, whether there are questions on them or not.
+    """The passages of a source of `records`, with or without questions.
 
     Raises:
-        ValueError: a record has none; the message names its fields.
+        ValueError: a record has no context; the message names its fields.
     """
     found: dict[str, None] = {}
     for record in records(source, split, **hub_options):
         name = next((name for name in _CONTEXT if record.get(name)), None)
         if name is None:
             raise ValueError(
-                f"A record has the fields {', '.join(record)}; needed is a context ({', '.join(_CONTEXT)})."
+                f"A record has the fields {', '.join(record)}, but needs a context ({', '.join(_CONTEXT)})."
             )
         found[str(record[name])] = None
     return list(found)
 
 
 def has_tables(directory: Path) -> bool:
-    """Whether it is a dataset as the hub keeps them, which `datasets` loads by its path."""
+    """Whether a directory holds a dataset in the hub's format, which `datasets` loads by its path."""
     return any(directory.glob("*.parquet")) or any(directory.glob("*/*.parquet"))
 
 
 def load_from_hub(source: str, split: str, **options: Any) -> Iterable[Mapping[str, Any]]:
-    """A split of a dataset, by the package `datasets`."""
+    """A split of a dataset, loaded with the package `datasets`."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"{source!r} is no directory here, and the hub needs: pip install 'gradmem-adapter[evaluation]'."
+            f"{source!r} is not a directory, and datasets on the hub need: pip install 'gradmem-adapter[evaluation]'."
         ) from error
     return load_dataset(source, split=split, **options)
 
 
 def squad_file(path: Path) -> Iterable[dict[str, Any]]:
-    """The questions of a file as SQuAD is distributed: articles, paragraphs, questions."""
+    """The questions of a file in SQuAD's original format: articles, paragraphs, questions."""
     try:
         articles = from_json(read_text(path), str(path))["data"]
         return [
@@ -123,14 +123,14 @@ def squad_file(path: Path) -> Iterable[dict[str, Any]]:
             for article in articles for paragraph in article["paragraphs"] for question in paragraph["qas"]
         ]  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file in SQuAD's form: {type(error).__name__} {error}.") from error
+        raise ValueError(f"{path} is not in SQuAD's format: {type(error).__name__} {error}.") from error
 
 
 def parse(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
     """Context, question and accepted answers of a record in any of the known forms.
 
     Raises:
-        ValueError: it has another form; the message names its fields.
+        ValueError: it has an unknown form; the message names its fields.
     """
     context, query = (next((name for name in names if record.get(name)), None) for names in (_CONTEXT, _QUERY))
     if context is not None and query is not None:
@@ -138,14 +138,14 @@ def parse(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
         if found is not None:
             return str(record[context]), str(record[query]), [text for text in dict.fromkeys(found) if text.strip()]
     raise ValueError(
-        f"A record has the fields {', '.join(record) or 'none'}; needed are a context ({', '.join(_CONTEXT)}), a "
-        f"question ({', '.join(_QUERY)}) and answers (answers, answer, answer1, or target beside query)."
+        f"A record has the fields {', '.join(record) or 'none'}, but needs a context ({', '.join(_CONTEXT)}), a "
+        f"question ({', '.join(_QUERY)}) and answers (answers, answer, answer1, or target with query)."
     )
 
 
 def _answers(record: Mapping[str, Any], own_form: bool) -> list[str] | None:
     """All answers of a record, none if it is unanswered; None if it has no field for them."""
-    # The target comes first: it is what is trained on. (Elsewhere a "target" may be something else.)
+    # The target comes first, as training uses it. (In other forms, a "target" may be something else.)
     forms = [("target", "answers") if own_form else ("answers",), ("answer", "answer1", "answer2")]
     for names in forms:
         if any(record.get(name) is not None for name in names):
@@ -154,12 +154,12 @@ def _answers(record: Mapping[str, Any], own_form: bool) -> list[str] | None:
 
 
 def _texts(value: Any) -> list[str]:
-    """The texts in a field of answers: a text, a list, {"text": ...}, or these in one another."""
+    """The texts in a field of answers: a text, a list, {"text": ...}, or any nesting of these."""
     if value is None:
         return []
     if isinstance(value, Mapping):
         if "text" not in value:
-            raise ValueError(f"An answer has the fields {', '.join(value) or 'none'}; needed is text.")
+            raise ValueError(f"An answer has the fields {', '.join(value) or 'none'}, but needs text.")
         return _texts(value["text"])
     if isinstance(value, str) or not isinstance(value, Iterable):  # a text is iterable too, but not a list of answers
         return [str(value)]
@@ -167,7 +167,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def group(questions: Iterable[tuple[str, str, list[str]]]) -> list[dict[str, Any]]:
-    """Questions on the same context as one row."""
+    """Group questions on the same context into one row."""
     rows: dict[str, dict[str, Any]] = {}
     for context, query, answers in questions:
         if not answers:
@@ -195,13 +195,13 @@ def questions(rows: Rows) -> tuple[list[str], list[Prompt], list[int], list[list
 
 
 def distractors(index: Sequence[int], contexts: int, states: int, seed: int) -> list[list[int]]:
-    """For each query the contexts it is asked of: its own in a random place among `states` - 1 others.
+    """For each query, the contexts that it is asked of: its own at a random position among `states` - 1 others.
 
     Raises:
         ValueError: there are fewer contexts than states.
     """
     if states > contexts:
-        raise ValueError(f"Got {counted(contexts, 'context')}; a question cannot be asked of {states}.")
+        raise ValueError(f"Got {counted(contexts, 'context')}, but questions are asked of {states}: use fewer states.")
     draw, reads = random.Random(seed), []
     for own in index:
         others = draw.sample([i for i in range(contexts) if i != own], states - 1)
@@ -211,8 +211,8 @@ def distractors(index: Sequence[int], contexts: int, states: int, seed: int) -> 
 
 
 def joined(rows: Rows, most: int) -> list[dict[str, Any]]:
-    """Contexts of one to `most` passages that follow each other, with all their questions: passages of one article, as
-    a rule. The same rows give the same contexts."""
+    """Contexts of one to `most` consecutive passages, usually from one article, with all their questions. The same rows
+    give the same contexts."""
     draw, made, rest = random.Random(most), [], [dict(row) for row in rows]
     while rest:
         count = draw.randint(1, most)
@@ -223,9 +223,9 @@ def joined(rows: Rows, most: int) -> list[dict[str, Any]]:
 
 
 def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int | None = None) -> list[Passage]:
-    """Passages of exactly `tokens` tokens of running prose, one after another; headings (` = Title = `) are left out.
+    """Consecutive passages of exactly `tokens` tokens of running prose; headings (` = Title = `) are left out.
 
-    A passage lies within one paragraph or goes over into the next; what is left at the end is dropped.
+    A passage may continue into the next paragraph. The rest at the end is dropped.
 
     Raises:
         ValueError: the text is too short for `count` passages, or for one.
@@ -236,15 +236,15 @@ def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, cou
     found = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)][:count]
     if len(found) < (1 if count is None else count):
         raise ValueError(
-            f"The text has {counted(len(ids), 'token')}: {counted(len(ids) // tokens, 'passage')} of {tokens}, not "
-            f"{count or 'one'}."
+            f"The text has {counted(len(ids), 'token')}, enough for {counted(len(ids) // tokens, 'passage')} of "
+            f"{tokens}, not for {count or 'one'}."
         )
     return found
 
 
 def by_words(texts: Sequence[str], queries: Sequence[str], k: int) -> list[dict[int, float]]:
-    """For each question the k texts that `MemoryStore.choose` would find, the best first, with their scores; the first
-    ones, with 0, where no text has a word of it."""
+    """For each question, the k texts that `MemoryStore.choose` would find, best first, with their scores. If no text
+    shares a word with it, the first k texts, with score 0."""
     with TemporaryDirectory() as folder:
         index = Index(Path(folder))
         index.make()

@@ -1,9 +1,9 @@
-"""Key-value pairs as tokens (GradMem, section 4.1): pairs in, context gone, keys asked.
+"""Key-value pairs as tokens (GradMem, section 4.1): contexts of pairs, and queries that ask for the value of a key.
 
     context  !k1k2:v1v2! for each pair, then |      query  ?!k1k2:      target  v1v2!|
 
-One token per character, keys unique within a context, a random alphabet of letters and digits, so that nothing but the
-context says what the value of a key is.
+There is one token per character. Keys are unique within a context, and all characters are random, so that only the
+context tells the value of a key.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def sample_pairs(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Draw contexts of pairs and queries on them, made on `device` throughout.
+    """Draw contexts of pairs and queries on them, entirely on `device`.
 
     Args:
-        contexts (`int`): C.
-        queries (`int`): Q on each context, of different pairs where each context has as many.
-        most (`int`): pairs of the longest context.
-        fewest (`int`, *optional*, defaults to `most`): each context draws its number from `fewest` to `most`.
+        contexts (`int`): C, the number of contexts.
+        queries (`int`): Q, the number of queries on each context; on different pairs if there are enough.
+        most (`int`): the number of pairs in the longest context.
+        fewest (`int`, *optional*, defaults to `most`): each context draws its number of pairs from `fewest` to `most`.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where the tensors are made.
-        generator (`torch.Generator`, *optional*): on that device; None: its default generator.
+        generator (`torch.Generator`, *optional*): a generator on that device; None: its default generator.
 
     Returns:
-        What a model's forward takes: context_input_ids and context_attention_mask [C, N], right padded; input_ids and
-        labels [C * Q, T], query and target, all of one length; context_index [C * Q].
+        The arguments of a model's forward: context_input_ids and context_attention_mask [C, N], right padded; input_ids
+        and labels [C * Q, T], query and target, all of one length; context_index [C * Q].
     """
     fewest = most if fewest is None else fewest
     options: dict[str, Any] = {"generator": generator, "device": device}

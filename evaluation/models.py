@@ -1,4 +1,4 @@
-"""Models of runs, GradMem's and baselines alike: built, and as files."""
+"""Build, save and load the models of runs, both GradMem and baselines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gradmem_adapter.utils.files import read_text, replacing
 from .config import RunConfig
 
 RECIPE = "recipe.json"
-"""The configuration of the run that a checkpoint came from, beside its weights."""
+"""The file beside a checkpoint's weights with the configuration of its run."""
 
 
 def scratch_llama(
@@ -29,10 +29,10 @@ def scratch_llama(
 ) -> PreTrainedModel:
     """A Llama with random weights (standard deviation 0.02), by default of the size the paper uses for retrieval.
 
-    The output embeddings start as a copy of the input embeddings and are trained apart.
+    The output embeddings start as a copy of the input embeddings and are trained separately.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): with its pad and end tokens.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer with pad and end tokens.
         layers, width, heads, positions (`int`, *optional*): the shape; the gated MLP is four times as wide.
     """
     config = LlamaConfig(
@@ -85,10 +85,10 @@ def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
 
 @torch.no_grad()
 def _take_lora(model: nn.Module, path: Path) -> None:
-    """Give a model the LoRA of a baseline's checkpoint.
+    """Load the LoRA of a baseline's checkpoint into a model.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint has none, or another one.
+        FileNotFoundError, ValueError: the checkpoint has no LoRA, or a different one.
     """
     own = {name: weight.data for name, weight in language_model(model).named_parameters() if ".lora_" in name}
     saved = {name.removeprefix("backbone."): weight for name, weight in read_trained_weights(path).items()}
@@ -99,17 +99,17 @@ def _take_lora(model: nn.Module, path: Path) -> None:
 
 
 def load_teacher(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel | None:
-    """The causal LM of a run's teacher, with its LoRA merged into the weights; None where the run has no teacher.
+    """The causal LM of a run's teacher, with its LoRA merged into the weights; None if the run has no teacher.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is of a method that reads something else than the context.
+        ValueError: the teacher was trained by another method than `full_context`.
     """
     if config.teacher is None:
         return None
     model, _, made = load_model(Path(config.teacher))
     if made.method.name != "full_context":
-        raise ValueError(f"A teacher reads the context as text; {config.teacher} was made by {made.method.name}.")
+        raise ValueError(f"The teacher must be of method full_context, but {config.teacher} is of {made.method.name}.")
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.merge()
@@ -124,16 +124,16 @@ def language_model(model: nn.Module) -> PreTrainedModel:
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RunConfig, path: Path) -> None:
-    """Save a trained model and the configuration it was made by."""
+    """Save a trained model and its configuration."""
     config.method.save(model, tokenizer, path)
     _write_config(config, path)
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase, RunConfig]:
-    """A model that `save_model` saved, its tokenizer, and how it was trained; of a recipe, the model before training.
+    """A model that `save_model` saved, its tokenizer and its configuration; for a recipe, the untrained model.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such model.
     """
     config = load_config(path)
     if path.is_file():
@@ -144,10 +144,10 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
 
 
 def load_config(path: Path) -> RunConfig:
-    """The configuration that a model was made by, or that of a recipe.
+    """The configuration of a trained model, or of a recipe.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no configuration.
     """
     return RunConfig.load(path) if path.is_file() else RunConfig.of(_fields(path))
 
@@ -160,10 +160,10 @@ def _write_config(config: RunConfig, path: Path) -> None:
 def _fields(path: Path) -> dict[str, Any]:
     if not (path / RECIPE).is_file():
         raise FileNotFoundError(
-            f"There is no model trained by a recipe in {str(path)!r}: no {RECIPE}. Give the directory of a run of "
-            "`python -m evaluation train`; what `gradmem train` makes is measured by its own option --eval."
+            f"There is no model trained by a recipe in {str(path)!r}: it has no {RECIPE}. Pass the directory of a run "
+            "of `python -m evaluation train`; `gradmem train` measures its adapters with its own option --eval."
         )
     fields = from_json(read_text(path / RECIPE), str(path / RECIPE))
     if not isinstance(fields, dict):
-        raise ValueError(f"{path / RECIPE} holds no recipe but a {type(fields).__name__}.")
+        raise ValueError(f"{path / RECIPE} must be a mapping of fields, got {type(fields).__name__}.")
     return fields

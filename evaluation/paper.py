@@ -1,4 +1,4 @@
-"""What the paper reports (arXiv 2603.13875), to stand beside our figures."""
+"""The paper's figures (arXiv 2603.13875), for comparison with ours."""
 
 KV_RETRIEVAL: tuple[tuple[str, str, dict[int, float]], ...] = (
     ("GradMem, 1 step", "gradmem", {4: 100, 8: 100, 16: 96, 32: 86.9, 64: 58.6, 96: 33}),
@@ -6,7 +6,7 @@ KV_RETRIEVAL: tuple[tuple[str, str, dict[int, float]], ...] = (
     ("forward-only writer (RMT)", "forward_memory", {4: 100, 8: 100, 16: 45, 32: 44, 64: 19, 96: 13}),
     ("full context", "full_context", {4: 100, 8: 100, 16: 100, 32: 99.8, 64: 97, 96: 99}),
 )
-"""What it is called there, our method of the kind, and exact match % by pairs with 8 memory vectors.
+"""The paper's name, our corresponding method, and exact match % by number of pairs with 8 memory vectors.
 
 Values read off a plot are rounded.
 """

@@ -1,4 +1,4 @@
-"""Every plot, made from the result files: a method has one colour and one marker in all of them."""
+"""All plots, made from the result files. A method has the same colour and marker in all of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAMES = {"memory_tokens": "memory vectors m", "write_steps": "write steps K"}
 
 
 def pyplot() -> Any:
-    """Matplotlib's, for files alone.
+    """Matplotlib's pyplot, without a display.
 
     Raises:
-        ImportError: it is not installed; the message says how.
+        ImportError: Matplotlib is not installed; the message says how to install it.
     """
     try:
         import matplotlib
@@ -40,7 +40,7 @@ def style(method: str) -> dict[str, str]:
 
 
 def shades(count: int) -> list[float]:
-    """How solid each of several lines of one method is, the last one whole."""
+    """The opacity of each of several lines of one method; the last one is opaque."""
     return [0.35 + 0.65 * (i + 1) / count for i in range(count)] if count != 1 else [1.0]
 
 
@@ -51,7 +51,7 @@ def draw_all(output: Path) -> list[Path]:
 
 
 def _finish(figure: Any, file: Path, columns: int = 0) -> list[Path]:
-    """Put the legend below the axes, where no data are, and save."""
+    """Put the legend below the axes, where it hides no data, and save."""
     if columns:
         entries = [axes.get_legend_handles_labels() for axes in figure.axes]
         lines = {label: handle for handles, labels in entries for handle, label in zip(handles, labels, strict=True)}
@@ -71,14 +71,14 @@ def _axes(panels: int = 1, size: tuple[float, float] = (6, 4.4), **options: Any)
 
 
 def _ticks(axis: Any, values: Sequence[int], base: int = 2) -> None:
-    """A logarithmic axis (0 has a place) with these numbers on it."""
+    """Make an axis logarithmic, with room for 0 and ticks at these numbers."""
     axis.axes.set_xscale("symlog", base=base, linthresh=1) if 0 in values else axis.axes.set_xscale("log", base=base)
     axis.set_ticks(values, [f"{value:,}" for value in values])
     axis.set_ticks([], minor=True)
 
 
 def kv_retrieval(output: Path) -> list[Path]:
-    """Exact match against pairs, ours and the paper's; and write steps trained against write steps measured."""
+    """Exact match by pairs, ours and the paper's; and by write steps in training and in measurement."""
     table = read("kv_retrieval").sort_values("pairs")
     figure, (axes,) = _axes(size=(7.2, 5.2))
     several = (table["method"] != "gradmem") | (
@@ -136,9 +136,9 @@ def answers(output: Path) -> list[Path]:
 
 
 def _against(panel: Any, table: pd.DataFrame, name: str, other: str) -> None:
-    """A line joins what was trained alike; a method that does not vary in `name` is a level line.
+    """Plot F1 against `name`. Lines join models with the same training; a method that does not vary is a level line.
 
-    Adapters under several names have markers of their own. Against K the ends of lines say m.
+    Adapters with different names have different markers. In plots against K, the ends of lines are labelled with m.
     """
     values: set[int] = set()
     ends: list[tuple[float, float, int]] = []
@@ -152,7 +152,7 @@ def _against(panel: Any, table: pd.DataFrame, name: str, other: str) -> None:
         varied = mine[varies].sort_values(name)
         trained = sorted(set(varied["trained_steps"]))
         solid = dict(zip(trained, shades(len(trained)), strict=True))
-        names = varied["checkpoint"].fillna("") if "checkpoint" in varied else ""  # adapters that have none have ""
+        names = varied["checkpoint"].fillna("") if "checkpoint" in varied else ""  # "" for adapters without a name
         varied = varied.assign(checkpoint=names)
         adapters = sorted(set(varied["checkpoint"]) - {""}, reverse=True)
         fills = {"": "full"} | dict(zip(adapters, cycle(["full", "none", "left"])))
@@ -171,7 +171,7 @@ def _against(panel: Any, table: pd.DataFrame, name: str, other: str) -> None:
 
 
 def _mark_ends(panel: Any, ends: Sequence[tuple[float, float, int]], apart: float = 4.0) -> None:
-    """Say m beside the ends of lines; ends that are too close for two labels share one."""
+    """Label the ends of lines with m; ends that are too close for two labels share one."""
     labels: list[list[tuple[float, float, int]]] = []
     for end in sorted(ends):
         near = labels and labels[-1][-1][0] == end[0] and end[1] - labels[-1][-1][1] < apart
@@ -189,7 +189,7 @@ def _mark_ends(panel: Any, ends: Sequence[tuple[float, float, int]], apart: floa
 
 
 def _varies(row: Any, name: str) -> bool:
-    """Whether a method has a number of write steps (0 is one), or of memory vectors."""
+    """Whether a method has write steps (0 counts), or memory vectors."""
     return METHODS[row["method"]].step is not None if name == "write_steps" else row["memory_tokens"] > 0
 
 
@@ -222,7 +222,7 @@ def general(output: Path) -> list[Path]:
 
 
 def learning_curves(output: Path) -> list[Path]:
-    """Loss at the targets against minutes of training, a mean of five records; each stage begins at the full rate."""
+    """Loss at the targets by minutes of training, averaged over five records; each stage restarts at the full rate."""
     table = pd.read_json(RESULTS / "learning_curves" / "general.jsonl", lines=True)
     figure, (axes,) = _axes(size=(7.2, 4.4))
     for run, line in table.groupby("run", sort=False):
@@ -233,7 +233,7 @@ def learning_curves(output: Path) -> list[Path]:
 
 
 def reconstruction(output: Path) -> list[Path]:
-    """Tokens that greedy decoding gets back against K."""
+    """Tokens that greedy decoding gets back, by K."""
     table = read("reconstruction").sort_values("write_steps")
     figure, (axes,) = _axes(size=(6, 4))
     for (checkpoint, m), line in table.groupby(["checkpoint", "memory_tokens"]):
@@ -247,9 +247,9 @@ def reconstruction(output: Path) -> list[Path]:
 
 
 def versus_prompting(output: Path) -> list[Path]:
-    """Time to first token and bytes against context tokens: memory, the context's KV cache, the context read anew.
+    """Time to first token and bytes by context tokens: memory, the context's KV cache, and reading the context again.
 
-    A plot for each shape and hardware that several lengths were measured on.
+    There is a plot for each shape and hardware with measurements at several lengths.
     """
     memory, text, kept = style("gradmem"), style("full_context"), {"linestyle": "--", "fillstyle": "none"}
     pressed = {"color": "#e69f00", "marker": "P"}

@@ -1,4 +1,4 @@
-"""Measurements as JSON lines: one record for everything, from which every table and plot is made."""
+"""Measurements as JSON lines: one kind of record for all of them, from which all tables and plots are made."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class Record:
 
     Args:
         task (`str`): what was measured: a task, or a benchmark.
-        method (`str`): of what.
-        dataset (`str`, *optional*): the data, as tables name them.
-        split (`str`, *optional*): of the data.
-        memory_tokens (`int`, *optional*): m; 0 where there is no memory of fixed size.
-        trained_steps (`str`, *optional*): the write steps (or passes) that training drew from, as "5" or "1-12".
-        write_steps (`int`, *optional*): K that was measured.
+        method (`str`): the method that was measured.
+        dataset (`str`, *optional*): the data, by its name in tables.
+        split (`str`, *optional*): the split of the data.
+        memory_tokens (`int`, *optional*): m; 0 if there is no memory of fixed size.
+        trained_steps (`str`, *optional*): the write steps (or passes) that training drew from, such as "5" or "1-12".
+        write_steps (`int`, *optional*): K in the measurement.
         states (`int`, *optional*): how many contexts a question was asked of.
-        settings (`dict`, *optional*): whatever else makes it another measurement, as the number of pairs.
+        settings (`dict`, *optional*): other settings that distinguish measurements, such as the number of pairs.
         metrics (`dict`): means, by name.
-        errors (`dict`, *optional*): their standard errors.
-        n (`int`, *optional*): how many items the means are of.
-        device (`str`, *optional*): where it was measured: a GPU by its model.
-        training_steps, training_minutes (`float`, *optional*): of the model.
-        seed (`int`, *optional*): of what was drawn to measure.
-        facts (`dict`, *optional*): what is good to know besides: commit, date, command, versions, sizes.
+        errors (`dict`, *optional*): standard errors of the means.
+        n (`int`, *optional*): the number of items averaged.
+        device (`str`, *optional*): where it was measured: the model of the GPU, or "CPU".
+        training_steps, training_minutes (`float`, *optional*): how long the model was trained.
+        seed (`int`, *optional*): the seed of the measurement.
+        facts (`dict`, *optional*): other information: commit, date, command, versions, sizes.
     """
 
     task: str
@@ -61,7 +61,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        """What a later measurement replaces."""
+        """Identifies the measurement: a later record with the same key replaces this one."""
         return json.dumps([getattr(self, name) for name in KEY], sort_keys=True)
 
 
@@ -71,10 +71,10 @@ KEY = (
 
 
 def load_records(*paths: Path) -> list[Record]:
-    """The records of files; none where there is no file.
+    """The records of files; none if a file does not exist.
 
     Raises:
-        ValueError: a file holds something else; the message names the line.
+        ValueError: a line is not a record; the message names it.
     """
     found = []
     for path in paths:
@@ -84,21 +84,21 @@ def load_records(*paths: Path) -> list[Record]:
             try:
                 found.append(Record(**from_json(line, "it")))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is no record of a measurement: {error}") from error
+                raise ValueError(f"{path}, line {number} is not a record of a measurement: {error}") from error
     return found
 
 
 def add_records(path: Path, new: Iterable[Record]) -> None:
-    """Add records to a file, in the place of older ones with the same key."""
+    """Add records to a file, replacing older ones with the same key."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(path.name + ".lock")):  # two evaluations may end at the same time
+    with FileLock(path.with_name(path.name + ".lock")):  # several evaluations may write at the same time
         merged = {record.key: record for record in (*load_records(path), *new)}
         with replacing(path) as temporary:
             temporary.write_text("".join(_line(merged[key]) + "\n" for key in merged), encoding="utf-8")
 
 
 def _line(record: Record) -> str:
-    """What is not known is left out."""
+    """A record as JSON, without unknown values."""
     known = {name: value for name, value in asdict(record).items() if value not in (None, "", {})}
     return json.dumps(known, ensure_ascii=False, allow_nan=False)
 
@@ -114,5 +114,5 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def device_name(device: torch.device) -> str:
-    """As records name what they were measured on."""
+    """The name of a device in records."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

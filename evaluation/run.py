@@ -29,7 +29,7 @@ from .tasks import Measurement, Task
 from .train import CHECKPOINT
 
 SCORED = 64
-"""Questions that are scored in one batch."""
+"""Questions per batch of scoring."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Answerer:
     checkpoint: str = ""
     """Its name."""
     written: dict[str, MemoryState] = field(default_factory=dict)
-    """The memory states that contexts have had: whoever asks of them again need not write them again."""
+    """A cache of memory states by context, so that a context is written only once."""
 
     @property
     def device(self) -> torch.device:
@@ -74,13 +74,13 @@ class Answerer:
 
     @property
     def pipeline(self) -> GradMemPipeline:
-        """Of a model with an adapter.
+        """The pipeline of a model with an adapter.
 
         Raises:
-            TypeError: it has none.
+            TypeError: the model has no adapter.
         """
         if not isinstance(self.model, PeftModel):
-            raise TypeError("alone and sequential are about memory states: they need the method gradmem.")
+            raise TypeError("alone and sequential read memory states, so they need the method gradmem.")
         return GradMemPipeline(self.model, self.tokenizer)
 
     def states(self, contexts: Sequence[str]) -> MemoryState:
@@ -95,8 +95,7 @@ class Answerer:
         self, memory: MemoryState, queries: Sequence[Prompt], reads: Sequence[Sequence[int]],
         search_scores: Sequence[Sequence[float]] | None = None,
     ) -> list[list[int]]:  # fmt: skip
-        """Of the states that each question may be asked of, the one that holds an answer most likely, as
-        `GradMemPipeline.select` finds it."""
+        """For each question, the state that most likely holds an answer, as chosen by `GradMemPipeline.select`."""
         pairs = [(query, i) for query, read in zip(queries, reads, strict=True) for i in read]
         parts = [pairs[start : start + SCORED] for start in range(0, len(pairs), SCORED)]
         found = [self.pipeline.support([q for q, _ in part], memory=memory[[i for _, i in part]]) for part in parts]
@@ -111,7 +110,7 @@ class Answerer:
         self, kept: Any, lengths: Sequence[int], queries: Sequence[Prompt], reads: Sequence[Sequence[int]],
         max_new_tokens: int = 32,
     ) -> list[str]:  # fmt: skip
-        """Greedy answers from what was read; see `Method.ask`."""
+        """Greedy answers from contexts that were already read; see `Method.ask`."""
         return self.config.method.ask(
             self.model, self.tokenizer, kept, lengths, queries, reads,
             query_format=self.config.query_format, max_new_tokens=max_new_tokens,
@@ -132,25 +131,25 @@ def evaluate(
     """Measure a trained model.
 
     Args:
-        checkpoint (`Path`): what training made.
-        device (`torch.device`): where.
-        evaluation (`Evaluation`, *optional*): what; None: as the checkpoint's configuration says.
-        limit (`int`, *optional*): only so many contexts of each task; it is among the settings of the records then.
-        seed (`int`, *optional*, defaults to `0`): of the other contexts where several are asked side by side.
-        results (`Path`, *optional*): a file that each record is added to at once.
-        answers (`Path`, *optional*): a file for every query with its answer and its scores, one JSON object a line; the
-            same queries come in the same order for every checkpoint, so that two can be compared in pairs.
-        show (`Callable`, *optional*): told a line after each measurement.
+        checkpoint (`Path`): a trained model.
+        device (`torch.device`): the device to run on.
+        evaluation (`Evaluation`, *optional*): what to measure; None: as the checkpoint's configuration says.
+        limit (`int`, *optional*): the most contexts of each task; it becomes one of the settings of the records.
+        seed (`int`, *optional*, defaults to `0`): seed for drawing the other contexts if several are asked.
+        results (`Path`, *optional*): a file to which each record is added at once.
+        answers (`Path`, *optional*): a file for every query with its answer and its scores, one JSON object per line.
+            The order of queries is the same for all checkpoints, so that two can be compared in pairs.
+        show (`Callable`, *optional*): called with a line after each measurement.
 
     Raises:
-        ValueError: nothing can be measured so; the message says why.
+        ValueError: the model cannot be measured this way; the message says why.
     """
     model, tokenizer, config = load_model(checkpoint, device)
     evaluation = evaluation or config.evaluation
     tasks = [task for task in evaluation.tasks or config.tasks if task.measured]
     if not tasks:
-        raise ValueError(f"{checkpoint} was trained on nothing that can be measured: name a task.")
-    steps = evaluation.write_steps if config.method.step else (0,)  # otherwise there is nothing to write
+        raise ValueError(f"{checkpoint} was not trained on a task that can be measured: name a task.")
+    steps = evaluation.write_steps if config.method.step else (0,)  # other methods have no steps
     records: list[Record] = []
     lines: list[str] = []
     for (task, k), states in itertools.product(itertools.product(tasks, steps), evaluation.states):
@@ -215,7 +214,7 @@ def _summary(record: Record) -> str:
 
 
 def _name_of(checkpoint: Path) -> str:
-    """The name of a checkpoint's directory; with that of its run, where all runs give their checkpoints the same."""
+    """The name of a checkpoint's directory, with that of its run if the checkpoint's own name is generic."""
     path = checkpoint.resolve()
     if path.is_file():
         return f"{path.stem}, untrained"

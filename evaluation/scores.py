@@ -1,4 +1,4 @@
-"""What an answer is worth, and how sure the mean over many is."""
+"""Scores of answers, and standard errors of their means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradmem_adapter.training.metrics import score_answer
 
 
 def score_texts(answer: str, accepted: list[str]) -> dict[str, float]:
-    """Exact match and token F1 as SQuAD has them, and ROUGE-L (F-measure), each for the best reference.
+    """Exact match and token F1 as defined by SQuAD, and ROUGE-L (F-measure), each for the best reference.
 
     Raises:
         ImportError: the package rouge-score is not installed.
@@ -25,12 +25,12 @@ def score_texts(answer: str, accepted: list[str]) -> dict[str, float]:
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean of values [n]; 0 for a single one, which says nothing of how they spread."""
+    """The standard error of the mean of values [n]; 0 for a single value, whose spread is unknown."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def placements(right: Tensor, wrong: Tensor) -> Tensor:
-    """Of each score in `right` `[n]` the share of those in `wrong` that are lower, ties counting half; their mean is
-    the area under the curve."""
+    """For each score in `right` `[n]`, the share of scores in `wrong` that are lower, with ties counting half. Their
+    mean is the area under the ROC curve."""
     above, same = (right[:, None] > wrong).double(), (right[:, None] == wrong).double()
     return (above + same / 2).mean(1)

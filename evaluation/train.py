@@ -1,4 +1,4 @@
-"""Training: a run from its configuration, by `GradMemTrainer`."""
+"""Train a run from its configuration, with `GradMemTrainer`."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from .models import RECIPE, build_model, load_teacher, save_model
 from .unanswerable import REFUSAL
 
 CHECKPOINT = "checkpoint"
-"""The folder of the finished model in the directory of a run."""
+"""The folder of the finished model inside the directory of a run."""
 CURVE = "learning_curve.jsonl"
-"""What was logged, a JSON object a line; of steps that an interruption took back the later lines count."""
+"""The file of logs, one JSON object per line. For steps repeated after an interruption, later lines count."""
 DEFAULTS: dict[str, Any] = {
     "report_to": "none", "logging_steps": 50, "save_total_limit": 1, "lr_scheduler_type": "warmup_stable_decay",
 }  # fmt: skip
 
 
 def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
-    """Run a configuration, or go on with it where it was interrupted, and save the model.
+    """Run a configuration, or resume an interrupted run of it, and save the model.
 
-    Processes that torchrun or accelerate launch started train one model together, each on a GPU of its own.
+    Processes started by torchrun or accelerate launch train one model together, each on its own GPU.
 
     Returns:
-        Where the finished model is; None if Ctrl-C or SIGTERM ended the run before, with a checkpoint to go on from.
+        The path of the finished model; None if Ctrl-C or SIGTERM stopped the run, with a checkpoint to resume from.
 
     Raises:
-        BlockingIOError: another run is under way in `output`.
-        ValueError: `output` holds a run by another configuration, or this one cannot work.
+        BlockingIOError: another run is using `output`.
+        ValueError: `output` holds a run of another configuration, or this one is invalid.
         TrainingDiverged: a loss or a gradient is not finite; the last good checkpoint is in `output`.
     """
     arguments = training_arguments(config, output, device)
@@ -63,7 +63,7 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
             return None
         if trainer.is_world_process_zero():
             clock = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EndByClock)]
-            seconds = clock[0].seconds if clock else None if resumed else runtime  # who was interrupted did not look
+            seconds = clock[0].seconds if clock else None if resumed else runtime  # unknown after an interruption
             done = dataclasses.replace(
                 config,
                 training=config.training | {"max_steps": trainer.state.global_step},
@@ -74,7 +74,7 @@ def train(config: RunConfig, output: Path, device: torch.device) -> Path | None:
 
 
 def training_arguments(config: RunConfig, output: Path, device: torch.device) -> GradMemTrainingArguments:
-    """The arguments of a run; on a CPU nothing is compiled."""
+    """The training arguments of a run; nothing is compiled on a CPU."""
     cpu = device.type == "cpu"
     own: dict[str, Any] = {"torch_compile": False} if cpu else {"tf32": is_torch_tf32_available()}
     steps = {} if config.steps is None else {"max_steps": config.steps}
@@ -82,16 +82,16 @@ def training_arguments(config: RunConfig, output: Path, device: torch.device) ->
 
 
 def training_batches(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Batches:
-    """What a run trains on: the batches that its task makes, or those of the rows of all its tasks.
+    """The batches of a run: those that its task makes itself, or batches of the rows of all its tasks.
 
     Raises:
-        ValueError: a task makes its own batches and is not the only one.
+        ValueError: a task makes its own batches but is not the only task.
     """
     seed = config.training.get("seed", 0)
     write_steps = tuple(config.training.get("write_steps", ()))
     own = [made for task in config.tasks if (made := task.batches(seed, write_steps)) is not None]
     if own and len(config.tasks) > 1:
-        raise ValueError("A task that makes its own batches cannot be mixed with others: leave one in `tasks`.")
+        raise ValueError("A task that makes its own batches cannot be mixed with others: keep only one in `tasks`.")
     if own:
         return own[0]
     options = {"seed": seed} | config.batches
@@ -106,10 +106,10 @@ def training_batches(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> B
 
 
 class LearningCurve(TrainerCallback):
-    """Keeps what a run logs.
+    """Writes the logs of a run to a file.
 
     Args:
-        path: a file of JSON lines, which is added to.
+        path: a file of JSON lines, to which logs are appended.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Questions that a context does not answer, and what is right to answer them."""
+"""Questions that a context does not answer, and the right answer to them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from gradmem_adapter.prompts import Prompt
 from .data import SENTENCE_END, Rows
 
 REFUSAL = "not in memory"
-"""What is right where the context does not answer the question."""
+"""The right answer if the context does not answer the question."""
 NEAR = 8
-"""Rows before and behind one that are near it: of one article, as a rule."""
+"""How many rows before and after a row count as near: they are usually of the same article."""
 
 
 def with_unanswerable(rows: Rows, share: float, near: float = 0.0) -> list[dict[str, Any]]:
-    """Rows of which a share of the questions are those of other rows, which `REFUSAL` answers.
+    """Rows with a share of questions from other rows, whose right answer is `REFUSAL`.
 
     Args:
-        rows: with queries, targets and answers; two at least, unless the share is 0.
-        share: from 0 to less than 1. The same rows give the same questions.
-        near: so large a share of these, from 0 to 1, comes from at most `NEAR` rows before or behind, which tell of the
-            same as a rule, unless the context may answer them all; the others come from anywhere.
+        rows: rows with queries, targets and answers; at least two, unless the share is 0.
+        share: the share of such questions, from 0 to less than 1. The same rows give the same questions.
+        near: the share of these, from 0 to 1, that comes from at most `NEAR` rows before or after, which are usually
+            about the same subject, unless the context may answer them all. The others come from any row.
     """
     draw, close, made = random.Random(len(rows)), random.Random(len(rows) + 1), []
     for number, row in enumerate(rows):
@@ -47,13 +47,13 @@ def with_unanswerable(rows: Rows, share: float, near: float = 0.0) -> list[dict[
 
 
 def without_answers(rows: Rows, share: float) -> list[dict[str, Any]]:
-    """Rows of which a share lack a sentence that answers a question: what it alone answered, `REFUSAL` answers.
+    """Rows of which a share lacks a sentence that answers a question. The right answer is then `REFUSAL`.
 
-    Such questions are on what the context is about. Those of which the rest may have the answer, too, are left out.
+    Such questions are on the subject of the context. Those that the rest may still answer are left out.
 
     Args:
-        rows: with queries, targets and answers.
-        share: of the rows, from 0 to 1. The same rows give the same sentences.
+        rows: rows with queries, targets and answers.
+        share: the share of these rows, from 0 to 1. The same rows give the same sentences.
     """
     draw = random.Random(len(rows))
     return [_without_an_answer(row, draw) if draw.random() < share else dict(row) for row in rows]
@@ -85,7 +85,7 @@ def _without_an_answer(row: Mapping[str, Any], draw: random.Random) -> dict[str,
 
 
 def _from_near(rows: Rows, number: int, draw: random.Random) -> Iterator[Prompt]:
-    """Questions of the rows around one, in any order, without those that its context may answer."""
+    """Questions of nearby rows in random order, without those that the context of this row may answer."""
     around = [*rows[max(0, number - NEAR) : number], *rows[number + 1 : number + 1 + NEAR]]
     asked = [pair for row in around for pair in zip(row["queries"], row["answers"], strict=True)]
     for query, answers in draw.sample(asked, len(asked)):
@@ -94,8 +94,8 @@ def _from_near(rows: Rows, number: int, draw: random.Random) -> Iterator[Prompt]
 
 
 def occurs(answer: str, context: str) -> bool:
-    """Whether all words of an answer are words of a context, without case, punctuation and articles as in scores."""
-    # "1867-1871" is one word to a score; but it may answer a question for 1867
+    """Whether all words of an answer are words of a context, ignoring case, punctuation and articles, as scores do."""
+    # Scores take "1867-1871" for one word, but it may answer a question for 1867.
     return any(_words(answer, mark) <= _words(context, mark) for mark in ("", " "))
 
 

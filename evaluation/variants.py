@@ -1,4 +1,4 @@
-"""Whether GradMem is right on every way to load a backbone: types, attention, compilation, placement, quantisation."""
+"""Check GradMem on every way to load a backbone: dtypes, attention, compilation, placement, quantisation."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MEMORY, STEPS, LR, NEW_TOKENS = 3, 2, 0.3, 4
 VOCABULARY = 128
 LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 FULL, HALF = {"": 1e-3, "finite_difference": 5e-2}, {"": 0.15, "finite_difference": 0.5}
-"""How far from the textbook everything may be, relatively, in float32 and in 16 bits."""
+"""Bounds of all relative errors, compared with the textbook implementation, in float32 and in 16 bits."""
 ROUNDED = FULL | {"finite_difference": 1.0}
-"""Where activations are rounded: a difference of gradients sees the steps of that, of which attaching warns."""
+"""Bounds if activations are rounded: differences of gradients see the steps of rounding. Attaching warns of this."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Variant:
     """A way to load a backbone.
 
     Args:
-        name (`str`): as the table has it.
-        load (`Callable`): opens the model in a folder.
+        name (`str`): its name in the table.
+        load (`Callable`): loads the model in a folder.
         needs (`str`, *optional*): a package, or "a GPU".
-        bounds (`dict`, *optional*): of relative errors, by the meta-gradient, "" for all else.
+        bounds (`dict`, *optional*): bounds of relative errors, by meta-gradient; "" for everything else.
         meta_gradients (`tuple`, *optional*): the strategies that are compared with plain autograd.
-        same_as (`Callable`, *optional*): opens the model that it is compared with; defaults to `load`.
+        same_as (`Callable`, *optional*): loads the model to compare with; defaults to `load`.
         write (`dict`, *optional*): options of WRITE.
     """
 
@@ -65,7 +65,7 @@ def opened(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def compiled(folder: Path) -> PreTrainedModel:
-    """Each layer by `torch.compile`."""
+    """The model with each layer compiled by `torch.compile`."""
     model = opened(folder)
     for layer in model.model.layers:
         layer.compile()
@@ -73,14 +73,14 @@ def compiled(folder: Path) -> PreTrainedModel:
 
 
 def checkpointed(folder: Path, attention: str) -> PreTrainedModel:
-    """In training mode, where layers are computed again in backward passes; a Llama has no dropout."""
+    """The model in training mode with gradient checkpointing; a Llama has no dropout."""
     model = opened(folder, attn_implementation=attention).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def layer_on_disk(folder: Path) -> PreTrainedModel:
-    """The last layer stays on the disk."""
+    """The model with its last layer on disk."""
     names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     places = {"model.layers.1": "disk"} | dict.fromkeys(names, "cpu")
     return opened(folder, device_map=places, offload_folder=folder / "offload")
@@ -91,18 +91,18 @@ def quantised(folder: Path, config: Callable[[], Any]) -> PreTrainedModel:
 
 
 def torchao(name: str) -> Callable[[], Any]:
-    """Makes a configuration of torchao by its name, once the library is needed."""
+    """A function that makes a torchao configuration by name, importing the library only when called."""
     return lambda: transformers.TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), name)())
 
 
 def quanto(weights: str) -> Callable[[], Any]:
-    """The same of quanto."""
+    """The same for quanto."""
     return partial(transformers.QuantoConfig, weights=weights)
 
 
 CPU = torch.device("cpu")
 ONCE = ("finite_difference", "first_order")
-"""The strategies that differentiate attention once."""
+"""The strategies that differentiate attention only once."""
 on_gpu = partial(opened, device_map={"": 0})
 flex = partial(on_gpu, attn_implementation="flex_attention")
 bitsandbytes_8 = partial(quantised, config=partial(transformers.BitsAndBytesConfig, load_in_8bit=True))
@@ -138,7 +138,7 @@ VARIANTS = (
 
 
 def missing(variant: Variant) -> str | None:
-    """What a variant needs and this machine does not have."""
+    """What a variant needs but this machine lacks; None if nothing."""
     needs = variant.needs
     if needs is None:
         return None
@@ -149,7 +149,7 @@ def missing(variant: Variant) -> str | None:
 
 
 def save_tiny(folder: Path) -> None:
-    """A random Llama whose sizes all libraries take, and whose predictions differ."""
+    """Save a random Llama whose sizes all libraries support, and whose predictions vary with its input."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -164,7 +164,7 @@ def save_tiny(folder: Path) -> None:
 
 
 def check(variant: Variant) -> dict[str, Any]:
-    """What was found of a variant: `verdict` (as the table explains them), `reason` and `errors`."""
+    """The findings for a variant: `verdict` (as explained by the table), `reason` and `errors`."""
     if (needed := missing(variant)) is not None:
         return {"verdict": "not run", "reason": f"it needs {needed}", "errors": {}}
     errors: dict[str, float] = {}
@@ -190,7 +190,7 @@ def check(variant: Variant) -> dict[str, Any]:
 
 
 def compare(variant: Variant, model: Any, plain: PreTrainedModel, errors: dict[str, float]) -> None:
-    """Fill in how far WRITE, twice, READ, generate and the outer gradients are from the textbook on a plain model."""
+    """Measure into `errors` how far WRITE (twice), READ, generate and the outer gradients are from the textbook."""
     model.train(model.get_base_model().training)
     own = model.get_base_model().state_dict()
     plain = cast(PreTrainedModel, get_peft_model(plain, LORA).get_base_model())
@@ -209,7 +209,7 @@ def compare(variant: Variant, model: Any, plain: PreTrainedModel, errors: dict[s
         logits = model(input_ids=queries, memory=state, use_cache=False).logits
     errors["READ"] = _distance(logits, plain(inputs_embeds=inputs, use_cache=False).logits[:, MEMORY:])
     training = model.training
-    model.eval()  # layers that are checkpointed drop their cache otherwise, which generate refuses
+    model.eval()  # in training mode, checkpointed layers drop the cache, which generate refuses
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     texts = model.generate(queries, memory=state, **options)
     model.train(training)
@@ -236,7 +236,7 @@ def _tokens(length: int, model: PreTrainedModel) -> Tensor:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """Relative, by norms; `inf` where something is not finite."""
+    """The relative distance, by norms; `inf` if something is not finite."""
     value = float((found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
     return value if value == value else float("inf")
 
@@ -250,12 +250,12 @@ def _said(problem: Exception) -> str:
 
 
 def check_all(path: Path, names: Sequence[str] = (), show: Callable[[str], Any] = print) -> list[Record]:
-    """Check variants and keep what is found.
+    """Check variants and record the findings.
 
     Args:
         path (`Path`): the file of records.
         names (`Sequence[str]`, *optional*): only these. Defaults to all.
-        show (`Callable`, *optional*): is given a line for each.
+        show (`Callable`, *optional*): called with a line for each variant.
 
     Raises:
         ValueError: there is no such variant.
@@ -268,7 +268,7 @@ def check_all(path: Path, names: Sequence[str] = (), show: Callable[[str], Any] 
         found = check(variant)
         show(f"{variant.name}: {found['verdict']} {found['reason']}")
         if found["verdict"] == "not run" and variant.name in before:
-            continue  # another machine has more
+            continue  # left to a machine that has it
         metrics = {key: float(f"{x:.1e}") if x < float("inf") else None for key, x in found.pop("errors").items()}
         made_by = {library: version(library) for library in ("torch", "transformers", "peft", "accelerate")}
         if variant.needs is not None and (found["verdict"] != "not run") and "GPU" not in variant.needs:

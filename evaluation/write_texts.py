@@ -1,9 +1,9 @@
-"""Texts that a model writes itself, to train WRITE on: each goes on from some words of given texts.
+"""Let a model write texts on which to train WRITE: each continues some words of given texts.
 
     python -m evaluation.write_texts data/fairytaleqa data/texts/train.txt.gz --count 20000
 
-A small set of texts is learned by heart; what a language model writes is as various as one likes, and is what it knows
-how to read. One text a line.
+A small set of texts would be learned by heart. A language model can write any number of different texts, and it knows
+how to read them. There is one text per line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPENING = 12
 
 
 def openings(sources: list[str], count: int, draw: random.Random) -> list[str]:
-    """The first words of the texts: of any of their passages, from any word on."""
+    """The openings of the texts: some words from random positions in random passages."""
     passages = [row["context"].split() for source in sources for row in PlainText(source=source).rows("train")]
     found = []
     for words in draw.choices(passages, [len(words) for words in passages], k=count):
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="a .txt.gz file")
     parser.add_argument("--backbone", default=SMOLLM2)
     parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--tokens", type=int, default=300, help="new tokens of a text, at most")
+    parser.add_argument("--tokens", type=int, default=300, help="the most new tokens in a text")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=200)

@@ -1,1 +1,1 @@
-"""Whether GradMem is right on every causal LM of Transformers."""
+"""Check whether GradMem is right on every causal LM of Transformers."""

@@ -1,4 +1,4 @@
-"""One type of causal LM, tiny and with random weights: is the adapter right on it, or refused when it is attached?"""
+"""Check one type of causal LM, tiny and with random weights: the adapter must be right on it, or refuse to attach."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ MEMORY, STEPS, NEW_TOKENS = 3, 2, 4
 CONTEXTS, QUERIES = (9, 6), (5, 3)
 """Lengths of the rows of a batch."""
 BOUNDS = dict.fromkeys(("exact", "first_order", "none"), 5e-3) | {"finite_difference": 0.1}
-"""Of relative errors in float32, by meta-gradient; 5e-3 for everything else, too."""
+"""Bounds of relative errors in float32 for each meta-gradient; 5e-3 also for everything else."""
 DRAWS = 8
-"""Where finite differences are off, they are tried with other vectors and texts: right code is right on some of them,
-as a kink lies between two points by chance."""
+"""If finite differences are off, they are tried with other vectors and texts. Right code is right on some of these: a
+kink lies between two points only by chance."""
 
 
 class Refused(Exception):
-    """The adapter was not attached."""
+    """The adapter refused to attach to the backbone."""
 
 
 class NotDifferentiable(Exception):
-    """Plain autograd has no gradient either."""
+    """Plain autograd cannot compute the gradient either."""
 
 
 def check(model_type: str) -> dict[str, Any]:
-    """What was found of a type: `verdict` ("passes", "refused", "limit", "wrong" or "crashes"), `reason`, `model` (its
+    """The findings for a type: `verdict` ("passes", "refused", "limit", "wrong" or "crashes"), `reason`, `model` (its
     class) and `errors` by name."""
     errors: dict[str, float] = {}
     try:
@@ -59,7 +59,7 @@ def check(model_type: str) -> dict[str, Any]:
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
-    """A model whose predictions differ, in eval mode."""
+    """A model in eval mode whose predictions vary with its input."""
     torch.manual_seed(0)
     config = tiny_config(model_type)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -69,14 +69,14 @@ def tiny_model(model_type: str) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and name.endswith(("weight", "_proj")):
                 parameter.mul_(3)
-            elif parameter.is_floating_point():  # zeros and ones would hide what they multiply
+            elif parameter.is_floating_point():  # zeros and ones would hide errors
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.generation_config = GenerationConfig(pad_token_id=0)
     return cast(PreTrainedModel, model.eval())
 
 
 def said(problem: Exception) -> str:
-    """An exception in a line."""
+    """An exception as one line."""
     return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
 
 
@@ -87,12 +87,12 @@ def texts(lengths: tuple[int, ...], seed: int) -> list[Tensor]:
 
 
 def batch(rows: list[Tensor], side: str = "left") -> dict[str, Tensor]:
-    """Rows as a tokenizer gives them."""
+    """Rows as a batch, in the form that a tokenizer returns."""
     return dict(zip(("input_ids", "attention_mask"), pad(rows, side), strict=True))
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Relative, by norms."""
+    """The relative error, by norms."""
     value = (found.detach().double() - expected.detach().double()).norm() / expected.detach().norm().clamp(min=1e-12)
     return float(value) if value.isfinite() else float("inf")
 
@@ -106,7 +106,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def drawn(cls, seed: int, width: int, scale: float) -> Rows:
-        """Random ones."""
+        """Random rows."""
         start = scale * torch.randn(MEMORY, width, generator=torch.Generator().manual_seed(seed))
         return cls(start, texts(CONTEXTS, 2 * seed), texts(QUERIES, 2 * seed + 1))
 
@@ -127,11 +127,11 @@ def set_start(model: Any, start: Tensor) -> None:
 
 
 def lora_for(backbone: PreTrainedModel) -> LoraConfig:
-    """A LoRA on every linear layer that PEFT, by itself, can give one to."""
+    """A LoRA on every linear layer that PEFT alone supports."""
     special = {
         name.rpartition(".")[2]
         for name, module in backbone.named_modules()
-        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear  # Llama 4's router gives tuples
+        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear  # Llama 4's router: tuples
     }
     for excluded in (None, ["out_proj"], sorted(special)):  # PEFT refuses Mamba's out_proj
         options: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": excluded}
@@ -145,8 +145,8 @@ def lora_for(backbone: PreTrainedModel) -> LoraConfig:
 
 
 def compare(backbone: Any, errors: dict[str, float]) -> tuple[list[str], list[str]]:
-    """Fill in the errors of everything that the adapter does; returns what plain autograd cannot do either, and what
-    is worth knowing besides."""
+    """Measure the errors of everything that the adapter does, into `errors`. Returns limits, which plain autograd has
+    as well, and notes."""
     width = attached(backbone, 1.0).base_model.slots.gradmem_memory["default"].shape[1]
     scale = float(backbone.get_input_embeddings()(torch.arange(FIRST_TOKEN, LAST_TOKEN)).detach().std())
     rows = Rows.drawn(0, width, scale)
@@ -180,7 +180,7 @@ def compare(backbone: Any, errors: dict[str, float]) -> tuple[list[str], list[st
 
 
 def compare_states(model: Any, reference: Reference, rows: Rows, errors: dict[str, float], limits: list[str]) -> str:
-    """WRITE, READ, generate, reconstruct and fidelity; returns the side that queries may be padded on."""
+    """Compare WRITE, READ, generate, reconstruct and fidelity; returns the side on which queries may be padded."""
     start, contexts, queries = rows
     set_start(model, start)
     state = model.write(**batch(contexts))
@@ -218,7 +218,7 @@ def compare_states(model: Any, reference: Reference, rows: Rows, errors: dict[st
 
 
 def gradient_error(model: Any, reference: Reference, rows: Rows, side: str, strategy: str) -> float:
-    """How far the outer gradients for everything that is trained are off."""
+    """The relative error of the outer gradients for all trained weights."""
     trained = {name: value for name, value in model.get_base_model().named_parameters() if value.requires_grad}
     inputs = [trained.pop(next(name for name in trained if "gradmem_memory" in name)), *trained.values()]
     theirs = dict(reference.backbone.named_parameters())
@@ -242,7 +242,7 @@ def gradient_error(model: Any, reference: Reference, rows: Rows, side: str, stra
 
 
 def plain_problem(backbone: Any) -> str | None:
-    """Why the backbone alone, without an adapter, cannot do what memory needs of it; `None`: it can."""
+    """Why the backbone itself, without an adapter, cannot do what memory needs; `None`: it can."""
     prompt = texts((8,), 3)[0][None]
     try:
         embeddings = backbone.get_input_embeddings()(prompt)

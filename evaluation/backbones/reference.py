@@ -1,5 +1,5 @@
-"""GradMem by its definition, with none of the package's code: plain autograd through a backbone's `inputs_embeds`, one
-unpadded row at a time."""
+"""GradMem implemented from its definition, without the package's code: plain autograd through a backbone's
+`inputs_embeds`, one unpadded row at a time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Reference:
         self.backbone, self.lr, self.steps = backbone, lr, steps
 
     def logits(self, memory: Tensor, ids: Tensor) -> Tensor:
-        """Those `[T + 1, V]` of the last memory vector and of each token behind memory `[m, d]`."""
+        """Logits `[T + 1, V]` at the last memory vector and at each token after the memory `[m, d]`."""
         embeddings = self.backbone.get_input_embeddings()(ids[None])
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             inputs = torch.cat([memory[None].to(embeddings), embeddings], dim=1)
             return self.backbone(inputs_embeds=inputs, use_cache=False).logits[0, len(memory) - 1 :]
 
     def loss(self, memory: Tensor, ids: Tensor) -> Tensor:
-        """The mean cross entropy of tokens `[T]` behind a memory."""
+        """The mean cross entropy of tokens `[T]` after a memory."""
         return F.cross_entropy(self.logits(memory, ids)[:-1].float(), ids)
 
     def write(self, start: Tensor, context: Tensor, meta_gradient: str = "none") -> Tensor:
@@ -53,7 +53,7 @@ class Reference:
         weights: Sequence[Tensor],
         meta_gradient: str,
     ) -> Tensor:
-        """Those of the outer loss (the mean over the queries' tokens) for M_0 and the weights, as one vector."""
+        """Gradients of the outer loss (the mean over the queries' tokens) for M_0 and the weights, as one vector."""
         inputs = [start.detach().requires_grad_(), *weights]
         sums = [
             self.loss(self.write(inputs[0], context, meta_gradient), query) * len(query)
@@ -64,7 +64,7 @@ class Reference:
 
     @torch.no_grad()
     def decode(self, memory: Tensor, prompt: Tensor, count: int) -> Tensor:
-        """The greedy tokens `[count]`, each by a whole forward pass."""
+        """The greedy tokens `[count]`, each from a full forward pass."""
         ids = prompt
         for _ in range(count):
             ids = torch.cat([ids, self.logits(memory, ids)[-1:].argmax(-1)])
@@ -72,6 +72,6 @@ class Reference:
 
 
 def flat(inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Gradients as one vector, zeros where there is none."""
+    """Gradients as one vector, with zeros for missing ones."""
     pairs = zip(inputs, gradients, strict=True)
     return torch.cat([(torch.zeros_like(x) if g is None else g).flatten().double() for x, g in pairs])

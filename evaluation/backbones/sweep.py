@@ -1,4 +1,4 @@
-"""Every type of Transformers' causal-LM mapping, each in a process of its own."""
+"""Check every type of Transformers' causal-LM mapping, each in its own process."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def sweep(
     path: Path, model_types: Sequence[str] = (), jobs: int = 1, limit: float = 300.0, show: Callable[[str], Any] = print
 ) -> list[Record]:
-    """Check types of causal LMs, and keep what is found of each; what was found by the same code is not checked again.
+    """Check types of causal LMs and record the findings. Types already checked with the same code are skipped.
 
     Args:
         path (`Path`): the file of records.
-        model_types (`Sequence[str]`, *optional*): check these, whatever is known of them. Defaults to all.
-        jobs (`int`, *optional*, defaults to 1): how many at a time.
-        limit (`float`, *optional*, defaults to 300): seconds for one type.
-        show (`Callable`, *optional*): is given a line for each type.
+        model_types (`Sequence[str]`, *optional*): check these, even if they were checked before. Defaults to all.
+        jobs (`int`, *optional*, defaults to 1): how many to check at a time.
+        limit (`float`, *optional*, defaults to 300): the most seconds for one type.
+        show (`Callable`, *optional*): called with a line for each type.
 
     Returns:
-        `list[Record]`: of all types, as they stand in the file.
+        `list[Record]`: the records of all types in the file.
 
     Raises:
         ValueError: Transformers has no such type.
@@ -58,9 +58,9 @@ def sweep(
 
 
 def isolated(model_type: str, limit: float) -> dict[str, Any]:
-    """What `check` finds in a process of its own, which may crash or hang."""
+    """Run `check` in its own process, which may crash or hang."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["evaluation.cli"])  # what each would import, once
+    context.set_forkserver_preload(["evaluation.cli"])  # import once what each process needs
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(model_type, sender), daemon=True)
     process.start()
@@ -85,7 +85,7 @@ def _send(model_type: str, sender: Connection) -> None:
 
 
 def source_digest() -> str:
-    """Of all code that the result depends on beside the libraries."""
+    """A digest of all code that the result depends on, except libraries."""
     digest = hashlib.sha256()
     for folder in (Path(gradmem_adapter.__file__).parent, Path(__file__).parent):
         for file in sorted(folder.rglob("*.py")):

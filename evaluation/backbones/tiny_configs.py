@@ -1,4 +1,4 @@
-"""A tiny configuration of any causal LM of Transformers: its default one, shrunk by the names of its fields."""
+"""A tiny configuration for any causal LM of Transformers: its default one, shrunk by the names of its fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 VOCABULARY, FIRST_TOKEN, LAST_TOKEN = 64, 3, 48
-"""Pads, ends and places of images have ids below the first token or from the last on; texts are drawn from between."""
+"""Texts use token ids from the first to before the last: ids outside are left to pads, ends and image placeholders."""
 
 SIZES = {
     64: """mamba_d_ssm vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size
@@ -73,7 +73,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": ZAMBA | {"hybrid_layer_ids": [1, 2]},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-"""What a type needs besides, by the type of the configuration or of one inside it."""
+"""Other fields that a type needs, by the type of the configuration or of one inside it."""
 
 
 def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, int] = {}
     for index in range(depth):
         kinds.setdefault(str([value[index] for value in per_layer.values()] + [differing.get(index)]), index)
-    shared = fields.get("num_kv_shared_layers")  # by as many layers of each kind as have keys of their own
+    shared = fields.get("num_kv_shared_layers")  # as many layers of each kind share keys as have their own
     chosen = (list(kinds.values()) * 2)[: 2 * len(kinds) if shared else max(2, len(kinds))]
     small: dict[str, Any] = {}
     for name, value in fields.items():

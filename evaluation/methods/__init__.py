@@ -1,4 +1,4 @@
-"""A gradient-written memory and what it is compared with: one class in one file each, imported and entered here."""
+"""Gradient-written memory and the methods it is compared with: each is a class in its own file, registered here."""
 
 from .base import Method
 from .extractive import Extractive
@@ -16,6 +16,6 @@ METHODS: dict[str, type[Method]] = {
     Extractive.name: Extractive,
     FullContext.name: FullContext,
 }
-"""By name, in the order of tables and legends."""
+"""Methods by name, in the order of tables and legends."""
 
 __all__ = ["METHODS", "Extractive", "ForwardMemory", "FullContext", "GradMem", "MeanPooling", "Method", "TruncatedText"]

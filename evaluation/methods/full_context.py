@@ -20,8 +20,8 @@ class FullContext(PrefixMethod):
     """A causal LM on `[context; query]`.
 
     Args:
-        in_prompt (`bool`, *optional*, defaults to `False`): answer from a prompt that holds context and question, as
-            one asks a model that was not trained on either, not from the context before the formatted query.
+        in_prompt (`bool`, *optional*, defaults to `False`): put context and question into one prompt, as one asks an
+            untrained model. False: the context stands before the formatted query.
     """
 
     in_prompt: bool = False
@@ -33,7 +33,7 @@ class FullContext(PrefixMethod):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Where the context stands."""
+        """Whether the context is in the prompt."""
         return {"in_prompt": True} if self.in_prompt else {}
 
     def memory_tokens(self, memory: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Memory written by gradient steps: what this package is for."""
+"""Memory written by gradient steps: the method of this package."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class GradMem(Method):
     """A GradMem adapter.
 
     Args:
-        dtype (`str`, *optional*): what the adapter's weights are rounded to when the model is saved.
-        keep_write_lrs (`int`, *optional*): keep so many of the `num_write_lrs` when the model is saved; None: all.
-        objective (`str`, *optional*, defaults to `"reconstruction"`): as in `WriteOptions`, when it is measured.
+        dtype (`str`, *optional*): dtype of the adapter's weights when the model is saved.
+        keep_write_lrs (`int`, *optional*): how many of the `num_write_lrs` to keep when the model is saved; None: all.
+        objective (`str`, *optional*, defaults to `"reconstruction"`): as in `WriteOptions`; used when measuring.
     """
 
     dtype: Literal["bfloat16", "float16"] | None = None
@@ -44,7 +44,7 @@ class GradMem(Method):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The objective, where it is not the usual one."""
+        """The objective, unless it is the default."""
         return {} if self.objective == "reconstruction" else {"objective": self.objective}
 
     def build(self, backbone: PreTrainedModel, memory: Mapping[str, Any]) -> nn.Module:
@@ -52,7 +52,7 @@ class GradMem(Method):
         return get_peft_model(backbone, GradMemConfig(**memory))
 
     def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-        """A checkpoint that opens with `load_checkpoint`; with `keep_write_lrs` the model loses further write rates."""
+        """Save a checkpoint for `load_checkpoint`; `keep_write_lrs` removes other write learning rates from `model`."""
         if self.keep_write_lrs is not None:
             keep_write_lrs(cast(PeftModel, model), self.keep_write_lrs)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
@@ -65,7 +65,7 @@ class GradMem(Method):
     def load(
         self, path: Path, device: torch.device | str, build: Callable[[], tuple[nn.Module, PreTrainedTokenizerBase]]
     ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """See `Method.load`; the checkpoint says itself what the model is."""
+        """See `Method.load`; the checkpoint itself describes the model."""
         return load_checkpoint(path, device=device)
 
     def read(

@@ -15,7 +15,7 @@ from .prefix import Prefix, PrefixMethod, PrefixModel
 class MeanPooling(PrefixMethod):
     """Vector j is the mean of the last hidden states over the j-th of m equal parts of the context.
 
-    A context of fewer than m tokens has as many vectors as tokens.
+    A context with fewer than m tokens has as many vectors as tokens.
     """
 
     name = "mean_pooling"

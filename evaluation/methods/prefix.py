@@ -1,4 +1,4 @@
-"""What all baselines have in common: they answer from something before the query."""
+"""The base class of all baselines: they answer from a prefix before the query."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .shared_prefix import answer_on_one, can_share
 
 
 class Prefix(NamedTuple):
-    """What stands before the queries on C contexts."""
+    """The prefixes for queries on C contexts."""
 
     embeddings: Tensor
     """[C, P, d], right padded."""
     lengths: Tensor
-    """[C], how many of the P places count."""
+    """[C], how many of the P positions are used."""
 
     def rows(self, index: Tensor) -> Prefix:
         """The prefix of each query, for index [R]; for index [R, S] those of S contexts side by side."""
@@ -48,10 +48,10 @@ class PrefixModel(nn.Module):
     """A causal LM on `[prefix(context); query]`, with the `forward` of `GradMemModel`.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM; what in it is trainable is trained.
-        method (`PrefixMethod`): says what the prefix is.
-        memory (`Mapping`): fields of `GradMemConfig`; read are num_memory_tokens, memory_init_std and
-            reconstruction_weight.
+        backbone (`PreTrainedModel`): the causal LM; its trainable weights are trained.
+        method (`PrefixMethod`): defines the prefix.
+        memory (`Mapping`): fields of `GradMemConfig`, of which num_memory_tokens, memory_init_std and
+            reconstruction_weight are used.
     """
 
     def __init__(self, backbone: PreTrainedModel, method: PrefixMethod, memory: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class PrefixModel(nn.Module):
         attention_mask: Tensor | None = None,
         max_targets: int | None = None,
     ) -> GradMemOutput:
-        """Queries [R, T], right padded, on contexts [C, N], as `GradMemModel.forward` has them."""
+        """Queries [R, T], right padded, on contexts [C, N], as for `GradMemModel.forward`."""
         prefix = self.prefix(context_input_ids, context_attention_mask.sum(1), write_steps)
         embeddings, lengths = prefix.rows(context_index)
         tokens, places = append(embeddings, lengths, self.embed(input_ids))
@@ -106,7 +106,7 @@ class PrefixModel(nn.Module):
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class PrefixMethod(Method):
-    """A baseline: it says what stands before the query."""
+    """A baseline, which defines the prefix of a query."""
 
     slots = False
     """Whether the model has m learned vectors."""
@@ -116,11 +116,11 @@ class PrefixMethod(Method):
         """The prefix for right-padded contexts [C, N] of lengths [C]."""
 
     def auxiliary_loss(self, model: PrefixModel, prefix: Prefix, context: Tensor, mask: Tensor) -> Tensor | float:
-        """What is added to the loss in training."""
+        """An additional loss in training."""
         return 0.0
 
     def build(self, backbone: PreTrainedModel, memory: Mapping[str, Any]) -> PrefixModel:
-        """See `Method.build`; a `lora_config` in `memory` is trained, or else what `train_backbone` says."""
+        """See `Method.build`; trains the LoRA of `lora_config` in `memory`, or else what `train_backbone` says."""
         lora = memory.get("lora_config")
         if lora is None:
             backbone.requires_grad_(bool(memory.get("train_backbone")))
@@ -129,7 +129,7 @@ class PrefixMethod(Method):
         return PrefixModel(backbone, self, memory)
 
     def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-        """The trained weights, by name."""
+        """Save the trained weights by name."""
         save_trained_weights(model, path)
 
     def load_weights(self, model: nn.Module, path: Path) -> None:
@@ -137,17 +137,17 @@ class PrefixMethod(Method):
         load_trained_weights(model, path)
 
     def read(self, model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[list[int]], steps: int) -> Any:
-        """The contexts themselves: prefixes are made for those that are asked of at a time."""
+        """The contexts themselves: prefixes are computed only for the contexts of a batch."""
         return contexts, steps
 
     def length(self, model: Any, context: list[int]) -> int:
-        """All of it, for a method that keeps all."""
+        """The whole length, for a method that keeps the whole context."""
         return len(context)
 
     def batches(
         self, model: PrefixModel, before: Sequence[int], own: Sequence[int], reads: Sequence[Sequence[int]], tokens: int
     ) -> list[list[int]]:
-        """See `Method.batches`. All queries on what is too long for eight of them in a batch are answered together."""
+        """See `Method.batches`. If a context is too long for eight queries per batch, its queries form one batch."""
         by_reads: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
         shared = can_share(model.backbone)
         for row, (length, size, read) in enumerate(zip(before, own, reads, strict=True)):
@@ -159,7 +159,7 @@ class PrefixMethod(Method):
     def generate(
         self, model: Any, kept: Any, reads: list[list[int]], query: Tensor, mask: Tensor, **options: Any
     ) -> Tensor:
-        """See `Method.generate`; what all queries are asked of is computed once, if it is longer than they are."""
+        """See `Method.generate`; a prefix that all queries share is computed once, if it is longer than they are."""
         contexts, steps = kept
         used = sorted({i for row in reads for i in row})
         context, counts = (t.to(query.device) for t in pad([contexts[i] for i in used], "right", 0))

@@ -1,4 +1,4 @@
-"""Greedy answers to many questions on one long context, whose keys and values are computed once and kept once."""
+"""Greedy answers to many questions on one long context, whose keys and values are computed and stored only once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from transformers.cache_utils import DynamicLayer
 from gradmem_adapter.utils.backbone import first_position
 
 _TOGETHER = 2048
-"""Tokens of questions that are asked together, at most: each has a mask over all of them and over the context."""
+"""The most tokens of questions asked together: each token has a mask over all of them and over the context."""
 
 
 def can_share(backbone: PreTrainedModel) -> bool:
-    """Whether a backbone lets every token see what a mask says of all tokens before it.
+    """Whether a backbone supports an arbitrary mask over all earlier tokens.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM. Those with sliding windows or recurrent states do not, nor those
-            whose attention takes no mask of four dimensions, or that count positions themselves.
+        backbone (`PreTrainedModel`): the causal LM. Backbones with sliding windows or recurrent states do not, nor do
+            those without four-dimensional masks, or that count positions themselves.
     """
     parameters = inspect.signature(backbone.forward).parameters
     return (
@@ -37,16 +37,16 @@ def can_share(backbone: PreTrainedModel) -> bool:
 def answer_on_one(
     backbone: PreTrainedModel, prefix: Tensor, queries: Sequence[Tensor], max_new_tokens: int
 ) -> list[list[int]]:
-    """New tokens behind `[prefix; query]`, greedily, for each of several queries on one prefix.
+    """Greedy new tokens after `[prefix; query]`, for each of several queries on one prefix.
 
-    The queries stand behind the prefix in one row, and each sees the prefix and itself. A batch would have a copy of
-    the prefix's keys and values for every query.
+    The queries follow the prefix in one row, and each sees only the prefix and itself. A batch would need a copy of the
+    prefix's keys and values for every query.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM, one that `can_share`.
+        backbone (`PreTrainedModel`): a causal LM for which `can_share` is true.
         prefix (`Tensor`): embeddings `[P, d]`.
         queries (`Sequence[Tensor]`): embeddings `[T, d]` each, of any lengths.
-        max_new_tokens (`int`): most tokens of an answer; without its end token.
+        max_new_tokens (`int`): the most tokens in an answer, without its end token.
     """
     cache = DynamicCache(config=backbone.config)
     backbone(inputs_embeds=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -61,12 +61,12 @@ def answer_on_one(
 def _greedy(
     backbone: PreTrainedModel, cache: DynamicCache, queries: Sequence[Tensor], max_new_tokens: int
 ) -> list[list[int]]:
-    """Tokens behind what the cache holds; the cache has queries and answers then, too."""
+    """Greedy tokens after the cached prefix. Queries and answers are added to the cache."""
     tokens, length = torch.cat(list(queries)), cache.get_seq_length()
     default, device = backbone.generation_config.eos_token_id, tokens.device
     ends = torch.tensor([] if default is None else default, device=device)
     lengths = torch.tensor([len(query) for query in queries], device=device)
-    owner = torch.arange(len(queries), device=device).repeat_interleave(lengths)  # of each token
+    owner = torch.arange(len(queries), device=device).repeat_interleave(lengths)  # the query of each token
     position = length + torch.cat([torch.arange(len(query), device=device) for query in queries])
     owners, positions, last = owner, position, lengths.cumsum(0) - 1
     answers: list[list[int]] = [[] for _ in queries]

@@ -1,4 +1,4 @@
-"""As many tokens of the context as the memory has vectors; with none, what the questions alone give away."""
+"""As many tokens of the context as the memory has vectors. With none, it shows what the questions alone reveal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TruncatedText(PrefixMethod):
     """A causal LM on `[first m tokens of the context; query]`.
 
     Args:
-        tokens (`int`, *optional*): m; None: the `num_memory_tokens` of the run. 0: no context.
+        tokens (`int`, *optional*): m, the number of tokens; None: `num_memory_tokens` of the run. 0: no context.
     """
 
     tokens: pydantic.NonNegativeInt | None = None
@@ -29,7 +29,7 @@ class TruncatedText(PrefixMethod):
 
     @classmethod
     def title_at(cls, memory_tokens: int) -> str:
-        """With no token of it there is no context."""
+        """Without any tokens, "no context"."""
         return cls.title if memory_tokens else "no context"
 
     def memory_tokens(self, memory: Mapping[str, Any]) -> int:

@@ -1,1 +1,1 @@
-"""Questions on texts that have none: a model is trained to write them with their answers, and writes them."""
+"""Write questions for texts that have none: train a model to write questions with answers, and let it write."""

@@ -1,4 +1,4 @@
-"""Passages of texts that have no questions."""
+"""Cut passages from texts that have no questions."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from evaluation.data import contexts, text_lines
 from gradmem_adapter.segments import segments
 
 SHORTEST = 40
-"""Words of a passage that is cut from a text."""
+"""The fewest words of a passage that is cut from a text."""
 PROSE = 0.93
-"""Least share of letters and of the marks between words in a line of prose: neither a table nor a formula."""
+"""The least share of letters and marks between words in a line of prose; tables and formulas have less."""
 _MARKS, _OPENING = " ,.;:'\"!?()“”‘’-–—", "\"'“‘("  # noqa: RUF001 # marks as books have them
 
 
 def passages(
     source: str, split: str, tokenizer: PreTrainedTokenizerBase, longest: int, draw: random.Random
 ) -> Iterator[str]:
-    """Passages of a source: contexts as they are, or pieces of various lengths of a text with a paragraph a line.
+    """Passages of a source: its contexts, or pieces of various lengths from a text with one paragraph per line.
 
-    A text is cut where paragraphs end, or else sentences. No passage goes over a line that is not prose, as headings
-    are. What lies between two such lines stays together; the order of these places is drawn.
+    A text is cut at the ends of paragraphs, or else of sentences. A passage never crosses a line that is not prose,
+    such as a heading. The sections between such lines are taken in random order.
 
     Args:
         source: a directory with `<split>.txt` or `<split>.txt.gz`; or what `records` takes, with or without questions.
-        split: of the source.
-        tokenizer: a fast one.
-        longest: tokens of a passage. Contexts with more are left out.
-        draw: of lengths and places.
+        split: the split of the source.
+        tokenizer: a fast tokenizer.
+        longest: the most tokens in a passage. Longer contexts are left out.
+        draw: the random generator for lengths and order.
     """
     lines = text_lines(source, split)
     if lines is None:

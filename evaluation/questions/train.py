@@ -1,4 +1,4 @@
-"""Training of a writer of questions."""
+"""Train a writer of questions."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from gradmem_adapter.write.batching import batches
 from .writer import KINDS, prompt, question_line, token_ids
 
 MOST_PAIRS = 8
-"""Questions on a passage that are learned at a time."""
+"""The most questions on a passage in one example."""
 SETTINGS = "writer.json"
-"""The settings of a run, in its directory."""
+"""The file with the settings of a run, in its directory."""
 
 
 @dataclass(frozen=True)
 class WriterRun:
-    """How a writer is trained: all weights of a backbone, to go on from a passage with questions and answers.
+    """How a writer is trained: all weights of a backbone, to continue a passage with questions and answers.
 
     Args:
-        sources (`list[tuple[str, str]]`): kinds of texts, as "story", and where they are with their questions, see
-            `qa_rows`. What is named twice counts twice.
+        sources (`list[tuple[str, str]]`): kinds of texts, such as "story", and their sources with questions, see
+            `qa_rows`. A source given twice counts twice.
         backbone (`str`): see `load_backbone`.
-        epochs (`float`): how often each passage is learned.
-        learning_rate (`float`): at its highest; it falls to 0.
-        tokens (`int`): of a batch, padding counted.
-        longest (`int`): tokens of a passage; those with more are left out.
-        seed (`int`): of what is drawn.
+        epochs (`float`): passes over the passages.
+        learning_rate (`float`): the peak learning rate, which decays to 0.
+        tokens (`int`): the most tokens in a batch, including padding.
+        longest (`int`): the most tokens in a passage; longer ones are left out.
+        seed (`int`): seed for all random choices.
     """
 
     sources: list[tuple[str, str]]
@@ -53,16 +53,16 @@ class WriterRun:
 
 
 class WriterBatches(Dataset[Any]):
-    """Batches of passages of about one length with their questions, which are in another order each time.
+    """Batches of passages of similar length with their questions, which are shuffled each time.
 
     Args:
         sources: rows with queries and targets, and the kind of their contexts.
-        tokenizer: of the backbone.
-        tokens: of a batch, padding counted.
-        longest: tokens of a passage; those with more are left out.
+        tokenizer: the backbone's tokenizer.
+        tokens: the most tokens in a batch, including padding.
+        longest: the most tokens in a passage; longer ones are left out.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no passage is left.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class WriterBatches(Dataset[Any]):
 
 
 def train_writer(run: WriterRun, output: Path, device: torch.device) -> Path | None:
-    """Train a writer, or go on where the same call was interrupted.
+    """Train a writer, or resume an interrupted run with the same settings.
 
     Returns:
-        Where it is; None if Ctrl-C or SIGTERM ended the run before, with a checkpoint to go on from.
+        The path of the writer; None if Ctrl-C or SIGTERM stopped the run, with a checkpoint to resume from.
 
     Raises:
-        BlockingIOError: another run is under way in `output`.
-        ValueError: `output` holds a run with other settings, or there is nothing to learn from.
+        BlockingIOError: another run is using `output`.
+        ValueError: `output` holds a run with other settings, or there is nothing to train on.
     """
     cpu = device.type == "cpu"
     with claimed(output / SETTINGS, asdict(run), PartialState(cpu=cpu)):

@@ -1,4 +1,4 @@
-"""Questions on a source of texts, in a file: those that a writer answers the same a second time, and surely enough."""
+"""Write questions about a source of texts to a file, keeping those that a writer answers consistently and surely."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from .passages import passages
 from .writer import Writer
 
 PART = 1024
-"""Passages whose questions are kept at a time: no more are lost by an interruption."""
+"""Passages per part: an interruption loses the questions of one part at most."""
 
 
 @dataclass(frozen=True)
 class Writing:
-    """What is written.
+    """The settings for writing questions.
 
     Args:
-        writer (`str`): what `train_writer` made.
+        writer (`str`): the path of a writer, from `train_writer`.
         source (`str`): where the texts are, see `passages`.
-        kind (`str`): of the texts, one of those that the writer has learned from.
-        split (`str`): of the source.
-        limit (`int`, *optional*): only so many passages.
-        longest (`int`): tokens of a passage.
-        tokens (`int`): of a batch, padding counted.
-        agreement (`float`): least F1 of the two answers to a question.
-        support (`float`): least mean log probability of an answer's tokens.
-        seed (`int`): of what is drawn.
+        kind (`str`): the kind of the texts, one that the writer was trained on.
+        split (`str`): the split of the source.
+        limit (`int`, *optional*): the most passages.
+        longest (`int`): the most tokens in a passage.
+        tokens (`int`): the most tokens in a batch, including padding.
+        agreement (`float`): the least F1 between the two answers to a question.
+        support (`float`): the least mean log probability of an answer's tokens.
+        seed (`int`): seed for all random choices.
     """
 
     writer: str
@@ -58,26 +58,25 @@ class Writing:
 
 
 def write_questions(writing: Writing, output: Path, device: torch.device, show: Callable[[str], None]) -> None:
-    """Write JSON lines as `qa_rows` reads them: context, query, target, and support, a mean log probability.
+    """Write JSON lines for `qa_rows`: context, query, target, and support, a mean log probability.
 
-    The same call goes on where an interrupted one was. Processes that torchrun or accelerate launch started share the
-    work.
+    The same call resumes an interrupted one. Processes started by torchrun or accelerate launch share the work.
 
     Args:
-        writing: what is written.
-        output: a `.jsonl` or `.jsonl.gz` file. A directory beside it holds what was written until all is.
+        writing: the settings.
+        output: a `.jsonl` or `.jsonl.gz` file. Until it is complete, a directory beside it holds the finished parts.
         device: where the writer runs.
-        show: told how far it is.
+        show: called with lines about progress.
 
     Raises:
-        BlockingIOError: another call is writing it.
-        FileExistsError: `output` is there.
-        ValueError: it has another name, what was begun had other settings, or nothing is written.
+        BlockingIOError: another call is writing the file.
+        FileExistsError: `output` exists.
+        ValueError: `output` has another suffix, the interrupted call had other settings, or no question is left.
     """
     if not output.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"Questions are written to a .jsonl or .jsonl.gz file, not to {str(output)!r}.")
+        raise ValueError(f"The output must be a .jsonl or .jsonl.gz file, got {str(output)!r}.")
     if output.exists():
-        raise FileExistsError(f"{output} exists. Give --output another file, or delete it.")
+        raise FileExistsError(f"{output} exists. Pass another file as --output, or delete it.")
     check_writable(output)
     state, parts = PartialState(cpu=device.type == "cpu"), output.with_name(f"{output.name}.parts")
     with claimed(parts / "settings.json", asdict(writing), state):
@@ -112,8 +111,6 @@ def _rows(texts: Sequence[str], writer: Writer, writing: Writing) -> Iterator[di
 def _join(files: Sequence[Path], output: Path) -> None:
     data = b"".join(file.read_bytes() for file in files)
     if not data:
-        raise ValueError(
-            "No question is left: the writer must learn longer, or --agreement and --support ask too much."
-        )
+        raise ValueError("No question is left: train the writer for longer, or lower --agreement and --support.")
     with replacing(output) as temporary:
         temporary.write_bytes(gzip.compress(data, mtime=0) if output.suffix == ".gz" else data)

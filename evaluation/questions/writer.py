@@ -1,4 +1,4 @@
-"""The writer of questions: what a passage and the questions on it look like to it, and what it makes of them."""
+"""The writer of questions: the format of its prompts, and how it asks and answers questions."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from gradmem_adapter.backbones import load_backbone
 from gradmem_adapter.write.batching import batches
 
 KINDS = "question_kinds"
-"""The field of a writer's configuration that names the kinds of text which it has learned from."""
+"""The field of a writer's configuration with the kinds of text that it was trained on."""
 TOP_P, TEMPERATURE = 0.95, 0.9
-"""Of questions, which are sampled."""
+"""The temperature for sampling questions."""
 PAIRS_TOKENS, ANSWER_TOKENS = 150, 24
-"""New tokens at most: of all questions on a passage with their answers, and of one answer."""
+"""The most new tokens: for all questions on a passage with their answers, and for one answer."""
 QUESTION_WORDS = range(3, 41)
 _PAIR = re.compile(r"Q: (.+)\nA: (.+)\n")
 
 
 def prompt(kind: str, context: str) -> str:
-    """What stands before the questions on a passage."""
+    """The prompt for questions on a passage."""
     return f"{kind.capitalize()}:\n{context}\n\nQuestions and answers:\n"
 
 
 def question_line(question: str) -> str:
-    """A question, up to where its answer begins."""
+    """A question, and the beginning of its answer's line."""
     return f"Q: {' '.join(question.split())}\nA:"
 
 
@@ -39,17 +39,17 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 class Writer:
-    """A model that `train_writer` made.
+    """A model from `train_writer`.
 
     Args:
         path: its directory.
-        kind: of the texts it will be given.
+        kind: the kind of the texts that it will read.
         device: where it runs.
-        tokens: of a batch, padding counted.
+        tokens: the most tokens in a batch, including padding.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is another model, or has not learned from this kind of text.
+        OSError: there is no model.
+        ValueError: it is not a writer, or was not trained on this kind of text.
     """
 
     def __init__(self, path: str, kind: str, device: torch.device, tokens: int) -> None:
@@ -58,15 +58,15 @@ class Writer:
         known = getattr(self.model.config, KINDS, None)
         if known is None:
             raise ValueError(
-                f"{path} does not write questions: `python -m evaluation questions train` makes what does."
+                f"{path} is not a writer of questions: train one with `python -m evaluation questions train`."
             )
         if kind not in known:
-            raise ValueError(f"The writer {path} knows texts of the kinds {', '.join(known)}, got {kind!r}.")
+            raise ValueError(f"The writer {path} was trained on texts of the kinds {', '.join(known)}, got {kind!r}.")
         self.kind, self.tokens = kind, tokens
         self.tokenizer.padding_side = "left"
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         self._ends = [i for i, text in enumerate(pieces) if "\n" in text or i == self.tokenizer.eos_token_id]
-        """Of an answer: some tokenizers have tokens of a full stop and a new line."""
+        """Tokens that end an answer, including those of a full stop and a new line that some tokenizers have."""
 
     def ask(self, texts: Sequence[str]) -> list[tuple[int, str, str]]:
         """Sampled questions, each with the number of its passage and the answer that was sampled with it."""
@@ -80,8 +80,8 @@ class Writer:
         return sorted(asked, key=lambda pair: pair[0])
 
     def answer(self, texts: Sequence[str], questions: Sequence[str]) -> list[tuple[str, float]]:
-        """The likeliest answer to a question on each passage, "" if it does not end, and the mean log probability of
-        its tokens."""
+        """The greedy answer to a question on each passage ("" if it does not end), and the mean log probability of its
+        tokens."""
         lines = token_ids(self.tokenizer, [question_line(question) for question in questions])
         prompts = [start + line for start, line in zip(self._prompts(texts), lines, strict=True)]
         answers = [("", 0.0)] * len(prompts)
@@ -90,7 +90,7 @@ class Writer:
         for part, made, output in self._generate(prompts, ANSWER_TOKENS, self._ends, **greedy):
             scores = model.compute_transition_scores(output.sequences, output.logits, normalize_logits=True)
             end = torch.isin(made, torch.tensor(self._ends, device=made.device))
-            counted = end.cumsum(1) - end.int() == 0  # the end itself, too
+            counted = end.cumsum(1) - end.int() == 0  # including the end token
             means = (scores * counted).sum(1) / counted.sum(1)
             written = self.tokenizer.batch_decode(made, skip_special_tokens=True)
             for i, text, mean, ended in zip(part, written, means.tolist(), end.any(1).tolist(), strict=True):
@@ -104,7 +104,7 @@ class Writer:
     def _generate(
         self, prompts: list[list[int]], new: int, ends: list[int], **options: Any
     ) -> Iterator[tuple[list[int], Tensor, Any]]:
-        """In batches: the numbers of prompts, the tokens that follow them, and all that `generate` says of these."""
+        """For each batch: the numbers of its prompts, the new tokens, and the whole output of `generate`."""
         model: Any = self.model
         for part in batches([len(ids) + new for ids in prompts], self.tokens):
             inputs = self.tokenizer.pad({"input_ids": [prompts[i] for i in part]}, return_tensors="pt").to(model.device)

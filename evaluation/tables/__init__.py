@@ -11,7 +11,7 @@ from .tasks import results_table
 
 ROOT = Path(__file__).parent.parent.parent
 TABLES = {table.__name__: table for table in (*tasks.TABLES, *benchmarks.TABLES, *models.TABLES, *variants.TABLES)}
-"""By the name that a block has in README and docs."""
+"""Tables by the name of their block in README and docs."""
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 __all__ = ["ROOT", "TABLES", "fill", "markdown", "results_table"]
@@ -21,14 +21,14 @@ def fill(root: Path = ROOT, write: bool = True) -> list[str]:
     """Fill the `<!-- table: NAME -->` ... `<!-- /table -->` blocks of README.md and docs/*.md.
 
     Args:
-        root (`Path`): where they are.
+        root (`Path`): the directory of README.md and docs.
         write (`bool`, *optional*, defaults to `True`): False: change nothing.
 
     Returns:
         The blocks that differed, as "README.md: answers".
 
     Raises:
-        ValueError: a block names a table that there is not.
+        ValueError: a block names an unknown table.
     """
     differed = []
     for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
@@ -44,5 +44,5 @@ def fill(root: Path = ROOT, write: bool = True) -> list[str]:
 
 def _table(name: str, page: Path) -> str:
     if name not in TABLES:
-        raise ValueError(f"{page} has a block for the table {name!r}; there are {', '.join(sorted(TABLES))}.")
+        raise ValueError(f"{page} has a block for the unknown table {name!r}; there are {', '.join(sorted(TABLES))}.")
     return markdown(TABLES[name]())

@@ -1,4 +1,4 @@
-"""Tables of what things cost."""
+"""Tables of time and memory."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ HOW = {
     "plain": "plain (launched kernel by kernel)", "compiled": "compiled, one CUDA graph per pass",
     "compiled, no last loss": "the same with `last_loss=False`",
 }  # fmt: skip
-"""What the ways of WRITE are called."""
+"""Labels of the ways to WRITE."""
 STEPS = {"graph": "compiled, one CUDA graph", "compiled": "layers compiled", "eager": ""}
 
 
 def shape(row: Any) -> str:
-    """As "8 x 1,024 tokens, K=5"."""
+    """A batch's shape, such as "8 x 1,024 tokens, K=5"."""
     return f"{row['batch']} x {row['length']:,} tokens, K={row['write_steps']:.0f}"
 
 
 def shapes(table: Frame) -> list[str]:
-    """That of each row."""
+    """The shape of each row."""
     return [shape(row) for _, row in table.iterrows()]
 
 
 def megabytes(value: float) -> str:
-    """Bytes, as "11.8 MB" or "37 kB"."""
+    """Bytes, such as "11.8 MB" or "37 kB"."""
     return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
 
 
 def spans(milliseconds: float) -> str:
-    """A time, as "63 ms", "2.39 s" or "50.2 s"."""
+    """A time, such as "63 ms", "2.39 s" or "50.2 s"."""
     if milliseconds < 1000:
         return f"{math.floor(milliseconds + 0.5)} ms"
     return f"{milliseconds / 1000:,.{1 if milliseconds >= 10_000 else 2}f} s"
 
 
 def choice() -> Frame:
-    """How often the state that a question needs is among those chosen, and how long a choice takes."""
+    """How often the state that a question needs is chosen, and how long choosing takes."""
     rows = []
     for _, row in read("choose").iterrows():
         where = {"by": row["method"], "states": f"{row['states']:,}", "questions": f"{row['questions']:,}"}
@@ -96,7 +96,7 @@ def serve() -> Frame:
 
 
 def engines() -> Frame:
-    """Engines beside Transformers in the same process: requests a second, and answers that are alike."""
+    """Engines and Transformers in the same process: requests per second, and how many answers agree."""
     names, rows = {"vllm": "vLLM", "llama_cpp": "llama.cpp"}, []
     for (engine, dtype), found in read("engines").groupby(["engine", "dtype"], sort=False):
         by = found.drop_duplicates("method", keep="last").set_index("method")
@@ -130,7 +130,7 @@ def write_time_cpu() -> Frame:
 
 
 def write_many() -> Frame:
-    """100 contexts of mixed lengths, first calls and compiling included."""
+    """WRITE of 100 contexts of mixed lengths, including first calls and compilation."""
     table = read("write_many")
     table["seconds"] = table["milliseconds"] / 1000
     heads, corner = ["time, peak memory"] * len(table), "100 contexts of 200 to 1,000 tokens, K=5, one H100"
@@ -156,7 +156,7 @@ def write_sizes() -> Frame:
 
 
 def write_limits() -> Frame:
-    """What a process takes in all that writes within a limit, and what it holds after many shapes, on one H200."""
+    """The memory of a process that writes within a limit, and what it still holds after many shapes, on one H200."""
     rows = [
         {
             "Llama-3.1-8B's shape": f"{row['length']:,} tokens written and a question answered, weights included",
@@ -192,7 +192,7 @@ def bulk_write() -> Frame:
 
 
 def write_share() -> Frame:
-    """How near WRITE comes to the speed of a large matrix product, on one H200; `last_loss=False`."""
+    """How close WRITE comes to the speed of a large matrix product, on one H200; `last_loss=False`."""
     table = read("write_compare", hardware=H200, method="compiled, no last loss")
     return Frame([
         {
@@ -215,7 +215,7 @@ def write_growth() -> Frame:
 
 
 def read_time() -> Frame:
-    """Time to the first token of an answer, from memory and without."""
+    """Time to the first token of an answer, with and without memory."""
     names = {
         "plain": "no memory",
         "memory": "memory, its prefix computed anew",
@@ -227,7 +227,7 @@ def read_time() -> Frame:
 
 
 def decoding() -> Frame:
-    """Answers of 64 tokens into a cache that grows and into a static one, on one H200."""
+    """Answers of 64 tokens with a growing and with a static cache, on one H200."""
     names = {
         "default": "default: a cache that grows",
         "static, step by step": "a static cache, launched kernel by kernel",
@@ -240,15 +240,15 @@ def decoding() -> Frame:
 
 
 def shape_title(row: Any) -> str:
-    """The shape that a record is of, as tables name it."""
+    """The name of a record's model shape in tables."""
     return SHAPES.get(row.get("shape"), "SmolLM2-135M")
 
 
 def prompting(which: str) -> Frame:
-    """Records of memory against the whole context before the question, one for each length of a context.
+    """Records that compare memory with the whole context before the question, one for each context length.
 
     Args:
-        which (`str`): of `PROMPTING`.
+        which (`str`): a key of `PROMPTING`.
     """
     table = read("versus_prompting", kind="answer", **PROMPTING[which]).dropna(subset="state_bytes")
     return table.drop_duplicates("context_tokens", keep="last").sort_values("context_tokens")
@@ -295,7 +295,7 @@ def versus_prompting_1_7b() -> Frame:
 
 
 def memory_at_8b() -> Frame:
-    """The same, as short as a README takes."""
+    """The same, shortened for the README."""
     table = prompting("8b")
     row = table[table["context_tokens"] == 8192].iloc[0]
     rows = {
@@ -350,12 +350,12 @@ def _costs(table: Frame) -> Frame:
 
 
 def train_step() -> Frame:
-    """What a training step costs at the size that a GPU is best used with."""
+    """The cost of a training step at a batch size that uses a GPU well."""
     return _costs(read("train_step", batch=8))
 
 
 def train_step_lora() -> Frame:
-    """What a training step of a LoRA costs at the size of Llama-3.1-8B, on one H200."""
+    """The cost of a training step of a LoRA at the size of Llama-3.1-8B, on one H200."""
     table = read("train_step_lora", hardware=H200, shape="llama-3.1-8b")
     again = {n: f"gradient checkpointing of {n} of 32 layers" for n in range(1, 32)}
     again |= {0: "all activations kept", 32: "gradient checkpointing"}
@@ -368,12 +368,12 @@ def train_step_lora() -> Frame:
 
 
 def meta_gradient_cost() -> Frame:
-    """What a training step costs by every strategy, beside a textbook's."""
+    """The cost of a training step for every strategy, compared with a textbook implementation."""
     return _costs(read("train_step", batch=4))
 
 
 def meta_gradient_accuracy() -> Frame:
-    """Cosine with the exact gradient in float32, present rule of the finite difference's step."""
+    """Cosine with the exact gradient in float32, with the current rule for the finite difference's step."""
     names = ["first order float32", "double backward bf16 by the textbook", "exact bf16", "finite difference bf16",
              "finite difference TF32", "finite difference float32"]  # fmt: skip
     table = in_order(read("meta_gradient_accuracy", hardware=H100).sort_values("relative_step", kind="stable"), names)
@@ -386,7 +386,7 @@ def meta_gradient_accuracy() -> Frame:
 
 
 def meta_gradient_kinks() -> Frame:
-    """Cosine with the exact gradient where the loss has kinks."""
+    """Cosine with the exact gradient if the loss has kinks."""
     table = read("meta_gradient_kinks")
     rows = [f"`{row['backbone']}`, weights x {row['weight_scale']:g}" for _, row in table.iterrows()]
     return grid(table, rows, table["method"], "{cosine_median:.2f} ({cosine_lowest:.2f})", "median (lowest) of 8 seeds")
@@ -405,7 +405,7 @@ def kv_step() -> Frame:
 
 
 def training_speed() -> Frame:
-    """Steps per second of the Trainer on one H200; the records also hold the loop that came before it (lab log)."""
+    """Steps per second of the Trainer on one H200. The records also have those of an earlier loop (see the lab log)."""
     table = in_order(read("training_speed"), ["Trainer, compiled, CUDA graphs", "Trainer as it is"])
     cell = "{steps_per_second:.1f}, {peak_gib:.1f} GiB"
     return grid(table, table["what"], table["method"], cell, "steps a second, peak memory")

@@ -1,4 +1,4 @@
-"""What tables are made of: rows of result files, cells, and Markdown."""
+"""Building blocks of tables: rows of result files, cells, and Markdown."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def markdown(table: Frame) -> str:
 
 
 def percent(value: float, error: float = math.nan) -> str:
-    """A share in %, with its standard error where there is one."""
+    """A share in %, with its standard error if it has one."""
     return f"{100 * value:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
 
 
 def time_and_memory(rows: Frame) -> str:
-    """As "127 ms, 5.8 GiB"; several measurements of the same as "121, 120 ms, 4.8 GiB"."""
+    """Time and memory, such as "127 ms, 5.8 GiB"; for repeated measurements, "121, 120 ms, 4.8 GiB"."""
     times = ", ".join(dict.fromkeys(f"{math.floor(value + 0.5):,}" for value in rows["milliseconds"].dropna()))
     memory = rows["peak_gib"].dropna()
     return "" if not times else f"{times} ms" + (f", {memory.max():.1f} GiB" if len(memory) else "")
 
 
 def read(name: str, **where: Any) -> Frame:
-    """The rows of a result file in which columns have the given values; with `limit` those of so much of the data."""
+    """The rows of a result file whose columns have the given values; `limit` selects those on part of the data."""
     table = frame(load_records(RESULTS / f"{name}.jsonl"))
     if "limit" in table and "limit" not in where:
         table = table[table["limit"].isna()]
@@ -47,14 +47,14 @@ def read(name: str, **where: Any) -> Frame:
 
 
 def general_passages() -> Frame:
-    """What the general adapters answer about passages, each in a state of its own; no questions to be refused."""
+    """The general adapters' results on passages, each in its own state, without questions to refuse."""
     table = frame(load_records(RESULTS / "general.jsonl"))
     through_steps = (table["method"] != "gradmem") | (table["trained_steps"] != "0")
     return table[(table["task"] == "passages") & (table["states"] == 1) & table["unanswerable"].isna() & through_steps]
 
 
 def in_order(table: Frame, names: Iterable[str], column: str = "method") -> Frame:
-    """Rows whose column has one of the names, in the order of these."""
+    """Rows whose column has one of the names, in the order of the names."""
     order = list(names)
     return table[table[column].isin(order)].sort_values(column, key=lambda c: c.map(order.index), kind="stable")
 
@@ -66,7 +66,7 @@ def grid(
 
     Args:
         rows, columns: the label and the heading of each row of `table`.
-        cell: what stands where the two meet, from the rows of `table` there; a text is filled in from the last of them.
+        cell: the content of a cell, given the rows of `table` for it; a string is formatted with the last of them.
     """
 
     def text(found: Frame) -> str:
@@ -80,12 +80,12 @@ def grid(
 
 
 def data_title(dataset: str) -> str:
-    """A data set, as tables and plots show it."""
+    """The name of a data set in tables and plots."""
     return dataset.replace("babi", "bAbI").replace("fairytaleqa", "FairytaleQA").replace("squad", "SQuAD")
 
 
 def line_title(method: str, steps: int | None) -> str:
-    """A method and its write steps, as "GradMem, 2 steps"."""
+    """A method and its write steps, such as "GradMem, 2 steps"."""
     kind = METHODS[method]
     if kind.step is None or steps is None:
         return kind.title

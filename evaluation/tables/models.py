@@ -1,4 +1,4 @@
-"""Tables of which causal LMs of Transformers GradMem is right on."""
+"""Tables of the causal LMs of Transformers on which GradMem is right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VERDICTS = {
     "wrong": "wrong",
     "crashes": "crashes later",
 }
-"""What `evaluation.backbones.check` found, in words."""
+"""The verdicts of `evaluation.backbones.check`, in words."""
 REASONS = {
     "padded on the left": "reads no queries padded on the left: `generate` takes prompts of one length at a time",
     "cross kinks": "finite differences met a kink in the first draw and are right in another; `exact` is right",
@@ -25,17 +25,17 @@ REASONS = {
     "inputs_embeds": "needs token ids besides embeddings, or fails on embeddings alone",
     "cannot be built": "cannot be made from its default configuration here",
 }
-"""What is said of a reason that has these words, the first that fit."""
+"""Descriptions of reasons, by words that occur in them; the first match counts."""
 
 
 def models_summary() -> Frame:
-    """How many types of each verdict."""
+    """The number of types for each verdict."""
     counts = read("models")["verdict"].map(VERDICTS).value_counts().reindex(VERDICTS.values(), fill_value=0)
     return Frame({"": [*counts.index, "all"], "types": [*counts, counts.sum()]})
 
 
 def models_reasons() -> Frame:
-    """The types of which there is something to say, by what that is."""
+    """The types that did not simply pass, grouped by the reason."""
     table = read("models").query("reason != ''").sort_values("dataset")
     texts = [[said for words, said in REASONS.items() if words in reason][:1] or [reason] for reason in table["reason"]]
     table = table.assign(what=[text for (text,) in texts], verdict=table["verdict"].map(VERDICTS))
@@ -46,7 +46,7 @@ def models_reasons() -> Frame:
 
 
 def models() -> Frame:
-    """Every type, with its class."""
+    """Every type, with its class and verdict."""
     table = read("models").sort_values("dataset")
     return Frame({"type": table["dataset"], "class": table["model"], "": table["verdict"].map(VERDICTS)})
 

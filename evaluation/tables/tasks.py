@@ -1,4 +1,4 @@
-"""Tables of what models answer."""
+"""Tables of task results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gradmem_adapter.store.files import Dtype
 from .cells import Frame, data_title, general_passages, grid, in_order, line_title, percent, read
 
 SHARES = {"exact_match", "f1", "rouge_l", "greedy", "teacher_forced", "whole", "auc", "gap_closed"}
-"""Metrics that are shown in %."""
+"""Metrics shown in %."""
 INT8 = 4
-"""Times as small as float32, in which a record counts bytes, is what a memory store keeps."""
+"""How many times smaller states are in a memory store than in float32, in which records count bytes."""
 
 
 def results_table(records: Iterable[Record]) -> Frame:
-    """Any measurements of tasks, a row each."""
+    """Any measurements of tasks, one per row."""
     rows = []
     for record in records:
         steps = None if METHODS[record.method].step is None else record.write_steps
@@ -40,7 +40,7 @@ def results_table(records: Iterable[Record]) -> Frame:
 
 
 def kv_retrieval() -> Frame:
-    """Exact match % of one set of weights for all pairs and steps, of the baselines, and of the paper."""
+    """Exact match % of one set of weights for all numbers of pairs and steps, of the baselines, and of the paper."""
     table = read("kv_retrieval")
     table = table[(table["method"] != "gradmem") | table["trained_steps"].str.contains("-")]
     table = in_order(table.sort_values(["write_steps", "pairs"]), METHODS)
@@ -75,7 +75,7 @@ ANSWERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("the first 32 tokens of the text", {"method": "truncated_text", "memory_tokens": 32}),
     ("from the questions alone", {"method": "truncated_text", "memory_tokens": 0}),
 )
-"""The rows of the table `answers`, and the measurements that they show."""
+"""The rows of the table `answers`, with the measurements that each shows."""
 
 
 def answers() -> Frame:
@@ -88,12 +88,12 @@ def answers() -> Frame:
 
 
 def general() -> Frame:
-    """The general adapters that ship, beside their backbone with the whole context: F1, and exact match on bAbI."""
+    """The shipped general adapters and their backbone with the whole context: F1, and exact match on bAbI."""
     return _general(shipped=True)
 
 
 def general_others() -> Frame:
-    """What was trained on the same data and does not ship."""
+    """Adapters and baselines that were trained on the same data and are not shipped."""
     return _general(shipped=False)
 
 
@@ -116,7 +116,7 @@ def _general(shipped: bool) -> Frame:
 
 
 def general_side_by_side() -> Frame:
-    """The general adapters on SQuAD, each question asked of several states: all side by side, or each by itself."""
+    """The general adapters on SQuAD with several states per question: all read side by side, or each by itself."""
     table = read("general", dataset="squad", method="gradmem", write_steps=2, limit=250)
     asked_of_several = table.groupby("memory_tokens")["states"].transform("max") > 1
     table = table[table["unanswerable"].isna() & asked_of_several].sort_values(["memory_tokens", "states"])
@@ -127,7 +127,7 @@ def general_side_by_side() -> Frame:
 
 
 def short_squad() -> Frame:
-    """Questions about the sentence of the answer alone."""
+    """Questions about single sentences that hold the answer."""
     rows = []
     for _, row in read("short_squad", limit=250).iterrows():
         scores = {
@@ -139,7 +139,7 @@ def short_squad() -> Frame:
 
 
 def untouched() -> Frame:
-    """Self-study and the whole context, both by the backbone as it came."""
+    """Self-study and the whole context, both with the untouched backbone."""
     rows = []
     for _, row in read("untouched", limit=30).iterrows():
         studied = f"{row['memory_tokens']} vectors after {row['write_steps']} steps of self-study"
@@ -149,7 +149,7 @@ def untouched() -> Frame:
 
 
 def choosing() -> Frame:
-    """What vectors and write steps are worth: F1 of the general adapters on passages."""
+    """F1 of the general adapters on passages, by vectors and write steps."""
     table = general_passages()
     table = table[table["method"] == "gradmem"].sort_values(["memory_tokens", "write_steps", "dataset"])
     rows = [f"{row['memory_tokens']}, {row['write_steps']}" for _, row in table.iterrows()]
@@ -160,7 +160,7 @@ def choosing() -> Frame:
 
 
 def answers_side_by_side() -> Frame:
-    """The adapter of 32 vectors without a gradient step, each question asked of several contexts."""
+    """The adapter of 32 vectors without gradient steps, with several contexts per question."""
     table = read("answers", split="test", method="gradmem", memory_tokens=32, trained_steps="0-1", write_steps=0)
     table = table.sort_values("states")
     return _by_dataset(table.assign(label=table["states"].astype(str)), "contexts")
@@ -176,7 +176,7 @@ def _by_dataset(table: Frame, corner: str) -> Frame:
 
 
 def answers_all() -> Frame:
-    """Every measurement of answers: exact match, on passages also F1 and ROUGE-L, with standard errors."""
+    """All measurements of answers: exact match, on passages also F1 and ROUGE-L, with standard errors."""
     columns = ["memory_tokens", "trained_steps", "states", "write_steps", "dataset"]
     table = in_order(read("answers").sort_values(columns), METHODS)
 
@@ -196,7 +196,7 @@ def answers_all() -> Frame:
 
 
 def reconstruction() -> Frame:
-    """What comes back of passages from memory alone, by write steps."""
+    """How much of passages comes back from memory alone, by write steps."""
     rows = []
     for _, row in read("reconstruction").sort_values("write_steps").iterrows():
         nats = (row["next_memory"], row["next_nothing"], row["next_text"])
@@ -213,7 +213,7 @@ def reconstruction() -> Frame:
 
 
 def continuation() -> Frame:
-    """What the passage before is worth for the text that follows."""
+    """How much the preceding passage helps to predict the text that follows."""
     rows = []
     for _, row in read("continuation").iterrows():
         nats = {
@@ -226,11 +226,11 @@ def continuation() -> Frame:
 
 
 EARLIER = " ¹"
-"""The mark of what was measured with weights before those that ship."""
+"""Marks measurements with weights earlier than the shipped ones."""
 
 
 def long_documents() -> Frame:
-    """F1 on questions about articles of thousands of words, by what is read of an article."""
+    """F1 on questions about articles of thousands of words, by which part of an article is read."""
     rows = []
     for _, row in read("long_documents", limit=48).iterrows():
         kept = row["bytes_per_context"] / INT8 / row["context_tokens"]
@@ -245,7 +245,7 @@ def long_documents() -> Frame:
 
 
 def left_out() -> Frame:
-    """Questions that a long text does not answer: how many a threshold of support refuses, and others."""
+    """How many questions a threshold of support refuses: those that a long text does not answer, and the others."""
     rows = []
     for _, row in read("left_out", limit=16).iterrows():
         for threshold in THRESHOLDS:
@@ -273,7 +273,7 @@ def _what_is_read(row: Any) -> str:
 
 
 def kept_states() -> Frame:
-    """What fewer bits for the vectors of states cost in F1 on SQuAD."""
+    """F1 on SQuAD by the dtype in which states are kept."""
     table = in_order(read("kept_states", limit=250), get_args(Dtype), "kept")
     rows = [f"{vectors} vectors" for vectors in table["memory_tokens"]]
     return grid(table, rows, table["kept"].tolist(), lambda row: percent(row["f1"].iloc[0], row["f1_error"].iloc[0]))

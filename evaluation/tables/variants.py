@@ -11,13 +11,13 @@ VERDICTS = {
     "crashes": "crashes later",
     "not run": "not run",
 }
-"""What `evaluation.variants.check` calls what it found, in words."""
+"""The verdicts of `evaluation.variants.check`, in words."""
 FAR = 0.1
-"""From this relative error on a finite difference is called far off; those of 16 bits are below it."""
+"""Relative error above which a finite difference counts as far off; in 16 bits it stays below."""
 
 
 def variants() -> Frame:
-    """What was found of each, and how far WRITE, READ and outer gradients are from plain autograd."""
+    """The verdict for each variant, and how far WRITE, READ and outer gradients are from plain autograd."""
     table = read("variants")
     errors = table[["WRITE", "WRITE again", "READ", "exact", "finite_difference"]].map(
         lambda value: "" if value != value else f"{value:.0e}"

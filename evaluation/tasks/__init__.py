@@ -1,4 +1,4 @@
-"""What memory is trained and measured on: a task is one class in one file, imported and entered here."""
+"""The tasks that memory is trained and measured on: each is a class in its own file, registered here."""
 
 from .answerable import Answerable
 from .babi import Babi

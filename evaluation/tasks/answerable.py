@@ -1,4 +1,4 @@
-"""Whether memory knows when it does not know: questions on what was written, and questions on something else."""
+"""Whether memory knows what it does not hold: questions on what was written, and questions on other texts."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ if TYPE_CHECKING:
     from evaluation.run import Answerer
 
 BATCH = 16
-"""Questions at a time."""
+"""Questions per batch."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Answerable(QuestionTask):
-    """Every question is asked of its own passage and of another one, and the score has to tell which is which."""
+    """Every question is asked of its own passage and of another one, and the score must tell them apart."""
 
     name = "answerable"
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
     ) -> Measurement:
-        """The area under the curve, as the mean over answerable questions of the share of others with a lower score.
+        """The area under the ROC curve: the mean over answerable questions of the share of others with a lower score.
 
-        The other passages, and with `limit` all, are drawn by `seed`. The calibration that would fit these scores is
-        among the facts: use it if `split` is for validation.
+        `seed` draws the other passages, and with `limit` all passages. The facts include the calibration that would fit
+        these scores: use it if `split` is for validation.
 
         Raises:
             TypeError: the model has no memory states.
-            ValueError: there is one passage alone.
+            ValueError: there is only one passage.
         """
         model = answerer.model
         if not isinstance(model, PeftModel):
-            raise TypeError("answerable asks for scores of answers from memory states: it needs the method gradmem.")
+            raise TypeError("The task answerable scores answers from memory states, so it needs the method gradmem.")
         draw = random.Random(seed)
         rows = list(self.rows(split))
         rows = rows if limit is None else draw.sample(rows, min(limit, len(rows)))
         if len(rows) < 2:
             raise ValueError(
-                f"answerable asks each question of another passage, too, and of the split {split!r} of {self.source!r} "
-                "one passage alone is taken. Give it more passages, or allow more (--limit)."
+                f"The task answerable also asks each question of another passage, but it has only one of the split "
+                f"{split!r} of {self.source!r}. Add passages, or allow more (--limit)."
             )
         contexts, queries, own, references = questions(rows)
         other = [draw.choice([i for i in range(len(contexts)) if i != c]) for c in own]
@@ -84,8 +84,8 @@ class Answerable(QuestionTask):
 
 
 def fitted(scores: Tensor, kind: Tensor, config: GradMemConfig) -> list[float]:
-    """The scale and the offset of the logistic map that fits `kind` `[n]` (1 or 0) best, in place of the one that made
-    the scores."""
+    """The scale and the offset of the logistic map that fits `kind` `[n]` (1 or 0) best. It would replace the one that
+    made the scores."""
     scale, offset = config.score_calibration or (1.0, 0.0)
     as_they_are = config.score_calibration is None and config.refusal is None
     mapped = scores.clamp(min=1e-12).log() if as_they_are else (scores.logit(eps=1e-12) - offset) / scale

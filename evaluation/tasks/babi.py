@@ -1,4 +1,4 @@
-"""The bAbI tasks (Weston et al., 2015): short stories of simple facts, and questions with answers of one word."""
+"""The bAbI tasks (Weston et al., 2015): short stories of simple facts, and questions with one-word answers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Babi(Task):
 
     Args:
         source (`str`): a directory or a dataset on the hub, see `babi_rows`.
-        number (`int`): of the task, 1 to 20.
-        every_question (`bool`, *optional*, defaults to `False`): in training, ask all that a story of tasks 1, 2 or 5
-            answers (`with_every_question`), not its own question alone.
-        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides.
+        number (`int`): the number of the task, 1 to 20.
+        every_question (`bool`, *optional*, defaults to `False`): in training, ask every question that a story of tasks
+            1, 2 or 5 answers (`with_every_question`), not only its own.
+        hub (`dict`, *optional*): other arguments of `datasets.load_dataset`.
     """
 
     source: str
@@ -38,11 +38,11 @@ class Babi(Task):
 
     def __post_init__(self) -> None:
         if self.every_question and self.number not in EVERY_QUESTION:
-            raise ValueError(f"every_question is for the bAbI tasks {EVERY_QUESTION}, not for {self.number}.")
+            raise ValueError(f"every_question supports only the bAbI tasks {EVERY_QUESTION}, got {self.number}.")
 
     @property
     def dataset(self) -> str:
-        """As in "babi 2"."""
+        """The name and the number, such as "babi 2"."""
         return f"babi {self.number}"
 
     def rows(self, split: str) -> Rows:
@@ -63,12 +63,12 @@ def babi_rows(source: str | Path, number: int, split: str, **hub_options: Any) -
     Args:
         source: a directory with `qa<number>_<split>.jsonl` (or `.jsonl.gz`), or with the original release's
             `qa<number>_<name>_<split>.txt`; otherwise a dataset on the hub with a column `task`.
-        number: of the task, 1 to 20.
-        split: "train", "valid" or "test", or as the dataset calls it.
+        number: the number of the task, 1 to 20.
+        split: "train", "valid" or "test", or the dataset's own name of a split.
         hub_options: for `datasets.load_dataset`: name, revision, ...
 
     Returns:
-        {"context", "query", "target"} each.
+        A list of {"context", "query", "target"}.
 
     Raises:
         FileNotFoundError: the directory has no such task or split; the message lists its files.
@@ -78,7 +78,7 @@ def babi_rows(source: str | Path, number: int, split: str, **hub_options: Any) -
     if not directory.is_dir() or has_tables(directory):
         records = list(load_from_hub(str(source), split, **hub_options))
         if records and "task" not in records[0]:
-            raise ValueError(f"{str(source)!r} has no column task; it has {', '.join(records[0])}.")
+            raise ValueError(f"{str(source)!r} has no column 'task'; its columns are {', '.join(records[0])}.")
         found = [record for record in records if int(record["task"]) == number]
         if not found:
             raise ValueError(f"{str(source)!r} has no task {number} in its split {split!r}.")
@@ -93,10 +93,10 @@ def babi_rows(source: str | Path, number: int, split: str, **hub_options: Any) -
 
 
 def read_babi(path: Path) -> list[dict[str, Any]]:
-    """A file of the original release: numbered lines, a story begins at 1, a question has tabs.
+    """A file of the original release: numbered lines; a story begins at 1, and a question has tabs.
 
     Raises:
-        ValueError: a line has another form, which the message names; or there is no question.
+        ValueError: a line has another form, and the message shows it; or there is no question.
     """
     rows: list[dict[str, Any]] = []
     facts: list[str] = []
@@ -114,7 +114,7 @@ def read_babi(path: Path) -> list[dict[str, Any]]:
         else:
             facts.append(text.strip())
     if not rows:
-        raise ValueError(f"{path} has no question: a line of a question has tabs before and behind its answer.")
+        raise ValueError(f"{path} has no question: the line of a question has tabs before and after its answer.")
     return rows
 
 
@@ -132,25 +132,26 @@ _DROP = re.compile(r"(\w+) (?:dropped|put down|let go of|discarded|left) the (\w
 _GIVE = re.compile(r"(\w+) (?:gave|handed|passed) (?:(\w+) the (\w+)|the (\w+) to (\w+))$")
 
 Answers = dict[str, str]
-"""What is asked, and what is right."""
+"""Questions with their right answers."""
 
 
 def with_every_question(rows: Iterable[Mapping[str, Any]], number: int) -> list[dict[str, Any]]:
-    """Rows of one question as rows of every question that their facts answer, each context once.
+    """Turn rows with one question into rows with every question that their facts answer, each context once.
 
     Args:
-        rows: {"context", "query", "target"} each, as `babi_rows` returns them.
-        number: of the task: 1 (where people are), 2 (where things are), 5 (who gave what to whom). Not 4: its world is
-            so small that nearly every context of the test set occurs in training; all its questions would too.
+        rows: {"context", "query", "target"}, as `babi_rows` returns them.
+        number: the number of the task: 1 (where people are), 2 (where things are), 5 (who gave what to whom). Not 4:
+            its world is so small that nearly every context of the test set occurs in training, and so would all its
+            questions.
 
     Returns:
-        {"context", "queries", "targets"} each, the row's own question first.
+        A list of {"context", "queries", "targets"}, with the row's own question first.
 
     Raises:
-        ValueError: another task; or a row whose own answer is not what its facts say.
+        ValueError: the task is not supported; or the answer of a row contradicts its facts.
     """
     if number not in _ASK:
-        raise ValueError(f"every_question is for the bAbI tasks {EVERY_QUESTION}, not for {number}.")
+        raise ValueError(f"every_question supports only the bAbI tasks {EVERY_QUESTION}, got {number}.")
     asked: dict[str, Answers] = {}
     for row in rows:
         context, query, target = row["context"], row["query"], row["target"]
@@ -159,8 +160,8 @@ def with_every_question(rows: Iterable[Mapping[str, Any]], number: int) -> list[
         found = _ASK[number](_sentences(context))
         if found.get(query) != target:
             raise ValueError(
-                f"The facts of a row of bAbI task {number} say {found.get(query, 'nothing')!r} to {query!r}, and its "
-                f"answer is {target!r}: leave every_question out for such data. The facts: {context}"
+                f"By the facts of a row of bAbI task {number}, the answer to {query!r} is "
+                f"{found.get(query, 'nothing')!r}, not {target!r}: leave out every_question. The facts: {context}"
             )
         asked[context] |= found
     return [
@@ -178,7 +179,7 @@ def _places_of_people(facts: list[str]) -> Answers:
 
 
 def _places_of_things(facts: list[str]) -> Answers:
-    """A thing is where its holder is, or where that was when it was put down."""
+    """A thing is where its holder is, or where its holder put it down."""
     person: dict[str, str] = {}
     holder: dict[str, str] = {}
     left: dict[str, str | None] = {}
@@ -194,7 +195,7 @@ def _places_of_things(facts: list[str]) -> Answers:
 
 
 def _gifts(facts: list[str]) -> Answers:
-    """The last gift of each kind."""
+    """Questions about the last gifts: what was given, by whom, and to whom."""
     found: Answers = {}
     for fact in facts:
         if gift := _GIVE.match(fact):

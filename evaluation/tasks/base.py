@@ -1,4 +1,4 @@
-"""What a task is: texts to train on, questions to answer, and what an answer is worth."""
+"""The base class of tasks: texts to train on, questions to answer, and scores of answers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ OPTIONS = pydantic.ConfigDict(extra="forbid")
 
 @dataclass
 class Measurement:
-    """What a task finds out about a model."""
+    """The results of a task for a model."""
 
     values: dict[str, Tensor]
-    """By name, one number for each item, [n]; their means are the results."""
+    """Scores by name, one number for each item, [n]; their means are reported."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What is good to know of the data, as the mean length of a context."""
+    """Other information about the data, such as the mean length of a context."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What makes it another measurement, beside the task's own settings."""
+    """Settings that distinguish measurements, in addition to the task's own."""
     answers: list[dict[str, Any]] = field(default_factory=list)
-    """Every query with its answer, what is accepted, and its scores."""
+    """Every query with its answer, the accepted answers, and its scores."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
@@ -42,62 +42,62 @@ class Task(ABC):
     """A task; its fields are its options in a run's YAML.
 
     Args:
-        share (`float`, *optional*, defaults to `1.0`): of training, against the other tasks of the run.
+        share (`float`, *optional*, defaults to `1.0`): the task's share of training, relative to other tasks.
     """
 
     share: pydantic.NonNegativeFloat = 1.0
 
     name: ClassVar[str]
-    """As YAML names it."""
+    """The task's name in YAML."""
     measured: ClassVar[bool] = True
-    """Whether there is something to be right about; otherwise it is for training alone."""
+    """Whether the task can be measured; otherwise it is only for training."""
     max_new_tokens: ClassVar[int] = 32
-    """Most tokens of an answer."""
+    """The most tokens in an answer."""
 
     @property
     @abstractmethod
     def dataset(self) -> str:
-        """The data, as tables name them."""
+        """The name of the data in tables."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes a measurement on the same data set another one."""
+        """Settings that distinguish measurements on the same data set."""
         return {}
 
     @property
     def write_steps(self) -> tuple[int, ...]:
-        """The numbers of write steps that batches of the task's own making draw from."""
+        """The numbers of write steps that the task's own batches draw from."""
         return ()
 
     @property
     def steps(self) -> int | None:
-        """How many batches of its own making there are; None: as many as training asks for."""
+        """The number of the task's own batches; None: as many as training asks for."""
         return None
 
     @abstractmethod
     def rows(self, split: str) -> Rows:
-        """Contexts with questions of the split "train", "valid" or "test"."""
+        """Contexts with questions from the split "train", "valid" or "test"."""
 
     def training_rows(self) -> Rows:
-        """What is trained on, each context once."""
+        """The rows to train on, each context once."""
         return self.rows("train")
 
     def batches(self, seed: int, write_steps: tuple[int, ...]) -> Batches | None:
-        """Batches that the task draws itself; None: they are made of `training_rows`, mixed with other tasks'.
+        """Batches that the task draws itself; None: batches are made of `training_rows`, mixed with other tasks'.
 
         Args:
-            seed (`int`): of all draws.
-            write_steps (`tuple[int, ...]`): draw the write steps from these, whatever the task says; empty: as it says.
+            seed (`int`): seed for all draws.
+            write_steps (`tuple[int, ...]`): draw the write steps from these instead of the task's own; empty: its own.
         """
         return None
 
     def tokenizer(self) -> Any:
-        """The tokenizer of a backbone that is trained from scratch.
+        """The tokenizer for a backbone that is trained from scratch.
 
         Raises:
-            ValueError: the task needs a backbone that knows language.
+            ValueError: the task needs a pretrained backbone.
         """
-        raise ValueError(f"The task {self.name} needs a trained backbone: name a directory or a model on the hub.")
+        raise ValueError(f"The task {self.name} needs a pretrained backbone: name a directory or a model on the hub.")
 
     def score(self, answer: str, accepted: list[str]) -> dict[str, float]:
         """The scores of an answer, by name."""
@@ -116,10 +116,10 @@ class Task(ABC):
 
         Args:
             answerer (`Answerer`): the model.
-            split (`str`): of the data.
+            split (`str`): the split of the data.
             states (`int`, *optional*, defaults to `1`): how many contexts each question is asked of, side by side.
-            limit (`int`, *optional*): only so many contexts.
-            seed (`int`, *optional*, defaults to `0`): of the other contexts.
+            limit (`int`, *optional*): the most contexts.
+            seed (`int`, *optional*, defaults to `0`): seed for drawing the other contexts.
         """
         contexts, queries, index, references = questions(self.rows(split)[:limit])
         reads = distractors(index, len(contexts), states, seed)
@@ -138,11 +138,11 @@ class Task(ABC):
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class QuestionTask(Task):
-    """A task on passages with questions, wherever these are.
+    """A task on passages with questions, from any source.
 
     Args:
         source (`str`): a directory or a dataset on the hub, see `qa_rows`.
-        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides: name, revision, ...
+        hub (`dict`, *optional*): other arguments of `datasets.load_dataset`: name, revision, ...
     """
 
     source: str
@@ -164,8 +164,8 @@ class ArticleTask(Task):
 
     Args:
         source (`str`): a directory, see `articles`.
-        segment_tokens (`int`, *optional*): most tokens of a segment; None: as `pipeline.segments`.
-        questions (`int`, *optional*): only so many questions of each article, drawn by the seed; None: all.
+        segment_tokens (`int`, *optional*): the most tokens in a segment; None: as for `pipeline.segments`.
+        questions (`int`, *optional*): the most questions of each article, drawn by the seed; None: all.
     """
 
     source: str
@@ -174,11 +174,11 @@ class ArticleTask(Task):
 
     @property
     def dataset(self) -> str:
-        """What they are articles of."""
+        """The source of the articles."""
         return "squad articles"
 
     def rows(self, split: str) -> Rows:
-        """Whole articles, for a model that takes them."""
+        """Whole articles, for a model that can read them."""
         return group(
             (row["context"], asked["query"], asked["answers"])
             for row in articles(self.source, split)

@@ -1,4 +1,4 @@
-"""What the passage before is worth for the text that follows: in memory, as text, and not at all."""
+"""How much a preceding passage helps to predict the text that follows: in memory, as text, and not at all."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from evaluation.run import Answerer
 
 BATCH = 8
-"""Passages at a time."""
+"""Passages per batch."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Continuation(Task):
     """Passages spread over a text are written, and the tokens after each are predicted.
 
-    With memory the adapter reads; without it, and with the passage as text, the backbone alone does.
+    With memory, the adapter predicts; without memory, and with the passage as text, the backbone alone does.
 
     Args:
         text (`str`): a file, gzipped or not.
-        tokens (`int`, *optional*, defaults to `256`): of a passage.
-        next_tokens (`int`, *optional*, defaults to `128`): that are predicted. The first does not count, as there is
-            nothing to predict it from without memory.
-        passages (`int`, *optional*, defaults to `64`): as far from each other as they can be.
+        tokens (`int`, *optional*, defaults to `256`): the length of a passage.
+        next_tokens (`int`, *optional*, defaults to `128`): how many tokens are predicted. The first does not count, as
+            without memory there is nothing to predict it from.
+        passages (`int`, *optional*, defaults to `64`): the number of passages, spread evenly over the text.
     """
 
     text: str
@@ -60,12 +60,12 @@ class Continuation(Task):
 
     def rows(self, split: str) -> Rows:
         """Raises `ValueError`: nothing is asked."""
-        raise ValueError("The task continuation is measured, not trained: train on plain_text.")
+        raise ValueError("The task continuation can only be measured. For training, use plain_text.")
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
     ) -> Measurement:
-        """The losses next_memory, next_nothing and next_text in nats a token, and how much of the gap memory closes:
+        """The losses next_memory, next_nothing and next_text in nats per token, and how much of the gap memory closes:
 
             gap_closed = (next_nothing - next_memory) / mean(next_nothing - next_text)
 
@@ -74,7 +74,7 @@ class Continuation(Task):
         """
         model = answerer.model
         if not isinstance(model, PeftModel):
-            raise TypeError("continuation asks what memory states are worth: it needs the method gradmem.")
+            raise TypeError("The task continuation measures memory states, so it needs the method gradmem.")
         found = cut_passages(read_text(Path(self.text)), answerer.tokenizer, self.tokens + self.next_tokens)
         if len(found) < self.passages:
             raise ValueError(f"{self.text} has {counted(len(found), 'passage')} of that length, not {self.passages}.")
@@ -93,7 +93,7 @@ class Continuation(Task):
 
 
 def losses(backbone: Any, prefix: Tensor, before: Sequence[Passage], texts: Sequence[Passage]) -> Tensor:
-    """The mean loss `[n]` of the tokens of each text but its first, behind `[prefix; before]`, in nats."""
+    """The mean loss `[n]`, in nats, of the tokens of each text except the first, after `[prefix; before]`."""
     parts = []
     for i in range(0, len(texts), BATCH):
         rows = range(i, min(i + BATCH, len(texts)))

@@ -1,4 +1,4 @@
-"""A long conversation that begins with eight facts: how many are answered later, by what the model is shown."""
+"""A long conversation that begins with eight facts: how many can be answered later, depending on what is shown."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ FACTS = [
     ("My favourite food is {}.", "What is the favourite food of the user?", ("soup", "rice", "bread", "fish")),
     ("My neighbour keeps {}.", "What does the neighbour keep?", ("bees", "goats", "hens", "horses")),
 ]
-"""What the user says with a value, what is asked later, and the values: one for each conversation."""
+"""What the user says about a value, the later question, and the values: one for each conversation."""
 SMALL_TALK = [
     ("Is it late?", "It is not late yet."), ("Shall we go on?", "Yes, let us go on."),
     ("Did you sleep well?", "I do not sleep."), ("It is raining again.", "That happens at this time of the year."),
     ("I am a little tired.", "Then take a break."), ("Do you like music?", "I cannot hear it."),
     ("That was a long day.", "Tomorrow may be shorter."), ("What shall I read?", "Take something short."),
 ]  # fmt: skip
-"""Turns that follow, over and over."""
+"""The turns that follow, repeated as needed."""
 
 
 def turn(number: int, conversation: int) -> list[BaseMessage]:
-    """A turn of a conversation, the first of which has number 1."""
+    """A turn of a conversation; the first has number 1."""
     if number <= len(FACTS):
         said, _, values = FACTS[number - 1]
         return [HumanMessage(said.format(values[conversation])), AIMessage("Thank you for telling me.")]
@@ -49,13 +49,13 @@ def turn(number: int, conversation: int) -> list[BaseMessage]:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Conversation(Task):
-    """Conversations that differ in what the facts are, through LangChain's chat model and `TurnMemory`.
+    """Conversations with different facts, through LangChain's chat model and `TurnMemory`.
 
     Args:
         shown (`str`, *optional*, defaults to `"memory"`): old turns as `"memory"` and recent ones as text, the
-            `"recent"` ones alone, or all as `"text"`. The untouched backbone answers where there is no memory.
-        turns (`list[int]`, *optional*, defaults to `[10, 20, 40]`): all facts are asked for after each of them.
-        part_tokens (`int`, *optional*): as for `TurnMemory`; None: as it is there.
+            `"recent"` ones alone, or all as `"text"`. Without memory, the untouched backbone answers.
+        turns (`list[int]`, *optional*, defaults to `[10, 20, 40]`): ask for all facts after each of these turns.
+        part_tokens (`int`, *optional*): as for `TurnMemory`.
         max_turns, keep_turns (`int`, *optional*, default to `6` and `3`): as for `TurnMemory`.
         max_parts (`int`, *optional*, defaults to `8`): as for `TurnMemory`.
     """
@@ -71,7 +71,7 @@ class Conversation(Task):
 
     @property
     def dataset(self) -> str:
-        """They are made here."""
+        """The name of these generated conversations."""
         return "conversations"
 
     @property
@@ -91,14 +91,14 @@ class Conversation(Task):
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
     ) -> Measurement:
-        """See `Task.measure`. `after_N` is the share of facts that are answered after N turns: an answer has the value.
-        `prompt_tokens` are those after the last of them, vectors of memory among them.
+        """See `Task.measure`. `after_N` is the share of facts whose value is in the answer after N turns.
+        `prompt_tokens` counts the tokens of the last prompt, including memory vectors.
 
         Raises:
             TypeError: the model has no memory.
         """
         if not isinstance(answerer.model, PeftModel):
-            raise TypeError("conversation measures an adapter and the backbone in it: it needs the method gradmem.")
+            raise TypeError("The task conversation reads memory states, so it needs the method gradmem.")
         chat = ChatGradMem(pipeline=GradMemPipeline(answerer.model, answerer.tokenizer), max_tokens=self.max_new_tokens)
         memory = TurnMemory.from_chat(
             chat, write_options=WriteOptions(steps=answerer.steps, last_loss=False), part_tokens=self.part_tokens,
@@ -125,7 +125,7 @@ class Conversation(Task):
         )
 
     def _messages(self, memory: TurnMemory, messages: list[BaseMessage]) -> list[BaseMessage]:
-        """What stands before the question."""
+        """The messages before the question."""
         if self.shown == "memory":
             return memory.shown(messages)
         return messages[memory.cut(messages) :] if self.shown == "recent" else messages

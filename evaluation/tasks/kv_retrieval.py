@@ -1,4 +1,4 @@
-"""Associative retrieval (GradMem, section 4.1): random pairs are written, then the value of a key is asked."""
+"""Associative retrieval (GradMem, section 4.1): random pairs are written, then queries ask for the values of keys."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Mix:
     """One kind of batch in a stage.
 
     Args:
-        max_pairs (`int`): pairs of the longest context.
-        contexts (`int`): of a batch.
-        queries (`int`): on each context.
-        min_pairs (`int`, *optional*, defaults to `max_pairs`): each context draws its number of pairs.
-        write_steps (`tuple[int, ...]`, *optional*, defaults to `(1,)`): K, or passes, is drawn from these.
-        share (`float`, *optional*, defaults to `1.0`): of the stage, against its other mixes.
+        max_pairs (`int`): the number of pairs in the longest context.
+        contexts (`int`): contexts per batch.
+        queries (`int`): queries on each context.
+        min_pairs (`int`, *optional*, defaults to `max_pairs`): each context draws its number of pairs from here to
+            `max_pairs`.
+        write_steps (`tuple[int, ...]`, *optional*, defaults to `(1,)`): K (or the number of passes) is one of these.
+        share (`float`, *optional*, defaults to `1.0`): the share of the stage, relative to its other mixes.
     """
 
     max_pairs: pydantic.PositiveInt
@@ -43,7 +44,7 @@ class Mix:
     def __post_init__(self) -> None:
         _check_pairs(self.max_pairs)
         if self.min_pairs is not None and self.min_pairs > self.max_pairs:
-            raise ValueError(f"min_pairs must lie in 1 to max_pairs ({self.max_pairs}), got {self.min_pairs}.")
+            raise ValueError(f"min_pairs must be from 1 to max_pairs ({self.max_pairs}), got {self.min_pairs}.")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=OPTIONS)
@@ -60,11 +61,11 @@ class KVRetrieval(Task):
     """Contexts of exactly `pairs` pairs are measured; training follows `stages`, a curriculum over pairs.
 
     Args:
-        pairs (`int`, *optional*, defaults to `16`): of a context that is measured.
-        contexts (`int`, *optional*, defaults to `128`): that are measured.
-        queries (`int`, *optional*, defaults to `16`): on each, at most as many as there are pairs.
-        seed (`int`, *optional*, defaults to `1`): of the contexts that are measured.
-        stages (`tuple[Stage, ...]`, *optional*): of training.
+        pairs (`int`, *optional*, defaults to `16`): pairs in each measured context.
+        contexts (`int`, *optional*, defaults to `128`): the number of measured contexts.
+        queries (`int`, *optional*, defaults to `16`): queries on each, at most as many as there are pairs.
+        seed (`int`, *optional*, defaults to `1`): seed of the measured contexts.
+        stages (`tuple[Stage, ...]`, *optional*): the stages of training.
     """
 
     pairs: pydantic.PositiveInt = 16
@@ -81,22 +82,22 @@ class KVRetrieval(Task):
 
     @property
     def dataset(self) -> str:
-        """Random pairs."""
+        """The name of these random pairs."""
         return "pairs"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How many pairs a context has."""
+        """The number of pairs in a context."""
         return {"pairs": self.pairs}
 
     @property
     def write_steps(self) -> tuple[int, ...]:
-        """Of all stages."""
+        """The write steps of all stages."""
         return tuple(k for stage in self.stages for mix in stage.mix for k in mix.write_steps)
 
     @property
     def steps(self) -> int | None:
-        """Of all stages; None where there is none."""
+        """The training steps of all stages; None if there are no stages."""
         return sum(stage.steps for stage in self.stages) or None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -104,32 +105,32 @@ class KVRetrieval(Task):
         return pairs_tokenizer()
 
     def rows(self, split: str) -> Rows:
-        """Fresh contexts, of whatever split."""
+        """Random contexts, the same for every split."""
         generator = torch.Generator().manual_seed(self.seed)
         return as_rows(sample_pairs(self.contexts, min(self.queries, self.pairs), self.pairs, generator=generator))
 
     def batches(self, seed: int, write_steps: tuple[int, ...]) -> PairBatches:
-        """Pairs made on the device.
+        """Batches of pairs, generated on the device.
 
         Raises:
-            ValueError: there is no stage.
+            ValueError: there are no stages.
         """
         if not self.stages:
             raise ValueError("kv_retrieval needs at least one stage to train.")
         return PairBatches(self.stages, write_steps, seed)
 
     def score(self, answer: str, accepted: list[str]) -> dict[str, float]:
-        """Whether the answer begins with the value, which ends at the first `!`."""
+        """Whether the answer up to the first `!` is the value."""
         return {"exact_match": float(answer.split(EDGE)[0] == accepted[0].split(EDGE)[0])}
 
 
 class PairBatches(Batches):
-    """Stage after stage; the mix and the write steps of a batch are drawn by the number of its step.
+    """Batches of all stages in order. The number of a step determines the mix and the write steps of its batch.
 
     Args:
-        stages (`Sequence[Stage]`): of training.
-        write_steps (`Sequence[int]`, *optional*): draw K from these, whatever a mix says.
-        seed (`int`, *optional*, defaults to `0`): of what is drawn.
+        stages (`Sequence[Stage]`): the stages of training.
+        write_steps (`Sequence[int]`, *optional*): draw K from these instead of from the mix.
+        seed (`int`, *optional*, defaults to `0`): seed for all draws.
     """
 
     def __init__(self, stages: Sequence[Stage], write_steps: Sequence[int] = (), seed: int = 0) -> None:
@@ -137,7 +138,7 @@ class PairBatches(Batches):
         self.stages, self.write_steps = stages, write_steps
 
     def stage_at(self, step: int) -> Stage:
-        """The stage that a step belongs to; after the end it is the last."""
+        """The stage of a step; after the end, the last stage."""
         for stage in self.stages:
             if step < stage.steps:
                 return stage
@@ -151,7 +152,7 @@ class PairBatches(Batches):
         return chosen, draw.choice(self.write_steps or chosen.write_steps)
 
     def lr_factor(self, step: int) -> float:
-        """That of the step's stage."""
+        """The `lr_factor` of the step's stage."""
         return self.stage_at(step).lr_factor
 
     def batch(self, step: int, device: torch.device) -> dict[str, Any]:
@@ -166,4 +167,4 @@ class PairBatches(Batches):
 
 def _check_pairs(pairs: int) -> None:
     if pairs > MOST_PAIRS:
-        raise ValueError(f"{pairs} unique keys do not exist: there are {MOST_PAIRS}.")
+        raise ValueError(f"The number of pairs must be at most {MOST_PAIRS}, the number of unique keys, got {pairs}.")

@@ -1,4 +1,4 @@
-"""Whether a long text is known not to answer: its questions, with and without the paragraph that answers them."""
+"""Whether memory tells that a long text does not answer: questions with and without the paragraph that answers them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from evaluation.run import Answerer
 
 THRESHOLDS = (0.5, 0.9, 0.97)
-"""A question counts as refused whose support is below one of these."""
+"""A question counts as refused if its support is below the threshold; all of these are measured."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class LeftOut(ArticleTask):
     """Every question is asked of the segments of its article, and again without those of the paragraph that answers it.
-    What is left is about the same subject, so this is harder than another text.
+    The rest is about the same subject, which makes this harder than asking another text.
     """
 
     name = "left_out"
@@ -39,15 +39,15 @@ class LeftOut(ArticleTask):
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
     ) -> Measurement:
-        """The area under the curve of `support`, as `GradMemPipeline.select` gives it, and how many questions with and
-        without their paragraph have less than each of `THRESHOLDS`. No answers are computed.
+        """The area under the ROC curve of `support` from `GradMemPipeline.select`, and the shares of questions with and
+        without their paragraph that are below each of `THRESHOLDS`. No answers are computed.
 
         Raises:
             TypeError: the model has no memory states.
             ValueError: the adapter was not trained to refuse, or the length of segments is not known.
         """
         if not answerer.pipeline.refuses:
-            raise ValueError("left_out asks whether memory holds an answer: it needs an adapter trained to refuse.")
+            raise ValueError("The task left_out needs an adapter that was trained to refuse.")
         draw = random.Random(seed)
         lines: list[dict[str, Any]] = []
         for row in articles(self.source, split)[:limit]:
@@ -71,10 +71,11 @@ class LeftOut(ArticleTask):
 
 
 def _support(answerer: Answerer, query: str, pieces: Sequence[Segment], states: int) -> float:
-    """Of the state that a question is answered from: of those that have its words, the likeliest. 0: there is none."""
+    """The support of the state that a question is answered from: the likeliest of those that share words with it. 0 if
+    there is none."""
     if not pieces:
         return 0.0
     found = by_words([piece.text for piece in pieces], [query], states)[0]
     memory = answerer.states([pieces[i].text for i in found])
     chosen = answerer.pipeline.select(query, memory=memory, search_scores=list(found.values()), support=True)
-    return cast(float, chosen.support)  # not None of an adapter that refuses
+    return cast(float, chosen.support)  # never None for an adapter that refuses

@@ -1,4 +1,4 @@
-"""Questions about articles of thousands of words, each asked of those pieces of its article that it seems to need."""
+"""Questions about articles of thousands of words, each asked of selected pieces of its article."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from evaluation.run import Answerer
 
 _ROOM = 256
-"""Tokens of a model's positions that are left to question and answer, where an article is cut to what it takes."""
+"""Positions left for question and answer if an article is cut to the model's length."""
 
 
 class Asked(NamedTuple):
-    """A question, the pieces that it is asked of with how well a search found each, and the number of the right one."""
+    """A question, the pieces that it is asked of with their search scores, and the number of the right piece."""
 
     query: str
     accepted: list[str]
@@ -38,13 +38,13 @@ class LongDocuments(ArticleTask):
     """Articles with all questions on them.
 
     Args:
-        pieces (`str`, *optional*, defaults to `"segments"`): what is read by itself: `"segments"` of an article, its
-            `"paragraphs"`, the `"whole"` of it, cut to what the model takes, or the whole of it in one state, written
-            segment by segment (`"sequential"`).
-        chosen (`str`, *optional*, defaults to `"words"`): what a question is asked of: as many pieces as there are
-            states to ask, by `"words"`, as `MemoryStore.choose` finds them; or the `"right"` piece.
-        alone (`bool`, *optional*, defaults to `False`): ask the one chosen piece whose state holds an answer most
-            likely (`GradMemPipeline.select`), not all side by side. For adapters that were trained to refuse.
+        pieces (`str`, *optional*, defaults to `"segments"`): how an article is read: in `"segments"`, in
+            `"paragraphs"`, as a `"whole"` that is cut to the model's length, or as one state that is written segment by
+            segment (`"sequential"`).
+        chosen (`str`, *optional*, defaults to `"words"`): which pieces a question is asked of: as many as `states`, by
+            `"words"`, as `MemoryStore.choose` finds them; or the `"right"` piece.
+        alone (`bool`, *optional*, defaults to `False`): ask only the chosen piece whose state most likely holds an
+            answer (`GradMemPipeline.select`), not all side by side. For adapters that were trained to refuse.
     """
 
     pieces: Literal["segments", "paragraphs", "whole", "sequential"] = "segments"
@@ -62,14 +62,14 @@ class LongDocuments(ArticleTask):
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
     ) -> Measurement:
-        """See `Task.measure`. Beside the scores of the answers `found` says whether the right piece was asked.
+        """See `Task.measure`. In addition to the scores of answers, `found` says whether the right piece was asked.
 
         Raises:
-            ValueError: the length of segments is not known; or several are to be asked where there is one.
-            TypeError: `alone` and `"sequential"` are about memory states, and the model has none.
+            ValueError: the length of segments is not known; or there is only one piece, but `states` is more than 1.
+            TypeError: `alone` and `"sequential"` need memory states, and the model has none.
         """
         if states > 1 and (self.chosen == "right" or self.pieces in ("whole", "sequential")):
-            raise ValueError(f"There is one right piece and one whole; a question cannot be asked of {states}.")
+            raise ValueError(f"A whole article, or the right piece, is only one piece: use 1 state, not {states}.")
         draw = random.Random(seed)
         pieces: list[str] = []
         asked: list[Asked] = []
@@ -123,7 +123,7 @@ class LongDocuments(ArticleTask):
         return into_segments(text, answerer, self.segment_tokens)
 
     def _answers(self, answerer: Answerer, pieces: Sequence[str], asked: Sequence[Asked]) -> list[str]:
-        """The answer to each question; only pieces that are asked are read."""
+        """The answer to each question. Only the pieces that are asked are read."""
         used = sorted({i for question in asked for i in question.reads})
         texts, queries = [pieces[i] for i in used], [question.query for question in asked]
         reads = [[used.index(i) for i in question.reads] for question in asked]
@@ -146,5 +146,5 @@ class LongDocuments(ArticleTask):
 
 
 def _holding(pieces: Sequence[Segment], start: int, end: int) -> int:
-    """The piece that has most of a part of the text."""
+    """The number of the piece that has most of a part of the text."""
     return max(range(len(pieces)), key=lambda i: min(pieces[i].end, end) - max(pieces[i].start, start))

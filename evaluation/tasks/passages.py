@@ -1,4 +1,4 @@
-"""Questions about passages: FairytaleQA, SQuAD, and whatever has the form of either."""
+"""Questions about passages: FairytaleQA, SQuAD, and any data in the form of either."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ class Passages(QuestionTask):
     """Passages with all questions on them.
 
     Args:
-        joined (`int`, *optional*, defaults to `1`): in training, a context is one to so many passages in a row.
-        unanswerable (`float`, *optional*, defaults to `0`): this share of the questions are other passages', and "not
-            in memory" is the answer. Measured are, beside the scores on the others, the shares of both kinds that are
-            answered so: `right_refusals` and `false_refusals`.
-        nearby (`bool`, *optional*, defaults to `False`): those questions come from passages near this one, of the same
-            article as a rule, and only such whose answers do not occur in it. In training every second one does.
-        removed (`float`, *optional*, defaults to `0`): this share of the contexts lack a sentence that answers a
-            question, and what it alone answered is to be refused, and counted, as above: questions on what the context
-            is about.
-        alone (`bool`, *optional*, defaults to `False`): of several states ask the one that holds an answer most likely,
-            not all side by side. For adapters that were trained to refuse.
-        kept (`str`, *optional*): states are read as a memory store keeps them in this dtype: "float32", "bfloat16" or
-            "int8"; None: as they were written.
+        joined (`int`, *optional*, defaults to `1`): in training, a context consists of one to this many consecutive
+            passages.
+        unanswerable (`float`, *optional*, defaults to `0`): this share of the questions comes from other passages, and
+            the right answer is "not in memory". In addition to the scores of the others, the shares of both kinds with
+            this answer are measured: `right_refusals` and `false_refusals`.
+        nearby (`bool`, *optional*, defaults to `False`): take these questions from passages near this one, usually of
+            the same article, and only if their answers do not occur in it. In training, every second one is nearby.
+        removed (`float`, *optional*, defaults to `0`): remove from this share of the contexts a sentence that answers a
+            question. Questions that only this sentence answered are then to be refused, and counted as above; they are
+            on the subject of the context.
+        alone (`bool`, *optional*, defaults to `False`): of several states, ask only the one that most likely holds an
+            answer, not all side by side. For adapters that were trained to refuse.
+        kept (`str`, *optional*): round states to the dtype in which a memory store would keep them: "float32",
+            "bfloat16" or "int8"; None: as they were written.
     """
 
     joined: pydantic.PositiveInt = 1
@@ -53,7 +54,7 @@ class Passages(QuestionTask):
 
     def __post_init__(self) -> None:
         if self.nearby and not self.unanswerable:
-            raise ValueError("nearby says where unanswerable questions come from: give unanswerable a share of them.")
+            raise ValueError("nearby needs unanswerable questions: set unanswerable to their share.")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Passages(QuestionTask):
         """See `Task.rows`.
 
         Raises:
-            ValueError: questions of other passages are to be asked, and there is no other passage.
+            ValueError: `unanswerable` needs questions of other passages, but there is only one.
         """
         return self._asked(self._passages(split), split, float(self.nearby))
 
@@ -76,9 +77,9 @@ class Passages(QuestionTask):
     def _asked(self, contexts: Rows, split: str, near: float) -> Rows:
         if self.unanswerable and len(contexts) < 2:
             raise ValueError(
-                f"unanswerable={self.unanswerable} asks questions of other passages, and the split {split!r} of "
-                f"{self.source!r} makes one context alone. Give it more passages, join fewer to one context (joined), "
-                "or leave unanswerable out."
+                f"unanswerable={self.unanswerable} needs questions of other passages, but the split {split!r} of "
+                f"{self.source!r} makes only one context. Add passages, join fewer to one context (joined), or leave "
+                "unanswerable out."
             )
         return with_unanswerable(contexts, self.unanswerable, near)
 

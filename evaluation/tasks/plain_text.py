@@ -1,4 +1,4 @@
-"""Plain text to train on: passages of it to be written, and what comes after some of their words to be asked."""
+"""Plain text for training: passages to write, and questions about what comes after some of their words."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gradmem_adapter.utils.wording import counted
 from .base import OPTIONS, Task
 
 SHORTEST = 16
-"""Words of a passage."""
+"""The fewest words in a passage."""
 CUE, CONTINUATION = 6, 8
-"""Words that a question quotes, and words of its answer."""
+"""How many words a question quotes, and how many words its answer has."""
 QUESTIONS = 4
-"""On a passage."""
+"""Questions on each passage."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
@@ -27,12 +27,12 @@ class PlainText(Task):
     """Passages with questions about what comes next in them; the same texts give the same rows.
 
     Args:
-        source (`str`): a directory with `<split>.txt` or `<split>.txt.gz`, a text a line, or what `qa_rows` takes,
-            whose contexts are the texts then, with questions on them or not.
-        longest (`int`, *optional*, defaults to `256`): words of the longest passages.
-        continued (`int`, *optional*, defaults to `0`): ask for so many words that come after a passage, too; memory
+        source (`str`): a directory with `<split>.txt` or `<split>.txt.gz`, one text per line, or a source for
+            `qa_rows`, whose contexts are used as texts, with or without questions.
+        longest (`int`, *optional*, defaults to `256`): the most words in a passage.
+        continued (`int`, *optional*, defaults to `0`): also ask for this many words that come after a passage. Memory
             does not hold them, but helps to guess them as the passage itself would.
-        hub (`dict`, *optional*): what `datasets.load_dataset` takes besides.
+        hub (`dict`, *optional*): other arguments of `datasets.load_dataset`.
     """
 
     source: str
@@ -45,14 +45,14 @@ class PlainText(Task):
 
     @property
     def dataset(self) -> str:
-        """The last part of the source, said to be text."""
+        """The last part of the source, marked as text."""
         return f"{self.source.rstrip('/').rpartition('/')[2]}, text"
 
     def rows(self, split: str) -> Rows:
         """See `Task.rows`.
 
         Raises:
-            ValueError: no text has SHORTEST words.
+            ValueError: no text has at least `SHORTEST` words.
         """
         texts = self._texts(split)
         rows = []
@@ -61,7 +61,7 @@ class PlainText(Task):
             following = [*(" ".join(words[: self.continued]) for words in passages[1:]), ""]
             rows += [_row(words, after) for words, after in zip(passages, following, strict=False)]
         if not rows:
-            raise ValueError(f"{self.source!r} has {counted(len(texts), 'text')}, and none of {SHORTEST} words.")
+            raise ValueError(f"{self.source!r} has {counted(len(texts), 'text')}, but none with {SHORTEST} words.")
         return rows
 
     def _texts(self, split: str) -> list[str]:
@@ -70,7 +70,7 @@ class PlainText(Task):
 
 
 def _passages(words: list[str], longest: int) -> Iterator[list[str]]:
-    """A text's words cut to passages of various lengths: short ones are learned first."""
+    """A text's words, cut into passages of various lengths: short ones are learned first."""
     draw = random.Random(" ".join(words[:longest]))
     while len(words) >= SHORTEST:
         count = draw.randint(SHORTEST, longest)

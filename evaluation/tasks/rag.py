@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Rag(QuestionTask):
-    """A collection of passages, with the first question on each, asked of as many passages as there are `states`.
+    """A collection of passages, with the first question on each, asked of as many passages as `states`.
 
-    These are found by words, as `MemoryStore.choose` finds them. A chain of LangChain answers, as
-    `examples/langchain_rag.py` has it; documents are written before, once for all questions.
+    The passages are found by words, as `MemoryStore.choose` finds them. A LangChain chain answers, as in
+    `examples/langchain_rag.py`. Documents are written beforehand, once for all questions.
 
     Args:
-        read (`str`, *optional*, defaults to `"each"`): documents that are found are read from memory, the one that
-            holds the answer alone (`"each"`, for adapters that were trained to refuse) or all `"side_by_side"`; or the
-            untouched backbone has their `"text"` in its prompt.
-        instruction (`str`, *optional*): what stands behind the question, such as "Answer in a few words."
+        read (`str`, *optional*, defaults to `"each"`): how found documents are read: from memory, either only the one
+            that holds the answer (`"each"`, for adapters that were trained to refuse) or all `"side_by_side"`; or as
+            `"text"` in the prompt of the untouched backbone.
+        instruction (`str`, *optional*): a text after the question, such as "Answer in a few words."
     """
 
     read: Literal["each", "side_by_side", "text"] = "each"
@@ -50,14 +50,14 @@ class Rag(QuestionTask):
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
     ) -> Measurement:
-        """See `Task.measure`. Beside the scores of the answers: whether the right passage was `found`, `prompt_tokens`
-        (vectors of memory count) and `seconds`.
+        """See `Task.measure`. In addition to the scores of answers: whether the right passage was `found`,
+        `prompt_tokens` (including memory vectors) and `seconds`.
 
         Raises:
             TypeError: the model has no memory.
         """
         if not isinstance(answerer.model, PeftModel):
-            raise TypeError("rag measures an adapter and the backbone in it: it needs the method gradmem.")
+            raise TypeError("The task rag measures an adapter and its backbone, so it needs the method gradmem.")
         rows = self.rows(split)[:limit]
         texts, queries = [str(row["context"]) for row in rows], [str(row["queries"][0]) for row in rows]
         reads = [list(read) for read in by_words(texts, queries, states)]
@@ -90,19 +90,19 @@ class Rag(QuestionTask):
         )
 
     def _chain(self, chat: ChatGradMem, steps: int, texts: list[str]) -> Runnable[dict[str, Any], AIMessage]:
-        """The chain that answers, its documents written."""
+        """The chain that answers; writes the documents first."""
         question = f"{{context}}\n\n{{question}} {self.instruction}".strip()
         prompt = ChatPromptTemplate.from_messages([("human", question)])
         if self.read == "text":
             return RunnableLambda(_as_text) | prompt | chat
         compressor = GradMemCompressor.from_chat(chat, write_options=WriteOptions(steps=steps, last_loss=False))
         compressor.transform_documents([Document(text) for text in texts])
-        whole: Any = RunnableLambda(_as_it_is)  # and not its text alone, for the tokens that it took
+        whole: Any = RunnableLambda(_as_it_is)  # the message, not only its text, for its token counts
         return create_gradmem_stuff_chain(chat, prompt, compressor=compressor, output_parser=whole)
 
 
 def _as_text(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What LangChain's own chain puts into the prompt."""
+    """The documents' text, as LangChain's own chain puts it into the prompt."""
     return {**inputs, "context": "\n\n".join(document.page_content for document in inputs["context"])}
 
 

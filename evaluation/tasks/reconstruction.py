@@ -1,4 +1,4 @@
-"""Natural text: how much of a passage comes back from memory, and what memory is worth for the text that follows."""
+"""Natural text: how much of a passage comes back from memory, and how memory helps to predict what follows."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class Reconstruction(Task):
-    """The first passages of a text are written, decoded greedily from memory alone, and what follows them is predicted.
+    """The first passages of a text are written and decoded greedily from memory alone, and what follows is predicted.
 
     Args:
         text (`str`): a file, gzipped or not.
-        tokens (`int`, *optional*, defaults to `128`): of a passage.
-        passages (`int`, *optional*, defaults to `64`): one after another.
-        optimizer (`str`, *optional*): of WRITE, "sgd" or "adam"; None: the adapter's own.
-        lr (`float`, *optional*): of every write step; None: the adapter's own.
+        tokens (`int`, *optional*, defaults to `128`): the length of a passage.
+        passages (`int`, *optional*, defaults to `64`): the number of consecutive passages.
+        optimizer (`str`, *optional*): the write optimizer, "sgd" or "adam"; None: the adapter's own.
+        lr (`float`, *optional*): the write learning rate of every step; None: the adapter's own.
     """
 
     text: str
@@ -51,26 +51,26 @@ class Reconstruction(Task):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Passages and how they are written."""
+        """The passages, and how they are written."""
         return {"tokens": self.tokens, "passages": self.passages, "optimizer": self.optimizer, "lr": self.lr}
 
     def rows(self, split: str) -> Rows:
         """Raises `ValueError`: nothing is asked."""
-        raise ValueError("The task reconstruction is measured, not trained: train on plain_text.")
+        raise ValueError("The task reconstruction can only be measured. For training, use plain_text.")
 
     def measure(
         self, answerer: Answerer, split: str, *, states: int = 1, limit: int | None = None, seed: int = 0
     ) -> Measurement:
         """WRITE the passages, decode them, and predict each from the memory of the one before.
 
-        The latter is left out for a single passage, and where two do not fit into the model's positions.
+        The prediction is left out for a single passage, and if two passages exceed the model's positions.
 
         Raises:
             TypeError: the model has no memory states.
         """
         model = answerer.model
         if not isinstance(model, PeftModel):
-            raise TypeError("reconstruction asks what comes back from memory states: it needs the method gradmem.")
+            raise TypeError("The task reconstruction decodes memory states, so it needs the method gradmem.")
         texts = cut_passages(read_text(Path(self.text)), answerer.tokenizer, self.tokens, limit or self.passages)
         state = model.write_many(texts, progress=False, steps=answerer.steps, optimizer=self.optimizer, lr=self.lr)
         values = recited(model, texts, state)
@@ -80,12 +80,12 @@ class Reconstruction(Task):
 
 
 def recited(model: PeftModel, texts: Sequence[Passage], state: MemoryState) -> dict[str, Tensor]:
-    """What greedy decoding from the memory of each passage gives back, [n] each.
+    """How much greedy decoding from the memory of each passage gets back, [n] each.
 
     Returns:
-        greedy_tokens and greedy, the number and the share of tokens that are right, place by place; teacher_forced, the
-        share that are the first choice given the true ones before (which flatters); whole, whether there is no
-        mistake; write_loss after the last write step, nats a token.
+        greedy_tokens and greedy, the number and the share of tokens that are right at their positions; teacher_forced,
+        the share that are the first choice given the true tokens before them (which flatters); whole, whether there is
+        no mistake; write_loss after the last write step, in nats per token.
     """
     parts = [model.fidelity(state[rows], *pad([texts[i] for i in rows], "right", 0)) for rows in _batches(len(texts))]
     greedy = torch.cat([part.greedy for part in parts])
@@ -103,21 +103,21 @@ def recited(model: PeftModel, texts: Sequence[Passage], state: MemoryState) -> d
 def predicted(model: PeftModel, texts: Sequence[tuple[Passage, Passage]], state: MemoryState) -> dict[str, Tensor]:
     """How well the second passage of each pair is predicted with the first in memory, without it, and as text.
 
-    All tokens of the second passage but its first count, for which there is nothing to predict it from without memory.
+    The first token of the second passage does not count: without memory there is nothing to predict it from.
 
     Args:
-        state: of the first passages.
+        state: the memory of the first passages.
 
     Returns:
-        next_memory, next_nothing and next_text, nats a token, [n] each: perplexity is their exponential.
+        next_memory, next_nothing and next_text, in nats per token, [n] each: perplexity is their exponential.
 
     Raises:
-        ValueError: a second passage has fewer than two tokens, so none that counts; the message names the pair.
+        ValueError: a second passage has fewer than two tokens; the message names the pair.
     """
     for i, (_, second) in enumerate(texts):
         if len(second) < 2:
             raise ValueError(
-                f"The second passage of pair {i} has {counted(len(second), 'token')}; at least 2 are needed."
+                f"The second passage of pair {i} must have at least 2 tokens, got {counted(len(second), 'token')}."
             )
     losses: dict[str, list[Tensor]] = {"next_memory": [], "next_nothing": [], "next_text": []}
     for rows in _batches(len(texts)):
@@ -135,7 +135,7 @@ def _batches(count: int, size: int = 16) -> Iterator[list[int]]:
 
 
 def _nats(model: PeftModel, rows: Sequence[Passage], begin: Sequence[int], memory: MemoryState | None = None) -> Tensor:
-    """[B] mean loss of the tokens of each row after the one at `begin`."""
+    """[B] mean losses of the tokens of each row after the one at `begin`."""
     ids, mask = (tensor.to(model.device) for tensor in pad(rows, "right", 0))
     logits = model(input_ids=ids, attention_mask=mask, memory=memory).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")

@@ -16,17 +16,17 @@ _WORD = re.compile(r"\w+")
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class ShortSquad(QuestionTask):
-    """Sentences with the questions that they answer; of several that hold an answer, the one most like the question."""
+    """Sentences with the questions that they answer; of several that hold it, the one most similar to the question."""
 
     name = "short_squad"
 
     @property
     def dataset(self) -> str:
-        """The last part of the source, said to be sentences."""
+        """The last part of the source, marked as sentences."""
         return f"{super().dataset}, sentences"
 
     def rows(self, split: str) -> Rows:
-        """See `Task.rows`; a question whose answer lies in no single sentence is left out."""
+        """See `Task.rows`; questions whose answer is not within one sentence are left out."""
         return group(_short(super().rows(split)))
 
 

@@ -59,7 +59,7 @@ def test_measure(tmp_path):
     assert (
         len(config.tasks[0].measure(answerer, "test", limit=10_000).answers) >= 16
     )  # a limit, and no number to be met
-    with pytest.raises(ValueError, match=r"'test' of .* one passage alone is taken\. .*--limit"):
+    with pytest.raises(ValueError, match=r"only one of the split 'test' of .*--limit"):
         config.tasks[0].measure(answerer, "test", limit=1)
 
 

@@ -73,13 +73,13 @@ def test_the_same_facts_come_once_with_the_questions_of_all_their_rows():
 
 def test_data_of_another_kind_are_refused():
     row = {"context": "Ann went to the hall.", "query": "Where is Ann?", "target": "attic"}
-    with pytest.raises(ValueError, match="say 'hall' to 'Where is Ann\\?', and its answer is 'attic'"):
+    with pytest.raises(ValueError, match="the answer to 'Where is Ann\\?' is 'hall', not 'attic'"):
         with_every_question([row], 1)
-    with pytest.raises(ValueError, match="say 'nothing' to 'Why\\?'"):
+    with pytest.raises(ValueError, match="the answer to 'Why\\?' is 'nothing'"):
         with_every_question([row | {"query": "Why?"}], 1)
-    with pytest.raises(ValueError, match=r"bAbI tasks \(1, 2, 5\), not for 4"):
+    with pytest.raises(ValueError, match=r"bAbI tasks \(1, 2, 5\), got 4"):
         with_every_question([row], 4)
-    with pytest.raises(ValueError, match=r"bAbI tasks \(1, 2, 5\), not for 4"):
+    with pytest.raises(ValueError, match=r"bAbI tasks \(1, 2, 5\), got 4"):
         Babi(source="data", number=4, every_question=True)
 
 

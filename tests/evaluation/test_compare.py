@@ -75,10 +75,10 @@ def test_an_answer_may_hold_what_some_take_for_the_end_of_a_line(tmp_path):
 def test_what_cannot_be_compared_is_said(tmp_path):
     first = file(tmp_path / "a.jsonl", [answer(0.5), answer(0.7)])
     for content, message in (
-        ([answer(0.5)], "not the same questions: 2 of one, 1 of the other"),
-        ([answer(0.5), answer(0.5, query="Where?")], "not the same questions"),
+        ([answer(0.5)], "different questions: 2 and 1"),
+        ([answer(0.5), answer(0.5, query="Where?")], "different questions"),
         ([answer(0.5, split="valid")], "have no data set, split and number of states"),
-        ([{"f1": 1}], "is no file of answers: an answer has no dataset"),
+        ([{"f1": 1}], "is not a file of answers: an answer has no dataset"),
     ):
         second = file(tmp_path / "b.jsonl", content)
         run = CliRunner().invoke(app, ["compare", str(first), str(second)])
@@ -86,7 +86,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
         assert message in " ".join(run.output.split())
         with pytest.raises(ValueError, match=message.split(":")[0]):
             compare(first, second)
-    with pytest.raises(ValueError, match="is no file of answers"):
+    with pytest.raises(ValueError, match="is not a file of answers"):
         load_answers(file(tmp_path / "c.jsonl", ["text"]))
 
 

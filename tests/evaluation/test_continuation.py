@@ -53,5 +53,5 @@ def test_refused():
     )
     with pytest.raises(TypeError, match="needs the method gradmem"):
         Continuation(text=str(TEXT)).measure(Answerer(tiny(), tiny_tokenizer(), run, steps=0), "test")
-    with pytest.raises(ValueError, match="measured, not trained"):
+    with pytest.raises(ValueError, match="can only be measured"):
         Continuation(text=str(TEXT)).rows("train")

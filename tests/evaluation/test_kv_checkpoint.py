@@ -86,9 +86,9 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pairs", "4,x"], "--pairs takes integers"),
+        (["--pairs", "4,x"], "--pairs must be integers"),
         (["--pairs", "0"], "pairs"),
-        (["--steps", "-1"], "cannot be negative"),
+        (["--steps", "-1"], "must not be negative"),
         (["--device", "abacus"], "no device 'abacus'"),
         (["--pairs", "200"], "tokens, and at most"),
         (["--only", "babi 2"], "no data set babi 2; there are pairs"),

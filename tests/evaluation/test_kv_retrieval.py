@@ -73,8 +73,8 @@ def test_tokenizer_gives_one_token_per_character_and_back():
     ("make", "message"),
     [
         (lambda: KVRetrieval(pairs=0), "pairs"),
-        (lambda: KVRetrieval(pairs=4000), "4000 unique keys do not exist"),
-        (lambda: Mix(max_pairs=3, min_pairs=4, contexts=1, queries=1), "min_pairs must lie in 1 to max_pairs"),
+        (lambda: KVRetrieval(pairs=4000), "number of unique keys, got 4000"),
+        (lambda: Mix(max_pairs=3, min_pairs=4, contexts=1, queries=1), "min_pairs must be from 1 to max_pairs"),
         (lambda: KVRetrieval().batches(0, ()), "at least one stage"),
     ],
 )

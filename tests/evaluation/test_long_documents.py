@@ -68,7 +68,7 @@ def test_how_well_pieces_were_found_counts_where_each_is_asked_by_itself(measure
 def test_segments_are_as_long_as_the_adapter_writes_by_default(measure):
     assert 8 < measure(states=2).facts["context_tokens"] <= 12
     assert measure(segment_tokens=7).facts["context_tokens"] <= 7
-    with pytest.raises(ValueError, match="need segment_tokens"):
+    with pytest.raises(ValueError, match="set segment_tokens"):
         measure(method="full_context")
 
 
@@ -103,7 +103,7 @@ def test_one_state_for_an_article(measure):
 
 @pytest.mark.parametrize("options", [{"chosen": "right"}, {"pieces": "whole"}, {"pieces": "sequential"}])
 def test_there_is_one_right_piece_and_one_whole(measure, options):
-    with pytest.raises(ValueError, match="cannot be asked of 2"):
+    with pytest.raises(ValueError, match="use 1 state, not 2"):
         measure(states=2, **options)
 
 

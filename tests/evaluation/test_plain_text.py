@@ -68,7 +68,7 @@ def test_a_gzipped_text_is_read_and_a_short_one_refused(tmp_path):
     (row,) = PlainText(source=str(tmp_path)).rows("train")
     assert row["context"].split() == words(SHORTEST)
     (tmp_path / "valid.txt").write_text("too short\n")
-    with pytest.raises(ValueError, match=f"has 1 text, and none of {SHORTEST} words"):
+    with pytest.raises(ValueError, match=f"has 1 text, but none with {SHORTEST} words"):
         PlainText(source=str(tmp_path)).rows("valid")
     with pytest.raises(FileNotFoundError, match=r"has no test\.jsonl"):
         PlainText(source=str(tmp_path)).rows("test")

@@ -45,7 +45,7 @@ def test_squads_own_files(tmp_path):
         {"context": "In Paris.", "queries": ["Where?"], "targets": ["Paris"], "answers": [["Paris", "the city"]]}
     ]
     (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a file in SQuAD's form"):
+    with pytest.raises(ValueError, match="not in SQuAD's format"):
         qa_rows(tmp_path, "bad")
 
 
@@ -73,21 +73,21 @@ def test_known_forms(record, answers):
 
 
 def test_unknown_forms_and_missing_files(own):
-    with pytest.raises(ValueError, match="fields text, label; needed are a context"):
+    with pytest.raises(ValueError, match="fields text, label, but needs a context"):
         parse({"text": "c", "label": 1})
-    with pytest.raises(ValueError, match="needed are a context"):
+    with pytest.raises(ValueError, match="but needs a context"):
         parse({"context": "c", "question": "q"})
     (own / "texts.jsonl").write_text('{"passage": "c"}\n{"passage": "d"}\n{"passage": "c"}\n')
     assert contexts(own, "texts") == ["c", "d"]
     (own / "texts.jsonl").write_text('{"text": "c"}\n')
-    with pytest.raises(ValueError, match="fields text; needed is a context"):
+    with pytest.raises(ValueError, match="fields text, but needs a context"):
         contexts(own, "texts")
-    with pytest.raises(ValueError, match="fields span; needed is text"):
+    with pytest.raises(ValueError, match="fields span, but needs text"):
         parse({"context": "c", "question": "q", "answers": {"span": [0, 3]}})
     with pytest.raises(FileNotFoundError, match=r"It has test\.jsonl"):
         qa_rows(own, "train")
     (own / "blind.jsonl").write_text('{"context": "c", "question": "q", "answer": ""}\n')
-    with pytest.raises(ValueError, match=r"No question .* has an answer in its split 'blind'"):
+    with pytest.raises(ValueError, match=r"No question in the split 'blind' .* has an answer"):
         qa_rows(own, "blind")
 
 
@@ -162,7 +162,7 @@ def test_babi_on_the_hub(monkeypatch):
     with pytest.raises(ValueError, match="'q' has no answer"):
         babi_rows("some/babi", 2, "test")
     del found[0]["task"]
-    with pytest.raises(ValueError, match="no column task; it has passage, question, answer"):
+    with pytest.raises(ValueError, match="no column 'task'; its columns are passage, question, answer"):
         babi_rows("some/babi", 1, "test")
 
 
@@ -193,7 +193,7 @@ def test_distractors():
     assert reads == distractors([0, 1, 2, 2], 5, 3, seed=0)
     assert {row.index(7) for row in distractors([7] * 50, 9, 4, seed=0)} == {0, 1, 2, 3}
     assert distractors([3], 9, 1, seed=0) == [[3]]
-    with pytest.raises(ValueError, match="Got 2 contexts; a"):
+    with pytest.raises(ValueError, match="Got 2 contexts, but questions"):
         distractors([0], 2, 3, seed=0)
 
 

@@ -163,18 +163,18 @@ def test_two_answers_must_agree(folder, writer, tmp_path, monkeypatch):
 def test_what_cannot_be_written(folder, writer, tmp_path):
     (tmp_path / "there.jsonl").touch()
     for output, arguments, message in (
-        (tmp_path / "train.txt", [], "to a .jsonl or .jsonl.gz file"),
+        (tmp_path / "train.txt", [], "must be a .jsonl or .jsonl.gz file"),
         (tmp_path / "there.jsonl", [], "exists"),
         (tmp_path / "no" / "train.jsonl", [], "There is no directory"),
-        (tmp_path / "train.jsonl", ["--kind", "poem"], "knows texts of the kinds story, got 'poem'"),
+        (tmp_path / "train.jsonl", ["--kind", "poem"], "was trained on texts of the kinds story, got 'poem'"),
         (tmp_path / "train.jsonl", ["--longest", 3], "has no passage of at most 3 tokens"),
         (tmp_path / "train.jsonl", ["--limit", 1, "--support", 0], "No question is left"),
     ):
         result = write(writer, folder, output, *arguments)
         assert (result.exit_code, message in " ".join(result.output.split())) == (2, True), result.output
-    assert "does not write questions" in write(folder / "backbone", folder, tmp_path / "other.jsonl").output
+    assert "is not a writer of questions" in write(folder / "backbone", folder, tmp_path / "other.jsonl").output
     assert "seed differs" in train(folder, "--seed", 1).output
-    assert "as story=data" in command("train", "data/squad", "--output", tmp_path / "run").output
+    assert "such as story=data" in command("train", "data/squad", "--output", tmp_path / "run").output
 
 
 def test_batches_of_a_writers_training():

@@ -82,17 +82,17 @@ def test_settings_take_the_place_of_fields(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": {"name": "magic"}}, "method's name must be one of extractive, forward_memory, .*got 'magic'"),
+        ({"method": {"name": "magic"}}, "name of a method must be one of extractive, forward_memory, .*got 'magic'"),
         ({"method": {"name": "full_context", "dtype": "bfloat16"}}, "dtype"),
         ({"tasks": []}, "tasks"),
         ({"tasks": [{"name": "passages"}]}, "source"),
-        ({"tasks": [{"name": "riddles"}]}, "task's name must be one of answerable, babi"),
-        ({"tasks": [{"name": "babi", "source": "x", "number": 4, "every_question": True}]}, "not for 4"),
+        ({"tasks": [{"name": "riddles"}]}, "name of a task must be one of answerable, babi"),
+        ({"tasks": [{"name": "babi", "source": "x", "number": 4, "every_question": True}]}, "got 4"),
         ({"stepz": 3}, "stepz"),
         ({"memory": {"slots": 3}}, "memory has no field slots"),
         ({"batches": {"bucket": [3]}}, "batches has no field bucket"),
         ({"training": {"lr": 3}}, "training has no field lr"),
-        ({"training": {"write_steps": [0, 1]}}, "after which memory knows nothing of the context"),
+        ({"training": {"write_steps": [0, 1]}}, "with which memory knows nothing of the context"),
         ({"evaluation": {"write_steps": [-1]}}, "write_steps"),
     ],
 )

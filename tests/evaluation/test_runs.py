@@ -130,7 +130,7 @@ def test_a_run_with_a_teacher(folder, tmp_path):
     curve = [json.loads(line) for line in (tmp_path / "student" / "learning_curve.jsonl").read_text().splitlines()]
     assert [line["step"] for line in curve] == [2, 4, 6, 6]
     assert all(line["distillation_loss"] > 0 for line in curve[:3])
-    with pytest.raises(ValueError, match="was made by gradmem"):
+    with pytest.raises(ValueError, match="is of gradmem"):
         load_teacher(qa_config(folder, teacher=str(tmp_path / "student" / "checkpoint")), torch.float32)
 
 
@@ -185,7 +185,7 @@ def test_the_directory_of_another_run_is_refused(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(ValueError, match="a run by another configuration: memory, training differ"):
         train(kv_config(memory={"num_memory_tokens": 2}, training={"seed": 3}), tmp_path, CPU)
-    with pytest.raises(FileNotFoundError, match=r"no model trained by a recipe.*`gradmem train` makes is measured by"):
+    with pytest.raises(FileNotFoundError, match=r"no model trained by a recipe.*`gradmem train` measures its"):
         load_model(tmp_path / "nothing")
 
 

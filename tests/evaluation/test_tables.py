@@ -70,7 +70,7 @@ def test_blocks_are_filled_and_checked(tmp_path, monkeypatch):
     page.write_text("<!-- table: none -->\n<!-- /table -->\n")
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
-    assert "a block for the table 'none'" in " ".join(result.stderr.split())
+    assert "a block for the unknown table 'none'" in " ".join(result.stderr.split())
 
 
 def test_cells():

@@ -88,7 +88,7 @@ def test_near_questions_are_an_option_of_passages(monkeypatch):
     assert task.settings == {"unanswerable": 0.4, "nearby": True}
     for rows, near in ((task.rows("test"), 1.0), (task.training_rows(), 0.5)):
         assert rows == with_unanswerable(passages(800), 0.4, near)
-    with pytest.raises(ValueError, match="give unanswerable a share"):
+    with pytest.raises(ValueError, match="set unanswerable to their share"):
         Passages(source="data/squad", nearby=True)
 
 
@@ -98,10 +98,10 @@ def test_one_passage_has_no_other(monkeypatch, nearby):
     monkeypatch.setattr("evaluation.tasks.base.qa_rows", lambda *_, **__: passages(3))
     task = Passages(source="data/squad", unanswerable=0.3, nearby=nearby, joined=200)
     assert len(task.rows("test")) == 3
-    with pytest.raises(ValueError, match=r"the split 'train' of 'data/squad' makes one context alone\. .*join fewer"):
+    with pytest.raises(ValueError, match=r"the split 'train' of 'data/squad' makes only one context\. .*join fewer"):
         task.training_rows()  # all passages are one context
     monkeypatch.setattr("evaluation.tasks.base.qa_rows", lambda *_, **__: passages(1))
-    with pytest.raises(ValueError, match=r"the split 'valid' .* Give it more passages"):
+    with pytest.raises(ValueError, match=r"the split 'valid' .* Add passages"):
         task.rows("valid")
     assert Passages(source="data/squad").rows("valid") == passages(1)
 
