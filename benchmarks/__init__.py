@@ -1,1 +1,1 @@
-"""What things cost, each beside a textbook reference in the same process: `python -m benchmarks.<name> --help`."""
+"""Time and memory, compared with a textbook reference in the same process: `python -m benchmarks.<name> --help`."""

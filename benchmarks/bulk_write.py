@@ -1,13 +1,13 @@
-"""Texts written into a memory store per second, by one process or by several that share them out.
+"""Texts per second written into a memory store, by one process or by several that share them.
 
     python -m benchmarks.bulk_write [--texts 2000] [--words 60 250] [--compile plain]
     torchrun --nproc_per_node 2 -m benchmarks.bulk_write
     accelerate launch --num_processes 2 -m benchmarks.bulk_write      (on a machine with two GPUs)
 
-The work is what `gradmem write rows.jsonl --store DIR` does: JSON lines are read and cut, written in batches, and each
-state lands in the index. A clock runs from when every process is ready until the last one is done, over texts that no
-store has yet. Before that each process writes as many of other texts, so that nothing is compiled or captured while it
-runs. With random weights a word is a token.
+The work is that of `gradmem write rows.jsonl --store DIR`: JSON lines are read, cut, written in batches, and stored
+with the index. Time is measured from when all processes are ready until the last one is done, on texts that are not
+stored yet. Before that, each process writes as many other texts, so that nothing is compiled or captured during the
+measurement. With random weights, each word is a token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LR = 0.03
 
 
 def write_rows(path: Path, args: argparse.Namespace, seed: int) -> None:
-    """JSON lines of random words, the same for the same seed."""
+    """Write JSON lines of random words, the same for the same seed."""
     draw = random.Random(seed)
     with path.open("w") as file:
         for _ in range(args.texts):
@@ -47,7 +47,7 @@ def write_rows(path: Path, args: argparse.Namespace, seed: int) -> None:
 
 
 def tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The model's own; of random weights one that knows the words."""
+    """The model's own tokenizer; for random weights, one that knows the words."""
     if args.model != "random":
         return load_backbone(args.model)[1]
     words = ["<pad>", *(f"w{i}" for i in range(args.vocabulary))]
@@ -57,7 +57,7 @@ def tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
 
 
 def measure(pipeline: GradMemPipeline, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Texts, segments and tokens that all processes together write in a second. Each has to call this."""
+    """Texts, segments and tokens per second, summed over all processes. Each process must call this."""
     options = WriteOptions(compile=COMPILE[args.compile])
     with tempfile.TemporaryDirectory() as own:
         for part in ("warm-up", "measured"):
@@ -68,16 +68,16 @@ def measure(pipeline: GradMemPipeline, folder: Path, args: argparse.Namespace) -
             start = time.perf_counter()
             store, inputs = MemoryStore(folder / part), Inputs([str(rows)])
             counts = write_to_store(store, pipeline, inputs, args.segment_tokens, options=options)
-            seconds = time.perf_counter() - start  # all have counted together
+            seconds = time.perf_counter() - start  # counting has synchronised all processes
             if inputs.refused or not counts["segments"] == counts["written"] == len(store):
-                raise RuntimeError(f"Of {counts} the store has {len(store)}; refused: {inputs.refused[:3]}.")
+                raise RuntimeError(f"Expected {counts}, but the store has {len(store)}; refused: {inputs.refused[:3]}.")
     return {f"{name}_per_second": counts[name] / seconds for name in ("documents", "segments", "tokens")}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "bulk_write")
     parser.add_argument("--texts", type=int, default=2000)
-    parser.add_argument("--words", type=int, nargs=2, default=[60, 250], help="fewest and most of a text")
+    parser.add_argument("--words", type=int, nargs=2, default=[60, 250], help="fewest and most words in a text")
     parser.add_argument("--segment-tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--memory", type=int, default=64, help="memory vectors")
@@ -97,10 +97,10 @@ def main(argv: list[str] | None = None) -> None:
                 processes=processes.num_processes, texts=args.texts, words=args.words,
             )  # fmt: skip
             if "error" in record.facts:
-                raise SystemExit(1)  # by which torchrun ends those that wait for this one
+                raise SystemExit(1)  # lets torchrun stop processes that wait for this one
         else:
             run()
-        processes.wait_for_everyone()  # before the folder goes
+        processes.wait_for_everyone()  # before the folder is deleted
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Finding the state that a question needs: how often it is among the k chosen, and how long that takes.
+"""Choosing the state that a question needs: how often it is among the k chosen states, and how long choosing takes.
 
     python -m benchmarks.choose data/squad [--states 2067 10000] [--k 1 4] [--embedding] [--questions 1000]
 
-The states are those of the passages of the test split, with the passages of the training split behind them where there
-are to be more; their vectors are not looked at, and not written. Every question of the test split is asked, or so many
-spread over it. With `--embedding` all-MiniLM-L6-v2 counts beside the words.
+There is a state for each passage of the test split, and for passages of the training split if more states are needed;
+their vectors are neither read nor written. Every question of the test split is asked, or `--questions` spread evenly
+over it. With `--embedding`, all-MiniLM-L6-v2 is used in addition to the words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MINILM = Embedding("all-MiniLM-L6-v2", embed)
 
 
 def measure(passages: Sequence[str], questions: Sequence[tuple[str, int]], args: Namespace) -> dict[str, float]:
-    """Shares of questions, each with the number of its passage, and times of one choice in milliseconds."""
+    """Shares of questions whose passage is among the chosen ones, and the time of one choice in milliseconds."""
     embedding = MINILM if args.embedding else None
     with tempfile.TemporaryDirectory() as folder:
         index = Index(Path(folder))
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "choose")
     parser.add_argument("source", help="a directory or a dataset, as evaluation/README.md describes them")
     parser.add_argument("--states", type=int, nargs="+", default=[2067, 10_000])
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 4], help="how many states are chosen")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 4], help="how many states to choose")
     parser.add_argument("--embedding", action="store_true")
-    parser.add_argument("--questions", type=int, help="so many, spread over all")
+    parser.add_argument("--questions", type=int, help="how many to ask, spread over all; default: all")
     args = parser.parse_args(argv)
     rows = qa_rows(args.source, "test")
     questions = [(str(query), i) for i, row in enumerate(rows) for query in row["queries"]]

@@ -1,4 +1,4 @@
-"""What all benchmarks share: models, tokens, measuring, and records of what was measured."""
+"""Shared by all benchmarks: models, tokens, measuring, and records of measurements."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """An argument parser with the options of every benchmark."""
     result = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,12 +45,12 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
         "--model",
         default="random",
         help="a name on the hub, a directory or package:<package>/<file>.gguf; 'random': a shape with random weights "
-        "(what things cost does not depend on the weights)",
+        "(time and memory do not depend on the weights)",
     )
-    result.add_argument("--shape", choices=SHAPES, default=DEFAULT, help="of a random model")
-    result.add_argument("--layers", type=int, help="of a random model, to try the benchmark out")
+    result.add_argument("--shape", choices=SHAPES, default=DEFAULT, help="the shape of a random model")
+    result.add_argument("--layers", type=int, help="layers of a random model, to try a benchmark out")
     result.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result files")
-    result.add_argument("--repeats", type=int, default=5, help="calls that are timed")
+    result.add_argument("--repeats", type=int, default=5, help="timed calls")
     return result
 
 
@@ -70,7 +70,7 @@ def backbone(args: argparse.Namespace, attention: str = "sdpa") -> PreTrainedMod
 
 
 def adapter(args: argparse.Namespace, **options: Any) -> tuple[GradMemPeftModel, PreTrainedModel]:
-    """That model with an adapter of `--memory` vectors, and the backbone in it."""
+    """The model of `backbone` with an adapter of `--memory` vectors, and the backbone in it."""
     model = backbone(args)
     torch.manual_seed(0)
     config = GradMemConfig(num_memory_tokens=args.memory, **options)
@@ -78,13 +78,13 @@ def adapter(args: argparse.Namespace, **options: Any) -> tuple[GradMemPeftModel,
 
 
 def random_tokens(model: PreTrainedModel, batch: int, length: int) -> Tensor:
-    """Token ids [batch, length]: what things cost does not depend on them, and they are the same in every run."""
+    """Token ids [batch, length], the same in every run: time and memory do not depend on them."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
 def fitting(lengths: Sequence[int], room: int) -> list[int]:
-    """The lengths as they stand, those beyond `room` cut to it."""
+    """The lengths, limited to `room` and without duplicates."""
     return list(dict.fromkeys(min(length, room) for length in lengths))
 
 
@@ -99,7 +99,7 @@ def synchronize(device: str) -> None:
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[dict[str, float]]:
-    """What was allocated at most beyond what there was, in GiB: of the GPU, or of this process (sampled)."""
+    """The peak memory beyond that at the beginning, in GiB: of the GPU, or of this process (sampled)."""
     gc.collect()
     result = {"peak_gib": float("nan")}
     if torch.device(device).type == "cuda":
@@ -129,11 +129,11 @@ def peak_memory(device: str) -> Iterator[dict[str, float]]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call costs.
+    """The cost of a call.
 
     Args:
         milliseconds (`float`): the median of the calls after the first ones.
-        first_milliseconds (`float`): the first call, with whatever is compiled or captured in it.
+        first_milliseconds (`float`): the first call, including compilation and capture.
         peak_gib (`float`): memory beyond what was allocated before the first call, over all calls.
     """
 
@@ -156,7 +156,7 @@ def measure(function: Callable[[], Any], device: str, repeats: int = 5, warm_up:
 
 
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """The rate of a large matrix product through PyTorch, in 10^12 floating-point operations a second."""
+    """The rate of a large matrix product in PyTorch, in 10^12 floating-point operations per second."""
     size = 8192 if torch.device(device).type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / 1e9 / measure(lambda: a @ b, device, repeats=10, warm_up=3).milliseconds
@@ -175,14 +175,14 @@ def record(
     write_steps: int | None = None,
     **settings: Any,
 ) -> Record:
-    """Measure, print, and append to `<results>/<task>.jsonl` at once: who stops a benchmark keeps what was measured.
+    """Measure, print, and append to `<results>/<task>.jsonl` at once, so that a stopped benchmark loses nothing.
 
     Args:
         args (`Namespace`): the options of `parser`.
-        task (`str`): what is measured, which names the file.
-        method (`str`): of what.
-        function (`Callable`): returns what was measured. Its errors are recorded: other records are still worth having.
-        memory_tokens, write_steps, settings: what makes it another measurement.
+        task (`str`): what is measured; also the name of the file.
+        method (`str`): the method that is measured.
+        function (`Callable`): measures. Its errors are recorded and do not stop the benchmark.
+        memory_tokens, write_steps, settings: what distinguishes this measurement from others.
     """
     metrics: dict[str, float | None] = {}
     facts = versions()
@@ -193,7 +193,7 @@ def record(
         facts["error"] = "out of memory"
     except Exception as error:
         facts["error"] = f"{type(error).__name__}: {str(error)[-200:]}"
-    if "error" in facts:  # not before: the traceback holds what did not fit
+    if "error" in facts:  # only now: until here, the traceback keeps tensors alive
         gc.collect()
         torch.cuda.empty_cache()
     result = Record(
@@ -209,7 +209,7 @@ def record(
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What tells runs apart: hardware, model, type, commit and date."""
+    """What distinguishes runs: hardware, model, dtype, commit and date."""
     cuda = torch.device(args.device).type == "cuda"
     commit = os.environ.get("GRADMEM_COMMIT") or _output("git", "rev-parse", "--short", "HEAD")
     return {
@@ -224,7 +224,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Of the libraries that decide what things cost."""
+    """Versions of the libraries that affect time and memory."""
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 

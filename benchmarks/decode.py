@@ -1,18 +1,18 @@
-"""Decoding from memory: into a cache that grows, as by default, and into a static one.
+"""Decoding from memory: with a growing cache, the default, and with a static one.
 
     python -m benchmarks.decode [--shape smollm2-1.7b] [--batch 64] [--tokens 64] [--memory 64]
 
-Each prompt has a memory state of its own, or all share one with `--one-state`; prefixes are kept from an earlier call.
-Into a static cache (`cache_implementation="static"`) steps are launched kernel by kernel ("static, step by step"), as
-one CUDA graph that each call captures ("static"), or after Transformers has compiled the model ("static, compiled",
-which takes a minute at first). On a CPU both of the first are the same, and nothing is compiled.
+Each prompt has its own memory state, or all share one with `--one-state`; prefixes are kept from an earlier call. With
+a static cache (`cache_implementation="static"`), steps are launched kernel by kernel ("static, step by step"), as one
+CUDA graph that each call captures ("static"), or after Transformers has compiled the model ("static, compiled", which
+takes a minute at first). On a CPU the first two are the same, and nothing is compiled.
 
-Metrics are of a whole call of `generate` that makes all its tokens: milliseconds, those of its first call, peak memory
-beyond the model, milliseconds a token (of all sequences together) without the time to the first one, and how far a call
-gives the tokens of another, "static, step by step": `same_tokens`, the share of them, and `same_until`, how many tokens
-all sequences have alike before the first that differs. Other kernels round otherwise, random weights have many logits
-that are nearly equal, and after a first other token all are others. What "static, step by step" has is of two equal
-calls: no way can be asked for more.
+The metrics are those of a whole call of `generate` that makes all its tokens: milliseconds, milliseconds of the first
+call, peak memory beyond the model, milliseconds per token (of all sequences together) without the time to the first
+one, and how well the tokens agree with those of "static, step by step": `same_tokens`, the share that is equal, and
+`same_until`, the number of tokens before the first difference in any sequence. Different kernels round differently,
+random weights have many nearly equal logits, and after a first difference all later tokens differ. For "static, step by
+step" itself, two equal calls are compared: no other way can agree better.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def measure(model: GradMemPeftModel, prompts: Tensor, way: str, args: argparse.Namespace) -> dict[str, float]:
-    """What one way of decoding costs, and whether it gives the tokens that it should."""
-    state = model.write(prompts[:1, :1] if args.one_state else prompts[:, :1], steps=0)  # what is in it costs nothing
+    """The cost of one way of decoding, and whether it gives the expected tokens."""
+    state = model.write(prompts[:1, :1] if args.one_state else prompts[:, :1], steps=0)  # content does not matter
 
     def generate(new: int, **options: Any) -> Tensor:
         found: Tensor = model.generate(prompts, memory=state, max_new_tokens=new, do_sample=False, **options)
@@ -59,12 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory", type=int, default=64, help="memory vectors")
     parser.add_argument("--query", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="prompts per call")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--one-state", action="store_true", help="all prompts read the same memory")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["default", REFERENCE, "static"])
     args = parser.parse_args(argv)
     model, backbone = common.adapter(args)
-    backbone.generation_config.eos_token_id = None  # each call makes all the tokens it is to
+    backbone.generation_config.eos_token_id = None  # never stop early
     model.prefix_cache.max_bytes = 2**32
     for batch in args.batch:
         prompts = common.random_tokens(backbone, batch, args.query)

@@ -1,16 +1,16 @@
-"""Requests answered from memory one by one, in a batch, and by an engine: how many a second, and how many tokens alike.
+"""Requests answered from memory one by one, in a batch, and by an engine: requests per second, and equal answers.
 
     gradmem export smollm2-135m-qa exported --gguf float32
     python -m benchmarks.engines exported --engine vllm --dtype bfloat16
 
-Run it where the engine is installed: `make test-engines` makes such environments. The ways to answer take turns in one
-process, so that other work on the machine slows all of them.
+Run it in an environment with the engine: `make test-engines` creates such environments. The ways to answer take turns
+in one process, so that other work on the machine slows all of them down.
 
-    requests_per_second: of 32 requests over 4 states, 24 tokens each, the median of the rounds. Engines choose their
-        threads by themselves; llama.cpp takes half of the cores.
-    same: of 50 questions on 10 texts, how many the way answers token for token as Transformers does in a batch, of the
-        same states and in the same type, over 24 tokens.
-    same_float32: how many as Transformers does in float32.
+    requests_per_second: for 32 requests on 4 states with 24 tokens each, the median of the rounds. Engines choose their
+        threads themselves; llama.cpp uses half of the cores.
+    same: of 50 questions on 10 texts, how many get the same 24 tokens as from Transformers in a batch, with the same
+        states and dtype.
+    same_float32: how many get the same tokens as from Transformers in float32.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.read.reader import Reader
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 0}
-"""Beyond the end of an answer, so that all ways have as much to do."""
+"""Ignore the end of an answer, so that all ways have the same work."""
 TIMED, TEXTS = 32, 4
 ASKED = 50
 
 
 def engine(args: argparse.Namespace, model: GradMemPeftModel) -> Reader:
-    """Who answers beside Transformers."""
+    """The engine's reader, to compare with Transformers."""
     if args.engine == "vllm":
         from vllm import LLM
 
@@ -56,7 +56,7 @@ def engine(args: argparse.Namespace, model: GradMemPeftModel) -> Reader:
 
 
 def prompts(pipeline: GradMemPipeline) -> tuple[list[Tensor], list[MemoryState]]:
-    """Questions in tokens, and the state of each; those on the same text share it, and with it what readers keep."""
+    """Questions as tokens, and the state of each. Those on the same text share its state, and what readers cache."""
     asked = [inputs for inputs, _ in requests(ASKED)]
     texts = [inputs["context"][0].page_content for inputs in asked]
     own = list(dict.fromkeys(texts))
@@ -66,13 +66,13 @@ def prompts(pipeline: GradMemPipeline) -> tuple[list[Tensor], list[MemoryState]]
 
 
 def new_tokens(output: Tensor) -> Tensor:
-    """The answers behind prompts, of the length that was asked for."""
+    """The answers after the prompts."""
     return output[:, -GREEDY["max_new_tokens"] :]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "engines")
-    parser.add_argument("exported", type=Path, help="what gradmem export made of the checkpoint")
+    parser.add_argument("exported", type=Path, help="the output of gradmem export for the checkpoint")
     parser.add_argument("--engine", choices=["vllm", "llama_cpp"], required=True)
     parser.add_argument("--checkpoint", default="smollm2-135m-qa")
     parser.set_defaults(repeats=2)
@@ -91,9 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     def one_by_one(rows: list[int]) -> Tensor:
         found = []
         for row in rows:
-            prompt, mask = pad(
-                [ids[row]], "left"
-            )  # a mask of ones, or end tokens within a prompt are taken for padding
+            prompt, mask = pad([ids[row]], "left")  # a mask of ones: otherwise end tokens in a prompt count as padding
             output = model.generate(prompt, attention_mask=mask, memory=memory[row], strict=False, **GREEDY)
             found.append(new_tokens(output))
         return torch.cat(found)

@@ -1,9 +1,9 @@
-"""How close the finite difference comes to the exact meta-gradient where the loss has kinks: routed experts, ReLU,
-activations in 8 bits. Small random models in float32, every weight trained.
+"""How close the finite difference comes to the exact meta-gradient if the loss has kinks: routed experts, ReLU,
+activations in 8 bits. The models are small and random, in float32, and all weights are trained.
 
     python -m benchmarks.kinks
 
-Cosine of the gradients over all weights with the exact one; the median and the lowest over seeds.
+Reports the cosine of the gradients over all weights with the exact one: the median and the lowest over seeds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16,
     },
 }  # fmt: skip
-"""Configurations by what they are called; what is before a comma is the model's type."""
+"""Configurations by name; the part before a comma is the model's type."""
 WAYS: dict[str, dict[str, Any]] = {
     "first order": {"meta_gradient": "first_order"},
     "finite difference": {"meta_gradient": "finite_difference"},
@@ -47,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def backbone(name: str, scale: float, seed: int) -> PreTrainedModel:
-    """A random model whose weights are so many times as large as Transformers makes them."""
+    """A random model with weights scaled relative to Transformers' initialisation."""
     torch.manual_seed(seed)
     kind, _, rounded = name.partition(", ")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **BACKBONES[name]))
@@ -61,13 +61,13 @@ def backbone(name: str, scale: float, seed: int) -> PreTrainedModel:
 
 
 def _rounded(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Inputs of a linear layer in 8 bits, a scale for each token; gradients pass as if they were not (LLM.int8)."""
+    """Round inputs of a linear layer to 8 bits with a scale per token; gradients pass unchanged, as in LLM.int8."""
     scale = inputs[0].abs().amax(-1, keepdim=True) / 127
     return (inputs[0] + ((inputs[0] / scale).round() * scale - inputs[0]).detach(),)
 
 
 def cosines(name: str, scale: float, seed: int, device: str) -> dict[str, float]:
-    """The cosine with the exact gradient, by way."""
+    """The cosine with the exact gradient for each of `WAYS`."""
     model = backbone(name, scale, seed).to(device)  # type: ignore[arg-type] # Transformers' own type of `to`
     config = GradMemConfig(num_memory_tokens=8, train_backbone=True, memory_init="vocab", write_lr=0.3)
     adapted = get_peft_model(model, config)
@@ -84,7 +84,7 @@ def cosines(name: str, scale: float, seed: int, device: str) -> dict[str, float]
 
 
 def over_seeds(values: list[float]) -> dict[str, float]:
-    """What is recorded of a cosine."""
+    """The recorded statistics of a cosine."""
     return {"cosine_median": statistics.median(values), "cosine_lowest": min(values)}
 
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "kinks")
     parser.set_defaults(dtype="float32")
     parser.add_argument("--backbones", nargs="*", default=list(BACKBONES), choices=BACKBONES)
-    parser.add_argument("--scales", type=float, nargs="*", default=[1, 4], help="of the weights")
+    parser.add_argument("--scales", type=float, nargs="*", default=[1, 4], help="scales of the weights")
     parser.add_argument("--seeds", type=int, default=8, help="how many models of each kind")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="The loss of .* has kinks")

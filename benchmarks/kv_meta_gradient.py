@@ -2,9 +2,9 @@
 
     python -m benchmarks.kv_meta_gradient --pairs 96 --write-steps 5
 
-Single gradients hardly tell: near the end of training those of different batches have little in common. So the means
-over many batches are compared, and what their noise adds to a squared length is taken off. A bias as long as the exact
-gradient stops training where the one cancels the other.
+Single gradients tell little: near the end of training, gradients of different batches have little in common. Therefore
+means over many batches are compared, and the contribution of noise to a squared length is subtracted. A bias as long as
+the exact gradient would stop training at the point where the two cancel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gradmem_adapter import load_checkpoint
 
 
 def length_of_mean(vectors: Sequence[Tensor]) -> float:
-    """The length of what independent vectors [P] are the mean of, plus noise; 0 where noise hides it."""
+    """The length of the common mean of independent noisy vectors [P]; 0 if noise hides it."""
     n = len(vectors)
     single = sum(float(v.square().sum()) for v in vectors)
     together = float(torch.stack(list(vectors)).sum(0).square().sum())
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="checkpoints/kv-retrieval")
     parser.add_argument("--pairs", type=int, default=96)
     parser.add_argument("--write-steps", type=int, default=5)
-    parser.add_argument("--contexts", type=int, default=4, help="of a batch")
+    parser.add_argument("--contexts", type=int, default=4, help="contexts per batch")
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--relative-steps", type=float, nargs="*", default=[0.03, 0.01])
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.meta_gradient --text wikitext.txt
 
-Cosine and ratio of lengths of the gradients over all weights.
+Reports the cosine and the ratio of lengths of the gradients over all weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gradmem_adapter.peft_model import get_peft_model
 
 
 class Gradients:
-    """Outer gradients of one batch by every way.
+    """Outer gradients of one batch, computed in every way.
 
     Args:
         args (`Namespace`): the options.
@@ -42,7 +42,7 @@ class Gradients:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def loss(self, steps: int) -> Tensor:
-        """The outer loss after so many write steps."""
+        """The outer loss after a number of write steps."""
         return self.model(
             input_ids=self.query, labels=self.query, context_input_ids=self.context, write_steps=steps
         ).loss
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         record("write", losses)
         record("exact float32 by the textbook", partial(compare, "textbook"))
         for name in STRATEGIES:
-            if name not in ("exact", "finite_difference"):  # what others are compared with, and what has steps to try
+            if name not in ("exact", "finite_difference"):  # the reference, and the one with several steps
                 record(f"{name.replace('_', ' ')} float32", partial(compare, name))
         record("double backward bf16 by the textbook", partial(compare, "textbook", bf16=True))
         record("exact bf16", partial(compare, "exact", bf16=True))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.read [--queries 16 64 256] [--batches 1 8 64]
 
-Each prompt has a memory state of its own. Against: the prompt alone ("plain"), and memory whose prefix is computed in
-each call ("memory") or kept from an earlier call ("kept prefix"). Time to first token is that of `generate` with one
-new token, and tokens per second are the new tokens of a whole call with `--new-tokens`.
+Each prompt has its own memory state. Compares the prompt alone ("plain") with memory whose prefix is computed in each
+call ("memory") or kept from an earlier call ("kept prefix"). Time to first token is the time of `generate` with one new
+token, and tokens per second count the new tokens of a whole call with `--new-tokens`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ WAYS = ("plain", "memory", "kept prefix")
 def measure(
     model: GradMemPeftModel, backbone: PreTrainedModel, way: str, length: int, batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """What one way of answering costs: `batch` prompts of `length` tokens, one memory state each."""
+    """The cost of one way of answering: `batch` prompts of `length` tokens, one memory state each."""
     query = common.random_tokens(backbone, batch, length)
     options: dict[str, Any] = {"do_sample": False}
     if way != "plain":
-        options["memory"] = model.write(query[:, :1], steps=0)  # what is in it does not change what it costs
+        options["memory"] = model.write(query[:, :1], steps=0)  # the content does not affect the cost
     model.prefix_cache.max_bytes = args.kept_mib * 2**20 if way == "kept prefix" else 0
 
     def cost(new: int) -> common.Cost:
@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[16, 64, 256], help="tokens of a prompt")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="prompts per call")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--kept-mib", type=int, default=64, help="the bound on kept prefixes")
+    parser.add_argument("--kept-mib", type=int, default=64, help="the most MiB of kept prefixes")
     args = parser.parse_args(argv)
     model, backbone = common.adapter(args)
-    backbone.generation_config.eos_token_id = None  # each call makes all the tokens it is to
+    backbone.generation_config.eos_token_id = None  # never stop early
     for length, batch, way in itertools.product(args.queries, args.batches, WAYS):
         common.record(
             args, "read", way, partial(measure, model, backbone, way, length, batch, args),

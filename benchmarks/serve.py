@@ -1,19 +1,18 @@
-"""Load on `gradmem serve`: how fast it answers, and whether it stays right under everything that clients do.
+"""Load on `gradmem serve`: how fast it answers, and whether it stays correct whatever clients do.
 
     python -m benchmarks.serve checkpoints/smollm2-135m-qa [--clients 1 8 32] [--seconds 20] [--stress 600]
 
-The server is a process of its own on this machine. First each number of clients asks for so many seconds, one question
-after the other. Then, with `--stress`, clients of three tenants write, read, stream, list and delete for so many
-seconds, and between that send wrong keys, ask for others' memories and for states that are not finite, send bodies that
-are too long, cancel requests and drop connections. At its end the server is killed by SIGKILL in the midst of that and
-started again.
+The server is a separate process on this machine. First, each number of clients asks one question after another for
+`--seconds`. Then, for `--stress` seconds, clients of three tenants write, read, stream, list and delete; in between
+they send wrong keys, ask for other tenants' memories and for states that are not finite, send bodies that are too long,
+cancel requests and drop connections. Finally, the server is killed by SIGKILL under this load and started again.
 
-    requests_per_second, p50_ms, p95_ms: of whole answers.
-    errors: answers with another status than the request should have.
-    wrong: answers that are not what the same question got when it was asked alone.
-    crossed: memories of another tenant that were shown.
-    lost: memories that were written and are not there, after the kill too.
-    growth_mib: resident memory of the server at the end beyond that after a third of the time.
+    requests_per_second, p50_ms, p95_ms: for whole answers.
+    errors: answers with an unexpected status.
+    wrong: answers that differ from the answer to the same question asked alone.
+    crossed: memories that were shown to another tenant.
+    lost: memories that were written but are missing, also after the kill.
+    growth_mib: growth of the server's resident memory since a third of the time.
 """
 
 from __future__ import annotations
@@ -54,11 +53,11 @@ SHORT_TIMEOUT = 0.05
 
 @dataclass
 class Server:
-    """`gradmem serve` in a process of its own.
+    """`gradmem serve` in a separate process.
 
     Args:
         checkpoint (`str`): a directory with an adapter.
-        folder (`Path`): for its store and keys.
+        folder (`Path`): the folder for its store and keys.
     """
 
     checkpoint: str
@@ -67,7 +66,7 @@ class Server:
     url: str = ""
 
     async def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server and wait until it answers."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -87,16 +86,16 @@ class Server:
         raise RuntimeError((self.folder / "log").read_text()[-2000:])
 
     def client(self, tenant: str) -> httpx.AsyncClient:
-        """One that has a tenant's key."""
+        """A client with a tenant's key."""
         headers = {"Authorization": f"Bearer {KEYS[tenant]}"}
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=600)
 
     def memory(self) -> int:
-        """Resident bytes."""
+        """The server's resident memory in bytes."""
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """End it by a signal."""
+        """Stop the server with a signal."""
         self.process.send_signal(number)
         self.process.wait()
 
@@ -114,12 +113,12 @@ async def running(checkpoint: str) -> AsyncIterator[Server]:
 
 
 async def model_of(client: httpx.AsyncClient) -> str:
-    """The name that is asked for."""
+    """The name of the served model."""
     return str((await client.get("/v1/models")).json()["data"][0]["id"])
 
 
 async def ask(client: httpx.AsyncClient, model: str, memory: Any, question: str, **more: Any) -> httpx.Response:
-    """A question, greedily."""
+    """Ask a question, with greedy decoding."""
     body = {"model": model, "prompt": question, "memory": memory, "max_tokens": 8}
     return await client.post("/v1/completions", json=body | more)
 
@@ -129,12 +128,12 @@ def said(response: httpx.Response) -> str:
 
 
 async def write(client: httpx.AsyncClient, text: str) -> str:
-    """The id of a text's memory."""
+    """Write a text; returns the id of its memory."""
     return str((await client.post("/v1/memories", json={"text": text})).raise_for_status().json()["id"])
 
 
 async def throughput(server: Server, clients: int, seconds: float) -> dict[str, float]:
-    """Clients that ask one question after the other."""
+    """Let clients ask one question after another."""
     times, counts = [], Counter[str]()
     async with server.client("anna") as client:
         model, asked = await model_of(client), requests(20)
@@ -165,12 +164,12 @@ async def throughput(server: Server, clients: int, seconds: float) -> dict[str, 
 
 
 class Tenant:
-    """A tenant's clients under stress, what they know, and what went wrong.
+    """A tenant's clients under stress, and what they expect.
 
     Args:
-        name (`str`): whose.
-        server (`Server`): who is asked.
-        counts (`Counter`): of what was done and what went wrong.
+        name (`str`): the tenant.
+        server (`Server`): the server.
+        counts (`Counter`): counts what was done and what went wrong.
     """
 
     def __init__(self, name: str, server: Server, counts: Counter[str]) -> None:
@@ -178,17 +177,17 @@ class Tenant:
         self.client = server.client(name)
         self.model = ""
         self.kept: dict[tuple[str, str], str] = {}
-        """What questions about memories that stay were answered with, each asked alone."""
+        """The answers to questions about permanent memories, each asked alone."""
         self.own: set[str] = set()
-        """Every memory that it ever wrote."""
+        """Every memory that this tenant ever wrote."""
         self.passing: set[str] = set()
-        """Of these, those that are written and may be deleted."""
+        """The ones of these that are stored and may be deleted."""
         self.number = 0
         self.spoiled = ""
-        """A memory whose vectors on the disk are not finite."""
+        """A memory whose vectors on disk are not finite."""
 
     async def prepare(self) -> None:
-        """Write what stays, and ask about it while nobody else does."""
+        """Write the permanent memories, and ask about them while no other client does."""
         self.model = await model_of(self.client)
         for inputs, _ in requests(6):
             text = f"{inputs['context'][0].page_content} {self.name} wrote this."
@@ -206,7 +205,7 @@ class Tenant:
             files.write_file(path, tensors, entries)
 
     def expect(self, response: httpx.Response, *status: int) -> bool:
-        """Whether a response has one of the statuses that it should have; 429 is one everywhere."""
+        """Whether a response has one of the expected statuses; 429 is never an error."""
         if response.status_code not in (*status, 429):
             self.counts["errors"] += 1
             print(response.request.method, response.request.url.path, response.status_code, response.text, flush=True)
@@ -256,7 +255,7 @@ class Tenant:
         self.expect(await self.client.get("/v1/memories", headers=headers), 401)
 
     async def too_long(self, draw: random.Random, other: Tenant) -> None:
-        with suppress(httpx.WriteError, httpx.ReadError):  # the connection may end before all of it is sent
+        with suppress(httpx.WriteError, httpx.ReadError):  # the server may close the connection early
             self.expect(await self.client.post("/v1/memories", json={"text": "w " * BODY_BYTES}), 413)
 
     async def not_finite(self, draw: random.Random, other: Tenant) -> None:
@@ -280,7 +279,7 @@ class Tenant:
         writer.transport.abort()
 
     async def check(self) -> None:
-        """Count what is lost or answered otherwise, with nobody else asking."""
+        """Count lost memories and wrong answers, while no other client asks."""
         response = await self.client.get("/v1/memories", params={"limit": 1000})
         shown = {one["id"] for one in response.json()["data"]}
         self.counts["lost"] += len(({identity for identity, _ in self.kept} | self.passing) - shown)
@@ -294,11 +293,11 @@ ACTIONS: dict[Action, int] = {
     Tenant.read: 6, Tenant.stream: 4, Tenant.write: 3, Tenant.delete: 2, Tenant.list: 1, Tenant.another_s: 1,
     Tenant.wrong_key: 1, Tenant.too_long: 1, Tenant.not_finite: 1, Tenant.cancelled: 2, Tenant.dropped: 2,
 }  # fmt: skip
-"""What clients do, and how often."""
+"""The actions of clients, with their relative frequencies."""
 
 
 async def stress(server: Server, seconds: float) -> dict[str, float]:
-    """Everything at once, and a kill."""
+    """All actions at the same time, then a kill."""
     counts: Counter[str] = Counter()
     tenants = [Tenant(name, server, counts) for name in KEYS]
     for tenant in tenants:
@@ -339,22 +338,22 @@ async def stress(server: Server, seconds: float) -> dict[str, float]:
 
 
 async def measure(args: Namespace, clients: int | None) -> dict[str, float]:
-    """One measurement on a server of its own; None: the stress."""
+    """One measurement on a new server; `clients` None: the stress."""
     async with running(args.checkpoint) as server:
         return await (stress(server, args.stress) if clients is None else throughput(server, clients, args.seconds))
 
 
 def run(args: Namespace, clients: int | None) -> dict[str, float]:
-    """`measure`, in an event loop of its own."""
+    """Run `measure` in a new event loop."""
     return asyncio.run(measure(args, clients))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "serve")
     parser.add_argument("checkpoint", help="a directory with an adapter")
-    parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32], help="that ask at a time")
-    parser.add_argument("--seconds", type=float, default=20, help="of each number of clients")
-    parser.add_argument("--stress", type=float, default=0, help="seconds of everything at once")
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32], help="numbers of clients")
+    parser.add_argument("--seconds", type=float, default=20, help="seconds for each number of clients")
+    parser.add_argument("--stress", type=float, default=0, help="seconds of the stress")
     args = parser.parse_args(argv)
     args.model = args.checkpoint
     for clients in args.clients:

@@ -1,17 +1,17 @@
-"""A service's load on LangChain's chat model: concurrent requests over a few documents, with and without batches.
+"""The load of a service on LangChain's chat model: concurrent requests on a few documents, with and without batches.
 
     python -m benchmarks.service checkpoints/smollm2-135m-qa [--requests 50] [--rounds 6] [--max-batch 1 16]
 
-Each request is a call of its own of `create_gradmem_stuff_chain`: it brings a question and a document, which is written
-where no request before has brought it. All requests of a round come at once. The first round finds an empty store. One
+Each request is one call of a chain from `create_gradmem_stuff_chain`, with a question and a document, which is written
+if it is new. All requests of a round arrive at once, and the first round begins with an empty store. There is one
 record for each `max_batch`, the most calls that are answered together; 1: one after another.
 
-    requests_per_second: the median of the rounds after the first; of the first one `cold_requests_per_second`.
-    writes: states written in all rounds; as many as there are documents, if none is written twice.
-    errors: requests that raised, of all rounds.
-    right: share of requests whose answer has what was asked for.
-    growth_mib: resident memory at the end of the last round beyond that at the end of the second.
-    alone_ms, after_cancelled_ms: a request alone, and one that comes right after a round's requests were cancelled.
+    requests_per_second: the median of the rounds after the first; `cold_requests_per_second` is that of the first.
+    writes: states written in all rounds; equals the number of documents if none is written twice.
+    errors: requests that raised, in all rounds.
+    right: share of requests whose answer contains what was asked for.
+    growth_mib: growth of resident memory from the end of the second round to the end of the last.
+    alone_ms, after_cancelled_ms: a request alone, and one right after the requests of a round were cancelled.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ PEOPLE = [
     ("Ada", "nurse", "Basel", "organ", "Milo"), ("Finn", "pilot", "Turin", "banjo", "Nala"),
 ]  # fmt: skip
 CANCEL_AFTER = 0.2
-"""Seconds that requests have before they are cancelled: some are being answered then, others wait."""
+"""Seconds before requests are cancelled: by then, some are being answered and others are waiting."""
 
 
 def requests(count: int) -> list[tuple[dict[str, Any], str]]:
-    """The inputs of a chain, and what the answer must have in it: of each document in turn the next question."""
+    """Inputs of a chain, and what each answer must contain: the next question on each document in turn."""
     found = []
     for i in range(count):
         name, work, town, instrument, dog = PEOPLE[i % len(PEOPLE)]
@@ -86,7 +86,7 @@ async def after_cancelled(chain: Runnable[Any, str], asked: list[tuple[dict[str,
 
 
 async def measure(pipeline: GradMemPipeline, max_batch: int, args: Namespace) -> dict[str, float]:
-    """All rounds of one `max_batch`, with a store of their own."""
+    """All rounds of one `max_batch`, with a new store."""
     chat = ChatGradMem(pipeline=pipeline, store=MemoryStateStore(), max_batch=max_batch, max_tokens=args.max_tokens)
     chain = create_gradmem_stuff_chain(chat, ChatPromptTemplate.from_messages([("human", "{context}{question}")]))
     asked = requests(args.requests)
@@ -110,17 +110,17 @@ async def measure(pipeline: GradMemPipeline, max_batch: int, args: Namespace) ->
 
 
 def run(pipeline: GradMemPipeline, max_batch: int, args: Namespace) -> dict[str, float]:
-    """`measure`, in an event loop of its own."""
+    """Run `measure` in a new event loop."""
     return asyncio.run(measure(pipeline, max_batch, args))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "service")
     parser.add_argument("checkpoint", help="a directory with an adapter")
-    parser.add_argument("--requests", type=int, default=50, help="that come at once")
+    parser.add_argument("--requests", type=int, default=50, help="requests per round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--max-batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--max-tokens", type=int, default=8, help="of an answer")
+    parser.add_argument("--max-tokens", type=int, default=8, help="the most tokens in an answer")
     args = parser.parse_args(argv)
     args.model = args.checkpoint
     model, tokenizer = load_checkpoint(args.checkpoint, device=args.device, dtype=common.DTYPES[args.dtype])

@@ -1,4 +1,4 @@
-"""The shapes of public models: with random weights they cost what the models cost."""
+"""The shapes of public models. With random weights, time and memory are those of the real models."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-"""Fields of their configurations."""
+"""Fields of the models' configurations."""
 DEFAULT = "smollm2-135m"

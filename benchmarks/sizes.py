@@ -2,14 +2,14 @@
 
     python -m benchmarks.sizes --shape llama-3.1-8b --writes 1x8192 1x8192:4 1x32768:8 --shapes 10 --process-gib 24
 
-Of "write_sizes", one record for each of `--writes`: contexts x tokens, and after a colon the GiB that they may take
-beside the model (`max_memory`). What has no colon is not bounded, but by the GPU. Layers are compiled before. Metrics
-are of one call after the first: time, memory beyond the weights, the share of what a large matrix product reaches, and
-the plan: contexts at a time, layers computed again, whether their inputs wait on the CPU, the memory foretold, and
-whether it was not enough, so that a more frugal plan was taken.
+"write_sizes" has one record for each of `--writes`: contexts x tokens and, after a colon, the GiB that they may take in
+addition to the model (`max_memory`). Without a colon, only the GPU limits memory. Layers are compiled beforehand. The
+metrics are those of one call after the first: time, memory beyond the weights, the share of the rate of a large matrix
+product, and the plan: contexts at a time, layers that are recomputed, whether their inputs are kept on the CPU, the
+predicted memory, and whether it was exceeded, so that a more frugal plan was used.
 
-Of "write_sizes_held", what the process still holds after so many shapes were written twice each, beyond the weights.
-Of "write_sizes_process", a write and an answer with a limit on the memory of the whole process.
+"write_sizes_held" is the memory beyond the weights that the process still holds after writing `--shapes` shapes twice.
+"write_sizes_process" is a write and an answer with a limit on the memory of the whole process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GIB = 2**30
 
 
 class Write(NamedTuple):
-    """A batch of contexts, and the GiB that it may take."""
+    """A batch of contexts, and the GiB that writing it may take."""
 
     batch: int
     length: int
@@ -68,7 +68,7 @@ def cost(
 
 
 def held(args: argparse.Namespace, model: GradMemPeftModel, backbone: PreTrainedModel) -> dict[str, float]:
-    """Memory that is not free for others after many shapes were written."""
+    """Memory that is still held after many shapes were written."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     for length in range(512, 512 * (args.shapes + 1), 512):
@@ -102,9 +102,7 @@ def within(
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "sizes")
     parser.add_argument("--writes", type=Write.parse, nargs="*", default=[Write(1, 8192), Write(1, 8192, 4)])
-    parser.add_argument(
-        "--shapes", type=int, default=0, help="how many shapes to write before it is looked what is held"
-    )
+    parser.add_argument("--shapes", type=int, default=0, help="how many shapes to write before measuring held memory")
     parser.add_argument("--process-gib", type=float, help="a limit on the memory of the process")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--memory", type=int, default=64, help="memory vectors")

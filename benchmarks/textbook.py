@@ -1,7 +1,7 @@
-"""GradMem as a textbook has it: WRITE written out, its graph kept, one double backward through all its steps.
+"""GradMem as a textbook would implement it: WRITE step by step, its whole graph kept, and one double backward.
 
-What ours is compared with, in benchmarks and in tests. It uses the model's own forward of Transformers and nothing of
-gradmem_adapter.
+Benchmarks and tests compare the package with this reference. It uses only the model's forward of Transformers, and
+nothing of gradmem_adapter.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 
 def loss(backbone: PreTrainedModel, memory: Tensor, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The mean loss of tokens behind a memory: L_w(M; C) of a context, or -log p(labels | [M; query]) of a query.
+    """The mean loss of tokens after a memory: L_w(M; C) for a context, or -log p(labels | [M; query]) for a query.
 
     Args:
         memory: [B, m, d].
         tokens: [B, N].
-        labels: [B, N], -100 where no loss counts; None: every token does.
+        labels: [B, N], -100 for tokens that do not count; None: every token counts.
 
     Returns:
         [B].
@@ -45,8 +45,8 @@ def write(
     """The memory [B, m, d] of contexts [B, N], from slots [m, d], differentiable.
 
     Args:
-        second_order_steps: only the last so many write steps are second order; None: all are.
-        clip: the longest write gradient of a sample.
+        second_order_steps: how many of the last write steps are second order; None: all.
+        clip: the maximum norm of a sample's write gradient.
     """
     memory = slots.expand(len(context), -1, -1)
     memory = memory if memory.requires_grad else memory.clone().requires_grad_()

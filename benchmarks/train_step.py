@@ -1,12 +1,12 @@
-"""What a meta-training step costs: forward, backward and AdamW in bf16, by every strategy.
+"""The cost of a meta-training step for every strategy: forward, backward and AdamW in bf16.
 
     python -m benchmarks.train_step [--batches 4 8] [--length 1024]
     python -m benchmarks.train_step --shape llama-3.1-8b --lora 16 --checkpointing 12 --batches 1 4 --micro-batch 1 \\
         --length 4096 --steps --many-steps 2 --how eager compiled
 
-All weights are trained, or with `--lora` a LoRA of that rank on all linear layers of a frozen model in `--dtype`. The
-reference is a textbook implementation in the same process. At the first batch size every strategy runs, at the second
-the one that a GPU is best used with, for more and more write steps.
+All weights are trained, or with `--lora`, a LoRA of that rank on all linear layers of a frozen model in `--dtype`. The
+reference is a textbook implementation in the same process. At the first batch size every strategy runs; at the second,
+the strategy that uses a GPU best runs with increasing numbers of write steps.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def tokens(args: argparse.Namespace, model: Any, batch: int) -> tuple[Tensor, Te
 
 
 def trainable(args: argparse.Namespace, attention: str) -> Any:
-    """The model with float32 weights that are trained."""
+    """The model with trainable float32 weights."""
     return common.backbone(args, attention=attention).float().requires_grad_(True)
 
 
 def cost_of_a_step(
     losses: Sequence[Callable[[], Tensor]], model: nn.Module, how: str, args: argparse.Namespace
 ) -> common.Cost:
-    """Time and memory of forward, backward and AdamW of all weights that are trained, under autocast to bf16.
+    """Time and memory of forward, backward and AdamW for all trainable weights, under autocast to bf16.
 
     Args:
-        losses (`Sequence[Callable]`): the outer loss of each micro-batch, which stay the same; one alone for "graph".
-        model (`nn.Module`): what is trained.
+        losses (`Sequence[Callable]`): the outer loss of each micro-batch, the same in each step; only one for "graph".
+        model (`nn.Module`): the model to train.
         how (`str`): one of `HOW`.
         args (`Namespace`): the options of `common.parser`.
     """
@@ -100,10 +100,10 @@ def by_us(args: argparse.Namespace, strategy: str, how: str, batch: int, steps: 
     )  # fmt: skip
     model = get_peft_model(trainable(args, "sdpa") if lora is None else common.backbone(args), config)
     if args.checkpointing:
-        model.train()  # without which nothing is computed again; the shapes have no dropout
+        model.train()  # checkpointing needs it; the shapes have no dropout
         cast(Any, model.get_base_model()).gradient_checkpointing_enable({"use_reentrant": False})
         layers = layers_of(model)
-        for number, layer in enumerate(layers):  # spread evenly, as Transformers' `every_n_layers` spreads them
+        for number, layer in enumerate(layers):  # spread evenly, as by Transformers' `every_n_layers`
             layer.gradient_checkpointing = number * args.checkpointing % len(layers) < args.checkpointing
     contexts, queries = (rows.split(args.micro_batch or batch) for rows in tokens(args, model.get_base_model(), batch))
 
@@ -124,13 +124,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--many-steps", type=int, nargs="*", default=[1, 2, 5, 10], help="at the second")
     parser.add_argument("--strategies", nargs="*", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--lora", type=int, help="train a LoRA of this rank, not all weights")
-    parser.add_argument("--checkpointing", type=int, help="layers computed again in backward passes")
-    parser.add_argument("--micro-batch", type=int, help="contexts at a time, whose gradients are added up")
-    parser.add_argument("--warm-up", type=int, default=3, help="calls before those that are timed")
+    parser.add_argument("--checkpointing", type=int, help="layers to recompute in backward passes")
+    parser.add_argument("--micro-batch", type=int, help="contexts at a time; their gradients are summed")
+    parser.add_argument("--warm-up", type=int, default=3, help="calls before the timed ones")
     parser.add_argument("--how", nargs="*", choices=HOW, default=HOW if torch.cuda.is_available() else HOW[:2])
     args = parser.parse_args(argv)
     if args.micro_batch and "graph" in args.how:
-        parser.error("--micro-batch goes with --how eager compiled")
+        parser.error("--micro-batch needs --how eager compiled")
     chosen = {"lora": args.lora, "checkpointing": args.checkpointing, "micro_batch": args.micro_batch}
     options = {name: value for name, value in chosen.items() if value}
 

@@ -1,9 +1,9 @@
-"""Training steps per second of `GradMemTrainer`: as it is, with compiled layers, and with CUDA graphs.
+"""Training steps per second of `GradMemTrainer`: with default settings, with compiled layers, and with CUDA graphs.
 
     python -m benchmarks.training_speed [--works kv smollm2] [--how plain compiled,graphs]
 
 kv: key-value retrieval, 4 layers of width 128, 8 memory vectors, in TF32 or with --bf16. smollm2: SmolLM2-135M's shape
-with random weights, 8,192 context tokens a step in contexts of 224, LoRA of rank 16, 64 memory vectors, in bf16.
+with random weights, 8,192 context tokens per step in contexts of 224, LoRA of rank 16, 64 memory vectors, in bf16.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Pairs(Batches):
         self.args, self.bf16 = args, args.bf16
 
     def model(self) -> GradMemPeftModel:
-        """A small model, all of which is trained."""
+        """A small model with all weights trained."""
         args = self.args
         config = GradMemConfig(
             num_memory_tokens=8, write_steps=args.write_steps, meta_gradient=args.meta_gradient, write_head=True,
@@ -91,7 +91,7 @@ WORKS: dict[str, type[Pairs | Texts]] = {"kv": Pairs, "smollm2": Texts}
 
 
 class Clock(TrainerCallback):
-    """When logs were written, which waits for the GPU."""
+    """Notes the times of logging, which waits for the GPU."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -101,7 +101,7 @@ class Clock(TrainerCallback):
 
 
 def measure(work: Pairs | Texts, options: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
-    """Steps per second of the second half of a training; in the first everything is compiled and captured."""
+    """Steps per second in the second half of a training run; in the first half everything is compiled and captured."""
     cpu, clock = args.device == "cpu", Clock()
     with tempfile.TemporaryDirectory() as output, common.peak_memory(args.device) as peak:
         arguments = GradMemTrainingArguments(
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "training_speed")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--how", nargs="+", choices=HOW, default=["plain", "compiled,graphs"])
-    parser.add_argument("--steps", type=int, default=200, help="steps that are timed, after as many that are not")
+    parser.add_argument("--steps", type=int, default=200, help="timed steps, after as many that are not timed")
     parser.add_argument("--meta-gradient", default="finite_difference")
     parser.add_argument("--write-steps", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=16, help="kv: pairs in a context")

@@ -4,30 +4,31 @@
     python -m benchmarks.versus_prompting --shape llama-3.1-8b --write-steps 1 --compile --kvpress --process-gib 24
     python -m evaluation plots      (time to first token and bytes against context length, of all records)
 
-Ways to answer a question on a context: from its memory; with the context's KV cache kept; with what `--kvpress` keeps
-of that cache; with the context prefilled anew. Prefills and decoding steps are plain forward passes with Transformers'
-DynamicCache, which copies the keys and values in each step. A context leaves room for question and answer in the
-model's positions, so the last length may be less than asked. For batches, the KV cache of one context is repeated.
+Ways to answer a question on a context: from its memory; with the context's KV cache kept; with the part of that cache
+that `--kvpress` keeps; with the context prefilled again. Prefills and decoding steps are plain forward passes with
+Transformers' DynamicCache, which copies the keys and values in each step. A context leaves room for question and answer
+in the model's positions, so the last length may be shorter than requested. For batches, the KV cache of one context is
+repeated.
 
-NVIDIA's kvpress keeps as many tokens of the cache as have the bytes of the state, at least one: in each layer those
-whose keys have the smallest norms, which costs least of its methods. What it costs is measured here, not how well it
-answers. kvpress 0.5.5 asks for an older Transformers than this package, and does its work with the present one:
+NVIDIA's kvpress keeps as many tokens of the cache as fit into the bytes of the state, at least one: in each layer those
+whose keys have the smallest norms, the cheapest of its methods. Only its cost is measured here, not the quality of its
+answers. kvpress 0.5.5 requires an older Transformers than this package, but works with the present one:
 `pip install --no-deps kvpress==0.5.5 cachetools fire termcolor`. It also imports datasets: `pip install datasets`.
 
-Of "answer", one record per context length, in the order of `--lengths`, batch size 1:
-    state_bytes, memory_kv_bytes, context_kv_bytes, press_bytes: per context, of the state's file, of the keys and
-        values of memory and control vectors, of those of the context, of those that kvpress keeps. states_per_gib,
-        memory_kv_per_gib, context_kv_per_gib, press_per_gib: how many contexts that makes in a GiB.
-    write_ms, write_peak_gib, prefill_ms: WRITE with all its steps, and the memory that it takes beside the model; the
+"answer" has one record per context length, in the order of `--lengths`, at batch size 1:
+    state_bytes, memory_kv_bytes, context_kv_bytes, press_bytes: bytes per context for the state's file, the keys and
+        values of memory and control vectors, those of the context, and those that kvpress keeps. states_per_gib,
+        memory_kv_per_gib, context_kv_per_gib, press_per_gib: how many contexts fit into a GiB.
+    write_ms, write_peak_gib, prefill_ms: WRITE with all its steps, and its memory in addition to the model; the
         context's forward pass; press_ms: the same with kvpress.
-    first_token_*_ms: from question to first new token, from memory (its keys and values computed anew, or kept), with
-        the context's KV cache kept, with what kvpress keeps of it (press), with the context prefilled anew.
-    break_even_prefill: questions after which writing has paid for itself against prefilling anew; null: never.
-        Against a kept KV cache, which costs the prefill once, what memory saves is bytes.
+    first_token_*_ms: from question to first new token, from memory (its keys and values computed again, or kept), with
+        the context's KV cache kept, with the part that kvpress keeps (press), with the context prefilled again.
+    break_even_prefill: the number of questions after which writing is cheaper than prefilling again; null: never.
+        Compared with a kept KV cache, which costs one prefill, memory saves bytes.
 
-Of "memory" and "prompt", one record per context length and batch size, up to the one for which there is no memory:
-    tokens_per_second: of all answers together. Those from memory do not depend on the context's length.
-    peak_gib: the KV caches, and what decoding takes beyond them.
+"memory" and "prompt" have one record per context length and batch size, up to the first that does not fit:
+    tokens_per_second: for all answers together. From memory, it does not depend on the context's length.
+    peak_gib: the KV caches, and the memory that decoding needs in addition.
 """
 
 from __future__ import annotations
@@ -54,25 +55,25 @@ KINDS = ("answer", "decode")
 def prefill(
     backbone: PreTrainedModel, inputs: Tensor, cache: DynamicCache | None = None, **options: Tensor
 ) -> tuple[Tensor, Any]:
-    """The token [B, 1] after ids [B, N] or embeddings [B, N, d] behind what is in the cache, and the longer cache."""
+    """The token [B, 1] after the cache and ids [B, N] or embeddings [B, N, d], and the longer cache."""
     name = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
     output = backbone(**{name: inputs}, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
     return output.logits.argmax(-1), output.past_key_values
 
 
 def reopened(cache: DynamicCache) -> DynamicCache:
-    """A cache with the same tensors, which may grow while the first one stays as it is."""
+    """A cache with the same tensors, which may grow while the original stays unchanged."""
     result = copy.copy(cache)
     result.layers = [copy.copy(layer) for layer in cache.layers]
     return result
 
 
 def pressed(backbone: PreTrainedModel, context: Tensor, tokens: int) -> DynamicCache:
-    """The context's cache, of which kvpress keeps so many tokens."""
+    """The context's cache, reduced by kvpress to `tokens` tokens."""
     from kvpress import KnormPress
 
     length = context.shape[1]
-    places = torch.arange(length, device=context.device)  # which Transformers 5.3 and later no longer tell its hooks
+    places = torch.arange(length, device=context.device)  # no longer passed to hooks since Transformers 5.3
     with KnormPress(compression_ratio=max(0.0, 1 - (tokens + 0.5) / length))(backbone):  # rounded down to `tokens`
         return cast(DynamicCache, prefill(backbone, context, cache_position=places)[1])
 
@@ -84,7 +85,7 @@ def kv_bytes(cache: DynamicCache) -> int:
 
 
 def break_even(once_ms: float, saved_ms: float) -> float | None:
-    """Questions until savings of `saved_ms` each have paid `once_ms`; None: never."""
+    """The number of questions until savings of `saved_ms` each exceed `once_ms`; None: never."""
     return None if saved_ms <= 0 else max(0.0, once_ms) / saved_ms
 
 
@@ -142,7 +143,7 @@ def answer(model: GradMemPeftModel, backbone: PreTrainedModel, length: int, args
 def decode(
     model: GradMemPeftModel, backbone: PreTrainedModel, way: str, length: int, batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tokens per second of `batch` answers behind the repeated cache of one context and a question."""
+    """Tokens per second of `batch` answers after the repeated cache of one context and a question."""
     context, question = (common.random_tokens(backbone, 1, tokens) for tokens in (length, args.question))
     inputs = context if way == "prompt" else model.prefix_embeddings(model.write(context[:, :1], steps=0)).detach()
     repeated = prefill(backbone, question, prefill(backbone, inputs)[1])[1]
@@ -168,13 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--write-steps", type=int, default=5)
     parser.add_argument("--question", type=int, default=16, help="tokens of a question")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--compile", action="store_true", help="compile WRITE at once")
+    parser.add_argument("--compile", action="store_true", help="compile WRITE from the first call")
     parser.add_argument("--last-loss", action=argparse.BooleanOptionalAction, default=True, help="of WRITE")
-    parser.add_argument("--max-memory", type=int, help="bytes that WRITE may take beside the model")
+    parser.add_argument("--max-memory", type=int, help="bytes that WRITE may take in addition to the model")
     parser.add_argument("--process-gib", type=float, help="a limit on the GPU memory of the process")
-    parser.add_argument("--kvpress", action="store_true", help="compare with a cache of as many bytes by kvpress, too")
-    parser.add_argument("--warm-up", type=int, default=2, help="calls before those that are timed")
-    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS, help="what is measured")
+    parser.add_argument("--kvpress", action="store_true", help="also compare with a cache of as many bytes by kvpress")
+    parser.add_argument("--warm-up", type=int, default=2, help="calls before the timed ones")
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS, help="what to measure")
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[1, 8, 64], help="answers at a time, until one batch does not fit"
     )

@@ -1,7 +1,7 @@
-"""What WRITE costs: ours by every way, beside a textbook implementation in the same process.
+"""The cost of WRITE in every way that the package offers, and of a textbook implementation in the same process.
 
 python -m benchmarks.write [--batch 8] [--lengths 1024] [--steps 1 2 5]
-python -m benchmarks.write many       100 contexts of 200 to 1,000 tokens, first call included
+python -m benchmarks.write many       100 contexts of 200 to 1,000 tokens, including the first call
 python -m benchmarks.write growth     time and memory against tokens, and against K
 """
 
@@ -28,7 +28,7 @@ COMPILE: dict[str, Any] = {"plain": False, "auto": "auto", "compiled": True}
 def writing(
     method: str, args: argparse.Namespace, length: int, steps: int
 ) -> tuple[Callable[[], Any], PreTrainedModel]:
-    """A function that writes once, and the model that it does it with."""
+    """A function that writes once, and the model that it uses."""
     if method.startswith("textbook"):
         backbone = common.backbone(args, attention="eager")
         context = common.random_tokens(backbone, args.batch, length)
@@ -45,8 +45,8 @@ def flops(model: PreTrainedModel, tokens: int, length: int, steps: int, last_los
     """Floating-point operations of WRITE: `steps` forward and backward passes without weight gradients, and one more
     forward pass for the loss after the last step.
 
-    A matrix product of n parameters takes 2n operations a token forward, and as many backward (for activations alone).
-    Causal attention over N tokens takes 2 N d a token and layer forward, 2.5 times that backward.
+    A matrix product of n parameters takes 2n operations per token forward, and as many backward (only for activations).
+    Causal attention over N tokens takes 2 N d per token and layer forward, and 2.5 times that backward.
     """
     config = model.config.get_text_config()
     matrices = [p.numel() for p in model.parameters() if p.dim() == 2]
@@ -59,7 +59,7 @@ def flops(model: PreTrainedModel, tokens: int, length: int, steps: int, last_los
 
 
 def cost(args: argparse.Namespace, method: str, length: int, steps: int, matmul: float) -> dict[str, Any]:
-    """Time and memory of one WRITE, and its share of what a large matrix product reaches."""
+    """Time and memory of one WRITE, and its rate relative to a large matrix product."""
     function, backbone = writing(method, args, length, steps)
     found = common.measure(function, args.device, args.repeats)
     operations = flops(backbone, args.batch * (length + args.memory), length, steps, method in ("plain", "compiled"))
@@ -68,7 +68,7 @@ def cost(args: argparse.Namespace, method: str, length: int, steps: int, matmul:
 
 
 def measure_shapes(args: argparse.Namespace, shapes: list[tuple[str, int, int]]) -> None:
-    """Methods at lengths and numbers of steps."""
+    """Measure methods at lengths and numbers of steps."""
     matmul = common.matmul_tflops(args.device, common.DTYPES[args.dtype])
     for method, length, steps in shapes:
         common.record(
@@ -78,14 +78,14 @@ def measure_shapes(args: argparse.Namespace, shapes: list[tuple[str, int, int]])
 
 
 def write_all(args: argparse.Namespace, way: str, steps: int) -> dict[str, float]:
-    """Contexts of 200 to 1,000 tokens, one by one as they come or all at once. First calls included."""
+    """Write contexts of 200 to 1,000 tokens, one by one or all at once, including first calls."""
     calls, how = way.split(", ")
     torch.compiler.reset()
     model, backbone = common.adapter(args, write_lr=LR)
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(200, 1001, (args.contexts,), generator=generator).tolist()
     contexts = [common.random_tokens(backbone, 1, size)[0] for size in sizes]
-    model.write(contexts[0][None, :8], steps=1, compile=False)  # CUDA's own start is nobody's
+    model.write(contexts[0][None, :8], steps=1, compile=False)  # start CUDA before the measurement
     common.synchronize(args.device)
     with common.peak_memory(args.device) as peak:
         start = time.perf_counter()
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.what == "compare":
         measure_shapes(args, [(m, n, k) for n, k, m in itertools.product(args.lengths, args.steps, args.methods)])
-    elif args.what == "growth":  # one length after another, the longest as long as the model; and one K after another
+    elif args.what == "growth":  # all lengths at the first K, up to the model's; then the first length at the other K
         lengths = common.fitting(args.lengths, common.backbone(args).config.max_position_embeddings - args.memory)
         shapes = [(n, args.steps[0]) for n in lengths] + [(lengths[0], k) for k in args.steps[1:]]
         measure_shapes(args, [(args.methods[-1], *shape) for shape in shapes])
