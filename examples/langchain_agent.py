@@ -1,8 +1,8 @@
-"""An agent that is killed between turns and goes on in a new process, with its memory.
+"""An agent that is killed between turns and continues in a new process, with its memory.
 
     python examples/langchain_agent.py
 
-Messages and references are in a SQLite file, memory states in a directory beside it.
+Messages and references are kept in a SQLite file, memory states in a directory beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 
 
 def run(checkpoint: str, folder: Path, first: int, last: int) -> None:
-    """Turns `first` to `last` of one conversation."""
+    """Run turns `first` to `last` of one conversation."""
     store = MemoryStateStore(folder / "states")
     chat = ChatGradMem(pipeline=open_pipeline(checkpoint), store=store, max_tokens=8)
     memory = TurnMemory.from_chat(chat, max_turns=3, keep_turns=2)

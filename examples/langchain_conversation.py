@@ -1,4 +1,4 @@
-"""A long conversation that begins with eight facts. What is answered of them from memory and the recent turns, from the
+"""A long conversation that begins with eight facts: how many can be answered from memory and the recent turns, from the
 recent turns alone, and from all turns as text? Messages and memory states are in one directory and outlive the process.
 
     python examples/langchain_conversation.py
@@ -29,11 +29,11 @@ FACTS = [
     ("My favourite food is lentil soup.", "What is the favourite food of the user?", "lentil"),
     ("My neighbour keeps bees.", "What does the neighbour keep?", "bees"),
 ]
-"""What the user says, what is asked later, and what the answer must have in it."""
+"""What the user says, the later question, and what the answer must contain."""
 
 
 def turn(number: int) -> list[BaseMessage]:
-    """The turns of the conversation: the facts, then small talk."""
+    """A turn of the conversation: first the facts, then small talk."""
     if number <= len(FACTS):
         return [HumanMessage(FACTS[number - 1][0]), AIMessage("Thank you for telling me.")]
     return [HumanMessage(f"Is {number} an even number?"), AIMessage("No." if number % 2 else "Yes, it is.")]
@@ -47,7 +47,7 @@ def main() -> None:
         memory = TurnMemory.from_chat(chat, max_turns=6, keep_turns=3)
 
         def history(session: str) -> GradMemChatMessageHistory:
-            """A session's own, opened anew at every turn as a web server would."""
+            """The history of a session, opened again at every turn, as in a web server."""
             return GradMemChatMessageHistory(memory, StoredChatMessageHistory(store, session))
 
         print("turns  from                     answered  prompt tokens")

@@ -1,4 +1,4 @@
-"""What the LangChain examples share: their arguments, and the adapter that ships with this repository."""
+"""Shared by the LangChain examples: their arguments, and the adapter that ships with this repository."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ TRAINED = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m-qa"
 
 
 def arguments(description: str | None, **options: Any) -> argparse.Namespace:
-    """The arguments that all examples take, and some of their own: name=default."""
+    """The arguments of all examples, plus those of one example, given as name=default."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--checkpoint", default=str(TRAINED), help="a directory that load_checkpoint opens")
+    parser.add_argument("--checkpoint", default=str(TRAINED), help="a directory for load_checkpoint")
     for name, default in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     return parser.parse_args()

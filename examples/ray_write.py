@@ -3,8 +3,8 @@
     pip install "ray[data]"
     python examples/ray_write.py rows.jsonl --store memory [--workers 2] [--gpus 1] [--checkpoint PATH]
 
-A row is a line of JSON: {"source": "...", "text": "..."}. An interrupted run goes on with the sources that are not
-stored yet. Only this process writes the store: SQLite's index must not be written by several machines.
+A row is a line of JSON: {"source": "...", "text": "..."}. An interrupted run continues with the sources that are not
+stored yet. Only this process writes the store: several machines must not write its SQLite index.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Writer:
         self.identity = write_identity(self.pipeline.model.active_peft_config, WriteOptions())
 
     def __call__(self, documents: dict[str, Any]) -> dict[str, Any]:
-        """Rows of documents to rows of their segments, written."""
+        """Turn rows of documents into rows of their written segments."""
         sources, segments = [], []
         for source, text in zip(documents["source"], documents["text"], strict=True):
             found = list(self.pipeline.segments(text, self.segment_tokens))
@@ -54,10 +54,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows")
     parser.add_argument("--store", required=True)
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="what load_checkpoint opens, on every machine")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="for load_checkpoint, on every machine")
     parser.add_argument("--segment-tokens", type=int, help="default: two for each of the adapter's vectors")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--gpus", type=int, default=0, help="of each worker")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs per worker")
     args = parser.parse_args()
 
     store = MemoryStore(args.store)
@@ -67,7 +67,7 @@ def main() -> None:
         Writer,
         fn_constructor_args=(args.checkpoint, args.segment_tokens, "cuda" if args.gpus else "cpu"),
         batch_size=32,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=args.workers),  # reading needs a processor, too
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=args.workers),  # reading needs a core, too
         num_gpus=args.gpus,
     )
     for rows in written.iter_batches(batch_size=None, batch_format="pandas"):

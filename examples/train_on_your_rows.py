@@ -1,9 +1,9 @@
-"""Train an adapter on rows of your own, from the one that ships.
+"""Train an adapter on your own rows, starting from the one that ships.
 
     python examples/train_on_your_rows.py rows.jsonl --output runs/mine [--steps 2000]
 
 A row is a line of JSON: {"context": "...", "queries": ["...", "..."], "targets": ["...", "..."]}. A tenth of the rows
-is kept for evaluation. An interrupted run goes on where it was.
+is held out for evaluation. An interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="where to start: what load_checkpoint opens")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="where to start: a checkpoint for load_checkpoint")
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
     rows = read_rows(args.rows)
@@ -36,7 +36,7 @@ def main() -> None:
         learning_rate=3e-4,
         warmup_steps=args.steps // 20,
         per_device_train_batch_size=8,
-        write_steps=[0, 1, 1, 2],  # trained with several, WRITE gets better with more of them
+        write_steps=[0, 1, 1, 2],  # trained with several numbers of steps, WRITE improves with more
         save_steps=max(1, args.steps // 4),
         save_total_limit=2,
         report_to="none",

