@@ -25,7 +25,7 @@ AT_ONCE = 1024
 EVERY = 30.0
 """Seconds between two lines of progress if there is no terminal, for instance in a log."""
 SHOWN = 20
-"""The most refused texts to name, unless --json is given."""
+"""The most refused texts to name on standard error; --json names all of them."""
 Piece: TypeAlias = "tuple[str, Segment, Mapping[str, Any]]"
 """The source of a segment, the segment, and its metadata."""
 

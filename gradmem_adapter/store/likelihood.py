@@ -12,7 +12,7 @@ from gradmem_adapter.store.choose import Choice
 _WEIGHT = 0.4
 """Weight of one nat per token relative to the best score, tuned on a sample of SQuAD (docs/lab/LOG.md)."""
 _AT_ONCE = 16
-"""States per batch: the question is read behind all of them at once."""
+"""States per batch: the question is read after each of them at the same time."""
 
 
 def by_likelihood(

@@ -106,7 +106,7 @@ def test_on_a_terminal_the_user_is_asked(tmp_path, monkeypatch, answer, replaced
     monkeypatch.setattr("gradmem_adapter.cli.options.typer.confirm", confirm)
     monkeypatch.setattr("gradmem_adapter.cli.options.sys", _Terminal)
     result = write("--output", "states", text="other.txt")
-    assert asked == ["states holds what was written before. Replace it?"]
+    assert asked == ["states exists and holds memory states. Replace it?"]
     assert (result.exit_code == 0) == replaced
     assert (contents(tmp_path) != before) == replaced
 
