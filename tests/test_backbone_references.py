@@ -184,5 +184,5 @@ def test_added_tokens_come_back_where_transformers_opened_the_model(hub, tmp_pat
 def test_a_write_head_that_lacks_tokens_is_refused():
     model = attached(tiny(), write_head=True)
     model.get_base_model().resize_token_embeddings(64, mean_resizing=False)
-    with pytest.raises(ValueError, match=r"write head is for 61 tokens, and the backbone has 64.*Resize the"):
+    with pytest.raises(ValueError, match=r"write head has 61 tokens but the backbone has 64.*Resize the"):
         model.write(tokens(1, 4))

@@ -187,7 +187,7 @@ def test_white_space_is_no_text(text, tmp_path):
         lambda text: pipeline.fidelity(text, state),
         lambda text: store.add(pipeline, text),
     ):
-        with pytest.raises(ValueError, match="Context 0 is empty: there is nothing to write"):
+        with pytest.raises(ValueError, match="Context 0 is empty, so there is nothing to write"):
             write(text)
     with pytest.raises(ValueError, match="Context 1 is empty"):
         store.add(pipeline, ["b", text])

@@ -120,7 +120,7 @@ class TestWrite:
             MemoryState.stack([1])
 
     def test_too_long(self, pipeline):
-        with pytest.raises(ValueError, match="Context 0 has 120 tokens, and at most 91 are allowed"):
+        with pytest.raises(ValueError, match="Context 0 has 120 tokens, but at most 91 are allowed"):
             pipeline.write(tiny_text(120))
 
     def test_fidelity_and_reconstruct(self):

@@ -1,4 +1,4 @@
-"""How outer gradients cross a write step, one strategy a file. A new one is a file here, imported and entered below."""
+"""How outer gradients cross a write step, one strategy per file. A new strategy is a file here, registered below."""
 
 from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step
 from gradmem_adapter.meta_gradients.exact import Exact
@@ -10,7 +10,7 @@ STRATEGIES: dict[str, MetaGradient] = {
     "finite_difference": FiniteDifference(),
     "first_order": FirstOrder(),
 }
-"""The strategies by the names that `GradMemConfig.meta_gradient` has for them; it also knows "none", where WRITE as a
-whole counts as a constant. A strategy is shared by all models and keeps no state."""
+"""The strategies by their names in `GradMemConfig.meta_gradient`, which also takes "none": WRITE as a whole is then a
+constant. A strategy is shared by all models and keeps no state."""
 
 __all__ = ["STRATEGIES", "Gradients", "MetaGradient", "Step"]

@@ -8,7 +8,7 @@ w being the trained weights that WRITE runs through. Given the outer gradient v 
 
     for M:  v - a (dg/dM)^T v        for w:  - a (dg/dw)^T v        for a:  - <v, g>
 
-and a strategy says what becomes of the second-order terms (dg/dM)^T v and (dg/dw)^T v.
+and a strategy decides how to compute the second-order terms (dg/dM)^T v and (dg/dw)^T v.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Step:
     """A write step as it was taken: what a strategy needs to pull outer gradients back through it.
 
     Args:
-        writer (`Writer`): the model that the write loss is taken from.
+        writer (`Writer`): the model that computes the write loss.
         context (`Context`): B contexts.
         state (`WriteState`): what the step started from, leaves of this step's own graph.
         lr (`Tensor`): a scalar or `[m, d]`, the write learning rate.
@@ -56,12 +56,12 @@ class Step:
     replay: Replay
 
     def update(self, gradient: Tensor) -> list[Tensor]:
-        """The memory after the step, and what the write optimizer carries on, with a write gradient `[B, m, d]`."""
+        """The memory and the write optimizer's buffers after a step with this write gradient `[B, m, d]`."""
         return write_step(self.writer.config, self.state, gradient, self.lr).tensors
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What `update` reads beside the gradient: the memory, what the write optimizer carries, the learning rate."""
+        """The inputs of `update` other than the gradient: memory, the write optimizer's buffers, learning rate."""
         return [*self.state.tensors, self.lr]
 
 
@@ -69,16 +69,16 @@ class MetaGradient(ABC):
     """How outer gradients cross a write step."""
 
     def check(self, backbone: PreTrainedModel) -> None:  # noqa: B027 - most work with any backbone
-        """Raise `NotImplementedError` where the strategy cannot work with this backbone; called before WRITE."""
+        """Raise `NotImplementedError` if the strategy does not work with this backbone; called before WRITE."""
 
     @abstractmethod
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
         """Pull outer gradients back through a write step.
 
         Args:
-            step (`Step`): the step, inside WRITE and under the random state that it was taken with.
+            step (`Step`): the step; the call runs inside WRITE, under the random state of the forward pass.
             after (`Gradients`): the outer gradients for `step.update(...)`: v for the memory after the step, and those
-                for what the write optimizer carries on.
+                for the write optimizer's buffers.
             losses (`Tensor`, *optional*): `[B]`, the outer gradient for the write losses before the step. `None`: zero.
 
         Returns:
@@ -90,7 +90,7 @@ def vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: 
     """The vector-Jacobian product: the outer gradients for inputs from those of outputs.
 
     Args:
-        outputs (`Sequence`): functions of the inputs; `None` or without a graph count for nothing.
+        outputs (`Sequence`): functions of the inputs; those that are `None` or have no graph are left out.
         inputs (`Sequence[Tensor]`): what to find gradients for.
         cotangents (`Gradients`): the outer gradient of each output.
 

@@ -20,17 +20,17 @@ from gradmem_adapter.write.loss import write_gradient
 
 
 class Exact(MetaGradient):
-    """The gradient of the gradient: the write gradient is computed again with a graph, which is differentiated.
+    """The gradient of the gradient: recompute the write gradient with a graph and differentiate it.
 
-    One step at a time, so that training takes the memory of one step whatever their number.
+    This is done one step at a time, so training needs the memory of one step, however many there are.
     """
 
     def check(self, backbone: PreTrainedModel) -> None:
         """Raise unless the backbone's attention can be differentiated twice.
 
-        "eager" is plain PyTorch and SDPA is exchanged by `TwiceDifferentiableAttention`; any other implementation is
-        tried out, because a kernel whose backward is not itself differentiable may return wrong second derivatives
-        without an error.
+        "eager" is plain PyTorch, and `TwiceDifferentiableAttention` replaces SDPA. Any other implementation is tested,
+        because a kernel whose backward is not itself differentiable may return wrong second derivatives without an
+        error.
         """
         name = backbone.config._attn_implementation
         if name in (None, "eager", "sdpa", CAUSAL):
@@ -38,8 +38,8 @@ class Exact(MetaGradient):
         problem = double_backward_problem(ALL_ATTENTION_FUNCTIONS[name], backbone.dtype, device_of(backbone).type)
         if problem:
             raise NotImplementedError(
-                f"meta_gradient='exact' differentiates the attention twice, and {name!r} cannot be: {problem}. Load "
-                "the backbone with attn_implementation='sdpa', or choose meta_gradient='first_order'."
+                f"meta_gradient='exact' needs attention that can be differentiated twice, but {name!r} cannot: "
+                f"{problem}. Load the backbone with attn_implementation='sdpa', or choose meta_gradient='first_order'."
             )
 
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:

@@ -14,11 +14,12 @@ from gradmem_adapter.utils.kinks import kinks
 from gradmem_adapter.write.context import Context
 
 RELATIVE_STEP = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""The finite difference's step by the type that the backbone computes in; measured in docs/meta_gradients.md."""
+"""The relative step of the finite difference, by the dtype that the backbone computes in; see
+docs/meta_gradients.md."""
 
 
 _looked_at: WeakSet[PreTrainedModel] = WeakSet()
-"""The backbones that were looked at for kinks, once each."""
+"""The backbones that were already checked for kinks."""
 
 
 class FiniteDifference(MetaGradient):
@@ -29,21 +30,21 @@ class FiniteDifference(MetaGradient):
 
         [grad_{M,w} L_w(M + t u, w) - grad_{M,w} L_w(M - t u, w)] / 2t
 
-    with t such that the memory vector which moves most moves by RELATIVE_STEP of its length: models normalise each
-    vector by itself. The outer gradient c of the write losses takes no pass of its own: each side carries half of it,
-    and the mean of the two gradients is the gradient at M up to t^2.
+    where the memory vector that moves most moves by RELATIVE_STEP of its length, because models normalise each vector
+    by itself. The outer gradient c of the write losses needs no extra pass: each side carries half of it, and the mean
+    of the two gradients is the gradient at M up to t^2.
     """
 
     def check(self, backbone: PreTrainedModel) -> None:
-        """Warn, once for each, of backbones whose loss has kinks."""
+        """Warn once per backbone whose loss has kinks."""
         if backbone in _looked_at:
             return
         _looked_at.add(backbone)
         if found := kinks(backbone):
             warnings.warn(
                 f"The loss of {type(backbone).__name__} has kinks: it {' and '.join(found)}. A finite difference "
-                "across them can be farther from the outer gradient than first order is. Use meta_gradient='exact', "
-                "with gradient checkpointing where memory is short; docs/meta_gradients.md has figures.",
+                "across a kink can be less accurate than the first-order gradient. Use meta_gradient='exact', with "
+                "gradient checkpointing if memory is short; docs/meta_gradients.md has figures.",
                 stacklevel=2,
             )
 
@@ -57,7 +58,7 @@ class FiniteDifference(MetaGradient):
         lengths = torch.linalg.vector_norm(memory, dim=2).clamp(min=floor)
         furthest = (torch.linalg.vector_norm(u, dim=2) / lengths).amax(dim=1)
         t = self._relative_step(step) / furthest
-        # Without an outer gradient there is no direction: both sides are M then, and weigh nothing.
+        # Without an outer gradient there is no direction: both sides are then M, with weight zero.
         offset = t.masked_fill(furthest == 0, 0)[:, None, None] * u
         weight = 1 / (2 * t)
 
@@ -84,10 +85,10 @@ class FiniteDifference(MetaGradient):
 
     @staticmethod
     def _passes(step: Step) -> list[tuple[slice, tuple[int, ...]]]:
-        """Which samples and which sides go through the model together: about B at a time, as in the step itself.
+        """Which samples and sides go through the model together: about B rows at a time, as in the step itself.
 
-        Both sides of a sample in one pass are subtracted in the matrix products' accumulators, before anything is
-        rounded to bf16. Where random numbers are drawn each side is a pass of its own, so that both draw the same.
+        If both sides of a sample are in one pass, the accumulators of the matrix products subtract them before anything
+        is rounded to bf16. If the pass draws random numbers, each side has its own pass, so that both draw the same.
         """
         batch = step.state.memory.shape[0]
         if step.replay.drew:

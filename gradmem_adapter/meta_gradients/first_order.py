@@ -8,7 +8,8 @@ from gradmem_adapter.meta_gradients.base import Gradients, MetaGradient, Step, v
 
 
 class FirstOrder(MetaGradient):
-    """dg/dM = dg/dw = 0: the memory before the step gets v as it is, and weights get nothing from the step itself."""
+    """dg/dM = dg/dw = 0: the memory before the step gets v unchanged, and weights get no gradient from the step
+    itself."""
 
     def pullback(self, step: Step, after: Gradients, losses: Tensor | None) -> Gradients:
         values = None if losses is None else step.writer.losses(step.state.memory, step.context)[0]

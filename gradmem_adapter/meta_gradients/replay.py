@@ -1,4 +1,4 @@
-"""Computing something again as it was computed first."""
+"""Repeating a computation under the conditions of its first run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 
 class Replay:
-    """Runs a computation again under the autocast and random state of the first time (dropout draws the same mask).
+    """Repeats a computation under the autocast and random state of its first run (dropout draws the same mask).
 
-    Make it before the first time, call `end` after it, and run what comes again inside `with replay():`.
+    Create it before the first run, call `end` after that run, and repeat the computation inside `with replay():`.
 
     Args:
         device (`torch.device`): where the computation runs.
@@ -22,17 +22,17 @@ class Replay:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        # A CUDA graph has no random state that could be read while it is captured.
+        # The random state cannot be read while a CUDA graph is captured.
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self.state = None if captured else self._random_state()
         self.drew = False
-        """Whether the first time drew random numbers."""
+        """Whether the first run drew random numbers."""
 
     def _random_state(self) -> tuple[Tensor, list[int], list[Tensor]]:
         return torch.get_rng_state(), *get_device_states(torch.empty(0, device=self.device))
 
     def end(self) -> None:
-        """The first time is over."""
+        """Mark the end of the first run."""
         if self.state is not None:
             now = self._random_state()
             pairs = [(self.state[0], now[0]), *zip(self.state[2], now[2], strict=True)]

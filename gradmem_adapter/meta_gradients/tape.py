@@ -27,8 +27,8 @@ from gradmem_adapter.write.step import write_step
 
 
 class _WriteStep(torch.autograd.Function):
-    """One write step on the tape. Between forward and backward it keeps its input state and its gradient alone (a few
-    times m x d numbers a sample), so that training costs the memory of one step, whatever their number."""
+    """One write step on the tape. Between forward and backward it keeps only its input state and its gradient (a few
+    times m x d numbers per sample), so training needs the memory of one step, however many there are."""
 
     @staticmethod
     def forward(
@@ -55,7 +55,7 @@ class _WriteStep(torch.autograd.Function):
         state = WriteState(tensors[0], tuple(tensors[1:]), ctx.step)
         weights = inputs[2 + ctx.buffers :]
         step = Step(ctx.writer, ctx.context, state, lr, gradient.detach(), weights, ctx.replay)
-        # In this thread and inside WRITE throughout, also where a backward pass computes layers again.
+        # Stays in this thread and inside WRITE, even where a backward pass recomputes layers.
         with ctx.replay(), torch.enable_grad(), backward_in_write():
             return *[None] * 5, *ctx.strategy.pullback(step, after, losses)
 
@@ -68,12 +68,12 @@ def differentiable_write(
     Args:
         writer (`Writer`): the model, and the configuration that names the strategy.
         context (`Context`): B contexts.
-        steps (`int`, *optional*): K, from 0. `None`: the configuration's.
+        steps (`int`, *optional*): K, 0 or more. `None`: the configured number.
         weights (`Sequence[Tensor]`): the trained parameters that WRITE runs through.
 
     Returns:
-        The memory `[B, m, d]` and write losses `[B, K]`, before each step; or `[B, 1]`, that of the memory WRITE starts
-        from, where it starts from the context, K=0 and there is a reconstruction weight.
+        The memory `[B, m, d]` and write losses `[B, K]`, before each step. With K=0, a start from the context and a
+        reconstruction weight: `[B, 1]`, the loss of the memory that WRITE starts from.
 
     Raises:
         ValueError: K is negative.
@@ -82,7 +82,7 @@ def differentiable_write(
     check_kind("write_steps", steps, SupportsIndex | None, "a number of steps")
     steps = config.write_steps if steps is None else steps
     if steps < 0:
-        raise ValueError(f"write_steps must be from 0, got {steps}.")
+        raise ValueError(f"write_steps must be a non-negative integer, got {steps}.")
     rates = write_lrs(writer.slots, writer.adapter, config, steps).unbind()
     memory = start_memory(writer, context)
     start_recites = not steps and config.reconstruction_weight > 0 and config.start != "slots"

@@ -1,4 +1,4 @@
-"""What predicts an answer behind a prefix and a query, for many answers at a time."""
+"""The hidden states that predict answers after a prefix and a query, for many answers at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradmem_adapter.utils.wording import counted
 def check_answers(
     backbone: PreTrainedModel, prefix_length: int, queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> None:
-    """Raise for queries and answers that cannot be read behind a prefix.
+    """Raise for queries and answers that cannot be read after a prefix.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -28,19 +28,17 @@ def check_answers(
         queries, answers (`Sequence`): R rows of token ids.
 
     Raises:
-        TypeError: they are no integers.
-        ValueError: there are none or not as many of both, an answer is empty, a token is not the model's, or an answer
-            goes beyond the model's positions.
+        TypeError: a token id is not an integer.
+        ValueError: the lists are empty or differ in length, an answer is empty, a token id is not in the model's
+            vocabulary, or an answer exceeds the model's positions.
     """
     if not len(queries) == len(answers) > 0:
         raise ValueError(
-            f"Got {counted(len(queries), 'query')} and {counted(len(answers), 'answer')}: give one answer or more, "
-            "each with its query."
+            f"Expected at least one answer, each with its query; got {counted(len(queries), 'query')} and "
+            f"{counted(len(answers), 'answer')}."
         )
     if empty := [str(i) for i, answer in enumerate(answers) if not len(answer)]:
-        raise ValueError(
-            f"Answer {', '.join(empty)} is empty: it has no token whose likelihood there is. Leave it out."
-        )
+        raise ValueError(f"Answer {', '.join(empty)} is empty, so it has no likelihood. Leave it out.")
     rows = [
         as_indices(f"Query {i} with its answer", [*query, *answer], "token ids", torch.device("cpu"))
         for i, (query, answer) in enumerate(zip(queries, answers, strict=True))
@@ -57,7 +55,7 @@ def states_of_answers(
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        prefix (`Tensor`): `[R, P, d]`, or `[1, P, d]` for all rows, which is then run through the model once.
+        prefix (`Tensor`): `[R, P, d]`, or `[1, P, d]` for all rows, which then runs through the model only once.
         rows (`Sequence`): R pairs of a query and an answer, token ids.
 
     Returns:
@@ -66,7 +64,8 @@ def states_of_answers(
     ids, _ = pad([[*query, *answer[:-1]] for query, answer in rows], "right")
     embeddings = backbone.get_input_embeddings()(ids.to(prefix.device))
     prefix = prefix.to(embeddings.dtype)
-    # Padding is on the right, where a causal model does not look. Behind no query an answer of one token reads nothing.
+    # Padding is on the right, where a causal model does not look. With an empty query, an answer of one token reads
+    # nothing after the prefix.
     if len(prefix) == 1 and 0 not in (prefix.shape[1], ids.shape[1]) and shares_caches(backbone):
         before = trunk(backbone)(inputs_embeds=prefix, use_cache=True, return_dict=True)
         cache = before.past_key_values
@@ -83,7 +82,7 @@ def states_of_answers(
 
 
 def shares_caches(backbone: Any) -> bool:
-    """Whether rows may share the keys and values of what stands before all of them."""
+    """Whether the rows of a batch can share the keys and values of a common prefix."""
     if backbone.training or not backbone._supports_default_dynamic_cache():
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=backbone.config).layers)

@@ -20,9 +20,8 @@ from gradmem_adapter.utils.backbone import shallow_copy, uses_checkpointing
 class TwiceDifferentiableAttention(TorchFunctionMode):
     """Inside this context, `scaled_dot_product_attention` is computed from plain matrix products and a softmax.
 
-    The fused kernels have no double backward. A function mode belongs to the thread that enters it, so other threads
-    keep their fast attention, which a change of the model's configuration or of PyTorch's backend flags would not
-    allow.
+    The fused kernels have no double backward. A function mode affects only the thread that enters it, so other threads
+    keep their fast attention. Changing the model's configuration or PyTorch's backend flags would affect them too.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,11 +31,12 @@ class TwiceDifferentiableAttention(TorchFunctionMode):
 
 
 def recomputed_plainly(backbone: PreTrainedModel) -> PreTrainedModel:
-    """A backbone whose layers have plain attention also where gradient checkpointing computes them again: PyTorch
-    leaves function modes while it runs a backward pass.
+    """A backbone that also uses plain attention where gradient checkpointing recomputes its layers: PyTorch leaves
+    function modes during a backward pass.
 
     Args:
-        backbone (`PreTrainedModel`): stays as it is. Without checkpointing it is returned; a copy shares its weights.
+        backbone (`PreTrainedModel`): not changed. Returned as it is without checkpointing, otherwise copied; the copy
+            shares its weights.
     """
     if not uses_checkpointing(backbone):
         return backbone
@@ -75,8 +75,9 @@ def plain_attention(
         value (`Tensor`): `[..., kv_heads, s, e']`.
         attn_mask (`Tensor`, *optional*): boolean (True: attend) or additive, broadcastable to `[..., heads, n, s]`.
         dropout_p (`float`, *optional*, defaults to 0.0): the share of attention weights that is dropped.
-        is_causal (`bool`, *optional*, defaults to `False`): place i attends to the places up to i, whatever the mask.
-        scale (`float`, *optional*, defaults to `e ** -0.5`): of the scores before the softmax.
+        is_causal (`bool`, *optional*, defaults to `False`): position i attends to the positions up to i, and the mask
+            is ignored.
+        scale (`float`, *optional*, defaults to `e ** -0.5`): the factor of the scores before the softmax.
         enable_gqa (`bool`, *optional*, defaults to `False`): several heads share keys and values.
 
     Returns:
@@ -112,25 +113,26 @@ def causal_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA, causal and without a mask, for sequences padded on the right alone.
+    """Causal SDPA without a mask, for sequences that are padded on the right only.
 
-    Transformers makes no mask for an implementation it has none for. With "sdpa" it looks at positions whether it needs
-    one, which cannot be done while a CUDA graph is captured: it makes one then, and attention with a mask is slow.
+    Transformers makes no mask for an implementation without a registered mask function. With "sdpa" it inspects the
+    positions to see whether a mask is needed. During CUDA graph capture it cannot, so it always makes one, and
+    attention with a mask is slow.
 
     Args:
-        module (`nn.Module`): the attention layer that calls; not used.
-        query (`Tensor`): `[B, heads, n, e]`, the last n of s places.
+        module (`nn.Module`): the calling attention layer; not used.
+        query (`Tensor`): `[B, heads, n, e]`, the last n of s positions.
         key (`Tensor`): `[B, kv_heads, s, e]`.
         value (`Tensor`): `[B, kv_heads, s, e']`.
         attention_mask (`Tensor`, *optional*): not used.
         dropout (`float`, *optional*, defaults to 0.0): the share of attention weights that is dropped.
-        scaling (`float`, *optional*, defaults to `e ** -0.5`): of the scores before the softmax.
+        scaling (`float`, *optional*, defaults to `e ** -0.5`): the factor of the scores before the softmax.
 
     Returns:
         `[B, n, heads, e']`, and no attention weights.
     """
     grouped = query.shape[1] != key.shape[1]
-    # A branch: torch.compile knows which side it takes whatever the length, and has no symbolic booleans as arguments.
+    # A branch, not an expression: torch.compile resolves it for any length, but cannot pass on a symbolic boolean.
     causal = True if query.shape[2] == key.shape[2] else query.shape[2] > 1
     output = F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
@@ -142,7 +144,7 @@ ALL_ATTENTION_FUNCTIONS.register(CAUSAL, causal_attention)
 
 
 class _AttentionModule(nn.Module):
-    """What attention functions of Transformers read from the module that calls them."""
+    """The attributes that Transformers' attention functions read from the calling module."""
 
     is_causal = True
     num_key_value_groups = 1
@@ -164,7 +166,7 @@ def double_backward_problem(attention: Callable[..., Any], dtype: torch.dtype, d
     options: Any = {
         "generator": torch.Generator("cpu").manual_seed(0),
         "device": "cpu",
-    }  # whatever the default device is
+    }  # independent of the default device
     shape = (3, 1, 2, 16, 64)  # (q k v), batch, heads, positions, head size
     inputs, direction = (torch.randn(shape, **options).to(device, dtype) for _ in range(2))
     weights = torch.randn((1, 16, 2, 64), **options).to(device, dtype)
@@ -183,7 +185,7 @@ def double_backward_problem(attention: Callable[..., Any], dtype: torch.dtype, d
             point, e = leaf(inputs), 0.1
             twice = torch.autograd.grad((gradient(point, True) * direction).sum(), point)[0]
             above, below = (gradient(leaf(inputs + s * e * direction), False) for s in (1, -1))
-        except Exception as error:  # whatever a third-party kernel raises is the answer
+        except Exception as error:  # any error of a third-party kernel is a result
             return f"its double backward failed ({type(error).__name__}: {error})"
     cosine = F.cosine_similarity(twice.float().flatten(), (above - below).float().flatten(), dim=0).item()
-    return None if cosine > 0.9 else f"its second derivatives are wrong (cosine {cosine:.2f} with differences)"
+    return None if cosine > 0.9 else f"its second derivatives are wrong (cosine {cosine:.2f} with finite differences)"

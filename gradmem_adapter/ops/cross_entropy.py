@@ -1,4 +1,5 @@
-"""Cross entropy from hidden states, a few positions at a time, so that the logits of all positions are never held."""
+"""Cross entropy from hidden states, in chunks of positions, so that the logits of all positions are never held at
+once."""
 
 from __future__ import annotations
 
@@ -13,26 +14,27 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 2**26
-"""How many logits are held at once (256 MiB in float32); longer contexts are done in chunks."""
+"""How many logits are held at once (256 MiB in float32); longer contexts are processed in chunks."""
 MAX_LOGITS_IN_CACHE = 3 * 2**21
-"""The same on a CPU where nothing is computed twice (24 MiB): less is given the same memory again and again."""
+"""The same for a CPU where nothing is recomputed (24 MiB): chunks this small reuse the same memory."""
 
 Head: TypeAlias = Callable[[Tensor], Tensor]
 """Hidden states `[B, n, h]` to logits `[B, n, V]`."""
 IGNORED = -100
-"""The label of a token that no loss counts, as in Transformers."""
+"""The label of a token that losses ignore, as in Transformers."""
 
 
 class FusedCrossEntropy(NamedTuple):
-    """Cross entropy that finds its gradient on the way forward, while the logits are there (as Liger's fused linear
-    cross entropy does): for hidden states that are differentiated at most once, by a head that is not.
+    """Cross entropy that computes its gradient in the forward pass, while the logits exist (as Liger's fused linear
+    cross entropy does). The hidden states may be differentiated at most once, and the head not at all.
 
     Both functions take logits `[B, n, V]`, targets `[B, n]`, a mask `[B, n]` (True where a target counts) and whether
-    to count the targets that are first choices.
+    to count the targets that the model ranks first.
 
     Args:
-        nll (`Callable`): to negative log-likelihoods `[B]` and counts `[B]` (or `None`).
-        nll_and_gradient (`Callable`): the same, and the derivative for the logits: softmax minus one at the target.
+        nll (`Callable`): returns negative log-likelihoods `[B]` and counts `[B]` (or `None`).
+        nll_and_gradient (`Callable`): returns the same and the gradient for the logits: softmax minus one at the
+            target.
     """
 
     nll: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
@@ -41,7 +43,7 @@ class FusedCrossEntropy(NamedTuple):
     @classmethod
     @cache
     def compiled(cls) -> FusedCrossEntropy:
-        """For a GPU, where operations on logits are bound by how often these are read and written."""
+        """For a GPU, where operations on logits are limited by memory bandwidth."""
         return cls(
             torch.compile(nll_of_logits, dynamic=True), torch.compile(_compilable_nll_and_gradient, dynamic=True)
         )
@@ -65,13 +67,13 @@ def sequence_nll(
         mask (`Tensor`): booleans `[B, N]`, True where a target counts.
         head (`Callable`): from hidden states to logits.
         vocabulary (`int`): V, the number of logits of a position.
-        fused (`FusedCrossEntropy`, *optional*): given where `hidden` is differentiated at most once and the head is
-            not. `None`: everything may be differentiated, any number of times, and the logits are computed again in the
-            backward pass.
+        fused (`FusedCrossEntropy`, *optional*): pass it if `hidden` is differentiated at most once and the head is not.
+            `None`: everything may be differentiated any number of times, and the logits are recomputed in the backward
+            pass.
         count_correct (`bool`, *optional*, defaults to `True`): count the tokens that have the largest logit, which
-            reads all logits once more.
-        compiled (`bool`, *optional*, defaults to `False`): compile what is done with logits, on a GPU; nothing is
-            differentiated twice then.
+            takes one more read of all logits.
+        compiled (`bool`, *optional*, defaults to `False`): on a GPU, compile the operations on logits, which then
+            cannot be differentiated twice.
 
     Returns:
         Negative log-likelihoods `[B]`, and counts `[B]` or `None`.
@@ -96,12 +98,12 @@ def sequence_nll(
 
 
 def max_logits(device: torch.device) -> int:
-    """How many logits are held at once where nothing is computed twice."""
+    """How many logits are held at once where nothing is recomputed."""
     return min(MAX_LOGITS, MAX_LOGITS_IN_CACHE) if device.type == "cpu" else MAX_LOGITS
 
 
 def _chunks(hidden: Tensor, targets: Tensor, mask: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    count = max(1, -(-hidden.shape[1] // size))  # of about one length: a short last chunk takes nearly as long
+    count = max(1, -(-hidden.shape[1] // size))  # of similar length: a short last chunk takes nearly as long
     parts = (part.chunk(count, 1) for part in (hidden, targets, mask))
     return ((chunk.contiguous(), target, counts) for chunk, target, counts in zip(*parts, strict=True))
 
@@ -116,14 +118,14 @@ def nll_of_logits(
 
 
 def shifted_cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """The cross entropy of labels, each predicted from the place before it:
+    """The cross entropy of labels, each predicted from the position before it:
 
         -(1/n) sum_i log p(y_i | y_<i)
 
     Args:
         logits (`Tensor`): `[B, T, V]`.
-        labels (`Tensor`): `[B, T]`, `IGNORED` where none counts; the first of a row is predicted from nothing.
-        count (`Tensor` or `int`, *optional*): n. `None`: how many labels count.
+        labels (`Tensor`): `[B, T]`, `IGNORED` where a label does not count; the first label of a row is not predicted.
+        count (`Tensor` or `int`, *optional*): n. `None`: the number of labels that count.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten().to(logits.device)
@@ -133,14 +135,14 @@ def shifted_cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | 
 
 
 def correct_tokens(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """How many targets of each sample `[B]` are first choices: have the largest of their logits `[B, n, V]`."""
+    """How many targets of each sample have the largest of their logits `[B, n, V]`; `[B]`."""
     return ((logits.detach().argmax(-1) == targets) & mask).sum(-1)
 
 
 def nll_and_gradient(
     logits: Tensor, targets: Tensor, mask: Tensor, count_correct: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`FusedCrossEntropy.nll_and_gradient`, in place as far as that goes."""
+    """`FusedCrossEntropy.nll_and_gradient`, in place where possible."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=wide)
     nll = -log_probabilities.gather(-1, targets[..., None])[..., 0].masked_fill(~mask, 0).sum(-1)
@@ -154,8 +156,8 @@ def nll_and_gradient(
 def _compilable_nll_and_gradient(
     logits: Tensor, targets: Tensor, mask: Tensor, count_correct: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The same without a scatter, which a compiler cannot fuse: compiled, nothing of the logits' size is written but
-    the gradient; not compiled, it would be slower."""
+    """`nll_and_gradient` without a scatter, which a compiler cannot fuse. Compiled, it writes nothing of the logits'
+    size except the gradient; uncompiled, it would be slower."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     normaliser = wide.logsumexp(-1, keepdim=True)
     nll = (normaliser - wide.gather(-1, targets[..., None]))[..., 0].masked_fill(~mask, 0).sum(-1)
@@ -169,9 +171,9 @@ FUSED = FusedCrossEntropy(nll_of_logits, nll_and_gradient)
 
 
 class _GradientInForward(torch.autograd.Function):
-    """The gradient of each sample's loss for its hidden states, found on the way forward.
+    """The gradient of each sample's loss for its hidden states, computed in the forward pass.
 
-    Samples do not interact, so the backward pass has but to scale each sample's gradient.
+    Samples do not interact, so the backward pass only scales each sample's gradient.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""From hidden states to logits by the backbone's own code, a few positions at a time."""
+"""From hidden states to logits through the backbone's own code, a few positions at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradmem_adapter.utils.backbone import contains, shallow_copy, trunk, trunk_
 
 
 class _HiddenStatesOnly(BaseModelOutputWithPast):
-    """An inner model's output that has nothing but hidden states, whatever the outer model asks for."""
+    """An inner model's output with only hidden states: every other field that the outer model reads is `None`."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -23,18 +23,18 @@ class _HiddenStatesOnly(BaseModelOutputWithPast):
 
 
 class _GivenHiddenStates(nn.Module):
-    """Stands in for a backbone's trunk and returns `inputs_embeds` as its last hidden states. Whatever else is asked of
-    it, the trunk answers; but its own trunk (OPT's forward calls `self.model.decoder(...)`) is stood in for, too."""
+    """Stands in for a backbone's trunk and returns `inputs_embeds` as its last hidden states. All other attributes come
+    from the trunk, but a trunk inside it is replaced too (OPT's forward calls `self.model.decoder(...)`)."""
 
     def __init__(self, trunk: nn.Module, embeddings: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(_trunk=trunk, _embeddings=embeddings)  # no children: nothing of them is this module's
+        self.__dict__.update(_trunk=trunk, _embeddings=embeddings)  # not registered as children
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
         return _HiddenStatesOnly(last_hidden_state=inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
-        if "_trunk" not in self.__dict__:  # not made yet
+        if "_trunk" not in self.__dict__:  # before __init__ has run
             raise AttributeError(name)
         found = getattr(self._trunk, name)
         if isinstance(found, nn.Module) and found is not self._embeddings and contains(found, self._embeddings):
@@ -59,7 +59,7 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
         `Callable`: the map, which may be called for any part of the positions.
 
     Raises:
-        ValueError: the replacement is for another number of tokens.
+        ValueError: the replacement and the backbone differ in their number of tokens.
         NotImplementedError: the output embeddings are not a direct child of the model, so they cannot be replaced.
     """
     top = cast(PreTrainedModel, shallow_copy(backbone))
@@ -74,8 +74,8 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
         rows, tokens = (len(cast(Tensor, h.weight)) for h in (replacement, backbone.get_output_embeddings()))
         if rows != tokens:
             raise ValueError(
-                f"The write head is for {rows} tokens, and the backbone has {tokens}: some were added later. "
-                "Resize the backbone first and attach the adapter then, or use write_head=False."
+                f"The write head has {rows} tokens but the backbone has {tokens}: the backbone was resized after the "
+                "adapter was created. Resize the backbone before you attach the adapter, or use write_head=False."
             )
         top._modules[names[0]] = replacement
     forward = type(backbone).forward  # not `top(...)`: hooks and wrappers around the model belong to the model
@@ -89,19 +89,19 @@ def output_head(backbone: PreTrainedModel, replacement: nn.Module | None = None)
 
 
 def trains_head(backbone: PreTrainedModel, replacement: nn.Module | None = None) -> bool:
-    """Whether anything between the trunk and the logits is trained: the output embeddings, or the layers that BERT and
-    its kin have before them.
+    """Whether anything between the trunk and the logits is trained: the output embeddings, or the layers before them in
+    models such as BERT.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        replacement (`nn.Module`, *optional*): what stands in place of its output embeddings.
+        replacement (`nn.Module`, *optional*): the layer that replaces its output embeddings.
     """
     unused = [trunk(backbone)] if replacement is None else [trunk(backbone), backbone.get_output_embeddings()]
     parts = [part for part in (replacement, *backbone.children()) if part is not None and part not in unused]
     return any(
         parameter.requires_grad
         for part in parts
-        # A tuner layer that wraps nothing (the memory slots) stands beside the way to the logits.
+        # A tuner layer without a base layer (the memory slots) is not on the path to the logits.
         if not isinstance(part, BaseTunerLayer) or hasattr(part, "base_layer")
         for parameter in part.parameters()
     )

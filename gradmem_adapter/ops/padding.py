@@ -1,4 +1,4 @@
-"""Padding, in one place: rows as one tensor, padding moved to the right, tokens right behind others, means of parts."""
+"""All padding, in one place: stack rows, move padding, append tokens to padded rows, average parts of rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pad(rows: Sequence[Sequence[int] | Tensor], side: str, value: int = 0) -> tu
         value (`int`, *optional*, defaults to 0): what to pad with.
 
     Returns:
-        Rows `[B, N, ...]`, N being the longest, and a mask of integers `[B, N]`, 1 where a place counts.
+        Rows `[B, N, ...]`, N being the longest, and a mask of integers `[B, N]`, 1 where a position counts.
     """
     tensors = [row if isinstance(row, Tensor) else torch.tensor(row, dtype=torch.long) for row in rows]
     masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in tensors]
@@ -33,15 +33,16 @@ def pad(rows: Sequence[Sequence[int] | Tensor], side: str, value: int = 0) -> tu
 
 
 def move_padding_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows with padding wherever it was, moved to the right.
+    """Move the padding of rows, wherever it is, to the right.
 
     Args:
         input_ids (`Tensor`): `[B, N]`.
-        attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts, at least once in a row. `None`: all do.
+        attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts; each row needs at least one. `None`:
+            all do.
 
     Returns:
-        Rows `[B, longest]`, padded with their first token, and their lengths `[B]`. A pad token may embed to zeros,
-        where norms have no second derivative.
+        Rows `[B, longest]`, padded with their first token, and their lengths `[B]`. Not with the pad token: its
+        embedding may be zeros, where norms have no second derivative.
     """
     if attention_mask is None:
         return input_ids, torch.full_like(input_ids[:, 0], input_ids.shape[1])
@@ -55,7 +56,7 @@ def move_padding_right(input_ids: Tensor, attention_mask: Tensor | None) -> tupl
 
 
 def move_padding_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose padding on the right, if they have any, stands on the left; places in between stay in order.
+    """Move padding on the right of rows to the left; the other positions keep their order.
 
     Args:
         input_ids (`Tensor`): `[B, N]`.
@@ -71,20 +72,20 @@ def move_padding_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor
 
 
 def append(rows: Tensor, lengths: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """`[row; tail; padding]` for each sample, so that a causal model needs no mask.
+    """Append a tail to each padded row, `[row; tail; padding]`, so that a causal model needs no mask.
 
     Args:
         rows (`Tensor`): `[B, N, ...]`, right padded.
-        lengths (`Tensor`): `[B]`, places that count.
+        lengths (`Tensor`): `[B]`, the number of positions that count.
         tail (`Tensor`): `[B, T, ...]`.
 
     Returns:
-        Rows `[B, N + T, ...]`, and the places `[B, T]` where the tail stands.
+        Rows `[B, N + T, ...]`, and the positions `[B, T]` of the tail.
     """
     n, t = rows.shape[1], tail.shape[1]
     place = torch.arange(n + t, device=rows.device)
     length = lengths[:, None]
-    # Behind the tail comes what was padding: the first padded places of the row.
+    # The row's own padding follows the tail.
     source = torch.where(place < length, place, torch.where(place < length + t, place - length + n, place - t))
     index = source.view(*source.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
     return torch.cat([rows, tail], dim=1).gather(1, index), length + torch.arange(t, device=rows.device)
@@ -95,11 +96,11 @@ def part_means(values: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Ten
 
     Args:
         values (`Tensor`): `[B, N, d]`, right padded.
-        lengths (`Tensor`): `[B]`, places that count.
-        parts (`int`): P; a sample of fewer values than this has as many parts as values.
+        lengths (`Tensor`): `[B]`, the number of positions that count.
+        parts (`int`): P; a sample with fewer values has one part per value.
 
     Returns:
-        Means `[B, P, d]`, zero behind the last part, and the number of parts `[B]`.
+        Means `[B, P, d]`, zero after the last part, and the number of parts `[B]`.
     """
     places = torch.arange(values.shape[1], device=values.device)
     counts = lengths.clamp(max=parts)

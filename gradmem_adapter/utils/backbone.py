@@ -252,7 +252,7 @@ def check_length(
     longest = length if attention_mask is None else int(attention_mask.bool().sum(1).max())
     if prefix_length + longest > positions:
         raise ValueError(
-            f"{name} has {counted(longest, 'token')}, and at most {max(0, positions - prefix_length)} are allowed: "
+            f"{name} has {counted(longest, 'token')}, but at most {max(0, positions - prefix_length)} are allowed: "
             f"the model has {positions} positions, {prefix_length} of them for the memory. Shorten the query, or read "
             "fewer states side by side."
         )

@@ -1,1 +1,1 @@
-"""WRITE: a context into memory by gradient steps, one equation a file."""
+"""WRITE: gradient steps that store a context in memory, one equation per file."""

@@ -18,11 +18,11 @@ from gradmem_adapter.write.loop import sample_names
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of contexts in batches of similar length, the longest first: what cannot fit shows at once.
+    """Indices of contexts in batches of similar length, the longest first, so that one that does not fit fails early.
 
     Args:
         lengths (`Sequence[int]`): tokens of each context.
-        budget (`int`): how many tokens a batch may have, padding counted, unless it is a single context.
+        budget (`int`): the most tokens in a batch, including padding; a single context may exceed it.
     """
     result: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -42,16 +42,16 @@ def write_batches(
     """WRITE contexts in batches within a token budget.
 
     Args:
-        write (`Callable`): from indices of contexts, their right-padded token ids `[B, N]` and mask to B states.
+        write (`Callable`): maps indices of contexts, their right-padded token ids `[B, N]` and mask to B states.
         contexts (`Sequence[Tensor]`): token ids `[n]` each.
-        budget (`int`): how many tokens a batch may have, padding counted.
-        done (`Callable`, *optional*): given the indices and the states of each batch after it.
+        budget (`int`): the most tokens in a batch, including padding.
+        done (`Callable`, *optional*): called after each batch with its indices and states.
 
     Returns:
         `MemoryState`: one state per context, in the order of `contexts`.
 
     Raises:
-        torch.cuda.OutOfMemoryError: a context does not fit, the most frugal way; the message names it.
+        torch.cuda.OutOfMemoryError: a context does not fit even with the most frugal plan; the message names it.
     """
     order: list[int] = []
     states: list[MemoryState] = []
@@ -61,8 +61,8 @@ def write_batches(
                 written = write(rows, *pad([contexts[i] for i in rows], "right"))
         except torch.cuda.OutOfMemoryError as error:
             raise torch.cuda.OutOfMemoryError(
-                f"Context {rows[0]} with {len(contexts[rows[0]])} tokens does not fit into the GPU's memory by itself. "
-                "Split it (MemoryState.concat joins the states of its parts), free memory, or load the model in "
+                f"Context {rows[0]} with {len(contexts[rows[0]])} tokens does not fit into GPU memory, even alone in a "
+                "batch. Split it (MemoryState.concat joins the states of the parts), free memory, or load the model in "
                 "bfloat16."
             ) from error
         order += rows
@@ -74,17 +74,17 @@ def write_batches(
 def check_rows(
     contexts: Sequence[Tensor | Sequence[int]], backbone: PreTrainedModel, prefix_length: int
 ) -> list[Tensor]:
-    """Contexts as tensors of token ids that can be written, on the CPU: a batch is moved to a GPU at once.
+    """Check contexts and return their token ids as tensors on the CPU; a whole batch is later moved to the GPU at once.
 
     Args:
         contexts (`Sequence`): token ids `[n]` of each.
-        backbone (`PreTrainedModel`): whose tokens they are.
-        prefix_length (`int`): the positions that the memory takes of the backbone's.
+        backbone (`PreTrainedModel`): the model that is to write them.
+        prefix_length (`int`): how many of the backbone's positions the memory takes.
 
     Raises:
-        TypeError, ValueError: one of them cannot be written; the message names it by its index.
+        TypeError, ValueError: a context cannot be written; the message has its index.
     """
-    check_kind("contexts", contexts, Iterable, "a list with the token ids of each")
+    check_kind("contexts", contexts, Iterable, "a list with the token ids of each context")
     rows = [_token_ids(index, context) for index, context in enumerate(contexts)]
     if not rows:
         raise ValueError("There is no context to write.")
@@ -106,11 +106,11 @@ def _token_ids(index: int, context: Tensor | Sequence[int]) -> Tensor:
 
 @contextmanager
 def progress_bar(total: int | None, wanted: bool | None) -> Iterator[Callable[[int], None]]:
-    """Show how many contexts are written, and give the function that is told of more of them.
+    """Show how many contexts are written; yields the function to call with the number of newly written ones.
 
     Args:
         total (`int`, *optional*): how many there are. `None`: unknown.
-        wanted (`bool`, *optional*): `None`: where stderr is a terminal.
+        wanted (`bool`, *optional*): show the bar. `None`: only if stderr is a terminal.
     """
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield lambda contexts: None

@@ -1,4 +1,4 @@
-"""WRITE within the memory there is: the fastest plan that fits, and a more frugal one where it turns out not to."""
+"""WRITE within the available memory: the fastest plan that fits, and a more frugal one if it runs out of memory."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from gradmem_adapter.write.plan import Footprint, Plan, plans
 
 CPU = torch.device("cpu")
 MOST_CORRECTED = 2.0
-"""The largest factor that an estimate is corrected by: memory may have run out for another's sake."""
+"""The largest correction of an estimate: memory may have run out because of another process."""
 FRUGAL = 0.85
-"""The share of what a plan takes that the next one may take, where memory has run out."""
+"""After running out of memory: the share of the last plan's memory that the next plan may take at most."""
 MaxMemory: TypeAlias = int | Literal["auto"]
-"""Bytes that contexts may take beside the model, or what the device has free."""
+"""Bytes that contexts may take in addition to the model; "auto": what the device has free."""
 
 
 class Budget:
-    """What WRITE of one model takes, as was seen of a few tokens, and corrected where that was too little.
+    """The memory that WRITE takes with one model: measured on a few tokens, and corrected upwards if that was too
+    little.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM, on its device and in its type. It may go before its budget.
+        backbone (`PreTrainedModel`): the causal LM, on its device and in its dtype. The budget holds only a weak
+            reference to it.
     """
 
     def __init__(self, backbone: PreTrainedModel) -> None:
@@ -42,24 +44,24 @@ class Budget:
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Budget:
-        """The budget of a causal LM, one for as long as it lives."""
+        """The one budget of a causal LM, kept for as long as the model lives."""
         return _budgets.setdefault(backbone, cls(backbone))
 
     def bytes(self, plan: Plan, length: int, compiled: bool = False) -> float:
-        """About how many bytes a plan takes for contexts of `length` tokens each."""
+        """An estimate of the bytes that a plan takes for contexts of `length` tokens each."""
         return self._correction * self._footprint().bytes(plan, length, compiled)
 
     def plans(self, batch: int, length: int, max_memory: MaxMemory, compiled: bool = False) -> list[Plan]:
-        """The fastest plan that fits, and more frugal ones, each by a good part.
+        """The fastest plan that fits, followed by ever more frugal ones to fall back on.
 
         Args:
             batch (`int`): how many contexts.
-            length (`int`): tokens of the longest.
+            length (`int`): the tokens of the longest context.
             max_memory (`int` or `"auto"`): as in `WriteOptions`.
             compiled (`bool`, *optional*, defaults to `False`): the layers are compiled.
 
         Raises:
-            MemoryError: none fits. On a CPU the system would end the process without a word.
+            MemoryError: no plan fits. Without this error, the system would kill a process on a CPU without a message.
         """
         footprint = self._footprint()
         device = footprint.device
@@ -76,40 +78,41 @@ class Budget:
                 found.append(chosen)
         if not found:
             raise MemoryError(
-                f"To write {'a context' if batch == 1 else 'one context after the other'} of {length:,} tokens takes "
-                f"about {needed[least] / 1e9:.2g} GB at least, and {room / 1e9:.2g} GB are "
-                f"{'free' if max_memory == 'auto' else 'allowed'}. GradMemPipeline.write_document (or gradmem write "
-                "--store) writes a long text in segments; in bfloat16 a model needs half."
+                f"Writing {'a context' if batch == 1 else 'one context after the other'} of {length:,} tokens takes "
+                f"about {needed[least] / 1e9:.2g} GB at least, but only {room / 1e9:.2g} GB are "
+                f"{'free' if max_memory == 'auto' else 'allowed'}. Write a long text in segments with "
+                "GradMemPipeline.write_document (or gradmem write --store), or load the model in bfloat16, which "
+                "halves this."
             )
         return found if found[-1] == least else [*found, least]
 
     def exceeded(self, plan: Plan, following: Plan, length: int, compiled: bool = False) -> None:
-        """Learn that a plan did not fit into what is free, where the following one may just do, and say so once."""
+        """Correct the estimate after a plan ran out of memory, and warn the first time that this happens."""
         footprint = self._footprint()
         seen = free_memory(footprint.device) / footprint.bytes(following, length, compiled)
         self._correction = max(self._correction, min(seen, MOST_CORRECTED))
         if not self._said:
             self._said = True
             warnings.warn(
-                f"Out of memory in WRITE with {plan}: going on with {following}. max_memory sets a bound that is kept "
-                "from the start.",
+                f"Out of memory in WRITE with {plan}; continuing with {following}. Set max_memory to limit memory from "
+                "the start.",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     def tokens(self, max_memory: MaxMemory = "auto") -> int:
-        """How many padded tokens to write at once: at least 1, at most what saturates the device."""
+        """How many tokens, including padding, to write at once: at least 1, at most what saturates the device."""
         device = self._footprint().device
         share = SHARE_OF_FREE_MEMORY.get(device.type, SHARE_OF_FREE_MEMORY["cpu"])
         room = share * free_memory(device) if max_memory == "auto" else max_memory
         most = SATURATED.get(device.type, SATURATED["cpu"])
-        each = self.bytes(Plan(most), 1) / most  # with a token's part of the logits, of which few are held
+        each = self.bytes(Plan(most), 1) / most  # includes a token's share of the logits held at once
         return max(1, min(int(room / each), most))
 
     def _footprint(self) -> Footprint:
         backbone = self._backbone()
         if backbone is None:
-            raise ReferenceError("The model that this budget was of is gone.")
+            raise ReferenceError("The model of this budget no longer exists.")
         device = device_of(backbone)
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         key = device, backbone.dtype, backbone.config._attn_implementation, backbone.training, autocast
@@ -122,12 +125,12 @@ _budgets: WeakKeyDictionary[PreTrainedModel, Budget] = WeakKeyDictionary()
 
 
 class BoundedPass:
-    """A `RunPass` that goes by a plan, and by the next one where memory does not suffice.
+    """A `RunPass` that follows a plan, and switches to the next one when memory runs out.
 
     Args:
-        budget (`Budget`): of the model.
-        plans (`list[Plan]`): the one to go by, and the more frugal ones.
-        pass_of (`Callable`): the pass for a plan; it is given the plan's rows at most.
+        budget (`Budget`): the model's budget.
+        plans (`list[Plan]`): the plan to follow, then more frugal ones.
+        pass_of (`Callable`): makes the pass for a plan; the pass gets at most `plan.rows` rows.
         compiled (`bool`, *optional*, defaults to `False`): its layers are compiled.
     """
 
@@ -144,7 +147,7 @@ class BoundedPass:
             except torch.cuda.OutOfMemoryError:
                 if len(self.plans) == 1:
                     raise
-            # Only here, as the traceback of the error holds what the pass had on the GPU.
+            # Outside of the except block: the error's traceback keeps the tensors of the pass on the GPU.
             torch.cuda.empty_cache()
             plan, *self.plans = self.plans
             self.budget.exceeded(plan, self.plans[0], context.input_ids.shape[1], self.compiled)

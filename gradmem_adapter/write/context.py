@@ -20,7 +20,7 @@ class Context(NamedTuple):
 
     Args:
         input_ids (`Tensor`): `[B, N]` token ids.
-        lengths (`Tensor`): `[B]`, how many tokens of each count.
+        lengths (`Tensor`): `[B]`, how many tokens of each context count.
     """
 
     input_ids: Tensor
@@ -49,13 +49,13 @@ class Context(NamedTuple):
         Args:
             input_ids (`Tensor`): `[B, N]` token ids.
             attention_mask (`Tensor`, *optional*): `[B, N]`, 1 where a token counts. `None`: all do.
-            backbone (`PreTrainedModel`): whose tokens they are, and on whose device the contexts will be.
-            prefix_length (`int`): the positions that the memory takes of the backbone's.
-            name (`str`, *optional*, defaults to `"input_ids"`): what the caller named the ids, for messages.
+            backbone (`PreTrainedModel`): the model whose tokens they are; the contexts are moved to its device.
+            prefix_length (`int`): how many of the backbone's positions the memory takes.
+            name (`str`, *optional*, defaults to `"input_ids"`): the caller's name for the ids, for messages.
 
         Raises:
-            TypeError: the ids are no tensor of integers.
-            ValueError: ids are not the model's, or a context is empty or too long.
+            TypeError: the ids are not a tensor of integers.
+            ValueError: an id is not in the model's vocabulary, or a context is empty or too long.
         """
         check_contexts(input_ids, attention_mask, backbone, prefix_length, name)
         device = device_of(backbone)
@@ -70,7 +70,7 @@ def check_contexts(
     prefix_length: int,
     name: str = "input_ids",
 ) -> None:
-    """Raise for contexts that cannot be written; `Context.from_tokens` says what the arguments and the errors are."""
+    """Raise for contexts that cannot be written; arguments and errors are those of `Context.from_tokens`."""
     check_tokens(name, input_ids, attention_mask, backbone)
     if len(input_ids) == 0:
         raise ValueError("There is no context to write: input_ids has batch size 0.")
@@ -82,11 +82,13 @@ def check_contexts(
 
 def _check_lengths(lengths: list[int], positions: int | None, prefix_length: int) -> None:
     if empty := [str(i) for i, length in enumerate(lengths) if not length]:
-        raise ValueError(f"Context {', '.join(empty)} is empty: there is nothing to write. Leave it out of the batch.")
+        raise ValueError(
+            f"Context {', '.join(empty)} is empty, so there is nothing to write. Leave it out of the batch."
+        )
     longest = max(lengths)
     if positions is not None and longest + prefix_length > positions:
         raise ValueError(
-            f"Context {lengths.index(longest)} has {counted(longest, 'token')}, and at most "
+            f"Context {lengths.index(longest)} has {counted(longest, 'token')}, but at most "
             f"{max(0, positions - prefix_length)} are allowed: the model has {positions} positions, {prefix_length} of "
             "them for the memory. Split it, write the parts as separate contexts and join their states with "
             "MemoryState.concat."

@@ -1,5 +1,5 @@
-"""A write pass on a frozen, compiled twin of the model, launched as one CUDA graph per bucket of shapes where launching
-is what takes time."""
+"""A write pass on a frozen, compiled twin of the model, launched as one CUDA graph per bucket of shapes if kernel
+launches take most of the time."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from gradmem_adapter.write.plan import Plan
 from gradmem_adapter.write.twin import frozen_twin
 
 LAUNCH_BOUND = 1e11
-"""Weights of a layer times tokens, beyond which computing takes longer than launching: about a millisecond a layer."""
+"""Weights per layer times tokens. Above it, computing takes longer than launching: about a millisecond per layer."""
 
 
 def launch_bound(backbone: PreTrainedModel, tokens: int) -> bool:
-    """Whether a pass of so many tokens is over before Python has launched its kernels."""
+    """Whether the GPU computes a pass of this many tokens faster than Python launches its kernels."""
     layers = decoder_layers(backbone)
     return bool(layers) and sum(p.numel() for p in layers[0].parameters()) * tokens < LAUNCH_BOUND
 
 
 class Bucket(NamedTuple):
-    """The shape that a batch of contexts is padded to: at most an eighth more than it has, or 63 tokens.
+    """The shape that a batch of contexts is padded to: at most an eighth or 63 tokens larger than the batch.
 
     Args:
         batch (`int`): B.
-        length (`int`): N, tokens.
+        length (`int`): N, the number of tokens.
     """
 
     batch: int
@@ -52,7 +52,7 @@ class Bucket(NamedTuple):
         )
 
     def pad(self, memory: Tensor, context: Context) -> tuple[Tensor, Context]:
-        """A memory `[B, m, d]` and contexts, padded with copies of the first sample and tokens that do not count."""
+        """Pad a memory `[B, m, d]` and contexts with copies of the first sample and with tokens that do not count."""
         rows = torch.arange(self.batch, device=memory.device)
         rows = rows.where(rows < len(memory), 0)
         width = self.length - context.input_ids.shape[1]
@@ -69,12 +69,12 @@ def _round_up(n: int, step: int) -> int:
 
 
 class FastPass:
-    """`write_pass` on a twin of the model, without gradients for weights.
+    """`write_pass` on a twin of the model, whose weights need no gradients.
 
     Args:
         writer (`Writer`): the model.
         compiled (`bool`): compile the layers of the twin.
-        graphed (`bool`): launch a pass as a CUDA graph, one per bucket, where that is what takes time.
+        graphed (`bool`): launch passes as CUDA graphs, one per bucket, if launching takes most of the time.
     """
 
     def __init__(self, writer: Writer, *, compiled: bool, graphed: bool) -> None:
@@ -100,21 +100,21 @@ class FastPass:
 
     @staticmethod
     def _own(found: Pass, rows: int) -> Pass:
-        """Without the bucket's other rows, and not where the graph writes next time."""
+        """Remove the rows that pad the bucket, and copy the rest, which the next launch would overwrite."""
         return Pass._make(None if part is None else part[:rows].clone() for part in found)
 
     def clear(self) -> None:
-        """Give the memory of all graphs back."""
+        """Free the memory of all graphs."""
         if self.graphs is not None:
             self.graphs.clear()
 
     def agrees(self, found: Pass, expected: Pass) -> bool:
-        """Whether a fast pass, with its gradient, is the plain one, up to what its precision costs."""
+        """Whether a fast pass with its gradient equals the plain one up to rounding."""
         gradient, right = cast(Tensor, found.gradient), cast(Tensor, expected.gradient)
         error = torch.linalg.vector_norm(gradient - right) / torch.linalg.vector_norm(right)
         exact = self.writer.backbone.dtype.itemsize >= 4 and not torch.is_autocast_enabled(right.device.type)
-        # At untrained slots gradients in bf16 are apart by a tenth to a quarter and losses by a thousandth: it is the
-        # losses that tell rounding from a pass of something else (docs/lab/LOG.md).
+        # With untrained slots, gradients in bf16 differ by a tenth to a quarter and losses by a thousandth, so it is
+        # the losses that distinguish rounding from a wrong pass (docs/lab/LOG.md).
         of_gradient, of_loss = (1e-3, 1e-3) if exact else (0.5, 1e-2)
         same = bool(error <= of_gradient) and torch.allclose(found.losses, expected.losses, rtol=of_loss, atol=of_loss)
         self.trusted = same or not right.isfinite().all()
@@ -123,12 +123,12 @@ class FastPass:
     def _capture(
         self, pool: Any, memory: Tensor, context: Context, gradient: bool, recovered: bool
     ) -> Callable[[Tensor, Context], Pass]:
-        """A function that copies its arguments to where the graph reads them, and launches it."""
+        """Capture a pass; returns a function that copies its arguments to the graph's inputs and launches the graph."""
         memory, context = memory.clone(), Context(*(part.clone() for part in context))
         stream, graph = torch.cuda.Stream(memory.device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with static_shapes():
-            with torch.cuda.stream(stream):  # once as it is: compiles, and sets up the libraries
+            with torch.cuda.stream(stream):  # a first run without capture compiles layers and initialises libraries
                 write_pass(self.writer, memory, context, gradient, recovered)
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize(memory.device)
@@ -137,7 +137,7 @@ class FastPass:
         used = torch.cuda.Event()
 
         def launch(new_memory: Tensor, new_context: Context) -> Pass:
-            used.wait()  # another thread's stream may still read
+            used.wait()  # another thread's stream may still be reading
             memory.copy_(new_memory)
             for part, new in zip(context, new_context, strict=True):
                 part.copy_(new)

@@ -1,4 +1,4 @@
-"""When WRITE is compiled and captured: passes that give the same numbers, sooner."""
+"""When WRITE is compiled and captured: faster passes with the same numbers."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from gradmem_adapter.write.loss import Pass, Writer, write_pass
 from gradmem_adapter.write.plan import Plan
 
 COMPILE_SECONDS = 20.0
-"""`compile="auto"` compiles once WRITE has taken this long, about as long as compiling takes: however much is written
-after it, that takes at most twice the time of whoever had known beforehand."""
+"""`compile="auto"` compiles once WRITE has taken this long, which is about as long as compiling takes. However much is
+written, this takes at most twice the time of the best choice in hindsight."""
 
 
 def unsuited(writer: Writer, context: Context, vectors: int) -> str | None:
-    """Why a fast pass could give other numbers than the plain one, or `None`.
+    """Why a fast pass could give different numbers than the plain one, or `None`.
 
     Args:
         writer (`Writer`): the model.
-        context (`Context`): what is to be written.
-        vectors (`int`): m, those of the memory that it is written into.
+        context (`Context`): the contexts to write.
+        vectors (`int`): m, the vectors of their memory.
     """
     backbone = writer.backbone
     if backbone.training:
-        return "the model is in training mode, where dropout draws anew in every pass; call model.eval()"
+        return "the model is in training mode, where dropout differs in every pass; call model.eval()"
     if any("forward" in module.__dict__ for module in backbone.modules()):
-        return "a module's forward has been replaced (offloading and device maps do that)"
+        return "a module's forward has been replaced, as offloading and device maps do"
     if on_several_devices(backbone):
         return "the model is on several devices"
     places = writer.prefix_length(vectors) + context.input_ids.shape[1]
@@ -50,10 +50,9 @@ def unsuited(writer: Writer, context: Context, vectors: int) -> str | None:
 
 
 class FastWrites:
-    """The fast passes of one model: made when they pay, and again when the model has changed.
+    """The fast passes of one model: made when they pay off, and again when the model has changed.
 
-    Passes are run one at a time, by whatever thread; the plain one needs no such order. Copies (`copy`, `pickle`) start
-    anew.
+    Fast passes run one at a time across all threads; plain passes need no lock. Copies (`copy`, `pickle`) start empty.
     """
 
     def __init__(self) -> None:
@@ -74,16 +73,16 @@ class FastWrites:
     def of(
         self, writer: Writer, context: Context, vectors: int, compile: bool | str
     ) -> Iterator[Callable[[Plan], RunPass]]:
-        """What chooses the pass for a plan of a batch of contexts; the time that WRITE takes inside is measured.
+        """Yields the function that chooses a pass for a plan, and measures the time that WRITE takes in the block.
 
         Args:
             writer (`Writer`): the model.
             context (`Context`): B contexts.
-            vectors (`int`): m, those of the memory that they are written into.
+            vectors (`int`): m, the vectors of their memory.
             compile (`bool` or `"auto"`): as in `WriteOptions`.
 
         Raises:
-            ValueError: `compile=True`, and the model cannot be compiled for these contexts.
+            ValueError: with `compile=True`, the model cannot be compiled for these contexts.
         """
 
         def pass_of(plan: Plan) -> RunPass:
@@ -101,7 +100,7 @@ class FastWrites:
     def _choose(self, writer: Writer, plan: Plan, context: Context, vectors: int, demanded: bool) -> RunPass | None:
         cuda = context.input_ids.device.type == "cuda"
         if not (demanded or cuda):
-            return None  # on a CPU compiling saves a seventh of the time: not worth the stall unless asked for
+            return None  # on a CPU compiling saves only a seventh of the time: not worth the wait unless asked for
         reason = unsuited(writer, context, vectors)
         with self._lock:
             key = signature(writer)
@@ -110,7 +109,7 @@ class FastWrites:
             reason = reason or self._plain_only
             if reason is not None:
                 if demanded:
-                    raise ValueError(f"compile=True cannot be had: {reason}. Use compile='auto' or compile=False.")
+                    raise ValueError(f"compile=True is not possible: {reason}. Use compile='auto' or compile=False.")
                 return None
             compiled = demanded or self._seconds > COMPILE_SECONDS
             bucket = Bucket.of(context, writer.longest_context(vectors))
@@ -134,7 +133,8 @@ class FastWrites:
         gradient: bool,
         recovered: bool,
     ) -> Pass:
-        """A fast pass; the first one is compared with the plain one, which takes over where something is amiss."""
+        """A fast pass. The first one is compared with the plain pass, which takes over if they differ or the fast one
+        fails."""
 
         def plain() -> Pass:
             return write_pass(plan.of(writer), memory, context, gradient, recovered)
@@ -148,7 +148,7 @@ class FastWrites:
             except torch.cuda.OutOfMemoryError:
                 if not fast.graphs:
                     raise
-                # dealt with below: until the error is gone, its traceback holds what did not fit
+                # handled below: the error's traceback keeps the tensors that did not fit
             except Exception as error:
                 if demanded:
                     raise
@@ -163,15 +163,18 @@ class FastWrites:
             if not problem:
                 fast.clear()
                 return plain()
-            self._plain_only, self._fast = f"a fast pass was tried, and {problem}", None
+            self._plain_only, self._fast = f"a fast pass was tried, but {problem}", None
             if demanded:
-                raise ValueError(f"compile=True cannot be had: {self._plain_only}. Use compile=False.")
-            warnings.warn(f"WRITE stays plain: {self._plain_only}. compile=False spares the try.", stacklevel=7)
+                raise ValueError(f"compile=True is not possible: {self._plain_only}. Use compile=False.")
+            warnings.warn(
+                f"WRITE runs without compiling: {self._plain_only}. Set compile=False to skip this attempt.",
+                stacklevel=7,
+            )
             return plain()
 
 
 def signature(writer: Writer) -> Any:
-    """What a fast pass of a writer is made for: it holds addresses of weights and what the layers were set to."""
+    """Identifies the model that a fast pass is made for: addresses of weights and settings of layers."""
     device = writer.slots.gradmem_memory[writer.adapter].device.type
     weights, layers = [], []
     for module in walk(writer.backbone):

@@ -1,4 +1,4 @@
-"""What a memory state has kept of its context, decoded as WRITE sees it: with its head, control vectors and LoRA."""
+"""How much of its context a memory state holds, decoded as in WRITE: with its head, control vectors and LoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
 CONFIDENT = 0.25
-"""What memory gives a token that it is sure of. Where it cannot recite, it gives the first tokens less."""
+"""The least probability of a token that memory is sure of. A memory that cannot recite gives its first tokens less."""
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def reconstruct(
         writer (`Writer`): the model.
         memory (`Tensor`): `[B, m, d]`.
         length (`int`): how many tokens, n.
-        callback (`Callable`, *optional*): given the tokens `[B]` of each place as soon as they are decoded.
+        callback (`Callable`, *optional*): called with the tokens `[B]` of each position as soon as they are decoded.
 
     Returns:
         `Tensor`: `[B, n]` token ids.
@@ -45,16 +45,15 @@ def reconstruct(
 
 @torch.no_grad()
 def recite(writer: Writer, memory: Tensor, length: int) -> Context:
-    """What memory is sure of: greedy decoding from it alone, up to an end token or to one that it gives less than
-    CONFIDENT.
+    """Decode greedily from memory alone, up to an end token or to a token with a probability below CONFIDENT.
 
     Args:
         writer (`Writer`): the model.
         memory (`Tensor`): `[B, m, d]`.
-        length (`int`): most tokens, n.
+        length (`int`): the most tokens, n.
 
     Returns:
-        `Context`: B rows of at most n tokens; those of length 0 are of a memory that cannot recite.
+        `Context`: B rows of at most n tokens; a memory that cannot recite has a row of length 0.
     """
     end = getattr(writer.backbone.generation_config, "eos_token_id", None)
     ends = torch.tensor([] if end is None else end, dtype=torch.long, device=memory.device).flatten()
@@ -70,21 +69,21 @@ def recite(writer: Writer, memory: Tensor, length: int) -> Context:
 
 
 def _decode(writer: Writer, memory: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """First choices `[B]`, one place after the other, and their probabilities."""
+    """Yields the most likely tokens `[B]` and their probabilities, position by position."""
     embedding = writer.backbone.get_input_embeddings()
     head = output_head(writer.backbone, writer.slots.write_head(writer.adapter))
     names_positions = "position_ids" in inspect.signature(trunk(writer.backbone).forward).parameters
     cache = None
     given = writer.slots.prefix(memory, "write", writer.adapter).to(cast(Tensor, embedding.weight).dtype)
     for place in range(length):
-        # A backbone that gives no cache of keys and values (Mamba and its kin) reads everything again.
+        # A backbone without a cache of keys and values (such as Mamba) reads everything again.
         known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        # A copy: some add positions to what they are given, in place (GIT), and this may be the state itself.
+        # A copy: some backbones add positions to their input in place (GIT), and this may be the state itself.
         new = (given if cache is None else given[:, -1:]).clone()
-        if names_positions:  # some count from the start again, whatever is in the cache (RoBERTa, Bamba)
+        if names_positions:  # some count from 0 whatever the cache holds (RoBERTa, Bamba)
             positions = torch.arange(given.shape[1] - new.shape[1], given.shape[1], device=given.device)
             known["position_ids"] = (positions + first_position(writer.backbone)).expand(len(given), -1)
-        with write_phase():  # not while the caller has its turn
+        with write_phase():  # not across the yield, where the caller runs
             output = trunk(fresh(writer.backbone))(
                 inputs_embeds=new, use_cache=cache is not None or place == 0, return_dict=True, **known
             )
@@ -97,7 +96,7 @@ def _decode(writer: Writer, memory: Tensor, length: int) -> Iterator[tuple[Tenso
 
 @torch.no_grad()
 def fidelity(writer: Writer, memory: Tensor, context: Context) -> Fidelity:
-    """How much of each context its memory gives back.
+    """How much of each context can be decoded from its memory.
 
     Args:
         writer (`Writer`): the model.

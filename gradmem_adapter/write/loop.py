@@ -24,16 +24,18 @@ from gradmem_adapter.write.start import start_memory
 from gradmem_adapter.write.step import write_step
 
 RunPass: TypeAlias = Callable[[Tensor, Context, bool, bool], Pass]
-"""`write_pass` for one writer: of a memory `[B, m, d]` and contexts, with or without gradient and share recovered."""
+"""`write_pass` for one writer: memory `[B, m, d]`, contexts, and whether to return the gradient and the share
+recovered."""
 
 
 class Written(NamedTuple):
-    """What WRITE gives.
+    """The result of WRITE.
 
     Args:
         memory (`Tensor`): `[B, m, d]`, M_K.
-        losses (`Tensor`): `[B, steps + 1]`, before each step and after the last that was run for any sample.
-        diverged (`Tensor`): `[B, steps + 1]`, True where a sample's loss was first not finite, for `warn_diverged`.
+        losses (`Tensor`): `[B, steps + 1]`, before each step and after the last one that ran for any sample.
+        diverged (`Tensor`): `[B, steps + 1]`, True at the first loss of a sample that is not finite, for
+            `warn_diverged`.
     """
 
     memory: Tensor
@@ -51,18 +53,18 @@ def write_contexts(
     more: bool = False,
     rows: int | None = None,
 ) -> Written:
-    """WRITE contexts, from where the configuration says or from a memory that was written before.
+    """WRITE contexts, from the configured start or from an earlier memory.
 
     Args:
         writer (`Writer`): the model.
         context (`Context`): B contexts.
         options (`WriteOptions`): how to write them.
-        initial (`Tensor`, *optional*): `[B, m, d]`, a memory to go on from.
-        callback (`Callable`, *optional*): told of each step.
+        initial (`Tensor`, *optional*): `[B, m, d]`, a memory to continue from.
+        callback (`Callable`, *optional*): called at each step.
         run (`RunPass`, *optional*): a faster `write_pass`.
-        more (`bool`, *optional*, defaults to `False`): `initial` was written from less than these contexts, so that
-            the steps are first ones again.
-        rows (`int`, *optional*): how many contexts a start may read at a time. `None`: all.
+        more (`bool`, *optional*, defaults to `False`): `initial` does not hold all of these contexts yet, so the
+            learning rates start with the first step's again.
+        rows (`int`, *optional*): how many contexts are read at a time to find the start. `None`: all.
     """
     memory = initial
     if memory is None:
@@ -71,7 +73,7 @@ def write_contexts(
             memory = torch.cat([start_memory(writer, part) for part in parts])
     lrs: Sequence[Rate] = [options.lr] if options.lr is not None else []
     if not lrs:
-        # On a memory that was written before, further steps are late ones.
+        # Further steps on an earlier memory use the rates of late steps.
         taken = 0 if initial is None or more else writer.config.num_write_lrs
         steps = writer.config.write_steps if options.steps is None else options.steps
         lrs = write_lrs(writer.slots, writer.adapter, writer.config, steps, taken).detach().unbind()
@@ -92,15 +94,15 @@ def write_memory(
 
     A sample stops early, at the best of its last two memories, when a step lowered its loss by less than the tolerance
     times the loss, when every token is recovered (if asked for), or when its loss is no longer finite. The others go
-    on. On a GPU nothing is waited for unless samples may stop.
+    on. The loop waits for a GPU only if samples may stop.
 
     Args:
         writer (`Writer`): the model.
-        memory (`Tensor`): `[B, m, d]`, where to start, M_0.
+        memory (`Tensor`): `[B, m, d]`, the start, M_0.
         context (`Context`): B contexts, C.
-        lrs (`Sequence`): a, the write learning rates of the first steps; later ones use the last.
-        options (`WriteOptions`): how to write them; the learning rate in it does not count.
-        callback (`Callable`, *optional*): told of each step.
+        lrs (`Sequence`): a, the write learning rates of the first steps; later steps use the last rate.
+        options (`WriteOptions`): how to write them; its learning rate is ignored.
+        callback (`Callable`, *optional*): called at each step.
         run (`RunPass`, *optional*): a faster `write_pass`.
     """
     steps = writer.config.write_steps if options.steps is None else options.steps
@@ -114,7 +116,7 @@ def write_memory(
         context = Context(context.input_ids.clone(), context.lengths.clone())
         state = OPTIMIZERS[optimizer].start(memory.detach().clone())
         active = torch.ones(len(memory), dtype=torch.bool, device=memory.device)
-        # What a sample keeps: its memory at the last loss that counted.
+        # The result for a sample: its memory at the last loss that counted.
         kept, kept_loss = state.memory, torch.full((len(memory),), math.inf, device=memory.device)
         history: list[Tensor] = []
         diverged: list[Tensor] = []
@@ -152,7 +154,7 @@ _names: ContextVar[Sequence[int] | None] = ContextVar("gradmem_sample_names", de
 
 @contextmanager
 def sample_names(names: Sequence[int]) -> Iterator[None]:
-    """Warnings about samples inside call them by these numbers, not by their places in the batch."""
+    """Warnings in the block name samples by these numbers, not by their index in the batch."""
     token = _names.set(names)
     try:
         yield
@@ -161,10 +163,10 @@ def sample_names(names: Sequence[int]) -> Iterator[None]:
 
 
 def warn_diverged(diverged: Tensor) -> None:
-    """Name the samples and steps at which losses were no longer finite.
+    """Warn about samples whose loss became non-finite, and at which step.
 
     Args:
-        diverged (`Tensor`): as `Written` has it.
+        diverged (`Tensor`): `[B, steps + 1]`, as in `Written`.
     """
     if not diverged.any():
         return
@@ -173,8 +175,8 @@ def warn_diverged(diverged: Tensor) -> None:
         if samples.any():
             names = ", ".join(str(i) for i in sorted(called[j] for j in samples.nonzero().flatten().tolist()))
             warnings.warn(
-                f"WRITE: the write loss of sample {names} is not finite after {counted(step, 'step')}; its memory is "
-                "the one before, the last with a finite loss. Use a lower write learning rate, or write_clip_norm.",
+                f"The write loss of sample {names} is not finite after {counted(step, 'step')}. Its memory from before "
+                "that step, the last with a finite loss, is kept. Use a lower write learning rate, or write_clip_norm.",
                 RuntimeWarning,
                 stacklevel=3,
             )

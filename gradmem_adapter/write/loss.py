@@ -20,15 +20,15 @@ from gradmem_adapter.write.context import Context
 
 @dataclass(frozen=True)
 class Writer:
-    """What writes: a backbone with one of its adapters.
+    """A backbone with one of its adapters, as WRITE uses it.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
         slots (`MemorySlots`): the layer with the adapter's tensors.
         adapter (`str`): the adapter's name.
         config (`GradMemConfig`): its configuration.
-        fused (`FusedCrossEntropy`, *optional*): given where the output head is not differentiated, and what is before
-            it at most once.
+        fused (`FusedCrossEntropy`, *optional*): set if the output head is not differentiated, and everything before it
+            at most once.
     """
 
     backbone: PreTrainedModel
@@ -38,28 +38,28 @@ class Writer:
     fused: FusedCrossEntropy | None = None
 
     def prefix_length(self, vectors: int) -> int:
-        """How many positions a memory takes with its control vectors, m + 2c.
+        """How many positions a memory takes, including its control vectors: m + 2c.
 
         Args:
-            vectors (`int`): m; states side by side have more than the adapter's slots.
+            vectors (`int`): m; several states side by side have more vectors than the adapter has slots.
         """
         return vectors + 2 * self.config.num_control_tokens
 
     def longest_context(self, vectors: int) -> int | None:
-        """How many tokens a context may have: what memory leaves of the backbone's positions. `None`: any number.
+        """How many tokens a context may have: the backbone's positions minus those of the memory. `None`: any number.
 
         Args:
-            vectors (`int`): m, those of the memory.
+            vectors (`int`): m, the vectors of the memory.
         """
         positions = max_positions(self.backbone)
         return None if positions is None else positions - self.prefix_length(vectors)
 
     def longest_update(self, vectors: int) -> int | None:
-        """How many tokens more text may have, whatever memory recites of the old: a start that reads contexts reads the
-        old memory, the text and the new memory together. `None`: any number.
+        """How many tokens more text may have, whatever memory recites of the old text: a start that reads contexts
+        reads the old memory, the text and the new memory together. `None`: any number.
 
         Args:
-            vectors (`int`): m, those of the memory.
+            vectors (`int`): m, the vectors of the memory.
         """
         longest = self.longest_context(vectors)
         return longest if longest is None or self.config.start == "slots" else longest - self.config.num_memory_tokens
@@ -77,7 +77,7 @@ class Writer:
         Args:
             memory (`Tensor`): `[B, m, d]`, M.
             context (`Context`): B contexts of N tokens t, C.
-            recovered (`bool`, *optional*, defaults to `False`): whether the share recovered is wanted.
+            recovered (`bool`, *optional*, defaults to `False`): return the share recovered.
 
         Returns:
             Losses `[B]` in nats per token, and the share `[B]` of tokens that are the model's first choice, or `None`.
@@ -105,13 +105,12 @@ class Writer:
 
 
 class Pass(NamedTuple):
-    """What one pass through the model finds of a memory.
+    """The result of one pass through the model for a memory.
 
     Args:
-        gradient (`Tensor`, *optional*): `[B, m, d]`, grad_M L_w(M; C), where it was asked for.
+        gradient (`Tensor`, *optional*): `[B, m, d]`, grad_M L_w(M; C), if requested.
         losses (`Tensor`): `[B]`, L_w(M; C).
-        recovered (`Tensor`, *optional*): `[B]`, the share of tokens that are the model's first choice, where it was
-            asked for.
+        recovered (`Tensor`, *optional*): `[B]`, the share of tokens that are the model's first choice, if requested.
     """
 
     gradient: Tensor | None
@@ -122,16 +121,16 @@ class Pass(NamedTuple):
 def write_gradient(
     writer: Writer, memory: Tensor, context: Context, create_graph: bool = False, recovered: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The write gradient grad_M L_w(M; C), with the losses and the share recovered that it came with.
+    """The write gradient grad_M L_w(M; C), with the losses and the share recovered from the same pass.
 
-    Samples do not interact, so the gradient of the summed losses is every sample's own.
+    Samples do not interact, so the gradient of the summed losses contains each sample's own gradient.
 
     Args:
         writer (`Writer`): the model.
         memory (`Tensor`): `[B, m, d]`, requires a gradient.
         context (`Context`): B contexts.
         create_graph (`bool`, *optional*, defaults to `False`): make the gradient differentiable.
-        recovered (`bool`, *optional*, defaults to `False`): whether the share recovered is wanted.
+        recovered (`bool`, *optional*, defaults to `False`): return the share recovered.
 
     Returns:
         The gradient `[B, m, d]`, losses `[B]`, and the share recovered `[B]` or `None`.
@@ -143,14 +142,14 @@ def write_gradient(
 
 
 def write_pass(writer: Writer, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
-    """What one step of WRITE needs to know of a memory, with no graph kept.
+    """What one step of WRITE needs to know about a memory; no graph is kept.
 
     Args:
         writer (`Writer`): the model.
         memory (`Tensor`): `[B, m, d]`.
         context (`Context`): B contexts.
-        gradient (`bool`): whether the write gradient is wanted.
-        recovered (`bool`): whether the share recovered is wanted.
+        gradient (`bool`): compute the write gradient.
+        recovered (`bool`): return the share recovered.
     """
     writer = replace(writer, fused=writer.fused or FUSED)
     if gradient:

@@ -52,7 +52,7 @@ class Study:
         for name, least in (("queries", 1), ("batch", 1), ("query_tokens", 1), ("answer_tokens", 2), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise ValueError(f"{name} of a Study must be an integer from {least}, got {value!r}.")
+                raise ValueError(f"{name} of a Study must be an integer >= {least}, got {value!r}.")
 
 
 class WriteFields(TypedDict, total=False):
@@ -119,7 +119,7 @@ class WriteOptions:
         if self.steps is not None and (
             isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0
         ):
-            raise ValueError(f"steps must be an integer from 0, got {self.steps!r}.")
+            raise ValueError(f"steps must be a non-negative integer, got {self.steps!r}.")
         if self.lr is not None and not (_is_number(self.lr) and 0 < self.lr < float("inf")):
             raise ValueError(f"lr must be a finite positive number, got {self.lr!r}.")
         if self.optimizer is not None and self.optimizer not in tuple(OPTIMIZERS):  # a list cannot be hashed
@@ -130,7 +130,9 @@ class WriteOptions:
             if not isinstance(getattr(self, name), bool):  # "no" and "false" would count as True
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not self.last_loss and self.tolerance is not None:
-            raise ValueError("tolerance needs the loss after the last step: leave last_loss at True, or tolerance out.")
+            raise ValueError(
+                "tolerance needs the loss after the last step. Leave last_loss=True, or leave tolerance out."
+            )
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}.")
         if self.objective not in get_args(Objective):
@@ -138,7 +140,7 @@ class WriteOptions:
         if not isinstance(self.study, Study):
             raise ValueError(f"study must be a Study, got {type(self.study).__name__}.")
         if self.max_memory != "auto" and (type(self.max_memory) is not int or self.max_memory < 1):
-            raise ValueError(f"max_memory must be a number of bytes from 1, or 'auto', got {self.max_memory!r}.")
+            raise ValueError(f"max_memory must be a positive integer (bytes) or 'auto', got {self.max_memory!r}.")
         if self.objective == "self_study":
             self._check_self_study()
         elif self.study != Study():
@@ -147,15 +149,15 @@ class WriteOptions:
     def _check_self_study(self) -> None:
         if self.tolerance is not None or self.stop_when_recovered:
             raise ValueError(
-                "tolerance and stop_when_recovered do not go with objective='self_study', whose steps look at other "
-                "queries each: leave them out, and say how many steps to take."
+                "tolerance and stop_when_recovered cannot be used with objective='self_study', where each step looks "
+                "at different queries. Leave them out, and set steps."
             )
         if self.compile is True:
-            raise ValueError("compile=True cannot be had with objective='self_study'. Leave it at 'auto'.")
+            raise ValueError("compile=True cannot be used with objective='self_study'. Use compile='auto'.")
         if self.max_memory != "auto":
             raise ValueError(
-                "max_memory bounds the passes of objective='reconstruction', and has no effect on 'self_study'. Leave "
-                "it at 'auto'; Study.queries and Study.batch say how much is done at once."
+                "max_memory applies to objective='reconstruction' only. Use max_memory='auto'; with 'self_study', "
+                "Study.queries and Study.batch limit how much is computed at once."
             )
 
     @classmethod
@@ -172,7 +174,7 @@ class WriteOptions:
         if options is not None and not isinstance(options, WriteOptions):
             raise TypeError(f"options must be WriteOptions, got {type(options).__name__}.")
         if unknown := unknown_fields(fields, WriteFields.__annotations__):
-            raise TypeError(f"WRITE has no option {unknown} help(WriteOptions) explains those it has.")
+            raise TypeError(f"WRITE has no option {unknown} See help(WriteOptions) for all options.")
         base = options or cls()
         given: dict[str, Any] = {n: getattr(base, n) if v is None else v for n, v in fields.items()}
         return replace(base, **given)

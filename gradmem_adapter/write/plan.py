@@ -1,4 +1,4 @@
-"""What a pass of WRITE keeps for its backward pass, how many bytes that are, and how to do with less."""
+"""What a pass of WRITE keeps for its backward pass, how many bytes that takes, and how to use less."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from gradmem_adapter.write.loss import Writer
 from gradmem_adapter.write.recompute import recomputed
 
 WORKSPACE = 0.75
-"""What the backward pass of a layer takes beyond what was saved for it, as a share of that; from 0.5 to 0.9 by the
-architecture (tests/write/test_plan.py)."""
+"""The memory that the backward pass of a layer takes in addition to its saved tensors, as a share of them; from 0.5 to
+0.9 depending on the architecture (tests/write/test_plan.py)."""
 COMPILED_WORKSPACE = {"cuda": 1.0}
-"""The same of a layer compiled by Inductor that is not computed again. Its backward pass is one operation, at whose end
-alone what was saved is freed; what was computed again is freed as it is used."""
+"""The same for a layer that Inductor compiled and that is not recomputed. Its backward pass is one operation, which
+frees the saved tensors only at its end; recomputed tensors are freed as they are used."""
 COMPILED = {"cuda": 0.7}
-"""What layers compiled by Inductor keep, as a share of what they keep otherwise. An H200 had 0.68 at the shape of an 8B
-Llama (evaluation/results/write_sizes.jsonl)."""
+"""What layers compiled by Inductor keep, as a share of what they keep uncompiled. An H200 had 0.68 at the shape of an
+8B Llama (evaluation/results/write_sizes.jsonl)."""
 LOGIT_BYTES = 12
-"""Of each logit that is held at once: its own, those of its probability in float32, and of both gradients."""
+"""Bytes per logit held at once: the logit, its probability in float32, and both gradients."""
 PROBED = {"cuda": 128, "cpu": 8}
-"""So many tokens, twice and three times as many go through a model to see what it saves; some kernels of a GPU round
+"""The number of tokens, also doubled and tripled, that a model runs on to measure what it saves. Some GPU kernels round
 lengths up to such a number."""
 
 
@@ -40,9 +40,9 @@ class Plan(NamedTuple):
 
     Args:
         rows (`int`): contexts at a time.
-        recomputed (`int`, *optional*, defaults to `0`): how many layers, from the first, keep their input alone for the
-            backward pass, and compute the rest again in it.
-        offloaded (`bool`, *optional*, defaults to `False`): these inputs wait on the CPU.
+        recomputed (`int`, *optional*, defaults to `0`): how many layers, from the first, keep only their input for the
+            backward pass, which recomputes the rest.
+        offloaded (`bool`, *optional*, defaults to `False`): keep these inputs on the CPU.
     """
 
     rows: int
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     offloaded: bool = False
 
     def of(self, writer: Writer) -> Writer:
-        """The writer with a backbone that goes by the plan."""
+        """The writer with a backbone that follows the plan."""
         if not self.recomputed:
             return writer
         return replace(writer, backbone=recomputed(writer.backbone, self.recomputed, offloaded=self.offloaded))
@@ -58,24 +58,24 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         said = [f"{counted(self.rows, 'context')} at a time"]
         if self.recomputed:
-            said.append(f"{counted(self.recomputed, 'layer')} computed again in the backward pass")
+            said.append(f"{counted(self.recomputed, 'layer')} recomputed in the backward pass")
         if self.offloaded:
             said.append("their inputs kept on the CPU")
         return ", ".join(said)
 
 
 def plans(batch: int, length: int, layers: int, device: torch.device) -> list[Plan]:
-    """The plans for a batch, each slower than the one before.
+    """The plans for a batch, from fast to slow.
 
-    Contexts are split as long as a part keeps the device busy, which costs nothing. Then one layer after the other is
-    computed again, but for the last, then the contexts are split further, and at last what the layers that are computed
-    again keep, a few or no layers less, goes to the CPU.
+    First, contexts are split as long as each part keeps the device busy, which costs nothing. Then more and more layers
+    are recomputed, except for the last. Then the contexts are split further. Last, the inputs of recomputed layers are
+    kept on the CPU, with all or slightly fewer layers recomputed.
 
     Args:
         batch (`int`): how many contexts.
-        length (`int`): tokens of the longest.
-        layers (`int`): of the model; 0 where nothing can be computed again.
-        device (`torch.device`): where it runs.
+        length (`int`): the tokens of the longest context.
+        layers (`int`): the number of layers; 0 if none can be recomputed.
+        device (`torch.device`): where the model runs.
     """
     rows = [batch]
     while rows[-1] > 1:
@@ -84,7 +84,7 @@ def plans(batch: int, length: int, layers: int, device: torch.device) -> list[Pl
     many = [n for n in rows if n == batch or n * length >= busy]
     result = [Plan(n) for n in many]
     result += [Plan(many[-1], again) for again in range(1, layers)]
-    most = max(0, layers - 1)  # the last layer's gradients come first: to compute it again saves nothing
+    most = max(0, layers - 1)  # the last layer's gradients come first, so recomputing it saves nothing
     result += [Plan(n, most) for n in rows[len(many) :]]
     if most and device.type != "cpu":
         result += [Plan(1, again, offloaded=True) for again in range(most - most // 8, most + 1)]
@@ -92,16 +92,17 @@ def plans(batch: int, length: int, layers: int, device: torch.device) -> list[Pl
 
 
 class Footprint(NamedTuple):
-    """How many bytes a model takes for a pass of WRITE.
+    """The memory that a model needs for a pass of WRITE.
 
     Args:
-        layers (`int`): of the model.
-        fixed (`float`): bytes that it saves whatever the tokens are: weights that were brought to the device for it.
-        token (`float`): bytes that all layers save of a token for the backward pass.
-        pair (`float`): and of each pair of tokens, where attention weights are kept.
+        layers (`int`): the number of layers.
+        fixed (`float`): bytes that it saves whatever the number of tokens: weights that were moved to the device for
+            the pass.
+        token (`float`): bytes per token that all layers together save for the backward pass.
+        pair (`float`): bytes per pair of tokens, if attention weights are kept.
         inputs (`float`): bytes of one token in the input of one layer.
-        vocabulary (`int`): logits of a token.
-        device (`torch.device`): where it runs.
+        vocabulary (`int`): logits per token.
+        device (`torch.device`): where the model runs.
     """
 
     layers: int
@@ -114,10 +115,10 @@ class Footprint(NamedTuple):
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Footprint:
-        """See what a model saves: by a few tokens, as each architecture and quantisation saves its own.
+        """Measure on a few tokens what a model saves, which differs by architecture and quantisation.
 
         Args:
-            backbone (`PreTrainedModel`): the causal LM, in its type and with its adapters.
+            backbone (`PreTrainedModel`): the causal LM, in its dtype and with its adapters.
         """
         device = device_of(backbone)
         n = min(PROBED.get(device.type, PROBED["cpu"]), (max_positions(backbone) or 2**20) // 3)
@@ -137,10 +138,10 @@ class Footprint(NamedTuple):
         )
 
     def bytes(self, plan: Plan, length: int, compiled: bool = False) -> float:
-        """How many bytes a plan takes for contexts of `length` tokens each, beside the model, or its layers compiled.
+        """How many bytes a plan takes for contexts of `length` tokens each, in addition to the model.
 
-        What layers keep is there with the logits at the loss; then one layer after the other is freed, and one that is
-        computed again has what it saves while its gradients are found.
+        At the loss, everything that layers keep exists together with the logits. Then layers are freed one by one; a
+        recomputed layer holds what it saves while its gradients are computed.
         """
         tokens = plan.rows * length
         share = COMPILED.get(self.device.type, 1.0) if compiled else 1.0
@@ -149,19 +150,19 @@ class Footprint(NamedTuple):
         waiting = 0.0 if plan.offloaded else plan.recomputed * tokens * self.inputs
         kept = (max(1, self.layers) - plan.recomputed) * layer
         logits = LOGIT_BYTES * min(tokens * self.vocabulary, max_logits(self.device))
-        ends = 4 * tokens * self.inputs  # embeddings, alone and behind the prefix, last hidden states, their gradient
+        ends = 4 * tokens * self.inputs  # embeddings without and with the prefix, last hidden states, their gradient
         most = max(kept + logits + ends, kept + workspace * layer, (1 + WORKSPACE) * layer)
         return OVERHEAD.get(self.device.type, 1.0) * (self.fixed + waiting + most)
 
 
 def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
-    """How many bytes a model saves for the backward pass to the embeddings of `length` tokens, weights not counted.
+    """How many bytes a model saves for the backward pass to the embeddings of `length` tokens, without weights.
 
-    They are counted and let go: this takes no more memory than a forward pass.
+    Saved tensors are counted but not kept, so this takes no more memory than a forward pass.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        length (`int`): tokens.
+        length (`int`): the number of tokens.
     """
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
     there: set[int] = set()
@@ -172,7 +173,7 @@ def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and storage._cdata not in there:
             there.add(storage._cdata)
-            weakref.finalize(storage, there.discard, storage._cdata)  # the next one at this place is another
+            weakref.finalize(storage, there.discard, storage._cdata)  # its address may be reused by another storage
             total += storage.nbytes()
 
     device = device_of(backbone)
@@ -184,7 +185,7 @@ def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
         saved_tensors_hooks(count, lambda nothing: nothing),
     ):
         embeddings = backbone.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long, device=device))
-        embeddings = embeddings.detach().requires_grad_().clone()  # some models write into them
+        embeddings = embeddings.detach().requires_grad_().clone()  # some models modify them in place
         trunk(fresh(backbone))(inputs_embeds=embeddings, use_cache=False)
     return total
 

@@ -1,8 +1,8 @@
-"""Write learning rates: one number, or learned ones for each of the first steps.
+"""Write learning rates: one number, or learned rates for each of the first steps.
 
-The factors that are counted from the end (`write_lr_from_end`), `keep_write_lrs` and `NEUTRAL` serve the shipped
-retrieval weights alone. They go from here, from the configuration and from `MemorySlots` once those weights are trained
-without them, and `may_lack` of `load_weights` with them.
+Only the shipped retrieval weights need the factors counted from the last step (`write_lr_from_end`), `keep_write_lrs`
+and `NEUTRAL`. Once those weights are trained without them, remove these from here, from the configuration and from
+`MemorySlots`, together with `may_lack` of `load_weights`.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ Rate: TypeAlias = Tensor | float
 """A write learning rate: a number, or one for each element of the memory `[m, d]`."""
 
 NEUTRAL = ("gradmem_log_write_lr_end",)
-"""What changes nothing before it is trained: weights trained without it can be trained further with it."""
+"""Tensors that have no effect before they are trained: weights that were trained without them can be trained further
+with them."""
 
 
 def rate_at(lrs: Sequence[Rate], step: int) -> Rate:
-    """The write learning rate of a step: its own, or the last where there are fewer."""
+    """The write learning rate of a step: its own, or the last one if there are fewer rates than steps."""
     return lrs[min(step, len(lrs) - 1)]
 
 
 def write_lrs(slots: MemorySlots, adapter: str, config: GradMemConfig, steps: int, taken: int = 0) -> Tensor:
-    """The write learning rates of K steps, on the tape: the configuration's, or the learned ones of the first n steps,
-    a_k, times the factors that are counted from the last of them, f_i (`write_lr_from_end`):
+    """The write learning rates of K steps, on the tape: the configured rate, or the learned rates of the first n steps,
+    a_k, times the factors counted from the last step, f_i (`write_lr_from_end`):
 
         a_k f_{K-1-k}    of step k = 0 .. K-1,    K <= n.
 
-    What ends well goes on well: more than n steps are those n and then the last of them again and again.
+    More than n steps take these n rates and then repeat the last one.
 
     Args:
         slots (`MemorySlots`): the layer that holds the learned rates.
         adapter (`str`): the adapter's name.
         config (`GradMemConfig`): its configuration.
         steps (`int`): K.
-        taken (`int`, *optional*, defaults to `0`): steps that were taken before these, which count as the first of
-            them all.
+        taken (`int`, *optional*, defaults to `0`): the number of steps taken before these; they use up the first rates.
 
     Returns:
         `Tensor`: `[K]` or `[K, m, d]`; `[1]` where the rate is not learned.
@@ -59,24 +59,24 @@ def write_lrs(slots: MemorySlots, adapter: str, config: GradMemConfig, steps: in
 
 
 def keep_write_lrs(model: PeftModel, n: int) -> None:
-    """Keep the learned write learning rates (and factors) of the first n steps alone, in place and after training.
+    """Keep only the learned write learning rates (and factors) of the first n steps. Modifies a trained model in place.
 
-    WRITE of up to n steps stays as it is, and further steps go on as the last of them. A model that was trained with
-    more rates, some of whose numbers of steps training never drew, does better with fewer.
+    WRITE of up to n steps is unchanged, and further steps repeat the last rate. A model with rates for more steps than
+    training ever drew does better with fewer.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter, whose `num_write_lrs` becomes n.
-        n (`int`): from 1 to `num_write_lrs`.
+        n (`int`): between 1 and `num_write_lrs`.
 
     Raises:
-        ValueError: n is out of range, or there are no learned rates.
+        ValueError: n is out of range, or the adapter has no learned rates.
     """
     adapter, config = model.active_adapter, cast(GradMemConfig, model.active_peft_config)
     slots = cast(MemorySlots, model.base_model.slots)
     if config.learn_write_lr == "no":
         raise ValueError("keep_write_lrs() needs learned write learning rates; this adapter has learn_write_lr='no'.")
     if not 1 <= n <= config.num_write_lrs:
-        raise ValueError(f"n must be from 1 to num_write_lrs, {config.num_write_lrs}, got {n}.")
+        raise ValueError(f"n must be between 1 and num_write_lrs ({config.num_write_lrs}), got {n}.")
     for rates in (slots.gradmem_log_write_lr, slots.gradmem_log_write_lr_end):
         if adapter in rates:
             kept = rates[adapter].detach()[:n].clone()

@@ -1,4 +1,4 @@
-"""A backbone whose layers keep their input alone for the backward pass, and compute the rest again in it."""
+"""A backbone whose layers keep only their input for the backward pass, which recomputes the rest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gradmem_adapter.utils.backbone import decoder_layers, shallow_copy, with_re
 
 
 def recomputed(backbone: PreTrainedModel, layers: int, *, offloaded: bool = False) -> PreTrainedModel:
-    """The same model, of which the first layers are computed again in the backward pass.
+    """The same model with its first layers recomputed in the backward pass.
 
     Args:
-        backbone (`PreTrainedModel`): stays as it is. The copy shares all modules that are not above a layer.
-        layers (`int`): how many, from the first.
-        offloaded (`bool`, *optional*, defaults to `False`): the inputs of these layers wait on the CPU.
+        backbone (`PreTrainedModel`): not changed. The copy shares all modules that do not contain such a layer.
+        layers (`int`): how many layers, from the first.
+        offloaded (`bool`, *optional*, defaults to `False`): keep the inputs of these layers on the CPU.
     """
     chosen = decoder_layers(backbone)[:layers]
 
@@ -29,7 +29,7 @@ def recomputed(backbone: PreTrainedModel, layers: int, *, offloaded: bool = Fals
         if module not in chosen:
             return None
         copy = shallow_copy(module)
-        # A compiled layer stays compiled; its hooks, if it is not, stay outside, as in Transformers.
+        # A compiled layer stays compiled. Otherwise hooks run outside of the checkpoint, as in Transformers.
         run = module._compiled_call_impl or module.forward
         copy.__dict__ |= {"forward": partial(_again, run, offloaded, module.training), "_compiled_call_impl": None}
         return copy
@@ -38,6 +38,6 @@ def recomputed(backbone: PreTrainedModel, layers: int, *, offloaded: bool = Fals
 
 
 def _again(run: Callable[..., Any], offloaded: bool, random: bool, *args: Any, **kwargs: Any) -> Any:
-    """Run a layer, whose input is what comes by place: the only thing that is saved, and that may wait elsewhere."""
+    """Run a layer; only its positional arguments are saved for the backward pass, on the CPU if offloaded."""
     with save_on_cpu(pin_memory=True) if offloaded else nullcontext():
         return checkpoint(partial(run, **kwargs), *args, use_reentrant=False, preserve_rng_state=random)

@@ -1,8 +1,9 @@
-"""Self-study: WRITE for a backbone that nobody trained to write. The model asks itself about the context, and memory
-learns to give the answers that the text gives, as in Cartridges (arXiv 2506.06266) caches of keys and values do.
+"""Self-study: WRITE for a backbone that was not trained to write. The model asks itself questions about the context,
+and memory learns to give the same answers as the text. Cartridges (arXiv 2506.06266) do this with caches of keys and
+values.
 
-It costs seconds to minutes a context: queries and answers are generated once, and each write step is a forward and a
-backward pass over `Study.batch` of them, behind one pass over the memory.
+It takes seconds to minutes per context: queries and answers are generated once, and each write step is a forward and a
+backward pass over `Study.batch` of them, after one pass over the memory.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from gradmem_adapter.write.loss import Pass, Writer
 from gradmem_adapter.write.options import Study, WriteOptions
 
 STEPS = 100
-"""Write steps where the options say nothing."""
+"""The default number of write steps."""
 LR = 0.1
-"""The first write learning rate where the options say nothing, as a share of the embeddings' root mean square: an
-element of the memory moves so far in a step of Adam."""
+"""The default of the first write learning rate, as a share of the root mean square of the embeddings: how far one step
+of Adam moves an element of the memory."""
 TEMPERATURE = 0.7
-"""Of the model's queries."""
+"""The temperature at which the model's queries are sampled."""
 
 
 def study_contexts(
@@ -47,14 +48,15 @@ def study_contexts(
     """WRITE contexts by self-study, each by itself.
 
     Args:
-        writer (`Writer`): the model; its adapter may not change how the backbone reads.
+        writer (`Writer`): the model; its adapter must not change how the backbone reads.
         context (`Context`): B contexts.
         options (`WriteOptions`): with `study`; steps, lr and optimizer default to STEPS, LR and Adam.
         initial (`Tensor`, *optional*): `[B, m, d]`, a memory to continue from, in place of `unexpected_tokens`.
         callback (`Callable`, *optional*): called at each step.
 
     Returns:
-        `Written`: its losses are `SelfStudy.loss`, of different queries in each step, and in the end of all.
+        `Written`: its losses are `SelfStudy.loss`: at each step of different queries, after the last step of all
+        queries.
 
     Raises:
         ValueError: the adapter changes how the backbone reads, or a context is too long, or a memory too large, for the
@@ -63,12 +65,12 @@ def study_contexts(
     config = writer.config
     if config.lora_config is not None or config.memory_projection != "none" or config.num_control_tokens:
         raise ValueError(
-            "objective='self_study' is for the untouched backbone, and this adapter reads with a LoRA, a memory "
-            "projection or control vectors of its own. Write with its own objective, 'reconstruction', or make an "
-            "adapter without them: get_peft_model(backbone, GradMemConfig(num_memory_tokens=...))."
+            "objective='self_study' needs an unchanged backbone, but this adapter reads with a LoRA, a memory "
+            "projection or control vectors. Use objective='reconstruction', or create an adapter without them: "
+            "get_peft_model(backbone, GradMemConfig(num_memory_tokens=...))."
         )
     steps = STEPS if options.steps is None else options.steps
-    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode take no part in autograd
+    with torch.inference_mode(False), torch.no_grad():  # tensors created in inference mode cannot take part in autograd
         texts = [ids[:length].tolist() for ids, length in zip(context.input_ids, context.lengths, strict=True)]
         needed = steps or options.last_loss
         if needed:
@@ -79,17 +81,17 @@ def study_contexts(
         if initial is None:
             initial = torch.stack([unexpected_tokens(writer, text) for text in texts])
     options = replace(options, steps=steps, optimizer=options.optimizer or "adam")
-    rates = [rate * (1 - step / steps) for step in range(steps)]  # to nothing: each step is of other queries
+    rates = [rate * (1 - step / steps) for step in range(steps)]  # to zero: each step sees different queries
     return write_memory(writer, initial, context, rates, options, callback, SelfStudy(writer, lessons, options.study))
 
 
 def _check_positions(backbone: Any, text: int, vectors: int, study: Study) -> None:
-    """Raise `ValueError` where a question and its answer have no positions behind the longest text, or behind memory.
+    """Raise `ValueError` if a question and its answer do not fit after the longest text, or after the memory.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        text (`int`): N, tokens of the longest context.
-        vectors (`int`): m, those of the memory.
+        text (`int`): N, the tokens of the longest context.
+        vectors (`int`): m, the vectors of the memory.
         study (`Study`): how the model is asked.
     """
     positions = max_positions(backbone)
@@ -99,7 +101,7 @@ def _check_positions(backbone: Any, text: int, vectors: int, study: Study) -> No
     around = len(study.before) + len(study.after) + study.query_tokens + study.answer_tokens
     longest = max(request + opening for request, opening in zip(requests, openings, strict=True))
     shown = text + len(study.between) + longest + around
-    # Behind memory nothing is asked where nobody said how, and an answer's last token is not read.
+    # Without requests nothing is asked after the memory, and the last token of an answer is not read.
     read = vectors - 1 + (max(openings) + around if study.requests else study.answer_tokens)
     for what, needed in (
         (f"A context has {counted(text, 'token')}", shown),
@@ -107,18 +109,18 @@ def _check_positions(backbone: Any, text: int, vectors: int, study: Study) -> No
     ):
         if needed > positions:
             raise ValueError(
-                f"{what}. With a question and its answer it takes {needed}, and the model has {positions} positions: "
-                "take a shorter one, or ask for less (Study.query_tokens, Study.answer_tokens)."
+                f"{what}. With a question and its answer it takes {needed} positions, but the model has {positions}. "
+                "Use a shorter one, or lower Study.query_tokens or Study.answer_tokens."
             )
 
 
 class Lesson(NamedTuple):
-    """A query that the model asked itself, and its answer given the text.
+    """A query that the model asked itself, with its answer given the text.
 
     Args:
         query (`list[int]`): the tokens between memory and answer.
         answer (`list[int]`): the tokens of the answer, including the end token.
-        hidden (`Tensor`): `[len(answer), h]`, the last hidden states that predict them given the text.
+        hidden (`Tensor`): `[len(answer), h]`, the last hidden states that predict the answer given the text.
     """
 
     query: list[int]
@@ -127,12 +129,12 @@ class Lesson(NamedTuple):
 
 
 class SelfStudy:
-    """What a step of self-study computes for memories; takes the place of `write_pass` in the loop.
+    """What a step of self-study computes for memories; replaces `write_pass` in the loop.
 
     Args:
         writer (`Writer`): the model.
         lessons (`Sequence`): the lessons of each context.
-        study (`Study`): how many lessons a step looks at.
+        study (`Study`): how many lessons a step uses.
     """
 
     def __init__(self, writer: Writer, lessons: Sequence[list[Lesson]], study: Study) -> None:
@@ -141,7 +143,7 @@ class SelfStudy:
         self.waiting: list[int] = []
 
     def __call__(self, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
-        """Gradient, losses and share of first choices, of some of the lessons; without gradient, of all of them."""
+        """Gradient, losses and share of first choices over some of the lessons; without gradient, over all of them."""
         chosen = self._next() if gradient else list(range(len(self.lessons[0])))
         slopes: list[Tensor] = []
         losses, same = [], []
@@ -156,15 +158,15 @@ class SelfStudy:
         return Pass(slope, torch.stack(losses), torch.stack(same) if recovered else None)
 
     def _next(self) -> list[int]:
-        """The lessons of a step: all come up before one comes again."""
+        """The lessons of a step: all are used once before one is used again."""
         if len(self.waiting) < self.batch:
             self.waiting += torch.randperm(len(self.lessons[0]), generator=self.draw, device="cpu").tolist()
         chosen, self.waiting = self.waiting[: self.batch], self.waiting[self.batch :]
         return chosen
 
     def loss(self, memory: Tensor, lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor]:
-        """How far answers from memory are from answers given the text (the mean over answer tokens y_t of all queries
-        q):
+        """The distance between answers from memory and answers given the text (the mean over answer tokens y_t of all
+        queries q):
 
             KL( p(. | [C; q; y_<t])  ||  p(. | [M; q; y_<t]) )
 
@@ -192,7 +194,7 @@ def learn(writer: Writer, text: list[int], study: Study) -> list[Lesson]:
     Args:
         writer (`Writer`): the model.
         text (`list[int]`): the context's tokens.
-        study (`Study`): how it is asked.
+        study (`Study`): how the model is asked.
     """
     backbone, shown = writer.backbone, [*study.before, *text, *study.between]
     draw = torch.Generator(device_of(backbone)).manual_seed(study.seed)
@@ -203,7 +205,7 @@ def learn(writer: Writer, text: list[int], study: Study) -> list[Lesson]:
         queries = [[*opening, *query] for (_, opening), query in zip(asked, made, strict=True)]
         rows = [[*query, *study.after] for query in queries]
         answers = _generate(backbone, shown, rows, study.answer_tokens)
-    else:  # nobody said how the model is asked: what it goes on with
+    else:  # no requests given: let the model continue the text
         rows = [[]] * study.queries
         answers = _generate(backbone, shown, rows, study.answer_tokens, (), draw)
     before = backbone.get_input_embeddings()(torch.tensor([shown], device=device_of(backbone)))
@@ -219,8 +221,8 @@ def unexpected_tokens(writer: Writer, text: list[int]) -> Tensor:
 
         M_0 = embeddings of { t_i : -log p(t_i | t_<i) among the m largest }.
 
-    Memory need not hold what the model can guess, and the model reads its own tokens without any training. The tokens
-    of a context that has fewer than m are repeated.
+    Memory need not hold what the model can guess, and the model reads its own tokens without any training. If the
+    context has fewer than m tokens, they are repeated.
 
     Args:
         writer (`Writer`): the model.
@@ -236,14 +238,14 @@ def unexpected_tokens(writer: Writer, text: list[int]) -> Tensor:
     else:
         scores = backbone(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
         surprise = -scores.gather(1, ids[1:, None])[:, 0]
-        first = surprise.new_full((1,), torch.inf)  # which nothing foretells
+        first = surprise.new_full((1,), torch.inf)  # nothing predicts the first token
         kept = torch.cat([first, surprise]).topk(m).indices.sort().values
     embeddings = backbone.get_input_embeddings()(ids[kept])
     return cast(Tensor, embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
 
 
 def _size_of_embeddings(backbone: Any) -> float:
-    """The root mean square of the embeddings of a thousand tokens, as the model's layers are given them."""
+    """The root mean square of the embeddings of a thousand tokens, as the model's first layer receives them."""
     embeddings = backbone.get_input_embeddings()
     count = embeddings.weight.shape[0]
     tokens = torch.arange(0, count, max(1, count // 1000), device=device_of(backbone))
@@ -251,7 +253,7 @@ def _size_of_embeddings(backbone: Any) -> float:
 
 
 class _Sample(LogitsProcessor):
-    """Noise of Gumbel's distribution: the first choice is then a sample, from a generator of our own."""
+    """Adds Gumbel noise, which makes the first choice a sample, drawn with our own generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -269,10 +271,10 @@ def _generate(
     ends: Sequence[int] = (),
     draw: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """At most `count` new tokens behind `[shown; row]`, up to an end token, which is left in place, or one of `ends`.
+    """At most `count` new tokens after `[shown; row]`, up to and including an end token or one of `ends`.
 
-    With `draw` they are sampled, otherwise the first choices: whatever else the backbone's generation configuration
-    says, such as penalties for what was said before, would make both something else than the model's own.
+    With `draw` they are sampled, otherwise decoded greedily. The backbone's generation configuration is ignored:
+    settings such as repetition penalties would change what the model itself says.
     """
     end = backbone.generation_config.eos_token_id
     stops = [*(end if isinstance(end, list) else [] if end is None else [end]), *ends]

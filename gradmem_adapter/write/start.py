@@ -1,4 +1,4 @@
-"""Where WRITE starts: the memory slots, or what a forward pass over the context gives."""
+"""Where WRITE starts: at the memory slots, or at the result of a forward pass over the context."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Writer
 
 MOST_OF_A_SHORT_TEXT = 1 / 4
-"""The share of the vectors up to which a short text has one for each token, however long the old text is. In fewer it
-is lost, and the old text hardly misses them (docs/lab/LOG.md)."""
+"""A new text gets one vector per token up to this share of the vectors, however long the old text is. With fewer, the
+new text is lost; the old text hardly loses anything (docs/lab/LOG.md)."""
 
 
 def start_memory(writer: Writer, context: Context) -> Tensor:
@@ -22,44 +22,44 @@ def start_memory(writer: Writer, context: Context) -> Tensor:
 
         M_0(C) = S + gain * h_S,    [h_C; h_S] = backbone([C; S]),    S = M_0,
 
-    h being the last hidden states; so that the gradient steps begin at what a forward-only writer knows (Bulatov et
-    al., 2022). With `start="pooled_context"` the j-th of m equal parts of C, P_j, is averaged into slot j:
+    where h are the last hidden states, so that the gradient steps start from what a forward-only writer knows (Bulatov
+    et al., 2022). With `start="pooled_context"` the j-th of m equal parts of C, P_j, is averaged into slot j:
 
         S_j = M_0j + pool_gain * mean(embeddings of P_j).
 
     Args:
-        writer (`Writer`): the model, whose configuration says which.
+        writer (`Writer`): the model, whose configuration chooses the start.
         context (`Context`): B contexts, C.
 
     Returns:
         `Tensor`: `[B, m, d]`.
 
     Raises:
-        NotImplementedError: it is to be trained, with gradient checkpointing and a LoRA of one phase together.
+        NotImplementedError: it is trained with gradient checkpointing and a LoRA of one phase.
     """
     slots = writer.slots.gradmem_memory[writer.adapter].expand(len(context.input_ids), -1, -1)
-    slots = slots.to(torch.promote_types(slots.dtype, torch.float32))  # what gradient steps are taken in
+    slots = slots.to(torch.promote_types(slots.dtype, torch.float32))  # the dtype of the gradient steps
     if writer.config.start == "slots":
         return slots
     if writer.config.lora_phase != "both" and torch.is_grad_enabled() and uses_checkpointing(writer.backbone):
-        # What the outer backward pass computes again is READ, and there is no hook to say otherwise.
+        # The outer backward pass recomputes layers in the READ phase, and no hook can change that.
         raise NotImplementedError(
-            f"start={writer.config.start!r} cannot be trained with gradient checkpointing and a LoRA of one phase "
-            "together: use lora_phase='both', or do without checkpointing."
+            f"start={writer.config.start!r} cannot be trained with gradient checkpointing and "
+            f"lora_phase={writer.config.lora_phase!r}. Use lora_phase='both', or turn gradient checkpointing off."
         )
     return _from_context(writer, context, slots)
 
 
 def start_beside(writer: Writer, memory: Tensor, known: Tensor, context: Context) -> Tensor:
-    """The memory that WRITE of more text starts from, with a start that reads contexts. Of m vectors the old text, of n
-    tokens, and the new, of N, have as many each as of tokens, but the new has one for each of its first m / 4
-    tokens: a sentence behind a long text would be lost in one or two.
+    """The memory that WRITE of more text starts from, with a start that reads contexts. The m vectors are shared
+    between the old text of n tokens and the new text of N in proportion to their lengths, but the new text has one
+    vector for each of its first m / 4 tokens: a sentence after a long text would be lost in one or two.
 
         M_0(C | M) = [means of neighbours in M, m - k of them; S' + gain * h_S'],
         k = max(m N / (n + N), min(N, m / 4)),
 
-    S' being the other slots (with the means of parts of C). They stand where they were trained to stand, k behind
-    the m - k means: [.., h_S'] = backbone([M; C; means; S']).
+    where S' are the other k slots (with the means of parts of C). They keep their trained positions, after the m - k
+    means: [.., h_S'] = backbone([M; C; means; S']).
 
     Args:
         writer (`Writer`): the model.
@@ -91,10 +91,10 @@ def _check_beside(writer: Writer, vectors: int, length: int) -> None:
     longest = writer.longest_update(vectors)
     if longest is not None and length > longest:
         raise ValueError(
-            f"A new text has {counted(length, 'token')}, and at most {max(0, longest)} are allowed with "
-            f"start={writer.config.start!r} where memory does not recite the old one: old memory, new text and new "
+            f"A new text has {counted(length, 'token')}, but at most {max(0, longest)} are allowed with "
+            f"start={writer.config.start!r} if memory does not recite the old text: old memory, new text and new "
             f"memory are read together, and the model has {max_positions(writer.backbone)} positions. Split the text "
-            "and update with one part after the other, or write it by itself and join the states with "
+            "and update with one part after the other, or write it separately and join the states with "
             "MemoryState.concat."
         )
 
@@ -102,7 +102,7 @@ def _check_beside(writer: Writer, vectors: int, length: int) -> None:
 def _from_context(
     writer: Writer, context: Context, slots: Tensor, before: Tensor | None = None, between: Tensor | None = None
 ) -> Tensor:
-    """Slots `[B, n, d]` with what they read of contexts, where [before; C; between; slots] stand `[B, ., d]`."""
+    """Slots `[B, n, d]` plus their hidden states, read from [before; C; between; slots], each `[B, ., d]`."""
     with write_phase():
         embeddings, lengths = writer.backbone.get_input_embeddings()(context.input_ids), context.lengths
         if writer.config.start == "pooled_context":

@@ -1,4 +1,4 @@
-"""One write step: the write gradient, clipped, moves the memory as the write optimizer says."""
+"""One write step: the clipped write gradient moves the memory by the rule of the write optimizer."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def write_step(
     """Take one write step.
 
     Args:
-        config (`GradMemConfig`): how it is clipped, and by which rule it is taken.
-        state (`WriteState`): where WRITE is.
-        gradient (`Tensor`): `[B, m, d]`, the write gradient as it came.
-        lr (`Tensor` or `float`): the write learning rate, one or `[m, d]`.
-        optimizer (`str`, *optional*): another write optimizer than the configuration's.
+        config (`GradMemConfig`): names the clipping norm and the write optimizer.
+        state (`WriteState`): the state before the step.
+        gradient (`Tensor`): `[B, m, d]`, the write gradient before clipping.
+        lr (`Tensor` or `float`): the write learning rate, one number or `[m, d]`.
+        optimizer (`str`, *optional*): a write optimizer other than the configured one.
     """
     rule = OPTIMIZERS[optimizer or config.write_optimizer]
     return rule.update(state, clip(gradient, config.write_clip_norm), lr)
 
 
 def clip(gradient: Tensor, norm: float | None) -> Tensor:
-    """Each sample's write gradient, scaled down to a norm where it has a larger one:
+    """Each sample's write gradient, scaled down to a norm if its own is larger:
 
         g * min(1, norm / |g|)
 
     Args:
         gradient (`Tensor`): `[B, m, d]`.
-        norm (`float`, *optional*): `None`: the gradient stays as it is.
+        norm (`float`, *optional*): the largest norm. `None`: the gradient is not clipped.
     """
     if norm is None:
         return gradient

@@ -1,4 +1,4 @@
-"""A frozen twin of a model: the same weights in other modules, to be compiled and captured."""
+"""A frozen twin of a model: the same weights in other modules, for compiling and capturing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gradmem_adapter.ops.attention import CAUSAL
 
 
 def frozen_twin(backbone: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in other modules, which can be compiled and configured without a change of the model itself.
+    """The same weights in other modules, which can be compiled and configured without changing the model itself.
 
-    Nothing in it requires a gradient, its LoRA acts as in WRITE, and its attention is causal without a mask.
+    Its parameters require no gradient, its LoRA acts as in WRITE, and its attention is causal without a mask.
 
     Args:
-        backbone (`PreTrainedModel`): stays as it is.
+        backbone (`PreTrainedModel`): not changed.
     """
     configs: dict[int, PreTrainedConfig] = {}
 

@@ -57,5 +57,5 @@ def test_texts_of_few_tokens_are_looked_at_to_their_end(pipeline):
     longest = pipeline.max_context_tokens
     spaces = " " * 100
     assert len(pipeline.write(spaces.join(["w1"] * longest))) == 1
-    with pytest.raises(ValueError, match=f"has {longest + 1} tokens, and at most {longest} are allowed"):
+    with pytest.raises(ValueError, match=f"has {longest + 1} tokens, but at most {longest} are allowed"):
         pipeline.write(spaces.join(["w1"] * (longest + 1)))

@@ -83,7 +83,7 @@ def test_same_seed_same_outcome(backbone, capsys):
         (["--memory-tokens", "13"], "13 memory tokens for 48 text tokens: the demo takes from 1 to 12, a quarter"),
         (["--memory-tokens", "0"], "0 memory tokens for 48 text tokens"),
         (["--lr", "0"], "lr must be a finite positive number"),
-        (["--steps", "-1"], "steps must be an integer from 0"),
+        (["--steps", "-1"], "steps must be a non-negative integer"),
     ],
 )
 def test_numbers_that_cannot_work(backbone, text, arguments, message):

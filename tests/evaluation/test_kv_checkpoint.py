@@ -90,7 +90,7 @@ def test_the_command(tmp_path):
         (["--pairs", "0"], "pairs"),
         (["--steps", "-1"], "must not be negative"),
         (["--device", "abacus"], "no device 'abacus'"),
-        (["--pairs", "200"], "tokens, and at most"),
+        (["--pairs", "200"], "tokens, but at most"),
         (["--only", "babi 2"], "no data set babi 2; there are pairs"),
         (["--task", "{name: riddles}"], "must be one of answerable, babi"),
     ],

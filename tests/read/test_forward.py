@@ -164,7 +164,11 @@ def embeddings(*shape):
         ({"max_targets": 2}, ValueError, "need a memory"),
         ({"write_steps": 2}, ValueError, "write_steps is of a context that is written in this pass"),
         ({"memory": "one", "write_steps": 2}, ValueError, "write_steps is of a context that is written in this pass"),
-        ({"context_input_ids": tokens(3, 4), "write_steps": -1}, ValueError, "write_steps must be from 0, got -1"),
+        (
+            {"context_input_ids": tokens(3, 4), "write_steps": -1},
+            ValueError,
+            "write_steps must be a non-negative integer, got -1",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, error, message):

@@ -219,7 +219,7 @@ TWO = [[3, 4], [5]]
         ([[3, -1], [5]], TWO, ValueError, "token ids from -1 to 5"),
         ([[3], ["w"]], TWO, TypeError, "Query 1 with its answer must be token ids"),
         ([[3], [0.5]], TWO, TypeError, "integer token ids"),
-        ([[3], [3] * 93], [[4], [5, 6]], ValueError, "has 94 tokens, and at most 93 are allowed: .* 96 positions"),
+        ([[3], [3] * 93], [[4], [5, 6]], ValueError, "has 94 tokens, but at most 93 are allowed: .* 96 positions"),
     ],
 )  # fmt: skip
 def test_what_has_no_likelihood_is_named(architecture, queries, answers, error, message):
@@ -234,7 +234,7 @@ def test_states_side_by_side_leave_fewer_positions():
     model = make("gpt2").model
     states, index = model.write(tokens(2, 5)), torch.tensor([[0, 1]])
     assert model.log_likelihood([[3] * 90], [[4]], states, context_index=index).isfinite().all()
-    with pytest.raises(ValueError, match="has 91 tokens, and at most 90 are allowed"):
+    with pytest.raises(ValueError, match="has 91 tokens, but at most 90 are allowed"):
         model.log_likelihood([[3] * 91], [[4]], states, context_index=index)
 
 
@@ -242,7 +242,7 @@ def test_states_side_by_side_leave_fewer_positions():
 def test_a_question_without_room_for_the_refusal_is_refused(architecture):
     pipeline = make(architecture, refusal="w1 w2 w3 w4 w5")
     state = pipeline.write(CONTEXTS[0])
-    with pytest.raises(ValueError, match=r"A query with its answer .* has 96 tokens, and at most 93 are allowed"):
+    with pytest.raises(ValueError, match=r"A query with its answer .* has 96 tokens, but at most 93 are allowed"):
         pipeline.support(tiny_text(91), memory=state)
 
 

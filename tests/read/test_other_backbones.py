@@ -79,7 +79,7 @@ def test_a_query_behind_the_last_position_is_named(architecture):
     padded, mask = pad_left([longest[0]], positions + 2)
     assert model(input_ids=padded, attention_mask=mask, memory=state).logits.isfinite().all()
     for read in (model, model.generate):
-        with pytest.raises(ValueError, match=f"{positions - 2} tokens, and at most {positions - 3} are allowed"):
+        with pytest.raises(ValueError, match=f"{positions - 2} tokens, but at most {positions - 3} are allowed"):
             read(input_ids=tokens(1, positions - 2), memory=state)
 
 
@@ -92,9 +92,9 @@ def test_positions_that_a_configuration_calls_otherwise():
         config.decoder_attention_heads = config.encoder_attention_heads = 4
         model = get_peft_model(AutoModelForCausalLM.from_config(config), GradMemConfig(num_memory_tokens=3)).eval()
         state = model.write(tokens(1, 17))
-        with pytest.raises(ValueError, match="18 tokens, and at most 17 are allowed"):
+        with pytest.raises(ValueError, match="18 tokens, but at most 17 are allowed"):
             model.write(tokens(1, 18))
-        with pytest.raises(ValueError, match="18 tokens, and at most 17 are allowed"):
+        with pytest.raises(ValueError, match="18 tokens, but at most 17 are allowed"):
             model.generate(tokens(1, 18), memory=state)
 
 

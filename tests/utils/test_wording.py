@@ -33,4 +33,4 @@ def test_messages_say_one_and_several():
         state[3]
     with pytest.raises(ValueError, match="Got 2 contexts for 1 state: pass one"):
         pipeline.model.fidelity(state, *pipeline.encode_contexts(["w1 w2", "w3"]))
-    assert str(Plan(2, 1)) == "2 contexts at a time, 1 layer computed again in the backward pass"
+    assert str(Plan(2, 1)) == "2 contexts at a time, 1 layer recomputed in the backward pass"

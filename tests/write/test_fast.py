@@ -191,7 +191,7 @@ def test_models_and_contexts_that_a_fast_pass_does_not_suit():
     window = model.config.sliding_window
     assert "window" in unsuited(writer, batch(model, window)[1], 3)
     assert "window" in unsuited(writer, context, window)
-    with pytest.raises(ValueError, match="compile=True cannot be had: the contexts are longer"):
+    with pytest.raises(ValueError, match="compile=True is not possible: the contexts are longer"):
         model.write(tokens(1, window), compile=True)
     model.write(tokens(1, window))
     model.train()

@@ -84,7 +84,7 @@ def test_rates_that_are_kept_write_as_before():
 def test_rates_that_are_not_there_cannot_be_kept():
     model = make(learn_write_lr="scalar", num_write_lrs=3)
     for n in (0, 4):
-        with pytest.raises(ValueError, match="from 1 to num_write_lrs, 3"):
+        with pytest.raises(ValueError, match=r"between 1 and num_write_lrs \(3\)"):
             keep_write_lrs(model, n)
     with pytest.raises(ValueError, match="learn_write_lr='no'"):
         keep_write_lrs(make(), 1)

@@ -29,7 +29,7 @@ def test_a_context_behind_states_side_by_side(architecture):
     ):
         assert write(fits).isfinite().all()
         with pytest.raises(
-            ValueError, match=r"has 73 tokens, and at most 72 are allowed: .* 24 of them for the memory"
+            ValueError, match=r"has 73 tokens, but at most 72 are allowed: .* 24 of them for the memory"
         ):
             write(too_long)
 
@@ -68,7 +68,7 @@ def test_an_update_that_reads_old_memory_new_text_and_new_vectors(architecture, 
     monkeypatch.setattr(fidelity, "CONFIDENT", 1.1)
     assert model.update(state, tokens(1, POSITIONS - 6)).vectors.isfinite().all()
     with pytest.raises(
-        ValueError, match=rf"A new text has 91 tokens, and at most 90 .* start='{start}' .* 96 positions"
+        ValueError, match=rf"A new text has 91 tokens, but at most 90 .* start='{start}' .* 96 positions"
     ):
         model.update(state, tokens(1, POSITIONS - 5))
 

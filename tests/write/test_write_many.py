@@ -106,8 +106,8 @@ def test_a_context_that_diverges_is_named_by_its_place_in_the_input():
     with pytest.warns(RuntimeWarning, match="is not finite") as caught:
         model.write_many(rows, max_tokens=10)
     assert [str(warning.message).split(" is not")[0] for warning in caught] == [
-        "WRITE: the write loss of sample 3",
-        "WRITE: the write loss of sample 1",
+        "The write loss of sample 3",
+        "The write loss of sample 1",
     ]
 
 

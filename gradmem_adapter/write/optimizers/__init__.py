@@ -1,4 +1,4 @@
-"""The rules of a write step, one a file. A new one is a file here, imported and entered in `OPTIMIZERS`."""
+"""The rules of a write step, one per file. A new rule is a file here, registered in `OPTIMIZERS`."""
 
 from gradmem_adapter.write.optimizers.adam import Adam
 from gradmem_adapter.write.optimizers.base import WriteOptimizer, WriteState
@@ -8,6 +8,6 @@ OPTIMIZERS: dict[str, WriteOptimizer] = {
     "sgd": SGD(),
     "adam": Adam(),
 }
-"""The write optimizers by the names that `GradMemConfig.write_optimizer` has for them."""
+"""The write optimizers by their names in `GradMemConfig.write_optimizer`."""
 
 __all__ = ["OPTIMIZERS", "WriteOptimizer", "WriteState"]

@@ -1,4 +1,4 @@
-"""What a write optimizer is: the rule that makes a write gradient the next memory."""
+"""The interface of write optimizers: the rule that turns a write gradient into the next memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gradmem_adapter.write.rates import Rate
 
 
 class WriteState(NamedTuple):
-    """Where WRITE is.
+    """The state of WRITE between two steps.
 
     Args:
         memory (`Tensor`): `[B, m, d]`.
-        buffers (`tuple[Tensor, ...]`): `[B, m, d]` each, what the write optimizer carries from step to step.
-        step (`int`): how many steps were taken.
+        buffers (`tuple[Tensor, ...]`): `[B, m, d]` each, what the write optimizer keeps from step to step.
+        step (`int`): how many steps have been taken.
     """
 
     memory: Tensor
@@ -31,10 +31,10 @@ class WriteState(NamedTuple):
 
 
 class WriteOptimizer(ABC):
-    """The rule of a write step. One object serves all models and keeps no state of its own.
+    """The rule of a write step. One object serves all models, so it keeps no state of its own.
 
     Attributes:
-        buffers (`int`): how many tensors `[B, m, d]` the rule carries from step to step.
+        buffers (`int`): how many tensors `[B, m, d]` the rule keeps from step to step.
     """
 
     buffers: int = 0
@@ -45,13 +45,13 @@ class WriteOptimizer(ABC):
 
     @abstractmethod
     def update(self, state: WriteState, gradient: Tensor, lr: Rate) -> WriteState:
-        """Take one step. Meta-training differentiates it, so it changes nothing in place.
+        """Take one step. Meta-training differentiates it, so it must not modify anything in place.
 
         Args:
-            state (`WriteState`): where WRITE is.
+            state (`WriteState`): the state before the step.
             gradient (`Tensor`): `[B, m, d]`, the write gradient, clipped as configured.
-            lr (`Tensor` or `float`): the write learning rate, one or `[m, d]`.
+            lr (`Tensor` or `float`): the write learning rate, one number or `[m, d]`.
 
         Returns:
-            `WriteState`: with as many buffers, one step on.
+            `WriteState`: the state after the step, with as many buffers.
         """

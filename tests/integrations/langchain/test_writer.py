@@ -30,7 +30,7 @@ def test_the_options_reach_the_store(writer, options):
     ("options", "error", "message"),
     [
         ({"stesp": 3}, TypeError, "stesp"),
-        ({"steps": -1}, ValueError, "steps must be an integer from 0"),
+        ({"steps": -1}, ValueError, "steps must be a non-negative integer"),
         (3, ValueError, "WriteOptions"),
     ],
 )
