@@ -301,7 +301,7 @@ class TestErrors:
     @pytest.mark.parametrize("device", ["abacus", "cuda:99", torch.device("xla")])
     def test_no_such_device(self, backbone, tmp_path, device):
         save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "saved")
-        with pytest.raises(ValueError, match=rf"There is no device '{device}' here; take cpu"):
+        with pytest.raises(ValueError, match=rf"There is no device '{device}' on this machine; use cpu"):
             load_checkpoint(tmp_path / "saved", device=device)
 
     def test_another_kind_of_adapter(self, tmp_path):
@@ -310,14 +310,14 @@ class TestErrors:
             load_checkpoint(tmp_path / "lora")
 
     def test_directory_without_an_adapter(self, backbone):
-        with pytest.raises(ValueError, match=r"no adapter_config\.json. It is a model .* train one .*--backbone"):
+        with pytest.raises(ValueError, match=r"no adapter_config\.json. It is a model .* Train one .*--backbone"):
             load_checkpoint(backbone)
 
     def test_directory_above_an_adapter(self, backbone, tmp_path):
         save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "run" / "checkpoint")
-        with pytest.raises(ValueError, match=r"run' is no checkpoint.*There is one in '.*run.checkpoint'\."):
+        with pytest.raises(ValueError, match=r"run' is not a checkpoint.*There is one in '.*run.checkpoint'\."):
             load_checkpoint(tmp_path / "run")
-        with pytest.raises(ValueError, match=r"is no checkpoint: .*save_checkpoint make checkpoints"):
+        with pytest.raises(ValueError, match=r"is not a checkpoint: .*by save_checkpoint"):
             load_checkpoint(tmp_path)
 
     def test_config_is_json(self, backbone, tmp_path):

@@ -154,7 +154,9 @@ def test_so_is_one_among_others(pipeline, tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text(TEXT)
     store = MemoryStore(tmp_path / "store")
     for write in (pipeline.write, pipeline.write_many, lambda texts: store.add(pipeline, texts)):
-        with pytest.raises(ValueError, match=r"name of a file, 'book\.txt'.*open\('book\.txt'\)\.read\(\).*a line end"):
+        with pytest.raises(
+            ValueError, match=r"name of a file, 'book\.txt'.*open\('book\.txt'\)\.read\(\).*a line break"
+        ):
             write(["w1", "book.txt"])
         assert len(write(["w1", "book.txt\n", TEXT])) == 3
 
@@ -187,7 +189,7 @@ def test_white_space_is_no_text(text, tmp_path):
         lambda text: pipeline.fidelity(text, state),
         lambda text: store.add(pipeline, text),
     ):
-        with pytest.raises(ValueError, match="Context 0 is empty, so there is nothing to write"):
+        with pytest.raises(ValueError, match="Context 0 is empty: there is nothing to write"):
             write(text)
     with pytest.raises(ValueError, match="Context 1 is empty"):
         store.add(pipeline, ["b", text])

@@ -125,7 +125,7 @@ def test_weights_that_a_cpu_was_given_packed_are_refused(load, kind):
 
 @pytest.mark.parametrize("kind", [torchao_int8_activations])
 def test_layers_without_gradients_are_refused(load):
-    with pytest.raises(ValueError, match=r"lets no gradient through.*Quantise weights alone"):
+    with pytest.raises(ValueError, match=r"passes no gradients.*Quantise only weights"):
         attached(load())
 
 

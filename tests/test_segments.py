@@ -143,7 +143,7 @@ def test_no_more_is_read_than_the_next_segment_needs():
         ((WORDS("w1"), WORDS, 5), TypeError, "can be cut, got BatchEncoding"),  # of which the names would be read
         (({"w1"}, WORDS, 5), TypeError, "can be cut, got set"),
         ((["w1", 3], WORDS, 5), TypeError, "Piece 1 of the text is a int"),
-        (("w1 \ud83d", WORDS, 5), ValueError, "The text has half a character.*at place 3"),
+        (("w1 \ud83d", WORDS, 5), ValueError, "The text has half a character.*at position 3"),
         ((["w1", "w1 \ud83d"], WORDS, 5), ValueError, "Piece 1 of the text has half a character"),
         (("w1", WORDS, 0), ValueError, "at least 1 token,"),
         (("w1", WORDS, 2.5), ValueError, "at least 1 token,"),

@@ -423,7 +423,7 @@ def test_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_save_makes_no_directories(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no directory .*missing.*make it first"):
+    with pytest.raises(FileNotFoundError, match=r"no directory .*missing.*create it first"):
         make().save(tmp_path / "missing" / "s.safetensors")
     assert os.listdir(tmp_path) == []
 
@@ -459,8 +459,8 @@ _GOOD = {"format": "gradmem-memory-state", "version": 1, "fingerprint": "f"}
 _BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not a memory state"),
     "a few bytes": (b"abc", "not a memory state"),
-    "text": (b"Once upon a time there was a model.", "no safetensors file"),
-    "zeros": (bytes(64), "no safetensors file"),
+    "text": (b"Once upon a time there was a model.", "not a safetensors file"),
+    "zeros": (bytes(64), "not a safetensors file"),
     "torch.save": (_torch_save(legacy=False), "looks like a pickle.*never opened"),
     "old torch.save": (_torch_save(legacy=True), "looks like a pickle.*never opened"),
     "pickle": (pickle.dumps({"vectors": [1.0]}), "looks like a pickle.*never opened"),
@@ -469,11 +469,11 @@ _BAD_FILES: dict[str, tuple[bytes, str]] = {
     "bytes added": (make().to_bytes() + b"\0", "truncated or damaged"),
     "no metadata": (_file(None), "not a memory state"),
     "other metadata": (safetensors.torch.save(_tensors(), metadata={"format": "pt"}), "not a memory state"),
-    "other format": (_file(_GOOD | {"format": "another"}), "not a memory state but 'another'"),
+    "other format": (_file(_GOOD | {"format": "another"}), "its format is 'another'"),
     "not JSON": (_file("{format:"), "not a memory state"),
     "JSON but no object": (_file([1]), "not a memory state"),
     "no version": (_file({"format": "gradmem-memory-state", "fingerprint": "f"}), "not a memory state"),
-    "newer": (_file(_GOOD | {"version": 4}), "version 4, .*upgrade gradmem-adapter"),
+    "newer": (_file(_GOOD | {"version": 4}), "version 4, .*Upgrade gradmem-adapter"),
     "deep description": (_file("[" * 100_000), "not a memory state"),
     "infinite version": (_file('{"format": "gradmem-memory-state", "version": 1e400, "fingerprint": "f"}'), "version"),
     "version true": (_file(_GOOD | {"version": True}), "version or fingerprint"),
@@ -482,15 +482,15 @@ _BAD_FILES: dict[str, tuple[bytes, str]] = {
     "new without a digest": (_file(_GOOD | {"version": 2}), "damaged: it has"),
     "wrong digest": (_file(_GOOD | {"version": 2, "digest": "0" * 64}), "damaged.*digest"),
     "endless context": (_file(_GOOD, context_tokens=torch.tensor([1, 2, 2**62])), "to 4611686018427387904 tokens"),
-    "empty context": (_file(_GOOD, context_tokens=torch.tensor([1, 2, 0])), "from 0 to 2 tokens"),
+    "empty context": (_file(_GOOD, context_tokens=torch.tensor([1, 2, 0])), "0 to 2 tokens"),
     "boolean tokens": (_file(_GOOD, context_tokens=torch.ones(3, dtype=torch.bool)), "context_tokens must be integers"),
     "integer losses": (_file(_GOOD, write_losses=torch.ones(3, 3, dtype=torch.long)), "write_losses must be floating"),
     "eight-bit vectors": (_file(_GOOD, vectors=torch.zeros(3, 2, 4).to(torch.float8_e4m3fn)), "must be floating point"),
     "not finite": (_file(_GOOD, vectors=torch.full((3, 2, 4), float("nan"))), "not finite"),
-    "one tensor more": (_file(_GOOD, another=torch.ones(2)), "has a wrong one: .*another"),
+    "one tensor more": (_file(_GOOD, another=torch.ones(2)), "wrong tensors: .*another"),
     "long header": ((2**21).to_bytes(8, "little") + b"{" + bytes(2**21), "more than 1,048,576 bytes"),
-    "no vectors": (_file(_GOOD, vectors=None), "lacks a tensor.*vectors"),
-    "no losses": (_file(_GOOD, write_losses=None), "lacks a tensor.*write_losses"),
+    "no vectors": (_file(_GOOD, vectors=None), "wrong tensors: expected .*vectors"),
+    "no losses": (_file(_GOOD, write_losses=None), "wrong tensors: expected .*write_losses"),
     "flat vectors": (_file(_GOOD, vectors=torch.zeros(3, 4)), r"vectors must have shape"),
     "integer vectors": (_file(_GOOD, vectors=torch.zeros(3, 2, 4, dtype=torch.int8)), "must be floating point"),
     "other batch": (_file(_GOOD, context_tokens=torch.ones(9, dtype=torch.long)), "must hold 3 integers"),
@@ -512,7 +512,7 @@ def test_bad_file_is_named_and_explained(case: str, tmp_path: Path, monkeypatch:
 
 def test_the_good_description_is_good():
     """Otherwise the cases above could fail for another reason than theirs; it is of a time before digests."""
-    with pytest.warns(UserWarning, match="has no digest"):
+    with pytest.warns(UserWarning, match="without a digest"):
         assert_same(MemoryState.from_bytes(_file(_GOOD)), make())
 
 

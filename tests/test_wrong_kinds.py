@@ -90,7 +90,7 @@ def test_no_prompt_and_no_text(pipeline, state, store, wrong):
             TypeError, match=rf"must be a text or a list of chat messages.*, got {type(wrong).__name__}"
         ):
             ask()
-    with pytest.raises(TypeError, match="list of texts can be written, got"):
+    with pytest.raises(TypeError, match="list of texts, got"):
         pipeline.write(wrong)
     with refused("The text", wrong):
         store.key(pipeline, wrong)

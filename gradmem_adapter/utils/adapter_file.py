@@ -1,4 +1,4 @@
-"""The file with an adapter's weights, and whether they are those of a model."""
+"""The file with an adapter's weights, and checks that it matches a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from gradmem_adapter.utils.parameters import first_of, wrong_names
 
 _SHOWN = 8
-"""So many differences are listed in an error."""
+"""The most differences that an error lists."""
 
 
 def check_holds_adapter(directory: Path) -> None:
-    """Raise `ValueError` unless a directory has an adapter's configuration; the message says where there is one."""
+    """Raise `ValueError` unless a directory has an adapter's configuration; the message names subdirectories with
+    one."""
     if (directory / CONFIG_NAME).is_file():
         return
     below = ", ".join(repr(str(file.parent)) for file in sorted(directory.glob(f"*/{CONFIG_NAME}")))
@@ -27,19 +28,19 @@ def check_holds_adapter(directory: Path) -> None:
         advice = f"There is one in {below}."
     elif (directory / "config.json").is_file():
         advice = (
-            "It is a model that no adapter was trained for: train one (gradmem train --backbone), or attach a new one, "
-            "get_peft_model(backbone, GradMemConfig(...)), and save it with save_checkpoint."
+            "It is a model without an adapter. Train one (gradmem train --backbone), or attach a new one with "
+            "get_peft_model(backbone, GradMemConfig(...)) and save it with save_checkpoint."
         )
     else:
-        advice = "gradmem train and save_checkpoint make checkpoints."
-    raise ValueError(f"{str(directory)!r} is no checkpoint: it has no {CONFIG_NAME}. {advice}")
+        advice = "Checkpoints are made by gradmem train and by save_checkpoint."
+    raise ValueError(f"{str(directory)!r} is not a checkpoint: it has no {CONFIG_NAME}. {advice}")
 
 
 @contextmanager
 def opened_weights(file: Path) -> Iterator[safe_open]:
-    """The weights of an adapter; an error says which file is not there or damaged."""
+    """Open the weights of an adapter; an error names a file that is missing or damaged."""
     if not file.is_file():
-        raise FileNotFoundError(f"There are no weights of an adapter in {str(file.parent)!r}: it has no {file.name}.")
+        raise FileNotFoundError(f"There are no adapter weights in {str(file.parent)!r}: {file.name} is missing.")
     try:
         with safe_open(file, "pt") as tensors:
             yield tensors
@@ -57,15 +58,16 @@ def round_weights(file: Path, dtype: torch.dtype) -> None:
 def check_tensors(
     path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor], *, resize: tuple[int, int] | None = None
 ) -> None:
-    """Raise `ValueError` with the differences unless both have the same tensors, of the same shapes and kinds.
+    """Raise `ValueError` with the differences unless both have the same tensors, with the same shapes and kinds of
+    dtype.
 
-    Floating types may differ in width: the weights of a LoRA may be rounded in a checkpoint.
+    Floating-point dtypes may differ in width, because a checkpoint may hold rounded LoRA weights.
 
     Args:
         path (`Path`): the checkpoint, for messages.
         saved (`Mapping[str, Tensor]`): its tensors.
         own (`Mapping[str, Tensor]`): the model's.
-        resize (`tuple[int, int]`, *optional*): how many embeddings the model has, and how many it is going to have.
+        resize (`tuple[int, int]`, *optional*): how many embeddings the model has now, and how many it will have.
     """
     differences = wrong_names(saved.keys(), own.keys(), own.keys())
     for name in sorted(saved.keys() & own.keys()):
@@ -74,12 +76,14 @@ def check_tensors(
             size == there_size or (size, there_size) == resize
             for size, there_size in zip(here.shape, there.shape, strict=True)
         ):
-            differences.append(f"{name!r} has shape {tuple(there.shape)} there and {tuple(here.shape)} here")
+            differences.append(
+                f"{name!r} has shape {tuple(there.shape)} in the checkpoint and {tuple(here.shape)} in the model"
+            )
         elif there.dtype != here.dtype and not (there.is_floating_point() and here.is_floating_point()):
-            differences.append(f"{name!r} is {there.dtype} there and {here.dtype} here")
+            differences.append(f"{name!r} is {there.dtype} in the checkpoint and {here.dtype} in the model")
     if differences:
         raise ValueError(
-            f"The checkpoint in {str(path)!r} is of another model: tensor "
-            f"{first_of(differences, _SHOWN, '; tensor ')}. Make the model with the configuration of the checkpoint, "
-            "or get the checkpoint anew."
+            f"The checkpoint in {str(path)!r} does not match the model: tensor "
+            f"{first_of(differences, _SHOWN, '; tensor ')}. Create the model from the checkpoint's configuration, or "
+            "get the checkpoint again."
         )

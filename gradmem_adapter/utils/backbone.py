@@ -1,4 +1,4 @@
-"""What a backbone must be so that GradMem can be attached to it, and what is asked of it."""
+"""Checks that GradMem can be attached to a backbone, and questions about its structure."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def check_backbone(model: object) -> None:
-    """Raise unless a model is a causal language model of Transformers without an adapter.
+    """Raise unless a model is a Transformers causal language model without an adapter.
 
     Args:
-        model (`object`): what an adapter is to be attached to.
+        model (`object`): the model to attach an adapter to.
 
     Raises:
-        TypeError: it is no such model.
-        ValueError: it carries an adapter.
+        TypeError: it is not a causal language model.
+        ValueError: it has an adapter.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"GradMem attaches to a causal language model of Transformers, got {type(model).__name__}. Load one with "
+            f"GradMem needs a causal language model of Transformers, got {type(model).__name__}. Load one with "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} carries an adapter already ({', '.join(_adapters(model)) or 'of unknown name'}), "
-            "which PEFT would mix up with this one. To start over, load the backbone again, or take what "
-            "model.unload() returns. To keep it, merge it into the weights: "
-            "PeftModel.from_pretrained(backbone, adapter).merge_and_unload(). A LoRA to train with the memory goes "
-            "into GradMemConfig(lora_config=...), a further GradMem adapter into model.add_adapter(name, config)."
+            f"{type(model).__name__} already has an adapter ({', '.join(_adapters(model)) or 'of unknown name'}), "
+            "which PEFT would mix up with this one. To discard it, load the backbone again, or use the model that "
+            "model.unload() returns. To keep it, merge it into the weights: PeftModel.from_pretrained(backbone, "
+            "adapter).merge_and_unload(). To train a LoRA with the memory, use GradMemConfig(lora_config=...); to add "
+            "another GradMem adapter, use model.add_adapter(name, config)."
         )
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
@@ -53,24 +53,24 @@ def check_backbone(model: object) -> None:
         )
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise TypeError(
-            f"{type(model).__name__} has no language-model head to generate with; load the checkpoint with "
+            f"{type(model).__name__} has no language-model head; load the checkpoint with "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
     if not all(hasattr(table, "weight") for table in (model.get_input_embeddings(), model.get_output_embeddings())):
         raise TypeError(
-            f"{type(model).__name__} has several tables of embeddings for a token (as models of audio codebooks do); "
+            f"{type(model).__name__} has several tables of embeddings per token, as models of audio codebooks do; "
             "GradMem needs a causal language model with one."
         )
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise TypeError(
-            f"{type(model).__name__} attends in both directions (config.is_decoder is not set), so a write loss would "
-            "see the tokens it predicts; GradMem needs a causal language model."
+            f"{type(model).__name__} attends in both directions (config.is_decoder is not set), so the write loss "
+            "would see the tokens that it predicts; GradMem needs a causal language model."
         )
     trunk_name(model)
 
 
 def _adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters that a model carries."""
+    """The names of the adapters in a model."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return sorted({name for layer in layers for name in layer._get_available_adapters()})
 
@@ -78,10 +78,10 @@ def _adapters(model: nn.Module) -> list[str]:
 def trunk_name(backbone: PreTrainedModel) -> str:
     """The name of the child that maps input embeddings to last hidden states, which the output head reads.
 
-    `base_model_prefix` where a child has it; some classes name one that they do not have, or that of a larger model.
+    Usually `base_model_prefix`, but some classes name a child that they do not have, or one of a larger model.
 
     Raises:
-        TypeError: there is none.
+        TypeError: there is no such child.
     """
     if isinstance(backbone._modules.get(backbone.base_model_prefix), nn.Module):
         return backbone.base_model_prefix
@@ -90,8 +90,8 @@ def trunk_name(backbone: PreTrainedModel) -> str:
         if child is not None and child is not embeddings and contains(child, embeddings):
             return name
     raise TypeError(
-        f"{type(backbone).__name__} has no part of its own between input embeddings and output head, which WRITE needs "
-        "for the last hidden states."
+        f"{type(backbone).__name__} has no submodule between input embeddings and output head, which WRITE needs to "
+        "get the last hidden states."
     )
 
 
@@ -101,13 +101,13 @@ def trunk(backbone: PreTrainedModel) -> nn.Module:
 
 
 def fresh(backbone: PreTrainedModel) -> PreTrainedModel:
-    """The backbone without what an earlier call left in it, which stays for whoever goes on from that call.
+    """The backbone without the state that an earlier call left in it; that state stays in the original.
 
-    Qwen2-VL and its kin keep by how much the positions behind images are off (`rope_deltas`), and add it to those of
-    input embeddings, whatever their batch. These get a copy of the two modules on top that shares all others.
+    Models such as Qwen2-VL keep the offset of positions after images (`rope_deltas`) and add it to the positions of any
+    later input embeddings. For them, the top two modules are copied, and all others shared.
 
     Args:
-        backbone (`PreTrainedModel`): stays as it is.
+        backbone (`PreTrainedModel`): not changed.
     """
     inner = trunk(backbone)
     if "rope_deltas" not in inner.__dict__:
@@ -119,14 +119,14 @@ def fresh(backbone: PreTrainedModel) -> PreTrainedModel:
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module that has the same parts, parameters and buffers; a hook of accelerate's acts on the copy.
+    """A copy of a module with the same children, parameters and buffers. Hooks of accelerate act on the copy.
 
     Args:
-        module (`nn.Module`): stays as it is.
+        module (`nn.Module`): not changed.
     """
     copied = copy.copy(module)
     copied.__dict__["_modules"] = dict(module._modules)
-    for name, value in module.__dict__.items():  # what offloading put in the place of forward is bound to the module
+    for name, value in module.__dict__.items():  # offloading replaces forward by a function bound to the module
         if isinstance(value, MethodType) and value.__self__ is module:
             copied.__dict__[name] = MethodType(value.__func__, copied)
         elif isinstance(value, partial) and value.args[:1] == (module,):
@@ -136,12 +136,12 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def with_replaced(module: Module, replaced: Callable[[nn.Module], nn.Module | None]) -> Module:
-    """A model with other modules in the places of some. Modules above these are copied and nowhere else, so that other
-    threads see no change.
+    """A model with some modules replaced. Only modules that contain a replaced one are copied, so other threads see no
+    change.
 
     Args:
-        module (`nn.Module`): the model, or a part of it; stays as it is.
-        replaced (`Callable`): gives what stands for a module, or None, which leaves it.
+        module (`nn.Module`): the model, or a part of it; not changed.
+        replaced (`Callable`): returns the replacement of a module, or None to keep it.
     """
     if (other := replaced(module)) is not None:
         return cast(Module, other)
@@ -154,7 +154,8 @@ def with_replaced(module: Module, replaced: Callable[[nn.Module], nn.Module | No
 
 
 def device_of(backbone: PreTrainedModel) -> torch.device:
-    """Where a backbone takes token ids: at its embeddings, or where accelerate brings these when they are needed."""
+    """The device for a backbone's token ids: that of its embeddings, or where accelerate moves them when they are
+    used."""
     embeddings = backbone.get_input_embeddings()
     if has_offloaded_params(embeddings):
         return torch.device(cast(Any, embeddings)._hf_hook.execution_device)
@@ -163,7 +164,7 @@ def device_of(backbone: PreTrainedModel) -> torch.device:
 
 def check_start(backbone: PreTrainedModel, start: str) -> None:
     """Raise `ValueError` unless the last hidden states are as wide as the input embeddings, so that a memory can start
-    from both. Two tokens are run through the trunk to see it.
+    from both. Runs two tokens through the trunk to find out.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -178,45 +179,46 @@ def check_start(backbone: PreTrainedModel, start: str) -> None:
         hidden = trunk(fresh(backbone))(inputs_embeds=tokens, use_cache=False, return_dict=True).last_hidden_state
     if hidden.shape[-1] != tokens.shape[-1]:
         raise ValueError(
-            f"start={start!r} adds last hidden states to memory slots, and those of {type(backbone).__name__} are "
-            f"{hidden.shape[-1]} wide where its input embeddings are {tokens.shape[-1]}. Use start='slots'."
+            f"start={start!r} adds last hidden states to memory slots, but in {type(backbone).__name__} they have "
+            f"width {hidden.shape[-1]} and input embeddings have width {tokens.shape[-1]}. Use start='slots'."
         )
 
 
 def contains(module: nn.Module, part: nn.Module) -> bool:
-    """Whether a module is `part` or has it inside."""
+    """Whether a module is `part` or contains it."""
     return any(found is part for found in module.modules())
 
 
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
-"""What configurations call the number of positions: most of them, MPT's, Whisper's."""
+"""The names of the number of positions in configurations: in most, in MPT's, in Whisper's."""
 
 
 def max_positions(backbone: PreTrainedModel) -> int | None:
-    """How many positions a backbone has for tokens, `None` where it does not say or has no bound."""
+    """How many positions a backbone has for tokens; `None` if it is unknown or unlimited."""
     config = backbone.config.get_text_config()
     positions = next((getattr(config, name) for name in _POSITIONS if hasattr(config, name)), None)
     return positions - first_position(backbone) if isinstance(positions, int) and positions > 0 else None
 
 
 def turns_by_length(backbone: PreTrainedModel) -> bool:
-    """Whether keys are turned (RoPE) otherwise in a longer sequence, those of its first tokens, too: Phi-3's longrope
-    has other angles behind a length.
+    """Whether RoPE rotates the keys of all tokens differently in a longer sequence: Phi-3's longrope changes its angles
+    beyond a certain length.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
     """
     rope = getattr(backbone.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one for all layers, or for each type
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # for all layers, or per layer type
     return any(kind.get("rope_type") == "longrope" for kind in kinds)
 
 
 _first_positions: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
-"""Of the backbones that were asked for it: it is in the path of every WRITE and READ, and a walk over all modules."""
+"""A cache, because every WRITE and READ needs the value, and finding it walks over all modules."""
 
 
 def first_position(backbone: PreTrainedModel) -> int:
-    """The position of a first token: 0, and behind the padding's where that has a position (RoBERTa and its kin)."""
+    """The position of the first token: 0, or the one after the padding position in models that have one (such as
+    RoBERTa)."""
     if backbone not in _first_positions:
         _first_positions[backbone] = _find_first_position(backbone)
     return _first_positions[backbone]
@@ -237,14 +239,14 @@ def check_length(
     backbone: PreTrainedModel,
     name: str = "A query",
 ) -> None:
-    """Raise `ValueError` where a prefix and a query behind it are longer than the backbone has positions.
+    """Raise `ValueError` if a prefix and the query after it are longer than the backbone's positions.
 
     Args:
         prefix_length (`int`): P.
         query (`Tensor`): `[B, T, ...]`.
         attention_mask (`Tensor`, *optional*): `[B, T]`, 1 where a query token counts.
         backbone (`PreTrainedModel`): the causal LM.
-        name (`str`, *optional*, defaults to `"A query"`): what is read, for the message.
+        name (`str`, *optional*, defaults to `"A query"`): what is read, for the error message.
     """
     positions, length = max_positions(backbone), query.shape[1]
     if positions is None or prefix_length + length <= positions or capturing():
@@ -259,12 +261,12 @@ def check_length(
 
 
 def uses_checkpointing(backbone: PreTrainedModel) -> bool:
-    """Whether the backbone's layers are computed again in backward passes (gradient checkpointing)."""
+    """Whether the backbone's layers are recomputed in backward passes (gradient checkpointing)."""
     return backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
 
 
 def attention_windows(backbone: PreTrainedModel) -> list[int]:
-    """How far attention looks back in the layers where it does not see the whole sequence, as configurations call it.
+    """The attention windows of the layers that do not attend to the whole sequence, from the configuration.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -275,20 +277,20 @@ def attention_windows(backbone: PreTrainedModel) -> list[int]:
 
 
 def on_several_devices(backbone: PreTrainedModel) -> bool:
-    """Whether weights of a backbone are on different devices, as a device map puts them."""
+    """Whether a backbone's weights are on several devices, as with a device map."""
     return len({parameter.device for parameter in backbone.parameters()}) > 1
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers in a model that Transformers marks as such."""
+    """The layers of a model, as marked by Transformers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a causal LM that tokens go through, not those of what sees or hears."""
+    """The layers of a causal LM's text decoder, without those of vision or audio encoders."""
     return layers_of(backbone.get_decoder())
 
 
 def is_compiled(backbone: PreTrainedModel) -> bool:
-    """Whether layers of a backbone are compiled, as `torch_compile` of the trainer does it."""
+    """Whether layers of a backbone are compiled, as the trainer's `torch_compile` does."""
     return any(layer._compiled_call_impl is not None for layer in layers_of(backbone))

@@ -1,4 +1,4 @@
-"""Whether a CUDA graph is being captured, when no value can be read from the GPU."""
+"""Whether a CUDA graph is being captured, during which no value can be read from the GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _static: ContextVar[bool] = ContextVar("gradmem_static", default=False)
 
 @contextmanager
 def static_shapes() -> Iterator[None]:
-    """What runs inside takes the same shapes as while a CUDA graph is captured, whatever the values are."""
+    """Code in the block uses the shapes that it uses during CUDA graph capture, whatever the values are."""
     token = _static.set(True)
     try:
         yield
@@ -22,5 +22,5 @@ def static_shapes() -> Iterator[None]:
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured (or a run made ready for it), where no value can be read from the GPU."""
+    """Whether a CUDA graph is being captured, or a run prepares for it; no value can be read from the GPU then."""
     return _static.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -1,4 +1,4 @@
-"""Whether a model was changed while something was computed with it."""
+"""Detects whether a model was changed during a computation."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 
 class Changes:
-    """Counts the changes that are made to a model's adapters, one after the other. A copy begins anew."""
+    """Counts changes to a model's adapters, and lets only one be made at a time. A copy starts from zero."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # reentrant: to delete an adapter makes another the active one
+        self._lock = threading.RLock()  # reentrant: deleting an adapter activates another
         self._begun = self._done = 0
         self._loading: set[int] = set()
-        """Threads that load weights. PyTorch calls no hook where loading fails, or is interrupted."""
+        """Threads that are loading weights. PyTorch calls no hook if loading fails or is interrupted."""
 
     def __reduce__(self) -> tuple[type[Changes], tuple[()]]:
         return Changes, ()
 
     def begin_loading(self, *_: Any) -> None:
-        """Weights are loaded from here on; takes any arguments, as hooks are given some."""
+        """Call before weights are loaded. Takes any arguments, as it serves as a hook."""
         with self._lock:
             self.end_loading()
             self._loading.add(threading.get_ident())
             self._begun += 1
 
     def end_loading(self, *_: Any) -> None:
-        """They are loaded, or this thread does something else and loading has failed."""
+        """Call when weights are loaded, or when this thread does something else because loading failed."""
         with self._lock:
             if threading.get_ident() in self._loading:
                 self._loading.remove(threading.get_ident())
@@ -36,10 +36,10 @@ class Changes:
 
     @contextmanager
     def one(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """A change is made inside; other threads wait with theirs.
+        """Make a change in the block; other threads wait with theirs.
 
         Args:
-            unless (`Callable`, *optional*): says that what is done inside changes nothing. It then does not count.
+            unless (`Callable`, *optional*): if it returns True, the block changes nothing and does not count.
         """
         with self._lock:
             if unless():
@@ -53,6 +53,6 @@ class Changes:
 
     @property
     def number(self) -> tuple[int, int]:
-        """Another one after each change, and two that differ while one is made."""
+        """Differs after each change; its two numbers differ from each other during a change."""
         self.end_loading()
         return self._begun, self._done

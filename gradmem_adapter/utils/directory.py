@@ -1,4 +1,4 @@
-"""Directories of which several files are replaced together, or none of them, and read together."""
+"""Directories whose files are replaced all together or not at all, and are read together."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from gradmem_adapter.utils.files import errors_named, read_text, sha256
 from gradmem_adapter.utils.temporary import locked, sweep, temporary_directory
 
 NEW = ".gradmem-new"
-"""In a directory: files that are whole, of which not all are in their places yet."""
+"""A subfolder with complete new files that have not all been moved into place yet."""
 SUMS = "SHA256SUMS"
-"""In a directory: the digests of the files that belong together, as `sha256sum --check` reads them."""
+"""The file with the digests of the files that belong together, in the format of `sha256sum --check`."""
 CARD = "README.md"
-"""Belongs to its reader: it has no digest, and one that is there stays."""
+"""Users may edit it, so it has no digest, and an existing one is kept."""
 
 
 @contextmanager
 def replacing_together(path: Path, own: Collection[str]) -> Iterator[Path]:
-    """A new folder to fill, whose files take their places in the directory `path` together when the block ends.
+    """Yields an empty folder to fill; when the block ends, its files are moved into the directory `path` together.
 
-    A directory that is not there yet appears whole. In one that is there, files of the same names are replaced, what
-    else of `own` an earlier save left, as its digests list it, goes, and all else stays. A process that is killed
-    leaves the old files, or the new ones, of which those that are not in their places yet get there with the next
-    `reading_together` or `replacing_together`.
+    A new directory appears only when it is complete. In an existing one, files of the same names are replaced, other
+    files in `own` from an earlier save (those that its digests list) are removed, and everything else stays. A killed
+    process leaves either the old files or the new ones; the next `reading_together` or `replacing_together` moves the
+    rest of the new files into place.
 
     Args:
         path (`Path`): the directory.
         own (`Collection[str]`): the names that the files and folders may have.
 
     Raises:
-        FileExistsError: a folder that no earlier save made would have to be replaced; nothing is changed then.
-        OSError: it cannot be written; nothing is changed then.
+        FileExistsError: a folder that was not made by an earlier save would be replaced; nothing is changed.
+        OSError: the directory cannot be written; nothing is changed.
     """
     path = Path(os.path.realpath(path))
     with errors_named(path):
@@ -64,17 +64,17 @@ def replacing_together(path: Path, own: Collection[str]) -> Iterator[Path]:
 
 @contextmanager
 def reading_together(path: Path, own: Collection[str], unread: Collection[str] = ()) -> Iterator[None]:
-    """Inside the block nobody replaces the files of a directory, and they are what they were saved as.
+    """In the block, the files of a directory match their digests, and no other process replaces them.
 
     Args:
         path (`Path`): the directory.
-        own (`Collection[str]`): as `replacing_together` was given it.
-        unread (`Collection[str]`, *optional*): those of them that nobody reads where the digests do not list them, so
-            that somebody else's may be there.
+        own (`Collection[str]`): the same as for `replacing_together`.
+        unread (`Collection[str]`, *optional*): the names in `own` that are not read unless the digests list them, so
+            files of others may have them.
 
     Raises:
-        ValueError: a file is damaged, missing or of another save; a directory without digests is taken as it is.
-        OSError: the files of a process that was killed are not in their places yet, and cannot be put there.
+        ValueError: a file is damaged, missing or from another save. A directory without digests is not checked.
+        OSError: files left by a killed process cannot be moved into place.
     """
     while True:
         with locked(path, shared=True):
@@ -87,7 +87,7 @@ def reading_together(path: Path, own: Collection[str], unread: Collection[str] =
 
 
 def _seal(folder: Path) -> None:
-    """Write the digests of all files, which are on the disk then, and may be read by whom the umask lets."""
+    """Flush all files to disk, write their digests, and give them the permissions of the umask."""
     lines = []
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CARD)
     for file in files:
@@ -95,12 +95,12 @@ def _seal(folder: Path) -> None:
             os.fsync(opened.fileno())
         lines.append(f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n")
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
-    for file in files:  # safetensors makes files that are their owner's alone
+    for file in files:  # safetensors creates files that only their owner can read
         file.chmod((folder / SUMS).stat().st_mode)
 
 
 def _finish(path: Path, own: Collection[str]) -> None:
-    """Put the files in `NEW` into their places, all that are left of them; the digests last."""
+    """Move the remaining files in `NEW` into place, the digests last."""
     new = path / NEW
     if not new.is_dir():
         return
@@ -116,18 +116,18 @@ def _finish(path: Path, own: Collection[str]) -> None:
 
 
 def _spare_folders(path: Path, new: Path) -> None:
-    """Raise `FileExistsError` if a folder in `new` would replace one that no save of ours made."""
+    """Raise `FileExistsError` if a folder in `new` would replace one that was not made by an earlier save."""
     listed = _listed(path)
     for entry in new.iterdir():
         if entry.name not in listed and (path / entry.name).is_dir():
             raise FileExistsError(
-                f"{str(path / entry.name)!r} exists, and {SUMS} does not list it as a part of an earlier save, so it "
-                "is not replaced. Move it or choose another place."
+                f"{str(path / entry.name)!r} exists, but {SUMS} does not list it as part of an earlier save, so it is "
+                "not replaced. Move it, or choose another directory."
             )
 
 
 def _listed(path: Path) -> set[str]:
-    """The files and folders in a directory that have digests; none where the digests are missing or damaged."""
+    """The files and folders in a directory that have digests; none if the digests are missing or damaged."""
     try:
         return {name.partition("/")[0] for name in _sums(path)}
     except (FileNotFoundError, ValueError):
@@ -135,10 +135,10 @@ def _listed(path: Path) -> set[str]:
 
 
 def missing(path: Path) -> list[str]:
-    """The files that a directory's digests list and it does not have.
+    """The files that a directory's digests list but that do not exist.
 
     Args:
-        path (`Path`): the directory; one without digests misses nothing.
+        path (`Path`): the directory; without digests the result is empty.
     """
     try:
         return [name for name in _sums(path) if not (path / name).exists()]
@@ -154,19 +154,19 @@ def _remove(entry: Path) -> None:
 
 
 def _sums(path: Path) -> dict[str, str]:
-    """The digests by name; `ValueError` where the file is damaged."""
+    """The digests by file name; `ValueError` if the file of digests is damaged."""
     lines = read_text(path / SUMS, max_bytes=2**20).splitlines()
     found = [re.fullmatch(r"([0-9a-f]{64})  ([^\0]+)", line) for line in lines]
     sums = {match[2]: match[1] for match in found if match and not {"..", "/"} & set(Path(match[2]).parts)}
     if not sums or len(sums) != len(lines):
-        raise ValueError(f"{path / SUMS} is damaged: it is no list of SHA-256 digests and names.")
+        raise ValueError(f"{path / SUMS} is damaged: it is not a list of SHA-256 digests and file names.")
     return sums
 
 
 def _check(path: Path, own: Collection[str], unread: Collection[str]) -> None:
     for entry in map(path.joinpath, own):
         if entry.exists() and not (entry.is_file() or entry.is_dir()):
-            raise ValueError(f"{str(entry)!r} is no regular file but a device, a pipe or a socket, and is not read.")
+            raise ValueError(f"{str(entry)!r} is a device, a pipe or a socket; expected a regular file.")
     if not (path / SUMS).exists():
         return
     sums = _sums(path)
@@ -177,9 +177,9 @@ def _check(path: Path, own: Collection[str], unread: Collection[str]) -> None:
         if not (path / name).exists():
             wrong.append(f"{name} is missing")
         elif sha256(path / name) != digest:
-            wrong.append(f"{name} is not what was saved")
+            wrong.append(f"{name} has changed since it was saved")
     if wrong:
         raise ValueError(
-            f"The files in {str(path)!r} are damaged or do not belong together: {', '.join(wrong)}. Get them anew; or, "
-            f"if you changed them yourself, delete {SUMS}, which holds the digests that they were saved with."
+            f"The files in {str(path)!r} are damaged or do not belong together: {', '.join(wrong)}. Get them again. If "
+            f"you changed them on purpose, delete {SUMS}, which holds their original digests."
         )

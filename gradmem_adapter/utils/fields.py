@@ -1,4 +1,4 @@
-"""The fields of a run's configuration: read from YAML and settings, and kept in the directory of the run."""
+"""The fields of a run's configuration: read from YAML and settings, and saved in the directory of the run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 MAX_BYTES, MAX_VALUES = 2**18, 10_000
-"""Of a configuration. YAML may repeat a value by its name, and so say in ten lines what no memory holds."""
+"""Limits of a configuration. YAML aliases can expand ten lines to more than fits into memory."""
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "merge", "str", "int", "float", "bool", "null")}
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML does since its version 1.2 and everybody expects."""
+    """Reads 1e-3 as a number, as YAML 1.2 does."""
 
     close = yaml.SafeLoader.dispose
 
@@ -35,14 +35,14 @@ _Loader.add_implicit_resolver(
 
 
 def read_fields(path: Path | None, settings: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields of a YAML file, some of them set anew.
+    """The fields of a YAML file, with settings applied.
 
-    A file with `base: NAME` has the fields of that file beside it, but for those that it names itself (`merged`).
+    A file with `base: NAME` inherits the fields of that file in the same directory, and overrides them (`merged`).
 
     Args:
         path (`Path`, *optional*): a file with a mapping of fields.
-        settings (`Sequence[str]`, *optional*): "field=value" or "outer.inner=value", where inner may be the number of
-            an entry in a list; values are YAML.
+        settings (`Sequence[str]`, *optional*): "field=value" or "outer.inner=value", where inner may be the index of a
+            list entry; values are YAML.
 
     Raises:
         ValueError: the file or a setting cannot be read; the message names it.
@@ -58,11 +58,12 @@ def read_fields(path: Path | None, settings: Sequence[str] = ()) -> dict[str, An
 
 
 def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults with the given fields in their place, field by field in nested mappings too.
+    """Defaults overridden by the given fields, recursively in nested mappings.
 
     Args:
-        defaults (`Mapping[str, Any]`): fields where none are given.
-        given (`Mapping[str, Any]`): fields that win; one that is no mapping replaces the default whole.
+        defaults (`Mapping[str, Any]`): the fields to start from.
+        given (`Mapping[str, Any]`): the fields that override them; a value that is not a mapping replaces the whole
+            default.
     """
     result = dict(defaults)
     for name, value in given.items():
@@ -72,10 +73,10 @@ def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def from_yaml(text: str, name: str) -> Any:
-    """What a text in YAML holds: mappings, lists, texts, numbers, true, false and null.
+    """Parse a text in YAML: mappings, lists, strings, numbers, true, false and null.
 
     Raises:
-        ValueError: it is not YAML, or holds something else or too much; the message names it.
+        ValueError: it is not YAML, or holds other types or too many values; the message has `name`.
     """
     try:
         with closing(_Loader(text)) as loader:
@@ -85,13 +86,13 @@ def from_yaml(text: str, name: str) -> Any:
             _check_nodes(node)
             return loader.construct_document(node)
     except RecursionError as error:
-        raise ValueError(f"{name} has lists in lists without an end.") from error
+        raise ValueError(f"{name} has values that are nested too deeply or contain themselves.") from error
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} is not YAML that can be read: {error}") from error
+        raise ValueError(f"{name} cannot be read as YAML: {error}") from error
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raise where there are too many values, each counted as often as it is named, or other kinds than JSON has."""
+    """Raise if there are too many values, counting aliases each time, or values of types that JSON does not have."""
     count, waiting = 0, [root]
     while waiting:
         node = waiting.pop()
@@ -100,18 +101,18 @@ def _check_nodes(root: yaml.Node) -> None:
         if count > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES:,} values.")
         if node.tag not in _PLAIN:
-            raise ValueError(f"{place} has a {node.tag.rpartition(':')[2]}; put it in quotes if it is a text.")
+            raise ValueError(f"{place} has a {node.tag.rpartition(':')[2]}; put it in quotes if it is a string.")
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
         elif isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                    raise ValueError(f"{place} has a field whose name is no text; put it in quotes.")
+                    raise ValueError(f"{place} has a field whose name is not a string; put it in quotes.")
                 waiting += [key, value]
 
 
 def from_json(text: str, name: str) -> Any:
-    """What a text in JSON holds; `ValueError` names the text where it is none."""
+    """Parse a text in JSON; a `ValueError` has its name."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -121,13 +122,13 @@ def from_json(text: str, name: str) -> Any:
 def _set(fields: dict[str, Any], setting: str) -> None:
     name, equals, value = setting.partition("=")
     if not equals or not name:
-        raise ValueError(f"A setting is written field=value or outer.inner=value, got {setting!r}.")
+        raise ValueError(f"Settings must have the form field=value or outer.inner=value, got {setting!r}.")
     *outer, last = name.split(".")
     place: Any = fields
     for key in outer:
         place = place.setdefault(key, {}) if isinstance(place, dict) else place[_entry(place, key, setting)]
         if not isinstance(place, dict | list):
-            raise ValueError(f"{setting!r}: {key!r} has no fields of its own.")
+            raise ValueError(f"Cannot apply {setting!r}: {key!r} is a single value and has no fields.")
     entry: Any = last if isinstance(place, dict) else _entry(place, last, setting)
     place[entry] = from_yaml(value, f"The value of {setting!r}")
 
@@ -135,7 +136,7 @@ def _set(fields: dict[str, Any], setting: str) -> None:
 def _entry(place: list[Any], key: str, setting: str) -> int:
     if not (key.isdecimal() and int(key) < len(place)):
         raise ValueError(
-            f"{setting!r}: there is a list, which has no entry {key!r} but those from 0 to {len(place) - 1}."
+            f"Cannot apply {setting!r}: {key!r} is not an index of the list, which has entries 0 to {len(place) - 1}."
         )
     return int(key)
 
@@ -148,20 +149,20 @@ def claimed(
     *,
     may_change: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Iterator[None]:
-    """Inside the block a directory is that of one run, whose fields a file in it keeps. No other run may go on in it.
+    """In the block, one run holds a directory, and a file in it records the run's fields. No other run may use it.
 
-    If the block fails before anything has been trained, the file goes, and the directory with it.
+    If the block fails before anything has been trained, the file and the directory are removed.
 
     Args:
-        file (`Path`): a JSON file in the directory of the run, which is made.
-        fields (`Mapping[str, Any]`): of the run, as JSON can hold them.
-        processes (`PartialState`): those of the run, which share the directory.
-        may_change (`Mapping[str, Collection[str]]`, *optional*): inner fields of fields that a run may go on with
-            others of.
+        file (`Path`): a JSON file in the directory of the run; both are created.
+        fields (`Mapping[str, Any]`): the fields of the run, as JSON values.
+        processes (`PartialState`): the processes of the run, which share the directory.
+        may_change (`Mapping[str, Collection[str]]`, *optional*): by field, its inner fields that may differ when a run
+            is continued.
 
     Raises:
-        BlockingIOError: another run is under way there.
-        ValueError: a run with other fields is there; the message names those that differ.
+        BlockingIOError: another run is using the directory.
+        ValueError: the directory holds a run with other fields; the message names those that differ.
     """
     with ExitStack() as held:
         with processes.main_process_first():
@@ -171,7 +172,8 @@ def claimed(
                     held.enter_context(locked(file.parent, wait=False))
                 except BlockingIOError as error:
                     told = (
-                        f"Another run is under way in {file.parent}. Give --output another name, or wait for its end."
+                        f"Another run is in progress in {file.parent}. Wait for it to finish, or choose another "
+                        "--output."
                     )
                     raise BlockingIOError(told) from error
             _keep_or_check(file, fields, may_change)
@@ -186,18 +188,18 @@ def claimed(
 
 
 def _keep_or_check(file: Path, fields: Mapping[str, Any], may_change: Mapping[str, Collection[str]]) -> None:
-    if not file.is_file() or list(file.parent.iterdir()) == [file]:  # nothing has been trained there
+    if not file.is_file() or list(file.parent.iterdir()) == [file]:  # nothing has been trained here yet
         _keep(file, fields)
         return
     wanted, there = json.loads(json.dumps(fields)), from_json(read_text(file), str(file))
     if not isinstance(there, dict):
-        raise ValueError(f"{file} holds no run. Delete its directory, or give --output another one.")
+        raise ValueError(f"{file} does not describe a run. Delete its directory, or choose another --output.")
     fixed = [_without(run, may_change) for run in (wanted, there)]
     names = sorted(name for name in wanted | there if fixed[0].get(name) != fixed[1].get(name))
     if names:
         raise ValueError(
-            f"{file.parent} holds a run by another configuration: {', '.join(names)} "
-            f"differ{'s' if len(names) == 1 else ''}. Give --output another directory, or delete that one; its "
+            f"{file.parent} holds a run with another configuration: {', '.join(names)} "
+            f"differ{'s' if len(names) == 1 else ''}. Choose another --output, or delete that directory; its "
             f"configuration is in {file}."
         )
     if wanted != there:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and texts."""
+"""Files that are written completely or not at all, and reading of texts."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from typing import BinaryIO
 from gradmem_adapter.utils.temporary import temporary_directory
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What an `OSError` says of a disk, or of a share of it, without room."""
+"""The `errno` of an `OSError` for a full disk or an exceeded quota."""
 
 
 @contextmanager
 def opening(what: str) -> Iterator[None]:
-    """Whatever a library raises of a file that it cannot make sense of becomes an error that names the file.
+    """Turn any error that a library raises for a file it cannot read into one that names the file.
 
     Args:
         what (`str`): what is opened, for the message.
 
     Raises:
-        OSError: it is not there, or cannot be read.
-        ValueError: anything else that is wrong with it.
+        OSError: it does not exist or cannot be read.
+        ValueError: anything else is wrong with it.
     """
     try:
         yield
     except Exception as error:
-        from torch import OutOfMemoryError  # not where no more than a text is read
+        from torch import OutOfMemoryError  # imported late: reading a text needs no torch
 
-        if isinstance(error, ImportError | MemoryError | OutOfMemoryError):  # the machine's fault
+        if isinstance(error, ImportError | MemoryError | OutOfMemoryError):  # not a fault of the file
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{what} cannot be opened: {error or type(error).__name__}") from error
@@ -44,17 +44,17 @@ def opening(what: str) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of `path` when the block ends; an error leaves `path` as it was.
+    """Yields a path to write to, and replaces `path` by that file when the block ends. On an error `path` is unchanged.
 
-    A file that is replaced keeps its permissions and, where that is allowed, its owner; a new one takes the umask's.
-    Of a symbolic link the target is replaced.
+    A replaced file keeps its permissions and, if allowed, its owner; a new one gets those of the umask. If `path` is a
+    symbolic link, its target is replaced.
 
     Args:
-        path (`Path`): the file to make or to replace.
+        path (`Path`): the file to create or replace.
 
     Raises:
         FileNotFoundError: the directory does not exist.
-        OSError: `path` is something else than a file, or cannot be written.
+        OSError: `path` is not a file, or cannot be written.
     """
     target = _followed(path)
     _check_target(target)
@@ -73,23 +73,27 @@ def _followed(path: Path) -> Path:
 
 
 def _check_target(path: Path) -> None:
-    """Raise unless a file may be made or replaced there."""
+    """Raise unless a file can be created or replaced there."""
     if path.is_symlink():
-        raise OSError(f"{str(path)!r} is a link that leads to itself; name a file.")
+        raise OSError(f"{str(path)!r} is a symbolic link that points to itself; pass the path of a file.")
     if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a directory; name a file.")
+        raise IsADirectoryError(f"{str(path)!r} is a directory; pass the path of a file.")
     if path.exists() and not path.is_file():
-        raise OSError(f"{str(path)!r} is no regular file but a device, a pipe or a socket, and is not replaced.")
+        raise OSError(
+            f"{str(path)!r} is a device, a pipe or a socket, and is not replaced; pass the path of a regular file."
+        )
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no directory {str(path.parent)!r} to save {path.name!r} in; make it first.")
+        raise FileNotFoundError(
+            f"There is no directory {str(path.parent)!r} to save {path.name!r} in; create it first."
+        )
 
 
 @contextmanager
 def errors_named(path: Path) -> Iterator[None]:
-    """What keeps a file from being written is an `OSError` that names it, and not what was to become it.
+    """Turn an error while writing into an `OSError` that names `path` and not the temporary file.
 
     Args:
-        path (`Path`): the file or directory that is written inside the block.
+        path (`Path`): the file or directory that is written in the block.
     """
     try:
         yield
@@ -101,7 +105,8 @@ def errors_named(path: Path) -> Iterator[None]:
 
 
 def _number(error: Exception) -> int | None:
-    """The system's number of an error. Safetensors and tokenizers have it in the text of their own; torch has none."""
+    """The `errno` of an error. Safetensors and tokenizers put it into the text of their own exceptions; torch has
+    none."""
     if isinstance(error, OSError):
         return error.errno
     if match := re.search(r"\(os error (\d+)\)", str(error)):
@@ -110,7 +115,7 @@ def _number(error: Exception) -> int | None:
 
 
 def _take_over(file: Path, replaced: os.stat_result) -> None:
-    """Give a file the owner and the permissions of the one that it replaces."""
+    """Give a file the owner and the permissions of the file that it replaces."""
     own = file.stat()
     if hasattr(os, "chown") and (own.st_uid, own.st_gid) != (replaced.st_uid, replaced.st_gid):
         with suppress(PermissionError):
@@ -119,101 +124,102 @@ def _take_over(file: Path, replaced: os.stat_result) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, and nothing that only looks like one: a pipe could wait, and a device go on, for ever.
+    """Open a regular file for reading. Reading from a pipe or a device might never end.
 
     Args:
         path (`Path`): the file, or a link to it.
 
     Raises:
-        OSError: it is not there, cannot be opened or is no regular file.
+        OSError: it does not exist, cannot be opened, or is not a regular file.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(f"{str(path)!r} is no regular file but a device, a pipe or a socket, and is not read.")
+        raise OSError(f"{str(path)!r} is a device, a pipe or a socket; expected a regular file.")
     return path.open("rb")
 
 
 def readable(name: str) -> str:
-    """A name without the bytes that are none in UTF-8, which Linux allows in those of files and nobody can print.
+    """A file name with bytes that are not UTF-8 replaced. Linux allows them in file names, but they cannot be printed.
 
-    Python has them as halves of characters. Others are left to whoever refuses them: they are of no file's name.
+    Python represents them as lone surrogates U+DC80 to U+DCFF. Other surrogates do not come from file names and stay.
 
     Args:
-        name (`str`): of a file, or what a loader made of it.
+        name (`str`): a file name, or a text that a loader made from it.
     """
     return re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", name)
 
 
 def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
-    """A text in UTF-8, gzipped (`.gz`) or not, without the mark that may stand before it (byte-order mark).
+    """Read a text in UTF-8, gzipped (`.gz`) or not, without its byte-order mark.
 
     Args:
         path (`Path`): the file.
-        max_bytes (`int`, *optional*, defaults to 1 GiB): how long the text may be; no more is read or inflated.
+        max_bytes (`int`, *optional*, defaults to 1 GiB): the longest text to read; no more is read or decompressed.
 
     Raises:
-        OSError: the file cannot be opened, or is no regular file.
-        ValueError: it is damaged, too long or not in UTF-8; the message names it.
+        OSError: the file cannot be opened, or is not a regular file.
+        ValueError: it is damaged, too long or not UTF-8; the message names the file.
     """
     try:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > max_bytes:
-                raise ValueError(f"{path} has {size:,} bytes, and a text of more than {max_bytes:,} bytes is not read.")
+                raise ValueError(f"{path} has {size:,} bytes; a text may have at most {max_bytes:,}.")
             data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(max_bytes + 1)
         if len(data) > max_bytes:
-            raise ValueError(f"{path} inflates to a text of more than {max_bytes:,} bytes, and no more are read.")
+            raise ValueError(f"{path} decompresses to more than {max_bytes:,} bytes, the most that a text may have.")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged, or not gzipped: {error}.") from error
+        raise ValueError(f"{path} is damaged or not a gzip file: {error}.") from error
     return decoded(str(path), data)
 
 
 _NO_TEXTS = {b"%PDF-": "a PDF", b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are"}
-"""How files begin that hold a text and are none, and what they are."""
+"""The first bytes of document formats that are not plain text, and what to call them."""
 
 
 def kind_of_no_text(data: bytes) -> str | None:
-    """What bytes are that hold a text in a form of their own, by how they begin; None: none that is known.
+    """The document format of some bytes by their beginning; None if it is not a known one.
 
     Args:
-        data (`bytes`): the first ones, or all.
+        data (`bytes`): the first bytes, or all.
     """
     return next((kind for start, kind in _NO_TEXTS.items() if data.startswith(start)), None)
 
 
 def decoded(name: str, data: bytes) -> str:
-    """The text of bytes in UTF-8, without the mark that may stand before it.
+    """Decode bytes in UTF-8, without a byte-order mark.
 
     Args:
-        name (`str`): where they come from, for the message.
+        name (`str`): where the bytes come from, for the message.
         data (`bytes`): all of them.
 
     Raises:
-        ValueError: they are in another encoding, damaged, or a PDF or the like.
+        ValueError: they are in another encoding, damaged, or a document such as a PDF.
     """
     if (kind := kind_of_no_text(data)) is not None:
-        raise ValueError(f"{name} is {kind}, and no text. Extract its text first, and give that.")
+        raise ValueError(f"{name} is {kind}, not plain text. Extract its text first.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no text in UTF-8: {error}. Save it as UTF-8.") from error
+        raise ValueError(f"{name} is not a text in UTF-8: {error}. Save it as UTF-8.") from error
 
 
 def check_writable(path: Path, *, inputs: Iterable[Path] = ()) -> None:
-    """Find out before the work, not after it, that a file cannot be written.
+    """Raise if a file cannot be written, before the work and not after it.
 
     Args:
-        path (`Path`): the file that will be written; it is left as it is.
-        inputs (`Iterable[Path]`, *optional*): the files that are read, none of which it may be.
+        path (`Path`): the file that will be written; not changed.
+        inputs (`Iterable[Path]`, *optional*): the files that are read, which must not be overwritten.
 
     Raises:
-        OSError: it cannot; the message says why.
-        ValueError: it is one of the inputs, by whatever name.
+        OSError: it cannot be written; the message says why.
+        ValueError: it is one of the inputs, perhaps under another name.
     """
     target = _followed(path)
     _check_target(target)
     for file in inputs:
         if target.exists() and os.path.exists(file) and target.samefile(file):
             raise ValueError(
-                f"{str(path)!r} is one of the inputs ({str(file)!r}): writing it would destroy what it holds."
+                f"{str(path)!r} is one of the inputs ({str(file)!r}) and would be overwritten. Choose another output "
+                "file."
             )
     with errors_named(path), temporary_directory(target.parent):
         pass

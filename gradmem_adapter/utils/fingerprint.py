@@ -21,14 +21,14 @@ from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.weights import plain_tensors, read_weights
 
 KIND = "2-"
-"""What fingerprints begin with: those of another kind are made in another way and cannot be compared."""
+"""The prefix of fingerprints. Fingerprints with another prefix are computed in another way and cannot be compared."""
 
 # The fields of the configuration that change what a memory vector means to the model.
 _FIELDS = ("memory_projection", "num_control_tokens", "write_head", "lora_phase")
 _LORA_FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
-# What of a backbone's configuration changes nothing that it computes in eval mode, or says of its weights what these
-# say themselves. Fields that are absent, None, False or 0 are the same, so that a new one of Transformers is none here.
+# Fields of a backbone's configuration that do not change what it computes in eval mode, or that its weights already
+# show. Absent, None, False and 0 count as equal, so a field that Transformers adds does not change fingerprints.
 _NO_MATTER = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config", "problem_type"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id", "name_or_path"),
@@ -38,23 +38,24 @@ _NO_MATTER = {
 _NO_MATTER_PARTS = ("token_id", "dropout", "drop", "initializer", "init_", "summary_", "loss")
 
 SAMPLES = 64
-"""Values that are read of each parameter to notice changes through `.data`."""
+"""How many values of each parameter are read to notice changes through `.data`."""
 
 _BLOCK = 2**17
-"""Values that have a sum of their own: no more, or `_places` would not tell all of them apart."""
+"""How many values are summed together: with more, `_places` could not give each position a different factor."""
 
 
 def fingerprint(model: PreTrainedModel, adapter: str, config: GradMemConfig) -> str:
-    """`KIND` and 32 hexadecimal digits: the same for the same weights on any device, in any process, whatever their
+    """`KIND` and 32 hexadecimal digits: the same for the same weights on any device, in any process and floating-point
     width.
 
-    All values count, as float32, so a bfloat16 checkpoint loaded in float32 is the same model. So does what the
-    backbone's configuration says of how they are used: heads, activations, positions, constants, the LoRA's scaling.
+    All values count, as float32, so a bfloat16 checkpoint loaded in float32 is the same model. The fields of the
+    backbone's configuration that affect computation also count: heads, activations, positions, constants, the LoRA's
+    scaling.
 
     Args:
         model (`PreTrainedModel`): the backbone with its adapters.
-        adapter (`str`): the name of the one that counts; it is no part of the fingerprint.
-        config (`GradMemConfig`): the adapter's, of which the fields count that change what a memory vector means.
+        adapter (`str`): the name of the adapter that counts; the name itself does not.
+        config (`GradMemConfig`): its configuration; the fields that change what a memory vector means count.
     """
     lora: dict[str, Any] = config.to_dict()["lora_config"] or {}
     chosen = {name: getattr(config, name) for name in _FIELDS} | {name: lora.get(name) for name in _LORA_FIELDS}
@@ -76,7 +77,7 @@ def fingerprint(model: PreTrainedModel, adapter: str, config: GradMemConfig) -> 
 
 
 def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
-    """What of a configuration changes what the same weights compute."""
+    """The fields of a configuration that change what the same weights compute."""
     return {
         name: value
         for name, value in config.get_text_config().to_dict().items()
@@ -86,11 +87,12 @@ def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def _sums(tensor: Tensor) -> Iterator[Tensor]:
-    """Sums `[n]` (int64) of the bits of each block of a tensor's values: exact, so in whatever order they are added.
+    """Sums `[n]` (int64) of the bits of each block of a tensor's values: exact, so the order of addition does not
+    matter.
 
-    Each value's bits are multiplied by an odd number of its place and folded once, or exchanged values and changed
-    signs would cancel out. Before that they are folded, too: of bfloat16 values the lower half is 0, and the product
-    would have nothing of the place but its lower half.
+    The bits of each value are multiplied by an odd number for its position and folded, otherwise swapped values and
+    changed signs would cancel out. They are folded before that too: the lower half of a bfloat16 value is 0, so the
+    product would depend only on the lower half of the position's number.
     """
     flat = tensor.reshape(-1)
     whole = len(flat) // _BLOCK * _BLOCK
@@ -99,25 +101,25 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
         bits = _bits(part)
         mixed = (bits >> 16).bitwise_xor_(bits).mul_(_places(flat.device)[: part.shape[-1]])
         mixed.bitwise_xor_(mixed >> 16)
-        # In pairs, which is several times faster than a sum of 32 bits into 64.
+        # Summed in pairs of int32, which is several times faster than summing int32 into int64.
         yield nn.functional.pad(mixed, (0, mixed.shape[-1] % 2)).view(torch.int64).sum(-1).view(-1)
 
 
 @lru_cache(maxsize=16)
 def _places(device: torch.device) -> Tensor:
-    """An odd number for each place in a block: any two differ in their lowest 18 bits."""
+    """An odd number for each position in a block; any two differ in their lowest 18 bits."""
     return (2 * torch.arange(_BLOCK, dtype=torch.int32, device=device) + 1) * -1_640_531_535
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Values as integers of 32 bits: those of float32 for the types that models are loaded in."""
+    """Values as 32-bit integers; floating-point values by their bits in float32."""
     if values.element_size() == 1:
         return values.view(torch.uint8).int()
     return values.float().view(torch.int32) if values.is_floating_point() else values.int()
 
 
 def walk(module: nn.Module) -> Iterator[nn.Module]:
-    """All modules in `module`, as `modules()` has them but in a fifth of its time (and shared ones more than once)."""
+    """All modules in `module`, like `modules()` but in a fifth of the time; shared modules come more than once."""
     waiting: list[nn.Module | None] = [module]
     while waiting:
         found = waiting.pop()
@@ -127,7 +129,7 @@ def walk(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def scaling(model: nn.Module, adapter: str) -> tuple[float, ...]:
-    """By what each layer multiplies an adapter's LoRA: `alpha / r`, unless PEFT's `rescale_adapter_scale` changed it.
+    """The scaling of an adapter's LoRA in each layer: `alpha / r`, unless PEFT's `rescale_adapter_scale` changed it.
 
     Args:
         model (`nn.Module`): the backbone with its adapters.
@@ -141,7 +143,7 @@ def scaling(model: nn.Module, adapter: str) -> tuple[float, ...]:
 def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
     """Changes whenever a parameter of `module` is replaced, moved or modified in place; cheap enough to ask often.
 
-    What is modified through `.data` it does not notice, see `_Samples`.
+    It does not notice changes through `.data`; see `_Samples`.
     """
     return tuple(
         (id(p), p.data_ptr(), 0 if p.is_inference() else p._version)
@@ -152,9 +154,9 @@ def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
 
 
 class _Samples:
-    """Some values of every parameter, to notice changes through `.data`, which torch does not count.
+    """Some values of every parameter, to notice changes through `.data`, which `_version` does not count.
 
-    They are read through views, which take as long to make as to read and so are kept until `release`.
+    They are read through views. Creating a view takes as long as reading it, so views are kept until `release`.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -162,7 +164,7 @@ class _Samples:
         self._values = self._read(parameters)
 
     def release(self) -> None:
-        """Hold no weights any more."""
+        """Drop the views, which keep weights alive."""
         self._views = None
 
     def _read(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -177,12 +179,12 @@ class _Samples:
         return [_bits(torch.cat(group)) for group in views]
 
     def same(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether those of the same parameters, in the same places, are what they were."""
+        """Whether the values of the same parameters, at the same addresses, are unchanged."""
         return all(map(torch.equal, self._values, self._read(parameters)))
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """A view of about `SAMPLES` values of a tensor, from rows and columns alike."""
+    """A view of about `SAMPLES` values of a tensor, spread over rows and columns."""
     if not tensor.is_contiguous():
         return tensor.flatten(0, -2).select(-1, 0) if tensor.dim() > 1 else tensor
     stride = max(1, tensor.numel() // SAMPLES)
@@ -192,18 +194,19 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 class Fingerprinted:
-    """A model with one adapter as it was when its fingerprint was computed.
+    """A snapshot of a model with one adapter, taken when its fingerprint was computed.
 
-    Modules are found once: whether one was exchanged since tell the dictionaries that they keep each other in, in a
-    fraction of the time of a walk. They and their parameters are free to go. What is put into a parameter's `.data`
-    leaves what it had held until the next look, unless all weights are moved, when `release` is called.
+    Modules are collected once. Their child dictionaries then show whether one was replaced, in a fraction of the time
+    of a walk. Modules and parameters can still be freed: when one is, all references are dropped. If a parameter's
+    `.data` is replaced, the old data stays in memory until the next check, unless all weights are moved, which calls
+    `release`.
 
     Args:
         model (`PreTrainedModel`), adapter (`str`), config (`GradMemConfig`): as for `fingerprint`.
 
     Attributes:
         fingerprint (`str`): the fingerprint.
-        key (`Hashable`): another one for whatever differs, be it where weights are or how wide.
+        key (`Hashable`): changes with any difference, including the device or dtype of weights.
     """
 
     def __init__(self, model: PreTrainedModel, adapter: str, config: GradMemConfig) -> None:
@@ -218,7 +221,8 @@ class Fingerprinted:
         self._held = [module._parameters for module in modules]
         self._layers = [weakref.ref(module) for module in modules if isinstance(module, LoraLayer)]
         parameters, self._before = self._read()
-        # All are there as long as these are: before another can get the `id` of one that was freed, its end is told.
+        # Their callbacks run before the `id` of a freed object can be reused, so ids identify objects while these
+        # exist.
         self._parts = [weakref.ref(part, gone) for part in (*modules, *parameters)]
         self.fingerprint = fingerprint(model, adapter, config)
         self._samples = _Samples(parameters)
@@ -227,13 +231,13 @@ class Fingerprinted:
         self.key: Hashable = (self.fingerprint, adapter, modules_now, places, self._before[2:])
 
     def _gone(self) -> None:
-        """A module or a parameter was freed: what it held is to be free as well."""
+        """A module or a parameter was freed, so drop the references that would keep its content alive."""
         self._parts, self._children, self._held = [], [], []
         self.release()
 
     def _read(self) -> tuple[list[nn.Parameter], tuple[tuple[Any, ...], ...]]:
-        """The parameters that are there, and what changes whenever a module or one of these is replaced, moved or
-        modified in place, or a LoRA's scaling changed."""
+        """The existing parameters, and a value that changes whenever a module or parameter is replaced, moved or
+        modified in place, or a LoRA's scaling changes."""
         found = [p for held in self._held if held for p in held.values() if p is not None and not p.is_meta]
         layers = [layer() for layer in self._layers]
         return found, (

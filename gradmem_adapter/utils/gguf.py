@@ -1,6 +1,6 @@
-"""GGUF files, unpacked into ordinary checkpoints that are kept.
+"""GGUF files, unpacked into ordinary checkpoints that are cached.
 
-Unpacking takes many seconds, so its result (float32, 4 bytes a weight) is kept under `$GRADMEM_CACHE`, by default
+Unpacking takes many seconds, so the result (float32, 4 bytes per weight) is cached in `$GRADMEM_CACHE`, by default
 `gradmem` in the user's cache folder. That folder may be deleted at any time.
 """
 
@@ -25,11 +25,11 @@ from gradmem_adapter.utils.pretrained import save_here
 from gradmem_adapter.utils.temporary import locked, temporary_directory
 
 _CACHE_FORMAT = 2
-"""Of what the cache holds; another number leaves what is there alone."""
+"""The format version of cached checkpoints; entries of other versions are ignored."""
 
 
 def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a GGUF file as an ordinary model of Transformers, from the cache or, where that fails, unpacked anew.
+    """Open a GGUF file as an ordinary Transformers model, from the cache or, if that fails, by unpacking it.
 
     Args:
         file (`Path`): the GGUF file.
@@ -39,31 +39,32 @@ def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         The causal LM and its tokenizer.
 
     Raises:
-        ModuleNotFoundError: it must be unpacked, and the package `gguf` is not installed.
+        ModuleNotFoundError: the file must be unpacked, but the package `gguf` is not installed.
     """
     name = f"{file.stem}-{sha256(file)[:16]}-transformers-{transformers.__version__}-{_CACHE_FORMAT}"
     cached = _cache_folder() / name
     if cached.is_dir():
-        with contextlib.suppress(Exception):  # damaged, unless another process is just making it again
+        with contextlib.suppress(Exception):  # damaged, or another process is rebuilding it right now
             return _open_plain(cached, dtype)
     with contextlib.ExitStack() as stack:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(cached.parent))  # one process unpacks, and the others wait for what it makes
+            stack.enter_context(locked(cached.parent))  # one process unpacks, and the others wait for its result
             folder = stack.enter_context(temporary_directory(cached.parent))
         except OSError as error:
             warnings.warn(
-                f"the backbone is not cached, the next load will be as slow as this one ({error})", stacklevel=3
+                f"The unpacked backbone could not be cached, so the next load will be as slow as this one ({error}).",
+                stacklevel=3,
             )
             folder = stack.enter_context(temporary_directory(Path(tempfile.gettempdir())))
         if cached.is_dir():
             try:
                 return _open_plain(cached, dtype)
-            except Exception as error:  # any damage at all: the cache holds nothing that cannot be made again
-                warnings.warn(f"the cached backbone {cached} is damaged and is made again ({error})", stacklevel=3)
+            except Exception as error:  # any damage: everything in the cache can be rebuilt
+                warnings.warn(f"The cached backbone {cached} is damaged and will be rebuilt ({error}).", stacklevel=3)
                 shutil.rmtree(cached, ignore_errors=True)
         plain = _dequantise(file, folder / "plain")
-        with contextlib.suppress(OSError):  # there is no cache; or no lock, and another process was faster
+        with contextlib.suppress(OSError):  # no cache; or no locks, and another process was faster
             os.replace(plain, cached)
             plain = cached
         return _open_plain(plain, dtype)
@@ -72,7 +73,7 @@ def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 def _dequantise(gguf: Path, target: Path) -> Path:
     """Turn a GGUF file into a plain float32 checkpoint in the directory `target`."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError("reading a GGUF backbone needs the package 'gguf': pip install gguf", name="gguf")
+        raise ModuleNotFoundError("Reading a GGUF backbone needs the package 'gguf': pip install gguf", name="gguf")
     options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32, "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # newer Transformers may otherwise leave the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -81,7 +82,7 @@ def _dequantise(gguf: Path, target: Path) -> Path:
     for leftover in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, leftover):
             delattr(config, leftover)
-    # Transformers refuses to save a model that came from GGUF: its weights go into a new one of the same config.
+    # Transformers refuses to save a model loaded from GGUF, so its weights go into a new model of the same config.
     auto: Any = AutoModelForCausalLM
     plain = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(source.state_dict(), strict=True)
@@ -94,9 +95,9 @@ def _dequantise(gguf: Path, target: Path) -> Path:
 
 
 def _mark_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Give a tokenizer the special tokens that its GGUF file names, as the model's config has them.
+    """Set a tokenizer's special tokens to those of its GGUF file, as in the model's config.
 
-    Transformers 5.17 takes the token that begins a text for the one that ends it; training would end targets with it.
+    Transformers 5.17 sets the end token to the begin token; training would end targets with it.
     """
     for name in ("bos_token", "eos_token", "pad_token"):
         index = getattr(config, f"{name}_id", None)
@@ -105,14 +106,14 @@ def _mark_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedC
 
 
 def _open_plain(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a checkpoint made by `_dequantise`; unlike `from_pretrained` alone, refuse one that lacks a tensor."""
+    """Open a checkpoint made by `_dequantise`; unlike `from_pretrained`, raise if a tensor is missing."""
     opened: Any = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
     )
     model, info = opened
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if kind.endswith("_keys") and keys}
     if wrong:
-        raise ValueError(f"the tensors do not fit the model: {wrong}")
+        raise ValueError(f"The tensors do not match the model: {wrong}")
     return model, AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs in one pool of memory, which is bounded and given back."""
+"""CUDA graphs in one memory pool, which is bounded and can be freed."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import torch
 SHARE = 0.25
 """The share of a GPU's free memory that the graphs of one model may hold."""
 MAX_GRAPHS = 32
-"""How many graphs there are at once; the one used longest ago makes room."""
+"""The most graphs in a pool; the least recently used one is dropped for a new one."""
 
 one_capture = threading.Lock()
-"""PyTorch allows one capture at a time in a process, as all share the state of the random numbers. Other threads may
-compute meanwhile, but not draw on the GPU."""
+"""PyTorch allows one capture at a time per process, because captures share the random state. Other threads may compute
+meanwhile, but must not draw random numbers on the GPU."""
 
 Graph = TypeVar("Graph")
 
 
 class GraphPool(Generic[Graph]):
-    """Graphs by what they were captured for.
+    """Graphs by the key that they were captured for.
 
-    Graphs that are launched one after the other share their memory, so a pool holds about what its largest graph takes;
-    more where they were captured from small to large. It comes back when all graphs of the pool are gone. So what goes
-    beyond the bound lets all of them go, and those that are used again are captured again: then there is room, because
-    a large one came first.
+    Graphs that are launched one after another share their memory, so a pool takes about as much as its largest graph,
+    or more if small graphs were captured first. The memory is freed only when all graphs of the pool are gone. When the
+    pool exceeds its bound, all graphs are therefore dropped, and those that are used again are captured again, which
+    takes less memory because a large one now comes first.
 
     Args:
         device (`torch.device`): a GPU.
-        share (`float`, *optional*, defaults to `SHARE`): of its free memory, which is the bound.
+        share (`float`, *optional*, defaults to `SHARE`): the share of its free memory that bounds the pool.
     """
 
     def __init__(self, device: torch.device, share: float = SHARE) -> None:
@@ -46,11 +46,11 @@ class GraphPool(Generic[Graph]):
         return len(self._graphs)
 
     def get(self, key: Hashable, capture: Callable[[Any], Graph]) -> Graph | None:
-        """The graph for a key, or `None` where it would hold more than the bound by itself.
+        """The graph for a key, or `None` if it alone would exceed the bound.
 
         Args:
-            key (`Hashable`): what it is for.
-            capture (`Callable`): makes it, in the pool whose handle it is given.
+            key (`Hashable`): what the graph is for.
+            capture (`Callable`): captures the graph; gets the handle of the pool to use.
         """
         if key in self._too_large:
             return None
@@ -67,7 +67,7 @@ class GraphPool(Generic[Graph]):
         return self._graphs[key]
 
     def clear(self) -> None:
-        """Give the memory of all graphs back."""
+        """Free the memory of all graphs."""
         if self._graphs:
             torch.cuda.synchronize(self.device)
             self._graphs.clear()
@@ -99,13 +99,13 @@ _pools: WeakSet[GraphPool[Any]] = WeakSet()
 
 
 def held_by_graphs(device: torch.device) -> int:
-    """Bytes that graphs hold on a GPU; they are for nobody else, however much of them is free."""
+    """Bytes that graphs hold on a GPU; nothing else can use them, even if parts are free."""
     return sum(pool.held for pool in _pools if pool.device == device)
 
 
 def free_on_gpu(device: torch.device) -> int:
-    """Bytes of a GPU that PyTorch may still have: what nobody has, within the limit that was set on the process
-    (`torch.cuda.set_per_process_memory_fraction`), and what it keeps for anybody.
+    """Bytes of a GPU that PyTorch can still allocate: free memory within the limit of the process
+    (`torch.cuda.set_per_process_memory_fraction`), plus unused memory in PyTorch's cache.
 
     Args:
         device (`torch.device`): a GPU.

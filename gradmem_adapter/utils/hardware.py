@@ -1,4 +1,4 @@
-"""What the device has: free memory, and how much work fits into it."""
+"""Properties of the device: free memory, and how much work fits into it."""
 
 from __future__ import annotations
 
@@ -12,46 +12,47 @@ import torch
 from gradmem_adapter.utils import graphs
 
 SATURATED = {"cuda": 16_384, "cpu": 512}
-"""Padded tokens a batch beyond which a device gets no faster, only fuller, and what is interrupted loses more."""
+"""Tokens per batch, including padding, beyond which a device gets no faster and only uses more memory, and an
+interruption loses more work."""
 
 SHARE_OF_FREE_MEMORY = {"cuda": 0.3, "cpu": 0.6}
-"""What the tensors of a batch of many contexts may fill of it."""
+"""The share of free memory that the tensors of a batch of contexts may take."""
 
 OVERHEAD = {"cpu": 2.0}
-"""How much more memory a process takes than its tensors have: on a CPU freed blocks are not given back at once."""
+"""How much more memory a process takes than its tensors: on a CPU, freed blocks are not returned at once."""
 
 MARGIN = 0.9
-"""What can be had of a GPU's free memory: it is in pieces."""
+"""The usable share of a GPU's free memory, which is fragmented."""
 
 UNCHECKED = 2**28
-"""A write that needs less than 256 MiB begins without a look at what is free."""
+"""A WRITE that needs less than 256 MiB starts without checking free memory."""
 
 
 def device_here(name: str | torch.device) -> torch.device:
-    """The device of a name.
+    """The device with a name.
 
     Args:
         name (`str` or `torch.device`): such as `"cuda"` or `"cuda:1"`.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: this machine does not have the device.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's of kinds that there once were
+            warnings.simplefilter("ignore")  # torch warns about deprecated device types
             device = torch.device(name)
-            torch.zeros(1, device=device).item()  # which is how one finds out
+            torch.zeros(1, device=device).item()  # the only reliable check
     except (RuntimeError, AssertionError, ImportError) as error:
         there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-        raise ValueError(f"There is no device {str(name)!r} here; take {there}.") from error
+        raise ValueError(f"There is no device {str(name)!r} on this machine; use {there}.") from error
     return device
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, as far as the process may have them.
+    """Free bytes on a device that the process may use.
 
     Args:
-        device (`torch.device`): a GPU, or anything else, which counts as the CPU.
+        device (`torch.device`): a GPU; anything else counts as the CPU.
     """
     if device.type == "cuda":
         return int(MARGIN * graphs.free_on_gpu(device))
@@ -64,8 +65,8 @@ _LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.u
 
 
 def _left_by_control_groups() -> Iterator[int]:
-    """What each control group (container, service) that the process is in leaves of its limit. psutil knows nothing of
-    them, and the system ends who goes beyond."""
+    """The bytes left within the limit of each control group (container, service) of the process. psutil ignores these
+    limits, but the system kills a process that exceeds one."""
     groups = _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []
     for _, kind, name in (line.split(":", 2) for line in groups):
         root = _GROUPS / kind
@@ -77,4 +78,4 @@ def _left_by_control_groups() -> Iterator[int]:
                     kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 except (OSError, ValueError):  # no such group here, or no limit
                     continue
-                yield left + int(kept.get("total_inactive_file") or kept.get("inactive_file") or 0)  # pages of files
+                yield left + int(kept.get("total_inactive_file") or kept.get("inactive_file") or 0)  # file cache

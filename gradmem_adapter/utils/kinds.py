@@ -1,4 +1,4 @@
-"""Whether what is passed is of the kind that is needed, so that a mistake is named where it was made."""
+"""Type checks of arguments, so that a mistake is reported where it was made."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor
 
 
 def check_kind(name: str, value: object, kind: Any, wanted: str) -> None:
-    """Raise `TypeError` unless a value is of a kind.
+    """Raise `TypeError` unless a value has a type.
 
     Args:
-        name (`str`): what the caller named it.
-        value (`object`): what was passed.
-        kind (`type` or a union of types): what `isinstance` takes; `None` in a union for what may be left out.
-        wanted (`str`): the kind in words, and how one gets it.
+        name (`str`): the caller's name for the value.
+        value (`object`): the value to check.
+        kind (`type` or a union of types): as for `isinstance`; a union with `None` for optional values.
+        wanted (`str`): the type in words, and how to get such a value.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}.")
 
 
 def as_indices(name: str, value: Any, wanted: str, device: torch.device) -> Tensor:
-    """A tensor of what was passed as indices; `TypeError` where there is none of it.
+    """Convert indices to a tensor; `TypeError` if that is impossible.
 
     Args:
         name, value, wanted: as for `check_kind`.
-        device (`torch.device`): where the tensor is to be.
+        device (`torch.device`): the device of the tensor.
     """
     try:
         return torch.as_tensor(value, device=device)

@@ -1,4 +1,5 @@
-"""Where a backbone's loss has kinks: its gradient jumps there, and a difference of two gradients tells no curvature."""
+"""Whether a backbone's loss has kinks, where the gradient jumps and a difference of gradients does not give the
+curvature."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 def kinks(backbone: PreTrainedModel) -> list[str]:
-    """What gives a backbone's loss kinks, as phrases for a message.
+    """The causes of kinks in a backbone's loss, as phrases for a message.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -28,7 +29,7 @@ def kinks(backbone: PreTrainedModel) -> list[str]:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values in a configuration and all that is inside, each with the names that lead to it."""
+    """All values in a configuration, also nested ones, each with its path of names."""
     value = value.to_dict() if hasattr(value, "to_dict") else value
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -41,8 +42,8 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _of_activations(path: str, value: Any) -> bool:
-    """Whether an entry of a quantisation's configuration says that activations are quantised, as each method says it:
-    bitsandbytes by `load_in_8bit`, torchao by the name of a type, others by fields with "activation" in their name."""
+    """Whether an entry of a quantisation configuration means that activations are quantised: `load_in_8bit` for
+    bitsandbytes, the name of a type for torchao, fields with "activation" in their name for others."""
     return bool(value) and (
         path.endswith("load_in_8bit") or "activation" in path.lower() or "DynamicActivation" in str(value)
     )

@@ -1,4 +1,4 @@
-"""What a backbone keeps of a text when it reads it."""
+"""The size of the key-value cache that a backbone keeps for a text."""
 
 from __future__ import annotations
 

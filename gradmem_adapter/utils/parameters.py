@@ -1,4 +1,4 @@
-"""Which parameters are an adapter's and which the backbone's, which parts draw dropout, which tensors are amiss."""
+"""Parameters of adapters and of the backbone, modules with dropout, and wrong tensor names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The named parameters of all adapters in a model: those of tuner layers, without what these wrap."""
+    """The named parameters of all adapters in a model: those of tuner layers, without the layers that they wrap."""
     for layer_name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer):  # a mixin of modules
+        if isinstance(layer, BaseTunerLayer):  # a mixin, always combined with nn.Module
             for name, child in cast(nn.Module, layer).named_children():
                 if name != "base_layer":
                     yield from child.named_parameters(prefix=f"{layer_name}.{name}")
@@ -42,11 +42,11 @@ def parts_with_dropout(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def constant(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Trained weights are constants inside. A compiled layer computes the gradients of all that require one, whether
-    they are asked for or not: a third of its time where all weights are trained.
+    """In the block, trained weights are constants. A compiled layer always computes the gradients of all weights that
+    require one, which takes a third of its time if all weights are trained.
 
     Args:
-        weights (`Iterable[Tensor]`): they require gradients before and afterwards.
+        weights (`Iterable[Tensor]`): weights that require gradients before and after the block.
     """
     trained = [weight for weight in weights if weight.requires_grad and weight.is_leaf]
     for weight in trained:
@@ -60,11 +60,10 @@ def constant(weights: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def trainable_as_before(model: nn.Module) -> Iterator[None]:
-    """Parameters that are frozen inside require gradients again where the block fails: attaching an adapter freezes
-    all others.
+    """If the block fails, parameters that it froze require gradients again: attaching an adapter freezes all others.
 
     Args:
-        model (`nn.Module`): whose they are.
+        model (`nn.Module`): the model with the parameters.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -76,24 +75,24 @@ def trainable_as_before(model: nn.Module) -> Iterator[None]:
 
 
 def wrong_names(found: Set[str], needed: Set[str], known: Set[str]) -> list[str]:
-    """What is wrong with the tensors that were found for a model, one by one, in words.
+    """The problems with the tensors found for a model, one phrase per tensor.
 
     Args:
-        found (`Set[str]`): their names.
-        needed (`Set[str]`): those that must be there.
-        known (`Set[str]`): those that may be there.
+        found (`Set[str]`): the names of the tensors.
+        needed (`Set[str]`): the names that must exist.
+        known (`Set[str]`): the names that may exist.
     """
     missing = [f"{name!r} is missing" for name in sorted(needed - found)]
     return missing + [f"{name!r} is unknown" for name in sorted(found - known)]
 
 
 def first_of(wrong: Sequence[str], most: int, separator: str = "; ") -> str:
-    """The first of several faults, and how many more there are.
+    """The first of several problems, and how many more there are.
 
     Args:
-        wrong (`Sequence[str]`): in words.
-        most (`int`): that are named.
-        separator (`str`, *optional*, defaults to `"; "`): between them.
+        wrong (`Sequence[str]`): a phrase per problem.
+        most (`int`): the most to list.
+        separator (`str`, *optional*, defaults to `"; "`): goes between them.
     """
     more = f"; and {len(wrong) - most} more" if len(wrong) > most else ""
     return separator.join(wrong[:most]) + more

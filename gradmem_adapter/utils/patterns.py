@@ -1,4 +1,4 @@
-"""Regular expressions that come with a configuration, tried where they can be stopped."""
+"""Regular expressions from a configuration, tested in a process that can be stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from peft import LoraConfig
 
 SECONDS = 10
-"""The time that all expressions of a configuration have for all names. Sensible ones take milliseconds."""
+"""The time limit for all expressions of a configuration on all names. Sensible ones take milliseconds."""
 _PLAIN = re.compile(r"[\w.^$-]*")
 """Expressions that neither fail nor take long."""
 _TRY = """
@@ -22,25 +22,25 @@ for method, pattern, names in json.load(sys.stdin):
         for name in names:
             getattr(re, method)(pattern, name)
     except Exception as error:
-        wrong = f"{pattern!r} is no regular expression: {error}"
+        wrong = f"{pattern!r} is not a regular expression: {error}"
         break
 print(json.dumps({"wrong": wrong}))
 """
 
 
 def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
-    """Raise unless the regular expressions of a LoRA are done with the names of all modules in a few seconds.
+    """Raise unless the regular expressions of a LoRA match the names of all modules within a few seconds.
 
-    An expression such as `(a+)+$` takes longer than the universe lasts, and Python cannot interrupt it: so it is tried
-    in a process of its own. Where there are plain names alone, none is started.
+    An expression such as `(a+)+$` may never finish, and Python cannot interrupt it, so expressions are tested in a
+    separate process. If there are only plain names, no process is started.
 
     Args:
-        config (`LoraConfig`): from a file, whose maker may be anybody.
-        names (`Iterable[str]`): of the modules that PEFT will match.
+        config (`LoraConfig`): from a file, which may come from anybody.
+        names (`Iterable[str]`): the names of the modules that PEFT will match.
 
     Raises:
-        ValueError: an expression is none, or takes too long.
-        ChildProcessError: there is no Python that tries them.
+        ValueError: an expression is invalid or takes too long.
+        ChildProcessError: no Python process can be started to test them.
     """
     names = list(names)
     tried = [(method, pattern, names) for method, pattern in _patterns(config) if not _PLAIN.fullmatch(pattern)]
@@ -53,21 +53,21 @@ def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
         wrong = json.loads(done.stdout)["wrong"]
     except subprocess.TimeoutExpired as error:
         raise ValueError(
-            f"The regular expressions of lora_config are not done after {SECONDS} s: {listed}. Name the modules in a "
-            "list, or use an expression without a repetition inside a repetition."
+            f"The regular expressions of lora_config did not finish within {SECONDS} s: {listed}. List the module "
+            "names instead, or use an expression without nested repetitions."
         ) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ChildProcessError(
-            f"The regular expressions of lora_config are from a file, and not used before they were tried in a process "
-            f"of their own: {listed}. sys.executable, {sys.executable!r}, does not start one. Let it name a Python, or "
-            "replace them in the file by a list of the modules' names."
+            "The regular expressions of lora_config come from a file and must be tested in a separate process before "
+            f"they are used: {listed}. But sys.executable ({sys.executable!r}) does not start Python. Set it to a "
+            "Python interpreter, or replace the expressions in the file by a list of module names."
         ) from error
     if wrong is not None:
         raise ValueError(f"lora_config cannot be used: {wrong}")
 
 
 def _patterns(config: LoraConfig) -> list[tuple[str, str]]:
-    """What PEFT makes of the fields that hold expressions, each with the function of `re` that it calls."""
+    """The expressions that PEFT builds from the fields, each with the function of `re` that it calls."""
     whole = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
     keys = [*(config.rank_pattern or ()), *(config.alpha_pattern or ())]
     layers: Sequence[str] = config.layers_pattern or ()

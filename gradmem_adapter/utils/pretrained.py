@@ -1,4 +1,4 @@
-"""Saving a causal LM as Transformers does, in whichever process."""
+"""Saving a causal LM as Transformers does, in any process of a group."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 
 def save_here(model: PreTrainedModel, folder: Path, **options: Any) -> None:
-    """`model.save_pretrained`, which by itself writes nothing, and says nothing, in any but process 0 of a group.
+    """`model.save_pretrained`, which on its own silently writes nothing in any process of a group but process 0.
 
-    Who unpacks a backbone first, or saves on each node of several, may be another one.
+    The process that unpacks a backbone first, or that saves on each of several nodes, may be another one.
 
     Args:
-        model (`PreTrainedModel`): whose weights this process has wholly.
-        folder (`Path`): for this process alone.
+        model (`PreTrainedModel`): the model; this process must have all its weights.
+        folder (`Path`): a folder that no other process uses.
         options: as for `save_pretrained`.
     """
     model.__dict__["should_save_on_this_rank"] = lambda is_main_process: is_main_process

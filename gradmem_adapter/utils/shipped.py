@@ -11,9 +11,9 @@ KEY_VALUES = "kv-retrieval"
 
 
 def shipped(name: str | Path) -> Path | None:
-    """The directory of an adapter that ships: in the wheel beside the code, in the source tree above it.
+    """The directory of a shipped adapter: next to the code in the wheel, above it in the source tree.
 
-    None: none of that name ships, or a directory here has it, which comes first.
+    None if no shipped adapter has that name, or if a local directory has it, which comes first.
 
     Args:
         name (`str` or `Path`): such as `"smollm2-135m-qa"`.
@@ -25,7 +25,7 @@ def shipped(name: str | Path) -> Path | None:
 
 
 def names_shipped() -> list[str]:
-    """The adapters that ship."""
+    """The names of the shipped adapters."""
     return sorted({file.parent.name for folder in _folders() for file in folder.glob("*/adapter_config.json")})
 
 

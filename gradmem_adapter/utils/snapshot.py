@@ -1,4 +1,4 @@
-"""A checkpoint's files from a repository on the hub, and no others."""
+"""Download only a checkpoint's files from a repository on the hub."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gradmem_adapter.utils.directory import SUMS, missing
 
 
 def snapshot(name: str, patterns: Iterable[str], *, revision: str | None = None, token: str | None = None) -> Path:
-    """Download a checkpoint, unless it is in the cache.
+    """Download a checkpoint unless it is cached.
 
     Args:
         name (`str`): the repository.
-        patterns (`Iterable[str]`): of the files that a checkpoint may consist of. Those that its digests list besides,
-            such as the files of rare tokenizers, come as well.
+        patterns (`Iterable[str]`): patterns of the files that a checkpoint may have. Other files that its digests list,
+            such as those of rare tokenizers, are downloaded too.
         revision (`str`, *optional*): a branch, a tag or a commit.
         token (`str`, *optional*): of the hub.
 

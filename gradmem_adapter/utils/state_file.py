@@ -1,4 +1,4 @@
-"""The file format of memory states: safetensors, a description in one metadata key, and a digest of everything."""
+"""The file format of memory states: safetensors with a description and a digest in one metadata key."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from gradmem_adapter.utils.files import open_regular
 
 FORMAT = "gradmem-memory-state"
 VERSION = 3
-"""Files of version 1 have no digest; those of version 3 have an entry, and may have vectors in int8."""
+"""Files of version 1 have no digest. Files of version 3 have an entry, and may have vectors in int8."""
 TENSORS = ("vectors", "context_tokens", "write_losses")
 SCALES = "scales"
-"""`[B, m]`: what vectors in int8 are multiplied by."""
+"""`[B, m]`: the factors of int8 vectors."""
 MAX_CONTEXT_TOKENS = 2**40
-"""More than anybody writes; a million such states side by side can be counted in 64 bits."""
+"""A generous limit; the sum over a million such states still fits into 64 bits."""
 _KEY = "gradmem"
-"""The one metadata key: with several, safetensors writes them in no fixed order and equal states differ in bytes."""
+"""The only metadata key: safetensors writes several in no fixed order, and equal states would give different bytes."""
 _FIELDS = {1: {"format", "version", "fingerprint"}}
 _FIELDS[2] = _FIELDS[1] | {"digest"}
 _FIELDS[3] = _FIELDS[2] | {"entry"}
@@ -53,15 +53,15 @@ class MemoryStateError(ValueError):
 
 
 def encode(tensors: Mapping[str, Tensor], fingerprint: str, entry: Mapping[str, Any] | None = None) -> bytes:
-    """One safetensors file; equal states give equal bytes.
+    """Encode tensors as one safetensors file; equal states give equal bytes.
 
     Args:
         tensors (`Mapping[str, Tensor]`): those of `TENSORS`, and `SCALES` where the vectors are in int8.
-        fingerprint (`str`): of the model that wrote them.
-        entry (`Mapping[str, Any]`, *optional*): what a memory store keeps beside a state, as JSON has it.
+        fingerprint (`str`): the fingerprint of the model that wrote them.
+        entry (`Mapping[str, Any]`, *optional*): what a memory store keeps with a state, as JSON values.
 
     Raises:
-        ValueError: the entry is too long for a file's header, or a number of tokens that cannot be.
+        ValueError: the entry is too long for a file's header, or a number of tokens is out of range.
     """
     if wrong := _wrong_counts(tensors["context_tokens"]):
         raise ValueError(wrong)
@@ -75,16 +75,16 @@ def encode(tensors: Mapping[str, Tensor], fingerprint: str, entry: Mapping[str, 
     data = safetensors_save(plain, metadata={_KEY: json.dumps(description, sort_keys=True, ensure_ascii=entry is None)})
     if (size := int.from_bytes(data[:8], "little")) > _MAX_HEADER:
         raise ValueError(
-            f"Text and metadata of a state take {size:,} bytes of its file, and may take {_MAX_HEADER:,}. Keep less of "
-            "them, or write the text in segments."
+            f"Text and metadata of a state take {size:,} bytes of its file, but at most {_MAX_HEADER:,} are allowed. "
+            "Store less metadata, or write the text in segments."
         )
     return data
 
 
 def narrowed(vectors: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Vectors `[B, m, d]` in fewer bytes, as the tensors of a file.
+    """Convert vectors `[B, m, d]` to a smaller dtype; returns the tensors for a file.
 
-    In int8 the largest value of a vector is 127 and the others are rounded: q = round(v / s), s = max |v| / 127.
+    In int8 the largest value of a vector becomes 127 and the others are rounded: q = round(v / s), s = max |v| / 127.
 
     Args:
         vectors (`Tensor`): `[B, m, d]`.
@@ -97,7 +97,7 @@ def narrowed(vectors: Tensor, dtype: str) -> dict[str, Tensor]:
 
 
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by the names in `TENSORS`, the vectors in a floating dtype.
+    """The tensors of a file by the names in `TENSORS`, with vectors in a floating-point dtype.
 
     Args:
         tensors (`Mapping[str, Tensor]`): as `decode` returns them.
@@ -109,17 +109,17 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str, dict[str, Any] | None]:
-    """The tensors of a file as they are there, the fingerprint, and the entry if it has one. Never unpickles.
+    """The tensors of a file as stored, the fingerprint, and the entry if there is one. Never unpickles.
 
     Args:
-        data (`bytes`): what `encode` made.
+        data (`bytes`): the output of `encode`.
 
     Raises:
-        MemoryStateError: the data is truncated, foreign, damaged or of a newer version.
-        TypeError: it is no bytes.
+        MemoryStateError: the data is truncated, damaged, not a memory state, or from a newer version.
+        TypeError: it is not bytes.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
-        raise TypeError(f"Memory states are read from bytes, got {type(data).__name__}.")
+        raise TypeError(f"Expected the bytes of a memory state, got {type(data).__name__}.")
     data = bytes(data)
     description = _description(data[: 8 + _MAX_HEADER], len(data))
     try:
@@ -129,53 +129,56 @@ def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str
     fingerprint, entry = description["fingerprint"], description.get("entry")
     if "digest" not in description:
         warnings.warn(
-            "This memory state has no digest, because an older gradmem_adapter saved it: whether it is damaged cannot "
-            "be told. Save it anew to give it one.",
+            "This memory state was saved by an older gradmem_adapter without a digest, so it cannot be checked for "
+            "damage. Save it again to add one.",
             stacklevel=4,
         )
     elif description["digest"] != _digest(tensors, fingerprint, entry):
-        raise MemoryStateError("The memory state is damaged: it does not have the digest that it was saved with.")
+        raise MemoryStateError("The memory state is damaged: its digest does not match its content.")
     vectors, scales = tensors["vectors"], tensors.get(SCALES)
     if scales is not None and scales.shape != vectors.shape[:2]:
-        raise MemoryStateError(f"The memory state has scales of a wrong shape, {tuple(scales.shape)}.")
+        raise MemoryStateError(
+            f"The memory state is damaged: its scales have shape {tuple(scales.shape)}, expected "
+            f"{tuple(vectors.shape[:2])}."
+        )
     if not (vectors if scales is None else scales).isfinite().all():
-        raise MemoryStateError("The memory state has vectors that are not finite, which no model can read.")
+        raise MemoryStateError("The memory state has vectors that are not finite, so no model can read it.")
     if wrong := _wrong_counts(tensors["context_tokens"]):
         raise MemoryStateError(wrong)
     return tensors, fingerprint, entry
 
 
 def _wrong_counts(tokens: Tensor) -> str | None:
-    """What is wrong with numbers of tokens; the same is saved that is read."""
+    """What is wrong with numbers of tokens, or None; used both to save and to load."""
     if not tokens.numel() or 1 <= int(tokens.min()) <= int(tokens.max()) <= MAX_CONTEXT_TOKENS:
         return None
     return (
-        f"The memory state says that its contexts have from {int(tokens.min())} to {int(tokens.max())} tokens; "
-        f"from 1 to {MAX_CONTEXT_TOKENS} can be."
+        f"The memory state says that its contexts have {int(tokens.min())} to {int(tokens.max())} tokens; the allowed "
+        f"range is 1 to {MAX_CONTEXT_TOKENS}."
     )
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a file whose beginning is that of a memory state.
+    """Read a file if it begins like a memory state.
 
     Args:
         path (`Path`): the file.
 
     Raises:
-        MemoryStateError: it is not one, or larger than the memory that is free.
-        OSError: it cannot be opened, or is no regular file.
+        MemoryStateError: it is not a memory state, or larger than free memory.
+        OSError: it cannot be opened, or is not a regular file.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         _description(file.read(8 + _MAX_HEADER), size)
         if size > (free := psutil.virtual_memory().available):
-            raise MemoryStateError(f"It has {size:,} bytes, and {free:,} bytes of memory are free.")
+            raise MemoryStateError(f"It has {size:,} bytes, but only {free:,} bytes of memory are free.")
         file.seek(0)
         return file.read()
 
 
 def is_memory_state(path: Path) -> bool:
-    """Whether a file begins as a memory state does, whatever has become of the rest.
+    """Whether a file begins like a memory state; the rest may be damaged.
 
     Args:
         path (`Path`): an existing file.
@@ -189,20 +192,20 @@ def is_memory_state(path: Path) -> bool:
 
 
 def _description(head: bytes, size: int) -> dict[str, Any]:
-    """What the beginning of a file of `size` bytes says it is.
+    """The description at the beginning of a file of `size` bytes.
 
     Raises:
-        MemoryStateError: no memory state that this version reads.
+        MemoryStateError: it is not a memory state that this version can read.
     """
     # A safetensors file starts with the length of its JSON header in 8 bytes, which may begin like a pickle (0x80).
     if head[8:9] != b"{" and (head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"):
         raise MemoryStateError(
-            "This looks like a pickle (torch.save), which can run code when it is read and is never opened. Save "
-            "memory states with MemoryState.save."
+            "This looks like a pickle (torch.save). Pickles are never opened, because they can run code. Save memory "
+            "states with MemoryState.save."
         )
     header_end = 8 + int.from_bytes(head[:8], "little")
     if len(head) < 10 or head[8:9] != b"{":
-        raise MemoryStateError("This is not a memory state: it is no safetensors file.")
+        raise MemoryStateError("This is not a memory state: it is not a safetensors file.")
     if size < header_end:
         raise MemoryStateError(f"The data ends after {size} bytes, inside its header: it is truncated.")
     if header_end > 8 + _MAX_HEADER:
@@ -215,25 +218,26 @@ def _description(head: bytes, size: int) -> dict[str, Any]:
         end = max(int(entry["data_offsets"][1]) for entry in header.values())
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise MemoryStateError(
-            "This is not a memory state: it is a safetensors file without the description that MemoryState.save "
-            "puts in."
+            "This is not a memory state: it is a safetensors file without the description that MemoryState.save adds."
         ) from error
     if kind != FORMAT:
-        raise MemoryStateError(f"This is not a memory state but {str(kind)[:50]!r}.")
+        raise MemoryStateError(f"This is not a memory state: its format is {str(kind)[:50]!r}.")
     if type(version) is not int or version < 1 or not isinstance(fingerprint, str):
-        raise MemoryStateError("The description of the memory state is damaged: its version or fingerprint is none.")
+        raise MemoryStateError("The description of the memory state is damaged: its version or fingerprint is invalid.")
     if version > VERSION:
         raise MemoryStateError(
-            f"This memory state has format version {version}, and this gradmem_adapter knows versions up to "
-            f"{VERSION}: upgrade gradmem-adapter to read it."
+            f"This memory state has format version {version}, but this gradmem_adapter knows versions up to {VERSION}. "
+            "Upgrade gradmem-adapter to read it."
         )
     if description.keys() != _FIELDS[version]:
-        raise MemoryStateError(f"The description of the memory state is damaged: it has {sorted(description)}.")
+        raise MemoryStateError(
+            f"The description of the memory state is damaged: it has the fields {sorted(description)}, expected "
+            f"{sorted(_FIELDS[version])}."
+        )
     allowed = _DTYPES_INT8 if "entry" in description and SCALES in dtypes else _DTYPES
     if dtypes.keys() != allowed.keys():
         raise MemoryStateError(
-            f"The memory state lacks a tensor or has a wrong one: it has {sorted(dtypes)} and should have "
-            f"{sorted(allowed)}."
+            f"The memory state has the wrong tensors: expected {sorted(allowed)}, got {sorted(dtypes)}."
         )
     for name, dtype in dtypes.items():
         if dtype not in allowed[name]:
@@ -242,7 +246,7 @@ def _description(head: bytes, size: int) -> dict[str, Any]:
             )
     if size != header_end + end:
         raise MemoryStateError(
-            f"The data is truncated or damaged: it has {size} bytes, and its header describes {header_end + end}."
+            f"The data is truncated or damaged: it has {size} bytes, but its header describes {header_end + end}."
         )
     return description
 

@@ -1,4 +1,4 @@
-"""Folders for what is not yet whole, which no killed process leaves behind for good."""
+"""Temporary folders for incomplete files, cleaned up even after a process was killed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ PREFIX = ".gradmem-temporary-"
 
 @contextmanager
 def temporary_directory(parent: Path) -> Iterator[Path]:
-    """An empty folder in `parent` for this process alone, which goes when the block ends.
+    """An empty folder in `parent` for this process only, removed when the block ends.
 
-    Folders of processes that were killed are removed first. The name has the process's number, for people; whether the
-    process lives is told by a lock on the folder, which the system releases however a process ends, and which holds
-    between containers too, where numbers mean nothing.
+    Folders of killed processes are removed first. The name contains the process id, for people only. A lock on the
+    folder shows whether its process is alive: the system releases it however the process ends, and it works across
+    containers, where process ids do not.
 
     Args:
-        parent (`Path`): an existing directory; what is in the folder can be renamed into it.
+        parent (`Path`): an existing directory; files in the folder can be renamed into it.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
     sweep(parent)
     folder, lock = _make(parent)
@@ -42,14 +42,14 @@ def temporary_directory(parent: Path) -> Iterator[Path]:
 
 
 def _make(parent: Path) -> tuple[Path, int | None]:
-    """A new folder and the lock on it; None where the file system has no locks."""
+    """A new folder and the lock on it; the lock is None if the file system has no locks."""
     while True:
         folder = parent / f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex}"
         folder.mkdir(mode=0o700)
         try:
             lock = _lock(folder)
         except (BlockingIOError, FileNotFoundError):
-            continue  # another process is sweeping it, which found it before it was locked
+            continue  # another process found it before it was locked, and is sweeping it
         if folder.is_dir():
             return folder, lock
         if lock is not None:
@@ -58,15 +58,15 @@ def _make(parent: Path) -> tuple[Path, int | None]:
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Inside the block no other process or thread holds the lock on a folder.
+    """Hold the lock on a folder in the block.
 
     Args:
-        folder (`Path`): an existing one. Where the file system has no locks, nobody is kept out.
-        shared (`bool`, *optional*, defaults to `False`): others may share it.
-        wait (`bool`, *optional*, defaults to `True`): until nobody else holds it.
+        folder (`Path`): an existing folder. If the file system has no locks, others are not kept out.
+        shared (`bool`, *optional*, defaults to `False`): share the lock with others that also set this.
+        wait (`bool`, *optional*, defaults to `True`): wait until the lock is free.
 
     Raises:
-        BlockingIOError: somebody else holds it, and is not waited for.
+        BlockingIOError: another process or thread holds the lock, and `wait` is False.
     """
     lock = _lock(folder, shared=shared, wait=wait)
     try:
@@ -77,10 +77,10 @@ def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator
 
 
 def _lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int | None:
-    """An open descriptor of the folder that holds its lock; None where there are no locks.
+    """An open file descriptor of the folder that holds its lock; None if there are no locks.
 
     Raises:
-        BlockingIOError: another process holds it, and is not waited for.
+        BlockingIOError: another process holds the lock, and `wait` is False.
         FileNotFoundError: the folder is gone.
     """
     if fcntl is None:
@@ -97,10 +97,10 @@ def _lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int | No
 
 
 def sweep(parent: Path) -> None:
-    """Remove the temporary folders of processes that are no more; what cannot be listed or opened stays.
+    """Remove the temporary folders of processes that have ended, except those that cannot be opened.
 
     Args:
-        parent (`Path`): the directory they are in.
+        parent (`Path`): the directory that contains them.
     """
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):

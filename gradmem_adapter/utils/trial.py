@@ -1,4 +1,4 @@
-"""Trying a backbone out on a few tokens, without leaving a trace in it."""
+"""Running a backbone on a few tokens without changing it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from transformers import PreTrainedModel
 from gradmem_adapter.utils.backbone import device_of, max_positions
 
 TOKENS = 6
-"""How many tokens a trial has: a pass costs what reading the weights costs."""
+"""The number of tokens in a trial. So few cost no more than reading the weights."""
 
 
 _TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
-"""What PyTorch keeps of every module: parameters, buffers, children, hooks."""
+"""The dictionaries and sets of every module: parameters, buffers, children, hooks."""
 
 _one_at_a_time = threading.RLock()
-"""Random states and how PyTorch compiles belong to the whole process."""
+"""Random states and PyTorch's compile stance are global to the process."""
 
 
 @contextmanager
 def trial_of(backbone: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Yields a copy of a backbone in eval mode, which shares its weights and is not compiled. What a trial changes in
-    attributes, buffers and hooks it changes in the copy; all random states are afterwards as they were.
+    """Yields a copy of a backbone in eval mode, which shares its weights and is not compiled. A trial changes
+    attributes, buffers and hooks only in the copy, and random states are restored afterwards.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM, which is never changed: other threads may use or change it.
+        backbone (`PreTrainedModel`): the causal LM. It is not changed, and other threads may use or change it.
     """
     devices = {p.device for p in backbone.parameters() if p.device.index is not None}
     kind = next((device.type for device in devices), None)
@@ -47,9 +47,9 @@ def _copied(backbone: PreTrainedModel) -> PreTrainedModel:
     copies = {module: copy.copy(module) for module in backbone.modules()}
 
     def own(value: Any) -> Any:
-        """The same of the copies: offloading and patches put what is bound to a module in the place of its methods."""
+        """Rebind a value to the copies: offloading and patches replace methods by functions bound to a module."""
         if isinstance(value, nn.Module):
-            plain = value._modules.get("_orig_mod") or value  # what torch.compile wraps
+            plain = value._modules.get("_orig_mod") or value  # the module that torch.compile wraps
             return copies.get(plain, plain)
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, own(value.__self__))
@@ -70,7 +70,7 @@ def _copied(backbone: PreTrainedModel) -> PreTrainedModel:
 
 
 def sample_tokens(backbone: PreTrainedModel, rows: int) -> Tensor:
-    """Token ids `[rows, n]` that mean nothing special to the model, the same in every call; n is `TOKENS` or less."""
+    """Token ids `[rows, n]` that are not special tokens, the same in every call; n is `TOKENS` or less."""
     rows_of = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
     vocabulary = min(len(cast(Tensor, embeddings.weight)) for embeddings in rows_of)
     configs = [backbone.config, backbone.config.get_text_config()]
@@ -89,16 +89,17 @@ def sample_tokens(backbone: PreTrainedModel, rows: int) -> Tensor:
 
 
 def tolerance(backbone: PreTrainedModel) -> float:
-    """How far apart logits may be that are the same but for rounding, as `distance` tells it."""
+    """The largest `distance` of logits that are equal up to rounding."""
     if getattr(backbone, "is_quantized", False):
         return 0.3
     return 0.01 if backbone.dtype.itemsize >= 4 else 0.06
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """How far logits are from what they should be, as a share of how far those of one place are from the mean place.
+    """How far logits are from the expected ones, relative to how far logits of one position are from their mean over
+    all positions.
 
-    The mean over places and no maximum: in low precision a router may choose otherwise here and there.
+    The mean over positions and not the maximum, because in low precision a router may choose other experts at a few.
 
     Args:
         found (`Tensor`): `[..., V]`.

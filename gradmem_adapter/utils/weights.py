@@ -1,4 +1,4 @@
-"""Reading a model's weights wherever they are: on a device, quantised, in CPU memory or on a disk."""
+"""Reading a model's weights wherever they are: on a device, quantised, in CPU memory or on disk."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from transformers import PreTrainedModel
 
 
 def read_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Everything that a model's modules say they hold, in plain tensors, a module at a time.
+    """Everything in the state dicts of a model's modules, as plain tensors, one module at a time.
 
-    Quantised weights come as the tensors that they are packed into, with their scales. What accelerate has put
-    elsewhere is on its device only until the next tensor is asked for.
+    Quantised weights come as their packed tensors and scales. Weights that accelerate has offloaded are on their device
+    only until the next tensor is requested.
 
     Args:
         model (`nn.Module`): the backbone, with adapters or without.
 
     Yields:
-        The name, the tensor, and whether it is an adapter's. The backbone's have the names that they have without one.
+        The name, the tensor, and whether it belongs to an adapter. Tensors of the backbone have their names without an
+        adapter.
     """
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     parts = (part for layer in layers for name, part in layer.named_children() if name != "base_layer")
@@ -39,37 +40,38 @@ def read_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def keep_gradients(model: PreTrainedModel) -> None:
-    """See to it that gradients pass through all layers, which WRITE depends on.
+    """Make sure that gradients pass through all layers, as WRITE needs.
 
-    bitsandbytes is kept from packing 4-bit weights for the instructions of a CPU: it does so in the first pass without
-    gradients that a layer sees, and what runs through the layer from then on has no gradient, and no error says so.
+    Stops bitsandbytes from packing 4-bit weights for CPU instructions. It does so in a layer's first pass without
+    gradients, and from then on the layer silently passes no gradients.
 
     Args:
         model (`PreTrainedModel`): the backbone.
 
     Raises:
-        ValueError: weights are packed already, which bitsandbytes cannot undo without loss, a layer lets no gradient
-            through, or the model was made in inference mode.
+        ValueError: weights are already packed, which bitsandbytes cannot undo without loss; a layer passes no
+            gradients; or the model was created in inference mode.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
-            f"This {type(model).__name__} was made inside torch.inference_mode(), whose tensors take no part in "
-            "gradients, and WRITE takes gradients of memory. Load the backbone outside, and write and read inside as "
-            "you like; load_checkpoint and load_backbone may stand anywhere."
+            f"This {type(model).__name__} was created inside torch.inference_mode(), whose tensors cannot take part in "
+            "autograd, but WRITE needs gradients of the memory. Load the backbone outside of it, or with "
+            "load_checkpoint or load_backbone, which work anywhere. Writing and reading inside of it is fine."
         )
     for name, module in model.named_modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # bitsandbytes' own switch
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes' own flag
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise ValueError(
                     f"The 4-bit weights of {name} were packed for this CPU when the backbone ran without gradients, "
-                    "and packed weights have none. Load the backbone anew and attach the adapter before its first pass."
+                    "and packed weights pass no gradients. Load the backbone again and attach the adapter before its "
+                    "first pass."
                 )
         if _is_quantised_linear(module) and not _lets_gradients_through(module, model.dtype):
             raise ValueError(
-                f"{name}, a {type(module).__name__} with quantised weights, lets no gradient through to what comes "
-                "before it, and WRITE takes gradients of memory. Quantise weights alone and not activations, or by "
-                "another library: bitsandbytes, torchao's weight-only types and quanto work."
+                f"{name}, a {type(module).__name__} with quantised weights, passes no gradients to its input, but "
+                "WRITE needs gradients of the memory. Quantise only weights and not activations, or use another "
+                "library: bitsandbytes, torchao's weight-only types and quanto work."
             )
 
 
@@ -88,11 +90,11 @@ def _lets_gradients_through(module: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What a tensor consists of: itself, or what torchao's and quanto's quantised tensors are packed into.
+    """The plain tensors in a tensor: itself, or the parts of a quantised tensor of torchao or quanto.
 
     Args:
-        name (`str`): the tensor's.
-        tensor (`Tensor`): any.
+        name (`str`): the tensor's name.
+        tensor (`Tensor`): any tensor.
     """
     if not is_traceable_wrapper_subclass(tensor):
         yield name, tensor.detach()

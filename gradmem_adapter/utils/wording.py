@@ -1,14 +1,14 @@
-"""Words of messages."""
+"""Wording of messages."""
 
 from __future__ import annotations
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with what it counts: "1 memory state", "2 queries", "1,024 tokens".
+    """A number with its noun in the right form: "1 memory state", "2 queries", "1,024 tokens".
 
     Args:
         number (`int`): how many.
-        noun (`str`): the name of one of them, whose plural is regular.
+        noun (`str`): the singular of a noun with a regular plural.
     """
     if number == 1:
         return f"1 {noun}"

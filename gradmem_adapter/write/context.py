@@ -82,9 +82,7 @@ def check_contexts(
 
 def _check_lengths(lengths: list[int], positions: int | None, prefix_length: int) -> None:
     if empty := [str(i) for i, length in enumerate(lengths) if not length]:
-        raise ValueError(
-            f"Context {', '.join(empty)} is empty, so there is nothing to write. Leave it out of the batch."
-        )
+        raise ValueError(f"Context {', '.join(empty)} is empty: there is nothing to write. Leave it out of the batch.")
     longest = max(lengths)
     if positions is not None and longest + prefix_length > positions:
         raise ValueError(

@@ -49,7 +49,7 @@ def test_a_sensible_expression_is_used(made):
 )
 def test_an_expression_that_is_never_done(made, monkeypatch, field):
     monkeypatch.setattr("gradmem_adapter.utils.patterns.SECONDS", 1)
-    with pytest.raises(ValueError, match="regular expressions of lora_config are not done after 1 s"):
+    with pytest.raises(ValueError, match="regular expressions of lora_config did not finish within 1 s"):
         opened(made, **field)
 
 
@@ -66,7 +66,7 @@ def test_whoever_reads_the_file_tries_its_expressions(made, monkeypatch, named, 
     (folder / "adapter_config.json").write_text(json.dumps(config))
     loaded = (PeftConfig if named else GradMemConfig).from_pretrained(str(folder))
     for config in (copied(loaded), GradMemConfig(lora_config=loaded.lora_config)):
-        with pytest.raises(ValueError, match="regular expressions of lora_config are not done after 1 s"):
+        with pytest.raises(ValueError, match="regular expressions of lora_config did not finish within 1 s"):
             get_peft_model(tiny(), config)
 
 
@@ -75,7 +75,7 @@ def test_where_no_python_starts_expressions_of_files_are_refused(made, monkeypat
     """And the user's own, and plain names, need none."""
     monkeypatch.setattr("sys.executable", (executable and shutil.which(executable)) or executable)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ChildProcessError, match=r"'.*\(q_proj\|v_proj\)'.*does not start one. Let it name a Python"):
+    with pytest.raises(ChildProcessError, match=r"'.*\(q_proj\|v_proj\)'.*does not start Python. Set it to a Python"):
         opened(made)
     opened(made, target_modules=["q_proj", "v_proj"])
     get_peft_model(tiny(), GradMemConfig(lora_config={"r": 2, "target_modules": r".*(q_proj|v_proj)"}))

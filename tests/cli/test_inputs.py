@@ -90,14 +90,17 @@ def test_documents_are_read_when_it_is_their_turn():
 BAD = {
     "empty.txt": (b"", "is empty"),
     "blank.txt": (b" \n", "is empty"),
-    "binary.dat": (b"\x00\xff" * 9, "is no text in UTF-8"),
-    "zero.dat": (b"w1\0w2", "zero.dat has a zero byte at place 2, which no text has"),
-    "latin1.txt": ("z\xe4h ".encode("latin-1") * 99, "is no text in UTF-8"),
+    "binary.dat": (b"\x00\xff" * 9, "is not a text in UTF-8"),
+    "zero.dat": (b"w1\0w2", "zero.dat has a zero byte at position 2, so it is not plain text"),
+    "latin1.txt": ("z\xe4h ".encode("latin-1") * 99, "is not a text in UTF-8"),
     "mixed.txt": (b"w1 " * 9000 + "\xe4 ".encode() + b"\xe4 ", "can't decode byte 0xe4 in position 27003"),
-    "utf16.txt": ("w1".encode("utf-16"), "is no text in UTF-8"),
-    "report.pdf": (b"%PDF-1.4\nwithout a byte that is none of a text", "is a PDF, and no text. Extract its text first"),
-    "report.docx": (b"PK\x03\x04\x14\x00\x06\x00", "is a zip archive, as .docx, .odt and .epub are, and no text"),
-    "none.txt.gz": (b"w1 w2", "is damaged, or not gzipped"),
+    "utf16.txt": ("w1".encode("utf-16"), "is not a text in UTF-8"),
+    "report.pdf": (
+        b"%PDF-1.4\nwithout a byte that is none of a text",
+        "is a PDF, not plain text. Extract its text first",
+    ),
+    "report.docx": (b"PK\x03\x04\x14\x00\x06\x00", "is a zip archive, as .docx, .odt and .epub are, not plain text"),
+    "none.txt.gz": (b"w1 w2", "is damaged or not a gzip file"),
     "cut.jsonl.gz": (gzip.compress(rows({"text": "w1"}).encode() * 99)[:-9], "is damaged"),
 }
 

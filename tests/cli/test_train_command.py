@@ -178,7 +178,7 @@ def test_another_run_is_refused(files):
     assert train(files).exit_code == 0
     result = train(files, "--set", "memory.num_memory_tokens=3")
     assert result.exit_code == 2
-    assert "holds a run by another configuration: memory differs" in " ".join(result.stderr.split())
+    assert "holds a run with another configuration: memory differs" in " ".join(result.stderr.split())
 
 
 def test_a_run_that_diverges(files, monkeypatch):
@@ -207,9 +207,9 @@ def test_no_such_checkpoint(files):
         ("training.step=1", "max_steps, muon_lr_factor"),
         ("memory.num_memory_token=3", "memory has no field num_memory_token. Did you mean num_memory_tokens? Some"),
         ("memory.num_memory_token=3", "start, train_backbone, trained_length, write_clip_norm"),
-        ("memory={", "is not YAML"),
-        ("memory", "is written field=value"),
-        ("rows.first=3", "'rows' has no fields of its own"),
+        ("memory={", "cannot be read as YAML"),
+        ("memory", "must have the form field=value"),
+        ("rows.first=3", "'rows' is a single value and has no fields"),
     ],
 )
 def test_what_cannot_be_trained(files, setting, message):

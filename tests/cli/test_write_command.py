@@ -97,7 +97,7 @@ def test_write_files_that_are_no_text(checkpoint, tmp_path):
     file.write_bytes(b"\xff\xfe")
     result = invoke("write", file, "--checkpoint", checkpoint, "--output", tmp_path / "states")
     assert result.exit_code == 2
-    assert "is no text in UTF-8" in " ".join(result.stderr.split())
+    assert "is not a text in UTF-8" in " ".join(result.stderr.split())
 
 
 def test_write_out_of_memory(checkpoint, tmp_path, monkeypatch):

@@ -81,7 +81,11 @@ def test_what_cannot_be_read_or_written_is_named_and_the_rest_is_written(tmp_pat
     result = write("missing", "notes", "rows.jsonl", "--json")
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
-    assert [line.split(":")[1] for line in lines] == [" missing", " notes/latin.txt is no text in UTF-8", " rows.jsonl"]
+    assert [line.split(":")[1] for line in lines] == [
+        " missing",
+        " notes/latin.txt is not a text in UTF-8",
+        " rows.jsonl",
+    ]
     assert lines[2] == f"gradmem write: rows.jsonl:2, characters 0 to {len(tiny_text(9, seed=1))}: WRITE diverged."
     printed = json.loads(result.stdout)
     assert [f"gradmem write: {line}" for line in printed["refused"]] == lines

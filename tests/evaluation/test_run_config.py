@@ -69,8 +69,8 @@ def test_settings_take_the_place_of_fields(tmp_path):
     assert (config.training["seed"], config.memory["num_memory_tokens"]) == (3, 2)
     assert (config.method.name, config.tasks[0].pairs) == ("full_context", 5)
     for setting, message in (
-        ("seed", "field=value"), ("=1", "field=value"), ("init_from.x.y=1", "no fields of its own"),
-        ("tasks=[", "is not YAML"),
+        ("seed", "field=value"), ("=1", "field=value"), ("init_from.x.y=1", "has no fields"),
+        ("tasks=[", "cannot be read as YAML"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             RunConfig.load(path, ["init_from=a", setting])
@@ -115,5 +115,5 @@ def test_the_write_steps_that_were_trained(tmp_path):
 
 def test_a_task_on_one_line():
     assert task_of("{name: babi, source: data, number: 2}") == Babi(source="data", number=2)
-    with pytest.raises(ValueError, match="is not YAML"):
+    with pytest.raises(ValueError, match="cannot be read as YAML"):
         task_of("{name: ")

@@ -107,7 +107,7 @@ def test_a_lora_goes_on_from_that_of_the_full_context(folder, tmp_path):
     assert all(torch.equal(weight, theirs[name]) for name, weight in loras.items())
     fields = qa_fields(folder, init_from=str(path))
     fields["memory"] = fields["memory"] | {"lora_config": {"r": 3, "target_modules": ["q_proj"]}}
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match="does not match the model"):
         build_model(RunConfig.of(fields))
 
 
@@ -179,11 +179,11 @@ def test_the_directory_of_another_run_is_refused(tmp_path):
     config = kv_config()
     with (
         claimed(tmp_path / RECIPE, config.fields(), PartialState(cpu=True)),
-        pytest.raises(BlockingIOError, match="Another run is under way"),
+        pytest.raises(BlockingIOError, match="Another run is in progress"),
     ):
         train(config, tmp_path, CPU)
     (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(ValueError, match="a run by another configuration: memory, training differ"):
+    with pytest.raises(ValueError, match="a run with another configuration: memory, training differ"):
         train(kv_config(memory={"num_memory_tokens": 2}, training={"seed": 3}), tmp_path, CPU)
     with pytest.raises(FileNotFoundError, match=r"no model trained by a recipe.*`gradmem train` measures its"):
         load_model(tmp_path / "nothing")

@@ -57,5 +57,5 @@ def test_a_model_without_a_trunk_is_refused():
     model = tiny()
     del model._modules[trunk_name(model)]
     model.get_input_embeddings = lambda: torch.nn.Embedding(3, 2)
-    with pytest.raises(TypeError, match="no part of its own between input embeddings and output head"):
+    with pytest.raises(TypeError, match="no submodule between input embeddings and output head"):
         trunk(model)

@@ -168,7 +168,7 @@ def test_a_server_that_cuts_otherwise_makes_other_memories(serve, pipeline, monk
     [
         ({"text": " \n "}, "white space"),
         ({"text": ""}, "text: It must have at least 1 character."),
-        ({"text": "w1\0w2"}, "The text has a zero byte at place 2, which no text has"),
+        ({"text": "w1\0w2"}, "The text has a zero byte at position 2, so it is not plain text"),
         ({"text": "w1", "steps": 1000}, "in at most 200 write steps"),
         ({"text": "w1", "lr": -1}, "lr: "),
         ({"text": "w1", "colour": "red"}, "colour: This server does not support it"),

@@ -211,7 +211,7 @@ def test_answers_in_json(serve):
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "system", "content": "w1"}]}, 400, "no message with the role user"),
         ({"messages": [{"role": "user", "content": "w1 " * 200}]}, 400, "too long"),
-        ({"messages": [{"role": "user", "content": "w1\0"}]}, 400, "Prompt 0 has a zero byte at place"),
+        ({"messages": [{"role": "user", "content": "w1\0"}]}, 400, "Prompt 0 has a zero byte at position"),
     ],
 )
 def test_what_is_refused(client, more, status, said):

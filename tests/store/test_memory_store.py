@@ -207,7 +207,7 @@ class TestAdd:
     @pytest.mark.parametrize("texts", [{"a.txt": "w1 w2"}, {"w1 w2"}, b"w1 w2", ["w1", 2]])
     def test_what_is_no_list_of_texts(self, store, pipeline, texts):
         for write in (store.add, lambda pipeline, texts: pipeline.write(texts)):
-            with pytest.raises(TypeError, match="A text or a list of texts can be written"):
+            with pytest.raises(TypeError, match="Expected a text or a list of texts"):
                 write(pipeline, texts)
 
     def test_metadata_that_are_others_now(self, store, keys, pipeline):
@@ -286,7 +286,7 @@ class TestAddDocument:
 
     def test_what_is_no_document(self, store, pipeline, tmp_path):
         (tmp_path / "book.txt").write_text(self.TEXT)
-        with pytest.raises(ValueError, match=r"name of a file, .*book.txt.*Pass what is in the file: open\("):
+        with pytest.raises(ValueError, match=r"name of a file, .*book.txt.*Pass the content: open\("):
             store.add_document(pipeline, str(tmp_path / "book.txt"), segment_tokens=12)
         with pytest.raises(ValueError, match="the document is empty"):
             store.add_document(pipeline, " \n", segment_tokens=12)

@@ -28,7 +28,7 @@ def test_files_that_hold_no_rows_are_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     "content",
     [gzip.compress(b'{"context": "a"}' * 99)[:-20], b"{}", b"\x1f\x8b\x08"],
-    ids=["cut off", "not gzipped", "a header alone"],
+    ids=["cut off", "not a gzip file", "a header alone"],
 )
 def test_damaged_files_are_named(tmp_path, content):
     file = tmp_path / "rows.jsonl.gz"

@@ -410,7 +410,7 @@ class TestCheckpoints:
         backbone = tiny(**config.pop("backbone", {}))
         other = make(backbone=backbone, **{"lora_config": LORA} | config)
         before = weights(other)
-        with pytest.raises(ValueError, match=f"(?s)of another model: tensor .*{message}"):
+        with pytest.raises(ValueError, match=f"(?s)does not match the model: tensor .*{message}"):
             trainer(other, tmp_path, rows(2)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert same(weights(other), before)
 
@@ -658,7 +658,7 @@ class TestArguments:
             GradMemTrainer(make(), arguments(tmp_path))
         tokenizer = tiny_tokenizer()
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # and the model was not resized
-        with pytest.raises(ValueError, match="pad token has the id 61, and the model knows 0 to 60"):
+        with pytest.raises(ValueError, match="pad token has id 61, but the model knows 0 to 60"):
             GradMemTrainer(make(), arguments(tmp_path), train_dataset=rows(2), processing_class=tokenizer)
 
     @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_backbone_that_carries_an_adapter_is_refused(how):
         get_peft_model(backbone, lora, adapter_name="style")
     else:
         backbone.add_adapter(lora, adapter_name="style")
-    with pytest.raises(ValueError, match=r"carries an adapter already \(style\).*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"already has an adapter \(style\).*merge_and_unload"):
         get_peft_model(backbone, GradMemConfig())
 
 
@@ -51,7 +51,7 @@ def test_a_second_adapter_on_what_carries_one_is_told_the_way():
     """As where a cell of a notebook is run again with other settings."""
     backbone, lora = tiny(), LoraConfig(r=2, target_modules=["q_proj"])
     model = get_peft_model(backbone, GradMemConfig(lora_config=lora))
-    with pytest.raises(ValueError, match=r"load the backbone again, or take what model\.unload\(\) returns"):
+    with pytest.raises(ValueError, match=r"load the backbone again, or use the model that model\.unload\(\) returns"):
         get_peft_model(backbone, GradMemConfig(num_memory_tokens=3))
     again = get_peft_model(model.unload(), GradMemConfig(num_memory_tokens=3, lora_config=lora))
     assert again.write(tokens(1, 5)).vectors.shape[1] == 3
@@ -63,7 +63,7 @@ def test_a_start_from_hidden_states_of_another_width_is_refused(start):
         vocab_size=20, hidden_size=8, input_embedding_size=4, output_embedding_size=4, num_hidden_layers=1,
         num_attention_heads=1, intermediate_size=8, is_decoder=True,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="8 wide where its input embeddings are 4"):
+    with pytest.raises(ValueError, match="width 8 and input embeddings have width 4"):
         get_peft_model(RemBertForCausalLM(config), GradMemConfig(start=start))
     state = get_peft_model(RemBertForCausalLM(config), GradMemConfig()).eval().write(tokens(1, 5) % 20)
     assert state.width == 4

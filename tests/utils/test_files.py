@@ -88,7 +88,7 @@ def test_what_is_no_file_is_neither_replaced_nor_called_writable(tmp_path, monke
         socket.socket(socket.AF_UNIX).bind("there")
     before = path.lstat()
     for function in (check_writable, replace):
-        with pytest.raises(OSError, match=r"is no regular file|is a directory"):
+        with pytest.raises(OSError, match=r"is a directory|a regular file"):
             function(path)
     assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
 
@@ -109,7 +109,7 @@ def test_no_more_of_a_text_is_read_than_may_be(tmp_path, suffix):
     path = tmp_path / f"text.{suffix}"
     path.write_bytes(gzip.compress(b"x" * 1000) if suffix == "gz" else b"x" * 1000)
     assert read_text(path, max_bytes=1000) == "x" * 1000
-    with pytest.raises(ValueError, match="text of more than 999 bytes"):
+    with pytest.raises(ValueError, match=r"at most 999|more than 999 bytes"):
         read_text(path, max_bytes=999)
 
 
@@ -122,5 +122,5 @@ def test_pipes_and_devices_are_no_texts(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe", tmp_path / "link"):
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="expected a regular file"):
             read_text(path)

@@ -73,7 +73,7 @@ class TestCache:
         (entry / file).unlink()
         if damage == "truncated":
             (entry / file).write_bytes(content[: len(content) // 2])
-        with pytest.warns(UserWarning, match="is damaged and is made again"):
+        with pytest.warns(UserWarning, match="is damaged and will be rebuilt"):
             self.open()
         self.open()
         assert self.made == 2
@@ -84,12 +84,12 @@ class TestCache:
         tensors = load_file(entry / "model.safetensors")
         del tensors["model.norm.weight"]
         save_file(tensors, entry / "model.safetensors", metadata={"format": "pt"})
-        with pytest.warns(UserWarning, match=r"is damaged and is made again .*model.norm.weight"):
+        with pytest.warns(UserWarning, match=r"is damaged and will be rebuilt .*model.norm.weight"):
             self.open()
 
     def test_folder_that_cannot_be_written(self) -> None:
         self.cache.parent.touch()  # a file in its way
-        with pytest.warns(UserWarning, match="not cached"):
+        with pytest.warns(UserWarning, match="could not be cached"):
             self.open()
 
     def test_the_second_process_waits_for_what_the_first_makes(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ class TestCache:
 
         def overtaken(folder: Path) -> AbstractContextManager[None]:
             monkeypatch.setattr(gguf, "locked", wait)
-            with pytest.warns(UserWarning, match="is damaged and is made again"):
+            with pytest.warns(UserWarning, match="is damaged and will be rebuilt"):
                 load_backbone(self.reference)
             return wait(folder)
 

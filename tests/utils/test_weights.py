@@ -30,7 +30,7 @@ def test_layers_that_cut_gradients_are_refused(cut, inference_mode):
     layer.up_proj = Rounded(layer.up_proj, cut)
     config = GradMemConfig(num_memory_tokens=2, inference_mode=inference_mode)
     if cut:
-        with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj, a Rounded .*lets no gradient through"):
+        with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj, a Rounded .*passes no gradients"):
             get_peft_model(backbone, config)
     else:
         assert get_peft_model(backbone, config).write(tokens(1, 5)).vectors.isfinite().all()
@@ -40,5 +40,5 @@ def test_a_backbone_that_was_made_in_inference_mode_is_refused():
     """The error of PyTorch comes with the first write, and names no model."""
     with torch.inference_mode():
         backbone = tiny()
-    with pytest.raises(ValueError, match=r"was made inside torch.inference_mode\(\)"):
+    with pytest.raises(ValueError, match=r"was created inside torch.inference_mode\(\)"):
         get_peft_model(backbone, GradMemConfig(num_memory_tokens=2))

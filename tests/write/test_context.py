@@ -86,7 +86,11 @@ def test_shapes_do_not_follow_from_values_where_a_graph_will_be_captured():
             "Context 1 is empty",
         ),
         ({"input_ids": tokens(1, 94)}, ValueError, "has 94 tokens, but at most 93 are allowed"),
-        ({"input_ids": torch.tensor([[3, VOCABULARY]])}, ValueError, f"from 3 to {VOCABULARY}; the model knows 0 to"),
+        (
+            {"input_ids": torch.tensor([[3, VOCABULARY]])},
+            ValueError,
+            f"from 3 to {VOCABULARY}, but the model knows 0 to",
+        ),
         ({"input_ids": torch.tensor([[-1, 3]])}, ValueError, "from -1 to 3"),
         ({"input_ids": tokens(2, 3), "attention_mask": torch.ones(2, 4)}, ValueError, "different shapes"),
         ({"input_ids": tokens(1, 3)[0]}, ValueError, r"shape \[batch, length\]"),

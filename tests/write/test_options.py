@@ -82,7 +82,7 @@ def test_methods_take_every_option_by_name(method, model):
     values |= {"max_memory": 2**30}
     assert list(values) == FIELDS
     getattr(model, method)(tokens(1, 4), **values)
-    with pytest.raises(TypeError, match=r"WRITE has no option stesp\. Did you mean steps\? help"):
+    with pytest.raises(TypeError, match=r"WRITE has no option stesp\. Did you mean steps\? See help"):
         getattr(model, method)(tokens(1, 4), stesp=3)
-    with pytest.raises(TypeError, match=r"WRITE has no option stesp\. Did you mean steps\? help"):
+    with pytest.raises(TypeError, match=r"WRITE has no option stesp\. Did you mean steps\? See help"):
         getattr(model, method)(tokens(1, 4), stesp=None)

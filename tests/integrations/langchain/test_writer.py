@@ -81,7 +81,7 @@ def test_parts_are_segments_of_the_adapter_s():
 @pytest.mark.parametrize(("wrong", "what"), [("\ud83d", "half a character"), ("\0", "a zero byte")])
 def test_what_is_no_text_is_told_by_its_name(writer, write, name, wrong, what):
     """Tokenizers would complain about types, or take it for something else."""
-    with pytest.raises(ValueError, match=f"{name}.* has {what}.*at place 3"):
+    with pytest.raises(ValueError, match=f"{name}.* has {what}.*at position 3"):
         write(writer, f"w1 {wrong} w2")
 
 
