@@ -66,12 +66,12 @@ def test_a_prompt_without_tokens_needs_a_memory(pipeline, states):
     alone = pipeline.generate("", memory=states[0], **options)
     assert pipeline.generate(["w1", ""], memory=states[0], **options)[1:] == alone
     for prompts, which in ("", "0"), (["", ""], "0, 1"), (["w1", ""], "1"):
-        with pytest.raises(ValueError, match=f"Prompt {which} has no token, and without memory"):
+        with pytest.raises(ValueError, match=f"Prompt {which} has no tokens, and without memory"):
             pipeline.generate(prompts, **options)
 
 
 def test_a_query_that_reads_no_state(pipeline, states):
-    with pytest.raises(ValueError, match="context_index must hold one integer per query"):
+    with pytest.raises(ValueError, match="context_index must have one integer, or one row of integers, for each query"):
         pipeline.generate(["w1"], memory=states, context_index=torch.empty(1, 0, dtype=torch.long))
 
 

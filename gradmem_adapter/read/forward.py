@@ -1,4 +1,4 @@
-"""READ as a forward pass: loss and logits of queries behind their memory."""
+"""READ as a forward pass: loss and logits of queries after their memory."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ _OF_MEMORY = (
     "memory", "context_input_ids", "context_attention_mask", "context_index", "write_steps", "max_targets", "strict",
 )  # fmt: skip
 _OF_TRANSFORMERS = ("return_dict", "use_cache", "token_type_ids")
-"""What is passed to any backbone: by PEFT, here, and as tokenizers return it."""
+"""Arguments that any backbone gets: from PEFT, from here, and from tokenizers."""
 
 
 def query_embeddings(
     backbone: PreTrainedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor:
-    """The embeddings `[B, T, d]` of queries that are given as token ids `[B, T]` or as embeddings.
+    """The embeddings `[B, T, d]` of queries, given as token ids `[B, T]` or as embeddings.
 
     Raises:
-        TypeError, ValueError: neither or both are given, the ids are none of the model's, or the mask does not fit.
+        TypeError, ValueError: neither or both are given, an id is not in the model's vocabulary, or the mask has
+            another shape.
     """
     if inputs_embeds is not None and input_ids is None:
         check_kind("inputs_embeds", inputs_embeds, Tensor, "a tensor [batch, length, width]")
@@ -48,23 +49,23 @@ def query_embeddings(
             )
         return inputs_embeds
     if input_ids is None or inputs_embeds is not None:
-        raise ValueError("Pass the query as input_ids or as inputs_embeds, one of the two.")
+        raise ValueError("Pass the query as either input_ids or inputs_embeds, not both or neither.")
     check_tokens("input_ids", input_ids, attention_mask, backbone)
     return backbone.get_input_embeddings()(input_ids)
 
 
 def check_known(options: Collection[str], backbone: PreTrainedModel) -> None:
-    """Raise `TypeError` for arguments that forward passes over, and with them the memory that was meant.
+    """Raise `TypeError` for arguments that forward would ignore, for example a misspelt `memory`.
 
-    Nearly all backbones take any keyword argument. Transformers' own hand on what `TransformersKwargs` names; of one
-    that does not say what it does with them, only what is likely a misspelt name of ours is refused.
+    Nearly all backbones take any keyword argument. Those of Transformers use the ones in `TransformersKwargs`. For a
+    backbone that does not say which it uses, only names close to one of ours are refused.
 
     Args:
-        options (`Collection[str]`): names of arguments besides those of `GradMemModel.forward`.
+        options (`Collection[str]`): names of arguments other than those of `GradMemModel.forward`.
         backbone (`PreTrainedModel`): the causal LM.
     """
     if not options:
-        return  # training and decoding come here at each step
+        return  # a fast path: every step of training and decoding comes here
     known, takes_any = {*_OF_MEMORY, *_OF_TRANSFORMERS}, False
     for function in (backbone.forward, trunk(backbone).forward, ForCausalLMLoss):
         parameters = inspect.signature(function).parameters
@@ -79,35 +80,36 @@ def check_known(options: Collection[str], backbone: PreTrainedModel) -> None:
         options = [name for name in options if get_close_matches(name, _OF_MEMORY, cutoff=0.8)]
     if unknown := unknown_fields(options, known):
         raise TypeError(
-            f"forward() has no argument {unknown} {type(backbone).__name__} would pass over it without a word."
+            f"forward() has no argument {unknown} {type(backbone).__name__} would ignore it silently. Correct the name "
+            "or leave it out."
         )
 
 
 def check_forward_options(options: dict[str, Any], query: Tensor) -> None:
-    """Raise `ValueError` for arguments of the backbone's forward that memory cannot go with.
+    """Raise `ValueError` for arguments of the backbone's forward that cannot be combined with memory.
 
     Args:
-        options (`dict`): the arguments; token types of 0 are taken out.
+        options (`dict`): the arguments; token types of 0 are removed.
         query (`Tensor`): `[B, T, d]`.
     """
     if options.get("past_key_values") is not None:
         raise ValueError(
-            "past_key_values cannot be combined with memory in forward(): positions follow from the prefix and the "
-            "mask. Use generate(), which takes caches, or give prefix_embeddings(state) to the backbone."
+            "past_key_values cannot be combined with memory in forward(), because positions are computed from the "
+            "prefix and the mask. Use generate(), which takes caches, or pass prefix_embeddings(state) to the backbone."
         )
     check_token_options(options, query.shape[:2])
 
 
 def _logits_to_keep(backbone: PreTrainedModel, options: dict[str, Any], has_labels: bool) -> int | Tensor | None:
-    """`logits_to_keep` of the options, `None` where all logits are asked for, or the backbone cannot choose."""
+    """The option `logits_to_keep`; `None` if all logits are requested or the backbone does not support it."""
     keep = options.get("logits_to_keep")
-    check_kind("logits_to_keep", keep, int | Tensor | None, "a number of places or a tensor of their indices")
+    check_kind("logits_to_keep", keep, int | Tensor | None, "a number of positions or a tensor of their indices")
     if keep is None or (isinstance(keep, int) and not keep):
         return None
     if has_labels:
         raise ValueError(
-            "logits_to_keep cannot be combined with labels or max_targets: the loss is of the places before all "
-            "labels. Leave it out; max_targets computes no logits but those that count."
+            "logits_to_keep cannot be combined with labels or max_targets, because the loss needs the logits before "
+            "all labels. Leave it out; max_targets computes only the logits that the loss needs."
         )
     return keep if "logits_to_keep" in inspect.signature(backbone.forward).parameters else None
 
@@ -121,30 +123,32 @@ def forward_with_memory(
     max_targets: int | None,
     **options: Any,
 ) -> GradMemOutput:
-    """The backbone on `[prefix; query]`, and of its output what belongs to the query.
+    """Run the backbone on `[prefix; query]` and return the query's part of its output.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        prefix (`Tensor`): `[B, P, d]`, what stands before each query.
+        prefix (`Tensor`): `[B, P, d]`, placed before each query.
         query (`Tensor`): `[B, T, d]`, the queries' embeddings.
         attention_mask (`Tensor`, *optional*): `[B, T]`, padding on either side.
-        labels (`Tensor`, *optional*): `[B, T]`, -100 where no loss counts. The first query token is predicted from the
-            prefix.
-        max_targets (`int`, *optional*): of a query at most so many labels count; logits are computed for them alone.
-        options: what else the backbone's forward takes.
+        labels (`Tensor`, *optional*): `[B, T]`, -100 for tokens without a loss. The first query token is predicted from
+            the prefix.
+        max_targets (`int`, *optional*): the most labels that count in a query; logits are computed only for them.
+        options: further arguments of the backbone's forward.
 
     Returns:
-        `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]` (or of the places that
-        `logits_to_keep` names), or with `max_targets` `correct` and `target_states`.
+        `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]` (or of the positions in
+        `logits_to_keep`); with `max_targets`, `correct` and `target_states` instead of logits.
     """
     check_kind("labels", labels, Tensor | None, "a tensor [batch, length]")
     check_kind("max_targets", max_targets, SupportsIndex | None, "a number of tokens")
     if query.shape[-1] != prefix.shape[-1]:
-        raise ValueError(f"inputs_embeds are {query.shape[-1]} wide, and the model's embeddings {prefix.shape[-1]}.")
+        raise ValueError(
+            f"inputs_embeds must have width {prefix.shape[-1]}, as the model's embeddings, got {query.shape[-1]}."
+        )
     if labels is not None and labels.shape != query.shape[:2]:
         raise ValueError(
-            f"labels must have an entry for each token of the query, {tuple(query.shape[:2])}, {IGNORED} where no loss "
-            f"counts; got {tuple(labels.shape)}."
+            f"labels must have the shape of the query, {tuple(query.shape[:2])}, with {IGNORED} for tokens without a "
+            f"loss; got {tuple(labels.shape)}."
         )
     check_length(prefix.shape[1], query, attention_mask, backbone)
     read = read_inputs(prefix, query, attention_mask, first_position(backbone))

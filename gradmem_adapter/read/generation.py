@@ -1,5 +1,5 @@
-"""READ as decoding: Transformers' `generate` behind a prefix, with what it must be passed so that it counts and decodes
-as without memory."""
+"""READ as decoding: Transformers' `generate` after a prefix, with arguments that make it count and decode as without
+memory."""
 
 from __future__ import annotations
 
@@ -35,30 +35,31 @@ from gradmem_adapter.utils.wording import counted
 _NEED_TOKENS_ALONE = (
     "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size", "token_healing",
 )  # fmt: skip
-"""With these Transformers loses `inputs_embeds`, and with them the memory, or changes the tokens they stand for."""
+"""With these options Transformers loses `inputs_embeds`, and so the memory, or changes the tokens that they stand
+for."""
 
 _NEED_ANOTHER_CACHE = (
     "past_key_values", "compile_config", "custom_generate", "position_ids", "output_attentions", "output_hidden_states",
 )  # fmt: skip
-"""With these Transformers makes or takes a cache of its own, or returns something for every place of the prefix."""
+"""With these options Transformers uses a cache of its own, or returns something for every position of the prefix."""
 
 
 def check_prompt(backbone: PreTrainedModel, input_ids: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """The prompts `[B, T]` of token ids, on the backbone's device.
+    """Check prompts, and return their token ids `[B, T]` on the backbone's device.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
         input_ids (`Tensor`): `[B, T]`.
-        options (`dict`): what Transformers' `generate` is to be given besides.
+        options (`dict`): the other arguments for Transformers' `generate`.
 
     Raises:
-        TypeError, ValueError: there is no prompt, or none of the model's tokens.
-        NotImplementedError: a way of decoding that Transformers has for prompts of tokens alone.
+        TypeError, ValueError: there is no prompt, or a token id is not in the model's vocabulary.
+        NotImplementedError: a way of decoding that Transformers supports only for prompts of token ids.
     """
     if options.get("inputs_embeds") is not None:
         raise ValueError("Pass the prompt as input_ids: inputs_embeds cannot be combined with memory.")
     if input_ids is None:
-        raise ValueError("generate(memory=...) needs a prompt: pass input_ids [batch, length].")
+        raise ValueError("generate(memory=...) needs a prompt. Pass input_ids of shape [batch, length].")
     check_tokens("input_ids", input_ids, options.get("attention_mask"), backbone)
     check_token_options(options, input_ids.shape)
     check_generation_options(options, backbone.generation_config)
@@ -73,9 +74,9 @@ def generate_with_memory(
     Args:
         backbone (`PreTrainedModel`): the causal LM.
         input_ids (`Tensor`): `[B, T]`, as `check_prompt` returns them.
-        prefix (`Tensor`): `[B, P, d]`, what stands before each prompt.
-        kept (`KeptPrefix`, *optional*): where keys and values of the prefix are kept for the next call.
-        options: what Transformers' `generate` takes.
+        prefix (`Tensor`): `[B, P, d]`, placed before each prompt.
+        kept (`KeptPrefix`, *optional*): keeps the keys and values of the prefix for the next call.
+        options: further arguments of Transformers' `generate`.
 
     Returns:
         What Transformers returns: prompts and new tokens `[B, T + new]`.
@@ -83,8 +84,8 @@ def generate_with_memory(
     default = backbone.generation_config
     if uses_checkpointing(backbone):
         raise ValueError(
-            "In training mode with gradient checkpointing the layers drop their cache, and Transformers' generate goes "
-            "on as if they had looked into it: its tokens would be wrong. Call model.eval() first."
+            "In training mode with gradient checkpointing, layers ignore the cache but Transformers' generate relies "
+            "on it, so its tokens would be wrong. Call model.eval() first."
         )
     attention_mask = options.pop("attention_mask", None)
     if attention_mask is None:
@@ -103,7 +104,7 @@ def generate_with_memory(
     inputs = {"inputs_embeds": read.inputs_embeds, "attention_mask": read.attention_mask}
     padded_left = read.layout.source is not None
     names_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-    if first or (padded_left and not names_positions):  # Transformers counts from 0, and where they are named (Whisper)
+    if first or (padded_left and not names_positions):  # Transformers counts from 0, if they are named at all
         inputs["position_ids"] = read.position_ids
     backbone = taking_embeddings(fresh(backbone), input_ids.shape[1])
     kind = own_cache(backbone, options)
@@ -128,12 +129,12 @@ def generate_with_memory(
 def taking_embeddings(backbone: PreTrainedModel, prompt_length: int) -> PreTrainedModel:
     """A backbone whose `generate` takes `inputs_embeds`.
 
-    Transformers asks whether `prepare_inputs_for_generation` names them. Some classes (Bamba, Falcon-H1, Zamba, ...)
-    hand them on without naming them: they are named on a copy of the top module, and the model stays as it is.
+    Transformers checks whether `prepare_inputs_for_generation` names them. Some classes (Bamba, Falcon-H1, Zamba, ...)
+    pass them on without naming them. For these, a copy of the top module names them; the model is not changed.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        prompt_length (`int`): T, how many token ids stand for the embeddings.
+        prompt_length (`int`): T, the number of token ids in the prompt.
     """
     signature = inspect.signature(cast(Any, backbone).prepare_inputs_for_generation)
     if "inputs_embeds" in signature.parameters:
@@ -144,13 +145,13 @@ def taking_embeddings(backbone: PreTrainedModel, prompt_length: int) -> PreTrain
     def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = prepare(*args, **kwargs)
         ids, given = inputs.get("input_ids"), kwargs.get("inputs_embeds")
-        if ids is not None and inputs.get("inputs_embeds") is not None:  # the first GPT, which has no cache
+        if ids is not None and inputs.get("inputs_embeds") is not None:  # GPT-1, which has no cache
             new = backbone.get_input_embeddings()(ids[:, prompt_length:])
             inputs |= {"input_ids": None, "inputs_embeds": torch.cat([inputs["inputs_embeds"], new], dim=1)}
         elif given is not None and kwargs.get("is_first_iteration") and inputs.get("inputs_embeds") is None:
             raise NotImplementedError(
-                f"generate(memory=...) does not work with {type(backbone).__name__}: its "
-                "prepare_inputs_for_generation drops inputs_embeds, and with them the memory."
+                f"generate(memory=...) does not work with {type(backbone).__name__}, whose "
+                "prepare_inputs_for_generation drops inputs_embeds and so the memory. Use another backbone."
             )
         return inputs
 
@@ -164,17 +165,19 @@ def taking_embeddings(backbone: PreTrainedModel, prompt_length: int) -> PreTrain
 
 
 def _padding_on_the_left(input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the right, as tokenizers do it by default, so that new tokens follow the last of each."""
+    """Move the padding of prompts to the left (many tokenizers pad on the right), so that new tokens follow the last
+    token."""
     if options.get("past_key_values") is not None:
         raise ValueError(
-            "Prompts that go on from past_key_values cannot be padded on the right: new tokens would follow the "
-            "padding. Pad them on the left, as their cache is."
+            "Prompts that continue past_key_values cannot be padded on the right: new tokens would follow the padding. "
+            "Pad them on the left, like their cache."
         )
     return move_padding_left(input_ids, attention_mask)
 
 
 def generation_option(name: str, options: dict[str, Any], default: GenerationConfig) -> Any:
-    """What `generate` uses for an option: the keyword, the configuration passed, the model's own, in this order."""
+    """The value of an option in `generate`: from the keyword, the passed configuration or the model's own, in this
+    order."""
     passed = options.get("generation_config")
     for value in (options.get(name), getattr(passed, name, None), getattr(default, name, None)):
         if value is not None:
@@ -183,7 +186,7 @@ def generation_option(name: str, options: dict[str, Any], default: GenerationCon
 
 
 def query_mask(input_ids: Tensor, options: dict[str, Any], default: GenerationConfig) -> Tensor:
-    """The mask `[B, T]` that Transformers' `generate` would infer where none is given."""
+    """The mask `[B, T]` that Transformers' `generate` would infer if none is given."""
     pad, eos = (generation_option(name, options, default) for name in ("pad_token_id", "eos_token_id"))
     eos_ids = eos if isinstance(eos, list) else [eos]
     if pad is None or pad in eos_ids or not (input_ids == pad).any():
@@ -194,7 +197,7 @@ def query_mask(input_ids: Tensor, options: dict[str, Any], default: GenerationCo
 def end_with_positions(
     backbone: PreTrainedModel, prefix_length: int, attention_mask: Tensor, options: dict[str, Any]
 ) -> None:
-    """Let `max_new_tokens` of `options` be no more than the backbone has positions left for, with a warning."""
+    """Limit `max_new_tokens` in `options` to the backbone's remaining positions, with a warning."""
     default, positions, prompt = backbone.generation_config, max_positions(backbone), attention_mask.shape[1]
     for name in ("max_new_tokens", "max_length"):
         check_kind(name, generation_option(name, options, default), SupportsIndex | float | None, "a number of tokens")
@@ -206,8 +209,8 @@ def end_with_positions(
     room = positions + 1 - prefix_length - int(attention_mask.sum(1).max())  # the last new token is not read
     if wanted > room:
         warnings.warn(
-            f"The answer ends after {counted(room, 'token')}, where {wanted:,} were asked for: the model has "
-            f"{positions:,} positions, and memory and prompt take the others.",
+            f"The answer will end after {counted(room, 'token')} instead of {wanted:,}: the model has {positions:,} "
+            "positions, and memory and prompt take the rest.",
             stacklevel=4,
         )
         options.pop("max_length", None)
@@ -215,10 +218,10 @@ def end_with_positions(
 
 
 def length_arguments(options: dict[str, Any], default: GenerationConfig, embeddings_length: int) -> dict[str, int]:
-    """`max_length` and `min_length` as they must be passed so that they count prompt and new tokens, as without memory.
+    """Values of `max_length` and `min_length` with which they count prompt and new tokens, as without memory.
 
-    Transformers subtracts the length of `inputs_embeds` from both, and compares the result with the length of
-    `input_ids` all the same.
+    Transformers subtracts the length of `inputs_embeds` from both, but then compares them with the length of
+    `input_ids`.
     """
     pairs = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
     return {
@@ -229,37 +232,37 @@ def length_arguments(options: dict[str, Any], default: GenerationConfig, embeddi
 
 
 def check_generation_options(options: dict[str, Any], default: GenerationConfig) -> None:
-    """Raise for ways of decoding with which Transformers loses `inputs_embeds`, and with them the memory.
+    """Raise for ways of decoding in which Transformers loses `inputs_embeds`, and so the memory.
 
-    Assisted decoding and chunked prefill count the cache in `input_ids`, which are shorter than what is in it by the
-    prefix; the text they give is not the model's. Continuous batching ("paged") is given `input_ids` alone.
+    Assisted decoding and chunked prefill measure the cache by `input_ids`, which lack the prefix, so their text would
+    be wrong. Continuous batching ("paged") gets only `input_ids`.
 
     Raises:
-        NotImplementedError: one of them is asked for.
-        ValueError: the cache is to be offloaded from an accelerator, and there is none.
+        NotImplementedError: one of them is requested.
+        ValueError: the cache should be offloaded from an accelerator, but there is none.
     """
     kind = generation_option("cache_implementation", options, default)
     if "offloaded" in str(kind) and not torch.accelerator.is_available():
         raise ValueError(
-            f"cache_implementation={kind!r} moves layers of the cache between an accelerator and the CPU, and there is "
-            "no accelerator here. Leave it out, or pass 'static'."
+            f"cache_implementation={kind!r} moves layers of the cache between an accelerator and the CPU, but this "
+            "machine has no accelerator. Leave it out, or pass 'static'."
         )
     asked = [name for name in _NEED_TOKENS_ALONE if generation_option(name, options, default) not in (None, False)]
     if kind == "paged":
         asked.append("cache_implementation='paged'")
     if asked:
         raise NotImplementedError(
-            f"generate(memory=...) cannot be combined with {', '.join(asked)}: Transformers supports it for prompts of "
-            "tokens alone, and memory is input embeddings. Leave it out."
+            f"generate(memory=...) cannot be combined with {', '.join(asked)}: Transformers supports this only for "
+            "prompts of token ids, but memory consists of input embeddings. Leave it out."
         )
 
 
 def own_cache(backbone: PreTrainedModel, options: dict[str, Any]) -> str | None:
-    """The kind of KV cache that is made here, "dynamic" or "static", and may start from a prefix's keys and values;
-    None: Transformers makes another one, or none."""
+    """The kind of KV cache to create here, "dynamic" or "static", which can start from a prefix's keys and values.
+    None: Transformers creates another one, or none."""
     if backbone.training or capturing() or not cast(Any, backbone)._supports_default_dynamic_cache():
         return None
-    if "past_key_values" not in inspect.signature(backbone.forward).parameters:  # the first GPT has no cache
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:  # GPT-1 has no cache
         return None
     default = backbone.generation_config
     chosen = [generation_option(name, options, default) for name in _NEED_ANOTHER_CACHE]

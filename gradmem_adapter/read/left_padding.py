@@ -1,4 +1,4 @@
-"""Backbones that count padding on the left as text: READ refuses such batches, which it would read wrongly."""
+"""Backbones that count padding on the left as text. READ refuses such batches, because it would read them wrongly."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _counting_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary(
 
 
 def check_left_padding(backbone: PreTrainedModel, padded: bool) -> None:
-    """Raise where queries are padded on the left and the backbone would read them wrongly: it has absolute positions
-    and takes no `position_ids` (BART and its kin), or reads padding into its state (RecurrentGemma, xLSTM).
+    """Raise if queries are padded on the left and the backbone would read them wrongly: it has absolute positions and
+    takes no `position_ids` (such as BART), or reads padding into its state (RecurrentGemma, xLSTM).
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM, which is tried on a few tokens the first time.
+        backbone (`PreTrainedModel`): the causal LM, which is tested on a few tokens the first time.
         padded (`bool`): whether there is padding on the left of a query.
 
     Raises:
-        NotImplementedError: it would.
+        NotImplementedError: the backbone would read them wrongly.
     """
     if not padded or capturing():
         return
@@ -34,14 +34,14 @@ def check_left_padding(backbone: PreTrainedModel, padded: bool) -> None:
     if _counting_padding[backbone]:
         raise NotImplementedError(
             f"{type(backbone).__name__} counts padding on the left as text: it takes no position_ids, or no mask. "
-            "Queries padded there would be read wrongly. generate() takes prompts of one length at a time, without "
-            "padding; forward() also takes queries that are padded on the right."
+            "Queries padded there would be read wrongly. In generate(), pass prompts of the same length, without "
+            "padding; in forward(), pad queries on the right."
         )
 
 
-@torch.compiler.disable  # a trial says how PyTorch is to compile, which nothing that is compiled may
+@torch.compiler.disable  # a trial sets PyTorch's compile stance, which compiled code must not do
 def counts_padding(backbone: PreTrainedModel) -> bool:
-    """Whether logits change with padding on the left, by two forward passes over a few tokens."""
+    """Whether padding on the left changes logits, tested with two forward passes over a few tokens."""
     padding, start = 2, 2
     with trial_of(backbone) as copied, torch.no_grad():
         backbone = fresh(copied)

@@ -1,4 +1,4 @@
-"""How likely answers are behind a prefix, which says how far memory supports them."""
+"""How likely answers are after a prefix, which shows how far memory supports them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from gradmem_adapter.ops.padding import pad
 def log_likelihood(
     backbone: PreTrainedModel, prefix: Tensor, queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> Tensor:
-    """The mean log-likelihood of each answer y of n tokens behind its prefix M and query q:
+    """The mean log-likelihood of each answer y of n tokens after its prefix M and query q:
 
         s(y)  =  (1/n) sum_t log p(y_t | [M; q; y_<t])
 
-    Of an answer of the model's own it tells what memory holds from what it does not better than the ratio to the
-    likelihood without memory does, and that of the refusal of a model trained to refuse far better (docs/lab/LOG.md).
+    For the model's own answers it separates what memory holds from what it does not hold better than the ratio to the
+    likelihood without memory. For a model trained to refuse, the likelihood of its refusal separates them far better
+    (docs/lab/LOG.md).
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        prefix (`Tensor`): `[B, P, d]`; P may be 0 where no query is empty.
+        prefix (`Tensor`): `[B, P, d]`; P may be 0 if no query is empty.
         queries, answers (`Sequence`): B rows of token ids; no answer is empty.
 
     Returns:
-        `Tensor`: `[B]`, nats a token.
+        `Tensor`: `[B]`, nats per token.
     """
     states = states_of_answers(backbone, prefix, list(zip(queries, answers, strict=True)))
     targets, mask = (tensor.to(prefix.device) for tensor in pad(answers, "right"))
@@ -49,16 +50,16 @@ def scores(
 ) -> Tensor:
     """How far memory supports answers, from 0 to 1: sigmoid(scale * z + offset).
 
-    z is an answer's mean log-likelihood s, and without calibration the score is exp(s). Of an adapter that was trained
-    to refuse, s is that of its refusal of n tokens, z the log-odds of any other answer, and without calibration the
-    score is the probability of one:
+    z is an answer's mean log-likelihood s, and without calibration the score is exp(s). For an adapter that was trained
+    to refuse, s is the mean log-likelihood of its refusal of n tokens, z is the log-odds of any other answer, and
+    without calibration the score is the probability of any other answer:
 
         p  =  exp(n s)        z  =  log (1 - p) / p
 
     Args:
         log_likelihoods (`Tensor`): `[B]`, as `log_likelihood` returns them.
         calibration (`tuple[float, float]`, *optional*): scale and offset, `GradMemConfig.score_calibration`.
-        refusal_tokens (`int`, *optional*): n; None: the likelihoods are those of the answers.
+        refusal_tokens (`int`, *optional*): n. None: the likelihoods are those of the answers.
 
     Returns:
         `Tensor`: `[B]`.

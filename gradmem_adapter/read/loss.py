@@ -1,4 +1,4 @@
-"""The outer loss: that of the targets, read from memory, and what the write loss adds to it."""
+"""The outer loss: the loss of the targets read from memory, plus the weighted write loss."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gradmem_adapter.utils.capture import capturing
 
 
 def outer_loss(target_loss: Tensor, write_losses: Tensor | None, reconstruction_weight: float) -> Tensor:
-    """What meta-training minimises, with the mean over the C contexts of the last write loss:
+    """The loss that meta-training minimises, with the mean of the last write loss over the C contexts:
 
         L_out = -log p(target | [M_K; query]) + reconstruction_weight * mean L_w(M_{K-1}; C)
 
     Args:
         target_loss (`Tensor`): a scalar, the first term.
         write_losses (`Tensor`, *optional*): `[C, K]`, the write losses before each step. `None`: nothing was written.
-        reconstruction_weight (`float`): the configuration's.
+        reconstruction_weight (`float`): the configured weight.
     """
     if write_losses is None or not write_losses.shape[1] or not reconstruction_weight:
         return target_loss
@@ -34,16 +34,17 @@ def outer_loss(target_loss: Tensor, write_losses: Tensor | None, reconstruction_
 def loss_of_logits(
     backbone: PreTrainedModel, output: ModelOutput, labels: Tensor, count: Tensor | int | None = None
 ) -> Tensor:
-    """The mean cross entropy of tokens with a label, each predicted from the place before it.
+    """The mean cross entropy of tokens with a label, each predicted from the position before it.
 
-    Computed here, because backbones disagree: some shift labels and some do not. What a router adds to the loss
-    (`config.router_aux_loss_coef`) is added as the backbone would.
+    Computed here because some backbones shift labels and some do not. The auxiliary loss of a router
+    (`config.router_aux_loss_coef`) is added as the backbone would add it.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        output (`ModelOutput`): what it returned, with logits `[B, T, V]`.
-        labels (`Tensor`): `[B, T]`, `IGNORED` where no loss counts.
-        count (`Tensor` or `int`, *optional*): how many tokens the sum is divided by. `None`: those with a label.
+        output (`ModelOutput`): its output, with logits `[B, T, V]`.
+        labels (`Tensor`): `[B, T]`, `IGNORED` for tokens without a loss.
+        count (`Tensor` or `int`, *optional*): the number of tokens to divide the sum by. `None`: the tokens with a
+            label.
     """
     loss = shifted_cross_entropy(output["logits"], labels, count)
     routing = output.get("aux_loss")
@@ -59,34 +60,35 @@ def forward_at_targets(
     count: Tensor | int | None = None,
     **inputs: Any,
 ) -> GradMemOutput:
-    """The backbone's forward with the output head applied where a label counts and nowhere else.
+    """The backbone's forward pass, with the output head applied only where a label counts.
 
-    Of a query and its target most positions have no label: the head sees only those that have one.
+    Most positions of a query and its target have no label, so most of the head's work is saved.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
-        labels (`Tensor`, *optional*): `[B, T]`, -100 where no loss counts.
-        max_targets (`int`): of a row at most so many labels count.
-        count (`Tensor` or `int`, *optional*): how many tokens the sum is divided by. `None`: those with a label.
-        inputs: what the inner model takes, `inputs_embeds` `[B, T, d]` among it.
+        labels (`Tensor`, *optional*): `[B, T]`, -100 for tokens without a loss.
+        max_targets (`int`): the most labels that count in a row.
+        count (`Tensor` or `int`, *optional*): the number of tokens to divide the sum by. `None`: the tokens with a
+            label.
+        inputs: arguments of the inner model, including `inputs_embeds` `[B, T, d]`.
 
     Returns:
         `GradMemOutput` with `loss`, `correct` and `target_states`, and without logits.
 
     Raises:
-        ValueError: there are no labels, or more than `max_targets` in a row, or a router's loss is asked for.
+        ValueError: there are no labels, a row has more than `max_targets`, or a router's loss is requested.
     """
     if labels is None:
-        raise ValueError("max_targets needs labels.")
+        raise ValueError("max_targets needs labels. Pass labels, or leave max_targets out.")
     config = backbone.config.get_text_config()
     if inputs.get("output_router_logits", getattr(config, "output_router_logits", False)):
         raise ValueError(
-            "With max_targets the loss of the router is not computed, and output_router_logits asks for it: leave "
-            "max_targets out (what RowBatches makes has it), or set output_router_logits to False in the backbone's "
-            "configuration."
+            "max_targets cannot be combined with output_router_logits, because the router's loss is then not computed. "
+            "Leave max_targets out (batches from RowBatches have it), or set output_router_logits=False in the "
+            "backbone's configuration."
         )
     if not capturing() and (found := int((labels != IGNORED).sum(1).max())) > max_targets:
-        raise ValueError(f"max_targets is {max_targets}, and a query has {found} labels that count.")
+        raise ValueError(f"A query has {found} labels that count, but max_targets is {max_targets}. Raise max_targets.")
     output = trunk(fresh(backbone))(**inputs)
     states, targets, mask = before_targets(output.last_hidden_state, labels, max_targets)
     vocabulary = backbone.get_output_embeddings().weight.shape[0]
@@ -110,11 +112,11 @@ def before_targets(hidden: Tensor, labels: Tensor, max_targets: int) -> tuple[Te
 
     Args:
         hidden (`Tensor`): `[B, T, h]`, the last hidden states; the one before a token predicts it.
-        labels (`Tensor`): `[B, T]`, `IGNORED` where no loss counts.
-        max_targets (`int`): n; of a row, at most so many labels count.
+        labels (`Tensor`): `[B, T]`, `IGNORED` for tokens without a loss.
+        max_targets (`int`): n, the most labels that count in a row.
 
     Returns:
-        States `[B, n, h]`, the tokens `[B, n]` that they predict, and booleans `[B, n]`: which of these count.
+        States `[B, n, h]`, the tokens `[B, n]` that they predict, and booleans `[B, n]`: which of these tokens count.
     """
     counts = labels != IGNORED
     places = counts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :max_targets]

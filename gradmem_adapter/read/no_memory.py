@@ -1,4 +1,4 @@
-"""Answers without memory: the backbone's own, as if the adapter were not there."""
+"""Answers without memory: those of the backbone alone, as if it had no adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def generate_without_memory(
     backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, strict: bool = True,
     context_index: Tensor | None = None, **options: Any,
 ) -> Any:  # fmt: skip
-    """Transformers' `generate` of a backbone alone. Other threads see no change of the model.
+    """Transformers' `generate` with the backbone alone. Other threads see no change of the model.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -25,18 +25,19 @@ def generate_without_memory(
         attention_mask (`Tensor`): `[B, T]`, padding on the left.
         strict (`bool`, *optional*, defaults to `True`): refuse a cache that was made with a memory.
         context_index (`Tensor`, *optional*): None, as there is no memory.
-        options: what else Transformers' `generate` takes.
+        options: further arguments of Transformers' `generate`.
 
     Raises:
-        ValueError: there is no prompt, one has no token, or a `context_index` or a cache is of a memory.
+        ValueError: there is no prompt, a prompt has no token, a `context_index` is given, or a cache was made with a
+            memory.
         NotImplementedError: the backbone would read padding as text.
     """
     if context_index is not None:
-        raise ValueError("context_index needs a memory.")
+        raise ValueError("context_index needs a memory. Pass memory=..., or leave context_index out.")
     check_queries(len(input_ids))
     if empty := (~attention_mask.any(1)).nonzero().flatten().tolist():
         raise ValueError(
-            f"Prompt {', '.join(map(str, empty))} has no token, and without memory nothing stands before its answer. "
+            f"Prompt {', '.join(map(str, empty))} has no tokens, and without memory there is nothing to answer from. "
             "Leave it out, or pass a memory."
         )
     tie_caches(options, None, strict)

@@ -16,13 +16,13 @@ from gradmem_adapter.utils.wording import counted
 
 
 def check_queries(queries: int) -> None:
-    """Raise `ValueError` where there is no query to read, which no backbone's layers take.
+    """Raise `ValueError` for an empty batch of queries, which the layers of backbones cannot process.
 
     Args:
-        queries (`int`): how many there are.
+        queries (`int`): the number of queries.
     """
     if not capturing() and not queries:
-        raise ValueError("There is no query to read: the batch of prompts is empty. Pass one at least.")
+        raise ValueError("There is no query to read: the batch of prompts is empty. Pass at least one prompt.")
 
 
 def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | None) -> Tensor:
@@ -32,24 +32,24 @@ def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | Non
         vectors (`Tensor`): `[S, m, d]`, the memory of S states.
         queries (`int`): B, how many queries there are.
         context_index (`Tensor`, *optional*): integers `[B]`, the state of each query, or `[B, k]`, the k states that it
-            reads side by side. Defaults to one state for all queries, or to one each in the same order.
+            reads side by side. Defaults to one state for all queries, or to one state per query in the same order.
 
     Returns:
-        `Tensor`: `[B, m, d]`, or `[B, k m, d]` of states side by side.
+        `Tensor`: `[B, m, d]`, or `[B, k m, d]` for states side by side.
 
     Raises:
-        ValueError: there is no query, an index fits no state, or the numbers of states and queries do not fit together.
+        ValueError: there is no query, an index is out of range, or the numbers of states and queries do not match.
     """
     check_queries(queries)
     if context_index is not None:
         index = as_long(as_indices("context_index", context_index, "a tensor of integers", vectors.device))
         if index.shape[:1] != (queries,) or index.dim() > 2 or 0 in index.shape or index.dtype != torch.long:
             raise ValueError(
-                f"context_index must hold one integer per query ({queries}), or a row of them, got shape "
+                f"context_index must have one integer, or one row of integers, for each query ({queries}), got shape "
                 f"{tuple(index.shape)} of {index.dtype}."
             )
         if not capturing() and (index.min() < 0 or index.max() >= len(vectors)):
-            raise ValueError(f"context_index must lie in 0 to {len(vectors) - 1}, got {index.tolist()}.")
+            raise ValueError(f"context_index must be between 0 and {len(vectors) - 1}, got {index.tolist()}.")
         return vectors[index] if index.dim() == 1 else vectors[index].flatten(1, 2)
     if len(vectors) == queries:
         return vectors
@@ -57,14 +57,15 @@ def memory_of_queries(vectors: Tensor, queries: int, context_index: Tensor | Non
         return vectors.expand(queries, -1, -1)
     raise ValueError(
         f"Got {counted(queries, 'query')} for {counted(len(vectors), 'memory state')}: pass one state for all, one for "
-        "each query, or context_index with the state of each. One question about several states is answered by the "
-        "one that holds an answer most likely (GradMemPipeline.surest_answer), or read with all of them side by side "
-        "(MemoryState.concat)."
+        "each query, or context_index with the state of each. To ask one question about several states, use "
+        "GradMemPipeline.surest_answer, which answers from the state that most likely holds the answer, or "
+        "MemoryState.concat, which reads all states side by side."
     )
 
 
 class Layout(NamedTuple):
-    """Where prefix and query tokens go: `[padding; prefix; query]`, the prefix right before the first query token.
+    """The order of prefix and query tokens: `[padding; prefix; query]`, with the prefix right before the first query
+    token.
 
     Padding in between would push the memory out of sliding attention windows and, in models without position ids,
     away from the query.
@@ -72,9 +73,9 @@ class Layout(NamedTuple):
     Args:
         prefix_length (`int`): P, the length of the prefix.
         length (`int`): T, the query's length.
-        source (`Tensor`, *optional*): `[B, P+T]`, for each place the index into `[prefix; query]` that fills it.
-            `None`: no query is padded on the left. Either way a query token that is no padding stands P places behind
-            its own.
+        source (`Tensor`, *optional*): `[B, P+T]`, for each position, the index into `[prefix; query]` of its token.
+            `None`: no query is padded on the left. Either way, a query token that is not padding moves right by P
+            positions.
     """
 
     prefix_length: int
@@ -100,35 +101,37 @@ class Layout(NamedTuple):
         return cls(prefix_length, length, source)
 
     def join(self, prefix: Tensor, query: Tensor) -> Tensor:
-        """`[B, P, ...]` and `[B, T, ...]` to `[B, P+T, ...]`, in the query's type and on its device."""
+        """`[B, P, ...]` and `[B, T, ...]` to `[B, P+T, ...]`, in the query's dtype and on its device."""
         joined = torch.cat([prefix.to(query), query], dim=1)
         if self.source is None:
             return joined
         return joined.gather(1, self.source.view(*self.source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
 
     def split(self, joined: Tensor, new: int = 0, dims: Sequence[int] = (-2,)) -> Tensor:
-        """What the backbone gave for each place, without the prefix.
+        """The backbone's output for each position, without the prefix.
 
-        Where a query is padded, what stands there is of no token, here as without a prefix.
+        At padded positions the output belongs to no token, as without a prefix.
 
         Args:
-            joined (`Tensor`): `[..., P+T, n]`; of other lengths it is given back whole: the prefix is in a cache then.
-            new (`int`, *optional*, defaults to 0): how many tokens follow the query, in decoding without a cache.
-            dims (`Sequence[int]`, *optional*): where places are counted, the first of these that is as long.
+            joined (`Tensor`): `[..., P+T, n]`; with any other length it is returned whole, because the prefix is then
+                in a cache.
+            new (`int`, *optional*, defaults to 0): how many new tokens follow the query, when decoding without a cache.
+            dims (`Sequence[int]`, *optional*): the candidates for the position dimension; the first one with the right
+                length is used.
         """
         length = self.length + new
         dim = next((dim for dim in dims if joined.shape[dim] == self.prefix_length + length), None)
         return joined if dim is None else joined.narrow(dim, self.prefix_length, length)
 
     def split_outputs(self, output: Mapping[str, Any], new: int = 0) -> dict[str, Any]:
-        """The query's part of what layers gave: hidden states, attention weights and the logits of routers.
+        """The query's part of the layers' outputs: hidden states, attention weights and router logits.
 
         Args:
-            output (`Mapping`): of the backbone, with a tuple of each; layers without one of them give `None`.
+            output (`Mapping`): the backbone's output, with a tuple for each; layers without one of them have `None`.
             new (`int`, *optional*, defaults to 0): as for `split`.
         """
         length = self.prefix_length + self.length + new
-        # Most hidden states are [B, P+T, h]; of several streams [streams, B, P+T, h], or [B, P+T, streams, h].
+        # Most hidden states are [B, P+T, h]; with several streams [streams, B, P+T, h] or [B, P+T, streams, h].
         split: dict[str, Callable[[Tensor], Tensor]] = {
             "hidden_states": lambda part: self.split(part, new, (-2, 1)),
             "attentions": lambda part: self.split(part, new),
@@ -141,10 +144,10 @@ class Layout(NamedTuple):
         }
 
     def places(self, logits_to_keep: int | Tensor) -> Tensor:
-        """What Transformers is to be told of `[prefix; query]` as `logits_to_keep`, where this says it of the query.
+        """Convert `logits_to_keep` of the query to the one of `[prefix; query]`.
 
         Args:
-            logits_to_keep (`int` or `Tensor`): the last so many places of the query, indices, or a mask `[B, T]`.
+            logits_to_keep (`int` or `Tensor`): a number of last positions of the query, indices, or a mask `[B, T]`.
         """
         if isinstance(logits_to_keep, Tensor) and logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
             return F.pad(logits_to_keep, (self.prefix_length, 0))
@@ -155,13 +158,13 @@ class Layout(NamedTuple):
 
 
 class ReadInputs(NamedTuple):
-    """What the backbone is given for `[prefix; query]`.
+    """The backbone's inputs for `[prefix; query]`.
 
     Args:
-        layout (`Layout`): where prefix and query stand.
+        layout (`Layout`): the order of prefix and query.
         inputs_embeds (`Tensor`): `[B, P+T, d]`.
-        attention_mask (`Tensor`, *optional*): `[B, P+T]`. `None`: every place counts.
-        first_position (`int`, *optional*, defaults to 0): of the first place that is not padding.
+        attention_mask (`Tensor`, *optional*): `[B, P+T]`. `None`: every position counts.
+        first_position (`int`, *optional*, defaults to 0): the position id of the first token that is not padding.
     """
 
     layout: Layout
@@ -171,7 +174,7 @@ class ReadInputs(NamedTuple):
 
     @property
     def position_ids(self) -> Tensor | None:
-        """`[B, P+T]`, counted from the first place that is not padding. `None`: as the backbone counts itself."""
+        """`[B, P+T]`, counted from the first token that is not padding. `None`: the backbone counts by itself."""
         if self.attention_mask is None:
             return None
         return (self.attention_mask.long().cumsum(1) - 1).clamp(min=0) + self.first_position
@@ -187,12 +190,12 @@ def read_inputs(
         query_embeddings (`Tensor`): `[B, T, d]`.
         attention_mask (`Tensor`, *optional*): `[B, T]`, 1 where a query token counts, padding on either side. Defaults
             to no padding.
-        first_position (`int`, *optional*, defaults to 0): where the backbone counts positions from.
+        first_position (`int`, *optional*, defaults to 0): the backbone's first position id.
     """
     if attention_mask is None:
         layout = Layout(prefix.shape[1], query_embeddings.shape[1])
         return ReadInputs(layout, layout.join(prefix, query_embeddings), None, first_position)
-    # A pad token may embed to zeros, where norms have no derivative (Gemma 3n): a vector of the prefix takes its place.
+    # A pad token's embedding may be zeros, where norms have no derivative (Gemma 3n), so a prefix vector replaces it.
     counts = attention_mask[..., None].bool()
     query_embeddings = torch.where(counts, query_embeddings, prefix[:, :1].detach().to(query_embeddings))
     layout = Layout.of(attention_mask, prefix.shape[1])

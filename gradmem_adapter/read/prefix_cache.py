@@ -1,4 +1,4 @@
-"""Keys and values of prefixes that were read before, so that another query on the same state does not compute them."""
+"""Keys and values of prefixes that were read before, so that another query on the same state need not compute them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Prefix = tuple[tuple[Tensor, Tensor], ...]
 
 
 def prefix_key(backbone: PreTrainedModel, seen: Fingerprinted) -> Hashable:
-    """What the keys and values of a prefix depend on besides the memory: weights, where they are, and autocast.
+    """What the keys and values of a prefix depend on besides the memory: weights, their devices, and autocast.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM with its adapters.
-        seen (`Fingerprinted`): as it is now.
+        seen (`Fingerprinted`): the model as it is now.
     """
     device = device_of(backbone).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -34,16 +34,17 @@ def prefix_key(backbone: PreTrainedModel, seen: Fingerprinted) -> Hashable:
 
 
 class ReadCache(DynamicCache):
-    """The KV cache of one `generate` on `[prefix; query]`: starts with the prefix, or copies it as it is computed."""
+    """The KV cache of one `generate` on `[prefix; query]`: starts with the prefix, or copies the prefix when it is
+    computed."""
 
     def __init__(self, model: PreTrainedModel, prefix: Prefix | None, states: int, length: int, max_bytes: int) -> None:
-        """Start with `prefix`, or with nothing and a copy of its positions to be made.
+        """Start with `prefix`, or start empty and copy the prefix when it is computed.
 
         Args:
-            model (`PreTrainedModel`): whose layers the cache is for.
+            model (`PreTrainedModel`): the model that the cache is for.
             prefix (`Prefix`, *optional*): the keys and values to start with.
-            states (`int`): B, how many memory states the rows of the first pass share, in order and evenly.
-            length (`int`): P, the positions of the prefix.
+            states (`int`): B, the number of memory states; the rows of the first pass share them evenly and in order.
+            length (`int`): P, the length of the prefix.
             max_bytes (`int`): a larger prefix is not copied.
         """
         super().__init__(config=model.config)
@@ -65,7 +66,7 @@ class ReadCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _start_with(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
-        """What `update` does, where that is possible without a copy: nothing is ever written into keys and values."""
+        """Like `update`, but without a copy if possible: keys and values are never modified in place."""
         layer = cast(DynamicLayer, self.layers[layer_idx])
         if type(layer) is DynamicLayer:
             layer.lazy_initialization(keys, values)
@@ -76,12 +77,12 @@ class ReadCache(DynamicCache):
     def _copy(self, keys: Tensor, values: Tensor, layer: int) -> None:
         every = len(keys) // self._states  # prompts, beams and samples of a state have the same prefix
         keys, values = keys[::every, :, : self._length], values[::every, :, : self._length]
-        nbytes = (keys.numel() + values.numel()) * keys.element_size()  # compiled layers know no `nbytes`
+        nbytes = (keys.numel() + values.numel()) * keys.element_size()  # `nbytes` is not available in compiled layers
         if len(self.layers) * nbytes <= self._max_bytes:
             self._copied[layer] = keys.clone(), values.clone()
 
     def take_prefix(self) -> Prefix | None:
-        """What was copied, once; None: it is incomplete, too large, or was there from the start."""
+        """The copied prefix, only once. None: it is incomplete or too large, or the cache started with it."""
         copied, self._copied = self._copied, {}
         return tuple(copied[i] for i in range(len(copied))) if len(copied) == len(self.layers) else None
 
@@ -89,7 +90,7 @@ class ReadCache(DynamicCache):
 class _Entry(NamedTuple):
     state: weakref.ref[MemoryState]
     vectors: Tensor
-    """As they were: a tensor can be changed in place."""
+    """A copy, because tensors can be changed in place."""
     key: Hashable
     prefix: Prefix
 
@@ -99,22 +100,22 @@ class _Entry(NamedTuple):
 
 
 class PrefixCache:
-    """The prefixes of the memory states that were read last, at most `max_bytes` together.
+    """The prefixes of the memory states that were read most recently, at most `max_bytes` in total.
 
-    An entry goes with its state: it is found by the object, not by equal vectors, and freed with it. May be used from
-    several threads. Copies (`copy`, `pickle`) are empty.
+    An entry belongs to one state object, not to equal vectors, and is freed with it. Safe to use from several threads.
+    Copies (`copy`, `pickle`) are empty.
     """
 
     def __init__(self, max_bytes: int = 64 * 2**20) -> None:
         """Args: max_bytes (`int`, *optional*, defaults to 64 MiB): see the property."""
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        # Reentrant: a state may be collected, and its entry with it, while this thread is inside.
+        # Reentrant: the garbage collector may free a state and its entry while this thread holds the lock.
         self._lock = threading.RLock()
         self._max_bytes = max_bytes
 
     @property
     def max_bytes(self) -> int:
-        """The bound on what is kept, in bytes on the model's device; 0: nothing is kept, nothing is reused."""
+        """The most bytes to keep on the model's device; 0 turns the cache off."""
         return self._max_bytes
 
     @max_bytes.setter
@@ -124,7 +125,7 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept now."""
+        """The bytes that are kept now."""
         return sum(entry.nbytes for entry in list(self._entries.values()))
 
     def __len__(self) -> int:
@@ -135,7 +136,7 @@ class PrefixCache:
         return PrefixCache, (self.max_bytes,)
 
     def get(self, state: MemoryState, key: Hashable) -> Prefix | None:
-        """The prefix of a state as it is now, if it was computed under the same `key`."""
+        """The prefix of a state, if the state is unchanged and the prefix was computed under the same `key`."""
         with self._lock:
             entry = self._entries.get(id(state))
             if entry is None or entry.state() is not state:
@@ -144,7 +145,7 @@ class PrefixCache:
         return entry.prefix if entry.key == key and torch.equal(entry.vectors, state.vectors) else None
 
     def put(self, state: MemoryState, key: Hashable, prefix: Prefix) -> None:
-        """Keep a state's prefix, whose tensors nobody may change from now on."""
+        """Keep a state's prefix. Its tensors must not be changed afterwards."""
         number, owner = id(state), weakref.ref(self)
 
         def forget(reference: weakref.ref[MemoryState]) -> None:
@@ -166,7 +167,7 @@ class PrefixCache:
     def _forget(self, number: int, reference: weakref.ref[MemoryState]) -> None:
         with self._lock:
             entry = self._entries.get(number)
-            if entry is not None and entry.state is reference:  # a new state may have the number by now
+            if entry is not None and entry.state is reference:  # the id may belong to a new state by now
                 self._entries.pop(number, None)
 
     def _shrink(self) -> None:
@@ -176,13 +177,13 @@ class PrefixCache:
 
 
 class KeptPrefix(NamedTuple):
-    """The place in a `PrefixCache` for the prefix of a state.
+    """The entry of one state in a `PrefixCache`.
 
     Args:
-        cache (`PrefixCache`): where prefixes are kept.
-        state (`MemoryState`): whose prefix it is, with one state for all rows or one each.
-        key (`Hashable`): what its keys and values depend on besides, see `prefix_key`.
-        check (`Callable`, *optional*): raises if what was computed may not be kept.
+        cache (`PrefixCache`): the cache.
+        state (`MemoryState`): the state of the prefix, one for all rows or one per row.
+        key (`Hashable`): see `prefix_key`.
+        check (`Callable`, *optional*): raises if the computed prefix must not be kept.
     """
 
     cache: PrefixCache
@@ -191,23 +192,24 @@ class KeptPrefix(NamedTuple):
     check: Callable[[], None] = lambda: None
 
     def start(self, backbone: PreTrainedModel, length: int) -> ReadCache:
-        """The KV cache for one `generate` behind the prefix of `length` (P) positions: with it, or ready to copy it."""
+        """The KV cache for one `generate` after a prefix of `length` (P) positions: starts with the prefix, or copies
+        it."""
         return ReadCache(backbone, self.cache.get(self.state, self.key), len(self.state), length, self.cache.max_bytes)
 
     def keep(self, cache: ReadCache) -> None:
-        """Keep what was computed."""
+        """Keep the prefix that a KV cache has copied."""
         self.check()
         if (computed := cache.take_prefix()) is not None:
             self.cache.put(self.state, self.key, computed)
 
     def fill(self, cache: StaticCache, rows: int) -> None:
-        """Let a static cache of so many rows start with the prefix, if that is kept."""
+        """Start a static cache of `rows` rows with the prefix, if it is kept."""
         for i, (keys, values) in enumerate(self.cache.get(self.state, self.key) or ()):
             each = rows // len(keys)
             cache.update(keys.repeat_interleave(each, dim=0), values.repeat_interleave(each, dim=0), i)
 
     def keep_first(self, cache: StaticCache, length: int) -> None:
-        """Keep the prefix of `length` (P) positions that a static cache starts with, unless it is kept already."""
+        """Keep the prefix of `length` (P) positions at the start of a static cache, unless it is already kept."""
         self.check()
         layers = [cast(StaticLayer, layer) for layer in cache.layers]  # see can_capture
         if not all(layer.is_initialized for layer in layers) or self.cache.get(self.state, self.key) is not None:

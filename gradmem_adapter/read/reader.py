@@ -1,4 +1,4 @@
-"""READ as a protocol: who answers from `[memory; query]`."""
+"""READ as a protocol: the model or engine that answers from `[memory; query]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradmem_adapter.state import MemoryState
 
 
 class Reader(Protocol):
-    """What answers from `[memory; query]`: the model itself, with Transformers, or an engine that serves it."""
+    """Answers from `[memory; query]`: the model itself, with Transformers, or an engine that serves it."""
 
     def generate(self, *, input_ids: Tensor, attention_mask: Tensor, memory: MemoryState, **options: Any) -> Any:
         """Answer prompts from memory.

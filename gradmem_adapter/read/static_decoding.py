@@ -1,4 +1,5 @@
-"""Decoding into a static cache: all its steps have the same shapes, so that a GPU can be given a whole one at once."""
+"""Decoding into a static cache: all steps have the same shapes, so a whole step can be launched at once as a CUDA
+graph."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from gradmem_adapter.utils.graphs import one_capture
 
 def can_capture(backbone: PreTrainedModel) -> bool:
     """Whether every decoding step into a static cache runs the same kernels at the same addresses: nothing in it
-    depends on a value or is counted by Python, as sliding windows are.
+    depends on tensor values or on counters in Python, as sliding windows do.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -37,15 +38,15 @@ def generate_statically(
 ) -> Any:
     """Transformers' `generate` with `cache_implementation="static"` on a model that `can_capture`.
 
-    Where Transformers would compile the model, which takes a minute for each batch size and works in one thread alone,
-    a decoding step is captured as a CUDA graph.
+    Transformers would compile the model, which takes a minute per batch size and works in only one thread. Here a
+    decoding step is captured as a CUDA graph instead.
 
     Args:
-        backbone (`PreTrainedModel`): the causal LM, which stays as it is.
+        backbone (`PreTrainedModel`): the causal LM; not changed.
         input_ids (`Tensor`): `[B, T]`.
-        length (`int`): P, the positions of the prefix.
-        kept (`KeptPrefix`, *optional*): where keys and values of the prefix are kept.
-        options: what `generate` takes.
+        length (`int`): P, the length of the prefix.
+        kept (`KeptPrefix`, *optional*): keeps the keys and values of the prefix.
+        options: arguments of `generate`.
     """
     copied, caches = shallow_copy(backbone), list[StaticCache]()
 
@@ -70,18 +71,18 @@ def generate_statically(
 
 
 _over: defaultdict[torch.device, list[tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]]] = defaultdict(list)
-"""By device the graphs that are over, with their streams: the next one takes the memory of one of them. So no more is
-held than was needed by those at work at the same time."""
+"""Finished graphs with their streams, by device. A new graph reuses the memory of a finished one, so the total is
+bounded by the largest number of graphs in use at the same time."""
 
 
 class CapturedSteps:
-    """The decoding steps of one `generate`. The first runs as it is and sets up what its kernels need, the second is
-    captured, and it and all that follow are launched at once.
+    """The decoding steps of one `generate`. The first step runs normally and initialises its kernels. The second is
+    captured; it and all later ones are launched as a graph.
 
-    Their output is written anew by the next step.
+    The next step overwrites the output of a step.
 
     Args:
-        forward (`Callable`): a step, of tensors and of what stays the same.
+        forward (`Callable`): a step; arguments that are not tensors must not change.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -107,7 +108,7 @@ class CapturedSteps:
             except RuntimeError as error:
                 self._failed = True
                 warnings.warn(
-                    f"Decoding goes on step by step: a step could not be captured as a CUDA graph ({error}).",
+                    f"Decoding continues without a CUDA graph, because a step could not be captured ({error}).",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -131,7 +132,7 @@ class CapturedSteps:
         except IndexError:
             stream, pool = torch.cuda.Stream(device), None
         with one_capture, torch.cuda.device(device), torch.cuda.stream(stream):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may continue
             try:
                 output = self.forward(**inputs)
             finally:
@@ -139,14 +140,14 @@ class CapturedSteps:
         self._inputs, self._output, self._stream, self._graph = own, output, stream, graph
 
     def end(self) -> None:
-        """There are no more steps of this kind: their memory is free for others."""
+        """No more steps will follow, so their memory can be reused."""
         if self._stream is not None and self._graph is not None:
             _over[self._stream.device].append((self._stream, self._graph))
         self._inputs, self._output, self._stream, self._graph = [], None, None, None
 
 
 def _each(inputs: dict[str, Any], function: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """Arguments with a function applied to the tensors among them, and to those in dicts (masks by kind of layer)."""
+    """Apply a function to the tensors in arguments, also to those in dicts (masks by kind of layer)."""
     return {
         name: function(value) if isinstance(value, Tensor) else _each(value, function) if type(value) is dict else value
         for name, value in inputs.items()

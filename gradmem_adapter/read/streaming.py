@@ -1,4 +1,4 @@
-"""READ piece by piece: an answer's text while it is generated in another thread."""
+"""Streaming READ: yields an answer's text while another thread generates it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def stream_text(
     An error in `generate` is raised here; closing the iterator stops the generation.
 
     Args:
-        generate (`Callable`): Transformers' `generate`, or what takes the same options.
-        tokenizer (`PreTrainedTokenizerBase`): what decodes the tokens.
-        args, options: what `generate` is given.
+        generate (`Callable`): Transformers' `generate`, or a function with the same options.
+        tokenizer (`PreTrainedTokenizerBase`): decodes the tokens.
+        args, options: arguments of `generate`.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancelled = threading.Event()
@@ -33,7 +33,7 @@ def stream_text(
             generate(*args, streamer=streamer, stopping_criteria=criteria, **options)
         except BaseException as error:
             errors.append(error)
-            streamer.on_finalized_text("", stream_end=True)  # end() would decode, which may be what failed
+            streamer.on_finalized_text("", stream_end=True)  # not end(), which would decode; decoding may have failed
 
     thread = threading.Thread(target=run, name="gradmem-stream", daemon=True)
     thread.start()

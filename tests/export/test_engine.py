@@ -181,7 +181,7 @@ def test_what_nobody_says_is_as_transformers_has_it(reader, states, monkeypatch,
 
 
 def test_answers_end_with_the_models_positions(reader, states):
-    with pytest.warns(UserWarning, match="The answer ends after"):
+    with pytest.warns(UserWarning, match="The answer will end after"):
         output = reader.generate(tokens(1, 80), memory=states[0], max_new_tokens=50, do_sample=False, eos_token_id=None)
     assert output.shape[1] == 96 + 1 - reader.model.prefix_length
 
@@ -206,7 +206,7 @@ class TestRefused:
                 reader.generate(ids, memory=broken, **GREEDY)
         with pytest.raises(ValueError, match="3 queries for 2 memory states"):
             reader.generate(ids, memory=states[:2], **GREEDY)
-        with pytest.raises(ValueError, match="must lie in 0 to 2"):
+        with pytest.raises(ValueError, match="must be between 0 and 2"):
             reader.generate(ids, memory=states, context_index=torch.tensor([0, -1, 2]), **GREEDY)
         with pytest.raises(TypeError, match="MemoryState"):
             reader.generate(ids, memory=states.vectors, **GREEDY)

@@ -24,7 +24,7 @@ def longer(first):
 
 
 def refused(how):
-    return pytest.raises(ValueError, match=f"was read {how}, and the answer would come from that")
+    return pytest.raises(ValueError, match=f"was filled {how}, and the answer would come from that")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

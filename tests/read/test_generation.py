@@ -222,7 +222,7 @@ def test_an_answer_ends_with_the_positions(architecture, length):
     model = make(architecture)
     state, prompt = model.write(tokens(1, 6)), tokens(1, 40)
     room = 96 + 1 - 40 - model.prefix_length
-    with pytest.warns(UserWarning, match=f"ends after {room} tokens, where 1.0 were asked for: the model has 96"):
+    with pytest.warns(UserWarning, match=f"end after {room} tokens instead of 1.0: the model has 96"):
         output = model.generate(prompt, memory=state, do_sample=False, eos_token_id=None, **length)
     assert output.shape[1] == 40 + room
     assert (

@@ -215,7 +215,7 @@ TWO = [[3, 4], [5]]
         (TWO, [[6]], ValueError, "got 2 queries and 1 answer"),
         ([], [], ValueError, "There is no query to read"),
         (TWO, [[6], []], ValueError, "Answer 1 is empty"),
-        (TWO, [[6], [1000]], ValueError, "queries and answers .* token ids from 3 to 1000, but the model knows 0 to 60"),
+        (TWO, [[6], [1000]], ValueError, "answers .* ids from 3 to 1000, but the model knows 0 to 60"),
         ([[3, -1], [5]], TWO, ValueError, "token ids from -1 to 5"),
         ([[3], ["w"]], TWO, TypeError, "Query 1 with its answer must be token ids"),
         ([[3], [0.5]], TWO, TypeError, "integer token ids"),

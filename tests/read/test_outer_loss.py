@@ -47,7 +47,7 @@ def test_rows_are_correct_if_every_target_is_the_first_choice():
 def test_targets_that_would_be_left_out_are_refused():
     model = make()
     state, query = model.write(tokens(1, 9)), tokens(2, 4)
-    with pytest.raises(ValueError, match="max_targets is 3, and a query has 4 labels"):
+    with pytest.raises(ValueError, match="A query has 4 labels that count, but max_targets is 3"):
         model(input_ids=query, labels=query, memory=state, max_targets=3)
     with pytest.raises(ValueError, match="needs labels"):
         model(input_ids=query, memory=state, max_targets=3)

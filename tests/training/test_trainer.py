@@ -397,11 +397,17 @@ class TestCheckpoints:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"num_memory_tokens": 3}, r"gradmem_memory.*has shape \(2, 32\) there and \(3, 32\) here"),
+            (
+                {"num_memory_tokens": 3},
+                r"gradmem_memory.*has shape \(2, 32\) in the checkpoint and \(3, 32\) in the model",
+            ),
             ({"write_head": True}, r"gradmem_write_head.*is missing"),
-            ({"lora_config": LORA | {"r": 3}}, r"lora_A.*has shape \(2, 48\) there and \(3, 48\) here"),
+            (
+                {"lora_config": LORA | {"r": 3}},
+                r"lora_A.*has shape \(2, 48\) in the checkpoint and \(3, 48\) in the model",
+            ),
             ({"lora_config": None}, r"lora_A.*is unknown"),
-            ({"backbone": {"hidden_size": 16}}, r"\(2, 32\) there and \(2, 16\) here"),
+            ({"backbone": {"hidden_size": 16}}, r"\(2, 32\) in the checkpoint and \(2, 16\) in the model"),
         ],
     )
     def test_of_another_shape(self, tmp_path, config, message):
@@ -417,7 +423,9 @@ class TestCheckpoints:
     def test_backbone_of_another_shape(self, tmp_path):
         trainer(make(train_backbone=True), tmp_path, rows(2)).save_model()
         other = make(backbone=tiny(intermediate_size=40), train_backbone=True)
-        with pytest.raises(ValueError, match=r"down_proj.*has shape \(32, 48\) there and \(32, 40\) here"):
+        with pytest.raises(
+            ValueError, match=r"down_proj.*has shape \(32, 48\) in the checkpoint and \(32, 40\) in the model"
+        ):
             load_weights(other, tmp_path)
         trainer(make(), tmp_path / "alone", rows(2)).save_model()
         with pytest.raises(FileNotFoundError, match="holds an adapter alone"):
