@@ -57,7 +57,7 @@ def test_a_backbone_is_not_resized_for_what_is_refused(saved, tmp_path):
     load_checkpoint(tmp_path / "resized", backbone=opened)
     assert len(opened.lm_head.weight) == 70
     change(tmp_path / "resized", lambda tensors: tensors.update({MEMORY: torch.zeros(4, 32)}))
-    refused(tmp_path / "resized", r"has shape \(4, 32\) there and \(16, 32\) here")
+    refused(tmp_path / "resized", r"has shape \(4, 32\) in the checkpoint and \(16, 32\) in the model")
     embeddings = {f"base_model.model.{name}.weight": torch.zeros(70, 32) for name in ("model.embed_tokens", "lm_head")}
     change(saved, lambda tensors: tensors.update(embeddings | {"x": torch.zeros(1)}))
     refused(saved, "tensor 'x' is unknown")
@@ -90,9 +90,9 @@ def test_tensors_of_the_backbone_are_not_let_in(saved, name):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(4, 32), r"has shape \(4, 32\) there and \(3, 32\) here"),
+        (torch.zeros(4, 32), r"has shape \(4, 32\) in the checkpoint and \(3, 32\) in the model"),
         (torch.zeros(96), r"has shape \(96,\)"),
-        (torch.zeros(3, 32, dtype=torch.long), "is torch.int64 there and torch.float32 here"),
+        (torch.zeros(3, 32, dtype=torch.long), "is torch.int64 in the checkpoint and torch.float32 in the model"),
         (torch.zeros(3, 32, dtype=torch.complex64), "is torch.complex64 there"),
     ],
 )
