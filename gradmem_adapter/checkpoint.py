@@ -43,13 +43,13 @@ OWN = {
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
 }
-"""What a checkpoint may consist of; a new one replaces an earlier one, and all else in its directory stays."""
+"""The files and folders that a checkpoint may have. Saving replaces them and keeps all others in the directory."""
 OWN_PATTERNS = [pattern for name in OWN for pattern in (name, f"{name}/*")]
-"""The same as the hub takes it, files in folders included."""
+"""The same as patterns for the hub, including the files in folders."""
 _READ_PATTERNS = [pattern for pattern in OWN_PATTERNS if not pattern.startswith("adapter_model.bin")]
 _UNREAD = {BACKBONE, "adapter_model.bin", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"}
-"""Those that may be somebody else's where `SHA256SUMS` does not list them: a trained backbone is read where the adapter
-says that it has one, and these vocabularies where there is no tokenizer.json."""
+"""Names that others may use unless `SHA256SUMS` lists them: a trained backbone is read only if the adapter says that it
+has one, and these vocabularies only without a tokenizer.json."""
 
 
 def save_checkpoint(
@@ -81,8 +81,8 @@ def save_checkpoint(
     left = path.is_dir() and all(entry.name.startswith(".gradmem-") for entry in path.iterdir())  # by killed processes
     if path.exists() and not (left or _is_checkpoint(path)):
         raise FileExistsError(
-            f"{str(path)!r} exists and is no adapter checkpoint of GradMem. Saving could replace what it holds; choose "
-            "another place."
+            f"{str(path)!r} exists and is not a checkpoint of a GradMem adapter. Saving could overwrite its content. "
+            "Choose another directory."
         )
     save_beside(model, tokenizer, path, dtype=dtype, card=card)
 
@@ -96,7 +96,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _config(path: Path) -> GradMemConfig:
-    """The configuration in a checkpoint; `ValueError` where it is of another kind of adapter or damaged."""
+    """The configuration in a checkpoint; `ValueError` if it is damaged or belongs to another kind of adapter."""
     check_holds_adapter(path)
     with opening(f"the configuration of the adapter in {str(path)!r}"):
         config = PeftConfig.from_pretrained(str(path))
@@ -107,7 +107,7 @@ def _config(path: Path) -> GradMemConfig:
 
 
 def _has_backbone(path: Path, config: GradMemConfig) -> bool:
-    """Whether a checkpoint holds a trained backbone: a folder of that name alone may be somebody else's."""
+    """Whether a checkpoint holds a trained backbone; a folder with that name alone may have another origin."""
     return config.train_backbone and (path / BACKBONE).is_dir()
 
 
@@ -120,14 +120,14 @@ def save_beside(
     card: Card | None = None,
     config: GradMemConfig | None = None,
 ) -> None:
-    """Save as `save_checkpoint` does, beside whatever the directory holds.
+    """Save like `save_checkpoint`, but into a directory that may already hold other files.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
         path (`str` or `Path`): the directory.
         dtype, card (*optional*): see `save_checkpoint`.
-        config (`GradMemConfig`, *optional*): what to save as the adapter's configuration; None: `saved_config(model)`.
+        config (`GradMemConfig`, *optional*): the configuration to save for the adapter; None: `saved_config(model)`.
     """
     config = config or saved_config(model)
     with replacing_together(Path(path), OWN) as folder:
@@ -154,23 +154,23 @@ def _write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -
 
 
 def _is_resized(model: PeftModel) -> bool:
-    """Whether the backbone has more or fewer embeddings than the one that an adapter's reference opens."""
+    """Whether the backbone has another number of embeddings than the one that the adapter's reference opens."""
     backbone = cast(PreTrainedModel, model.get_base_model())
     named = model.active_peft_config.base_model_name_or_path
     packaged = backbone.name_or_path in HUB_IDS
     there = None if packaged else embeddings_of(named, backbone)
-    if there is None:  # or it has a name there that nobody has opened it by
+    if there is None:  # or the model was not opened by that name
         there = embeddings_of(backbone.name_or_path, backbone)
     return there is not None and there != _rows(backbone)
 
 
 def _rows(backbone: PreTrainedModel) -> int:
-    """How many embeddings a backbone has, which may be those of a LoRA layer."""
+    """How many embeddings a backbone has, also if they are wrapped by a LoRA layer."""
     return len(cast(Tensor, backbone.get_input_embeddings().weight))
 
 
 def _saved_rows(directory: Path, backbone: PreTrainedModel) -> int:
-    """How many embeddings a checkpoint holds, which are loaded with the adapter; without any, those of the backbone."""
+    """How many embeddings a checkpoint holds; without any, the number of the backbone's."""
     table = backbone.get_input_embeddings()
     name = next(name for name, module in backbone.named_modules() if module is table)
     with opened_weights(directory / SAFETENSORS_WEIGHTS_NAME) as tensors:
@@ -203,7 +203,7 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
     """
     path = Path(path)
     if not (path / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"There is no checkpoint of an adapter in {str(path)!r}: it has no {CONFIG_NAME}.")
+        raise FileNotFoundError(f"There is no adapter checkpoint in {str(path)!r}: it has no {CONFIG_NAME}.")
     with reading_together(path, OWN, _UNREAD):
         _load_weights(model, path, may_lack)
 
@@ -216,8 +216,8 @@ def _load_weights(model: PeftModel, path: Path, may_lack: Collection[str]) -> No
     if model.active_peft_config.train_backbone:
         if not _has_backbone(path, _config(path)):
             raise FileNotFoundError(
-                f"{str(path)!r} holds an adapter alone, and the model trains its backbone. Open it with "
-                "load_checkpoint, or make the model with train_backbone=False."
+                f"{str(path)!r} holds only an adapter, but the model trains its backbone. Open it with "
+                "load_checkpoint, or create the model with train_backbone=False."
             )
         backbone = cast(PreTrainedModel, model.get_base_model())
         of_backbone = type(backbone).from_pretrained(str(path / BACKBONE), dtype="auto").state_dict()
@@ -237,9 +237,9 @@ def _adapter_tensors(
     may_lack: Collection[str] = (),
     resize: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of the adapter in a checkpoint, if they are exactly those that the active adapter has.
+    """The tensors of the adapter in a checkpoint; raises unless they match the active adapter exactly.
 
-    With `embeddings`, those of a backbone that was resized, or is going to be, are among them.
+    With `embeddings`, they include the embeddings of a backbone that was or will be resized.
     """
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=embeddings)
     with opened_weights(path / SAFETENSORS_WEIGHTS_NAME) as file:
@@ -249,7 +249,7 @@ def _adapter_tensors(
     return loaded
 
 
-@torch.inference_mode(False)  # whose weights could be read with, and not written
+@torch.inference_mode(False)  # weights made in inference mode could be read, but WRITE could not use them
 def load_checkpoint(
     path: str | Path,
     *,
@@ -285,8 +285,8 @@ def load_checkpoint(
     """
     if isinstance(backbone, PreTrainedModel) and not (dtype is None and device is None):
         raise ValueError(
-            "dtype and device are of a backbone that load_checkpoint opens, and this one is a model: move it yourself, "
-            "by backbone.to(device, dtype), or pass where to find it."
+            "dtype and device apply only to a backbone that load_checkpoint opens, but backbone is a model. Move it "
+            "yourself with backbone.to(device, dtype), or pass its name or path."
         )
     directory = _find(path, revision, token)
     with reading_together(directory, OWN, _UNREAD):
@@ -294,12 +294,12 @@ def load_checkpoint(
 
 
 def _find(path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a checkpoint: here, of one that ships, or downloaded."""
+    """The directory of a checkpoint: local, shipped or downloaded."""
     directory = shipped(path) or Path(path)
     if directory.is_dir() and revision is not None:
         raise ValueError(
-            f"A revision is of a repository on the hub, and {str(path)!r} is the directory {str(directory)!r}: leave "
-            "the revision out, or open it from another place."
+            f"revision applies only to a repository on the hub, but {str(path)!r} is the directory {str(directory)!r}. "
+            "Leave revision out, or run from a directory without that name."
         )
     if directory.is_dir():
         return directory
@@ -307,8 +307,8 @@ def _find(path: str | Path, revision: str | None = None, token: str | None = Non
         return snapshot(str(path), _READ_PATTERNS, revision=revision, token=token)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"There is no checkpoint {str(path)!r}: no directory here, none that ships "
-            f"({', '.join(names_shipped())}), and no repository on the hub ({error})."
+            f"There is no checkpoint {str(path)!r}: it is not a directory, not a shipped checkpoint "
+            f"({', '.join(names_shipped())}), and not a repository on the hub ({error})."
         ) from error
 
 
@@ -343,8 +343,8 @@ def _load(
         backbone = str(directory / BACKBONE) if own else reference_in(directory, config.base_model_name_or_path)
     if backbone is None:
         raise ValueError(
-            f"The adapter in {directory} does not say what its backbone is (it was made from a configuration); pass "
-            "backbone=, a model or where to find one."
+            f"The adapter in {directory} does not name its backbone, because the backbone was created from a "
+            "configuration. Pass backbone=, a model or its name or path."
         )
     if isinstance(backbone, str | Path):
         reference = str(backbone)
@@ -356,26 +356,26 @@ def _load(
         if as_made:
             check_weights(directory, reference)
     elif not isinstance(backbone, PreTrainedModel):
-        raise TypeError(f"The backbone must be a model, or where to find one, got {backbone!r}.")
+        raise TypeError(f"The backbone must be a model, or its name or path, got {backbone!r}.")
     if tokenizer is None:
         raise ValueError(f"There is no tokenizer in {directory}; save one there with tokenizer.save_pretrained.")
     config.inference_mode = not is_trainable
-    # Without values, so that a configuration may ask for any size: it has to be that of the tensors in the file. Not on
-    # offloaded layers, to whose place, the meta device, PEFT would take the LoRA that was read.
+    # No values yet, so that a huge size in a configuration costs nothing before it is compared with the file. Not with
+    # offloaded layers: PEFT would move the loaded LoRA to their device, meta.
     empty = not any(has_offloaded_params(module) for module in backbone.modules())
-    with trainable_as_before(backbone):  # it may be the caller's
+    with trainable_as_before(backbone):  # it may belong to the caller
         resize = _rows(backbone), _saved_rows(directory, backbone)
-        if resized := resize[0] != resize[1]:  # which nobody undoes, so that all else is compared first
+        if resized := resize[0] != resize[1]:  # cannot be undone, so everything else is compared first
             model, _ = _attached(backbone, config, directory, empty, resized, resize)
             cast(GradMemModel, model.base_model).unload()
             backbone.resize_token_embeddings(resize[1], mean_resizing=False)
         model, tensors = _attached(backbone, config, directory, empty, resized)
-    if empty:  # places first: PEFT gives those of a LoRA the type of its layer, to which values would be rounded
+    if empty:  # before the values, which PEFT would round to the dtype of their layer
         places = get_peft_model_state_dict(model, save_embedding_layers=False)
         places = {name: torch.empty_like(place, device="cpu") for name, place in places.items()}
         set_peft_model_state_dict(model, places, low_cpu_mem_usage=True)
         cast(GradMemModel, model.base_model)._cast_adapter_dtype(model.active_adapter)
-    set_peft_model_state_dict(model, tensors)  # embeddings, too, whose place the output head may share
+    set_peft_model_state_dict(model, tensors)  # also embeddings, which the output head may share
     opened = backbone.name_or_path or ""
     if (named := HUB_IDS.get(opened, opened)) and named != config.base_model_name_or_path and not config.train_backbone:
         config.base_model_name_or_path, config.revision = named, None
@@ -390,10 +390,10 @@ def _attached(
     resized: bool,
     resize: tuple[int, int] | None = None,
 ) -> tuple[PeftModelForCausalLM, dict[str, Tensor]]:
-    """A backbone with an adapter that has no values yet, and those of the checkpoint, which have its shapes."""
+    """A backbone with an adapter that has no values yet, and the checkpoint's tensors, which match its shapes."""
     with torch.device("meta") if empty else nullcontext():
         model = PeftModelForCausalLM(backbone, config, low_cpu_mem_usage=empty)
-    try:  # not by PEFT, whose errors name neither the file nor all that is wrong
+    try:  # checked here, because PEFT's errors name neither the file nor all differences
         return model, _adapter_tensors(model, directory, embeddings=resized or _is_resized(model), resize=resize)
     except BaseException:
         cast(GradMemModel, model.base_model).unload()

@@ -41,7 +41,7 @@ _OPTIONS = {
     "inner_loss_weight",
 }
 _REQUIRED = {"n_mem_tokens", "K", "lr"}
-_DESCRIPTIONS = {"architecture", "base_config", "tied_embeddings"}  # what a config file may say beside the options
+_DESCRIPTIONS = {"architecture", "base_config", "tied_embeddings"}  # other fields that a config file may have
 
 
 def config_from_authors_options(options: Mapping[str, Any]) -> GradMemConfig:
@@ -55,9 +55,9 @@ def config_from_authors_options(options: Mapping[str, Any]) -> GradMemConfig:
     """
     unknown = set(options) - _OPTIONS - _DESCRIPTIONS
     if unknown:
-        raise ValueError(f"Unknown options {sorted(unknown)}; known are {sorted(_OPTIONS)}.")
+        raise ValueError(f"Unknown options {sorted(unknown)}. Known options are {sorted(_OPTIONS)}.")
     if missing := _REQUIRED - set(options):
-        raise ValueError(f"Missing options {sorted(missing)}.")
+        raise ValueError(f"The options {sorted(missing)} are missing. Pass all of {sorted(_REQUIRED)}.")
     grad_mode = options.get("grad_mode", "second")
     if grad_mode not in _META_GRADIENTS:
         raise ValueError(f"grad_mode must be one of {sorted(_META_GRADIENTS)}, got {grad_mode!r}.")
@@ -116,21 +116,22 @@ def load_authors_checkpoint(
     missing, extra = set(ours) - set(state_dict), set(state_dict) - set(ours) - set(tied)
     if missing or extra:
         raise ValueError(
-            f"The checkpoint does not fit options and base_config: missing {sorted(missing)}, "
-            f"left over {sorted(extra)}."
+            f"The checkpoint does not match options and base_config: missing {sorted(missing)}, unexpected "
+            f"{sorted(extra)}."
         )
     with torch.no_grad():
         for name, parameter in ours.items():
             if parameter.shape != state_dict[name].shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(state_dict[name].shape)} in the checkpoint; options and base_config ask "
-                    f"for {tuple(parameter.shape)}."
+                    f"{name} has shape {tuple(state_dict[name].shape)} in the checkpoint, but options and base_config "
+                    f"need {tuple(parameter.shape)}."
                 )
             parameter.copy_(state_dict[name])
         for name in set(tied) & set(state_dict):
             if not torch.equal(tied[name], state_dict[name].to(tied[name])):
                 raise ValueError(
-                    f"{name} differs from the weights that base_config ties it to; set tie_word_embeddings=False."
+                    f"{name} differs from the weights that base_config ties it to. Set tie_word_embeddings=False in "
+                    "base_config."
                 )
     return model.eval()
 
@@ -151,7 +152,10 @@ def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
     slots, adapter = tuner.slots, model.active_adapter
     config = cast(GradMemConfig, model.peft_config[adapter])
     if config.lora_config is not None or config.learn_write_lr != "no" or config.start != "slots":
-        raise ValueError("lora_config, learn_write_lr and start have no counterpart in the authors' code.")
+        raise ValueError(
+            "lora_config, learn_write_lr and start have no counterpart in the authors' code. Use an adapter without "
+            "them."
+        )
     result: dict[str, nn.Parameter] = {}
     for theirs, name in _NAMES.items():
         container = getattr(slots, name)
@@ -165,5 +169,5 @@ def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def _backbone_names(model: PeftModel) -> dict[str, Tensor]:
-    """Every backbone tensor under the authors' name, tied weights under each of theirs."""
+    """Every backbone tensor under the authors' name; tied weights appear under each of their names."""
     return {_BACKBONE + name: tensor for name, tensor in model.get_base_model().state_dict().items()}

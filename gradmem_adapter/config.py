@@ -23,25 +23,25 @@ MemoryInit: TypeAlias = Literal["normal", "vocab"]
 Config = TypeVar("Config")
 
 REGISTRIES: dict[str, Collection[str]] = {}
-"""What `write_optimizer` and `meta_gradient` may be: the registries of both, which `registration` puts here."""
+"""The valid values of `write_optimizer` and `meta_gradient`: their registries, which `registration` enters here."""
 
-# LoRA initialisations that leave the backbone's own weights alone: WRITE and READ must see the same backbone that
-# `disable_adapter` gives back, so the ones that rewrite it (PiSSA, OLoRA, LoftQ, ...) are refused.
+# LoRA initialisations that do not change the backbone's own weights. WRITE and READ must see the same backbone as
+# `disable_adapter` restores, so those that rewrite it (PiSSA, OLoRA, LoftQ, ...) are refused.
 _SAFE_LORA_INITS = (True, False, "gaussian", "orthogonal")
-# Of what PEFT marks as variants of LoRA, those that leave the backbone alone, act behind embeddings and come back as
-# they were saved. KaSA rewrites weights, aLoRA waits for tokens in vain, MonteCLoRA and VeLoRA keep more than is saved.
+# PEFT's variants of LoRA that do not change the backbone, work with input embeddings and can be saved completely. KaSA
+# rewrites weights, aLoRA waits for tokens that never come, MonteCLoRA and VeLoRA have state that is not saved.
 _SAFE_LORA_VARIANTS = ("use_dora", "use_bdlora")
 
 _FROM_FILE = "gradmem_from_file"
 
 
 def is_from_file(config: LoraConfig) -> bool:
-    """Whether a nested LoRA comes from a file, which anybody may have made, and was not written by the user."""
+    """Whether a nested LoRA comes from a file, which may have any origin, and not from the user's code."""
     return _FROM_FILE in config.__dict__
 
 
 def unknown_fields(given: Collection[str], known: Collection[str]) -> str | None:
-    """Unknown names, and the known ones that may have been meant; None if all are known.
+    """The unknown names, with suggestions of similar known ones; None if all are known.
 
     Args:
         given (`Collection[str]`): names.
@@ -54,24 +54,24 @@ def unknown_fields(given: Collection[str], known: Collection[str]) -> str | None
 
 
 def _known(name: str, cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The values of the fields that a configuration has. Those that are from a file have a `peft_type`: what another
-    version saved besides is left out with a warning then, as PEFT does it."""
+    """The values of known fields. Values from a file have a `peft_type`: unknown fields, saved by another version, are
+    then left out with a warning, as in PEFT."""
     known = list(inspect.signature(cls).parameters)
     if not (unknown := unknown_fields(values, known)):
         return values
-    if "peft_type" not in values:  # written by hand: a slip of the pen
-        raise TypeError(f"{name} has no field {unknown} help({cls.__name__}) explains those it has.")
+    if "peft_type" not in values:  # from the user's code: probably a typing error
+        raise TypeError(f"{name} has no field {unknown} See help({cls.__name__}) for all fields.")
     newer = ", ".join(sorted(values.keys() - set(known)))
     warnings.warn(
-        f"{name} was saved with the fields {newer}, which this version does not know; they are left out. Where they "
-        "matter, use the versions of gradmem-adapter and peft that made the file.",
+        f"{name} was saved with the fields {newer}, which this version does not know. They are ignored. If they "
+        "matter, use the versions of gradmem-adapter and peft that wrote the file.",
         stacklevel=5,
     )
     return {field: value for field, value in values.items() if field in known}
 
 
 def checks_fields(cls: type[Config]) -> type[Config]:
-    """Let a configuration be made only with fields that it has.
+    """Decorator: a configuration checks the names of the fields that it is created with.
 
     Args:
         cls (`type`): a dataclass.
@@ -199,14 +199,14 @@ class GradMemConfig(PeftConfig):
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(
                 f"task_type must be CAUSAL_LM, got {self.task_type!r}: GradMem writes with a causal language-model "
-                "loss, and PEFT would pass over its forward for other tasks. Leave task_type at its default."
+                "loss, and for other tasks PEFT would not call its forward. Leave task_type out."
             )
         self._check_numbers()
         self._check_choices()
         if self.score_calibration is not None:
             self._check_calibration()
         if self.refusal is not None and not (isinstance(self.refusal, str) and self.refusal.strip()):
-            raise ValueError(f"refusal must be a text that the adapter answers, or None, got {self.refusal!r}.")
+            raise ValueError(f"refusal must be a non-empty text or None, got {self.refusal!r}.")
         if (self.num_write_lrs > 1 or self.write_lr_from_end) and self.learn_write_lr == "no":
             raise ValueError(
                 "num_write_lrs and write_lr_from_end have no effect with learn_write_lr='no': a rate that is not "
@@ -214,12 +214,12 @@ class GradMemConfig(PeftConfig):
             )
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(
-                "reconstruction_weight has no effect with meta_gradient='none', where WRITE is a constant: set it to "
-                "0 or choose another meta_gradient."
+                "reconstruction_weight has no effect with meta_gradient='none', which treats WRITE as a constant. Set "
+                "it to 0 or choose another meta_gradient."
             )
         self.lora_config = self._as_lora_config(self.lora_config)
         if from_file and self.lora_config is not None:
-            self.lora_config.__dict__[_FROM_FILE] = True  # its copies have it, too
+            self.lora_config.__dict__[_FROM_FILE] = True  # copies keep it
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -283,12 +283,12 @@ class GradMemConfig(PeftConfig):
         return None if self.trained_length is None else min(self.trained_length, 2 * self.num_memory_tokens)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, as PEFT's own do. Called by `PeftModel.save_pretrained`, it also warns of a trained
-        backbone, which that leaves out."""
-        if self.train_backbone and "auto_mapping_dict" in kwargs:  # the rest of what it would save is there by now
+        """Save the configuration, like PEFT's own. If `PeftModel.save_pretrained` calls it, it also warns about a
+        trained backbone, which is not saved."""
+        if self.train_backbone and "auto_mapping_dict" in kwargs:  # called last, after the weights are saved
             warnings.warn(
-                "save_pretrained saves the adapter alone, and not the backbone that is trained with it "
-                "(train_backbone=True): save both by gradmem_adapter.save_checkpoint(model, tokenizer, path).",
+                "save_pretrained saves only the adapter, not the backbone that is trained with it "
+                "(train_backbone=True). Save both with gradmem_adapter.save_checkpoint(model, tokenizer, path).",
                 stacklevel=3,
             )
         super().save_pretrained(save_directory, **kwargs)
@@ -331,13 +331,12 @@ class GradMemConfig(PeftConfig):
         if value.bias != "none" or value.modules_to_save or value.layer_replication or value.trainable_token_indices:
             raise ValueError(
                 "lora_config may not use bias, modules_to_save, layer_replication or trainable_token_indices: they "
-                "change the backbone itself, which GradMem promises to leave as it is. Set train_backbone=True to "
-                "train the backbone."
+                "change the backbone itself, which GradMem must not do. Set train_backbone=True to train the backbone."
             )
         variants = {field.name for field in fields(value) if field.metadata.get("is_lora_variant")}
         if asked := sorted(name for name in variants.difference(_SAFE_LORA_VARIANTS) if getattr(value, name)):
             raise ValueError(
-                f"lora_config may not use {', '.join(asked)}: of PEFT's variants of LoRA, GradMem works with "
+                f"lora_config may not use {', '.join(asked)}: of PEFT's variants of LoRA, GradMem supports only "
                 f"{' and '.join(_SAFE_LORA_VARIANTS)}. Leave it out."
             )
         if value.init_lora_weights not in _SAFE_LORA_INITS:

@@ -1,4 +1,4 @@
-"""Long texts in memory: written segment by segment, and what comes of it."""
+"""Long texts in memory, written segment by segment."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class DocumentMemory:
 
 
 def _share_recited(tokens: list[int], recital: list[int]) -> float:
-    """The share of tokens that a recital has in the same order, without what it has of any text."""
+    """The share of tokens that a recital has in the same order, ignoring short runs, which any text has."""
     runs = SequenceMatcher(None, recital, tokens, autojunk=False).get_matching_blocks()
     return sum(run.size for run in runs if run.size >= min(4, len(tokens))) / len(tokens)
 
@@ -117,8 +117,8 @@ def write_document(
     if mode == "sequential":
         if max_tokens is not None:
             raise ValueError(
-                "max_tokens is of a batch of segments, and mode='sequential' writes one after the other. Leave it out; "
-                "segment_tokens says how long one may be."
+                "max_tokens limits a batch of segments, but mode='sequential' writes them one by one. Leave it out; "
+                "segment_tokens limits the length of a segment."
             )
         return _in_one_state(encoder, text, segment_tokens, overlap, options, progress)
     found = tuple(encoder.segments(text, segment_tokens, overlap))
@@ -158,35 +158,35 @@ def sequential_segments(
     *,
     vectors: int | None = None,
 ) -> Iterator[Segment]:
-    """Segments that leave room for what a state already knows.
+    """Cut a text into segments that leave room for what a state already holds.
 
     Args:
-        encoder (`TextEncoder`): what writes them.
-        text, segment_tokens, overlap: as for `encoder.segments`, but None: half the trained length, or as many as the
-            model has positions for, and no overlap.
+        encoder (`TextEncoder`): the model that writes them, with its tokenizer.
+        text, segment_tokens, overlap: as for `encoder.segments`, but None: half the trained length, or as many tokens
+            as the model has positions for, and no overlap.
         vectors (`int`, *optional*): the number of the state's vectors; None: the adapter's.
 
     Raises:
-        ValueError: a segment could be longer than the state leaves room or positions for, which would otherwise show
-            only after others were written.
+        ValueError: a segment could exceed the room or the positions that the state leaves. Without this check, that
+            would fail only after other segments were written.
     """
     config = encoder.model.active_peft_config
     vectors = config.num_memory_tokens if vectors is None else vectors
     trained, most = config.trained_length, encoder.model.longest_update(vectors)
-    if most is not None:  # without special tokens, but white space before a segment may be one more
+    if most is not None:  # later segments have no special tokens, but white space before them may add a token
         most += len(encoder.tokenizer("")["input_ids"]) - 1
     if segment_tokens is None and trained is not None:
         segment_tokens = max(1, trained // 2 if most is None else min(trained // 2, most))
     if most is not None and segment_tokens is not None and segment_tokens > most:
         raise ValueError(
             f"Segments of {counted(segment_tokens, 'token')} are too long to be written one after the other into a "
-            f"state of {counted(vectors, 'vector')}: the model has {encoder.model.positions} positions, which are "
-            f"enough for {max(0, most)} beside the old memory and the new. Choose segment_tokens of that or less."
+            f"state of {counted(vectors, 'vector')}: the model has {encoder.model.positions} positions, and old and "
+            f"new memory leave {max(0, most)} of them. Choose segment_tokens of at most that."
         )
     if segment_tokens is not None and trained is not None and segment_tokens >= trained:
         raise ValueError(
-            f"Segments of {counted(segment_tokens, 'token')} leave no room for what a state knows of those before: it "
-            f"is to hold {counted(trained, 'token')} at once, the adapter's trained length. Half of that is the "
-            "default."
+            f"Segments of {counted(segment_tokens, 'token')} leave no room for the earlier segments in a state, which "
+            f"holds {counted(trained, 'token')} in total, the adapter's trained length. Use shorter segments; the "
+            "default is half of that."
         )
     return encoder.segments(text, segment_tokens, 0 if overlap is None else overlap)

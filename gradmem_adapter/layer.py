@@ -19,27 +19,27 @@ from .utils.fingerprint import FingerprintCache
 Phase = Literal["write", "read"]
 
 START_GAIN = 0.1
-"""The gain of the forward pass that WRITE starts from, before training. From 0 an optimizer needs as many steps as it
-takes to get somewhere at its learning rate; 0.1 makes what the forward pass gives about twice as large as slots from
-the vocabulary, in SmolLM2-135M."""
+"""The initial gain of the forward pass that WRITE starts from. Starting at 0, an optimizer would need many steps to
+reach a useful value. With 0.1, the output of the forward pass is about twice as large as slots from the vocabulary, in
+SmolLM2-135M."""
 
 
 class MemorySlots(nn.Module, BaseTunerLayer):
     """The memory slots M_0 and the method's optional parts, per adapter name.
 
-    m are memory tokens, c control tokens, d is the embedding size, V the vocabulary.
+    m is the number of memory tokens, c of control tokens, d the embedding size, V the vocabulary size.
 
     Attributes:
         gradmem_memory (`Parameter`): `[m, d]`, the memory slots M_0.
         gradmem_log_write_lr (`Parameter`): `[n]` or `[n, m, d]`, natural logarithm of the learned write learning rates
             of the first n write steps, one for all elements of the memory or one for each.
-        gradmem_log_write_lr_end (`Parameter`): the same of the factors of those n steps, counted from the last that is
-            taken; see `write/rates.py`.
+        gradmem_log_write_lr_end (`Parameter`): the same for the factors of those n steps, counted from the last step;
+            see `write/rates.py`.
         gradmem_start_gain (`Parameter`): `[d]`, the gain of the forward pass that WRITE starts from.
         gradmem_pool_gain (`Parameter`): `[d]`, the gain of the means of the context's parts.
         gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end (`Parameter`): `[c, d]`, control
             vectors.
-        gradmem_projection (`Linear`): `[d, d]`, on the memory before it enters the model.
+        gradmem_projection (`Linear`): `[d, d]`, applied to the memory before it enters the model.
         gradmem_write_head (`Linear`): `[V, hidden]`, the output head of WRITE.
     """
 
@@ -75,7 +75,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         self.fingerprints = FingerprintCache()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemorySlots:
-        """PyTorch's own part of `.to()`, `.half()` and the like of whatever model this is in."""
+        """Called by PyTorch for `.to()`, `.half()` and similar methods of any model that contains this layer."""
         self.fingerprints.release()
         return super()._apply(fn, recurse)
 
@@ -85,8 +85,9 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         Args:
             adapter (`str`): the adapter's name.
             config (`GradMemConfig`): which parts it has.
-            backbone (`PreTrainedModel`): where embeddings and output head come from.
-            empty (`bool`, *optional*, defaults to `False`): on the meta device, without values, for loading.
+            backbone (`PreTrainedModel`): the model whose embeddings and output head are used.
+            empty (`bool`, *optional*, defaults to `False`): create the tensors on the meta device, without values, for
+                loading.
         """
         embedding = backbone.get_input_embeddings()
         table = cast(Tensor, embedding.weight)
@@ -102,7 +103,7 @@ class MemorySlots(nn.Module, BaseTunerLayer):
 
         if config.memory_init == "vocab" and not empty:
             tokens = torch.randint(table.shape[0], (m,), device=device)
-            with torch.no_grad():  # through the module, which may scale what it looks up (Gemma)
+            with torch.no_grad():  # through the module, which may scale embeddings (Gemma)
                 self.gradmem_memory[adapter] = nn.Parameter(embedding(tokens).to(**factory, copy=True))
         else:
             self.gradmem_memory[adapter] = normal(m, d)
@@ -135,7 +136,8 @@ class MemorySlots(nn.Module, BaseTunerLayer):
             self.gradmem_write_head[adapter] = write_head
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT calls this after loading on the meta device. There is no base layer; the embeddings take its place."""
+        """Called by PEFT after loading on the meta device. There is no base layer, so the device is that of the
+        embeddings."""
         for parameter in self.parameters_of(adapter_name):
             parameter.data = parameter.data.to(device or self._devices[adapter_name])
 
@@ -148,11 +150,11 @@ class MemorySlots(nn.Module, BaseTunerLayer):
                 yield from entry.parameters() if isinstance(entry, nn.Module) else [entry]
 
     def prefix(self, memory: Tensor, phase: Phase, adapter: str) -> Tensor:
-        """What stands before the tokens: `[start; projection(M); end]`.
+        """The prefix before the tokens: `[start; projection(M); end]`.
 
         Args:
             memory (`Tensor`): `[B, m, d]`, M.
-            phase (`str`): whose control vectors, `"write"` or `"read"`.
+            phase (`str`): the phase of the control vectors, `"write"` or `"read"`.
             adapter (`str`): the adapter's name.
 
         Returns:
@@ -170,5 +172,5 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         return torch.cat([start, memory, end], dim=1)
 
     def write_head(self, adapter: str) -> nn.Module | None:
-        """The output head of WRITE, `None` where WRITE uses the backbone's."""
+        """The output head of WRITE; `None` if WRITE uses the backbone's."""
         return self.gradmem_write_head[adapter] if adapter in self.gradmem_write_head else None  # noqa: SIM401 - no get

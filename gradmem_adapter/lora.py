@@ -1,4 +1,4 @@
-"""Lets a LoRA act in WRITE alone or in READ alone, without any state that two threads could share."""
+"""Lets a LoRA act only in WRITE or only in READ, without state that threads would share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gradmem_adapter.utils.backbone import Module, with_replaced
 from gradmem_adapter.utils.patterns import check_patterns
 
 # READ is the default, so that everything that runs outside WRITE (generate, its worker threads, the recomputation of
-# gradient checkpointing in a backward pass) is READ without having to say so.
+# gradient checkpointing in a backward pass) is READ without further code.
 _phase: ContextVar[str] = ContextVar("gradmem_phase", default="read")
 
 
 @contextmanager
 def write_phase() -> Iterator[None]:
-    """Everything this thread runs inside is WRITE."""
+    """Everything that this thread runs in the block is WRITE."""
     token = _phase.set("write")
     try:
         yield
@@ -37,16 +37,16 @@ def write_phase() -> Iterator[None]:
 
 @contextmanager
 def backward_in_write() -> Iterator[None]:
-    """A backward pass run inside stays in this thread, so that whatever it computes again (gradient checkpointing) is
-    WRITE, too; on a GPU autograd would otherwise use threads of its own."""
+    """A backward pass in the block stays in this thread, so that recomputed layers (gradient checkpointing) are in
+    WRITE too. On a GPU, autograd would otherwise use its own threads."""
     with write_phase(), torch.autograd.set_multithreading_enabled(False):
         yield
 
 
 class PhaseGated:
-    """Mixed in before a LoRA layer's class: outside its adapter's phase the layer is its base layer."""
+    """A mixin for LoRA layers: outside of its adapter's phase, the layer acts as its base layer."""
 
-    gradmem_phases: dict[str, str]  # adapter name -> "write" or "read"; adapters that are absent act in both
+    gradmem_phases: dict[str, str]  # adapter name -> "write" or "read"; other adapters act in both
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         phases = {self.gradmem_phases.get(name, "both") for name in self.active_adapters}  # type: ignore[attr-defined]
@@ -55,18 +55,18 @@ class PhaseGated:
         return self.base_layer(x, *args, **kwargs)  # type: ignore[attr-defined]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """See PEFT. The next adapter of that name has a phase of its own."""
+        """See PEFT. Also forgets the adapter's phase, because another adapter may get the name."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         self.gradmem_phases.pop(adapter_name, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What `pickle` and `copy` make another of: classes that are made here have no name to find them by."""
+        """For `pickle` and `copy`: classes created at run time cannot be found by name."""
         return _new_gated, (type(self).__bases__[1],), self.__dict__
 
 
 @cache
 def _gated(cls: type) -> type:
-    """A class of LoRA layers that act in a phase."""
+    """A subclass of a LoRA layer class whose layers act in one phase."""
     return type(cls.__name__, (PhaseGated, cls), {})
 
 
@@ -75,14 +75,14 @@ def _new_gated(cls: type) -> Any:
 
 
 def in_phase(layer: PhaseGated, phase: str) -> Any:
-    """A layer that is always what `layer` is in one phase, and shares its modules.
+    """A layer that always acts as `layer` does in one phase, and shares its modules.
 
     Args:
-        layer (`PhaseGated`): stays as it is.
+        layer (`PhaseGated`): not changed.
         phase (`str`): `"write"` or `"read"`.
 
     Returns:
-        The LoRA layer, or its base layer where no active adapter acts in that phase.
+        The LoRA layer, or its base layer if no active adapter acts in that phase.
     """
     phases = {layer.gradmem_phases.get(name, "both") for name in layer.active_adapters}  # type: ignore[attr-defined]
     if not phases & {"both", phase}:
@@ -93,10 +93,10 @@ def in_phase(layer: PhaseGated, phase: str) -> Any:
 
 
 def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
-    """Make a LoRA layer act in one phase alone, for one adapter; other adapters on the layer keep theirs.
+    """Make one adapter of a LoRA layer act in one phase only; other adapters of the layer keep their phases.
 
     Args:
-        layer (`LoraLayer`): gets another class, and keeps its modules.
+        layer (`LoraLayer`): its class is changed; its modules stay.
         adapter (`str`): the adapter's name.
         phase (`str`): `"write"` or `"read"`.
     """
@@ -107,8 +107,8 @@ def gate(layer: LoraLayer, adapter: str, phase: str) -> None:
 
 
 def _fill_offloaded(model: nn.Module, adapter: str, config: LoraConfig) -> None:
-    """Give the LoRA of layers that accelerate keeps elsewhere its weights, which PEFT leaves without any: it puts them
-    where the layer seems to be, on the meta device."""
+    """Create the LoRA weights of layers that accelerate has offloaded. PEFT puts them on the meta device, where such
+    layers appear to be, so they have no values."""
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer._get_available_adapters():
             continue
@@ -116,8 +116,8 @@ def _fill_offloaded(model: nn.Module, adapter: str, config: LoraConfig) -> None:
             continue
         if config.use_dora or config.init_lora_weights == "orthogonal" or adapter not in layer.lora_A:
             raise NotImplementedError(
-                "On offloaded layers a LoRA must be of linear layers: leave embeddings out of target_modules, and do "
-                "without use_dora and init_lora_weights='orthogonal'."
+                "Only linear layers can have a LoRA if they are offloaded. Leave embeddings out of target_modules, and "
+                "do not use use_dora or init_lora_weights='orthogonal'."
             )
         for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
             part.to_empty(device=cast(Any, layer.get_base_layer())._hf_hook.execution_device)
@@ -126,29 +126,29 @@ def _fill_offloaded(model: nn.Module, adapter: str, config: LoraConfig) -> None:
 
 
 def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_mem_usage: bool) -> None:
-    """Put the layers of a configuration's nested LoRA into a backbone with PEFT's own LoRA tuner.
+    """Add the nested LoRA of a configuration to a backbone, with PEFT's own LoRA tuner.
 
     Args:
         model (`nn.Module`): the backbone.
         adapter (`str`): the adapter's name.
         config (`GradMemConfig`): without a `lora_config` nothing is done.
-        low_cpu_mem_usage (`bool`): make the layers on the meta device, for weights that are loaded next.
+        low_cpu_mem_usage (`bool`): create the layers on the meta device, because weights are loaded next.
 
     Raises:
         ValueError: the LoRA's configuration cannot be used.
-        ChildProcessError: it is from a file, and its regular expressions cannot be tried.
+        ChildProcessError: it comes from a file, and its regular expressions cannot be tested.
     """
     if not isinstance(config.lora_config, LoraConfig):
         return
     if is_from_file(config.lora_config):
         check_patterns(config.lora_config, (name for name, _ in model.named_modules()))
     config.lora_config.inference_mode = config.inference_mode
-    outer = model.__dict__.pop("peft_config", None)  # or the LoRA tuner would take our configurations for its own
+    outer = model.__dict__.pop("peft_config", None)  # otherwise the LoRA tuner would use our configurations
     try:
         LoraModel(model, {adapter: config.lora_config}, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
     except (
         *(AttributeError, LookupError, RuntimeError, TypeError),  # fields of wrong types, which PEFT does not check
-        *(re.error, OverflowError),  # what is no regular expression
+        *(re.error, OverflowError),  # invalid regular expressions
     ) as error:
         raise ValueError(f"lora_config cannot be used: {error}") from error
     finally:
@@ -164,7 +164,8 @@ def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_m
 
 
 def without_lora(model: Module) -> Module:
-    """A model whose LoRA layers are the layers they stand for. It shares all else with `model`, which stays as it is.
+    """A model with its LoRA layers replaced by their base layers. It shares all other modules with `model`, which is
+    not changed.
 
     Args:
         model (`nn.Module`): the backbone, or a part of it.

@@ -1,5 +1,5 @@
-"""The model: a backbone that writes and reads memory. Its methods check and delegate; WRITE, READ and the meta-gradient
-are in their own folders, the half that writes is in `writing`, PEFT's life cycle in `tuner`."""
+"""The model: a backbone that writes and reads memory. Its methods check their input and delegate: WRITE, READ and the
+meta-gradient have folders of their own, the writing half is in `writing`, PEFT's life cycle in `tuner`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class GradMemModel(WritingModel):
         self.prefix_cache = PrefixCache()
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the backbone after trying the backbone out. Called by PEFT."""
+        """Add an adapter to the backbone after testing the backbone. Called by PEFT."""
         config = self.peft_config[adapter_name]
         if config.probe_backbone and not config.inference_mode:
             probe(model)
@@ -99,11 +99,15 @@ class GradMemModel(WritingModel):
         """
         input_ids, labels = as_long(input_ids), as_long(labels)
         if write_steps is not None and context_input_ids is None:
-            raise ValueError("write_steps is of a context that is written in this pass: pass context_input_ids.")
+            raise ValueError(
+                "write_steps applies to a context that is written in this pass. Pass context_input_ids, or leave "
+                "write_steps out."
+            )
         if memory is None and context_input_ids is None:
             if any(given is not None for given in (context_index, context_attention_mask, max_targets)):
                 raise ValueError(
-                    "context_index, context_attention_mask and max_targets need a memory or context_input_ids."
+                    "context_index, context_attention_mask and max_targets need a memory or context_input_ids. Pass "
+                    "one, or leave them out."
                 )
             check_known(kwargs, self.model)
             return self.model(
@@ -116,7 +120,7 @@ class GradMemModel(WritingModel):
         check_known(kwargs, self.model)
         losses = None
         if context_input_ids is not None:
-            kwargs.setdefault("use_cache", False)  # a cache serves decoding, and whoever decodes writes first
+            kwargs.setdefault("use_cache", False)  # a cache is for decoding, where contexts are written beforehand
             context = Context.from_tokens(
                 context_input_ids, context_attention_mask, self.model, self.prefix_length, "context_input_ids"
             )
@@ -175,12 +179,12 @@ class GradMemModel(WritingModel):
             TypeError, ValueError: a prompt or a state that the model cannot read, or a cache of another memory.
         """
         inputs = as_long(kwargs.pop("input_ids", None) if inputs is None else inputs)
-        wanted = "a GenerationConfig (a mask goes by attention_mask=)"
+        wanted = "a GenerationConfig (pass a mask as attention_mask=)"
         check_kind("generation_config", generation_config, GenerationConfig | None, wanted)
         kwargs["generation_config"] = generation_config
         if memory is None:
             if context_index is not None:
-                raise ValueError("context_index needs a memory.")
+                raise ValueError("context_index needs a memory. Pass memory=..., or leave context_index out.")
             tie_caches(kwargs, None, strict)
             with self._unchanged():
                 return self.model.generate(inputs, **kwargs)
@@ -209,8 +213,8 @@ class GradMemModel(WritingModel):
         """
         if memory is not None:
             raise NotImplementedError(
-                "generate_batch takes prompts of tokens alone, and memory is input embeddings. Use "
-                "generate(memory=...), which takes a batch of prompts and a state for all or for each."
+                "generate_batch supports only prompts of token ids, but memory consists of input embeddings. Use "
+                "generate(memory=...), which takes a batch of prompts with one state for all or one per prompt."
             )
         return self.model.generate_batch(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What the public methods return, beside memory states."""
+"""The results of public methods, other than memory states."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What `get_peft_model` returns for a GradMem adapter, for type checkers and editors.
 
-PEFT's own types know nothing of `write`: a `PeftModel` hands on what it does not know itself to its tuner, at run time.
-At run time the names here are PEFT's.
+PEFT's own types do not have `write`: at run time, a `PeftModel` forwards unknown attributes to its tuner. At run time,
+the names here are PEFT's.
 """
 
 from __future__ import annotations

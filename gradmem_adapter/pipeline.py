@@ -126,7 +126,7 @@ class GradMemPipeline(StateSelector):
         )
 
     def _write_many(self, texts: Sequence[str], *, options: WriteOptions, **how: Any) -> MemoryState:
-        """WRITE texts as `write_many` does, and also those that are the names of files."""
+        """Like `write_many`, but also writes texts that are the names of files."""
         return self.model.write_many(self._context_ids(texts), options=self._with_study(options), **how)
 
     def write_document(
@@ -190,7 +190,7 @@ class GradMemPipeline(StateSelector):
         return write_sequential(self, found, options, memory, strict=strict)
 
     def _with_study(self, options: WriteOptions) -> WriteOptions:
-        """Options that say in tokens how the model is asked about a text, where it is to study it."""
+        """With `objective="self_study"`, add the tokens with which the model is asked about a text."""
         if options.objective != "self_study" or options.study.requests:
             return options
         tokens = study_tokens(self.model.active_peft_config.query_format, self.tokenizer)
@@ -259,7 +259,10 @@ class GradMemPipeline(StateSelector):
                 without memory; a prompt that has neither tokens nor memory.
         """
         if return_scores and memory is None:
-            raise ValueError("return_scores says how far memory supports an answer: pass a memory.")
+            raise ValueError(
+                "return_scores rates how well memory supports an answer, so it needs a memory. Pass memory=..., or "
+                "leave it out."
+            )
         batch = prompt_list(prompts)
         if not batch:
             return []

@@ -1,4 +1,4 @@
-"""Whether GradMem is right on a backbone: tried on a few tokens when an adapter is attached."""
+"""Tests on a few tokens whether GradMem works with a backbone, when an adapter is attached."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from gradmem_adapter.read.generation import generate_with_memory
 from gradmem_adapter.utils.backbone import device_of, fresh, trunk, trunk_name
 from gradmem_adapter.utils.trial import distance, sample_tokens, tolerance, trial_of
 
-SKIP = "GradMemConfig(probe_backbone=False) attaches without trying."
+SKIP = "GradMemConfig(probe_backbone=False) attaches the adapter without this test."
 
 
 _right: set[tuple[Any, ...]] = set()
-"""Kinds of backbone that were tried and are right: what is tried depends on class and configuration, not on weights."""
+"""The kinds of backbone that passed. The result depends on class and configuration, not on weights."""
 
 
 def probe(backbone: PreTrainedModel) -> None:
-    """Raise unless a backbone is causal, takes embeddings for tokens in WRITE, READ and `generate`, and passes
-    gradients on to them. Four forward passes and a backward pass over a few tokens, which leave no trace; one of the
-    same class and configuration is not tried again.
+    """Raise unless a backbone is causal, accepts embeddings instead of tokens in WRITE, READ and `generate`, and passes
+    gradients to them. Runs four forward passes and a backward pass over a few tokens, without changing the model. A
+    class and configuration is tested only once.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
 
     Raises:
-        TypeError: GradMem would be wrong on it, or fail later.
+        TypeError: GradMem would give wrong results with it, or fail later.
     """
     config = backbone.config
     kind = type(backbone), device_of(backbone), backbone.dtype, config._attn_implementation, config.to_json_string()
@@ -42,7 +42,7 @@ def probe(backbone: PreTrainedModel) -> None:
     if any(parameter.is_meta for module in loaded for parameter in module.parameters(recurse=False)):
         _step_aside(backbone, "some of its weights are on the meta device")
         return
-    with trial_of(backbone) as copied, device_of(backbone):  # whatever device is the default
+    with trial_of(backbone) as copied, device_of(backbone):  # independent of the default device
         backbone = fresh(copied)
         ids = sample_tokens(backbone, rows=2)
         half = ids.shape[1] // 2
@@ -53,8 +53,8 @@ def probe(backbone: PreTrainedModel) -> None:
         except Exception as error:
             found = f"its own forward pass over token ids failed ({_name(error)})"
             if isinstance(error, TypeError | ValueError) and "Triton" not in str(error):
-                raise _refusal(backbone, found, "GradMem writes and reads with tokens alone.") from error
-            _step_aside(backbone, found)  # kernels of a device on which it is not yet, ...
+                raise _refusal(backbone, found, "GradMem runs it on token ids only.") from error
+            _step_aside(backbone, found)  # for example kernels for a device that it is not on yet
             return
         _check_causal(backbone, expected, half)
         _check_write(backbone, ids[:1], expected[:1])
@@ -64,8 +64,8 @@ def probe(backbone: PreTrainedModel) -> None:
 
 def _step_aside(backbone: PreTrainedModel, reason: str) -> None:
     warnings.warn(
-        f"{type(backbone).__name__} could not be tried out when the adapter was attached: {reason}. Whether it is "
-        "causal and takes embeddings is not known.",
+        f"{type(backbone).__name__} could not be tested when the adapter was attached: {reason}. Whether it is causal "
+        "and accepts embeddings is unknown.",
         stacklevel=8,
     )
 
@@ -76,31 +76,32 @@ def _name(error: Exception) -> str:
 
 def _refusal(backbone: PreTrainedModel, found: str, needed: str) -> TypeError:
     return TypeError(
-        f"{type(backbone).__name__}: {found}. {needed} Take another backbone, or a text-only causal class of this one. "
+        f"{type(backbone).__name__}: {found}. {needed} Use another backbone, or a text-only causal class of this one. "
         f"{SKIP}"
     )
 
 
 def _check_causal(backbone: PreTrainedModel, logits: Tensor, half: int) -> None:
-    """The second half of the tokens, which differs between both rows, must not reach the logits of the first."""
+    """The second half of the tokens differs between the two rows and must not affect the logits of the first half."""
     if not logits.isfinite().all():
         raise _refusal(
             backbone,
             f"its logits are not finite in {backbone.dtype}",
-            "Load it in the type that it was trained in (dtype='auto'), or in float32.",
+            "Load it in the dtype that it was trained in (dtype='auto'), or in float32.",
         )
     leak = distance(logits[1:, :half], logits[:1, :half])
-    if leak > tolerance(backbone) / 4:  # rows of one batch are rounded alike
+    if leak > tolerance(backbone) / 4:  # rows of one batch have the same rounding
         raise _refusal(
             backbone,
             f"logits change by {leak:.1%} when later tokens do",
-            "GradMem needs a causal language model: a write loss of tokens that the model sees says nothing.",
+            "GradMem needs a causal language model: the write loss is meaningless if the model sees the tokens that it "
+            "predicts.",
         )
 
 
 def _check_write(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> None:
-    """Trunk and head on the tokens' embeddings, as WRITE runs them, give the logits of the tokens, and a gradient; and
-    they take a vector that is no token's, as memory is none (Gemma 4 looks tokens up by their embeddings)."""
+    """Trunk and head, run on token embeddings as in WRITE, must give the same logits as token ids, and a gradient. They
+    must also accept a vector that belongs to no token, like memory (Gemma 4 looks up tokens by their embeddings)."""
     try:
         with torch.enable_grad():
             tokens = backbone.get_input_embeddings()(ids).detach()
@@ -112,7 +113,7 @@ def _check_write(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> No
         raise _refusal(
             backbone,
             f"{trunk_name(backbone)!r} and the output head failed on inputs_embeds alone ({_name(error)})",
-            "WRITE runs these two, and memory is input embeddings without tokens.",
+            "WRITE runs these two on memory, which is input embeddings without tokens.",
         ) from error
     if (apart := distance(logits[:1], expected)) > tolerance(backbone):
         with torch.no_grad():
@@ -121,12 +122,12 @@ def _check_write(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> No
             raise _refusal(
                 backbone,
                 f"logits from inputs_embeds differ by {outside:.0%} from those of the same tokens as input_ids",
-                "Memory is input embeddings without tokens: a model that also looks at token ids cannot read it.",
+                "Memory is input embeddings without tokens, so a model that also uses token ids cannot read it.",
             )
         raise _refusal(
             backbone,
             f"{trunk_name(backbone)!r} and the output head give logits that differ by {apart:.0%} from the model's own",
-            "WRITE runs these two by themselves.",
+            "WRITE runs only these two.",
         )
     with torch.enable_grad():
         loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].expand(2, -1).flatten())
@@ -147,7 +148,7 @@ def _check_write(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> No
 
 
 class _Forced(LogitsProcessor):
-    """Makes `generate` choose given tokens `[B, steps]`, one after the other."""
+    """Forces `generate` to choose the given tokens `[B, steps]`, in order."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = list(tokens.unbind(1))
@@ -158,9 +159,10 @@ class _Forced(LogitsProcessor):
 
 
 def _check_generate(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) -> None:
-    """Decoding behind embeddings gives the logits of a forward pass over all tokens: two tokens are forced.
+    """Decoding after embeddings must give the logits of a forward pass over all tokens; two tokens are forced.
 
-    The model's own generation_config says how its user decodes, and not what it can do: the trial's copy has another.
+    The model's own generation_config holds the user's choices and must not affect the test, so the copy gets another
+    one.
     """
     backbone.generation_config = GenerationConfig(pad_token_id=0, use_cache=backbone.generation_config.use_cache)
     start, steps = 2, 2
@@ -176,7 +178,7 @@ def _check_generate(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) ->
     except Exception as error:
         raise _refusal(
             backbone,
-            f"generate() behind input embeddings failed ({_name(error)})",
+            f"generate() after input embeddings failed ({_name(error)})",
             "READ needs a generate() that takes inputs_embeds.",
         ) from error
     apart = distance(torch.stack(output.logits, dim=1), expected[:, prompt - 1 : -1])
@@ -184,5 +186,5 @@ def _check_generate(backbone: PreTrainedModel, ids: Tensor, expected: Tensor) ->
         raise _refusal(
             backbone,
             f"generate() from inputs_embeds gives logits that differ by {apart:.0%} from those of the forward pass",
-            "READ decodes behind memory, which is input embeddings.",
+            "READ decodes after memory, which is input embeddings.",
         )

@@ -1,4 +1,4 @@
-"""Prompts: what a model is asked, as a text or as chat messages, and the text that it sees for them."""
+"""Prompts, as a text or as chat messages, and the text that the model sees for them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ Prompt: TypeAlias = str | Chat
 
 STUDY_REQUEST = "Write a short question that the text above answers."
 STUDY_OPENINGS = ("What", "Who", "Why", "Where", "How", "When")
-"""How a model is asked for questions about a text with `objective="self_study"`, and how these begin, in turn."""
+"""With `objective="self_study"`: how a model is asked for questions about a text, and the words that these begin with,
+in turn."""
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt as a list of one; several as a list."""
+    """Convert one prompt or several to a list."""
     if isinstance(prompts, str):
         return [prompts]
-    check_kind("What is asked", prompts, Sequence, "a text or a list of chat messages, or a list of several")
+    check_kind("prompts", prompts, Sequence, "a text, a list of chat messages, or a list of these")
     if prompts and isinstance(prompts[0], Mapping):
         return [cast(Chat, prompts)]
     return cast(list[Prompt], list(prompts))
@@ -93,5 +94,5 @@ def study_tokens(query_format: str, tokenizer: PreTrainedTokenizerBase) -> dict[
 
 def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not {"content", "tool_calls"} & message.keys() or "role" not in message:
-        raise ValueError(f"A chat message is a mapping with a role and a content, got {message!r}.")
+        raise ValueError(f"A chat message must be a mapping with a role and a content, got {message!r}.")
     return dict(message)

@@ -1,4 +1,4 @@
-"""Makes "GRADMEM" a PEFT method from outside PEFT. The only file that touches PEFT's registries."""
+"""Registers "GRADMEM" as a PEFT method from outside PEFT. Only this file modifies PEFT's registries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "GRADMEM"
 
 
 def _extend_peft_type() -> None:
-    """Add the member GRADMEM to PEFT's closed `PeftType` enum; does nothing when it is there.
+    """Add the member GRADMEM to PEFT's closed `PeftType` enum, unless it is already there.
 
     PEFT has no hook for methods from other packages, and a plain string instead of a member leaves
     `get_model_status` blank. The member behaves like PEFT's own in JSON, pickle and `list(PeftType)`.

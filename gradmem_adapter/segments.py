@@ -1,4 +1,4 @@
-"""Segments: pieces of a long text that are each written by themselves. The one place that cuts texts."""
+"""Segments: pieces of a long text that are written separately. Texts are cut only here."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE_END = re.compile(r"""[.!?…]["'”’)\]]*\s+|[。！？]["'”’」』)）]*\s*|\n\s*""")  # noqa: RUF001 # marks of other scripts
 _WORD_END = re.compile(r"\s+")
 _CHARACTERS = 8
-"""Characters for each token that are looked at first: few texts have so many in a token."""
+"""The characters to tokenise first per token of a segment: few texts have this many per token."""
 _PIECE = 2**14
-"""Characters of the text that are taken up at once."""
+"""The most characters of the text to process at once."""
 
 
 @dataclass(frozen=True)
@@ -69,30 +69,31 @@ def segments(
     own = len(tokenizer("")["input_ids"])
     _check_numbers(limit, overlap, own)
     if not tokenizer.is_fast:
-        raise TypeError(f"Cutting a text needs a fast tokenizer, and {type(tokenizer).__name__} is none.")
+        raise TypeError(
+            f"Cutting a text needs a fast tokenizer, got {type(tokenizer).__name__}. Load it with "
+            "AutoTokenizer.from_pretrained(..., use_fast=True)."
+        )
     return _segments(_Ahead(_pieces(text, cast(PreTrainedTokenizerFast, tokenizer))), tokenizer, limit, overlap, own)
 
 
 def unknown_length(remedy: str) -> str:
-    """The message for when the length of a segment is not known.
+    """The error message for an unknown segment length.
 
     Args:
-        remedy (`str`): what the reader can do about it.
+        remedy (`str`): what the user can do about it.
     """
     return (
-        "The adapter does not say its trained length, and so not how many tokens of a text one memory state keeps "
-        f"well: {remedy}"
+        "The adapter does not say its trained length, so the number of tokens that one memory state can hold is "
+        f"unknown: {remedy}"
     )
 
 
 def _check_numbers(limit: int, overlap: int, own: int) -> None:
     if type(limit) is not int or limit <= own:
-        raise ValueError(
-            f"A segment must have at least {counted(own + 1, 'token')}, {own} of them special, got {limit!r}."
-        )
+        raise ValueError(f"A segment needs at least {counted(own + 1, 'token')}, {own} of them special, got {limit!r}.")
     if type(overlap) is not int or not 0 <= 4 * overlap < max(limit, 1):
         raise ValueError(
-            f"overlap must be from 0 and less than a quarter of a segment of {counted(limit, 'token')}, got "
+            f"overlap must be a non-negative integer below a quarter of a segment of {counted(limit, 'token')}, got "
             f"{overlap!r}."
         )
 
@@ -101,13 +102,13 @@ def _segments(
     ahead: _Ahead, tokenizer: PreTrainedTokenizerBase, limit: int, overlap: int, own: int
 ) -> Iterator[Segment]:
     end = 0
-    """Of the last segment."""
+    """The end of the last segment."""
     while True:
         window, ends, places = _look(ahead, tokenizer, limit)
         if not window:
             return
         room = limit - own
-        if ends:  # equal parts of what is left
+        if ends:  # divide the rest into equal parts
             room = -(-len(places) // -(-len(places) // room)) if places else room
         while True:
             cut = _cut(window, places, room)
@@ -116,10 +117,11 @@ def _segments(
             tokens = len(places) + own if whole else len(tokenizer(text, verbose=False)["input_ids"])
             if tokens <= limit and text:
                 break
-            room -= max(1, tokens - limit)  # tokens at a cut may be others than they were in the text
+            room -= max(1, tokens - limit)  # the tokens at a cut may differ from those in the whole text
             if room < 1:
                 raise ValueError(
-                    f"{window[0]!r} alone has more than {counted(limit, 'token')}, and a segment may have no more."
+                    f"The character {window[0]!r} alone has more than {counted(limit, 'token')}, the most for a "
+                    "segment. Allow longer segments."
                 )
         if (new := ahead.start + len(text) > end) and tokens > own:
             end = ahead.start + len(text)
@@ -129,8 +131,8 @@ def _segments(
 
 
 def _look(ahead: _Ahead, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[str, bool, list[int]]:
-    """The next characters, of more than two segments where there are so many; whether these are the last; and where
-    in them each token begins. How much is looked at depends on the text alone."""
+    """The next characters, more than two segments if there are enough; whether they are the last; and the start of each
+    of their tokens. The number of characters depends only on the text, not on its pieces."""
     size = _CHARACTERS * limit
     while True:
         window = ahead.read(size)
@@ -148,7 +150,7 @@ def _look(ahead: _Ahead, tokenizer: PreTrainedTokenizerBase, limit: int) -> tupl
 
 
 def _cut(window: str, places: list[int], room: int) -> int:
-    """Where to cut a text so that the part before has at most about so many tokens."""
+    """Where to cut a text so that the part before has at most about `room` tokens."""
     if len(places) <= room:
         return len(window)
     end = places[room]
@@ -162,7 +164,7 @@ def _cut(window: str, places: list[int], room: int) -> int:
 
 
 def _next_start(window: str, places: list[int], text: str, cut: int, overlap: int) -> int:
-    """Where the next segment begins, which repeats the end of this one unless a paragraph ended there."""
+    """The start of the next segment, which repeats the end of this one unless a paragraph ended there."""
     tokens = bisect_left(places, len(text))
     if overlap and tokens > overlap and not _PARAGRAPH_END.search(window, len(text), cut):
         floor = places[tokens - overlap]
@@ -173,7 +175,7 @@ def _next_start(window: str, places: list[int], text: str, cut: int, overlap: in
 
 
 class _Ahead:
-    """A text that is taken up no further than one looks at it.
+    """A text that is read only as far as needed.
 
     Args:
         pieces (`Iterator[str]`): the text.
@@ -182,7 +184,7 @@ class _Ahead:
     def __init__(self, pieces: Iterator[str]) -> None:
         self.pieces = pieces
         self.start = 0
-        """The place in the text that is looked at."""
+        """The position in the whole text of the next character."""
         self._text = ""
 
     def read(self, length: int) -> str:
@@ -195,15 +197,15 @@ class _Ahead:
         return self._text[:length]
 
     def drop(self, length: int) -> None:
-        """Go on behind so many characters."""
+        """Skip this many characters."""
         self._text = self._text[length:]
         self.start += length
 
 
 def _pieces(text: str | Iterable[str] | Iterable[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    """A text in short pieces."""
+    """Convert a text to short pieces."""
     if not isinstance(text, str | Iterable) or isinstance(text, bytes | bytearray | memoryview | Mapping | Set):
-        raise TypeError(f"A text, its pieces or its token ids can be cut, got {type(text).__name__}.")
+        raise TypeError(f"Expected a text, its pieces or its token ids, got {type(text).__name__}.")
     rest = iter([text] if isinstance(text, str) else text)
     first = next(rest, "")
     whole = itertools.chain([first], rest)
@@ -213,7 +215,7 @@ def _pieces(text: str | Iterable[str] | Iterable[int], tokenizer: PreTrainedToke
 def _short(pieces: Iterator[str]) -> Iterator[str]:
     for number, piece in enumerate(pieces):
         if not isinstance(piece, str):
-            raise TypeError(f"Piece {number} of the text is a {type(piece).__name__}, and those before are texts.")
+            raise TypeError(f"Piece {number} of the text is a {type(piece).__name__}, but earlier pieces are texts.")
         check_text(f"Piece {number} of the text" if number else "The text", piece)
         yield from (piece[i : i + _PIECE] for i in range(0, len(piece), _PIECE))
 
@@ -227,9 +229,9 @@ def _decoded(ids: Iterator[Any], tokenizer: PreTrainedTokenizerFast) -> Iterator
         except TypeError:
             index = -1
         if index not in known:
-            raise TypeError(f"Place {number} of the text holds {token!r}, which is no token id of the tokenizer's.")
+            raise TypeError(f"Element {number} of the text is {token!r}, which is not a token id of the tokenizer.")
         waiting.append(index)
         if piece := stream.step(tokenizer.backend_tokenizer, index):
             yield piece
             waiting.clear()
-    yield str(tokenizer.decode(waiting, skip_special_tokens=True))  # a character that is cut off at the end, or �
+    yield str(tokenizer.decode(waiting, skip_special_tokens=True))  # an incomplete character at the end, or �

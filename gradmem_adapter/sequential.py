@@ -1,4 +1,4 @@
-"""A long text in one memory state: each segment is written into the state of the one before."""
+"""A long text in one memory state: each segment is written into the state of the previous one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def write_sequential(
     memory: MemoryState | None = None,
     strict: bool = True,
 ) -> MemoryState:
-    """WRITE segments one after the other into one state, in the memory that a single one takes.
+    """WRITE segments one after the other into one state, with the device memory that a single segment needs.
 
     Args:
         encoder (`TextEncoder`): a model with its tokenizer.
-        segments (`Iterable[Segment]`): in order; read as they are written.
-        options (`WriteOptions`): how each is written.
-        memory (`MemoryState`, *optional*): a state that is to know them besides what it knows. None: a new one.
+        segments (`Iterable[Segment]`): the segments in order; they are read lazily.
+        options (`WriteOptions`): how to write each segment.
+        memory (`MemoryState`, *optional*): a state to add the segments to. None: a new one.
         strict (`bool`, *optional*, defaults to `True`): refuse a `memory` that another model wrote.
 
     Raises:
@@ -36,14 +36,16 @@ def write_sequential(
     """
     if options.objective == "self_study":
         raise ValueError(
-            "objective='self_study' writes each text into a state of its own, and cannot go on from one: write the "
-            "segments with mode='parallel', or the new text by itself, and join the states with MemoryState.concat."
+            "objective='self_study' writes each text into a state of its own and cannot continue from a state. Write "
+            "the segments with mode='parallel', or the new text separately, and join the states with "
+            "MemoryState.concat."
         )
     known = 0
-    if isinstance(memory, MemoryState):  # anything else is refused by `update`
+    if isinstance(memory, MemoryState):  # `update` refuses anything else
         if len(memory) != 1:
             raise ValueError(
-                f"One state takes one text, got {counted(len(memory), 'state')}: update them one by one, memory[i]."
+                f"A text can be added to one state, got {counted(len(memory), 'state')}. Update them one by one: "
+                "memory[i]."
             )
         known = int(memory.context_tokens)
     before: Segment | None = None
@@ -59,18 +61,19 @@ def write_sequential(
     tokens, trained = int(memory.context_tokens), encoder.model.active_peft_config.trained_length
     if trained is not None and known <= trained < tokens:
         warnings.warn(
-            f"One state now stands for {tokens:,} tokens, and the adapter was trained on up to {trained:,} in one: "
-            "most of the rest is lost, new text too. write_document(mode='parallel') writes a state for each segment.",
+            f"One state now stands for {tokens:,} tokens, but the adapter was trained on at most {trained:,} per "
+            "state: most of the rest is lost, including new text. Use write_document(mode='parallel'), which writes a "
+            "state for each segment.",
             stacklevel=3,
         )
     return memory
 
 
 def text_behind(before: Segment | None, segment: Segment) -> str:
-    """What is written of a segment behind others: with white space in between, unless there was none in the text.
+    """The text to write for a segment after others: with a space before it, unless the text has no white space there.
 
     Args:
-        before (`Segment`, *optional*): the one before in the same text.
-        segment (`Segment`): without special tokens, which are not in the middle of a text.
+        before (`Segment`, *optional*): the previous segment of the same text.
+        segment (`Segment`): the segment; its tokens get no special ones, as they are in the middle of a text.
     """
     return segment.text if before is not None and before.end == segment.start else f" {segment.text}"

@@ -1,4 +1,4 @@
-"""The memory state: what WRITE makes and READ takes."""
+"""The memory state: the result of WRITE and the input of READ."""
 
 from __future__ import annotations
 
@@ -111,13 +111,15 @@ class MemoryState:
         if isinstance(index, SupportsIndex) and not getattr(index, "ndim", 0):
             number = index.__index__()
             if not -len(self) <= number < len(self):
-                raise IndexError(f"Index {number} is none of {counted(len(self), 'memory state')}.")
+                raise IndexError(f"Index {number} is out of range for {counted(len(self), 'memory state')}.")
             index = [number]
-        if isinstance(index, slice):  # as a list: tensors know no negative steps
+        if isinstance(index, slice):  # as a list, because tensors do not support negative steps
             index = list(range(len(self)))[index]
-        rows = as_indices("What selects states", index, "an integer, a slice or a list of integers", self.device)
+        rows = as_indices("The index of a MemoryState", index, "an integer, a slice or a list of integers", self.device)
         if rows.dim() != 1:
-            raise IndexError(f"Select states by an integer or a list of them, not by shape {tuple(rows.shape)}.")
+            raise IndexError(
+                f"The index of a MemoryState must be an integer or a list of integers, got shape {tuple(rows.shape)}."
+            )
         if not (rows.any() if rows.dtype == torch.bool else rows.numel()):
             raise IndexError("The selection is empty; a MemoryState holds at least one state.")
         return self._map(lambda tensor: tensor[rows])
@@ -138,7 +140,7 @@ class MemoryState:
         """
         states = _compatible(states, "stack", ("num_memory_tokens", "width", "dtype", "device", "fingerprint"))
         if len(states) == 1:
-            return states[0]  # the object itself, for which READ may have kept something
+            return states[0]  # the same object, because READ caches by object
         return MemoryState(
             vectors=torch.cat([state.vectors for state in states]),
             context_tokens=torch.cat([state.context_tokens for state in states]),
@@ -242,7 +244,7 @@ class MemoryState:
         try:
             state = cls(**state_file.widened(tensors), fingerprint=fingerprint)
         except (TypeError, ValueError) as error:
-            raise MemoryStateError(f"The memory state lacks a tensor or has a wrong one: {error}") from error
+            raise MemoryStateError(f"The memory state has the wrong tensors: {error}") from error
         return state.to(device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -285,35 +287,34 @@ def check_state(name: str, memory: object) -> None:
 
     Args:
         name (`str`): the caller's name for it.
-        memory (`object`): what was passed.
+        memory (`object`): the value to check.
     """
     wanted = (
-        "a MemoryState, as write() and MemoryState.load() return, as a store's get(keys) gives, and as a "
-        "DocumentMemory has in .states"
+        "a MemoryState, as write(), MemoryState.load(), a store's get(keys) and the .states of a DocumentMemory return"
     )
     if isinstance(memory, list | tuple):
         wanted += (
-            " (MemoryState.stack(states) makes one of a list of them, and store.get([choice.entry.key for choice in "
-            "choices]) of what a store's choose returns)"
+            " (use MemoryState.stack(states) for a list of states, and store.get([choice.entry.key for choice in "
+            "choices]) for the result of a store's choose)"
         )
     check_kind(name, memory, MemoryState, wanted)
 
 
 def check_finite(memory: MemoryState) -> None:
-    """Raise `ValueError` unless the vectors of all states are finite, as far as that can be seen.
+    """Raise `ValueError` unless the vectors of all states are finite. Not checked during CUDA graph capture.
 
     Args:
         memory (`MemoryState`): the states.
     """
     if not capturing() and not memory.vectors.isfinite().all():
         raise ValueError(
-            "The memory state has vectors that are not finite, because WRITE diverged or a narrower dtype overflowed, "
-            "and no model can read it. Write the context again, with a smaller write learning rate if it diverged."
+            "The memory state has vectors that are not finite, because WRITE diverged or a narrower dtype overflowed. "
+            "Write the context again, with a smaller write learning rate if WRITE diverged."
         )
 
 
 def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> None:
-    """Raise unless a model can read states. In training a model reads its own, which are not checked here.
+    """Raise unless a model can read states. In training, a model reads its own states, which are not checked here.
 
     Args:
         memory (`MemoryState`): the states.
@@ -327,41 +328,41 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
     check_state("memory", memory)
     if memory.width != width:
         raise ValueError(
-            f"The memory state has vectors of width {memory.width}, the model's are {width} wide: it was written by "
-            "another model. Write the context again with this one."
+            f"The memory state has vectors of width {memory.width}, but the model's have width {width}: another model "
+            "wrote it. Write the context again with this model."
         )
     if fingerprint is not None and not memory.fingerprint.startswith(KIND):
         raise ValueError(
             f"The memory state has the fingerprint {memory.fingerprint}, as earlier versions of gradmem_adapter made "
-            f"them; those of this version begin with {KIND!r} and cannot be compared with it. Write the context again, "
-            f"or read it with strict=False if you know that this model ({fingerprint}) wrote it."
+            f"them. It cannot be compared with fingerprints of this version, which begin with {KIND!r}. Write the "
+            f"context again, or pass strict=False if you know that this model ({fingerprint}) wrote it."
         )
     if fingerprint is not None and memory.fingerprint != fingerprint:
         raise ValueError(
-            f"The memory state was written by model {memory.fingerprint}, and this is model {fingerprint} "
-            "(backbone and adapter). Another model reads it as noise: write the context again with this one. "
-            "In Python strict=False reads it all the same, at your own risk."
+            f"The memory state was written by model {memory.fingerprint}, but this is model {fingerprint} (backbone "
+            "and adapter), which would read it as noise. Write the context again with this model. In Python, "
+            "strict=False reads it anyway, at your own risk."
         )
     check_finite(memory)
 
 
 def _compatible(states: Sequence[MemoryState], what: str, names: Sequence[str]) -> list[MemoryState]:
     """The states as a list, if they agree in the named properties."""
-    check_kind(f"What is to {what}", states, Iterable, "a list of memory states")
+    check_kind(f"The argument of {what}", states, Iterable, "a list of memory states")
     states = list(states)
     if not states:
         raise ValueError(f"There are no memory states to {what}.")
     if wrong := [type(state).__name__ for state in states if not isinstance(state, MemoryState)]:
-        raise TypeError(f"Memory states are to {what}, got {', '.join(wrong)}.")
+        raise TypeError(f"Expected memory states to {what}, got {', '.join(wrong)}.")
     for name in names:
         values = [len(state) if name == "batch size" else getattr(state, name) for state in states]
         if len(set(values)) > 1:
-            raise ValueError(f"Memory states to {what} must have one {name.replace('_', ' ')}, got {values}.")
+            raise ValueError(f"Memory states to {what} must have the same {name.replace('_', ' ')}, got {values}.")
     return states
 
 
 def _same_steps(states: Sequence[MemoryState]) -> list[Tensor]:
-    """The write losses of each state, those with fewer steps repeating their last."""
+    """The write losses of each state, with the last loss repeated for states with fewer steps."""
     steps = max(state.write_losses.shape[1] for state in states)
     return [
         torch.cat([losses := state.write_losses, losses[:, -1:].expand(-1, steps - losses.shape[1])], dim=1)

@@ -1,4 +1,4 @@
-"""How far memory supports what is answered from it, and which of several states a prompt is answered from."""
+"""How well memory supports answers, and the choice of a state to answer a prompt from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradmem_adapter.texts import TextEncoder
 from gradmem_adapter.utils.wording import counted
 
 _OF_SEARCH = 6.0
-"""What the best search score counts beside support, in log-odds; found on articles kept for validation (lab log)."""
+"""The weight of the best search score relative to support, in log-odds; found on validation articles (lab log)."""
 
 
 class Selected(NamedTuple):
@@ -54,7 +54,10 @@ class StateSelector(TextEncoder):
             ValueError: the adapter was not trained to refuse (`GradMemConfig.refusal`); scores then need answers.
         """
         if not self.refuses:
-            raise ValueError("This adapter was not trained to say what memory does not hold: it scores answers alone.")
+            raise ValueError(
+                "This adapter was not trained to refuse (GradMemConfig.refusal is None), so it can score only answers. "
+                "Use generate(..., return_scores=True)."
+            )
         check_state("memory", memory)
         if not (batch := prompt_list(prompts)):
             return []
@@ -111,14 +114,14 @@ class StateSelector(TextEncoder):
 def answer_scores(
     encoder: TextEncoder, input_ids: Tensor, mask: Tensor, new: Tensor, memory: MemoryState, options: dict[str, Any]
 ) -> list[float]:
-    """The score of each answer, as `GradMemPipeline.generate` explains it, from 0 to 1.
+    """The score of each answer, from 0 to 1, as documented in `GradMemPipeline.generate`.
 
     Args:
         encoder (`TextEncoder`): the model and its tokenizer.
         input_ids, mask (`Tensor`): `[B, T]`, prompts with padding on the left.
         new (`Tensor`): `[B x sequences, n]`, the tokens after them; n may be 0 if the adapter was trained to refuse.
         memory (`MemoryState`): one state for all prompts, or one per prompt.
-        options (`dict`): those of `generate` that determine where an answer ends and which state a prompt is asked of.
+        options (`dict`): the options of `generate` that determine where an answer ends and which state a prompt reads.
     """
     config, tokenizer = encoder.model.active_peft_config, encoder.tokenizer
     own = tokenizer.eos_token_id
@@ -134,7 +137,7 @@ def answer_scores(
     index = options.get("context_index")
     if index is None:
         index = range(len(prompts)) if len(memory) > 1 else [0] * len(prompts)
-    each = len(new) // len(prompts)  # several sequences of a prompt stand side by side
+    each = len(new) // len(prompts)  # several sequences of a prompt are adjacent
     found = encoder.model.log_likelihood(
         [prompt for prompt in prompts for _ in range(each)],
         answers,
@@ -163,8 +166,8 @@ def surest(supported: Sequence[float], search_scores: Sequence[float] | None = N
     if search_scores is not None:
         if len(search_scores) != len(supported):
             raise ValueError(
-                f"Got {counted(len(supported), 'state')} and {counted(len(search_scores), 'search score')}: give one "
-                "for each."
+                f"Got {counted(len(supported), 'state')} and {counted(len(search_scores), 'search score')}. Pass one "
+                "score for each state."
             )
         found = torch.tensor(search_scores, dtype=torch.float64)
         odds = odds.logit(eps=1e-6) + _OF_SEARCH * found / found.max().clamp(min=torch.finfo(found.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Texts to tokens: prompts and contexts as the model sees them."""
+"""From texts to tokens: prompts and contexts as the model sees them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TextEncoder:
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, GradMemConfig):
             raise TypeError(
-                f"GradMemPipeline needs a model with a GradMem adapter, got {type(model).__name__}. Make one with "
+                f"GradMemPipeline needs a model with a GradMem adapter, got {type(model).__name__}. Create one with "
                 "get_peft_model(backbone, GradMemConfig(...)) or load_checkpoint(path)."
             )
         check_kind("tokenizer", tokenizer, Callable, "the tokenizer of the backbone")
@@ -68,7 +68,7 @@ class TextEncoder:
         if limit is None:
             raise ValueError(unknown_length("pass segment_tokens."))
         if (most := self.max_context_tokens) is not None and limit > most:
-            raise ValueError(f"A segment may have at most the {most} tokens that the model takes, got {limit}.")
+            raise ValueError(f"A segment may have at most {most} tokens, the limit of the model, got {limit}.")
         return segments(text, self.tokenizer, limit, limit // 16 if overlap is None else overlap)
 
     def format_query(
@@ -158,7 +158,7 @@ class TextEncoder:
 
     @property
     def _pad_token_id(self) -> int:
-        """The pad token, or the end token where there is none."""
+        """The pad token, or the end token if there is none."""
         pad = self.tokenizer.pad_token_id
         return cast(int, self.tokenizer.eos_token_id if pad is None else pad)
 

@@ -1,4 +1,4 @@
-"""GradMem in PEFT's life cycle: adapters that are added to a backbone, switched, deleted and taken away again."""
+"""GradMem in PEFT's life cycle: adding adapters to a backbone, switching, deleting and unloading them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from gradmem_adapter.utils.weights import keep_gradients
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _SHOWN = 3
-"""Tensors that an error names."""
+"""The most tensors that an error lists."""
 SLOTS = "memory_slots"
-"""The name of the layer in the backbone. PEFT skips modules with the prefix in their name, so it is not in this one."""
+"""The name of the layer in the backbone. It must not contain the tuner's prefix, because PEFT skips such modules."""
 
 
 class AdapterChangedError(RuntimeError):
@@ -41,7 +41,7 @@ class AdapterChangedError(RuntimeError):
 
 
 def of_one_adapter(method: Method) -> Method:
-    """Make a method of `GradMemTuner` raise `AdapterChangedError` where it would return what no adapter gives."""
+    """Make a method of `GradMemTuner` raise `AdapterChangedError` if its result would belong to no single adapter."""
 
     @wraps(method)
     def checked(self: GradMemTuner, *args: Any, **kwargs: Any) -> Any:
@@ -52,52 +52,52 @@ def of_one_adapter(method: Method) -> Method:
 
 
 def _warn_of_untrained_backbone(model: Any, adapter: str) -> None:
-    """Say so if an adapter is loaded on what its backbone was before both were trained."""
+    """Warn if an adapter is loaded on the untrained version of a backbone that it was trained with."""
     config: GradMemConfig = model.peft_config[adapter]
     trained_here = any(other.train_backbone for name, other in model.peft_config.items() if name != adapter)
     if config.train_backbone and not trained_here and model.name_or_path == config.base_model_name_or_path:
         warnings.warn(
-            f"The adapter {adapter!r} was trained together with its backbone, and {model.name_or_path!r} is what that "
-            "was before: they do not belong together. load_checkpoint(path) opens both. PEFT opens the adapter alone; "
-            "give it AutoModelForCausalLM.from_pretrained(path + '/backbone') of a local directory.",
+            f"The adapter {adapter!r} was trained together with its backbone, but {model.name_or_path!r} is that "
+            "backbone before training, so they do not match. Open both with load_checkpoint(path). With PEFT, pass the "
+            "trained backbone: AutoModelForCausalLM.from_pretrained(path + '/backbone') of a local directory.",
             stacklevel=6,
         )
 
 
 class _Configs(dict[str, GradMemConfig]):
-    """Configurations by the names of adapters. The backbone has them, too, and PEFT enters here what it is asked to add
-    to it, before it changes anything: an adapter of another method is refused."""
+    """Configurations by adapter name, shared with the backbone. PEFT enters a new configuration here before it changes
+    anything, so this is where adapters of other methods are refused."""
 
     def __setitem__(self, adapter: str, config: GradMemConfig) -> None:
         if not isinstance(config, GradMemConfig):
             raise ValueError(
-                f"The backbone carries a GradMem adapter, and the adapter {adapter!r} of a {type(config).__name__} "
-                "would change what memory is written with. A LoRA to train with the memory goes into "
-                "GradMemConfig(lora_config=...); model.unload() gives the backbone alone, for other adapters."
+                f"The backbone has a GradMem adapter, and the adapter {adapter!r} of a {type(config).__name__} would "
+                "change the model that memory is written with. To train a LoRA with the memory, use "
+                "GradMemConfig(lora_config=...). For other adapters, get the backbone alone with model.unload()."
             )
         super().__setitem__(adapter, config)
 
     def update(self, configs: Mapping[str, GradMemConfig]) -> None:  # type: ignore[override] # as PEFT calls it
-        """Enter several; `ValueError` where one is of another method."""
+        """Enter several configurations; `ValueError` if one belongs to another method."""
         for adapter, config in configs.items():
             self[adapter] = config
 
 
 class _NoneLeft(_Configs):
-    """Configurations after the last adapter was deleted: `PeftModel` goes on asking for that of the one it thinks is
-    active, though it only wants to know that it is no prompt learning."""
+    """The configurations after the last adapter was deleted. `PeftModel` still looks up the adapter that it considers
+    active, but only to see that it is not prompt learning."""
 
     def __missing__(self, adapter: str) -> GradMemConfig:
         return GradMemConfig()
 
 
 class GradMemTuner(BaseTuner):
-    """A PEFT tuner that adds one layer, the memory slots, to a backbone, and a nested LoRA where one is configured."""
+    """A PEFT tuner that adds one layer, the memory slots, to a backbone, and a nested LoRA if configured."""
 
     peft_config: dict[str, GradMemConfig]  # type: ignore[assignment] # PEFT's own type, narrowed
     prefix = "gradmem_"
     uses_shared_state = True
-    # LoRA layers belong to the adapter as the slots do: PEFT switches, deletes and freezes both by this class.
+    # LoRA layers belong to the adapter like the slots: PEFT switches, deletes and freezes both by this class.
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -122,7 +122,7 @@ class GradMemTuner(BaseTuner):
         return getattr(self.model, SLOTS)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("GradMem replaces no modules; it adds one.")
+        raise NotImplementedError("GradMem adds a module and replaces none.")
 
     def inject_adapter(
         self,
@@ -139,7 +139,7 @@ class GradMemTuner(BaseTuner):
         with trainable_as_before(model):
             try:
                 self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            except Exception:  # a LoRA may be made in some layers by now
+            except Exception:  # some layers may already have their LoRA
                 if first:
                     self.unload()
                 else:
@@ -155,7 +155,7 @@ class GradMemTuner(BaseTuner):
         low_cpu_mem_usage: bool,
         state_dict: dict[str, Tensor] | None,
     ) -> None:
-        with self._changes.one(), torch.inference_mode(False):  # whose tensors could not be written with
+        with self._changes.one(), torch.inference_mode(False):  # WRITE could not use tensors made in inference mode
             # First PEFT's own part, which freezes the backbone; the layers added after it stay trainable.
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             inject_lora(model, adapter_name, config, low_cpu_mem_usage)
@@ -167,7 +167,7 @@ class GradMemTuner(BaseTuner):
             self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one; the backbone is trainable where its config says `train_backbone`."""
+        """Activate an adapter; the backbone is trainable if its config has `train_backbone=True`."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         with self._changes.one(unless=lambda: names == self.active_adapters):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -180,9 +180,10 @@ class GradMemTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT asks this for the model's names of the tensors that it loads, which are to be all of the adapter's, and
-        of the backbone no more than embeddings. Without a word it would leave what is missing of a LoRA as it was made,
-        leave out what is unknown, change the backbone, and take one for another that was trained with the adapter."""
+        """PEFT calls this to map the names of loaded tensors to those of the model. They must be all tensors of the
+        adapter, plus at most embeddings of the backbone. Without this check, PEFT would silently keep the initial
+        values of missing LoRA tensors, ignore unknown tensors, change the backbone, and accept an untrained backbone
+        for an adapter that was trained with it."""
 
         def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return super(GradMemTuner, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
@@ -195,14 +196,14 @@ class GradMemTuner(BaseTuner):
         found = named(state_dict)
         if wrong := wrong_names(found.keys(), own(embeddings=False), own(embeddings=True)):
             raise ValueError(
-                f"The tensors are not those of the adapter {adapter_name!r}: {first_of(wrong, _SHOWN)}. Make the "
-                "adapter with the configuration that they were saved with, or get the file anew."
+                f"The tensors do not match the adapter {adapter_name!r}: {first_of(wrong, _SHOWN)}. Create the adapter "
+                "with the configuration that they were saved with, or get the file again."
             )
         _warn_of_untrained_backbone(model, adapter_name)
         return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's `autocast_adapter_dtype=False`: the adapter has the backbone's type. Memory stays float32."""
+        """With PEFT's `autocast_adapter_dtype=False`, the adapter has the backbone's dtype. Memory stays float32."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             dtype = cast(Tensor, self.model.get_input_embeddings().weight).dtype
@@ -216,23 +217,24 @@ class GradMemTuner(BaseTuner):
             super().delete_adapter(adapter_name)
             if not self.peft_config:
                 self.peft_config = self.model.peft_config = _NoneLeft()
-            # PEFT takes the new active adapter from the first layer it meets, which may be a LoRA others do not have.
+            # PEFT takes the new active adapter from the first layer that it finds, which may be a LoRA of only some
+            # adapters.
             self.set_adapter(self.slots.active_adapters, inference_mode=frozen)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        """PEFT's `disable_adapter()` calls this at its beginning and its end."""
+        """PEFT's `disable_adapter()` calls this when it is entered and left."""
         with self._changes.one():
             super()._enable_adapter_layers(enabled)
 
     def _check_merge_allowed(self) -> None:
-        """PEFT asks this before it merges anything."""
+        """PEFT calls this before it merges anything."""
         raise NotImplementedError(
             "A GradMem adapter cannot be merged into the backbone: memory is written per context, by gradients through "
-            "the adapter's tensors. Use unload() for the backbone alone, or keep the adapter."
+            "the adapter's tensors. Keep the adapter, or get the backbone alone with unload()."
         )
 
     def unmerge_adapter(self) -> None:
-        """Nothing can have been merged; raises `NotImplementedError`."""
+        """Raises `NotImplementedError`, because nothing can have been merged."""
         self._check_merge_allowed()
 
     @contextmanager
@@ -241,8 +243,8 @@ class GradMemTuner(BaseTuner):
         for name in ("adapter_names", "alora_offsets"):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(
-                    f"{name} cannot be used with a GradMem adapter, which is one for all rows of a batch. Choose it "
-                    "with set_adapter(name), and run the rows of each adapter by themselves."
+                    f"{name} cannot be used with a GradMem adapter, because all rows of a batch use the same adapter. "
+                    "Choose it with set_adapter(name), and run the rows of each adapter separately."
                 )
         yield
 
@@ -255,7 +257,7 @@ class GradMemTuner(BaseTuner):
         return self.model
 
     def changing(self) -> AbstractContextManager[None]:
-        """Weights are changed inside: what other threads write or read meanwhile is of no adapter."""
+        """Change weights in the block: what other threads write or read meanwhile belongs to no adapter."""
         return self._changes.one()
 
     @contextmanager
@@ -263,9 +265,9 @@ class GradMemTuner(BaseTuner):
         """Raise `AdapterChangedError` if another thread changes the adapters before the block ends.
 
         Yields:
-            A function that raises it if that has happened so far, to be called before anything of the block is kept.
+            A function that raises it if that has happened so far; call it before keeping any result of the block.
         """
-        weights = getattr(self.model, SLOTS, self.model)  # without slots, after unload(), it is a plain backbone
+        weights = getattr(self.model, SLOTS, self.model)  # after unload() there are no slots
         before = self._changes.number, versions(weights)
 
         def check() -> None:
@@ -273,20 +275,20 @@ class GradMemTuner(BaseTuner):
             if begun != done or ((begun, done), versions(weights)) != before:
                 raise AdapterChangedError(
                     "Another thread, or a callback of this one, switched, loaded, trained or deleted an adapter while "
-                    "this one wrote or read with the model. What came out is of neither adapter, and is not returned. "
-                    "Do both under one lock, or give each adapter a model of its own."
+                    "this one wrote or read with the model. The result belongs to no single adapter and is not "
+                    "returned. Use one lock for both, or a separate model for each adapter."
                 )
 
         check()
         try:
             yield check
         except Exception:
-            check()  # or it may be what failed
+            check()  # a change may be the cause of the failure
             raise
         check()
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The named parameters of all adapters: slots and LoRA layers, without what these wrap."""
+        """The named parameters of all adapters: slots and LoRA layers, without the layers that they wrap."""
         return adapter_parameters(self.model)
 
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -295,12 +297,12 @@ class GradMemTuner(BaseTuner):
 
     @property
     def prefix_length(self) -> int:
-        """How many positions the memory takes with its control vectors, m + 2c."""
+        """How many positions the memory takes, including its control vectors: m + 2c."""
         return self.peft_config[self._adapter].prefix_length
 
     @property
     def positions(self) -> int | None:
-        """How many positions the backbone has, `None` where it does not say."""
+        """How many positions the backbone has; `None` if unknown or unlimited."""
         return max_positions(self.model)
 
     def fingerprint(self) -> str:
@@ -308,7 +310,8 @@ class GradMemTuner(BaseTuner):
         return self._fingerprinted().fingerprint
 
     def _fingerprinted(self) -> Fingerprinted:
-        """The fingerprint with what it was computed of. Each call looks at all weights: make one for each purpose."""
+        """The fingerprint with the snapshot that it belongs to. Each call looks at all weights, so call it only once
+        per task."""
         return self.slots.fingerprints.get(self.model, self._adapter, self.peft_config[self._adapter])
 
     @property
@@ -319,7 +322,7 @@ class GradMemTuner(BaseTuner):
         active = self.active_adapters
         if len(active) != 1:
             raise ValueError(
-                f"Memory needs exactly one active adapter, and there are {len(active)}: {active}. Use "
+                f"Memory needs exactly one active adapter, got {len(active)}: {active}. Choose one with "
                 "set_adapter(name)."
             )
         return active[0]

@@ -1,4 +1,4 @@
-"""The half of the model that writes: contexts into memory, and what memory gives back of them."""
+"""The writing half of the model: WRITE, and what can be decoded from memory alone."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 
 
 WORSE = 2
-"""A state of more than so many segments' tokens answers questions much worse: a general adapter's F1 fell from 66 to 55
-with twice the tokens (docs/long_texts.md)."""
+"""A state of more tokens than this many segments answers questions much worse: a general adapter's F1 fell from 66 to
+55 with twice the tokens (docs/long_texts.md)."""
 
 
 class WritingModel(GradMemTuner):
-    """WRITE, and what needs only memory. `GradMemModel` adds READ; its docstring explains the letters in shapes."""
+    """WRITE, and methods that need only memory. `GradMemModel` adds READ; its docstring explains the letters in
+    shapes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,7 +52,8 @@ class WritingModel(GradMemTuner):
         return Writer(self.model, self.slots, self._adapter, self.peft_config[self._adapter])
 
     def _vectors(self, memory: MemoryState, strict: bool, seen: Fingerprinted | None = None) -> Tensor:
-        """The vectors `[B, m, d]` on the model's device, if this model can read them; `seen` is as it is now."""
+        """The vectors `[B, m, d]` on the model's device, if this model can read them; `seen` is the current
+        fingerprint."""
         slots = self.slots.gradmem_memory[self._adapter]
         own = (self._fingerprinted() if seen is None else seen).fingerprint if strict else None
         check_readable(memory, slots.shape[1], own)
@@ -108,7 +110,7 @@ class WritingModel(GradMemTuner):
         return self._write(context, options, initial, callback, strict)
 
     def _contexts_behind(self, memory: MemoryState | None, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
-        """Checked contexts, for which there are positions behind memory; `None`: behind the adapter's slots."""
+        """Checked contexts, which fit after the memory; `None`: after the adapter's slots."""
         taken = self.prefix_length
         if memory is not None:
             check_state("memory", memory)
@@ -116,25 +118,25 @@ class WritingModel(GradMemTuner):
         return Context.from_tokens(input_ids, attention_mask, self.model, taken)
 
     def _check_rates(self, memory: MemoryState, options: WriteOptions) -> None:
-        """Raise where states have vectors that there is no learned write learning rate for."""
+        """Raise if states have vectors without a learned write learning rate."""
         config, vectors = self.peft_config[self._adapter], memory.num_memory_tokens
         steps = config.write_steps if options.steps is None else options.steps
         own = options.objective == "reconstruction" and options.lr is None and steps > 0
         if own and config.learn_write_lr == "per_element" and vectors != config.num_memory_tokens:
             raise ValueError(
-                f"The state has {counted(vectors, 'vector')}, and the adapter has learned a write learning rate for "
-                f"each element of {config.num_memory_tokens}. Go on from states first, and put them side by side then; "
-                "or pass lr."
+                f"The state has {counted(vectors, 'vector')}, but the adapter has learned write learning rates for "
+                f"memories of {config.num_memory_tokens}. Continue from single states and put them side by side "
+                "afterwards, or pass lr."
             )
 
     def _check_conditions(self, length: int) -> None:
-        """Warn of contexts that are longer than the adapter was trained for, and of dropout."""
+        """Warn about contexts that are longer than the adapter was trained for, and about dropout."""
         dropping = parts_with_dropout(self.model) if self.training else ()
         name = next((name for name, module in dropping if module.training), None)
         if name is not None:
             warnings.warn(
-                f"The model is in training mode, and {name!r} has dropout: what is written now is noisy, and another "
-                "memory each time. Call model.eval() first, also behind get_peft_model and trainer.train().",
+                f"The model is in training mode, and {name!r} has dropout, so memory is noisy and differs each time. "
+                "Call model.eval() first, also after get_peft_model and trainer.train().",
                 stacklevel=3,
             )
         config = self.peft_config[self._adapter]
@@ -142,14 +144,14 @@ class WritingModel(GradMemTuner):
         if trained is None or segment is None:
             return
         if length > trained:
-            found = f"the adapter was trained on up to {trained:,} in one state, which keeps more of them worse"
-        elif config.refusal is not None and length > WORSE * segment:  # what else is trained may know its texts
-            found = f"questions are answered best from states of up to {segment:,}, and much worse from this one"
+            found = f"the adapter was trained on up to {trained:,} in one state, so longer contexts are kept less well"
+        elif config.refusal is not None and length > WORSE * segment:  # adapters for other tasks may know their texts
+            found = f"questions are answered best from states of up to {segment:,} and much worse from longer ones"
         else:
             return
         warnings.warn(
-            f"A context has {length:,} tokens, and {found}. GradMemPipeline.write_document (or gradmem write --store) "
-            "writes a long text in segments.",
+            f"A context has {length:,} tokens, and {found}. Write a long text in segments with "
+            "GradMemPipeline.write_document (or gradmem write --store).",
             stacklevel=3,
         )
 
@@ -167,8 +169,8 @@ class WritingModel(GradMemTuner):
         start = None if initial is None else self._vectors(initial, strict)
         if start is not None and len(start) != len(context.input_ids):
             raise ValueError(
-                f"initial has {counted(len(start), 'state')} for {counted(len(context.input_ids), 'context')}: pass "
-                "one for each context."
+                f"initial has {counted(len(start), 'state')} for {counted(len(context.input_ids), 'context')}. Pass "
+                "one state for each context."
             )
         if options.objective == "self_study":
             memory, losses, diverged = study_contexts(writer, context, options, start, callback)
@@ -184,7 +186,7 @@ class WritingModel(GradMemTuner):
             run = BoundedPass(budget, plans, pass_of, compiled)
             written = write_contexts(writer, context, options, start, callback, run, more, plans[0].rows)
             memory, losses, diverged = written
-            fingerprint = self.fingerprint()  # while a GPU is still at work
+            fingerprint = self.fingerprint()  # while the GPU is still busy
             warn_diverged(diverged)
         return MemoryState(memory, context.lengths, losses, fingerprint)
 
@@ -219,8 +221,8 @@ class WritingModel(GradMemTuner):
         options = WriteOptions.of(options, **fields)
         if options.objective == "self_study":
             raise ValueError(
-                "objective='self_study' writes each text into a state of its own. Write the new text so, and join both "
-                "states with MemoryState.concat."
+                "objective='self_study' writes each text into a state of its own. Write the new text separately, and "
+                "join both states with MemoryState.concat."
             )
         context = self._contexts_behind(memory, input_ids, attention_mask)
         vectors = self._vectors(memory, strict)
@@ -229,8 +231,8 @@ class WritingModel(GradMemTuner):
         known, config = memory.context_tokens.to(context.lengths.device), self.peft_config[self._adapter]
         if config.start != "slots" and memory.num_memory_tokens != config.num_memory_tokens:
             raise ValueError(
-                f"The state has {counted(memory.num_memory_tokens, 'vector')}, and with start={config.start!r} text is "
-                f"written into {config.num_memory_tokens}. Update states first, and put them side by side then."
+                f"The state has {counted(memory.num_memory_tokens, 'vector')}, but with start={config.start!r} text is "
+                f"written into {config.num_memory_tokens}. Update single states, and put them side by side afterwards."
             )
         with torch.no_grad():
             start, whole = more_text(self._writer, vectors, known, context, config.trained_length)
@@ -283,12 +285,12 @@ class WritingModel(GradMemTuner):
         """
         options = WriteOptions.of(options, **fields)
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-            raise ValueError(f"max_tokens must be an integer from 1, got {max_tokens!r}.")
+            raise ValueError(f"max_tokens must be a positive integer, got {max_tokens!r}.")
         rows = check_rows(contexts, self.model, self.prefix_length)
         longest, budget = max(map(len, rows)), Budget.of(self.model)
         self._check_conditions(longest)
         if options.objective == "reconstruction":
-            budget.plans(1, longest, options.max_memory, options.compile is True)  # or nothing is written
+            budget.plans(1, longest, options.max_memory, options.compile is True)  # raises before anything is written
         size = budget.tokens(options.max_memory) if max_tokens is None else max_tokens
 
         def write(indices: list[int], ids: Tensor, mask: Tensor) -> MemoryState:
@@ -348,15 +350,15 @@ class WritingModel(GradMemTuner):
         most = self._writer.longest_context(memory.num_memory_tokens)
         if most is not None and most < 1:
             raise ValueError(
-                f"The state has {counted(memory.num_memory_tokens, 'vector')}, and the model has {self.positions} "
-                "positions: none is left for a token. Reconstruct states one by one."
+                f"The state has {counted(memory.num_memory_tokens, 'vector')}, but the model has only {self.positions} "
+                "positions, so none is left for a token. Reconstruct states one by one."
             )
         if max_new_tokens is None:
             longest = int(memory.context_tokens.max())
             max_new_tokens = longest if most is None else min(longest, most)
         check_kind("max_new_tokens", max_new_tokens, SupportsIndex, "a number of tokens")
         if max_new_tokens < 0 or (most is not None and max_new_tokens > most):
-            allowed = "from 0" if most is None else f"from 0 to {most}, what memory leaves of the model's positions"
+            allowed = "at least 0" if most is None else f"between 0 and {most}, the positions that memory leaves"
             raise ValueError(f"max_new_tokens must be {allowed}; got {max_new_tokens}.")
         return reconstruct(self._writer, vectors, max_new_tokens, callback)
 
@@ -393,6 +395,6 @@ class WritingModel(GradMemTuner):
 def _check_one_each(context: Context, noun: str, vectors: Tensor) -> None:
     if len(context.input_ids) != len(vectors):
         raise ValueError(
-            f"Got {counted(len(context.input_ids), noun)} for {counted(len(vectors), 'state')}: pass one for each "
+            f"Got {counted(len(context.input_ids), noun)} for {counted(len(vectors), 'state')}. Pass one for each "
             "state."
         )

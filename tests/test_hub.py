@@ -104,13 +104,13 @@ def test_a_checkpoint_has_a_card_that_says_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"results": {"a": "str"}}, "numbers by their names, and 'a' has 'str'"),
+        ({"results": {"a": "str"}}, "mapping of names to numbers, but 'a' has 'str'"),
         ({"results": {"a": None}}, "'a' has None"),
         ({"results": {1: 0.5}}, "1 has 0.5"),
-        ({"results": [0.5]}, "numbers by their names, such as"),
-        ({"data": ["rows"]}, "data is a text"),
-        ({"license": 3}, "license is a text"),
-        ({"parent": 3}, "parent is a text"),
+        ({"results": [0.5]}, "mapping of names to numbers, such as"),
+        ({"data": ["rows"]}, "data of a Card must be a text"),
+        ({"license": 3}, "license of a Card must be a text"),
+        ({"parent": 3}, "parent of a Card must be a text"),
     ],
 )
 def test_a_card_says_what_it_cannot_be_made_of(fields, said):
@@ -166,7 +166,7 @@ def test_nobody_is_sent_to_a_directory_of_this_machine(hub, tmp_path, push):
     tiny().save_pretrained(tmp_path / "base")
     model = adapter(tmp_path / "base")
     given = model, tiny_tokenizer(), "owner/mine", tmp_path / "run"
-    with pytest.raises(ValueError, match=r"others do not find it.*base_model_name_or_path = 'owner/name'"):
+    with pytest.raises(ValueError, match=r"others do not have.*base_model_name_or_path = 'owner/name'"):
         push(*given)
     assert hub == {}
     model.active_peft_config.base_model_name_or_path = "owner/backbone"
@@ -182,7 +182,7 @@ def test_nobody_is_sent_to_a_directory_of_this_machine(hub, tmp_path, push):
 def test_a_run_that_pushes_is_told_before_it_trains(tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     args = GradMemTrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, push_to_hub=True)
-    with pytest.raises(ValueError, match="others do not find it"):
+    with pytest.raises(ValueError, match="others do not have"):
         GradMemTrainer(adapter(tmp_path / "base"), args, train_dataset=[ROW], processing_class=tiny_tokenizer())
 
 
@@ -206,7 +206,9 @@ def test_a_revision_is_opened_without_what_else_is_there(hub, tmp_path, monkeypa
 
 def test_a_directory_has_no_revision(tmp_path):
     save_checkpoint(adapter(), tiny_tokenizer(), tmp_path / "mine")
-    with pytest.raises(ValueError, match=r"A revision is of a repository on the hub, and '.*mine' is the directory"):
+    with pytest.raises(
+        ValueError, match=r"revision applies only to a repository on the hub, but '.*mine' is the directory"
+    ):
         load_checkpoint(tmp_path / "mine", revision="v1", backbone=tiny())
 
 

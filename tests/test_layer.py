@@ -63,5 +63,5 @@ def test_memory_needs_one_active_adapter():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2))
     model.add_adapter("other", GradMemConfig(num_memory_tokens=2))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="exactly one active adapter, and there are 2"):
+    with pytest.raises(ValueError, match="exactly one active adapter, got 2"):
         model.write(tokens(1, 4))

@@ -116,7 +116,7 @@ class TestWrite:
             pipeline.write([1, 2])
         with pytest.raises(TypeError, match=r"must be a text or a list of chat messages.* got NoneType"):
             pipeline.generate(None)
-        with pytest.raises(TypeError, match="Memory states are to stack, got int"):
+        with pytest.raises(TypeError, match="Expected memory states to stack, got int"):
             MemoryState.stack([1])
 
     def test_too_long(self, pipeline):

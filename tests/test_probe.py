@@ -207,7 +207,7 @@ def test_the_switch_is_no_part_of_the_adapter(tmp_path):
 def test_one_that_cannot_be_tried_is_attached_with_a_warning():
     with torch.device("meta"):
         backbone = LlamaForCausalLM(tiny().config)
-    with pytest.warns(UserWarning, match=r"could not be tried out.*meta device"):
+    with pytest.warns(UserWarning, match=r"could not be tested.*meta device"):
         get_peft_model(backbone, GradMemConfig())
     backbone = tiny("gpt2")
     backbone.transformer.h[0].mlp = nn.Linear(7, 7)  # as a kernel for a device on which the model is not yet

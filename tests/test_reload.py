@@ -96,9 +96,9 @@ def test_peft_takes_all_of_an_adapter_and_no_more(architecture, options, tmp_pat
         tensors = dict(whole)
         change(tensors)
         save_file(tensors, file)
-        with pytest.raises(ValueError, match=rf"not those of the adapter 'default'.*{said}"):
+        with pytest.raises(ValueError, match=rf"do not match the adapter 'default'.*{said}"):
             PeftModel.from_pretrained(tiny(architecture), tmp_path, **options)
-        with pytest.raises(ValueError, match="not those of the adapter 'second'"):
+        with pytest.raises(ValueError, match="do not match the adapter 'second'"):
             get_peft_model(tiny(architecture), GradMemConfig()).load_adapter(tmp_path, "second")
     embeddings = {f"base_model.model.{n}": p for n, p in tiny(architecture).state_dict().items() if "embed_tokens" in n}
     save_file(whole | embeddings, file)

@@ -138,17 +138,17 @@ def test_no_more_is_read_than_the_next_segment_needs():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((3, WORDS, 5), TypeError, "can be cut, got int"),
-        ((b"w1", WORDS, 5), TypeError, "can be cut, got bytes"),  # which is a series of numbers, too
-        ((WORDS("w1"), WORDS, 5), TypeError, "can be cut, got BatchEncoding"),  # of which the names would be read
-        (({"w1"}, WORDS, 5), TypeError, "can be cut, got set"),
+        ((3, WORDS, 5), TypeError, "or its token ids, got int"),
+        ((b"w1", WORDS, 5), TypeError, "or its token ids, got bytes"),  # which is a series of numbers, too
+        ((WORDS("w1"), WORDS, 5), TypeError, "or its token ids, got BatchEncoding"),  # of which the names would be read
+        (({"w1"}, WORDS, 5), TypeError, "or its token ids, got set"),
         ((["w1", 3], WORDS, 5), TypeError, "Piece 1 of the text is a int"),
         (("w1 \ud83d", WORDS, 5), ValueError, "The text has half a character.*at position 3"),
         ((["w1", "w1 \ud83d"], WORDS, 5), ValueError, "Piece 1 of the text has half a character"),
         (("w1", WORDS, 0), ValueError, "at least 1 token,"),
         (("w1", WORDS, 2.5), ValueError, "at least 1 token,"),
-        (("w1", WORDS, 8, 2), ValueError, "less than a quarter of a segment of 8 tokens, got 2"),
-        (("w1", WORDS, 8, -1), ValueError, "from 0"),
+        (("w1", WORDS, 8, 2), ValueError, "below a quarter of a segment of 8 tokens, got 2"),
+        (("w1", WORDS, 8, -1), ValueError, "non-negative"),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -91,7 +91,7 @@ def test_segments_without_positions_are_refused_before_the_first_is_written(star
         patched.setattr(pipeline.model.base_model, "update", None)
         for write in (lambda n: pipeline.write_document(text, "sequential", segment_tokens=n),
                       lambda n: pipeline.update(state, text, segment_tokens=n)):  # fmt: skip
-            with pytest.raises(ValueError, match=f"160 positions, which are enough for {most} beside"):
+            with pytest.raises(ValueError, match=f"160 positions, and old and new memory leave {most} beside"):
                 write(most + 1)
     trained = tiny_pipeline(num_memory_tokens=70, start=start, trained_length=80)
     segments = trained.write_document(text, "sequential", steps=0).segments

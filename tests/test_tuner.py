@@ -25,7 +25,7 @@ def test_switching_and_deleting(first, second):
     b = model.write(IDS)
     assert b.num_memory_tokens == 4
     assert b.fingerprint != a.fingerprint
-    with pytest.raises(ValueError, match=f"written by model {a.fingerprint}, and this is model {b.fingerprint}"):
+    with pytest.raises(ValueError, match=f"written by model {a.fingerprint}, but this is model {b.fingerprint}"):
         model(input_ids=IDS, memory=a)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable
@@ -102,7 +102,7 @@ def test_an_adapter_of_another_method_is_refused_and_nothing_changes(add):
     """PEFT entered its configuration in place of the adapter's own, which ended in a KeyError of the next write."""
     model = make()
     state, names = model.write(IDS), [name for name, _ in model.named_parameters()]
-    with pytest.raises(ValueError, match=r"carries a GradMem adapter, .* of a LoraConfig would .*lora_config=.*unload"):
+    with pytest.raises(ValueError, match=r"has a GradMem adapter, .* of a LoraConfig would .*lora_config=.*unload"):
         add(model)
     assert [name for name, _ in model.named_parameters()] == names
     model.set_adapter("default")

@@ -75,9 +75,9 @@ def test_lists_are_told_how_they_become_one_memory(pipeline, state, store):
 @pytest.mark.parametrize("wrong", [None, 5, 1.5, 1j], ids=repr)
 def test_no_prompt_and_no_text(pipeline, state, store, wrong):
     for ask in (pipeline.generate, pipeline.support):
-        with refused("What is asked", wrong):
+        with refused("prompts", wrong):
             ask(wrong, memory=state)
-    with refused("What is asked", wrong):
+    with refused("prompts", wrong):
         pipeline.encode_prompts(wrong)
     for ask in (
         lambda: pipeline.generate([wrong], memory=state),
@@ -133,7 +133,7 @@ def test_no_numbers(pipeline, state, wrong):
             model(input_ids=ids, labels=ids, context_input_ids=ids, **{name: wrong})
     with refused("context_index", wrong):
         model.generate(ids, memory=state, context_index=wrong)
-    with refused("What selects states", wrong):
+    with refused("The index of a MemoryState", wrong):
         state[wrong]
 
 
@@ -176,6 +176,6 @@ def test_what_goes_into_a_store(store, state, pipeline):
     with refused("dtype", "float16"):
         state.to("cpu", "float16")
     for call, what in ((MemoryState.stack, "stack"), (MemoryState.concat, "concat")):
-        with refused(f"What is to {what}", 5):
+        with refused(f"The argument of {what}", 5):
             call(5)
     assert len(store) == 1

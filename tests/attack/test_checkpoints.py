@@ -190,6 +190,6 @@ def test_a_folder_of_somebody_else_is_not_replaced(saved):
 def test_an_adapter_of_another_kind_is_not_replaced(tmp_path):
     get_peft_model(tiny(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     before = (tmp_path / WEIGHTS).read_bytes()
-    with pytest.raises(FileExistsError, match="is no adapter checkpoint of GradMem"):
+    with pytest.raises(FileExistsError, match="is not a checkpoint of a GradMem adapter"):
         save_checkpoint(get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3)), tiny_tokenizer(), tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == before

@@ -112,7 +112,7 @@ def test_missing_files(text, tmp_path):
     missing = f"{tmp_path}/none"
     result = invoke("demo", "--task", "recite", "--text", text, "--backbone", missing)
     assert result.exit_code == 2
-    assert "there is no such directory" in " ".join(result.stderr.split())
+    assert "There is no directory" in " ".join(result.stderr.split())
     assert invoke("demo", "--task", "recite", "--text", missing).exit_code == 2
 
 

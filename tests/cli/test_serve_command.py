@@ -54,7 +54,7 @@ def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, t
     result = invoke("serve", checkpoint, "--store", store)
     assert (result.exit_code, len(started)) == (0, 1), result.output
     said = (
-        "The adapter does not say its trained length, and so not how many tokens of a text one memory state keeps well"
+        "The adapter does not say its trained length, so the number of tokens that one memory state can hold is unknown"
     )
     assert f"{said}: pass --segment-tokens. Without it, this server writes no texts" in " ".join(result.stderr.split())
     ((app, _),) = started

@@ -191,7 +191,9 @@ def test_a_run_that_diverges(files, monkeypatch):
 def test_no_such_checkpoint(files):
     result = invoke("train", files / "train.jsonl", "--output", files / "run", "--checkpoint", "typo")
     assert result.exit_code == 2, result.output
-    assert "There is no checkpoint 'typo': no directory here, none that ships (kv-" in " ".join(result.stderr.split())
+    assert "There is no checkpoint 'typo': it is not a directory, not a shipped checkpoint (kv-" in " ".join(
+        result.stderr.split()
+    )
 
 
 @pytest.mark.parametrize(

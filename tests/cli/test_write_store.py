@@ -111,7 +111,7 @@ def test_of_many_faults_the_first_are_printed(tmp_path):
         (["notes", "--store", "rows.jsonl"], "is a file"),
         (["notes", "--store", "/proc/memory"], "/proc"),
         (["empty", "--store", "memory"], "There is no text in empty"),
-        (["notes", "--store", "memory", "--segment-tokens", "999"], "at most the 93 tokens"),
+        (["notes", "--store", "memory", "--segment-tokens", "999"], "at most 93 tokens"),
     ],
 )
 def test_what_cannot_work(tmp_path, arguments, message):

@@ -138,8 +138,8 @@ def embeddings(*shape):
     [
         ({"memory": "two"}, ValueError, "3 queries for 2 memory states"),
         ({"memory": torch.zeros(3, 3, 32)}, TypeError, "must be a MemoryState"),
-        ({"memory": "other model"}, ValueError, "written by model .* and this is model"),
-        ({"memory": "narrow"}, ValueError, "width 16, the model's are 32 wide"),
+        ({"memory": "other model"}, ValueError, "written by model .* but this is model"),
+        ({"memory": "narrow"}, ValueError, "width 16, but the model's have width 32"),
         ({"memory": "one", "context_index": torch.tensor([0, 0, 1])}, ValueError, "must be between 0 and 0"),
         ({"memory": "one", "context_index": torch.tensor([0])}, ValueError, "for each query"),
         ({"memory": "one", "context_index": torch.tensor([True, False, False])}, ValueError, "of torch.bool"),
@@ -166,8 +166,12 @@ def embeddings(*shape):
         ),
         ({"context_index": torch.tensor([0])}, ValueError, "need a memory"),
         ({"max_targets": 2}, ValueError, "need a memory"),
-        ({"write_steps": 2}, ValueError, "write_steps is of a context that is written in this pass"),
-        ({"memory": "one", "write_steps": 2}, ValueError, "write_steps is of a context that is written in this pass"),
+        ({"write_steps": 2}, ValueError, "write_steps applies to a context that is written in this pass"),
+        (
+            {"memory": "one", "write_steps": 2},
+            ValueError,
+            "write_steps applies to a context that is written in this pass",
+        ),
         (
             {"context_input_ids": tokens(3, 4), "write_steps": -1},
             ValueError,

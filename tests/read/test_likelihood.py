@@ -141,7 +141,7 @@ def test_which_states_are_read(refusal):
     whole = MemoryState.concat(list(states))
     if refusal is None:
         assert pipeline.select(PROMPTS[0], memory=states, support=True) == (whole, [0, 1, 2], None)
-        with pytest.raises(ValueError, match="not trained to say what memory does not hold"):
+        with pytest.raises(ValueError, match="not trained to refuse"):
             pipeline.select(PROMPTS[0], memory=states, side_by_side=False)
     else:
         each = pipeline.support(PROMPTS[0], memory=states)
@@ -201,7 +201,7 @@ def test_of_an_adapter_that_never_refuses_the_likeliest_answer_counts():
     best = max(range(3), key=lambda i: each[i].score)
     found = pipeline.surest_answer(PROMPTS[0], memory=states, **OPTIONS)
     assert (found.text, found.state) == (each[best].text, best)
-    with pytest.raises(ValueError, match="not trained to say what memory does not hold"):
+    with pytest.raises(ValueError, match="not trained to refuse"):
         pipeline.support(PROMPTS[0], memory=states)
 
 

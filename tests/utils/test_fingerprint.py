@@ -111,7 +111,7 @@ def test_changes_through_data_are_noticed(where, change):
     state, query = model.write(tokens(1, 9)), tokens(1, 5)
     model.generate(query, memory=state, max_new_tokens=1)  # keeps keys and values of the prefix
     change(model.get_base_model().get_parameter(where).data)
-    with pytest.raises(ValueError, match=f"written by model {state.fingerprint}, and this is model"):
+    with pytest.raises(ValueError, match=f"written by model {state.fingerprint}, but this is model"):
         model.generate(query, memory=state, max_new_tokens=1)
 
 

@@ -29,7 +29,7 @@ def test_messages_say_one_and_several():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2)).eval()
     pipeline = GradMemPipeline(model, tiny_tokenizer())
     state = pipeline.write("w1 w2 w3")
-    with pytest.raises(IndexError, match="Index 3 is none of 1 memory state"):
+    with pytest.raises(IndexError, match="Index 3 is out of range for 1 memory state"):
         state[3]
     with pytest.raises(ValueError, match="Got 2 contexts for 1 state: pass one"):
         pipeline.model.fidelity(state, *pipeline.encode_contexts(["w1 w2", "w3"]))

@@ -54,7 +54,7 @@ def test_no_more_is_decoded_than_there_are_positions(architecture):
     assert model.reconstruct(one, 0).shape == (1, 0)
     for state, most in ((one, 93), (several, 72)):
         for wrong in (-1, most + 1, 200):
-            with pytest.raises(ValueError, match=rf"max_new_tokens must be from 0 to {most}, .*; got {wrong}"):
+            with pytest.raises(ValueError, match=rf"max_new_tokens must be between 0 and {most}, .*; got {wrong}"):
                 model.reconstruct(state, wrong)
     with pytest.raises(ValueError, match="The state has 96 vectors, and the model has 96 positions"):
         model.reconstruct(side_by_side(model, 32))
@@ -77,7 +77,7 @@ def test_write_rates_of_each_element_are_those_of_the_slots():
     model = make(learn_write_lr="per_element")
     state, ids = side_by_side(model, 2), tokens(1, 5)
     for write in (lambda **how: model.write(ids, initial=state, **how), lambda **how: model.update(state, ids, **how)):
-        with pytest.raises(ValueError, match=r"has 6 vectors, .* learned a write learning rate for each element of 3"):
+        with pytest.raises(ValueError, match=r"has 6 vectors, .* learned write learning rates for memories of 3"):
             write()
         assert write(lr=0.1).vectors.shape == write(steps=0).vectors.shape == (1, 6, 32)
     assert torch.equal(model.write(ids, initial=state, steps=0).vectors, state.vectors)

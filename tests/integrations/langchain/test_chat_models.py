@@ -380,7 +380,7 @@ class TestSeveralStates:
     def test_an_adapter_that_never_refuses_reads_all(self, chat, reference, other):
         details = chat.invoke("w3", memory=[reference, other]).usage_metadata["input_token_details"]
         assert details["memory_vectors"] == 6
-        with pytest.raises(ValueError, match="not trained to say what memory does not hold"):
+        with pytest.raises(ValueError, match="not trained to refuse"):
             chat.model_copy(update={"side_by_side": False}).invoke("w3", memory=[reference, other])
 
 
