@@ -1,4 +1,4 @@
-"""What can be set about a training run, beside everything of Transformers' `TrainingArguments`."""
+"""The settings of a training run: those of Transformers' `TrainingArguments` and those of GradMem."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ class GradMemTrainingArguments(TrainingArguments):
                 _check_number(f"Every one of {name}", value, {int}, 0 if name == "write_steps" else 1)
         self._check_reports()
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # which torch would warn of and pass over
+            self.dataloader_pin_memory = False  # torch would warn and ignore it
         if self.max_minutes is not None:
             self._go_by_the_clock()
 
     def _check_numbers(self) -> None:
-        """Raise where a number is none, or less than it can be. Transformers looks at few of its own."""
+        """Raise if a number is not one, or is out of range. Transformers checks few of its own."""
         hints = get_type_hints(type(self))
         for own in fields(self):
             kinds, value = set(get_args(hints[own.name]) or (hints[own.name],)), getattr(self, own.name)
@@ -110,31 +110,31 @@ class GradMemTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay!r}.")
         if self.ema_decay is not None and self.load_best_model_at_end:
             raise ValueError(
-                "ema_decay ends a run with the average of its weights, and load_best_model_at_end with those of its "
-                "best checkpoint: leave one of them out."
+                "ema_decay ends a run with the average of its weights, but load_best_model_at_end with those of its "
+                "best checkpoint. Leave one of them out."
             )
         if self.decay_share > 1:
-            raise ValueError(f"decay_share must be from 0 to 1, got {self.decay_share!r}.")
+            raise ValueError(f"decay_share must be between 0 and 1, got {self.decay_share!r}.")
 
     def _check_reports(self) -> None:
-        """Raise where it is not known whom to report to, or the package for it is not there."""
+        """Raise if report_to names an unknown tracker, or one whose package is not installed."""
         get_reporting_integration_callbacks(self.report_to)
-        there = {*get_available_reporting_integrations(), "flyte"}  # which Transformers does not look for
+        there = {*get_available_reporting_integrations(), "flyte"}  # Transformers does not check for it
         if missing := sorted(set(self.report_to or ()) - there):
             how = 'pip install "gradmem-adapter[train]"' if missing == ["tensorboard"] else "install it"
             raise ImportError(
-                f"report_to names {', '.join(missing)}, and the package for that is not installed: {how}, or leave it "
-                "out of report_to."
+                f"report_to names {', '.join(missing)}, but its package is not installed. Fix: {how}, or leave it out "
+                "of report_to."
             )
 
     def _go_by_the_clock(self) -> None:
         if self.lr_scheduler_type not in (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY):
             raise ValueError(
-                f"max_minutes has a schedule of its own (warm-up, constant, decay), and lr_scheduler_type is "
-                f"{str(self.lr_scheduler_type)!r}: leave one of them out."
+                "max_minutes has its own schedule (warm-up, constant, decay), but lr_scheduler_type is "
+                f"{str(self.lr_scheduler_type)!r}. Leave one of them out."
             )
         self.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
-        self.restore_callback_states_from_checkpoint = True  # how much of the time is over
+        self.restore_callback_states_from_checkpoint = True  # includes the time that has passed
         if self.max_steps <= 0:
             self.max_steps = UNBOUNDED
 
@@ -158,14 +158,14 @@ LEAST = dict.fromkeys(
         "per_device_train_batch_size", "queries_per_context", "tokens_per_batch",
     ), 1,
 )  # fmt: skip
-"""What a field must be at least."""
+"""The least values of fields."""
 
 
 def _check_number(name: str, value: Any, kinds: set[type], least: int | None) -> None:
     if value is None and type(None) in kinds:
         return
     if value is None:
-        raise TypeError(f"{name} may not be None; leave it out for its default.")
+        raise TypeError(f"{name} must not be None; leave it out for its default.")
     allowed = Real if float in kinds else Integral if int in kinds else bool
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
         wanted = {Real: "a number", Integral: "an integer", bool: "True or False"}[allowed]
@@ -178,9 +178,7 @@ def _check_number(name: str, value: Any, kinds: set[type], least: int | None) ->
 
 def with_defaults(args: TrainingArguments) -> GradMemTrainingArguments:
     """The same object; a plain `TrainingArguments` gets GradMem's fields with their defaults."""
-    check_kind(
-        "args", args, TrainingArguments, "training arguments, as GradMemTrainingArguments(output_dir) makes them"
-    )
+    check_kind("args", args, TrainingArguments, "training arguments, such as GradMemTrainingArguments(output_dir)")
     for own in fields(GradMemTrainingArguments):
         if not hasattr(args, own.name):
             setattr(args, own.name, own.default)

@@ -35,7 +35,10 @@ class Batches(Dataset[Any]):
 
     def __len__(self) -> int:
         if self.steps is None:
-            raise TypeError(f"{type(self).__name__} has no length: it makes batches for as long as training goes on.")
+            raise TypeError(
+                f"{type(self).__name__} has no length, because it makes batches for as long as training lasts. Pass "
+                "steps, or set max_steps."
+            )
         return self.steps
 
     def batch(self, step: int, device: torch.device) -> dict[str, Any]:
@@ -126,7 +129,7 @@ class RowBatches(Batches):
         steps: int | None = None,
     ) -> None:
         if not len(rows):
-            raise ValueError("There are no rows to make batches of.")
+            raise ValueError("There are no rows to make batches from.")
         if isinstance(rows[0], Pool):
             self.pools = list(cast(Sequence[Pool], rows))
         else:
@@ -134,7 +137,7 @@ class RowBatches(Batches):
             self.pools = make_pools(sources, collator, buckets, drop_longer=drop_longer, query_tokens=query_tokens)
         for name, choices in (("write_steps", write_steps), ("write_steps_side_by_side", write_steps_side_by_side)):
             if choices is not None and not _integers(choices, 0):
-                raise ValueError(f"{name} must be a list of integers from 0, and not empty; got {choices!r}.")
+                raise ValueError(f"{name} must be a non-empty list of non-negative integers, got {choices!r}.")
         self.tokens, self.contexts, self.queries = tokens, contexts, queries
         self.side_by_side = _states_and_parts(side_by_side)
         self.write_steps = write_steps
@@ -142,8 +145,8 @@ class RowBatches(Batches):
         longest, most = self.longest_context, max(states for states, _ in self.side_by_side)
         if contexts < most or (tokens is not None and tokens < longest * most):
             raise ValueError(
-                f"A batch must hold {counted(most, 'context')} of {counted(longest, 'token')}, what a query is asked "
-                f"of; contexts={contexts} and tokens={tokens} (None: any number) allow less. Raise the two, or use "
+                f"A batch must hold the {counted(most, 'context')} of {counted(longest, 'token')} that a query reads, "
+                f"but contexts={contexts} and tokens={tokens} (None: any number) allow less. Raise them, or use "
                 "shorter buckets."
             )
         mean = sum(pool.share * self.batch_size(pool, 1) for pool in self.pools)
@@ -152,15 +155,15 @@ class RowBatches(Batches):
 
     @classmethod
     def of(cls, rows: Any, collator: Any, args: GradMemTrainingArguments) -> RowBatches:
-        """The batches of rows for a run with `cuda_graphs`, as its arguments say.
+        """The batches of rows for a run with `cuda_graphs`, as set in its arguments.
 
         Raises:
-            ValueError: the rows have no length, or another collator makes their batches.
+            ValueError: the rows have no length, or the collator is not a `GradMemCollator`.
         """
         if not isinstance(collator, GradMemCollator) or not hasattr(rows, "__len__"):
             raise ValueError(
-                "cuda_graphs=True needs batches of few shapes: rows with a length and a GradMemCollator, which "
-                "RowBatches are made of, or a train_dataset of Batches of your own."
+                "cuda_graphs=True needs batches of few shapes. Use rows with a length and a GradMemCollator, from "
+                "which RowBatches are made, or pass your own Batches as train_dataset."
             )
         return cls(
             rows,
@@ -210,11 +213,11 @@ def _integers(values: Any, least: int) -> bool:
 
 
 def _states_and_parts(choices: Any) -> list[tuple[int, int]]:
-    """What `side_by_side` may hold, as pairs of S and P."""
+    """The values of `side_by_side`, as pairs of S and P."""
     pairs = [(choice, 1) if isinstance(choice, int) else choice for choice in choices]
     if not pairs or not all(_integers(pair, 1) and len(pair) == 2 and pair[1] <= pair[0] for pair in pairs):
         raise ValueError(
-            f"side_by_side must be a list of integers from 1, or of pairs [states, parts] of them with as many states "
-            f"as parts at least, and not empty; got {choices!r}."
+            "side_by_side must be a non-empty list of positive integers, or of pairs [states, parts] of them with "
+            f"states >= parts, got {choices!r}."
         )
     return [tuple(pair) for pair in pairs]

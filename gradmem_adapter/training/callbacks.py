@@ -1,5 +1,4 @@
-"""What ends a run early: the clock, in which it is done, or a signal, after which it can go on. And the mean of weights
-that a run may end with."""
+"""Callbacks that end a run by the clock, stop it on a signal so that it can be resumed, or average its weights."""
 
 from __future__ import annotations
 
@@ -21,20 +20,20 @@ from .schedule import LEAST_RATE, multiply, set_rates
 from .sharding import own_part
 
 LOOK_EVERY = 8
-"""Of several processes all look at what one of them knows at least every so many steps; it waits for the GPUs."""
+"""The most steps between two exchanges with process 0; an exchange waits for the GPUs."""
 
 
 class _Together(TrainerCallback):
-    """Asks process 0 at the same steps in all processes, which would wait for ever if they ended at different ones."""
+    """Asks process 0 at the same steps in all processes, which would deadlock if they ended at different steps."""
 
     def __init__(self) -> None:
         self._steps, self._left = 1, 1
-        """Between two looks, and until the next one."""
+        """Steps between two exchanges, and steps until the next one."""
         self._looked, self._pace = math.nan, math.inf
-        """When this process last did, and the seconds that it took for a step before that."""
+        """The time of the last exchange, and the seconds per step before it."""
 
     def _agreed(self, value: float, args: TrainingArguments) -> float | None:
-        """The number that process 0 has; None at a step at which nobody looks, as for a second or so at most."""
+        """The value of process 0. None at steps without an exchange, for about a second at most."""
         if args.world_size == 1:
             return value
         self._left -= 1
@@ -42,7 +41,7 @@ class _Together(TrainerCallback):
             return None
         mine = torch.tensor([value, self._pace], dtype=torch.float64, device=args.device)
         value, pace = broadcast(mine).tolist()
-        now = time.monotonic()  # the GPU has done by now what it was given
+        now = time.monotonic()  # the GPU has finished its work by now
         if now > self._looked:
             self._pace = (now - self._looked) / self._steps
         self._looked = now
@@ -51,19 +50,19 @@ class _Together(TrainerCallback):
 
 
 class EndByClock(_Together, ExportableState):
-    """Ends a run after `max_minutes` of its parts together, and lets the learning rate fall in time.
+    """Ends a run after `max_minutes`, counting all its parts, and decays the learning rate in time.
 
-    Over the last `decay_share` of the time it falls with the clock, not with a number of steps: the rate of steps is
-    another once everything is compiled. Evaluation and saving count.
+    Over the last `decay_share` of the time, the rate decays by the clock and not by steps, because steps get faster
+    once everything is compiled. Evaluation and saving count.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0
-        """That are over."""
+        """The seconds that have passed."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state to save in a checkpoint."""
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
@@ -72,7 +71,7 @@ class EndByClock(_Together, ExportableState):
         multiply(lr_scheduler, lambda step: self.share_of_rate(args))
 
     def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        """Look at the clock: that of process 0, because clocks differ."""
+        """Check the clock of process 0, because clocks differ."""
         seconds = self._agreed(time.monotonic() - self._start, args)
         if seconds is None:
             return
@@ -82,7 +81,7 @@ class EndByClock(_Together, ExportableState):
             control.should_training_stop = control.should_save = True
 
     def share_of_rate(self, args: Any) -> float:
-        """What is left of the learning rate, as the clock was last seen."""
+        """The factor on the learning rate at the last reading of the clock."""
         limit = 60 * args.max_minutes
         over = self.seconds - (1 - args.decay_share) * limit
         return max(LEAST_RATE, 1 - (1 - LEAST_RATE) * over / (args.decay_share * limit)) if over > 0 else 1.0
@@ -91,7 +90,7 @@ class EndByClock(_Together, ExportableState):
 class AverageWeights(TrainerCallback):
     """Lets a run end with the exponential moving average of its trained weights, W <- decay W + (1 - decay) w.
 
-    Checkpoints on the way hold the weights themselves, and a resumed run starts its average from them.
+    Intermediate checkpoints hold the weights themselves, and a resumed run starts its average from them.
 
     Args:
         decay (`float`): per step, from 0 to less than 1.
@@ -108,21 +107,21 @@ class AverageWeights(TrainerCallback):
         return [own_part(parameter.data) for parameter in model.parameters() if parameter.requires_grad]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start from the weights as they are."""
+        """Start from the current weights."""
         self._averages = [weight.clone() for weight in self._weights(model)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take the weights into the average."""
+        """Update the average with the current weights."""
         self._update(self._averages, self._weights(model), 0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Give the model the average."""
+        """Copy the average into the model."""
         torch._foreach_copy_(self._weights(model), self._averages)
         self._averages = []
 
 
 class StopOnSignal(_Together):
-    """Ctrl-C and SIGTERM end the run after the step that is being computed, with a checkpoint to go on from.
+    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint to resume from.
 
     ```python
     with StopOnSignal() as stop:
@@ -131,13 +130,13 @@ class StopOnSignal(_Together):
     finished = not stop.seen
     ```
 
-    A second signal does what it always does. Outside the main thread, to which signals go, it does nothing.
+    A second signal acts as usual. Outside the main thread, which receives signals, this does nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -156,6 +155,6 @@ class StopOnSignal(_Together):
         self.__exit__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End here if a signal has come to process 0."""
+        """End the run if process 0 received a signal."""
         if self._agreed(self.seen, args):
             self.seen = control.should_training_stop = control.should_save = True

@@ -1,4 +1,4 @@
-"""What cannot be trained, said before the training starts."""
+"""Checks before training starts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .cuda_graph import check_no_dropout
 
 
 def check_model(model: Any) -> GradMemConfig | None:
-    """The config of the active GradMem adapter; None for a module that is trained in an adapter's place.
+    """The config of the active GradMem adapter; None for a module that is trained without an adapter.
 
     Raises:
-        TypeError: it is a language model without a GradMem adapter, or no module.
+        TypeError: it is a language model without a GradMem adapter, or not a module.
         ValueError: nothing in it is trainable.
     """
     adapter = isinstance(model, PeftModel)
@@ -34,7 +34,7 @@ def check_model(model: Any) -> GradMemConfig | None:
         adapter and not isinstance(model.active_peft_config, GradMemConfig)
     ):  # fmt: skip
         raise TypeError(
-            f"GradMemTrainer needs a model with an active GradMem adapter, got {type(model).__name__}. Make one with "
+            f"GradMemTrainer needs a model with an active GradMem adapter, got {type(model).__name__}. Create one with "
             "get_peft_model(backbone, GradMemConfig(...)) or load_checkpoint(path, is_trainable=True)."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -46,13 +46,13 @@ def check_model(model: Any) -> GradMemConfig | None:
 
 
 def check_arguments(args: GradMemTrainingArguments, model: nn.Module, config: GradMemConfig | None) -> None:
-    """Refuse what cannot work, and put right what would go wrong unseen."""
+    """Raise for arguments that cannot work, and correct those that would silently fail."""
     if args.push_to_hub and config is not None:
         shared_config(cast(PeftModel, model))
     if args.remove_unused_columns:
         warnings.warn(
-            "remove_unused_columns=True would take the contexts out of the rows, and the model would train without "
-            "them; it is set to False. GradMemTrainingArguments has that as its default.",
+            "remove_unused_columns=True would remove the contexts from the rows, so it is set to False, which is the "
+            "default of GradMemTrainingArguments.",
             stacklevel=3,
         )
         args.remove_unused_columns = False
@@ -60,58 +60,60 @@ def check_arguments(args: GradMemTrainingArguments, model: nn.Module, config: Gr
         raise ValueError("label_smoothing_factor is not supported: the loss is the backbone's own. Set it to 0.")
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
-            "train_sampling_strategy='batch_rebalance' counts tokens, which rows of texts do not have yet. Choose "
-            "'group_by_length', which goes by the length of contexts."
+            "train_sampling_strategy='batch_rebalance' counts tokens, but rows of texts have none yet. Use "
+            "'group_by_length', which groups by the length of contexts."
         )
     if "loss" in args.include_for_metrics:
         raise ValueError(
-            "include_for_metrics=['loss'] asks for the loss of each batch, and evaluation sums it up over tokens and "
-            "contexts, as eval_loss. Leave it out; 'inputs' are given to compute_metrics."
+            "include_for_metrics=['loss'] is not supported: evaluation sums the loss over tokens and contexts and "
+            "reports it as eval_loss. Leave 'loss' out; 'inputs' are supported."
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"One process sees {args.n_gpu} devices and would split each batch over them, contexts and queries by the "
-            "same rule. Start one process per device (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES."
+            f"One process sees {args.n_gpu} devices and would split each batch over them, separating queries from "
+            "their contexts. Start one process per device (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES."
         )
     if args.torch_compile and config is not None and config.meta_gradient == "exact":
         raise ValueError(
-            "torch_compile does not go with meta_gradient='exact': compiled code cannot be differentiated twice. "
-            "Choose meta_gradient='finite_difference' or 'first_order', or leave torch_compile off."
+            "torch_compile cannot be combined with meta_gradient='exact', because compiled code cannot be "
+            "differentiated twice. Use meta_gradient='finite_difference' or 'first_order', or leave torch_compile off."
         )
     accelerator: Any = args.accelerator_config
     if accelerator.dispatch_batches:
         raise ValueError(
-            "accelerator_config.dispatch_batches cuts finished batches into equal parts, contexts and queries by the "
-            "same rule. Leave it at None."
+            "accelerator_config.dispatch_batches would split batches into equal parts, separating queries from their "
+            "contexts. Leave it at None."
         )
     accelerator.dispatch_batches = False
     if args.max_minutes is not None and 0 < args.warmup_steps < 1:
         raise ValueError(
-            f"warmup_steps is {args.warmup_steps}, a share of the steps, and how many there will be in max_minutes is "
-            "not known yet. Give a number of steps."
+            f"warmup_steps={args.warmup_steps} is a share of the steps, but with max_minutes their number is unknown. "
+            "Pass a number of steps."
         )
     checkpointing = "activation_checkpointing"
     if not hasattr(args, checkpointing):
-        checkpointing = "gradient_checkpointing"  # as it was called in Transformers 5.17
+        checkpointing = "gradient_checkpointing"  # its name in Transformers 5.17
     kwargs: Any = getattr(args, f"{checkpointing}_kwargs") or {}
     if kwargs.get("use_reentrant"):
-        raise ValueError("use_reentrant=True does not go with write steps inside the forward pass; leave it out.")
+        raise ValueError(
+            "use_reentrant=True cannot be combined with write steps inside the forward pass. Leave it out."
+        )
     setattr(args, f"{checkpointing}_kwargs", {"use_reentrant": False} | kwargs)
     if args.cuda_graphs:
         _check_graphs(args, model, getattr(args, checkpointing))
 
 
 def check_own_optimizer(args: GradMemTrainingArguments, optimizer: object) -> None:
-    """Raise if an optimizer was passed beside arguments that are for the one that the trainer makes.
+    """Raise if an optimizer was passed together with arguments for the trainer's own optimizer.
 
     Args:
         args (`GradMemTrainingArguments`): the arguments.
-        optimizer (`Optimizer`, *optional*): what was passed.
+        optimizer (`Optimizer`, *optional*): the optimizer that was passed.
     """
     if optimizer is not None and (args.write_lr_factor != 1 or args.muon_lr_factor is not None):
         raise ValueError(
-            "write_lr_factor and muon_lr_factor make groups of the optimizer that the trainer makes, and another was "
-            "passed: give it such groups and leave these out, or pass (None, scheduler)."
+            "write_lr_factor and muon_lr_factor apply to the trainer's own optimizer, but another one was passed. "
+            "Leave them out and give your optimizer such parameter groups, or pass optimizers=(None, scheduler)."
         )
 
 
@@ -120,23 +122,23 @@ def _check_graphs(args: GradMemTrainingArguments, model: nn.Module, checkpointin
     for name, there in (("fp16", args.fp16), ("gradient_checkpointing", checkpointing)):
         if there:
             raise ValueError(
-                f"cuda_graphs=True does not go with {name}=True. "
-                + ("Use bf16=True." if name == "fp16" else "Leave out one: checkpointing spares memory, graphs time.")
+                f"cuda_graphs=True cannot be combined with {name}=True. "
+                + ("Use bf16=True." if name == "fp16" else "Leave one out: checkpointing saves memory, graphs time.")
             )
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any, collator: Any) -> None:
-    """Refuse rows that are none, and to evaluate on ready batches, which have no texts to compare answers with.
+    """Raise for invalid rows, and for evaluation on `Batches`, which have no texts to compare answers with.
 
-    Of a list each row is looked at, before hours of training and not after them. Other datasets may read or make their
-    rows only when they are asked for, and are left to the collator.
+    Every row of a list is checked now, rather than after hours of training. Other datasets may read or create rows on
+    demand, so the collator checks those.
     """
     if not isinstance(train_dataset, Batches) and hasattr(train_dataset, "__len__") and not len(train_dataset):
-        raise ValueError("train_dataset has no rows. Leave it out for a trainer that only evaluates.")
+        raise ValueError("train_dataset has no rows. Leave it out if the trainer only evaluates.")
     parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if any(isinstance(part, Batches) for part in parts):
         raise TypeError(
-            "eval_dataset must be rows of texts, not Batches: answers are generated and compared with texts."
+            "eval_dataset must be rows of texts, not Batches, because generated answers are compared with texts."
         )
     if collator is None or isinstance(collator, GradMemCollator):
         for name, rows in [("train_dataset", train_dataset), *(("eval_dataset", part) for part in parts)]:
@@ -172,14 +174,14 @@ def check_lengths(name: str, rows: Any, collator: Any) -> None:
 def limited_collator(
     collator: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module, config: GradMemConfig | None
 ) -> Any:
-    """The collator, with the limits of the backbone where it has none."""
+    """The collator, with the backbone's limits if it has none of its own."""
     if collator is None:
         collator = GradMemCollator(tokenizer, query_format="text" if config is None else config.query_format)
     if isinstance(collator, GradMemCollator) and config is not None:
         if collator.query_format != config.query_format:
             raise ValueError(
-                f"The collator presents queries as {collator.query_format!r} and the adapter's config as "
-                f"{config.query_format!r}: training and inference would not agree. Give both the same query_format."
+                f"The collator has query_format={collator.query_format!r}, but the adapter's config has "
+                f"{config.query_format!r}, so training and inference would differ. Give both the same query_format."
             )
         check_pad_token(collator.tokenizer, model)
         tuner = cast(GradMemModel, cast(PeftModel, model).base_model)
@@ -187,10 +189,10 @@ def limited_collator(
             limit = tuner.positions - tuner.prefix_length
             if limit < 1:
                 raise ValueError(
-                    f"The memory takes {counted(tuner.prefix_length, 'position')}, and the model has "
-                    f"{tuner.positions}: give it fewer memory or control tokens."
+                    f"The memory takes {counted(tuner.prefix_length, 'position')}, but the model has only "
+                    f"{tuner.positions}. Use fewer memory or control tokens."
                 )
-            collator = copy.copy(collator)  # the caller's may go to another model, too
+            collator = copy.copy(collator)  # the caller may use theirs with another model
             collator.max_context_length = limit if collator.max_context_length is None else collator.max_context_length
             collator.max_query_length = limit if collator.max_query_length is None else collator.max_query_length
     return collator

@@ -1,4 +1,4 @@
-"""Rows of texts in, batches for training and evaluation out."""
+"""From rows of texts to batches for training and evaluation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gradmem_adapter.utils.tokens import check_fits, check_text
 from gradmem_adapter.utils.wording import counted
 
 _FORMS = (
-    "A row has 'context', 'query' and 'target', or 'context', 'queries' and 'targets' (lists), and may have 'answers', "
-    "the accepted references of each target."
+    "A row needs 'context', 'query' and 'target', or 'context', 'queries' and 'targets' (lists), and may have "
+    "'answers', the accepted references of each target."
 )
 
 _SHOWN = 60
-"""So many characters of its context tell which row is meant."""
+"""How many characters of its context identify a row in messages."""
 
 
 class Example(NamedTuple):
@@ -65,8 +65,8 @@ class GradMemCollator:
     def __post_init__(self) -> None:
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
-                "The tokenizer has no pad token, which batches of several lengths need: set "
-                "tokenizer.pad_token = tokenizer.eos_token."
+                "The tokenizer has no pad token, which batches of several lengths need. Set tokenizer.pad_token = "
+                "tokenizer.eos_token."
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], first: int | None = None) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class GradMemCollator:
             TypeError, ValueError: a row cannot be used; the message names it.
         """
         if not rows:
-            raise ValueError("There are no rows to make a batch of.")
+            raise ValueError("There are no rows to make a batch from.")
         names = [_name(place, row, first) for place, row in enumerate(rows)]
         examples = [read_row(name, row) for name, row in zip(names, rows, strict=True)]
         for name, example in zip(names, examples, strict=True):
@@ -101,9 +101,9 @@ class GradMemCollator:
         targets = self._targets([target for example in examples for target in example.targets])
         for i, query, target in zip(context_index, queries, targets, strict=True):
             if not query:
-                raise ValueError(f"{names[i]}: its query gives no tokens. Leave it out.")
+                raise ValueError(f"{names[i]}: the query has no tokens. Leave it out.")
             if not target:
-                raise ValueError(f"{names[i]}: its target gives no tokens. Leave the query out.")
+                raise ValueError(f"{names[i]}: the target has no tokens. Leave the query out.")
             _check_length(
                 f"{names[i]}: query and target", len(query) + len(target), self.max_query_length, "Shorten them"
             )
@@ -151,12 +151,12 @@ class GradMemCollator:
         return max(map(len, self._targets(texts)))
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
-        """Token ids of each text, all in one call of the tokenizer."""
+        """Token ids of each text, from one call of the tokenizer."""
         return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=special)["input_ids"]] if texts else []
 
     def _check_context(self, name: str, ids: list[int]) -> None:
         if not ids:
-            raise ValueError(f"{name}: its context gives no tokens; there is nothing to write. Leave the row out.")
+            raise ValueError(f"{name}: the context has no tokens, so there is nothing to write. Leave the row out.")
         advice = "Split it into several rows (and read their states side by side), or shorten it yourself"
         _check_length(f"{name}: the context", len(ids), self.max_context_length, advice)
 
@@ -166,7 +166,7 @@ class GradMemCollator:
         return [next(encoded[special]) for _, special in formatted]
 
     def _targets(self, targets: list[str]) -> list[list[int]]:
-        """The tokens that are to follow the queries."""
+        """The tokens of targets, with an end token."""
         eos = self.tokenizer.eos_token_id
         end = [eos] if eos is not None else []
         return [ids + end if ids else ids for ids in self._encode(targets, special=False)]
@@ -206,31 +206,32 @@ def read_row(name: str, row: Mapping[str, Any]) -> Example:
     if not len(queries) == len(targets) == len(references):
         raise ValueError(
             f"{name} has {counted(len(queries), 'query')}, {counted(len(targets), 'target')} and references for "
-            f"{len(references):,}: each query needs one target."
+            f"{len(references):,}. Each query needs one target."
         )
     if not queries:
         raise ValueError(f"{name} has no queries: its list is empty. {_FORMS}")
     for query, target, accepted in zip(queries, targets, references, strict=True):
         if not isinstance(query, str | Sequence):
             raise ValueError(
-                f"{name} has a query of type {type(query).__name__} ({query!r}): give a text or a list of messages."
+                f"{name} has a query of type {type(query).__name__} ({query!r}). Pass a text or a list of chat "
+                "messages."
             )
         if not query:
-            raise ValueError(f"{name} has an empty query ({query!r}): give a text or a list of chat messages.")
+            raise ValueError(f"{name} has an empty query ({query!r}). Pass a text or a list of chat messages.")
         if not isinstance(target, str):
-            raise ValueError(f"{name} has a target of type {type(target).__name__} ({target!r}): give a text.")
+            raise ValueError(f"{name} has a target of type {type(target).__name__} ({target!r}). Pass a text.")
         for text in (query, target):
             if isinstance(text, str):
                 check_text(name, text)
         if not target:
-            raise ValueError(f"{name} has an empty target ({target!r}): give the text that is to be answered.")
+            raise ValueError(f"{name} has an empty target ({target!r}). Pass the text of the answer.")
         if isinstance(accepted, str) or not accepted or not all(isinstance(text, str) for text in accepted):
-            raise ValueError(f"{name} has no list of texts as the answers to a query: {accepted!r}.")
+            raise ValueError(f"{name}: the 'answers' to a query must be a non-empty list of texts, got {accepted!r}.")
     return Example(context, list(queries), list(targets), [list(accepted) for accepted in references])
 
 
 def _name(place: int, row: Any, first: int | None) -> str:
-    """What messages call a row of a batch, so that it is found in what the batch was drawn from."""
+    """The name of a row in messages, by which it can be found in the dataset."""
     if first is not None:
         return f"Row {first + place}"
     context = row.get("context") if isinstance(row, Mapping) else None

@@ -1,4 +1,4 @@
-"""The backbone's layers compiled one by one: they share their code, so one is compiled for all."""
+"""Compiles the backbone's layers one by one. They share their code, so it is compiled once for all."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import nn
 from gradmem_adapter.utils.backbone import layers_of
 
 RECOMPILE_LIMIT = 64
-"""How many shapes of batch a layer is compiled for, with and without gradients."""
+"""The most batch shapes that a layer is compiled for, with and without gradients."""
 
 
 @contextmanager
 def compiled_layers(
     model: nn.Module, *, static: bool, backend: str | None = None, mode: str | None = None
 ) -> Iterator[None]:
-    """The layers are compiled for as long as the `with` lasts.
+    """Compile the layers for the duration of the block.
 
     Args:
-        static: once for every shape, as suits batches of few shapes; otherwise for any shape from the second one on.
-        backend, mode: of `torch.compile`; None: its own.
+        static: compile once per shape, for batches of few shapes; otherwise, from the second shape on, for any shape.
+        backend, mode: as for `torch.compile`; None: its defaults.
 
     Raises:
-        ValueError: the model has no layers that Transformers marks as such.
+        ValueError: Transformers marks no layers in the model.
     """
     layers = layers_of(model)
     if not layers:
         raise ValueError(
-            f"torch_compile compiles a backbone's layers, and {type(model).__name__} has none that Transformers marks "
-            "as such (GradientCheckpointingLayer). Leave torch_compile out, or compile the model yourself."
+            f"torch_compile compiles a backbone's layers, but {type(model).__name__} has none of class "
+            "GradientCheckpointingLayer. Leave torch_compile out, or compile the model yourself."
         )
     options = {"backend": backend or "inductor", "mode": mode}
     with torch._dynamo.config.patch(recompile_limit=max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)):
@@ -46,7 +46,7 @@ def compiled_layers(
 
 @contextmanager
 def uncompiled_layers(model: nn.Module) -> Iterator[None]:
-    """The layers run as they are for as long as the `with` lasts: decoding goes through too many shapes."""
+    """Run the layers uncompiled in the block, because decoding has too many shapes."""
     layers = layers_of(model)
     before = [layer._compiled_call_impl for layer in layers]
     for layer in layers:

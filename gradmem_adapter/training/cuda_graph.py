@@ -20,11 +20,11 @@ from gradmem_adapter.utils.graphs import GraphPool, one_capture
 from gradmem_adapter.utils.parameters import parts_with_dropout
 
 Batch: TypeAlias = dict[str, Any]
-"""Tensors, and ints that decide what is done with them."""
+"""Tensors, and ints that select the computation."""
 WARM_UP = 2
-"""How often a kind of batch is run as it is before it is captured; the first time compiles what is to be compiled."""
+"""How many batches of a kind run without a graph before one is captured; the first run compiles."""
 SHARE = 0.8
-"""The share of a GPU's free memory that graphs may hold: in training they are what the memory is for."""
+"""The share of a GPU's free memory that graphs may hold; in training, little else needs it."""
 
 
 @dataclass
@@ -36,19 +36,19 @@ class _Graph:
 
 
 class GraphedBackward:
-    """Forward and backward pass of a micro-batch, whose kernels are launched at once.
+    """Forward and backward pass of a micro-batch, with all kernels launched at once.
 
     A small model computes faster than Python launches its kernels. Batches are of one kind if their tensors have the
-    same shapes and their ints the same values. From the third batch of a kind on, the passes are captured as a CUDA
-    graph and from then on replayed on the new tensors. On the CPU every batch runs as it is, and so does one whose
-    graph would hold more than most of the GPU's memory.
+    same shapes and their ints the same values. At the third batch of a kind, the passes are captured as a CUDA graph,
+    which is then replayed on new tensors. On a CPU, every batch runs without a graph, and so does one whose graph would
+    hold most of the GPU's memory.
 
-    The gradients are always in the same tensors, which every graph adds to: they become the parameters' `.grad`, so
-    that clipping, accumulation and any optimizer work on them as usual. Set them to None (`zero_grad`) to start anew.
+    All graphs add to the same gradient tensors. These become the parameters' `.grad`, so that clipping, accumulation
+    and optimizers work as usual. Set `.grad` to None (`zero_grad`) to start from zero.
 
     Args:
-        run (`Callable`): takes a batch and returns the loss, which is differentiated, and a tensor to be handed back.
-        parameters (`Iterable[nn.Parameter]`): what is trained.
+        run (`Callable`): takes a batch and returns the loss, which is differentiated, and a tensor to pass on.
+        parameters (`Iterable[nn.Parameter]`): the trained parameters.
     """
 
     def __init__(self, run: Callable[[Batch], tuple[Tensor, Tensor]], parameters: Iterable[nn.Parameter]) -> None:
@@ -59,13 +59,13 @@ class GraphedBackward:
         if self.device.type == "cuda":
             self._graphs: GraphPool[_Graph] = GraphPool(self.device, SHARE)
             current = torch.cuda.current_stream(self.device)
-            standard = torch.cuda.default_stream(self.device)  # by which nothing can be captured
+            standard = torch.cuda.default_stream(self.device)  # on which nothing can be captured
             self._stream = torch.cuda.Stream(self.device) if current == standard else current
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add the gradients of a batch to the parameters'; returns what `run` returns, detached.
 
-        The tensors returned are written anew by the next batch of the same kind.
+        The next batch of the same kind overwrites the returned tensors.
         """
         if all(parameter.grad is None for parameter in self.parameters):
             torch._foreach_zero_(self.gradients)
@@ -77,7 +77,7 @@ class GraphedBackward:
             graph := self._graphs.get(kind, lambda pool: self._capture(batch, pool))
         ):
             self._stream.wait_stream(torch.cuda.current_stream())
-            # With the shapes of the capture that follows: what is compiled now must not be compiled in it.
+            # With the shapes of the later capture, so that nothing is left to compile during it.
             with torch.cuda.stream(self._stream), static_shapes():
                 *outputs, reached = self._passes(batch)
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -92,7 +92,7 @@ class GraphedBackward:
         return outputs[0], outputs[1]
 
     def _passes(self, batch: Batch) -> tuple[Tensor, Tensor, list[bool]]:
-        """Loss and table of a batch, and which parameters a gradient was added to."""
+        """Loss and table of a batch, and which parameters got a gradient."""
         loss, table = self.run(batch)
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         pairs = [(total, part) for total, part in zip(self.gradients, found, strict=True) if part is not None]
@@ -102,16 +102,16 @@ class GraphedBackward:
     def _capture(self, batch: Batch, pool: Any) -> _Graph:
         inputs = {name: value.clone() for name, value in batch.items() if isinstance(value, Tensor)}
         graph = torch.cuda.CUDAGraph()
-        # The threads of NCCL's process group may ask for events meanwhile, which is nothing to the capture.
+        # Threads of NCCL's process group may query events during the capture, which must not invalidate it.
         mode = "thread_local" if distributed.is_initialized() else "global"
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # a capture takes memory from a pool of its own and cannot free what others keep
+        torch.cuda.empty_cache()  # a capture uses its own memory pool and cannot free memory cached by others
         with one_capture, torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
             loss, table, reached = self._passes(batch | inputs)
         return _Graph(graph, inputs, (loss, table), reached)
 
     def average(self) -> None:
-        """Give all processes the mean of their gradients, in one message for each type of number."""
+        """Average the gradients over all processes, in one message per dtype."""
         own = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         for dtype in {gradient.dtype for gradient in own}:
             gradients = [gradient for gradient in own if gradient.dtype == dtype]
@@ -122,10 +122,10 @@ class GraphedBackward:
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Everything goes through one stream that is not the default one, which a capture must not wait for.
+    """Run the block on a stream other than the default one, which a capture must not wait for.
 
-    DistributedDataParallel holds the nodes that add to its parameters' gradients, and these keep the stream that they
-    were made on.
+    DistributedDataParallel holds the autograd nodes that accumulate gradients, which keep the stream they were created
+    on.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -135,7 +135,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 def _kind(batch: Batch) -> Hashable:
-    """What decides which kernels a batch is computed by."""
+    """The key of a kind of batch: everything that determines its kernels."""
     return tuple(
         (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, value)
         for name, value in sorted(batch.items())
@@ -146,8 +146,8 @@ def _kind(batch: Batch) -> Hashable:
 def maskless_attention(model: nn.Module) -> Iterator[None]:
     """Causal attention without masks, for batches that are padded on the right.
 
-    While a CUDA graph is captured Transformers cannot look whether a mask is needed, and attention with one is slow.
-    Backbones whose attention is not the usual one (windows, another implementation) keep their own.
+    During CUDA graph capture, Transformers cannot check whether a mask is needed, and attention with a mask is slow.
+    Backbones with another kind of attention (windows, another implementation) keep it.
     """
     backbones = [
         module for module in model.modules() if isinstance(module, PreTrainedModel) and usual_attention(module)
@@ -162,17 +162,17 @@ def maskless_attention(model: nn.Module) -> Iterator[None]:
 
 
 def usual_attention(backbone: PreTrainedModel) -> bool:
-    """Whether attention is PyTorch's, and sees the whole sequence in every layer."""
+    """Whether attention is PyTorch's SDPA and attends to the whole sequence in every layer."""
     return backbone.config._attn_implementation == "sdpa" and not attention_windows(backbone)
 
 
 def check_no_dropout(model: nn.Module) -> None:
-    """Raise `ValueError` for a model that draws random numbers in training: a CUDA graph could not draw the same again
-    for the meta-gradient."""
+    """Raise `ValueError` for a model that draws random numbers in training: a CUDA graph could not repeat them for the
+    meta-gradient."""
     found = next((name for name, _ in parts_with_dropout(model)), None)
     if found is not None:
         raise ValueError(
-            f"cuda_graphs=True trains without dropout, and {found!r} has some. Set it to 0 (lora_dropout=0.0 in the "
-            "LoraConfig; attention_dropout=0.0, or as the backbone calls it, in from_pretrained), or leave cuda_graphs "
-            "out."
+            f"cuda_graphs=True trains without dropout, but {found!r} has dropout. Set it to 0 (lora_dropout=0.0 in the "
+            "LoraConfig; attention_dropout=0.0, or the backbone's name for it, in from_pretrained), or leave "
+            "cuda_graphs out."
         )

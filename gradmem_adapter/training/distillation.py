@@ -1,4 +1,4 @@
-"""Distillation: what a teacher, who reads the context as text, makes of each target token, as a further target."""
+"""Distillation: the distributions of a teacher that reads the context as text, as additional targets."""
 
 from __future__ import annotations
 
@@ -23,38 +23,41 @@ from .sums import context_index
 
 
 class Distillation:
-    """The divergence of a student, who reads memory, from a teacher, who reads the context itself.
+    """The divergence of a student that reads memory from a teacher that reads the context itself.
 
     For each target token y_i, with softmax(logits / T) on both sides:
 
         T^2 KL(p_teacher(. | [C; query; y_<i]) || p_student(. | [M; query; y_<i]))
 
-    (Hinton et al., arXiv 1503.02531; with a context on the teacher's side alone: Snell et al., arXiv 2209.15189).
+    (Hinton et al., arXiv 1503.02531; with a context only on the teacher's side: Snell et al., arXiv 2209.15189).
 
     Args:
-        teacher (`nn.Module`): a causal LM of Transformers with the student's vocabulary, or PEFT's adapter on one. It
-            is not trained, and computes in the type that it has.
+        teacher (`nn.Module`): a causal LM of Transformers with the student's vocabulary, possibly with a PEFT adapter.
+            It is not trained, and keeps its dtype.
         temperature (`float`): T.
 
     Raises:
-        TypeError: the teacher is no causal LM.
-        ValueError: it shares layers with the student, has another vocabulary, or its attention takes no mask.
+        TypeError: the teacher is not a causal LM.
+        ValueError: it shares layers with the student, has another vocabulary, or its attention does not support masks.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, temperature: float) -> None:
         self.teacher, self.student = _backbone(teacher), _backbone(student)
         self.temperature = temperature
         if set(self.teacher.modules()) & set(self.student.modules()):
-            raise ValueError("The teacher is the backbone that is trained: load it a second time for the teacher.")
+            raise ValueError(
+                "The teacher shares layers with the trained backbone. Load it a second time for the teacher."
+            )
         if not usual_attention(self.teacher):
             raise ValueError(
-                "The teacher reads several queries behind one context, for which its attention must take a mask: load "
-                "it with attn_implementation='sdpa'; a model whose attention has windows cannot be a teacher."
+                "The teacher reads several queries after one context, so its attention must support masks. Load it "
+                "with attn_implementation='sdpa'; a model with attention windows cannot be a teacher."
             )
         sizes = [model.get_output_embeddings().weight.shape[0] for model in (self.teacher, self.student)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"The teacher predicts {sizes[0]} tokens and the student {sizes[1]}: they must be the same."
+                f"The teacher predicts {sizes[0]} tokens and the student {sizes[1]}. Use a teacher with the same "
+                "vocabulary."
             )
         self.vocabulary = sizes[0]
         self.teacher.requires_grad_(False).eval()
@@ -63,29 +66,32 @@ class Distillation:
     def teach(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with the teacher's hidden states before the targets.
 
-        A context is read once for all of its queries, which stand behind it and do not see each other.
+        A context is read once for all of its queries, which follow it and do not attend to each other.
 
         Args:
-            batch (`dict`): as `Batches.batch` or `GradMemCollator` makes it.
+            batch (`dict`): a batch from `Batches.batch` or `GradMemCollator`.
 
         Returns:
             `dict`: the batch, with `max_targets` (n) and `taught` `[R, n, h]`.
 
         Raises:
-            ValueError: a query reads several states, and the batch has no `text_index` to say what answers it.
+            ValueError: a query reads several states, but the batch has no `text_index` to say which text answers it.
         """
         texts = batch.get("text_input_ids", batch["context_input_ids"])
         lengths = batch.get("text_attention_mask", batch["context_attention_mask"]).sum(1, keepdim=True)
         index = batch["text_index"] if "text_index" in batch else context_index(batch)
         if index.dim() > 1:
-            raise ValueError("Queries read several states side by side: a teacher needs text_index, see Batches.batch.")
+            raise ValueError(
+                "Queries read several states side by side, so the teacher needs text_index in the batch. See "
+                "Batches.batch."
+            )
         ids, (contexts, width), length = batch["input_ids"], texts.shape, batch["input_ids"].shape[1]
-        rank = (index[:, None] == index).tril(-1).sum(1)  # of a query among those on its context
+        rank = (index[:, None] == index).tril(-1).sum(1)  # the index of a query among those on its context
         slots = len(index) // contexts if capturing() else int(rank.max()) + 1
         queries = ids.new_zeros(contexts, slots, length).index_put((index, rank), ids)
         options = {"device": ids.device}
         behind = torch.arange(slots, **options).repeat_interleave(length) + 1
-        segment = torch.cat([behind.new_zeros(width), behind])  # 0: the context, then the number of the query
+        segment = torch.cat([behind.new_zeros(width), behind])  # 0: the context; i: query i
         places = torch.arange(len(segment), **options)
         positions = torch.cat(
             [places[:width].expand(contexts, -1), lengths + torch.arange(length, **options).repeat(slots)], dim=1
@@ -107,8 +113,8 @@ class Distillation:
         """The divergence summed over all target tokens, a scalar.
 
         Args:
-            output (`GradMemOutput`): what the student made of a batch.
-            batch (`dict`): the same batch, as `teach` gave it.
+            output (`GradMemOutput`): the student's output for a batch.
+            batch (`dict`): the same batch, as returned by `teach`.
         """
         taught = batch["taught"]
         states = cast(Tensor, output.target_states)[:, : taught.shape[1]]
@@ -122,8 +128,8 @@ class Distillation:
 
 
 def _fused(guide: Head, temperature: float) -> FusedCrossEntropy:
-    """What `sequence_nll` is given, so that both models' logits are there for a few positions at a time. In the place
-    of target tokens stand the teacher's hidden states `[B, n, h]`."""
+    """For `sequence_nll`, so that both models' logits exist only for a few positions at a time. The teacher's hidden
+    states `[B, n, h]` take the place of target tokens."""
 
     def value(logits: Tensor, taught: Tensor, mask: Tensor, _: bool) -> tuple[Tensor, None]:
         return _divergence(logits, guide(taught), mask, temperature), None
@@ -139,7 +145,7 @@ def _fused(guide: Head, temperature: float) -> FusedCrossEntropy:
 
 
 def _divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of logits `[B, n, V]`, summed over the places that count: `[B]`."""
+    """T^2 KL(teacher || student) of logits `[B, n, V]`, summed over the positions that count: `[B]`."""
     log_softmax = partial(F.log_softmax, dim=-1, dtype=torch.promote_types(student.dtype, torch.float32))
     divergence = F.kl_div(
         log_softmax(student / temperature), log_softmax(teacher / temperature), reduction="none", log_target=True
@@ -152,5 +158,8 @@ def _backbone(model: nn.Module) -> PreTrainedModel:
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None or found.get_output_embeddings() is None:
-        raise TypeError(f"A teacher must be a causal LM of Transformers, got {type(model).__name__}.")
+        raise TypeError(
+            f"The teacher must be a causal LM of Transformers, got {type(model).__name__}. Load one with "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
     return found

@@ -24,7 +24,7 @@ from .saving import SavingTrainer
 from .sums import context_index, context_sums, means, model_inputs, per_context
 
 SPARE_TOKENS = 8
-"""How many more tokens than the longest target an answer may have in evaluation."""
+"""How many tokens more than the longest target an answer may have in evaluation."""
 
 
 class EvaluatingTrainer(SavingTrainer):
@@ -38,7 +38,7 @@ class EvaluatingTrainer(SavingTrainer):
     _eval_sums: dict[str, float]
     _new_tokens: int
     _batch: tuple[Tensor, int]
-    """Of the batch at work: the context of each query [R], and how many contexts there are."""
+    """For the current batch: the context of each query [R], and the number of contexts."""
 
     def __init__(self, *, score: Score, **kwargs: Any) -> None:
         self.score = score
@@ -46,17 +46,17 @@ class EvaluatingTrainer(SavingTrainer):
 
     @property
     def reconstruction_weight(self) -> float:
-        """What the last write loss weighs in the outer loss."""
+        """The weight of the last write loss in the outer loss."""
         return float(getattr(self.model if self.config is None else self.config, "reconstruction_weight", 0.0))
 
     @property
     def default_write_steps(self) -> int:
-        """K where nothing else is said."""
+        """The default of K."""
         return 1 if self.config is None else self.config.write_steps
 
     @property
     def answers_queries(self) -> bool:
-        """Whether evaluation generates: a module without an adapter is evaluated by its losses alone."""
+        """Whether evaluation generates answers. A module without an adapter is evaluated only by its losses."""
         return self.args.predict_with_generate and self.config is not None
 
     def evaluation_loop(
@@ -79,13 +79,13 @@ class EvaluatingTrainer(SavingTrainer):
         """
         self._eval_sums = {}
         self._new_tokens = self._max_new_tokens(dataloader.dataset)
-        self.gather_function = self._gather_queries  # until the loop has ended
+        self.gather_function = self._gather_queries  # used until the loop has ended
         with uncompiled_layers(self.model):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         if not self._eval_sums:
-            raise ValueError("The dataset to evaluate on has no rows.")
+            raise ValueError("The evaluation dataset has no rows. Pass at least one.")
         found = means(self._eval_sums)
         loss = found["target_loss"] + self.reconstruction_weight * found.get("last_write_loss", 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in ({"loss": loss} | found).items()}
@@ -97,7 +97,7 @@ class EvaluatingTrainer(SavingTrainer):
         collator = self.data_collator
         if not isinstance(collator, GradMemCollator) or isinstance(dataset, IterableDataset):
             raise ValueError(
-                "How long an answer may be cannot be told from an iterable dataset or with a collator of your own: set "
+                "The length of answers cannot be found from an iterable dataset or with your own collator. Set "
                 "generation_max_new_tokens."
             )
         return SPARE_TOKENS + max((collator.longest_target(dataset[i]) for i in range(len(dataset))), default=0)
@@ -109,11 +109,11 @@ class EvaluatingTrainer(SavingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor | None, Tensor | None]:
-        """Add a batch to the sums of the evaluation: those of each context by itself, so that the contexts which fill
-        up the last batch of several processes can be left out.
+        """Add a batch to the sums of the evaluation, separately for each context, so that contexts that only fill up
+        the last batch of several processes can be left out.
 
         Returns:
-            No loss, which the sums have; predictions and labels `[R, ...]` of the queries, see `evaluation_loop`.
+            No loss, because the sums hold it; predictions and labels `[R, ...]` of the queries, see `evaluation_loop`.
         """
         inputs = self._prepare_inputs(inputs)
         steps = self.default_write_steps if self.args.eval_write_steps is None else self.args.eval_write_steps
@@ -127,10 +127,12 @@ class EvaluatingTrainer(SavingTrainer):
                 scores = self._scores(inputs, answers)
                 if taken := scores.keys() & {"loss", *values}:
                     raise ValueError(
-                        f"The score may not be named {', '.join(sorted(taken))}: that is reported already."
+                        f"A score must not be named {', '.join(sorted(taken))}, because evaluation already reports "
+                        "that. Rename it."
                     )
                 values |= scores
-                # As long in every batch: the -100 that Transformers pads with is no token to decode.
+                # The same length in every batch, because Transformers would pad with -100, which is not a token to
+                # decode.
                 padding = self.processing_class.pad_token_id
                 short = self._new_tokens - answers.shape[1]
                 predictions = F.pad(answers, (0, short), value=IGNORED if padding is None else padding)
@@ -142,8 +144,8 @@ class EvaluatingTrainer(SavingTrainer):
         return (None, None, None) if prediction_loss_only else (None, predictions, labels)
 
     def _gather_queries(self, rows: Tensor) -> Tensor:
-        """What is of the queries of a batch, `[R, n, ...]`, in all processes: context by context, without the contexts
-        that fill up the last batch."""
+        """Gather values of the queries of a batch, `[R, n, ...]`, from all processes: context by context, without
+        contexts that only fill up the last batch."""
         index, contexts = self._batch
         counts = index.bincount(minlength=contexts)
         by_context = pad_sequence(rows[index.argsort(stable=True)].split(counts.tolist()), batch_first=True)
@@ -159,7 +161,7 @@ class EvaluatingTrainer(SavingTrainer):
             queries,
             attention_mask=inputs["query_attention_mask"],
             memory=MemoryState(memory, lengths, memory.new_zeros(len(memory), 1), fingerprint=""),
-            strict=False,  # it was written a moment ago
+            strict=False,  # it was just written
             context_index=context_index(inputs),
             max_new_tokens=self._new_tokens,
             do_sample=False,
@@ -172,7 +174,7 @@ class EvaluatingTrainer(SavingTrainer):
         texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
         scores = [self.score(text, references) for text, references in zip(texts, inputs["targets"], strict=True)]
         if any(score.keys() != scores[0].keys() for score in scores):
-            raise ValueError("The score must return the same names for every answer.")
+            raise ValueError("The score function must return the same names for every answer.")
         device = inputs["input_ids"].device
         return {
             name: per_context(torch.tensor([float(score[name]) for score in scores], device=device), inputs)

@@ -1,4 +1,4 @@
-"""Learning rates of their own for write rates, and Muon for the matrices inside a model's layers."""
+"""Separate learning rates for write learning rates, and Muon for the matrices inside a model's layers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .arguments import GradMemTrainingArguments
 
 
 def with_own_rates(optimizer: Optimizer, model: nn.Module, args: GradMemTrainingArguments) -> Optimizer:
-    """An optimizer of all that is trained, in which learned write rates and, if wanted, the layers' matrices have
-    groups of their own (`write_lr_factor`, `muon_lr_factor`)."""
+    """The optimizer with separate parameter groups for learned write learning rates and, if requested, the layers'
+    matrices (`write_lr_factor`, `muon_lr_factor`)."""
     rates = [p for name, p in model.named_parameters() if "gradmem_log_write_lr" in name and p.requires_grad]
     if rates and args.write_lr_factor != 1:
         _take_out(optimizer, rates)
@@ -26,7 +26,10 @@ def with_own_rates(optimizer: Optimizer, model: nn.Module, args: GradMemTraining
         return optimizer
     matrices = layer_matrices(model)
     if not matrices:
-        raise ValueError("muon_lr_factor is for trainable matrices inside the backbone's layers, and there are none.")
+        raise ValueError(
+            "muon_lr_factor needs trainable matrices inside the backbone's layers, but there are none. Leave it out, "
+            "or add a lora_config."
+        )
     _take_out(optimizer, matrices)
     rate = args.muon_lr_factor * args.learning_rate
     return WithMuon(optimizer, matrices, lr=rate, weight_decay=args.weight_decay)
@@ -39,7 +42,8 @@ def _take_out(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable matrices inside the layers of a model: what Muon is made for (embeddings and heads are not)."""
+    """The trainable matrices inside the layers of a model: the parameters that Muon is made for (embeddings and heads
+    are not)."""
     found = {
         id(parameter): parameter
         for layer in layers_of(model)
@@ -50,15 +54,15 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 class WithMuon(Optimizer):
-    """An optimizer of which Muon (Jordan et al., 2024) trains some matrices.
+    """An optimizer combined with Muon (Jordan et al., 2024), which trains some matrices.
 
-    Muon's updates have the size that AdamW's would have (Moonshot's rule, arXiv 2502.16982), so that both go by one
+    Muon's updates are scaled to the size of AdamW's (Moonshot's rule, arXiv 2502.16982), so that both can use one
     learning rate.
 
     Args:
         other (`Optimizer`): trains its own parameters as before.
-        matrices (`Sequence[nn.Parameter]`): those that Muon trains, in groups behind the other's.
-        lr, weight_decay (`float`): of Muon.
+        matrices (`Sequence[nn.Parameter]`): the matrices that Muon trains; their groups follow the other's.
+        lr, weight_decay (`float`): for Muon.
     """
 
     def __init__(self, other: Optimizer, matrices: Sequence[nn.Parameter], *, lr: float, weight_decay: float) -> None:
@@ -68,21 +72,23 @@ class WithMuon(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """The parts work on this optimizer's groups and state: schedulers and checkpoints see one optimizer."""
+        """Let the parts use this optimizer's groups and state, so that schedulers and checkpoints see one optimizer."""
         muon = len(self.parts[1].param_groups)
         self.parts[0].param_groups, self.parts[1].param_groups = self.param_groups[:-muon], self.param_groups[-muon:]
         for part in self.parts:
             part.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override] # it takes no closure
-        """One step of both."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # does not support a closure
+        """Take one step of both."""
         if closure is not None:
-            raise ValueError("A step of Muon and another optimizer takes no closure.")
+            raise ValueError(
+                "muon_lr_factor does not support an optimizer step with a closure. Call step() without one."
+            )
         for part in self.parts:
             part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Load the result of `state_dict`."""
         super().load_state_dict(state_dict)
         self._share()

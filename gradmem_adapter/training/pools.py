@@ -1,4 +1,4 @@
-"""Rows of texts as tokens in a few tensors, by the length of their contexts; batches are drawn from them."""
+"""Rows of texts as tokens in a few tensors, grouped by the length of their contexts; batches are drawn from them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Pool:
 
     Args:
         contexts: [C, N], right padded; tokens are kept as integers of 32 bits.
-        lengths: [C], tokens of each context.
-        bounds: [C], the upper bounds of the parts of [0, 1) that draw each context.
-        first, count: [C], where each context's queries begin, and how many it has.
-        queries, masks, labels: [R, T], query and target, right padded; labels are -100 but for the targets.
-        share: of all training that falls to these contexts.
-        most_queries: more queries on a context than it has on average would be the same ones again.
-        most_targets: target tokens of the longest target.
+        lengths: [C], the number of tokens in each context.
+        bounds: [C], the upper bounds of the intervals of [0, 1) that select each context.
+        first, count: [C], the index of each context's first query, and the number of its queries.
+        queries, masks, labels: [R, T], query and target, right padded; labels are -100 except for the targets.
+        share: the share of training on these contexts.
+        most_queries: the average number of queries per context; drawing more would repeat them.
+        most_targets: the number of tokens in the longest target.
     """
 
     contexts: Tensor
@@ -51,11 +51,11 @@ class Pool:
 
     @property
     def length(self) -> int:
-        """N, which contexts are padded to."""
+        """N, the length that contexts are padded to."""
         return self.contexts.shape[1]
 
     def to(self, device: torch.device | str) -> Pool:
-        """The same on a device."""
+        """The same pool on a device."""
         if self.contexts.device == torch.device(device):
             return self
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NUMBERS}
@@ -69,19 +69,21 @@ class Pool:
         parts: int = 1,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """A batch as `GradMemModel.forward` takes it, with what a teacher needs (`Batches.batch`).
+        """A batch for `GradMemModel.forward`, with the fields that a teacher needs (`Batches.batch`).
 
         Args:
-            contexts: C contexts, drawn with replacement.
-            queries: on each; different ones, where it has so many.
-            side_by_side: S, the states that each query is asked of, in random order: those of its own context, and
-                others of the next contexts of the batch.
-            parts: P, the states that a context is written into, each a P-th of its tokens; its own stay in order.
+            contexts: C, the number of contexts, drawn with replacement.
+            queries: the number of queries on each, without repetition if it has enough.
+            side_by_side: S, the number of states that each query reads, in random order: those of its own context, and
+                others of the next contexts in the batch.
+            parts: P, the number of states that a context is written into, each with a P-th of its tokens; these stay in
+                order.
         """
         device = self.contexts.device
         options: dict[str, Any] = {"device": device, "generator": generator}
         chosen = torch.searchsorted(self.bounds, torch.rand(contexts, **options)).clamp(max=len(self.bounds) - 1)
-        # One draw for each context, and equal distances from it: no query comes twice while there are others.
+        # One random draw per context, with queries at equal distances from it, so that none repeats while there are
+        # others.
         places = (torch.rand(contexts, 1, **options) + torch.arange(queries, device=device)) / queries
         which = (places * self.count[chosen, None]).long().clamp(max=self.count[chosen, None] - 1)
         rows = (self.first[chosen, None] + which).flatten()
@@ -121,22 +123,22 @@ def _mask(ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _cut(texts: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Each of C texts [C, N] in P parts of about one length, and their lengths: [C P, N / P], [C P]."""
+    """Cut each of C texts [C, N] into P parts of about equal length; returns parts and lengths: [C P, N / P], [C P]."""
     starts = lengths[:, None] * torch.arange(parts, device=texts.device) // parts
     ends = torch.cat([starts[:, 1:], lengths[:, None]], dim=1)
     places = starts[..., None] + torch.arange(-(-texts.shape[1] // parts), device=texts.device)
     cut = texts.gather(1, places.clamp(max=texts.shape[1] - 1).flatten(1)).view(-1, places.shape[-1])
-    return cut, (ends - starts).clamp(min=1).flatten()  # at least a token, where a text has fewer than P
+    return cut, (ends - starts).clamp(min=1).flatten()  # at least one token, if a text has fewer than P
 
 
 def save_pools(pools: Sequence[Pool], path: str | Path) -> None:
-    """Keep what `make_pools` made, for `load_pools`: tokenizing many texts takes minutes."""
+    """Save the result of `make_pools` for `load_pools`, because tokenizing many texts takes minutes."""
     with replacing(Path(path)) as temporary:
         torch.save([vars(pool) for pool in pools], temporary)
 
 
 def load_pools(path: str | Path) -> list[Pool]:
-    """What `save_pools` kept."""
+    """Load pools saved by `save_pools`."""
     return [Pool(**pool) for pool in torch.load(path, weights_only=True)]
 
 
@@ -148,7 +150,7 @@ def make_pools(
     drop_longer: bool = False,
     query_tokens: int | None = None,
 ) -> list[Pool]:
-    """Rows of several sources by the length of their contexts; for the arguments see `RowBatches`."""
+    """Group the rows of several sources by the length of their contexts; for the arguments see `RowBatches`."""
     encoded: list[tuple[str, dict[str, Tensor], float]] = []
     total = sum(share for _, share in sources)
     for number, (rows, share) in enumerate(sources):
@@ -164,12 +166,13 @@ def make_pools(
             found[size].append((batch, weight))
         elif not drop_longer:
             raise ValueError(
-                f"{name} has a context of {_length(batch)} tokens, and the largest bucket holds {sizes[-1]}. Add a "
-                "larger one, or set drop_longer."
+                f"{name} has a context of {_length(batch)} tokens, but the largest bucket holds {sizes[-1]}. Add a "
+                "larger bucket, or set drop_longer=True."
             )
     if not any(found.values()):
         raise ValueError(
-            f"No row is left: none has a context of at most {counted(sizes[-1], 'token')}, the largest bucket."
+            f"No row is left: all contexts are longer than {counted(sizes[-1], 'token')}, the largest bucket. Add a "
+            "larger bucket."
         )
     return [_pool(batches, size) for size, batches in found.items() if batches]
 
@@ -179,12 +182,12 @@ def _length(batch: dict[str, Tensor]) -> int:
 
 
 def _powers_of_two(longest: int) -> list[int]:
-    """64, 128, ... up to the first that holds the longest."""
+    """64, 128, ... up to the first that is at least `longest`."""
     return [64 << i for i in range(max(0, math.ceil(math.log2(longest / 64))) + 1)]
 
 
 def _encoded(number: int, rows: Rows, collator: GradMemCollator) -> Iterator[dict[str, Tensor]]:
-    """What the collator makes of each row of a source, without padding; many are tokenized at once."""
+    """The collator's tensors for each row of a source, without padding; many rows are tokenized at once."""
     for start in range(0, len(rows), 512):
         try:
             batch = collator([rows[i] for i in range(start, min(start + 512, len(rows)))], first=start)
@@ -200,7 +203,7 @@ def _encoded(number: int, rows: Rows, collator: GradMemCollator) -> Iterator[dic
 
 
 def _without_longer(batch: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """A row's batch without the queries that have more than so many tokens."""
+    """A row's batch without the queries of more than `tokens` tokens."""
     kept = batch["attention_mask"].sum(1) <= tokens
     return batch | {name: batch[name][kept, :tokens] for name in ("input_ids", "attention_mask", "labels")}
 

@@ -1,4 +1,4 @@
-"""Checkpoints on the hub during and behind training, each in the place of the one before."""
+"""Pushes checkpoints to the hub during and after training, each replacing the previous one."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from gradmem_adapter.utils.temporary import PREFIX
 from .arguments import GradMemTrainingArguments
 
 _OF_THE_RUN = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREFIX}*"]
-"""What else is in an output directory, and stays there."""
+"""Other files in an output directory, which are not pushed."""
 
 
 class PushingTrainer(Trainer):
     """The part of `GradMemTrainer` that pushes; it is not used by itself.
 
-    Transformers adds files to those that are in a repository, and in training those of a checkpoint that it knows.
-    Files of an earlier adapter beside them, or digests of other files, would make what is there unreadable.
+    Transformers only adds files to a repository, and during training only those of a checkpoint that it knows. Files
+    left from an earlier adapter, or digests of other files, would make the checkpoint there unreadable.
 
     Args:
-        config (`GradMemConfig`, *optional*): of the adapter that is trained; None: a module without one.
+        config (`GradMemConfig`, *optional*): the config of the trained adapter; None: a module without one.
         kwargs: as for `Trainer`.
     """
 
     args: GradMemTrainingArguments
     _unfinished: str | None = None
-    """Where a checkpoint is until it is whole."""
+    """The folder of a checkpoint until it is complete."""
     _shared: bool = False
-    """Whether what is saved goes to others, though nothing is pushed in training."""
+    """Whether checkpoints are for others, even if nothing is pushed during training."""
 
     def __init__(self, *, config: GradMemConfig | None, **kwargs: Any) -> None:
         self.config = config
@@ -54,17 +54,18 @@ class PushingTrainer(Trainer):
         revision: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save, and push the output directory, as `Trainer.push_to_hub` does, in the place of an earlier checkpoint.
+        """Save, and push the output directory, as `Trainer.push_to_hub` does, replacing an earlier checkpoint.
 
         Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`): what the history says.
-            blocking (`bool`, *optional*, defaults to `True`): return when all is there; False: a future.
+            commit_message (`str`, *optional*, defaults to `"End of training"`): the message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): return when everything is uploaded; False: return a
+                future.
             token, revision (`str`, *optional*): as for `Trainer.push_to_hub`.
-            kwargs: as for `create_model_card`; and `private`, of a new repository.
+            kwargs: as for `create_model_card`; and `private`, whether a new repository is private.
         """
         if self.config is None:
             return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
-        shared_config(cast(PeftModel, self.model))  # or it says that the adapter is not for others
+        shared_config(cast(PeftModel, self.model))  # raises if others could not use the adapter
         self._shared = True
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         of_new = {"private": kwargs.pop("private")} if "private" in kwargs else {}
@@ -88,7 +89,7 @@ class PushingTrainer(Trainer):
     def _upload(
         self, folder: str, message: str | None, as_future: bool, token: str | None, revision: str | None, **what: Any
     ) -> Any:
-        upload: Any = upload_folder  # of the hub's one client, which does one after the other
+        upload: Any = upload_folder  # uses the hub's shared client, which runs uploads one after another
         return upload(
             repo_id=cast(str, self.hub_model_id),
             folder_path=folder,
@@ -100,7 +101,7 @@ class PushingTrainer(Trainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint while training goes on, as `hub_strategy` says; not before it is whole."""
+        """Push a complete checkpoint while training continues, as set by `hub_strategy`."""
         if self._unfinished is not None:
             return
         if self.config is None:
@@ -121,7 +122,7 @@ class PushingTrainer(Trainer):
         shutil.copy(folder / TRAINING_ARGS_NAME, output)
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [*waiting, self._push_output(message, as_future=True)]
-        if strategy != HubStrategy.EVERY_SAVE:  # also what training goes on by
+        if strategy != HubStrategy.EVERY_SAVE:  # also the state to resume training from
             place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
             whole = {"path_in_repo": place, "delete_patterns": "*"}
             jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", True, None, None, **whole))

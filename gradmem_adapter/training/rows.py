@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, each a context with what is asked about it."""
+"""Files of rows: JSON lines, each with a context and queries on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The objects in a file of JSON lines, each with the place it stands at, for messages.
+    """The objects in a file of JSON lines, each with its file and line for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -45,10 +45,10 @@ def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             row = from_json(line, name)
         except ValueError as error:
-            raise ValueError(f"{error}. A file of rows is JSON lines: a whole object on each line.") from error
+            raise ValueError(f"{error}. A file of rows must have one complete JSON object on each line.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{name} must be an object with a context, got {type(row).__name__}.")
         found.append((name, row))
     if not found:
-        raise ValueError(f"{path} has no rows.")
+        raise ValueError(f"{path} has no rows. Write at least one JSON object into it.")
     return found

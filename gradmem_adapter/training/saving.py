@@ -1,4 +1,4 @@
-"""Checkpoints during training, which never hold weights that are not finite."""
+"""Checkpoints during training; they never hold weights that are not finite."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class SavingTrainer(PushingTrainer):
         self._begin()
 
     def _begin(self, checkpoint: str | None = None) -> None:
-        """A run begins, or goes on from a checkpoint."""
+        """Reset for a new run, or one that resumes from a checkpoint."""
         self._good = checkpoint
-        """The checkpoint that this run saved last, or goes on from; one of another run may lie beside it."""
+        """The checkpoint that this run last saved or resumes from; the directory may also hold those of another run."""
         self._finite = torch.tensor([True, True], device=self.args.device)
         """Whether all losses and all gradients so far are finite."""
 
@@ -52,9 +52,9 @@ class SavingTrainer(PushingTrainer):
         losses, gradients = self.accelerator.gather(self._finite[None]).all(0).tolist()
         if not (losses and gradients):
             what = f"The {'gradient' if losses else 'loss'} is not finite "
-            # With CUDA graphs nobody looks at every step, which would wait for the GPU.
+            # With CUDA graphs, steps are not checked one by one, because that would wait for the GPU.
             self._diverged(
-                f"{what}since the last log, at step {self.state.global_step}. The weights are of no use now"
+                f"{what}since the last log, at step {self.state.global_step}. The weights cannot be used any more"
                 if self.args.cuda_graphs
                 else f"{what}in step {self.state.global_step + 1}. The weights have not been changed by that step"
             )
@@ -67,7 +67,7 @@ class SavingTrainer(PushingTrainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint that gets into its place whole, or not at all."""
+        """Save a checkpoint, completely or not at all."""
         self.check_finite()
         run = Path(self._get_output_dir(trial))
         there = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -76,7 +76,7 @@ class SavingTrainer(PushingTrainer):
             if self.args.should_save:
                 run.mkdir(parents=True, exist_ok=True)
                 folder = str(stack.enter_context(temporary_directory(run)))
-            self._unfinished = broadcast_object_list([folder])[0]  # all processes save there
+            self._unfinished = broadcast_object_list([folder])[0]  # the same folder for all processes
             stack.callback(setattr, self, "_unfinished", None)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -95,11 +95,11 @@ class SavingTrainer(PushingTrainer):
         return self._unfinished or super()._get_output_dir(trial)
 
     def _put_in_place(self, saved: Path, there: Path) -> None:
-        """Put a checkpoint where it belongs, and those that are too many beside what was its place until now.
+        """Move a checkpoint into place, and surplus checkpoints into the temporary folder.
 
-        There they go with the temporary folder, so that no killed process leaves a part of one.
+        They are deleted with that folder, so a killed process leaves no partial checkpoint.
         """
-        if there.exists():  # of an earlier run
+        if there.exists():  # from an earlier run
             there.rename(saved.with_name("replaced"))
         saved.rename(there)
         all_of_them = [path for path in there.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
@@ -109,15 +109,17 @@ class SavingTrainer(PushingTrainer):
             path.rename(saved.with_name(path.name))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter (and the backbone, where it is trained) for `load_checkpoint`."""
+        """Save the adapter (and the backbone, if it is trained) for `load_checkpoint`."""
         with whole_weights(self.model):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write what `save_checkpoint` writes, beside the files that Transformers keeps in the same directory."""
+        """Write the files of `save_checkpoint` next to those that Transformers keeps in the same directory."""
         for name, weight in trained_weights(self.model).items():
             if not weight.isfinite().all():
-                self._diverged(f"Weight {name!r} is not finite after step {self.state.global_step}; nothing was saved")
+                self._diverged(
+                    f"Weight {name!r} is not finite after step {self.state.global_step}, so nothing was saved"
+                )
         if not self.args.should_save:
             return
         output_dir = output_dir or cast(str, self.args.output_dir)
@@ -130,10 +132,10 @@ class SavingTrainer(PushingTrainer):
             torch.save(self.args, temporary)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card into the output directory, with what was measured last; `push_to_hub` calls it.
+        """Write the model card with the latest evaluation into the output directory; called by `push_to_hub`.
 
         Args:
-            args, kwargs: as for `Trainer`, of which `license`, `model_name` and `dataset` count.
+            args, kwargs: as for `Trainer`; only `license`, `model_name` and `dataset` are used.
         """
         if self.config is None:
             super().create_model_card(*args, **kwargs)
@@ -163,11 +165,12 @@ class SavingTrainer(PushingTrainer):
         self._load_weights(cast(str, self.state.best_model_checkpoint))
 
     def has_checkpoint(self) -> bool:
-        """Whether there is one in the output directory to resume from."""
+        """Whether the output directory has a checkpoint to resume from."""
         return self._last_checkpoint() is not None
 
     def _last_checkpoint(self) -> str | None:
-        """The last checkpoint in the output directory that is whole: the state is written last."""
+        """The last complete checkpoint in the output directory. The trainer state is written last, so it marks a
+        complete one."""
         found = {
             int(path.name.rpartition("-")[2]): str(path)
             for path in Path(cast(str, self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")

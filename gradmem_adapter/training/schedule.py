@@ -1,4 +1,4 @@
-"""Learning rates over a run: Transformers' schedules, and factors for stages."""
+"""Learning rate schedules: those of Transformers, with factors for stages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from transformers import SchedulerType, get_wsd_schedule
 from .arguments import GradMemTrainingArguments
 
 LEAST_RATE = 0.05
-"""The share of the learning rate that is left at the end."""
+"""The final learning rate, as a share of the peak."""
 
 
 def own_schedule(optimizer: Any, args: GradMemTrainingArguments, steps: int) -> LambdaLR | None:
-    """Warm-up, constant and decay as `decay_share` says, in a run of so many steps; None: the arguments say another.
+    """The schedule of warm-up, constant and decay (`decay_share`) for a run of `steps` steps; None: another one is
+    configured.
 
-    By the clock nobody knows yet when the run will end: `EndByClock` adds the decay.
+    With `max_minutes` the last step is unknown, so `EndByClock` adds the decay.
     """
     if args.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY or args.lr_scheduler_kwargs:
         return None
@@ -30,7 +31,7 @@ def own_schedule(optimizer: Any, args: GradMemTrainingArguments, steps: int) -> 
 
 
 def multiply(scheduler: LambdaLR, factor: Callable[[int], float]) -> None:
-    """Let a schedule's learning rate at each step be `factor(step)` times what it was."""
+    """Multiply a schedule's learning rate at each step by `factor(step)`."""
 
     def both(before: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: before(step) * factor(step)
@@ -40,8 +41,8 @@ def multiply(scheduler: LambdaLR, factor: Callable[[int], float]) -> None:
 
 
 def set_rates(scheduler: LambdaLR) -> None:
-    """Give the optimizer the learning rates that a schedule has now, where more than the step decides on them."""
+    """Update the optimizer's learning rates from a schedule that depends on more than the step."""
     groups = scheduler.optimizer.param_groups
     for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * share(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
+    scheduler._last_lr = [group["lr"] for group in groups]  # for logging

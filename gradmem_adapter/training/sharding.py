@@ -1,9 +1,9 @@
-"""FSDP2: what is trained, its gradients and the optimizer's state, shared out over processes.
+"""FSDP2: trained weights, their gradients and the optimizer's state, sharded over processes.
 
 FSDP2 gathers a sharded module's weights before its forward pass and frees them after it. WRITE runs the backbone's
-layers inside the forward and inside the backward pass of the whole model, so parts that are sharded by themselves would
-be freed while they are in use. The whole model is one unit here: its weights are gathered for a step, and its gradients
-are shared out when the step's backward pass is over.
+layers inside the forward and inside the backward pass of the whole model, so parts that are sharded separately would be
+freed while they are in use. Here, the whole model is one unit: its weights are gathered for a step, and its gradients
+are sharded after the step's backward pass.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .arguments import GradMemTrainingArguments
 
 
 def shard_as_one(accelerator: Accelerator) -> None:
-    """Let `accelerator.prepare` shard a model as one unit, with its weights in their own type.
+    """Let `accelerator.prepare` shard a model as one unit, with its weights in their own dtype.
 
-    What is computed in bfloat16 is left to autocast, as with one process.
+    Mixed precision is left to autocast, as with one process.
 
     Args:
-        accelerator (`Accelerator`): with FSDP2 on. Its checkpoints are whole from now on.
+        accelerator (`Accelerator`): an accelerator with FSDP2. Its checkpoints become full, not sharded.
     """
     plugin, prepare = accelerator.state.fsdp_plugin, accelerator.prepare
     plugin.auto_wrap_policy = plugin.mixed_precision_policy = None
@@ -35,9 +35,9 @@ def shard_as_one(accelerator: Accelerator) -> None:
     def prepare_whole(model: Any, *others: Any) -> Any:
         if not isinstance(model, nn.Module):
             return prepare(model, *others)
-        if not others:  # for evaluation alone: there is nothing to share out
+        if not others:  # only evaluation: nothing to shard
             return model.to(accelerator.device)
-        parts = ("get_input_embeddings", "get_output_embeddings")  # which accelerate shards by themselves
+        parts = ("get_input_embeddings", "get_output_embeddings")  # accelerate would shard these separately
         model.__dict__.update(dict.fromkeys(parts, lambda: None))
         try:
             prepared = prepare(model, *others)
@@ -45,14 +45,17 @@ def shard_as_one(accelerator: Accelerator) -> None:
             for part in parts:
                 del model.__dict__[part]
         if sum(isinstance(module, FSDPModule) for module in model.modules()) != 1:
-            raise NotImplementedError("GradMemTrainer shards a model as one unit, and parts of this one are sharded.")
+            raise NotImplementedError(
+                "GradMemTrainer shards a model as one unit, but parts of this model are sharded separately. Pass a "
+                "model that is not sharded."
+            )
         return prepared
 
     accelerator.prepare = prepare_whole
 
 
 def check_sharding(accelerator: Accelerator, args: GradMemTrainingArguments) -> None:
-    """Raise `NotImplementedError` for a way to share a model out that WRITE does not go with."""
+    """Raise `NotImplementedError` for a kind of sharding that WRITE does not work with."""
     state = accelerator.state
     if state.deepspeed_plugin is not None:
         raise NotImplementedError(
@@ -73,27 +76,27 @@ def check_sharding(accelerator: Accelerator, args: GradMemTrainingArguments) -> 
         instead = {"version 1": "version 2", "activation_checkpointing": "gradient_checkpointing=True"}.get(name)
         raise NotImplementedError(
             f"GradMemTrainer does not work with FSDP and {name}. "
-            + (f"Use {instead} in its place." if instead else "Leave one of the two out.")
+            + (f"Use {instead} instead." if instead else "Leave one of the two out.")
         )
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its parts, where it is shared out over processes. All of them have to call this."""
+    """The full tensor of a possibly sharded one. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has: all of it, where it is not shared out."""
+    """This process's part of a tensor; the whole tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def whole_weights(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
-    """The model's parameters are plain tensors inside, in all processes, all of which have to come.
+    """In the block, the model's parameters are plain tensors in all processes. All processes must enter it.
 
     Args:
         model (`nn.Module`): sharded or not.
-        keep (`bool`, *optional*, defaults to `False`): what process 0 writes to the parameters stays.
+        keep (`bool`, *optional*, defaults to `False`): keep what process 0 writes to the parameters.
     """
     if isinstance(model, FSDPModule):
         model.reshard()

@@ -1,4 +1,4 @@
-"""What training and evaluation report: sums over tokens, contexts and queries, and the means of these."""
+"""The metrics of training and evaluation: sums over tokens, contexts and queries, and their means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_FOR_THE_MODEL = (
     *("query_input_ids", "query_attention_mask", "targets", "write_steps"),
     *("text_input_ids", "text_attention_mask", "text_index", "taught"),
 )
-"""What a batch holds beside the arguments of the model."""
+"""The fields of a batch that are not arguments of the model."""
 MEANS = {
     "target_loss": "tokens",
     "distillation_loss": "tokens",
@@ -26,38 +26,38 @@ MEANS = {
     "write_steps": "contexts",
     "memory_grad_norm": "steps",
 }
-"""What is reported, and the count that its sum is divided by; scores of answers are divided by that of queries.
+"""The reported metrics, with the count to divide each sum by; scores of answers are divided by the count of queries.
 
-first_write_loss and last_write_loss are the write losses before the first and before the last write step; the latter is
-what `reconstruction_weight` weighs. With one step they are the same, and so they are without any, where both are that
-of the memory WRITE starts from. exact_match in training is the share of queries whose target is the first choice
-throughout, where batches say `max_targets`.
+first_write_loss and last_write_loss are the write losses before the first and before the last write step;
+`reconstruction_weight` applies to the latter. With one step they are equal. Without steps, both are the loss of the
+memory that WRITE starts from. exact_match in training is the share of queries for which every target token is the first
+choice, if batches have `max_targets`.
 """
 COUNTS = {*MEANS.values(), "queries"}
 NAMES = sorted({*MEANS, *COUNTS})
 
 
 class Count(NamedTuple):
-    """How much there is in a batch, scalars on the device."""
+    """The counts of a batch, as scalars on the device."""
 
     tokens: Tensor
-    """Target tokens."""
+    """The number of target tokens."""
     contexts: Tensor
 
 
 def count(batch: dict[str, Any], device: torch.device) -> Count:
-    """How much there is in a batch; `ValueError` where GradMem cannot be trained with it."""
+    """The counts of a batch; `ValueError` if GradMem cannot be trained on it."""
     if "context_input_ids" not in batch or "labels" not in batch:
         raise ValueError(
-            "A batch needs context_input_ids and labels, and the collator made one of "
-            f"{', '.join(batch)}. Use GradMemCollator."
+            f"A batch needs context_input_ids and labels, but the collator returned {', '.join(batch)}. Use "
+            "GradMemCollator."
         )
     tokens = (batch["labels"] != IGNORED).sum().to(device)
     return Count(tokens, torch.full_like(tokens, len(batch["context_input_ids"])))
 
 
 def context_length(batch: dict[str, Any]) -> int:
-    """Tokens of the longest context of a batch."""
+    """The number of tokens in the longest context of a batch."""
     mask = batch.get("context_attention_mask")
     return batch["context_input_ids"].shape[1] if mask is None else int(mask.sum(1).max())
 
@@ -69,22 +69,22 @@ class Sums:
         self.values = torch.zeros(len(NAMES), device=device)
 
     def add(self, table: Tensor) -> None:
-        """Add a table [names], as `in_order` makes it."""
+        """Add a table [names] from `in_order`."""
         self.values = self.values + table
 
     def means(self, accelerator: Any) -> dict[str, float]:
-        """The means over all processes, each of which has to call this."""
+        """The means over all processes, all of which must call this."""
         return means(dict(zip(NAMES, accelerator.gather(self.values[None]).sum(0).tolist(), strict=True)))
 
 
 def in_order(sums: dict[str, Tensor]) -> Tensor:
-    """Sums by name as a table [names], zero where there is none: one tensor, which a CUDA graph can hand over."""
+    """Sums by name as one tensor [names], with zero for missing names, which a CUDA graph can return."""
     zero = torch.zeros((), device=next(iter(sums.values())).device)
     return torch.stack([sums[name].detach().float() if name in sums else zero for name in NAMES])
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """The mean of every sum that there is something to divide by for."""
+    """The mean of every sum whose count is not zero."""
     return {
         name: value / sums[MEANS.get(name, "queries")]
         for name, value in sums.items()
@@ -93,13 +93,13 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 
 def write_lr_means(rates: Tensor) -> dict[str, float]:
-    """The learned write learning rates [n] or [n, m, d] of the first steps by name, each the mean over the memory."""
+    """The learned write learning rates [n] or [n, m, d] of the first steps by name, averaged over the memory."""
     means = (rates.flatten(1).mean(1) if rates.dim() > 1 else rates).tolist()
     return {f"write_lr_{k}" if len(means) > 1 else "write_lr": rate for k, rate in enumerate(means)}
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch the model's forward takes."""
+    """The fields of a batch that the model's forward takes."""
     return {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
 
 
@@ -110,12 +110,12 @@ def context_index(batch: dict[str, Any]) -> Tensor:
 
 
 def per_context(values: Tensor, batch: dict[str, Any]) -> Tensor:
-    """Values of queries [R] summed by context: [C]."""
+    """Sum values of queries [R] by context: [C]."""
     return values.new_zeros(len(batch["context_input_ids"])).index_add_(0, context_index(batch), values)
 
 
 def batch_sums(batch: dict[str, Any], output: GradMemOutput, here: Count, steps: int) -> dict[str, Tensor]:
-    """What training sums up after K = `steps` write steps, scalars."""
+    """The sums of training after K = `steps` write steps, scalars."""
     sums = {name: value.sum() for name, value in _written(batch, output, steps).items()}
     if output.correct is not None:
         correct = output.correct.float()
@@ -124,7 +124,7 @@ def batch_sums(batch: dict[str, Any], output: GradMemOutput, here: Count, steps:
 
 
 def context_sums(batch: dict[str, Any], output: GradMemOutput, steps: int) -> dict[str, Tensor]:
-    """What evaluation sums up after K = `steps` write steps, [C] each."""
+    """The sums of evaluation after K = `steps` write steps, [C] each."""
     logits, labels = cast(Tensor, output.logits)[:, :-1].float(), batch["labels"][:, 1:].long()
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
     return _written(batch, output, steps) | {
@@ -135,7 +135,7 @@ def context_sums(batch: dict[str, Any], output: GradMemOutput, steps: int) -> di
 
 
 def _written(batch: dict[str, Any], output: GradMemOutput, steps: int) -> dict[str, Tensor]:
-    """What WRITE did to each context, [C] each; of a model without memory how many contexts there are."""
+    """Metrics of WRITE for each context, [C] each; for a model without memory, only the number of contexts."""
     ones = torch.ones(len(batch["context_input_ids"]), device=batch["context_input_ids"].device)
     found = {"write_steps": ones * steps, "contexts": ones}
     if output.memory is not None:

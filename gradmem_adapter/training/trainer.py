@@ -1,4 +1,5 @@
-"""Meta-training with Transformers' Trainer: WRITE and READ in one pass, counted right over batches and processes."""
+"""Meta-training with Transformers' Trainer: WRITE and READ in one pass, weighted correctly over batches and
+processes."""
 
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ class GradMemTrainer(EvaluatingTrainer):
         config = check_model(model)
         if processing_class is None:
             raise ValueError(
-                "GradMemTrainer needs the tokenizer to make batches, to read answers and for checkpoints: pass "
+                "GradMemTrainer needs the tokenizer to make batches, decode answers and save checkpoints. Pass "
                 "processing_class=tokenizer."
             )
         args = with_defaults(args)
@@ -132,7 +133,7 @@ class GradMemTrainer(EvaluatingTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by what get_batch_samples counts
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of get_batch_samples
         self.distillation: Distillation | None = None
         if teacher is not None:
             self.distillation = Distillation(teacher.to(args.device), model, args.distillation_temperature)
@@ -142,7 +143,7 @@ class GradMemTrainer(EvaluatingTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        # Otherwise it would compile the PeftModel as a whole, the loop of WRITE included.
+        # Otherwise Accelerate would compile the PeftModel as a whole, including the loop of WRITE.
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
         check_sharding(self.accelerator, self.args)
         if self.is_fsdp_enabled:
@@ -176,12 +177,12 @@ class GradMemTrainer(EvaluatingTrainer):
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"There is no checkpoint to resume from in {self.args.output_dir!r}. Pass "
-                    "resume_from_checkpoint=trainer.has_checkpoint() to resume only where there is one."
+                    "resume_from_checkpoint=trainer.has_checkpoint() to resume only if there is one."
                 )
         self._begin(resume_from_checkpoint or None)
         self._sums = Sums(self.args.device)
         if torch.backends.cuda.matmul.fp32_precision == "tf32":
-            # As Transformers sets it; torch.compile also asks PyTorch's older switch, and refuses if the two differ.
+            # Transformers sets this; torch.compile also reads PyTorch's older setting and raises if the two differ.
             torch.set_float32_matmul_precision("high")
         with ExitStack() as stack:
             stack.callback(setattr, self, "_graphed", None)  # graphs hold the memory of a step
@@ -196,11 +197,11 @@ class GradMemTrainer(EvaluatingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, Batches):
-            return DataLoader(self.train_dataset, shuffle=False)  # its length alone counts, see get_batch_samples
+            return DataLoader(self.train_dataset, shuffle=False)  # only its length is used, see get_batch_samples
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        """`"group_by_length"` goes by the texts of contexts: rows have no `input_ids`."""
+        """`"group_by_length"` uses the length of context texts, because rows have no `input_ids`."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "__len__"):
             return super()._get_train_sampler(train_dataset)
@@ -210,7 +211,7 @@ class GradMemTrainer(EvaluatingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The batches of an optimizer step, and the number of their target tokens over all processes."""
+        """The batches of an optimizer step, and their number of target tokens over all processes."""
         if isinstance(self.train_dataset, Batches):
             first = self.state.global_step * self.args.gradient_accumulation_steps
             batches = [self.train_dataset.batch(first + i, device) for i in range(num_batches)]
@@ -230,7 +231,8 @@ class GradMemTrainer(EvaluatingTrainer):
             self._trained_on(GradMemConfig.from_pretrained(resume_from_checkpoint).trained_length or 0)
 
     def _record(self, batches: list[Any], device: torch.device) -> None:
-        """Let the configuration say how long contexts were, and that a calibration was of other weights."""
+        """Record the length of contexts in the configuration, and remove a calibration, which belongs to other
+        weights."""
         if self.config is None or not batches:
             return
         self.config.score_calibration = None
@@ -241,7 +243,7 @@ class GradMemTrainer(EvaluatingTrainer):
             self._trained_on(int(self.accelerator.gather(longest).max()))
 
     def _trained_on(self, tokens: int) -> None:
-        """A context of so many tokens was trained on."""
+        """Record that a context of this many tokens was trained on."""
         if self.config is not None and tokens:
             self.config.trained_length = max(self.config.trained_length or 0, tokens)
 
@@ -270,10 +272,10 @@ class GradMemTrainer(EvaluatingTrainer):
         return (loss, output) if return_outputs else loss
 
     def _loss(self, model: nn.Module, inputs: Batch, whole: Count | None) -> tuple[Tensor, GradMemOutput, Tensor]:
-        """The loss, what the model gave, and a table of what is logged.
+        """The loss, the model's output, and a table of the logged values.
 
         Args:
-            whole: the targets and contexts of the optimizer step; None: those of this batch.
+            whole: the counts of targets and contexts of the optimizer step; None: those of this batch.
         """
         steps = inputs["write_steps"]
         if self.distillation is not None:
@@ -284,7 +286,7 @@ class GradMemTrainer(EvaluatingTrainer):
         whole = here if whole is None else whole
         target_loss, losses = cast(Tensor, output.target_loss), output.write_losses
         loss = target_loss * (here.tokens / whole.tokens)
-        if losses is None:  # a model without memory may add something else
+        if losses is None:  # a model without memory may add other terms
             loss = loss + (cast(Tensor, output.loss) - target_loss) * (here.contexts / whole.contexts)
         elif self.reconstruction_weight and losses.shape[1]:
             loss = loss + self.reconstruction_weight * losses[:, -1].sum() / whole.contexts
@@ -295,7 +297,7 @@ class GradMemTrainer(EvaluatingTrainer):
             loss = loss + self.args.distillation_weight * divergence / whole.tokens
             sums["distillation_loss"] = divergence
         if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the gradients, we need their sum
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients, but their sum is needed
         return loss, output, in_order(sums)
 
     def training_step(
@@ -311,12 +313,12 @@ class GradMemTrainer(EvaluatingTrainer):
             if gradient is not None:
                 scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
                 norm = whole(gradient.norm()) / scale
-                counted = norm.isfinite()  # a scaler skips the other steps
+                counted = norm.isfinite()  # a gradient scaler skips the other steps
                 self._sums.add(in_order({"memory_grad_norm": torch.where(counted, norm, 0), "steps": counted}))
         return loss
 
     def _graphed_step(self, inputs: dict[str, Any]) -> Tensor:
-        """Forward and backward pass of a micro-batch in one launch. In eval mode: there is no dropout to draw."""
+        """Forward and backward pass of a micro-batch in one launch. Runs in eval mode, as there is no dropout."""
         if self.model.training:
             self.model.eval()
         if self._graphed is None:
@@ -324,7 +326,7 @@ class GradMemTrainer(EvaluatingTrainer):
             self._graphed = GraphedBackward(self._passes, weights)
         whole = cast(Count, self._window)
         inputs = self._prepare_inputs({"write_steps": self.write_steps()} | inputs)
-        with maskless_attention(self.model):  # throughout: the backward pass runs the model, too
+        with maskless_attention(self.model):  # also around the backward pass, which runs the model
             loss, table = self._graphed(inputs | {"all_tokens": whole.tokens, "all_contexts": whole.contexts})
         self._sums.add(table)
         if self.accelerator.sync_gradients and self.args.world_size > 1:
@@ -332,7 +334,7 @@ class GradMemTrainer(EvaluatingTrainer):
         return loss
 
     def _passes(self, inputs: Batch) -> tuple[Tensor, Tensor]:
-        """What is captured: the loss, and the table of what is logged."""
+        """The captured computation: the loss, and the table of the logged values."""
         inputs = dict(inputs)
         whole = Count(inputs.pop("all_tokens"), inputs.pop("all_contexts"))
         loss, _, table = self._loss(self.model, inputs, whole)
@@ -363,9 +365,9 @@ class GradMemTrainer(EvaluatingTrainer):
         return scheduler
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm of the gradients, before the optimizer's step; which there is none of where it is not finite."""
+        """The norm of the gradients. Raises before the optimizer's step if it is not finite."""
         grad_norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm)))
-        # A gradient scaler (fp16) finds its scale by gradients that overflow, and skips their steps itself.
+        # A gradient scaler (fp16) finds its scale from overflowing gradients, and skips those steps itself.
         if self.accelerator.scaler is None:
             self._finite[1] &= grad_norm.isfinite()
         if not self.args.cuda_graphs:
@@ -373,7 +375,7 @@ class GradMemTrainer(EvaluatingTrainer):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, in addition to the training loss, means of what WRITE did since the last log."""
+        """Log, in addition to the training loss, means of WRITE's metrics since the last log."""
         if "loss" in logs:
             self.check_finite()
             means = self._sums.means(self.accelerator)

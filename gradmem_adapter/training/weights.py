@@ -1,4 +1,4 @@
-"""The trained weights of any module as a safetensors file, for models that are no PEFT adapters."""
+"""The trained weights of any module as a safetensors file, for models without a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_trained_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_trained_weights(path: str | Path) -> dict[str, Tensor]:
-    """What `save_trained_weights` saved into a directory, by name; `FileNotFoundError` where there is nothing."""
+    """Read weights saved by `save_trained_weights`, by name; `FileNotFoundError` if there are none."""
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"There are no trained weights in {str(path)!r}: it has no {WEIGHTS}.")
@@ -36,11 +36,11 @@ def read_trained_weights(path: str | Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_trained_weights(model: nn.Module, path: str | Path) -> None:
-    """Give a module the weights that `save_trained_weights` saved of one like it.
+    """Load weights saved by `save_trained_weights` into a module.
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: they are of another model; the message names a tensor.
+        ValueError: they belong to another model; the message names a tensor.
     """
     weights, own = read_trained_weights(path), trained_weights(model)
     check_tensors(Path(path) / WEIGHTS, weights, own)

@@ -124,7 +124,7 @@ class TestPools:
     def test_contexts_that_are_too_long_can_be_left_out(self):
         (pool,) = make_pools([([*rows(3, 9), *rows(2, 14)], 1.0)], COLLATOR, [10], drop_longer=True)
         assert pool.lengths.tolist() == [9, 9, 9]
-        with pytest.raises(ValueError, match="none has a context of at most 10 tokens"):
+        with pytest.raises(ValueError, match="all contexts are longer than 10 tokens"):
             make_pools([(rows(2, 14), 1.0)], COLLATOR, [10], drop_longer=True)
 
 
@@ -192,7 +192,7 @@ class TestRowBatches:
         [
             ({"side_by_side": [4], "contexts": 3}, "must hold 4 contexts"),
             ({"side_by_side": [1, 5]}, "must hold 5 contexts of 16 tokens"),
-            ({"buckets": [10]}, "larger one"),
+            ({"buckets": [10]}, "larger bucket"),
         ],
     )
     def test_what_cannot_be_drawn(self, options, message):

@@ -129,7 +129,7 @@ class TestRefused:
         ids=["lora", "attention", "gpt2", "opt"],
     )
     def test_dropout(self, tmp_path, model):
-        with pytest.raises(ValueError, match=r"trains without dropout, and '.*' has some\. Set it to 0"):
+        with pytest.raises(ValueError, match=r"trains without dropout, but '.*' has dropout\. Set it to 0"):
             trainer(model(), tmp_path, rows(2), cuda_graphs=True)
 
     def test_no_dropout(self):
@@ -139,7 +139,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"gradient_checkpointing": True}, "Leave out one: checkpointing spares memory, graphs time"),
+            ({"gradient_checkpointing": True}, "Leave one out: checkpointing saves memory, graphs time"),
             ({"fp16": True}, "Use bf16=True"),
         ],
     )

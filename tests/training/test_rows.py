@@ -13,7 +13,7 @@ from gradmem_adapter.training import read_rows
     [
         ("", "has no rows"),
         ('{"context": "a", "query": "b", "target": "c"}\nnot json', "line 2 is not JSON"),
-        ('[\n{"context": "a"}\n]', "line 1 is not JSON.*a whole object on each line"),
+        ('[\n{"context": "a"}\n]', "line 1 is not JSON.*complete JSON object on each line"),
         ("[1]", "line 1 must be an object"),
         ('{"context": "a", "query": "b", "target": ""}', "line 1 has an empty target"),
     ],

@@ -589,7 +589,7 @@ class TestEvaluation:
 
     @pytest.mark.parametrize("name", ["loss", "target_loss", "tokens"])
     def test_score_of_a_name_that_is_taken(self, tmp_path, name):
-        with pytest.raises(ValueError, match=f"may not be named {name}"):
+        with pytest.raises(ValueError, match=f"must not be named {name}"):
             trainer(make(), tmp_path, evaluation=rows(2), score=lambda *_: {name: 1.0}).evaluate()
 
     def test_score_of_changing_names(self, tmp_path):
@@ -645,7 +645,7 @@ class TestEvaluation:
 class TestArguments:
     def test_unused_columns(self, tmp_path):
         args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
-        with pytest.warns(UserWarning, match="without them; it is set to False"):
+        with pytest.warns(UserWarning, match="so it is set to False"):
             run = GradMemTrainer(make(), args, train_dataset=rows(4), processing_class=tiny_tokenizer())
         assert run.args.remove_unused_columns is False
         run.train()
@@ -673,10 +673,10 @@ class TestArguments:
         ("options", "config", "message"),
         [
             ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
-            ({"include_for_metrics": ["loss"]}, {}, "asks for the loss of each batch"),
+            ({"include_for_metrics": ["loss"]}, {}, "is not supported: evaluation sums the loss"),
             ({"torch_compile": True}, {}, "cannot be differentiated twice"),
             ({"accelerator_config": {"dispatch_batches": True}}, {}, "dispatch_batches"),
-            ({"max_minutes": 1, "warmup_steps": 0.1}, {}, "Give a number of steps"),
+            ({"max_minutes": 1, "warmup_steps": 0.1}, {}, "Pass a number of steps"),
             ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, {}, "use_reentrant"),
         ],
     )
@@ -686,7 +686,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("wrong", [None, {"output_dir": "runs"}])
     def test_none(self, wrong):
-        with pytest.raises(TypeError, match="args must be training arguments, as GradMemTrainingArguments"):
+        with pytest.raises(TypeError, match="args must be training arguments, such as GradMemTrainingArguments"):
             GradMemTrainer(make(), wrong, processing_class=tiny_tokenizer())
 
     @pytest.mark.parametrize(
@@ -697,10 +697,10 @@ class TestArguments:
             ({"write_steps": []}, TypeError, "write_steps must be a list of integers"),
             ({"max_minutes": "10"}, TypeError, "max_minutes must be a number"),
             ({"decay_share": "x"}, TypeError, "decay_share must be a number"),
-            ({"write_lr_factor": None}, TypeError, "write_lr_factor may not be None"),
-            ({"queries_per_context": None}, TypeError, "queries_per_context may not be None"),
+            ({"write_lr_factor": None}, TypeError, "write_lr_factor must not be None"),
+            ({"queries_per_context": None}, TypeError, "queries_per_context must not be None"),
             ({"eval_write_steps": -1}, ValueError, "eval_write_steps must be at least 0"),
-            ({"decay_share": 2.0}, ValueError, "decay_share must be from 0 to 1"),
+            ({"decay_share": 2.0}, ValueError, "decay_share must be between 0 and 1"),
             ({"max_minutes": 0}, ValueError, "max_minutes must be positive"),
             ({"ema_decay": 1.0}, ValueError, "ema_decay must be less than 1"),
             (
@@ -709,7 +709,7 @@ class TestArguments:
                 "leave one of them out",
             ),
             ({"distillation_temperature": 0.0}, ValueError, "distillation_temperature must be positive"),
-            ({"max_minutes": 1, "lr_scheduler_type": "cosine"}, ValueError, "a schedule of its own"),
+            ({"max_minutes": 1, "lr_scheduler_type": "cosine"}, ValueError, "its own schedule"),
             ({"generation_max_new_tokens": 0}, ValueError, "generation_max_new_tokens must be at least 1"),
             ({"max_minutes": float("nan")}, ValueError, "max_minutes must be finite"),
             ({"learning_rate": float("inf")}, ValueError, "learning_rate must be finite"),
@@ -719,7 +719,7 @@ class TestArguments:
             ({"per_device_train_batch_size": 0}, ValueError, "per_device_train_batch_size must be at least 1"),
             ({"bf16": "yes"}, TypeError, "bf16 must be True or False"),
             ({"report_to": "nobody"}, ValueError, "nobody is not supported"),
-            ({"report_to": "dvclive"}, ImportError, "report_to names dvclive, and the package"),
+            ({"report_to": "dvclive"}, ImportError, "report_to names dvclive, but its package"),
         ],
     )
     def test_values(self, tmp_path, options, error, message):
@@ -774,7 +774,7 @@ class TestArguments:
 
     def test_collator_of_another_format(self, tmp_path):
         collator = GradMemCollator(tiny_tokenizer())
-        with pytest.raises(ValueError, match="would not agree"):
+        with pytest.raises(ValueError, match="would differ"):
             GradMemTrainer(make(query_format="chat"), arguments(tmp_path), collator, processing_class=tiny_tokenizer())
 
     def test_batch_without_a_context(self, tmp_path):
