@@ -76,7 +76,7 @@ def test_file_missing_in_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     (package / "other.gguf").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"has no 'wanted.gguf', only \['other.gguf'\]"):
+    with pytest.raises(FileNotFoundError, match=r"has no file 'wanted.gguf', only \['other.gguf'\]"):
         load_backbone("package:holds_a_model/wanted.gguf")
 
 

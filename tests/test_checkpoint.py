@@ -351,7 +351,7 @@ def test_the_active_adapter_is_saved_whatever_its_name(backbone, tmp_path):
 def test_what_is_no_checkpoint_is_not_replaced(backbone, tmp_path):
     folder = tmp_path / "trainer output"
     (folder / "checkpoint-10").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="is no adapter checkpoint"):
+    with pytest.raises(FileExistsError, match="is not a checkpoint of a GradMem adapter"):
         save_checkpoint(make(backbone), tiny_tokenizer(), folder)
     assert [entry.name for entry in folder.iterdir()] == ["checkpoint-10"]
 

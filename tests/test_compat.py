@@ -85,7 +85,7 @@ def test_base_config_as_object_and_dict():
 def test_missing_tensor(name):
     _, state_dict, config = export()
     del state_dict[name]
-    with pytest.raises(ValueError, match=rf"missing \['{name}'\], left over \[\]"):
+    with pytest.raises(ValueError, match=rf"missing \['{name}'\], unexpected \[\]"):
         load_authors_checkpoint(state_dict, config, ALL)
 
 
@@ -93,7 +93,7 @@ def test_missing_tensor(name):
 def test_tensor_left_over(name):
     _, state_dict, config = export(options=OPTIONS)
     state_dict[name] = torch.zeros(1)
-    with pytest.raises(ValueError, match=rf"missing \[\], left over \['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"missing \[\], unexpected \['{name}'\]"):
         load_authors_checkpoint(state_dict, config, OPTIONS)
 
 
@@ -146,7 +146,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"k": 3}, r"Unknown options \['k'\]; known are \["),
+            ({"k": 3}, r"Unknown options \['k'\]\. Known options are \["),
             ({"grad_mode": "third"}, "grad_mode must be one of .* got 'third'"),
             ({"mem_proj_mode": "per_token"}, "mem_proj_mode must be 'proj' .* got 'per_token'"),
         ],
@@ -157,7 +157,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("name", OPTIONS)
     def test_required(self, name):
-        with pytest.raises(ValueError, match=rf"Missing options \['{name}'\]"):
+        with pytest.raises(ValueError, match=rf"The options \['{name}'\] are missing"):
             config_from_authors_options({key: value for key, value in OPTIONS.items() if key != name})
 
 

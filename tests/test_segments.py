@@ -106,7 +106,7 @@ def test_a_text_in_tokens():
         assert "".join(segment.text for segment in segments(tokenizer(text)["input_ids"], tokenizer, 20)) == text
     assert [segment.text for segment in segments(tokenizer("a €")["input_ids"][:-1], tokenizer, 20)] == ["a \ufffd"]
     for wrong in ("a", 2.5, -1, 10**6, None):
-        with pytest.raises(TypeError, match=f"Place 1 of the text holds {wrong!r}, which is no token id"):
+        with pytest.raises(TypeError, match=f"Element 1 of the text is {wrong!r}, which is not a token id"):
             list(segments([1, wrong], tokenizer, 20))
 
 

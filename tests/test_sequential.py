@@ -61,18 +61,18 @@ def test_what_is_no_text_or_several_states_is_refused(pipeline):
             pipeline.update(wrong, "w1")
     other = tiny_pipeline(trained_length=40, start="context")
     state = other.write("w1 w2")
-    with pytest.raises(ValueError, match="The state has 6 vectors, and with start='context' text is written into 3"):
+    with pytest.raises(ValueError, match="The state has 6 vectors, but with start='context' text is written into 3"):
         other.update(MemoryState.concat([state, state]), "w3")
     with pytest.raises(ValueError, match="There is no text to write"):
         pipeline.update(pipeline.write("w1"), " \n")
-    with pytest.raises(ValueError, match="got 2 states: update them one by one"):
+    with pytest.raises(ValueError, match=r"got 2 states\. Update them one by one"):
         write_sequential(pipeline, pipeline.segments(TEXT, 20), OPTIONS, pipeline.write([TEXT[:20], TEXT[:30]]))
 
 
 def test_more_than_the_trained_length_in_one_state_is_told_of_once(pipeline):
     first = pipeline.write(TEXT[:60])
     for write in (lambda: pipeline.write_document(TEXT, "sequential"), lambda: pipeline.update(first, TEXT)):
-        with pytest.warns(UserWarning, match="trained on up to 40") as told:
+        with pytest.warns(UserWarning, match="trained on at most 40") as told:
             write()
         assert len(told) == 1
     with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def test_segments_without_positions_are_refused_before_the_first_is_written(star
         patched.setattr(pipeline.model.base_model, "update", None)
         for write in (lambda n: pipeline.write_document(text, "sequential", segment_tokens=n),
                       lambda n: pipeline.update(state, text, segment_tokens=n)):  # fmt: skip
-            with pytest.raises(ValueError, match=f"160 positions, and old and new memory leave {most} beside"):
+            with pytest.raises(ValueError, match=f"160 positions, and old and new memory leave {most} of them"):
                 write(most + 1)
     trained = tiny_pipeline(num_memory_tokens=70, start=start, trained_length=80)
     segments = trained.write_document(text, "sequential", steps=0).segments
@@ -102,7 +102,7 @@ def test_states_side_by_side_leave_fewer_positions_for_segments():
     pipeline = tiny_pipeline()
     both = MemoryState.concat([pipeline.write("w1")] * 40)
     pipeline.update(both, TEXT, segment_tokens=39, steps=0)
-    with pytest.raises(ValueError, match=r"a state of 120 vectors: .* enough for 39 beside"):
+    with pytest.raises(ValueError, match=r"a state of 120 vectors: .* leave 39 of them"):
         pipeline.update(both, TEXT, segment_tokens=40, steps=0)
 
 

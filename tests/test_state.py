@@ -213,9 +213,9 @@ def test_concat_weights_losses_by_tokens_after_padding():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"d": 5}, r"one width, got \[4, 5\]"),
-        ({"dtype": torch.float16}, "one dtype"),
-        ({"mark": "another"}, r"one fingerprint, got \['f', 'another'\]"),
+        ({"d": 5}, r"same width, got \[4, 5\]"),
+        ({"dtype": torch.float16}, "same dtype"),
+        ({"mark": "another"}, r"same fingerprint, got \['f', 'another'\]"),
     ],
 )
 def test_joining_unlike_states(join: Any, other: dict[str, Any], message: str):
@@ -224,9 +224,9 @@ def test_joining_unlike_states(join: Any, other: dict[str, Any], message: str):
 
 
 def test_joining_shapes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"one num memory tokens, got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"same num memory tokens, got \[2, 3\]"):
         MemoryState.stack([make(m=2), make(m=3)])
-    with pytest.raises(ValueError, match=r"one batch size, got \[3, 1\]"):
+    with pytest.raises(ValueError, match=r"same batch size, got \[3, 1\]"):
         MemoryState.concat([make(batch=3), make(batch=1)])
     for join in (MemoryState.stack, MemoryState.concat):
         with pytest.raises(ValueError, match="no memory states"):

@@ -51,7 +51,7 @@ def check_answers(
 def states_of_answers(
     backbone: Any, prefix: Tensor, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[Tensor]:
-    """The last hidden states that predict answers behind `[prefix; query]`.
+    """The last hidden states that predict answers after `[prefix; query]`.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.

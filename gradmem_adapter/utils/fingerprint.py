@@ -256,14 +256,15 @@ class Fingerprinted:
         return bool(self._parts) and now == self._before and (capturing() or self._samples.same(parameters))
 
     def release(self) -> None:
-        """Hold no weights, which are about to be moved: what they were is still known."""
+        """Drop references to weights before they are moved. Their sampled values are kept, so changes are still
+        noticed."""
         self._samples.release()
 
 
 class FingerprintCache:
-    """The fingerprint of a model, computed anew when a weight has changed or another adapter is active.
+    """The fingerprint of a model, computed again when a weight has changed or another adapter is active.
 
-    A change through `.data` is noticed where it concerns a whole matrix, not where it concerns single values.
+    A change through `.data` is noticed if it affects a whole matrix, but not if it affects single values.
     """
 
     def __init__(self) -> None:
@@ -280,6 +281,6 @@ class FingerprintCache:
         return last
 
     def release(self) -> None:
-        """Hold no weights, which are about to be moved or converted."""
+        """Drop references to weights before they are moved or converted."""
         if (last := self._last) is not None:
             last.release()

@@ -93,7 +93,7 @@ def test_tensors_of_the_backbone_are_not_let_in(saved, name):
         (torch.zeros(4, 32), r"has shape \(4, 32\) in the checkpoint and \(3, 32\) in the model"),
         (torch.zeros(96), r"has shape \(96,\)"),
         (torch.zeros(3, 32, dtype=torch.long), "is torch.int64 in the checkpoint and torch.float32 in the model"),
-        (torch.zeros(3, 32, dtype=torch.complex64), "is torch.complex64 there"),
+        (torch.zeros(3, 32, dtype=torch.complex64), "is torch.complex64 in the checkpoint"),
     ],
 )
 def test_wrong_shapes_and_types_are_named(saved, tensor, message):
@@ -118,7 +118,7 @@ def test_weights_that_are_no_safetensors(saved):
     refused(saved, "are damaged")
     torch.save({}, saved / "adapter_model.bin")  # never opened in its place
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
         load_checkpoint(saved, backbone=tiny())
 
 
@@ -181,7 +181,7 @@ def test_a_folder_of_somebody_else_is_not_replaced(saved):
     (saved / "backbone" / "notes.txt").write_text("mine")
     before = (saved / WEIGHTS).read_bytes()
     trained = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=5, train_backbone=True))
-    with pytest.raises(FileExistsError, match="backbone' exists, and SHA256SUMS does not list it"):
+    with pytest.raises(FileExistsError, match="backbone' exists, but SHA256SUMS does not list it"):
         save_checkpoint(trained, tiny_tokenizer(), saved)
     assert (saved / "backbone" / "notes.txt").read_text() == "mine"
     assert (saved / WEIGHTS).read_bytes() == before

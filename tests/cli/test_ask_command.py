@@ -71,7 +71,7 @@ def test_a_text_that_does_not_fit_is_refused_before_the_work(checkpoint, tmp_pat
     result = ask("w1", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint)
     assert result.exit_code == 2
     said = " ".join(result.stderr.split())
-    assert "To write a context of 12 tokens takes about" in said
+    assert "Writing a context of 12 tokens takes about" in said
     assert "gradmem write --store" in said
 
 

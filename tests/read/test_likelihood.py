@@ -247,11 +247,11 @@ def test_a_question_without_room_for_the_refusal_is_refused(architecture):
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="pass a memory"):
+    with pytest.raises(ValueError, match="needs a memory"):
         make().generate(PROMPTS, return_scores=True)
     for wrong in (1.0, (1.0,), (0.0, 1.0), (1.0, float("nan")), "ab"):
         with pytest.raises(ValueError, match="score_calibration must be two finite numbers"):
             GradMemConfig(score_calibration=wrong)
     for nothing in ("", "  ", 3):
-        with pytest.raises(ValueError, match="refusal must be a text"):
+        with pytest.raises(ValueError, match="refusal must be a non-empty text"):
             GradMemConfig(refusal=nothing)

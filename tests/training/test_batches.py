@@ -190,8 +190,8 @@ class TestRowBatches:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"side_by_side": [4], "contexts": 3}, "must hold 4 contexts"),
-            ({"side_by_side": [1, 5]}, "must hold 5 contexts of 16 tokens"),
+            ({"side_by_side": [4], "contexts": 3}, "must hold the 4 contexts"),
+            ({"side_by_side": [1, 5]}, "must hold the 5 contexts of 16 tokens"),
             ({"buckets": [10]}, "larger bucket"),
         ],
     )
@@ -204,7 +204,7 @@ class TestRowBatches:
             {"write_steps": 1}, {"write_steps": []}, {"write_steps_side_by_side": [-1]}, {"side_by_side": []},
             {"side_by_side": [0]}, {"side_by_side": [[2, 3]]}, {"side_by_side": [[2, 1, 1]]},
         ):  # fmt: skip
-            with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a list of integers"):
+            with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a non-empty list of"):
                 RowBatches(rows(2, 9), COLLATOR, **wrong)
 
 

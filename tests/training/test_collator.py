@@ -152,7 +152,7 @@ class TestErrors:
     def test_no_pad_token(self):
         tokenizer = tiny_tokenizer()
         tokenizer.pad_token = None
-        with pytest.raises(ValueError, match=r"set tokenizer.pad_token = tokenizer.eos_token"):
+        with pytest.raises(ValueError, match=r"Set tokenizer.pad_token = tokenizer.eos_token"):
             GradMemCollator(tokenizer)
 
     def test_no_chat_template(self):

@@ -137,7 +137,7 @@ def test_training_brings_the_student_to_the_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "error", "message"),
     [
-        (lambda model: model.get_base_model(), ValueError, "load it a second time"),
+        (lambda model: model.get_base_model(), ValueError, "Load it a second time"),
         (lambda model: tiny("mistral"), ValueError, "attention windows"),
         (lambda model: tiny(vocab_size=67), ValueError, "predicts 67 tokens and the student 61"),
         (lambda model: torch.nn.Linear(2, 2), TypeError, "must be a causal LM of Transformers, got Linear"),

@@ -435,7 +435,9 @@ class TestCheckpoints:
         model = make()
         with torch.no_grad():
             model.base_model.slots.gradmem_memory["default"][0, 0] = torch.nan
-        with pytest.raises(TrainingDiverged, match=r"gradmem_memory.* is not finite after step 0; nothing was saved"):
+        with pytest.raises(
+            TrainingDiverged, match=r"gradmem_memory.* is not finite after step 0, so nothing was saved"
+        ):
             trainer(model, tmp_path, rows(2)).save_model(str(tmp_path / "saved"))
         assert not (tmp_path / "saved").exists()
 
@@ -508,7 +510,7 @@ class TestDivergence:
         lengths = [len(data[i]["context"]) > 60 for i in run._get_train_sampler()]
         pairs = list(zip(lengths[::2], lengths[1::2], strict=True))
         assert sum(one == other for one, other in pairs) > 28  # by chance 16
-        with pytest.raises(ValueError, match=r"batch_rebalance.*Choose 'group_by_length'"):
+        with pytest.raises(ValueError, match=r"batch_rebalance.*Use 'group_by_length'"):
             trainer(make(), tmp_path, data, train_sampling_strategy="batch_rebalance")
 
     def test_a_field_that_there_is_not(self, tmp_path):
@@ -636,7 +638,7 @@ class TestEvaluation:
         run = trainer(make(), tmp_path)
         run.evaluate(rows(3))
         assert run._new_tokens == 3 + 1 + 8
-        with pytest.raises(ValueError, match="set generation_max_new_tokens"):
+        with pytest.raises(ValueError, match="Set generation_max_new_tokens"):
             run.evaluate(Stream())
         streamed = trainer(make(), tmp_path, generation_max_new_tokens=12).evaluate(Stream())
         assert streamed["eval_loss"] == pytest.approx(trainer(make(), tmp_path).evaluate(rows(3))["eval_loss"])
@@ -706,7 +708,7 @@ class TestArguments:
             (
                 {"ema_decay": 0.5, "load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 500},
                 ValueError,
-                "leave one of them out",
+                "Leave one of them out",
             ),
             ({"distillation_temperature": 0.0}, ValueError, "distillation_temperature must be positive"),
             ({"max_minutes": 1, "lr_scheduler_type": "cosine"}, ValueError, "its own schedule"),
@@ -755,8 +757,8 @@ class TestArguments:
         ("field", "text", "wrong"),
         [("context", tiny_text(95), "the context of 95 tokens is longer than the 94"),
          ("query", tiny_text(95), "query and target of 97 tokens is longer than the 94"),
-         ("context", " ", "its context gives no tokens"),
-         ("target", " ", "its target gives no tokens")],
+         ("context", " ", "the context has no tokens"),
+         ("target", " ", "the target has no tokens")],
     )  # fmt: skip
     def test_rows_of_a_list_that_do_not_fit_are_told_before_training(self, tmp_path, field, text, wrong, several):
         bad = [*rows(2), rows(1)[0] | {field: text}]

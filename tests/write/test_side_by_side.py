@@ -56,7 +56,7 @@ def test_no_more_is_decoded_than_there_are_positions(architecture):
         for wrong in (-1, most + 1, 200):
             with pytest.raises(ValueError, match=rf"max_new_tokens must be between 0 and {most}, .*; got {wrong}"):
                 model.reconstruct(state, wrong)
-    with pytest.raises(ValueError, match="The state has 96 vectors, and the model has 96 positions"):
+    with pytest.raises(ValueError, match="The state has 96 vectors, but the model has only 96 positions"):
         model.reconstruct(side_by_side(model, 32))
 
 
