@@ -12,8 +12,9 @@ import pandas as pd
 from .methods import METHODS
 from .paper import KV_RETRIEVAL
 from .results import RESULTS
-from .tables.benchmarks import PROMPTING, prompting, shape_title
 from .tables.cells import data_title, general_passages, line_title, read
+from .tables.hardware import shape_title
+from .tables.prompting import PROMPTING, prompting
 
 NAMES = {"memory_tokens": "memory vectors m", "write_steps": "write steps K"}
 

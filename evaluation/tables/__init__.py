@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import benchmarks, models, tasks, variants
+from . import benchmarks, models, prompting, tasks, training, variants
 from .cells import markdown
 from .tasks import results_table
 
 ROOT = Path(__file__).parent.parent.parent
-TABLES = {table.__name__: table for table in (*tasks.TABLES, *benchmarks.TABLES, *models.TABLES, *variants.TABLES)}
+_PARTS = (tasks, benchmarks, prompting, training, models, variants)
+TABLES = {table.__name__: table for part in _PARTS for table in part.TABLES}
 """Tables by the name of their block in README and docs."""
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 

@@ -1,53 +1,16 @@
-"""Tables of time and memory."""
+"""Tables of the time and memory of WRITE, READ, memory stores and servers."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import pandas as pd
-
 from .cells import Frame, grid, in_order, percent, read, time_and_memory
+from .hardware import H100, H200, shape, shape_title, shapes, spans
 
-H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
-SHAPES = {"qwen2.5-0.5b": "Qwen2.5-0.5B", "smollm2-1.7b": "SmolLM2-1.7B", "llama-3.1-8b": "Llama-3.1-8B"}
-PROMPTING = {
-    "8b": {"shape": "llama-3.1-8b", "hardware": H200},
-    "1.7b": {"shape": "smollm2-1.7b", "hardware": H200},
-    "0.5b": {"shape": "qwen2.5-0.5b", "hardware": H200},
-    "gpu": {"hardware": H100, "date": "2026-11-25"},  # when it ran nothing else
-    "cpu": {"hardware": "Intel(R) Xeon(R) Processor, 2 threads"},
-}
-"""Where memory is compared with the whole context before the question, for tables and plots."""
 HOW = {
     "textbook": "textbook (its graph kept)", "textbook, no graph": "textbook, no graph kept",
     "plain": "plain (launched kernel by kernel)", "compiled": "compiled, one CUDA graph per pass",
     "compiled, no last loss": "the same with `last_loss=False`",
 }  # fmt: skip
 """Labels of the ways to WRITE."""
-STEPS = {"graph": "compiled, one CUDA graph", "compiled": "layers compiled", "eager": ""}
-
-
-def shape(row: Any) -> str:
-    """A batch's shape, such as "8 x 1,024 tokens, K=5"."""
-    return f"{row['batch']} x {row['length']:,} tokens, K={row['write_steps']:.0f}"
-
-
-def shapes(table: Frame) -> list[str]:
-    """The shape of each row."""
-    return [shape(row) for _, row in table.iterrows()]
-
-
-def megabytes(value: float) -> str:
-    """Bytes, such as "11.8 MB" or "37 kB"."""
-    return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
-
-
-def spans(milliseconds: float) -> str:
-    """A time, such as "63 ms", "2.39 s" or "50.2 s"."""
-    if milliseconds < 1000:
-        return f"{math.floor(milliseconds + 0.5)} ms"
-    return f"{milliseconds / 1000:,.{1 if milliseconds >= 10_000 else 2}f} s"
 
 
 def choice() -> Frame:
@@ -239,182 +202,19 @@ def decoding() -> Frame:
     return grid(table, table["method"].map(names), heads, cell, "64 tokens each, bf16")
 
 
-def shape_title(row: Any) -> str:
-    """The name of a record's model shape in tables."""
-    return SHAPES.get(row.get("shape"), "SmolLM2-135M")
-
-
-def prompting(which: str) -> Frame:
-    """Records that compare memory with the whole context before the question, one for each context length.
-
-    Args:
-        which (`str`): a key of `PROMPTING`.
-    """
-    table = read("versus_prompting", kind="answer", **PROMPTING[which]).dropna(subset="state_bytes")
-    return table.drop_duplicates("context_tokens", keep="last").sort_values("context_tokens")
-
-
-def _prompting(which: str) -> Frame:
-    rows = []
-    for _, row in prompting(which).iterrows():
-        pays, pressed = row.get("break_even_prefill"), row.get("first_token_press_ms")
-        rows.append({
-            "context tokens": f"{row['context_tokens']:,}",
-            "kept: state": megabytes(row["state_bytes"]),
-            "kept: KV cache": megabytes(row["context_kv_bytes"]),
-            "WRITE": spans(row["write_ms"]),
-            "prefill": spans(row["prefill_ms"]),
-            "first token from memory": spans(row["first_token_memory_ms"]),
-            "its prefix kept": spans(row["first_token_memory_kept_ms"]),
-            "context's cache kept": spans(row["first_token_kept_ms"]),
-            "a cache of the state's bytes, by kvpress": None if pd.isna(pressed) else spans(pressed),
-            "context read anew": spans(row["first_token_prefill_ms"]),
-            "pays after": f"{pays:.1f} questions" if isinstance(pays, int | float) and pays == pays else None,
-        })  # fmt: skip
-    return Frame(rows).dropna(axis="columns", how="all")
-
-
-def versus_prompting() -> Frame:
-    """Memory against the whole context before the question, on two CPU cores."""
-    return _prompting("cpu")
-
-
-def versus_prompting_gpu() -> Frame:
-    """The same on one H100 that ran nothing else."""
-    return _prompting("gpu").drop(columns="pays after")
-
-
-def versus_prompting_8b() -> Frame:
-    """The same for Llama-3.1-8B's shape on one H200."""
-    return _prompting("8b")
-
-
-def versus_prompting_1_7b() -> Frame:
-    """The same for SmolLM2-1.7B's shape on one H200."""
-    return _prompting("1.7b")
-
-
-def memory_at_8b() -> Frame:
-    """The same, shortened for the README."""
-    table = prompting("8b")
-    row = table[table["context_tokens"] == 8192].iloc[0]
-    rows = {
-        "kept for each text": [megabytes(row["state_bytes"]), megabytes(row["context_kv_bytes"]), None],
-        "made, once, in": [spans(row["write_ms"]), spans(row["prefill_ms"]), None],
-        "first token of an answer after": [
-            spans(row[f"first_token_{name}_ms"]) for name in ("memory_kept", "kept", "prefill")
-        ],
-    }
-    heads = ["memory state", "KV cache, kept", "text, read anew"]
-    table = Frame.from_dict(rows, orient="index", columns=heads)
-    return table.rename_axis(f"{row['context_tokens']:,} tokens").reset_index()
-
-
-def versus_prompting_decoding() -> Frame:
-    """Tokens a second and memory of several answers at a time."""
-    table = read("versus_prompting", kind="decode", hardware=H100)
-    return _decoding(table[table["date"] == table["date"].max()])
-
-
-def versus_prompting_decoding_8b() -> Frame:
-    """The same for Llama-3.1-8B's shape on one H200; several rates are of several runs."""
-    return _decoding(read("versus_prompting", kind="decode", **PROMPTING["8b"]))
-
-
-def _decoding(table: Frame) -> Frame:
-    def cell(found: Frame) -> str:
-        rates = ", ".join(f"{rate:,.0f}" for rate in found["tokens_per_second"])
-        return f"{rates} tokens/s, {found['peak_gib'].max():.2g} GiB"
-
-    table = table[table["batch"].isin([1, 8, 64])].dropna(subset=["tokens_per_second"])
-    rows = ["from memory" if row["method"] == "memory" else f"context of {row['context_tokens']:,} tokens"
-            for _, row in table.iterrows()]  # fmt: skip
-    return grid(table, rows, [f"{batch:.0f} at a time" for batch in table["batch"]], cell)
-
-
-# ---------------------------------------------------------------- training
-
-
-def _strategy(method: str) -> str:
-    name, _, how = method.partition(", ")
-    return "textbook" if name == "textbook" else f"`{name}`" + (f", {STEPS[how]}" if STEPS[how] else "")
-
-
-def _costs(table: Frame) -> Frame:
-    names = ["textbook", *(f"{s}, {h}" for s in ("exact", "finite_difference", "first_order") for h in reversed(STEPS))]
-    table = in_order(table.sort_values(["batch", "write_steps"], kind="stable"), names)
-    table = table.assign(head=shapes(table))
-    heads = table.sort_values(["batch", "write_steps"])["head"].drop_duplicates()
-    found = grid(table, [_strategy(name) for name in table["method"]], table["head"].tolist(), time_and_memory)
-    return found[["", *heads]]
-
-
-def train_step() -> Frame:
-    """The cost of a training step at a batch size that uses a GPU well."""
-    return _costs(read("train_step", batch=8))
-
-
-def train_step_lora() -> Frame:
-    """The cost of a training step of a LoRA at the size of Llama-3.1-8B, on one H200."""
-    table = read("train_step_lora", hardware=H200, shape="llama-3.1-8b")
-    again = {n: f"gradient checkpointing of {n} of 32 layers" for n in range(1, 32)}
-    again |= {0: "all activations kept", 32: "gradient checkpointing"}
-    table = table.reindex(columns=list(dict.fromkeys((*table, "micro_batch")))).fillna({"checkpointing": 0})
-    ways = table["method"].str.partition(", ")[2].map({"eager": "launched kernel by kernel", "compiled": "compiled"})
-    parts = table["micro_batch"].map({1: ", one context at a time"}).fillna("")
-    return grid(
-        table, ways + ", " + table["checkpointing"].astype(int).map(again) + parts, shapes(table), time_and_memory
-    )
-
-
-def meta_gradient_cost() -> Frame:
-    """The cost of a training step for every strategy, compared with a textbook implementation."""
-    return _costs(read("train_step", batch=4))
-
-
-def meta_gradient_accuracy() -> Frame:
-    """Cosine with the exact gradient in float32, with the current rule for the finite difference's step."""
-    names = ["first order float32", "double backward bf16 by the textbook", "exact bf16", "finite difference bf16",
-             "finite difference TF32", "finite difference float32"]  # fmt: skip
-    table = in_order(read("meta_gradient_accuracy", hardware=H100).sort_values("relative_step", kind="stable"), names)
-    table = table[~table["method"].isin(names[4:]) | (table["relative_step"] == 0.005)]
-    table = table.sort_values("write_lr", kind="stable")
-    heads = table["method"].str.replace(r" (float32|bf16|TF32)", r", \1", regex=True)
-    heads += table["relative_step"].map(lambda step: "" if pd.isna(step) else f", step {step:g}")
-    rows = table["write_lr"].map("{:g}".format)
-    return grid(table, rows, heads, "{cosine:.5f}", "write lr")
-
-
-def meta_gradient_kinks() -> Frame:
-    """Cosine with the exact gradient if the loss has kinks."""
-    table = read("meta_gradient_kinks")
-    rows = [f"`{row['backbone']}`, weights x {row['weight_scale']:g}" for _, row in table.iterrows()]
-    return grid(table, rows, table["method"], "{cosine_median:.2f} ({cosine_lowest:.2f})", "median (lowest) of 8 seeds")
-
-
-def kv_step() -> Frame:
-    """Training steps per second on key-value retrieval."""
-    table = read("kv_step")
-    rows = [f"{row['pairs']} pairs, K={row['write_steps']:.0f}: `{row['method']}`, {'bf16' if row['bf16'] else 'TF32'}"
-            for _, row in table.iterrows()]  # fmt: skip
-    names = {(False, False): "eager", (False, True): "CUDA graph", (True, False): "layers compiled",
-             (True, True): "compiled, CUDA graph"}  # fmt: skip
-    heads = [names[way] for way in zip(table["compiled"], table["graph"], strict=True)]
-    found = grid(table, rows, heads, "{steps_per_second:.1f}", "steps a second")
-    return found[["steps a second", *names.values()]]
-
-
-def training_speed() -> Frame:
-    """Steps per second of the Trainer on one H200. The records also have those of an earlier loop (see the lab log)."""
-    table = in_order(read("training_speed"), ["Trainer, compiled, CUDA graphs", "Trainer as it is"])
-    cell = "{steps_per_second:.1f}, {peak_gib:.1f} GiB"
-    return grid(table, table["what"], table["method"], cell, "steps a second, peak memory")
-
-
 TABLES = (
-    bulk_write, choice, decoding, engines, kv_step, memory_at_8b, meta_gradient_accuracy, meta_gradient_cost,
-    meta_gradient_kinks, read_time, serve, service, train_step, train_step_lora, training_speed, versus_prompting,
-    versus_prompting_1_7b, versus_prompting_8b, versus_prompting_decoding, versus_prompting_decoding_8b,
-    versus_prompting_gpu, write_growth, write_limits, write_many,
-    write_share, write_sizes, write_time, write_time_cpu,
-)  # fmt: skip
+    bulk_write,
+    choice,
+    decoding,
+    engines,
+    read_time,
+    serve,
+    service,
+    write_growth,
+    write_limits,
+    write_many,
+    write_share,
+    write_sizes,
+    write_time,
+    write_time_cpu,
+)
