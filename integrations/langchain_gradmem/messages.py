@@ -91,7 +91,10 @@ def accepted(
         else:
             if all(part in text for part in system):
                 return form
-    raise ValueError(f"The backbone's chat template does not show the text of system messages: {refused}") from refused
+    raise ValueError(
+        "The backbone's chat template does not show the text of system messages. Put it into a user message."
+        + (f" The template says: {refused}" if refused else "")
+    ) from refused
 
 
 def count_tokens(

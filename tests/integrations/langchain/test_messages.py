@@ -95,8 +95,17 @@ class TestSystemRole:
 def test_what_a_template_refuses_anyhow_is_a_value_error():
     pipeline = tiny_pipeline()
     pipeline.tokenizer.chat_template = "{{ raise_exception('Never') }}"
-    with pytest.raises(ValueError, match="does not show the text of system messages: Never"):
+    with pytest.raises(ValueError, match=r"does not show the text of system messages.* The template says: Never"):
         ChatGradMem(pipeline=pipeline).invoke([SystemMessage("w7"), HumanMessage("w1")])
+
+
+def test_a_system_message_that_is_dropped_needs_a_user_message():
+    pipeline = tiny_pipeline()
+    pipeline.tokenizer.chat_template = (
+        "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }} {% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"Put it into a user message\.$"):
+        ChatGradMem(pipeline=pipeline).get_num_tokens_from_messages([SystemMessage("w7")])
 
 
 TOOLS_TEMPLATE = (
