@@ -99,13 +99,11 @@ def test_what_a_template_refuses_anyhow_is_a_value_error():
         ChatGradMem(pipeline=pipeline).invoke([SystemMessage("w7"), HumanMessage("w1")])
 
 
-def test_a_system_message_that_is_dropped_needs_a_user_message():
+def test_a_template_that_drops_all_messages_is_a_value_error():
     pipeline = tiny_pipeline()
-    pipeline.tokenizer.chat_template = (
-        "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }} {% endfor %}"
-    )
-    with pytest.raises(ValueError, match=r"Put it into a user message\.$"):
-        ChatGradMem(pipeline=pipeline).get_num_tokens_from_messages([SystemMessage("w7")])
+    pipeline.tokenizer.chat_template = "w1"
+    with pytest.raises(ValueError, match=r"does not show the text of system messages. Put it into a user message\.$"):
+        ChatGradMem(pipeline=pipeline).invoke([SystemMessage("w7"), HumanMessage("w1")])
 
 
 TOOLS_TEMPLATE = (
