@@ -259,7 +259,7 @@ def versus_prompting(output: Path) -> list[Path]:
         "memory_kept_ms": ("its keys and values, kept", memory | kept),
         "kept_ms": ("context's KV cache, kept", text | kept),
         "press_ms": ("KV cache of the state's bytes, by kvpress", pressed),
-        "prefill_ms": ("context, read anew", text),
+        "prefill_ms": ("context, read again", text),
     }
     sizes = {"state": "memory_ms", "memory_kv": "memory_kept_ms", "context_kv": "kept_ms", "press": "press_ms"}
     lines = [(f"first_token_{name}", *look) for name, look in times.items()]

@@ -181,7 +181,7 @@ def read_time() -> Frame:
     """Time to the first token of an answer, with and without memory."""
     names = {
         "plain": "no memory",
-        "memory": "memory, its prefix computed anew",
+        "memory": "memory, its prefix computed again",
         "kept prefix": "memory, its prefix kept",
     }
     table = in_order(read("read", hardware=H100, new_tokens=8), list(names))

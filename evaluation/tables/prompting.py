@@ -41,7 +41,7 @@ def _prompting(which: str) -> Frame:
             "its prefix kept": spans(row["first_token_memory_kept_ms"]),
             "context's cache kept": spans(row["first_token_kept_ms"]),
             "a cache of the state's bytes, by kvpress": None if pd.isna(pressed) else spans(pressed),
-            "context read anew": spans(row["first_token_prefill_ms"]),
+            "context read again": spans(row["first_token_prefill_ms"]),
             "pays after": f"{pays:.1f} questions" if isinstance(pays, int | float) and pays == pays else None,
         })  # fmt: skip
     return Frame(rows).dropna(axis="columns", how="all")
@@ -78,7 +78,7 @@ def memory_at_8b() -> Frame:
             spans(row[f"first_token_{name}_ms"]) for name in ("memory_kept", "kept", "prefill")
         ],
     }
-    heads = ["memory state", "KV cache, kept", "text, read anew"]
+    heads = ["memory state", "KV cache, kept", "text, read again"]
     table = Frame.from_dict(rows, orient="index", columns=heads)
     return table.rename_axis(f"{row['context_tokens']:,} tokens").reset_index()
 
