@@ -57,6 +57,7 @@ def export_model(
         NotImplementedError: the weights cannot be exported, because they are quantised, or the LoRA would be merged
             into an embedding that is also the output head.
         RuntimeError: the converter failed.
+        ValueError: `gguf` with `merge=False`: a GGUF file holds one model.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and all(entry.name.startswith(".gradmem-") for entry in path.iterdir())):
