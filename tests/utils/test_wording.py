@@ -24,13 +24,13 @@ def test_messages_say_one_and_several():
     """They said "1 tokens", "1 queries", "1 states" and "1 layers"."""
     with pytest.raises(ValueError, match="at least 1 token, 0 of them"):
         list(segments("a text", tiny_tokenizer(), 0))
-    with pytest.raises(ValueError, match="has 1 query, 2 targets and references for 2: each"):
+    with pytest.raises(ValueError, match=r"has 1 query, 2 targets and references for 2\. Each"):
         read_row("Row 0", {"context": "a", "queries": ["b"], "targets": ["c", "d"]})
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2)).eval()
     pipeline = GradMemPipeline(model, tiny_tokenizer())
     state = pipeline.write("w1 w2 w3")
     with pytest.raises(IndexError, match="Index 3 is out of range for 1 memory state"):
         state[3]
-    with pytest.raises(ValueError, match="Got 2 contexts for 1 state: pass one"):
+    with pytest.raises(ValueError, match=r"Got 2 contexts for 1 state\. Pass one"):
         pipeline.model.fidelity(state, *pipeline.encode_contexts(["w1 w2", "w3"]))
     assert str(Plan(2, 1)) == "2 contexts at a time, 1 layer recomputed in the backward pass"
