@@ -21,8 +21,8 @@ _TEXT = """
 # {name}
 
 A [GradMem](https://arxiv.org/abs/2603.13875) adapter for {backbone}.
-A text is written once into {m} vectors, the memory state, by a few steps of gradient descent. Then the text goes, and
-the model answers from the vectors.
+A text is written once into {m} vectors, the memory state, by a few steps of gradient descent. Then the text is
+dropped, and the model answers from the vectors.
 
 | | |
 |---|---|
@@ -54,9 +54,9 @@ print(pipeline.generate("Where is Mary?", memory=memory, max_new_tokens=16)[0])
 
 {license}
 """
-_PEFT = "PEFT alone opens it, too, after `import gradmem_adapter`."
+_PEFT = "PEFT alone can also open it, after `import gradmem_adapter`."
 _PEFT_AND_BACKBONE = (
-    "PEFT alone knows nothing of the trained backbone, which is in the folder `backbone`: `load_checkpoint` opens both."
+    "PEFT alone does not load the trained backbone, which is in the folder `backbone`; `load_checkpoint` loads both."
 )
 
 
@@ -140,7 +140,7 @@ def write_card(directory: Path, config: GradMemConfig, card: Card, *, name: str 
 
 def _backbone(config: GradMemConfig) -> str:
     if config.train_backbone:
-        return "a backbone that was trained with it and lies beside it"
+        return "a backbone that was trained with it and is in the same repository"
     named = config.base_model_name_or_path
     return f"`{named}`" if named and not is_local(named) else "a backbone of your own"
 
@@ -154,21 +154,22 @@ def _facts(config: GradMemConfig) -> dict[str, str]:
         "Write steps (K)": steps,
         "Trained length": counted(config.trained_length, "token") if config.trained_length else "not known",
         "LoRA": f"rank {rank}, active in {config.lora_phase}" if rank else "none",
-        "To what memory does not hold it says": repr(config.refusal) if config.refusal else "nothing in particular",
+        "Answer if memory does not hold it": repr(config.refusal) if config.refusal else "not trained to refuse",
     }
 
 
 def _parent(card: Card) -> dict[str, str]:
     license = f"licence: {card.parent_license}" if card.parent_license else "its card states no licence"
-    return {"Trained on from": f"`{card.parent}` ({license})"} if card.parent else {}
+    return {"Started from": f"`{card.parent}` ({license})"} if card.parent else {}
 
 
 def _license(card: Card) -> str:
     if not card.parent:
-        return "Not stated. That of the backbone and of the data count, too."
-    parent = card.parent_license or "which its card does not state"
+        return "Not stated. The licences of the backbone and of the data also apply."
+    parent = card.parent_license or "its card states none"
     return (
-        f"That of `{card.parent}`, which it was trained on from, counts: {parent}. So do the backbone's and the data's."
+        f"Not stated. The licence of `{card.parent}`, from which training started, applies ({parent}), as do those of "
+        "the backbone and of the data."
     )
 
 

@@ -357,7 +357,7 @@ def _compatible(states: Sequence[MemoryState], what: str, names: Sequence[str]) 
     for name in names:
         values = [len(state) if name == "batch size" else getattr(state, name) for state in states]
         if len(set(values)) > 1:
-            raise ValueError(f"Memory states to {what} must have the same {name.replace('_', ' ')}, got {values}.")
+            raise ValueError(f"Memory states to {what} must have the same {name}, got {values}.")
     return states
 
 

@@ -224,7 +224,7 @@ def test_joining_unlike_states(join: Any, other: dict[str, Any], message: str):
 
 
 def test_joining_shapes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"same num memory tokens, got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"same num_memory_tokens, got \[2, 3\]"):
         MemoryState.stack([make(m=2), make(m=3)])
     with pytest.raises(ValueError, match=r"same batch size, got \[3, 1\]"):
         MemoryState.concat([make(batch=3), make(batch=1)])

@@ -156,8 +156,8 @@ def test_a_trained_adapter_goes_on(files):
     assert further.active_peft_config.score_calibration is None
     assert further.active_peft_config.num_memory_tokens == 2
     card = ModelCard.load(files / "more" / "checkpoint" / "README.md")
-    assert "| Trained on from | `start` (licence: cc-by-sa-4.0) |" in card.text
-    assert "That of `start`, which it was trained on from, counts: cc-by-sa-4.0." in card.text
+    assert "| Started from | `start` (licence: cc-by-sa-4.0) |" in card.text
+    assert "The licence of `start`, from which training started, applies (cc-by-sa-4.0)" in card.text
     assert str(files) not in card.content
     tokens = {"input_ids": torch.tensor([[1, 2, 3]])}
     assert torch.allclose(further.write(**tokens).vectors, model.write(**tokens).vectors, atol=1e-5)

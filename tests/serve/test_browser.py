@@ -184,7 +184,7 @@ def test_a_file_is_chosen_or_dropped(page, tmp_path):
     page.driver.execute_script(drop, list(b"w4 w5"), page["text"])
     page.until(lambda: page["text"].get_attribute("value") == "w4 w5")
     page.driver.execute_script(drop, [255, 254], page["text"])
-    page.until(lambda: "dropped.txt is no text in UTF-8" in page["error"].text)
+    page.until(lambda: "dropped.txt is not a text file in UTF-8" in page["error"].text)
     assert page["text"].get_attribute("value") == "w4 w5"
 
 
