@@ -74,12 +74,17 @@ def demo(
     if task is DemoTask.kv:
         steps = 5 if steps is None else steps
         figures["kv"] = run_key_value_demo(
-            checkpoint or KEY_VALUES, backbone=backbone, pairs=pairs, steps=steps, seed=seed, console=console
+            KEY_VALUES if checkpoint is None else checkpoint,
+            backbone=backbone,
+            pairs=pairs,
+            steps=steps,
+            seed=seed,
+            console=console,
         )
     if task in (DemoTask.recite, DemoTask.tour):
         figures["recite"] = run_recite_demo(
             demo_text(text),
-            backbone=backbone or SMOLLM2,
+            backbone=SMOLLM2 if backbone is None else backbone,
             memory_tokens=memory_tokens,
             steps=300 if steps is None else steps,
             lr=lr,
@@ -87,7 +92,7 @@ def demo(
             console=console,
         )
     if task in (DemoTask.ask, DemoTask.tour):
-        figures["ask"] = run_story_demo(checkpoint or QA, backbone=backbone, console=console)
+        figures["ask"] = run_story_demo(QA if checkpoint is None else checkpoint, backbone=backbone, console=console)
     if as_json:
         print_json(figures)
     if not figures.get("recite", {}).get("reconstructed", True):

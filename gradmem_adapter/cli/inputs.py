@@ -81,11 +81,16 @@ class Inputs:
         self.refused.append(described(error) if place is None else f"{place}: {described(error)}")
 
     def _walk(self, directory: str) -> Iterator[str]:
-        own = None if self.without is None else os.path.realpath(self.without)
+        own, empty = None if self.without is None else os.path.realpath(self.without), True
         for folder, folders, files in os.walk(directory, onerror=self.refuse):
             shown = (name for name in sorted(folders) if not name.startswith("."))
             folders[:] = [name for name in shown if os.path.realpath(os.path.join(folder, name)) != own]
-            yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
+            for name in sorted(files):
+                if not name.startswith("."):
+                    empty = False
+                    yield os.path.join(folder, name)
+        if empty:
+            self.refused.append(f"There is no text in {directory}: it has no files.")
 
     def _matching(self, pattern: str) -> Iterator[str]:
         matches = sorted(glob.iglob(pattern, recursive=True))

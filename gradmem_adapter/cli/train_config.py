@@ -147,7 +147,7 @@ class TrainConfig:
 
         if self.checkpoint is not None:
             return load_checkpoint(self.checkpoint, backbone=self.backbone, is_trainable=True)
-        backbone, tokenizer = load_backbone(self.backbone or SMOLLM2)
+        backbone, tokenizer = load_backbone(SMOLLM2 if self.backbone is None else self.backbone)
         query_format = "text" if tokenizer.chat_template is None else "chat"
         config = GradMemConfig(**{"query_format": query_format, **self.memory_fields})
         return get_peft_model(backbone, config), tokenizer

@@ -50,7 +50,7 @@ FIELDS: list[dict[str, Any]] = [
     {"num_memory_tokens": 10**10}, {"num_memory_tokens": 4}, {"num_memory_tokens": "3"}, {"num_memory_tokens": None},
     {"num_memory_tokens": 0}, {"num_control_tokens": 10**10}, {"num_control_tokens": 1}, {"write_steps": -1},
     {"write_lr": float("nan")}, {"write_lr": -1.0}, {"write_lr": 1e400}, {"write_optimizer": "sgdd"}, {"start": []},
-    {"learn_write_lr": "scalar"}, {"query_format": 3}, {"query_format": "x"}, {"colour": "red"}, {"write_head": True},
+    {"learn_write_lr": "scalar"}, {"query_format": 3}, {"query_format": "x"}, {"write_head": True},
     {"meta_gradient": None}, {"train_backbone": "no"}, {"task_type": "SEQ_CLS"}, {"memory_projection": "shared"},
     {"base_model_name_or_path": None}, {"base_model_name_or_path": "nowhere/"}, {"base_model_name_or_path": 3},
     {"base_model_name_or_path": "/dev/null"}, {"base_model_name_or_path": "package:os/x.gguf"},

@@ -116,6 +116,16 @@ def test_missing_files(text, tmp_path):
     assert invoke("demo", "--task", "recite", "--text", missing).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--task", "kv", "--checkpoint", ""], ["--task", "ask", "--checkpoint", ""],
+     ["--task", "recite", "--steps", 1, "--backbone", ""]],
+)  # fmt: skip
+def test_an_empty_name_is_not_the_default(arguments):
+    result = invoke("demo", *arguments)
+    assert result.exit_code == 2, result.output
+
+
 def test_file_that_is_no_text(backbone, text):
     text.write_bytes(b"\xff\xfe\xff" * 20)
     result = invoke("demo", "--task", "recite", "--text", text, "--backbone", backbone)

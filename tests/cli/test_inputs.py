@@ -132,6 +132,14 @@ def test_what_is_found_may_be_empty_or_no_text():
     assert len(inputs.refused) == 6, "what is a text, or meant to be one, is named"
 
 
+def test_an_empty_directory_beside_texts_is_named():
+    put("good.txt", "w1")
+    os.makedirs("bare/.hidden")
+    found, inputs = read("good.txt", "bare")
+    assert found == [("good.txt", "w1")]
+    assert inputs.refused == ["There is no text in bare: it has no files."]
+
+
 def test_bad_lines_are_named_and_the_other_lines_go_on():
     put(
         "rows.jsonl",
