@@ -113,15 +113,15 @@ class TrainConfig:
         from transformers import set_seed
 
         from gradmem_adapter.training import GradMemTrainer, read_rows
-        from gradmem_adapter.training.checks import check_lengths, limited_collator
+        from gradmem_adapter.training.checks import check_rows, limited_collator
 
         rows = read_rows(self.rows)
         held_out = None if self.eval_rows is None else read_rows(self.eval_rows)
         set_seed(arguments.seed)
         model, tokenizer = self._model()
         collator = limited_collator(None, tokenizer, model, model.active_peft_config)
-        check_lengths(self.rows, rows, collator)  # the trainer checks them as well, but cannot name the files
-        check_lengths(str(self.eval_rows), held_out, collator)
+        check_rows(self.rows, rows, collator)  # the trainer checks them as well, but cannot name the files
+        check_rows(str(self.eval_rows), held_out, collator)
         return GradMemTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
 
     def parent(self) -> dict[str, str | None]:

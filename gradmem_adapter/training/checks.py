@@ -127,12 +127,8 @@ def _check_graphs(args: GradMemTrainingArguments, model: nn.Module, checkpointin
             )
 
 
-def check_datasets(train_dataset: Any, eval_dataset: Any, collator: Any) -> None:
-    """Raise for invalid rows, and for evaluation on `Batches`, which have no texts to compare answers with.
-
-    Every row of a list is checked now, rather than after hours of training. Other datasets may read or create rows on
-    demand, so the collator checks those.
-    """
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise for a dataset without rows, and for evaluation on `Batches`, which have no texts to compare with."""
     if not isinstance(train_dataset, Batches) and hasattr(train_dataset, "__len__") and not len(train_dataset):
         raise ValueError("train_dataset has no rows. Leave it out if the trainer only evaluates.")
     parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -140,16 +136,13 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, collator: Any) -> None
         raise TypeError(
             "eval_dataset must be rows of texts, not Batches, because generated answers are compared with texts."
         )
-    if collator is None or isinstance(collator, GradMemCollator):
-        for name, rows in [("train_dataset", train_dataset), *(("eval_dataset", part) for part in parts)]:
-            for place, row in enumerate(rows if isinstance(rows, list) else ()):
-                read_row(f"Row {place} of {name}", row)
 
 
-def check_lengths(name: str, rows: Any, collator: Any) -> None:
-    """Raise for a row of a list that does not fit the backbone, before hours of training and not after them.
+def check_rows(name: str, rows: Any, collator: Any) -> None:
+    """Raise for a row of a list that is invalid or does not fit the backbone, rather than after hours of training.
 
-    Only rows that may not fit are tokenized. What this misses, the collator finds when the row is drawn.
+    Only rows that may not fit are tokenized. The collator checks the others when they are drawn, and so it does the
+    rows of other datasets, which may read or create them on demand.
 
     Args:
         name (`str`): what the rows are called in the message.
@@ -157,18 +150,19 @@ def check_lengths(name: str, rows: Any, collator: Any) -> None:
         collator (`Any`): checks the rows if it is a `GradMemCollator`.
 
     Raises:
-        ValueError: a context, or a query with its target, has too many tokens, or none; the message names the row.
+        TypeError, ValueError: a row is invalid, or a context, or a query with its target, has too many tokens, or none;
+            the message names the row.
     """
-    if isinstance(rows, dict):
-        for part, values in rows.items():
-            check_lengths(f"{name} {part!r}", values, collator)
-    elif isinstance(rows, list) and isinstance(collator, GradMemCollator):
-        for place, row in enumerate(rows):
-            if collator.may_not_fit(row):
+    if not isinstance(collator, GradMemCollator):
+        return
+    parts = {f"{name} {part!r}": values for part, values in rows.items()} if isinstance(rows, dict) else {name: rows}
+    for part, values in parts.items():
+        for place, row in enumerate(values if isinstance(values, list) else ()):
+            if collator.may_not_fit(read_row(f"Row {place} of {name}", row)):
                 try:
                     collator([row], first=place)
                 except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                    raise ValueError(f"{part}: {error}") from error
 
 
 def limited_collator(

@@ -125,15 +125,14 @@ class GradMemCollator:
             "targets": [references for example in examples for references in example.references],
         }
 
-    def may_not_fit(self, row: Mapping[str, Any]) -> bool:
+    def may_not_fit(self, example: Example) -> bool:
         """Whether a row could have too many tokens or none, without tokenizing it.
 
         A token has at least a byte. What a chat template adds is assumed to take at most half of the limit.
 
         Args:
-            row (`Mapping[str, Any]`): a row as for `__call__`.
+            example (`Example`): the row, as `read_row` returns it.
         """
-        example = read_row("The row", row)
         if not all(str(text).strip() for text in (example.context, *example.queries, *example.targets)):
             return True
         asked = [f"{query}{target}" for query, target in zip(example.queries, example.targets, strict=True)]

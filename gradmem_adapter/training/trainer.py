@@ -31,9 +31,9 @@ from .callbacks import AverageWeights, EndByClock
 from .checks import (
     check_arguments,
     check_datasets,
-    check_lengths,
     check_model,
     check_own_optimizer,
+    check_rows,
     limited_collator,
 )
 from .compiled import compiled_layers
@@ -108,10 +108,10 @@ class GradMemTrainer(EvaluatingTrainer):
         args = with_defaults(args)
         check_arguments(args, model, config)
         check_own_optimizer(args, optimizers[0])
-        check_datasets(train_dataset, eval_dataset, data_collator)
+        check_datasets(train_dataset, eval_dataset)
         collator = limited_collator(data_collator, processing_class, model, config)
-        check_lengths("train_dataset", train_dataset, collator)
-        check_lengths("eval_dataset", eval_dataset, collator)
+        check_rows("train_dataset", train_dataset, collator)
+        check_rows("eval_dataset", eval_dataset, collator)
         if args.cuda_graphs and train_dataset is not None and not isinstance(train_dataset, Batches):
             train_dataset = RowBatches.of(train_dataset, collator, args)
         super().__init__(
