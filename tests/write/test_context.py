@@ -27,7 +27,7 @@ def padded(rows, side, length=None):
     return ids, mask
 
 
-def _shared(cache=[]):  # noqa: B006 - made once for all of hypothesis' examples
+def _shared(cache=[]):  # noqa: B006 - made once for all Hypothesis examples
     if not cache:
         cache.append(make())
     return cache[0]
@@ -35,7 +35,7 @@ def _shared(cache=[]):  # noqa: B006 - made once for all of hypothesis' examples
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_alone_equals_in_a_padded_batch(architecture, side):
+def test_a_context_gives_the_same_state_alone_and_in_a_padded_batch(architecture, side):
     model = make(architecture)
     rows = [tokens(1, n, seed=n)[0] for n in (17, 4, 9)]
     together = model.write(*padded(rows, side, length=20))
@@ -48,7 +48,7 @@ def test_alone_equals_in_a_padded_batch(architecture, side):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.sampled_from(["left", "right"]), st.integers(0, 3))
-def test_any_lengths_on_any_side(lengths, side, steps):
+def test_contexts_of_any_length_padded_on_either_side(lengths, side, steps):
     model = _shared()
     rows = [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
     state = model.write(*padded(rows, side), steps=steps)
@@ -66,7 +66,7 @@ def test_padding_inside_a_context_is_skipped():
     torch.testing.assert_close(state.vectors, model.write(torch.tensor([[5, 6, 7]])).vectors)
 
 
-def test_shapes_do_not_follow_from_values_where_a_graph_will_be_captured():
+def test_padding_is_not_trimmed_for_graph_capture():
     ids, mask = tokens(2, 9), torch.tensor([[1] * 5 + [0] * 4] * 2)
     assert Context.from_tokens(ids, mask, tiny(), 3).input_ids.shape == (2, 5)
     with static_shapes():
@@ -105,7 +105,7 @@ def test_shapes_do_not_follow_from_values_where_a_graph_will_be_captured():
         ({"input_ids": tokens(1, 3), "initial": torch.zeros(1, 3, 32)}, TypeError, "must be a MemoryState"),
     ],
 )
-def test_bad_input_is_named(arguments, error, message):
+def test_bad_input_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         make().write(**arguments)
 

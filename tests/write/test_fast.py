@@ -1,4 +1,4 @@
-"""Fast passes of WRITE: the same numbers, made once per bucket, and nothing of the model changed."""
+"""Fast passes of WRITE: same numbers, compiled once per bucket, model left unchanged."""
 
 import copy
 import pickle
@@ -59,13 +59,13 @@ def compare(model, memory, context, tolerance=1e-5, **options):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_pass_of_the_twin_is_the_models_own(architecture):
+def test_a_pass_of_the_twin_equals_the_models_own(architecture):
     model = make(tiny(architecture), write_head=architecture == "llama")
     compare(model, *batch(model, 5, 3, 4))  # within the tiny models' attention windows
 
 
 @pytest.mark.parametrize("phase", ["both", "write", "read"])
-def test_the_twin_has_the_lora_of_write(phase):
+def test_the_twin_applies_the_lora_of_write(phase):
     model = make(lora_config=lora(), lora_phase=phase)
     memory, context = batch(model, 9, 5)
     compare(model, memory, context)
@@ -100,7 +100,7 @@ def test_random_lengths_compile_at_most_once_per_bucket():
 
 
 @given(st.integers(1, 200), st.integers(1, 9000))
-def test_a_bucket_is_hardly_larger_than_what_it_holds(size, length):
+def test_a_bucket_is_only_slightly_larger_than_its_contents(size, length):
     bucket = Bucket.of(Context(torch.empty(size, length), torch.empty(size)), None)
     assert size <= bucket.batch <= size * 9 / 8
     assert length <= bucket.length <= max(length + 63, length * 9 / 8)
@@ -111,7 +111,7 @@ def test_a_bucket_stays_within_the_models_positions():
 
 
 def test_a_bucket_leaves_positions_for_states_side_by_side():
-    """Of 96 positions 24 vectors leave 72; a graph has the shape of its memory."""
+    """24 vectors leave 72 of the 96 positions; each memory shape needs its own graph."""
     model, keys = make(), []
     writer = model.base_model._writer
     fast = FastPass(writer, compiled=False, graphed=False)
@@ -122,7 +122,7 @@ def test_a_bucket_leaves_positions_for_states_side_by_side():
             return partial(write_pass, writer, gradient=True, recovered=False)
 
     fast.graphs = Pool()
-    _, context = batch(model, 65)  # a bucket of 128 tokens, were there positions
+    _, context = batch(model, 65)  # a bucket of 128 tokens, if there were enough positions
     for vectors in (3, 24):
         fast(Plan(1), torch.zeros(1, vectors, 32), context, True, False)
     (small, _, _), (large, _, _) = keys
@@ -143,7 +143,7 @@ def test_padding_to_a_bucket_changes_nothing():
         torch.testing.assert_close(value[:3], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_model_stays_as_it_was():
+def test_a_compiled_write_leaves_the_model_unchanged():
     backbone = tiny()
     model = make(backbone, train_backbone=True)
     config, layers = copy.deepcopy(backbone.config), [type(layer) for layer in backbone.modules()]
@@ -159,11 +159,11 @@ def test_the_model_stays_as_it_was():
     assert torch.equal(pickle.loads(pickle.dumps(model.base_model)).write(tokens(2, 9)).vectors, before)
 
 
-def test_new_weights_are_noticed():
+def test_changed_weights_take_effect():
     model = make()
     ids = tokens(2, 9)
     model.write(ids, compile=True)
-    with torch.no_grad():  # in place, and by another tensor
+    with torch.no_grad():  # in place, and by assigning another tensor
         model.base_model.slots.gradmem_memory["default"].mul_(2)
         for parameter in model.base_model.model.parameters():
             parameter.data = parameter.data * 1.5
@@ -171,7 +171,7 @@ def test_new_weights_are_noticed():
     assert relative(fast, plain) < 1e-5
 
 
-def test_another_adapter_is_noticed():
+def test_switching_adapters_takes_effect():
     model = make(lora_config=lora())
     model.add_adapter(
         "other", GradMemConfig(num_memory_tokens=3, write_lr=0.3, memory_init_std=0.5, lora_config=lora())
@@ -183,7 +183,7 @@ def test_another_adapter_is_noticed():
         assert relative(fast, plain) < 1e-5
 
 
-def test_models_and_contexts_that_a_fast_pass_does_not_suit():
+def test_models_and_contexts_unsuited_to_a_fast_pass():
     model = make(tiny("mistral"))
     context = batch(model, 9, 5)[1]
     writer = model.base_model._writer
@@ -205,7 +205,7 @@ def test_models_and_contexts_that_a_fast_pass_does_not_suit():
     assert "several devices" in unsuited(writer, context, 3)
 
 
-def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
+def test_a_fast_pass_that_differs_from_the_plain_one_is_not_used(monkeypatch):
     model, ids = make(), tokens(2, 9)
     expected = model.write(ids, compile=False).vectors
 
@@ -232,15 +232,15 @@ def test_what_differs_from_the_plain_pass_is_not_used(monkeypatch):
         (torch.float32, 0.0, 0.01, False),
     ],
 )
-def test_rounding_is_told_from_a_pass_of_something_else(dtype, gradient, loss, same):
-    """In bf16 a compiled pass of SmolLM2 at untrained slots differs by 0.1 to 0.3, and its losses by 0.001."""
+def test_rounding_is_distinguished_from_wrong_results(dtype, gradient, loss, same):
+    """In bf16 a compiled pass of SmolLM2 with untrained slots differs by 0.1 to 0.3, and its losses by 0.001."""
     model = make(tiny().to(dtype))
     expected = Pass(torch.randn(2, 3, 4), torch.tensor([4.0, 3.0]), None)
     found = Pass(expected[0] * (1 + gradient), expected[1] * (1 + loss), None)
     assert FastPass(model.base_model._writer, compiled=False, graphed=False).agrees(found, expected) is same
 
 
-def test_a_fast_pass_that_does_not_fit_is_let_go_before_the_plain_one(monkeypatch):
+def test_a_fast_pass_out_of_memory_is_freed_before_the_plain_one(monkeypatch):
     model, ids, held, alive = make(), tokens(2, 9), [], []
     expected = model.write(ids, compile=False).vectors
 
@@ -262,7 +262,7 @@ def test_a_fast_pass_that_does_not_fit_is_let_go_before_the_plain_one(monkeypatc
     assert not any(alive)
 
 
-def test_auto_is_plain_on_a_cpu(monkeypatch):
+def test_compile_auto_is_plain_on_a_cpu(monkeypatch):
     monkeypatch.setattr(fast, "FastPass", None)
     model = make()
     with warnings.catch_warnings():
@@ -272,12 +272,12 @@ def test_auto_is_plain_on_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("compile", ["yes", 2])
-def test_compile_is_one_of_three(compile):
+def test_an_invalid_compile_value_is_refused(compile):
     with pytest.raises(ValueError, match="compile must be True, False or 'auto'"):
         make().write(tokens(2, 9), compile=compile)
 
 
-def test_threads_may_write_compiled_at_once():
+def test_threads_can_write_compiled_at_the_same_time():
     model = make()
     contexts = [tokens(2, 20, seed=seed) for seed in range(4)]
     expected = [model.write(ids, compile=True).vectors for ids in contexts]

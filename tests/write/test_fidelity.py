@@ -11,7 +11,7 @@ from gradmem_adapter import MemoryState
 @pytest.mark.parametrize("write_head", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_reconstruct_equals_argmax_of_the_write_model(architecture, write_head):
-    """Greedy decoding from memory by its definition: one whole pass of the WRITE model per token."""
+    """Greedy decoding from memory by definition: one whole pass of the WRITE model per token."""
     model = make(architecture, write_head=write_head)
     context = tokens(2, 5)
     state = model.write(context, steps=4)
@@ -33,15 +33,15 @@ def test_reconstruct_equals_argmax_of_the_write_model(architecture, write_head):
     torch.testing.assert_close(fidelity.greedy, (got == context).float().mean(1))
 
 
-def test_reconstruct_ends_where_the_positions_do():
-    """A sequential document may have any number of tokens, and a file may claim them."""
+def test_reconstruct_stops_at_the_last_position():
+    """A document written sequentially can have any number of tokens, and a state file can claim any number."""
     model = make()
     state = model.write(tokens(1, 5), steps=0)
     endless = MemoryState(state.vectors, torch.tensor([2**40]), state.write_losses, state.fingerprint)
     assert model.reconstruct(endless).shape == (1, model.positions - model.prefix_length)
 
 
-def test_fidelity_counts_real_tokens_of_padded_contexts():
+def test_fidelity_ignores_padding():
     model = make()
     ids, mask = pad_left([tokens(1, 5)[0], tokens(1, 3, seed=2)[0]])
     state = model.write(ids, mask)

@@ -1,4 +1,4 @@
-"""The loop over write steps: the equation, early stops, samples that diverge, and that nothing else changes."""
+"""The loop over write steps: the equation, early stops, diverging samples, no side effects."""
 
 import warnings
 
@@ -17,7 +17,7 @@ def make(architecture="llama", **config):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_equals_the_equation(architecture):
+def test_write_matches_the_equation(architecture):
     model = make(architecture)
     context = tokens(1, 11)
     state = model.write(context)
@@ -38,7 +38,7 @@ def test_more_steps_lower_the_loss(optimizer):
     assert (state.write_losses[:, -1] < 0.92 * state.write_losses[:, 0]).all()
 
 
-def test_adam_equals_torch():
+def test_adam_matches_torch():
     model = make(write_optimizer="adam")
     context = tokens(1, 9)
     memory = model.base_model.slots.gradmem_memory["default"].detach().clone().requires_grad_()
@@ -51,7 +51,7 @@ def test_adam_equals_torch():
     torch.testing.assert_close(state.vectors[0], memory.detach(), rtol=1e-3, atol=1e-5)
 
 
-def test_the_last_loss_can_be_spared():
+def test_the_last_loss_can_be_skipped():
     model, context, seen = make(), tokens(2, 9), []
     whole = model.write(context, steps=3)
     state = model.write(context, steps=3, last_loss=False, callback=seen.append)
@@ -63,14 +63,14 @@ def test_the_last_loss_can_be_spared():
         model.write(context, last_loss=False, tolerance=0.1)
 
 
-def test_without_a_last_loss_a_last_step_that_is_not_finite_is_not_kept():
+def test_a_non_finite_last_step_is_discarded_without_a_last_loss():
     model, context = make(), tokens(2, 9)
     with pytest.warns(RuntimeWarning, match="sample 0, 1 is not finite after 1 step\\."):
         state = model.write(context, steps=1, lr=3e38, last_loss=False)
     assert torch.equal(state.vectors, model.write(context, steps=0).vectors)
 
 
-def test_going_on_from_a_state_equals_writing_longer():
+def test_continuing_from_a_state_equals_more_steps():
     model = make()
     context = tokens(2, 12)
     first = model.write(context, steps=2)
@@ -80,7 +80,7 @@ def test_going_on_from_a_state_equals_writing_longer():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode):
+def test_write_works_in_no_grad_and_inference_mode(mode):
     model = make()
     expected = model.write(tokens(2, 8))
     with mode():
@@ -92,8 +92,8 @@ def test_without_gradients(mode):
 
 
 @pytest.mark.parametrize("write", ["write", "update", "write_many"])
-def test_dropout_is_warned_of(write):
-    """As it acts after `trainer.train()`, and in the LoRA of a model that was just made."""
+def test_dropout_in_train_mode_gives_a_warning(write):
+    """It is active after `trainer.train()`, and in the LoRA of a newly made model."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
     model, without, context = make(lora_config=lora), make(), tokens(1, 8)
     inputs = {"write": (context,), "write_many": (context.tolist(),)}
@@ -106,7 +106,7 @@ def test_dropout_is_warned_of(write):
         without.train().write(context)
 
 
-def test_leaves_everything_as_it_was():
+def test_write_has_no_side_effects():
     model = make(lora_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), lora_phase="write")
     before = {n: (p.detach().clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()}
     random, training = torch.get_rng_state(), model.training
@@ -123,7 +123,7 @@ def test_leaves_everything_as_it_was():
     assert str(model.get_base_model().config) == config
 
 
-def test_tolerance_stops_each_sample_by_itself_at_its_best():
+def test_tolerance_stops_each_sample_at_its_own_lowest_loss():
     model = make()
     context = tokens(3, 10)
     free = model.write(context, steps=40, lr=0.05)
@@ -137,7 +137,7 @@ def test_tolerance_stops_each_sample_by_itself_at_its_best():
         assert state.write_losses[i, -1].item() == pytest.approx(best.item(), rel=1e-4)
 
 
-def test_stops_when_every_token_is_recovered():
+def test_write_stops_when_every_token_is_recovered():
     model = get_peft_model(tiny(scale=12.0), GradMemConfig(num_memory_tokens=6))
     seen = []
     context = tokens(2, 3)
@@ -150,14 +150,14 @@ def test_stops_when_every_token_is_recovered():
     assert torch.equal(model.reconstruct(state), context)
 
 
-def test_callback_is_told_each_step():
+def test_the_callback_is_called_at_each_step():
     seen = []
     state = make().write(tokens(2, 6), steps=3, callback=seen.append)
     assert [(p.step, p.steps) for p in seen] == [(k, 3) for k in range(4)]
     assert torch.equal(torch.stack([p.losses for p in seen], 1), state.write_losses)
 
 
-def test_a_sample_that_diverges_keeps_its_last_finite_memory():
+def test_a_diverging_sample_keeps_its_last_finite_memory():
     model = make()
     good, context = tokens(1, 8, seed=1), tokens(2, 8, seed=1)
     poison = model.get_base_model().get_input_embeddings()
@@ -172,7 +172,7 @@ def test_a_sample_that_diverges_keeps_its_last_finite_memory():
     torch.testing.assert_close(state.vectors[0], model.write(good).vectors[0], rtol=1e-4, atol=1e-6)
 
 
-def test_divergence_names_the_step_and_keeps_the_memory_before():
+def test_divergence_names_the_step_and_keeps_the_previous_memory():
     model = make()
     context = tokens(2, 8)
     with pytest.warns(RuntimeWarning, match=r"sample 0, 1 is not finite after 2 steps"):
@@ -187,7 +187,7 @@ def test_initial_states_must_match_the_contexts():
         model.write(tokens(3, 5), initial=model.write(tokens(2, 5)))
 
 
-def test_bfloat16_backbone_keeps_the_memory_in_float32():
+def test_a_bfloat16_backbone_keeps_the_memory_in_float32():
     model = get_peft_model(tiny(scale=2.0).bfloat16(), GradMemConfig(num_memory_tokens=3))
     state = model.write(tokens(2, 8), steps=3, lr=0.1)
     assert state.vectors.dtype == torch.float32

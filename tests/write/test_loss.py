@@ -1,4 +1,4 @@
-"""The write loss: whole logits are never held, and only what is asked for is counted."""
+"""The write loss: full logits are never held, and correct tokens are counted only on request."""
 
 import torch
 from peft import get_peft_model
@@ -13,7 +13,7 @@ def make(architecture="llama", **config):
     return get_peft_model(tiny(architecture), GradMemConfig(**defaults | config))
 
 
-def test_logits_are_never_held_whole(monkeypatch):
+def test_full_logits_are_never_held(monkeypatch):
     """With a small budget the head sees a few positions at a time, and the result is the same."""
     model = make(write_head=True)
     expected = model.write(tokens(2, 40))
@@ -40,7 +40,7 @@ def test_chunked_cross_entropy_has_the_same_meta_gradient(monkeypatch):
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_first_choices_are_counted_only_when_asked_for(monkeypatch):
+def test_correct_tokens_are_counted_only_on_request(monkeypatch):
     model, context, counted = make(), tokens(2, 9), []
 
     count = gradmem_adapter.ops.cross_entropy.correct_tokens

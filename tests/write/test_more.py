@@ -1,4 +1,4 @@
-"""More text into a state, which keeps what it can of the earlier."""
+"""Adding text to a state, which keeps what it can of its earlier text."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def sure(monkeypatch):
-    """Random models give no token much."""
+    """A random model gives every token a low probability."""
     monkeypatch.setattr(fidelity, "CONFIDENT", 0.02)
 
 
@@ -47,7 +47,7 @@ def test_an_update_keeps_the_old_text_where_a_plain_write_forgets_it(model, text
     assert model.fidelity(written_over, old).teacher_forced.mean() < 0.5
 
 
-def test_states_of_a_batch_do_not_touch_each_other(model, texts, first):
+def test_states_in_a_batch_do_not_affect_each_other(model, texts, first):
     ids, mask = pad_left([texts[1][0], texts[1][1, :2]])
     together = model.update(first, ids, mask, steps=3)
     alone = model.update(first[1], texts[1][1:, :2], steps=3)
@@ -57,8 +57,8 @@ def test_states_of_a_batch_do_not_touch_each_other(model, texts, first):
 
 @pytest.mark.parametrize(("known", "new"), [((5, 3), (4, 4)), ((5, 5), (7, 2)), ((2, 5), (6, 4))])
 @pytest.mark.parametrize("limit", [9, None])
-def test_each_row_of_a_batch_rehearses_what_it_would_alone(model, texts, monkeypatch, known, new, limit):
-    """Neither what a longer memory recites beside it, nor the room that a longer text leaves."""
+def test_each_row_of_a_batch_rehearses_the_same_tokens_as_alone(model, texts, monkeypatch, known, new, limit):
+    """A neighbour's longer recital, or the room its longer text leaves, must not matter."""
     monkeypatch.setattr(model.active_peft_config, "trained_length", limit)
     more = tokens(2, 7, seed=1)
     states = [model.write(texts[0][i : i + 1, :n], options=LEARN) for i, n in enumerate(known)]
@@ -70,7 +70,7 @@ def test_each_row_of_a_batch_rehearses_what_it_would_alone(model, texts, monkeyp
 
 
 @pytest.mark.parametrize("start", ["context", "pooled_context"])
-def test_each_row_of_a_batch_starts_as_it_would_alone(start, texts):
+def test_each_row_of_a_batch_starts_the_same_as_alone(start, texts):
     model = make(start=start, trained_length=9)
     state, more = model.write(texts[0]), tokens(2, 5, seed=1)
     ids, mask = pad_left([more[0, :4], more[1]])  # the second leaves 4 places for the 5 tokens it is to recite
@@ -79,13 +79,13 @@ def test_each_row_of_a_batch_starts_as_it_would_alone(start, texts):
     torch.testing.assert_close(together.vectors, MemoryState.stack(alone).vectors)
 
 
-def test_a_state_at_its_trained_length_keeps_the_beginning(model, texts, first, monkeypatch):
+def test_an_update_beyond_the_trained_length_keeps_the_beginning(model, texts, first, monkeypatch):
     monkeypatch.setattr(model.active_peft_config, "trained_length", 7)
     updated = model.update(first, texts[1], options=LEARN)
     assert torch.equal(model.reconstruct(updated, 7), torch.cat([texts[0][:, :3], texts[1]], dim=1))
 
 
-def test_what_memory_is_not_sure_of_is_not_rehearsed(texts, monkeypatch):
+def test_uncertain_tokens_are_not_rehearsed(texts, monkeypatch):
     monkeypatch.setattr(fidelity, "CONFIDENT", 0.25)
     model = make()
     state = model.write(texts[0])
@@ -98,7 +98,7 @@ def test_what_memory_is_not_sure_of_is_not_rehearsed(texts, monkeypatch):
     torch.testing.assert_close(updated.vectors, model.write(texts[1], initial=state, strict=False, lr=0.3).vectors)
 
 
-def test_the_recital_ends_with_the_text(model, texts):
+def test_the_recital_stops_at_the_end_token(model, texts):
     end = model.generation_config.eos_token_id
     ids = torch.cat([texts[0], torch.full((2, 2), end)], dim=1)
     state = model.write(ids, options=LEARN)
@@ -109,7 +109,7 @@ def test_the_recital_ends_with_the_text(model, texts):
 
 
 @pytest.mark.parametrize("start", ["context", "pooled_context"])
-def test_what_is_recited_is_written_anew_with_the_new_text(start, texts):
+def test_recited_tokens_are_rewritten_with_the_new_text(start, texts):
     model, (old, new) = make(start=start, trained_length=9), (ids[:1] for ids in texts)
     state = model.write(old)
     recited = model.reconstruct(state)
@@ -119,20 +119,20 @@ def test_what_is_recited_is_written_anew_with_the_new_text(start, texts):
 
 
 @pytest.mark.parametrize("start", ["context", "pooled_context"])
-def test_texts_share_the_vectors_if_the_old_one_is_not_recited(start, texts, monkeypatch):
+def test_old_and_new_text_share_the_vectors_without_a_recital(start, texts, monkeypatch):
     monkeypatch.setattr(fidelity, "CONFIDENT", 1.1)
     model = make(start=start, num_memory_tokens=6, num_control_tokens=0, memory_projection="none")
     state = model.write(texts[0])
     long_known = MemoryState(state.vectors, torch.tensor([4, 100]), state.write_losses, state.fingerprint)
     updated = model.update(long_known, texts[1], steps=0)
     assert updated.context_tokens.tolist() == [8, 104]
-    # Of 6 vectors 4 new tokens have 3 beside 4 known ones, and 1 beside 100; the others are means of neighbours.
+    # Of 6 vectors, 4 new tokens get 3 beside 4 known tokens and 1 beside 100; the others are means of neighbours.
     torch.testing.assert_close(updated.vectors[0, :3], state.vectors[0].view(3, 2, -1).mean(1))
     pairs = state.vectors[1, :5].clone()
     pairs[0] = state.vectors[1, :2].mean(0)
     pairs[1:] = state.vectors[1, 2:]
     torch.testing.assert_close(updated.vectors[1, :5], pairs)
-    # The new ones are what the slots read of memory and new text, from where they always stand.
+    # The new vectors are what the slots read from memory and new text, at their usual positions.
     backbone, slots = model.get_base_model(), model.base_model.slots
     tail = slots.gradmem_memory["default"][3:][None]
     new = backbone.get_input_embeddings()(texts[1][:1])
@@ -147,8 +147,8 @@ def test_texts_share_the_vectors_if_the_old_one_is_not_recited(start, texts, mon
 
 
 @pytest.mark.parametrize(("length", "known", "vectors"), [(3, 96, 3), (20, 96, 8), (32, 61, 11)])
-def test_a_short_text_has_enough_vectors_beside_a_long_one(length, known, vectors, monkeypatch):
-    """A vector for each token, up to a quarter of all; a longer text has its share by tokens if that is more."""
+def test_a_short_text_gets_enough_vectors_beside_a_long_one(length, known, vectors, monkeypatch):
+    """One vector per token, up to a quarter of all; a longer text gets its share by tokens if that is more."""
     monkeypatch.setattr(fidelity, "CONFIDENT", 1.1)
     model = make(start="pooled_context", num_memory_tokens=32, num_control_tokens=0, memory_projection="none")
     state = model.write(tokens(1, 40))
@@ -159,7 +159,7 @@ def test_a_short_text_has_enough_vectors_beside_a_long_one(length, known, vector
     assert not torch.isclose(updated.vectors[0, -vectors], state.vectors[0, -vectors]).all()
 
 
-def test_what_cannot_be_updated_is_refused(model, texts, first):
+def test_invalid_updates_are_refused(model, texts, first):
     with pytest.raises(ValueError, match="Got 1 text for 2 states"):
         model.update(first, texts[1][:1])
     with pytest.raises(ValueError, match="into a state of its own"):

@@ -1,4 +1,4 @@
-"""Write optimizers: each against plain autograd through all steps, and one that is added in a file and a line."""
+"""Write optimizers: each against plain autograd through all steps, and a custom one, added with a file and a line."""
 
 import copy
 
@@ -20,7 +20,7 @@ def _toy(monkeypatch):
 
 
 def written(backbone, slots, context, optimizer, steps, lr, clip_norm):
-    """M_K by the rule itself and plain autograd, differentiable."""
+    """M_K from the update rule and plain autograd, differentiable."""
     state = OPTIMIZERS[optimizer].start(slots.expand(len(context), -1, -1))
     for _ in range(steps):
         loss = textbook.loss(backbone, state.memory, context).sum()
@@ -59,7 +59,7 @@ def test_training_through_a_write_optimizer_equals_autograd(meta_gradient, toler
             assert relative(ours[name].grad, parameter.grad) < tolerance, name
 
 
-def test_an_optimizer_of_one_s_own_writes_and_trains():
+def test_a_custom_optimizer_writes_and_trains():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_optimizer="toy", write_lr=0.1))
     ids = tokens(2, 9)
     losses = model.write(ids, steps=6).write_losses
@@ -75,12 +75,12 @@ def test_an_optimizer_of_one_s_own_writes_and_trains():
     assert outer[-1] < outer[0]
 
 
-def test_unknown_optimizers_are_refused_by_name():
+def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="write_optimizer must be one of 'sgd', 'adam', 'toy', got 'lion'"):
         GradMemConfig(write_optimizer="lion")
 
 
-def test_clipping_scales_long_gradients_of_each_sample():
+def test_clipping_scales_each_sample_separately():
     gradient = torch.tensor([[[3.0, 4.0]], [[0.3, 0.4]]])
     torch.testing.assert_close(clip(gradient, 1.0), torch.tensor([[[0.6, 0.8]], [[0.3, 0.4]]]))
     assert clip(gradient, None) is gradient

@@ -1,4 +1,4 @@
-"""WriteOptions: checked where they are made, passed on as one object."""
+"""WriteOptions: checked on construction, passed on as one object."""
 
 import dataclasses
 
@@ -41,19 +41,19 @@ def model():
     ],
     ids=str,
 )
-def test_what_cannot_work_is_refused_where_it_is_made(fields, message):
+def test_invalid_options_are_refused_on_construction(fields, message):
     with pytest.raises(ValueError, match=message):
         WriteOptions(**fields)
 
 
-def test_options_are_values():
+def test_options_compare_by_value_and_are_frozen():
     assert WriteOptions(steps=2) == WriteOptions(steps=2) != WriteOptions()
     assert len({WriteOptions(steps=2), WriteOptions(steps=2)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         WriteOptions().steps = 3
 
 
-def test_keywords_take_the_place_of_fields():
+def test_keywords_override_fields():
     options = WriteOptions(steps=2, lr=0.1)
     assert WriteOptions.of(options, steps=0, lr=None) == WriteOptions(steps=0, lr=0.1)
     assert WriteOptions.of() == WriteOptions()
@@ -65,7 +65,7 @@ def test_keywords_take_the_place_of_fields():
         WriteOptions.of(WriteOptions(tolerance=0.1), last_loss=False)
 
 
-def test_options_say_what_keywords_say(model):
+def test_options_and_keywords_give_the_same_states(model):
     ids = tokens(2, 7)
     expected = model.write(ids, steps=3, lr=0.2, optimizer="adam", last_loss=False)
     options = WriteOptions(steps=3, lr=0.2, optimizer="adam", last_loss=False)

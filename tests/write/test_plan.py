@@ -1,4 +1,4 @@
-"""WRITE within a memory budget: the same states, with the bytes that were foretold."""
+"""WRITE within a memory budget: the same states, with as many bytes as predicted."""
 
 import gc
 import warnings
@@ -33,7 +33,7 @@ SHAPES = {
     "mistral": WIDE | {"head_dim": 32},
     "mixtral": WIDE | {"num_local_experts": 4},
 }
-"""Wide enough that nothing counts but what grows with the tokens."""
+"""Wide enough that only what grows with the tokens counts."""
 
 
 def make(backbone=None, **kwargs):
@@ -47,12 +47,12 @@ def batch(*lengths):
 
 
 def compile_soon(layer, **options):
-    """As `nn.Module.compile`, without Inductor, which takes long."""
+    """Like `nn.Module.compile`, but without Inductor, which is slow."""
     layer._compiled_call_impl = torch.compile(layer._call_impl, backend="aot_eager", **options)
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still there."""
+    """Counts the bytes of all tensors created inside that are still alive."""
 
     def __init__(self):
         super().__init__()
@@ -75,10 +75,10 @@ class Live(TorchDispatchMode):
 
 
 class TestStates:
-    """Whatever is computed again, a state is the plain one."""
+    """Recomputation never changes a state."""
 
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
-    def test_gradients_are_the_plain_ones(self, architecture):
+    def test_gradients_equal_those_of_the_plain_pass(self, architecture):
         model = make(tiny(architecture).double())
         writer, (ids, mask) = model.base_model._writer, batch(9, 5, 7)
         context = Context.from_tokens(ids, mask, model.get_base_model(), model.prefix_length)
@@ -92,12 +92,12 @@ class TestStates:
                 torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize("phase", ["both", "write", "read"])
-    def test_a_lora_acts_in_what_is_computed_again(self, phase):
+    def test_a_lora_is_active_in_recomputed_layers(self, phase):
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         self.compare(make(lora_config=lora, lora_phase=phase, start="context"))
 
     @pytest.mark.slow
-    def test_compiled_layers_are_computed_again(self, monkeypatch):
+    def test_compiled_layers_are_recomputed(self, monkeypatch):
         monkeypatch.setattr(torch.nn.Module, "compile", compile_soon)
         monkeypatch.setattr(FusedCrossEntropy, "compiled", lambda: FUSED)
         self.compare(make(), compile=True)
@@ -112,7 +112,7 @@ class TestStates:
         torch.testing.assert_close(frugal.vectors, expected.vectors, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(frugal.write_losses, expected.write_losses, rtol=1e-4, atol=1e-6)
 
-    def test_dropout_is_the_same_in_what_is_computed_again(self):
+    def test_dropout_is_the_same_in_recomputed_layers(self):
         model = make(tiny("gpt2", embd_pdrop=0.3, resid_pdrop=0.3, attn_pdrop=0.3).double()).train()
         writer, ids = model.base_model._writer, tokens(1, 9)
         memory = model.base_model.slots.gradmem_memory["default"].detach().double()[None]
@@ -123,7 +123,7 @@ class TestStates:
 
         torch.testing.assert_close(gradient(Plan(1, 2)), gradient(Plan(1)), rtol=1e-9, atol=1e-12)
 
-    def test_the_model_stays_as_it_was(self):
+    def test_recomputation_leaves_the_model_unchanged(self):
         backbone = tiny()
         before = [(name, id(module), module.__dict__.copy()) for name, module in backbone.named_modules()]
         other = recomputed(backbone, 1, offloaded=True)
@@ -136,22 +136,22 @@ class TestStates:
 
 
 class TestBytes:
-    """The estimate against what happens."""
+    """The estimate against what is measured."""
 
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral"])
-    def test_saved_bytes_are_foretold_from_a_few_tokens(self, architecture, attention):
+    def test_saved_bytes_are_predicted_from_a_few_tokens(self, architecture, attention):
         backbone = tiny(architecture, attn_implementation=attention, **SHAPES.get(architecture, WIDE))
         footprint, n = Footprint.of(backbone), 300
         foretold = footprint.token * n + footprint.pair * n * n
         assert foretold == pytest.approx(saved_bytes(backbone, n), rel=0.06)
-        assert (footprint.pair > 16) == (attention == "eager")  # a few bytes are of a mask
+        assert (footprint.pair > 16) == (attention == "eager")  # a few bytes belong to a mask
         kept = saved_bytes(recomputed(backbone, 4), n)
-        assert 4 * footprint.inputs * n <= kept < 8 * footprint.inputs * n  # and the ends
+        assert 4 * footprint.inputs * n <= kept < 8 * footprint.inputs * n  # and what comes before and after the layers
 
     @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3_text", "mixtral"])
     @pytest.mark.parametrize("chosen", [Plan(2), Plan(2, 2), Plan(1, 4)], ids=str)
-    def test_the_peak_is_foretold(self, architecture, chosen, monkeypatch):
+    def test_the_peak_is_predicted(self, architecture, chosen, monkeypatch):
         monkeypatch.setitem(hardware.OVERHEAD, "cpu", 1.0)
         backbone = tiny(architecture, **SHAPES.get(architecture, WIDE)).requires_grad_(False)
         model, ids = make(backbone), tokens(2, 150)
@@ -164,8 +164,8 @@ class TestBytes:
             run(memory, context, True, False)
         assert 0.75 * foretold < live.most < 1.1 * foretold
 
-    def test_what_an_h200_took_is_foretold(self):
-        """With compiled layers, at Llama-3.1-8B's shape, of which 4.478 MB a token had been seen there."""
+    def test_peaks_measured_on_an_h200_are_predicted(self):
+        """With compiled layers, at Llama-3.1-8B's shape, where 4.478 MB per token were measured."""
         footprint = Footprint(32, 0.0, 4.478e6, 0.0, 8192.0, 128256, GPU)
         records = [r for r in load_records(RESULTS / "write_sizes.jsonl") if r.settings["shape"] == "llama-3.1-8b"]
         assert {record.metrics["offloaded"] for record in records} == {True, False}
@@ -173,20 +173,20 @@ class TestBytes:
             chosen = Plan(found["rows"], found["recomputed"], found["offloaded"])
             assert 0.93 < found["peak_gib"] * 2**30 / footprint.bytes(chosen, length, compiled=True) < 1, chosen
 
-    def test_looking_keeps_nothing(self):
+    def test_measuring_saved_bytes_keeps_nothing(self):
         backbone = tiny(**WIDE)
         gc.collect()
         with Live() as live:
             saved = saved_bytes(backbone, 300)
         assert live.most < saved / 2
 
-    def test_a_trained_lora_keeps_more(self):
+    def test_a_trained_lora_saves_more_bytes(self):
         lora = LoraConfig(r=2, target_modules="all-linear")
         plain, with_lora = make(), make(lora_config=lora)
         frozen, trained = (Footprint.of(model.get_base_model()) for model in (plain, with_lora))
         assert trained.token > frozen.token
 
-    def test_looking_draws_no_random_numbers(self):
+    def test_measuring_draws_no_random_numbers(self):
         backbone = tiny("gpt2", embd_pdrop=0.3).train()
         torch.manual_seed(1)
         Footprint.of(backbone)
@@ -196,7 +196,7 @@ class TestBytes:
 
 
 class TestPlans:
-    def test_each_is_more_frugal_than_the_one_before(self):
+    def test_each_plan_needs_less_memory_than_the_one_before(self):
         footprint = Footprint(32, 0.0, 4e6, 0.0, 8192.0, 128256, GPU)
         for size, length in ((1, 32768), (8, 1024), (7, 9000), (64, 8192)):
             found = plans(size, length, 32, GPU)
@@ -205,17 +205,17 @@ class TestPlans:
             assert found[0] == Plan(size)
             assert found[-4:] == [Plan(1, again, offloaded=True) for again in range(28, 32)]
 
-    def test_contexts_are_split_first_as_long_as_the_gpu_is_busy(self):
+    def test_contexts_are_split_first_while_the_gpu_stays_busy(self):
         found = plans(8, 8192, 32, GPU)
         assert found[:4] == [Plan(8), Plan(4), Plan(2), Plan(2, 1)]
         assert plans(8, 512, 32, GPU)[:3] == [Plan(8), Plan(8, 1), Plan(8, 2)]
 
-    def test_without_layers_to_compute_again_contexts_are_split(self):
+    def test_contexts_are_split_when_no_layer_can_be_recomputed(self):
         assert plans(3, 10, 0, torch.device("cpu")) == [Plan(3), Plan(2), Plan(1)]
 
 
 class TestBudget:
-    def test_the_fastest_that_fits(self):
+    def test_the_fastest_plan_that_fits_is_chosen(self):
         backbone = tiny(num_hidden_layers=8)
         own = Budget.of(backbone)
         assert Budget.of(backbone) is own is not Budget.of(tiny())
@@ -225,7 +225,7 @@ class TestBudget:
         with pytest.raises(MemoryError, match="one context after the other of 20 tokens takes"):
             own.plans(4, 20, 1000)
 
-    def test_inputs_go_to_a_cpu_that_has_room(self, monkeypatch):
+    def test_inputs_are_offloaded_if_the_cpu_has_room(self, monkeypatch):
         backbone, free = tiny(num_hidden_layers=8), {"cuda": 2**40, "cpu": 2**40}
         monkeypatch.setattr(budget, "free_memory", lambda device: free[device.type])
         monkeypatch.setattr(plan, "device_of", lambda backbone: GPU)
@@ -236,7 +236,7 @@ class TestBudget:
         free["cpu"] = 1000
         assert own.plans(1, 20, 10**9)[-1] == Plan(1, 7)
 
-    def test_a_limit_on_free_memory_is_looked_at_for_large_writes_alone(self, monkeypatch):
+    def test_free_memory_is_checked_for_large_writes_only(self, monkeypatch):
         backbone, asked = tiny(), []
         monkeypatch.setattr(budget, "free_memory", lambda device: asked.append(device) or 10**4)
         assert Budget.of(backbone).plans(1, 20, "auto")[0] == Plan(1)
@@ -247,7 +247,7 @@ class TestBudget:
 
 
 class Full:
-    """`write_pass` on a GPU that is full beyond a number of layers that keep what they computed."""
+    """`write_pass` on a GPU with room for the activations of a given number of layers."""
 
     def __init__(self, layers):
         self.layers, self.seen, self.held = layers, [], []
@@ -271,7 +271,7 @@ class TestOutOfMemory:
         monkeypatch.setattr("gradmem_adapter.write.fast.write_pass", full)
         return full
 
-    def test_one_step_more_frugal_and_said_once(self, full):
+    def test_the_next_plan_is_used_with_one_warning(self, full):
         model, ids = make(), tokens(2, 9)
         with mock.patch("gradmem_adapter.write.fast.write_pass", write_pass):
             expected = model.write(ids)
@@ -284,7 +284,7 @@ class TestOutOfMemory:
             warnings.simplefilter("error")
             torch.testing.assert_close(model.write(ids).vectors, expected.vectors)
 
-    def test_what_did_not_fit_is_not_tried_again(self, full, monkeypatch):
+    def test_a_plan_that_did_not_fit_is_not_retried(self, full, monkeypatch):
         model, ids, full.layers = make(tiny(num_hidden_layers=8)), tokens(2, 9), 12
         free = 1.2 * Budget.of(model.get_base_model()).bytes(Plan(2), 9)
         monkeypatch.setattr(budget, "UNCHECKED", 0)
@@ -295,15 +295,15 @@ class TestOutOfMemory:
         model.write(ids)
         assert [kept for _, kept in full.seen[4:]] == [12, 12, 12]
 
-    def test_no_plan_fits(self, full):
+    def test_the_error_is_raised_when_no_plan_fits(self, full):
         full.layers = 0
         with pytest.warns(RuntimeWarning), pytest.raises(torch.cuda.OutOfMemoryError):
             make().write(tokens(2, 9))
         assert full.seen[-1] == (1, 1)
 
 
-def test_layers_without_a_mark_are_not_computed_again(monkeypatch):
-    """Of models whose code comes with their weights."""
+def test_unknown_layers_are_not_recomputed(monkeypatch):
+    """As in models whose code comes with their weights."""
     monkeypatch.setattr(plan, "decoder_layers", lambda backbone: [])
     backbone = tiny()
     assert Budget.of(backbone).plans(2, 20, 10**9) == [Plan(2), Plan(1)]

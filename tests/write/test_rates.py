@@ -16,7 +16,7 @@ def make(architecture="llama", **config):
     return get_peft_model(tiny(architecture), GradMemConfig(**defaults | config))
 
 
-def test_each_of_the_first_steps_has_its_learned_rate_and_later_steps_the_last():
+def test_steps_beyond_the_learned_rates_use_the_last_one():
     model, context = make(learn_write_lr="scalar", num_write_lrs=2), tokens(2, 9)
     with torch.no_grad():
         model.base_model.slots.gradmem_log_write_lr["default"].copy_(torch.tensor([0.5, 0.1]).log())
@@ -31,7 +31,7 @@ def test_each_of_the_first_steps_has_its_learned_rate_and_later_steps_the_last()
 
 
 @pytest.mark.parametrize("kind", ["scalar", "per_element"])
-def test_steps_have_factors_counted_from_the_end_and_go_on_as_they_ended(kind):
+def test_rate_factors_are_counted_from_the_last_step(kind):
     model, context = make(learn_write_lr=kind, num_write_lrs=2, write_lr_from_end=True), tokens(2, 9)
     slots = model.base_model.slots
     shape = (2, 1, 1) if kind == "per_element" else (2,)
@@ -47,14 +47,14 @@ def test_steps_have_factors_counted_from_the_end_and_go_on_as_they_ended(kind):
         with torch.no_grad():
             output = model(input_ids=context, context_input_ids=context, write_steps=len(rates))
         torch.testing.assert_close(output.memory, state.vectors)
-    # Going on from a memory is going on after the last step.
+    # Continuing from a memory means continuing after the last step.
     torch.testing.assert_close(
         model.write(context, steps=2, initial=model.write(context, steps=2)).vectors,
         model.write(context, steps=4).vectors,
     )
 
 
-def test_a_learned_rate_for_each_element():
+def test_each_element_can_have_its_own_rate():
     model, context = make(learn_write_lr="per_element"), tokens(2, 9)
     before = model.write(context, steps=0).vectors
     whole = model.write(context, steps=1).vectors
@@ -65,7 +65,7 @@ def test_a_learned_rate_for_each_element():
     torch.testing.assert_close(model.write(context, steps=1).vectors, expected)
 
 
-def test_rates_that_are_kept_write_as_before():
+def test_keeping_fewer_rates_leaves_their_steps_unchanged():
     model, context = make(learn_write_lr="per_element", num_write_lrs=3, write_lr_from_end=True), tokens(2, 9)
     slots = model.base_model.slots
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_rates_that_are_kept_write_as_before():
     assert slots.gradmem_log_write_lr["default"].requires_grad
 
 
-def test_rates_that_are_not_there_cannot_be_kept():
+def test_missing_rates_cannot_be_kept():
     model = make(learn_write_lr="scalar", num_write_lrs=3)
     for n in (0, 4):
         with pytest.raises(ValueError, match=r"between 1 and num_write_lrs \(3\)"):

@@ -1,4 +1,4 @@
-"""Self-study: memory of an untouched backbone learns the answers that the text gives."""
+"""Self-study: the memory of an unchanged backbone learns the answers that the text gives."""
 
 import copy
 from dataclasses import replace
@@ -34,8 +34,8 @@ def write(of, ids=IDS, study=ASKING, **options):
 
 @pytest.mark.parametrize("study", [SMALL, ASKING], ids=["continuations", "queries"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "mistral"])
-def test_rows_may_share_what_stands_before_them(architecture, study, monkeypatch):
-    """Keys and values of the prefix, computed once, give what every row by itself gives."""
+def test_sharing_the_prefix_cache_between_rows_changes_nothing(architecture, study, monkeypatch):
+    """Keys and values of the prefix are computed once instead of once per row."""
     of = writer(model(architecture))
     found = []
     for shares in (answers.shares_caches, lambda backbone: False):
@@ -53,7 +53,7 @@ def test_rows_may_share_what_stands_before_them(architecture, study, monkeypatch
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_queries_open_as_asked_and_answers_are_the_models_own():
+def test_queries_start_as_requested_and_answers_are_the_models_own():
     of = writer(model())
     with torch.no_grad():
         lessons = self_study.learn(of, IDS[0].tolist(), ASKING)
@@ -64,13 +64,13 @@ def test_queries_open_as_asked_and_answers_are_the_models_own():
         for token, state in zip(answer, hidden, strict=True):
             output = tiny()(text, output_hidden_states=True)
             torch.testing.assert_close(output.hidden_states[-1][0, -1], state, rtol=1e-4, atol=1e-4)
-            assert int(output.logits[0, -1].argmax()) == token or token == answer[0]  # never the end at once
+            assert int(output.logits[0, -1].argmax()) == token or token == answer[0]  # an answer never ends at once
             text = torch.cat([text, torch.tensor([[token]])], dim=1)
 
 
 @pytest.mark.parametrize("study", [SMALL, ASKING], ids=["continuations", "queries"])
-def test_what_a_generation_configuration_says_changes_neither_questions_nor_answers(study):
-    """It is for those who talk with the model: penalties for what stands in the text would be worst here."""
+def test_the_generation_config_affects_neither_queries_nor_answers(study):
+    """It is meant for chatting: penalties for repeating the text would do most harm here."""
     of = writer(model())
     found = []
     for own in ({}, {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "suppress_tokens": [9], "temperature": 9.0}):
@@ -82,7 +82,7 @@ def test_what_a_generation_configuration_says_changes_neither_questions_nor_answ
     assert of.backbone.generation_config.repetition_penalty == 5.0
 
 
-def test_memory_that_is_the_text_has_no_loss():
+def test_memory_equal_to_the_text_has_no_loss():
     of = writer(model(m=9))
     study = Study(queries=4, batch=4, query_tokens=4, answer_tokens=5, requests=ASKING.requests, after=(6,))
     with torch.no_grad():
@@ -95,13 +95,13 @@ def test_memory_that_is_the_text_has_no_loss():
 
 
 @pytest.mark.parametrize("study", [SMALL, ASKING], ids=["continuations", "queries"])
-def test_write_learns(study):
+def test_write_lowers_the_loss(study):
     state = write(model(), study=study, steps=60)
     assert state.write_losses.shape == (1, 61)
     assert state.write_losses[0, -1] < 0.5 * state.write_losses[0, :3].mean()
 
 
-def test_the_same_seed_gives_the_same_state_and_a_batch_what_each_gives_alone():
+def test_states_depend_on_the_seed_but_not_on_the_batch():
     of, ids = model(), tokens(3, 9)
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_state_and_a_batch_what_each_gives_alone():
     torch.testing.assert_close(of.write_many(many, options=options).vectors, states.vectors)
 
 
-def test_nothing_else_changes():
+def test_self_study_has_no_side_effects():
     of = model()
     before = copy.deepcopy(of.state_dict())
     torch.manual_seed(3)
@@ -130,14 +130,14 @@ def test_nothing_else_changes():
     assert all(parameter.grad is None for parameter in of.parameters())
 
 
-def test_goes_on_from_a_state():
+def test_self_study_continues_from_a_state():
     of = model()
     first = write(of)
     assert not write(of, initial=first, steps=4).equal(first)
     assert torch.equal(write(of, initial=first, steps=0).vectors, first.vectors)
 
 
-def test_it_starts_from_what_is_least_expected():
+def test_it_starts_from_the_least_expected_tokens():
     of = writer(model(m=3))
     ids = IDS[0].tolist()
     with torch.no_grad():
@@ -156,13 +156,13 @@ class TestPipeline:
         return GradMemPipeline(get_peft_model(tiny(), config).eval(), tiny_tokenizer(bos=True))
 
     @pytest.mark.parametrize("query_format", ["text", "chat", "Question : {query} :"])
-    def test_it_asks_as_the_pipeline_does(self, query_format):
+    def test_queries_are_formatted_as_by_the_pipeline(self, query_format):
         pipeline = self.pipeline(query_format)
         study = study_tokens(query_format, pipeline.tokenizer)
         shown = [*study["before"], *pipeline.tokenizer("w1 w2", add_special_tokens=False)["input_ids"], *study["after"]]
         assert pipeline.encode_prompts(["w1 w2"])[0][0].tolist() == shown
 
-    def test_options_and_fields(self, tmp_path):
+    def test_options_and_keywords_give_the_same_state(self, tmp_path):
         pipeline = self.pipeline()
         study = Study(queries=4, batch=2, query_tokens=3, answer_tokens=4)
         options = WriteOptions(objective="self_study", study=study, steps=3)
@@ -175,7 +175,7 @@ class TestPipeline:
         store = MemoryStore(tmp_path, dtype="float32")
         assert store.get(store.add(pipeline, tiny_text(9), options=options)).equal(state)
 
-    def test_progress(self):
+    def test_the_callback_reports_progress(self):
         seen = []
         self.pipeline().write(
             tiny_text(9), callback=seen.append, objective="self_study", study=Study(queries=3, batch=2), steps=2
@@ -190,16 +190,16 @@ class TestRefused:
         [{"lora_config": lora()}, {"memory_projection": "shared"}, {"num_control_tokens": 1}],
         ids=lambda config: next(iter(config)),
     )
-    def test_an_adapter_that_reads_otherwise(self, config):
+    def test_an_adapter_that_changes_read(self, config):
         with pytest.raises(ValueError, match="needs an unchanged backbone"):
             write(make(**config))
 
-    def test_a_context_too_long_to_be_asked_about(self):
+    def test_a_context_without_room_for_queries(self):
         with pytest.raises(ValueError, match="A context has 80 tokens"):
             write(model(), tokens(1, 80))
         assert len(write(model(), tokens(1, 75), steps=0)) == 1
 
-    def test_one_among_others_before_any_is_studied(self, monkeypatch):
+    def test_one_long_context_is_refused_before_any_is_studied(self, monkeypatch):
         monkeypatch.setattr(self_study, "learn", None)
         mask = torch.ones(2, 80, dtype=torch.long)
         mask[0, 5:] = 0
@@ -210,8 +210,8 @@ class TestRefused:
         ("study", "most"), [(replace(SMALL, answer_tokens=9), 22), (ASKING, 20)], ids=["continuations", "queries"]
     )
     @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-    def test_states_side_by_side_too_long_to_be_asked_behind(self, architecture, study, most):
-        """Of 96 positions 8 tokens of an answer are read, or 4 and 10 of its question with what stands around it."""
+    def test_states_side_by_side_without_room_for_queries(self, architecture, study, most):
+        """Of 96 positions, an answer needs 8, or 4 and another 10 for its query and the template around it."""
         of = model(architecture)
         state = MemoryState.concat(list(of.write(tokens(most + 1, 3), steps=0)))
         with pytest.raises(ValueError, match=f"The state has {4 * most + 4} vectors"):
@@ -232,18 +232,18 @@ class TestRefused:
         ],
         ids=str,
     )
-    def test_options(self, fields, message):
+    def test_invalid_options(self, fields, message):
         with pytest.raises(ValueError, match=message):
             WriteOptions(**fields)
 
     @pytest.mark.parametrize("field", ["queries", "batch", "query_tokens", "answer_tokens", "seed"])
-    def test_a_study(self, field):
+    def test_an_invalid_study(self, field):
         for wrong in (-1, 1.5, True, "8"):
             with pytest.raises(ValueError, match=f"{field} of a Study must be an integer"):
                 Study(**{field: wrong})
 
 
-def test_batches_go_through_all_lessons():
+def test_batches_cycle_through_all_lessons():
     of = writer(model())
     with torch.no_grad():
         lessons = self_study.learn(of, IDS[0].tolist(), Study(queries=7, batch=3, answer_tokens=3))

@@ -1,4 +1,4 @@
-"""States side by side have more vectors than the adapter's slots: lengths are checked with those that are there."""
+"""States side by side have more vectors than the adapter has slots; length checks count the actual vectors."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ MODELS = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 
 
 def side_by_side(model, states=8, length=5):
-    """One state of three vectors for each, in 96 positions."""
+    """One state of 3 vectors per context; the model has 96 positions."""
     return MemoryState.concat(list(model.write(tokens(states, length))))
 
 
 @MODELS
-def test_a_context_behind_states_side_by_side(architecture):
+def test_the_longest_context_behind_states_side_by_side(architecture):
     model = make(architecture)
     state = side_by_side(model)
     fits, too_long = tokens(1, POSITIONS - 24), tokens(1, POSITIONS - 23)
@@ -35,7 +35,7 @@ def test_a_context_behind_states_side_by_side(architecture):
 
 
 @MODELS
-def test_what_is_rehearsed_fits_behind_states_side_by_side(architecture, monkeypatch):
+def test_rehearsed_tokens_fit_behind_states_side_by_side(architecture, monkeypatch):
     monkeypatch.setattr(fidelity, "CONFIDENT", 0.0)
     model = make(architecture)
     model.generation_config.eos_token_id = None
@@ -46,7 +46,7 @@ def test_what_is_rehearsed_fits_behind_states_side_by_side(architecture, monkeyp
 
 
 @MODELS
-def test_no_more_is_decoded_than_there_are_positions(architecture):
+def test_reconstruction_is_limited_by_the_positions(architecture):
     model = make(architecture)
     one, several = model.write(tokens(1, 5)), side_by_side(model, length=40)
     assert model.reconstruct(several).shape == (1, POSITIONS - 24)
@@ -62,7 +62,7 @@ def test_no_more_is_decoded_than_there_are_positions(architecture):
 
 @MODELS
 @pytest.mark.parametrize("start", ["context", "pooled_context"])
-def test_an_update_that_reads_old_memory_new_text_and_new_vectors(architecture, start, monkeypatch):
+def test_an_update_needs_positions_for_old_memory_new_text_and_new_vectors(architecture, start, monkeypatch):
     model = make(architecture, start=start)
     state = model.write(tokens(1, 40))
     monkeypatch.setattr(fidelity, "CONFIDENT", 1.1)
@@ -73,7 +73,7 @@ def test_an_update_that_reads_old_memory_new_text_and_new_vectors(architecture, 
         model.update(state, tokens(1, POSITIONS - 5))
 
 
-def test_write_rates_of_each_element_are_those_of_the_slots():
+def test_rates_per_element_need_a_memory_as_large_as_the_slots():
     model = make(learn_write_lr="per_element")
     state, ids = side_by_side(model, 2), tokens(1, 5)
     for write in (lambda **how: model.write(ids, initial=state, **how), lambda **how: model.update(state, ids, **how)):

@@ -17,7 +17,7 @@ def make(architecture="llama", **config):
 
 @pytest.mark.parametrize("start", ["context", "pooled_context"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_starting_from_the_context_equals_the_equation(architecture, start):
+def test_starting_from_the_context_matches_the_equation(architecture, start):
     model = make(architecture, start=start)
     slots = model.base_model.slots
     assert (slots.gradmem_start_gain["default"] == START_GAIN).all()
@@ -32,7 +32,7 @@ def test_starting_from_the_context_equals_the_equation(architecture, start):
     for vectors, row in zip(state.vectors, rows, strict=True):
         slot = slots.gradmem_memory["default"].detach()
         embeddings = model.get_input_embeddings()(row)
-        # Three vectors: parts of 3, 2 and 2 tokens of seven; of two tokens each has a vector.
+        # For three vectors, seven tokens are split into 3, 2 and 2; of two tokens, each gets a vector.
         parts = (slice(0, 3), slice(3, 5), slice(5, 7)) if len(row) == 7 else (slice(0, 1), slice(1, 2), slice(0))
 
         def means(values, parts=parts):

@@ -42,7 +42,7 @@ def test_batches_hold_each_context_once_within_the_budget(lengths, budget):
 
 @settings(deadline=None, max_examples=15)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), budget=st.integers(1, 120))
-def test_states_are_those_of_each_alone_in_order(model, lengths, budget):
+def test_states_equal_those_written_alone_and_keep_their_order(model, lengths, budget):
     rows = contexts(*lengths)
     state = model.write_many(rows, max_tokens=budget)
     assert state.context_tokens.tolist() == lengths
@@ -52,7 +52,7 @@ def test_states_are_those_of_each_alone_in_order(model, lengths, budget):
         torch.testing.assert_close(one.write_losses, alone.write_losses, rtol=1e-5, atol=1e-6)
 
 
-def test_lists_of_numbers_and_options(model):
+def test_lists_of_ids_and_options_are_accepted(model):
     state = model.write_many([[5, 6, 7], [8, 9]], steps=4, lr=0.1)
     assert state.write_losses.shape == (2, 5)
     torch.testing.assert_close(state[1].vectors, model.write(torch.tensor([[8, 9]]), steps=4, lr=0.1).vectors)
@@ -91,13 +91,13 @@ def test_a_context_that_does_not_fit_is_named(model, monkeypatch):
         ([1, [2]], TypeError, "Context 1 must be token ids, got list"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_written(model, monkeypatch, bad, error, message):
+def test_bad_input_is_refused_before_anything_is_written(model, monkeypatch, bad, error, message):
     monkeypatch.setattr(model.base_model, "_write", None)
     with pytest.raises(error, match=message):
         model.write_many([[1, 2, 3], bad, [4]])
 
 
-def test_a_context_that_diverges_is_named_by_its_place_in_the_input():
+def test_a_diverging_context_is_named_by_its_index_in_the_input():
     config = GradMemConfig(num_memory_tokens=3, write_steps=1, write_lr=0.3)
     model = get_peft_model(tiny(), config).eval()
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_a_context_that_diverges_is_named_by_its_place_in_the_input():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_ends_a_later_batch_leaves_the_model_as_it_was(model, monkeypatch, error):
+def test_an_error_in_a_later_batch_leaves_the_model_unchanged(model, monkeypatch, error):
     rows = contexts(5, 20, 9)
     expected, fingerprint = model.write_many(rows, max_tokens=1), model.fingerprint()
     write, calls = model.base_model._write, []
@@ -142,7 +142,7 @@ def test_what_ends_a_later_batch_leaves_the_model_as_it_was(model, monkeypatch, 
         ({"initial": 1}, TypeError),
     ],
 )
-def test_options_that_cannot_work(model, options, error):
+def test_invalid_options_are_refused(model, options, error):
     with pytest.raises(error, match=next(iter(options))):
         model.write_many([[1, 2, 3]], **options)
     with pytest.raises(ValueError, match="no context"):
@@ -161,9 +161,9 @@ def test_the_budget_follows_free_memory(model, monkeypatch):
 
 
 class TestMemory:
-    """What does not fit is refused before it starts: the system would end the process without a word."""
+    """What does not fit is refused before it starts: the system would kill the process without a message."""
 
-    def test_what_does_not_fit_is_refused(self, model, monkeypatch):
+    def test_a_write_that_does_not_fit_is_refused(self, model, monkeypatch):
         for write in (
             lambda **options: model.write(tokens(2, 9), **options),
             lambda **options: model.write_many(contexts(4, 9), **options),
@@ -192,7 +192,7 @@ class TestMemory:
             ),
         ],
     )
-    def test_a_container_has_less_than_the_machine(self, monkeypatch, tmp_path, line, folder, files):
+    def test_free_memory_respects_the_limits_of_a_container(self, monkeypatch, tmp_path, line, folder, files):
         own = tmp_path / "cgroup"
         own.write_text(f"7:cpu:/else\n{line}\n")
         (tmp_path / "groups" / folder).mkdir(parents=True)
@@ -206,7 +206,7 @@ class TestMemory:
         assert hardware.free_memory(torch.device("cpu")) > 600_005
 
 
-def test_contexts_longer_than_the_trained_length_are_told_of_once():
+def test_contexts_beyond_the_trained_length_give_one_warning():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, trained_length=8)).eval()
     for write in (
         lambda: model.write(tokens(3, 12)),
@@ -224,8 +224,8 @@ def test_contexts_longer_than_the_trained_length_are_told_of_once():
 
 
 @pytest.mark.parametrize("refusal", [None, "not in memory"])
-def test_contexts_too_long_for_good_answers_are_told_of(refusal):
-    """Of adapters for questions about any text: what was trained on its own kind may keep more."""
+def test_contexts_too_long_for_good_answers_give_a_warning(refusal):
+    """Only with adapters for questions about any text; one trained for a single kind of text may keep more."""
     config = GradMemConfig(num_memory_tokens=3, trained_length=40, refusal=refusal)
     model = get_peft_model(tiny(), config).eval()
     with warnings.catch_warnings(record=True) as told:
@@ -238,7 +238,7 @@ def test_contexts_too_long_for_good_answers_are_told_of(refusal):
     assert all(text in str(warning.message) for text, warning in zip(said, told, strict=False))
 
 
-def test_progress_is_shown_where_asked_for(model, capsys):
+def test_progress_is_shown_on_request(model, capsys):
     model.write_many(contexts(3, 4), progress=True)
     shown = capsys.readouterr()
     assert "2/2" in shown.err
@@ -248,8 +248,8 @@ def test_progress_is_shown_where_asked_for(model, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_states_are_handed_over_batch_by_batch(model):
-    """So that whoever keeps them has lost nothing when a later batch fails."""
+def test_done_receives_states_batch_by_batch(model):
+    """So that nothing is lost when a later batch fails."""
     rows, landed = contexts(9, 4, 7), []
     states = model.write_many(rows, max_tokens=9, done=lambda indices, states: landed.append((indices, states)))
     assert [indices for indices, _ in landed] == [[0], [2], [1]]

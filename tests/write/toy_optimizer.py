@@ -1,4 +1,4 @@
-"""A write optimizer with three buffers, as somebody would add it: this file and a line in OPTIMIZERS."""
+"""A write optimizer with three buffers, as a user would add it: this file and a line in OPTIMIZERS."""
 
 from gradmem_adapter.write.optimizers import WriteOptimizer, WriteState
 
