@@ -1,4 +1,4 @@
-"""What tests of the meta-gradient share."""
+"""Helpers that tests of the meta-gradient share."""
 
 import torch
 from tiny import tokens
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def relative(actual, expected):
-    """In float64, but normalisation layers and losses of Transformers compute in float32."""
+    """A clamped relative error: even in float64, Transformers computes normalisation and losses in float32."""
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-2)).item()
 
 

@@ -1,4 +1,4 @@
-"""A sixth strategy is one new file, imported and entered in `STRATEGIES`."""
+"""A new strategy is one file and one entry in `STRATEGIES`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what a backward pass computes again belongs to the phase of its forward pass."""
+"""Gradient checkpointing: what a backward pass recomputes belongs to the phase of its forward pass."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def make(architecture="llama", **config):
 
 
 def gradients(model, checkpointing):
-    """Of everything that is trained, by name, in one pass of WRITE and READ."""
+    """Gradients of all trained parameters by name, from one pass of WRITE and READ."""
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     ids = tokens(2, 9)
@@ -25,7 +25,6 @@ def gradients(model, checkpointing):
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 @pytest.mark.parametrize("phase", ["write", "read", "both"])
 def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
-    """What a backward pass computes again belongs to the phase that its forward pass was in."""
     results = {}
     for checkpointing in (False, True):
         config = GradMemConfig(
@@ -44,8 +43,8 @@ def test_gradient_checkpointing_changes_nothing(phase, meta_gradient):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bert"])
-def test_exact_computes_fused_attention_again_in_plain(architecture):
-    """Fused kernels have no double backward, and layers are computed again inside of one."""
+def test_exact_recomputes_fused_attention_as_plain_attention(architecture):
+    """Fused kernels have no double backward, and checkpointed layers are recomputed inside one."""
     results = {}
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -60,7 +59,7 @@ def test_exact_computes_fused_attention_again_in_plain(architecture):
 
 
 @pytest.mark.parametrize("start", ["context", "pooled_context"])
-def test_a_start_from_the_context_with_a_lora_of_one_phase_and_checkpointing_is_refused(start):
+def test_checkpointing_a_context_start_with_a_one_phase_lora_is_refused(start):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     model = make(start=start, lora_config=lora, lora_phase="write", meta_gradient="finite_difference")
     model.train()

@@ -1,4 +1,4 @@
-"""The finite difference: how close it is to the exact meta-gradient, and what has no direction or scale."""
+"""The finite difference: how close it is to the exact meta-gradient, and inputs without direction or scale."""
 
 import copy
 import warnings
@@ -36,7 +36,7 @@ def test_finite_difference_is_close_to_exact_for_any_batch(batch):
 
 
 def test_finite_difference_in_bf16():
-    """A random tiny model is smooth and rounds badly, so it wants a long step."""
+    """A random tiny model is smooth and rounds badly, so it needs a long step."""
     exact = flat_gradients(tiny(scale=1.5), "exact")
     difference = flat_gradients(tiny(scale=1.5), "finite_difference", autocast=True, finite_difference_step=0.1)
     first_order = flat_gradients(tiny(scale=1.5), "first_order")
@@ -44,8 +44,8 @@ def test_finite_difference_in_bf16():
     assert F.cosine_similarity(first_order, exact, dim=0) < 0.9  # there is a second order to get right
 
 
-def test_finite_difference_without_an_outer_gradient_is_zero_and_finite():
-    """Where no label counts v is zero, and a direction cannot be made of it."""
+def test_a_zero_outer_gradient_gives_a_zero_finite_difference():
+    """Where no label counts, v is zero and has no direction."""
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, meta_gradient="finite_difference"))
     output = model(input_ids=tokens(2, 5), context_input_ids=tokens(2, 9))
     (output.logits * 0).sum().backward()
@@ -79,8 +79,8 @@ def test_finite_difference_of_a_compiled_backbone():
     ("kind", "found"),
     [("mixtral", r"routes tokens to experts \(MixtralExperts\)"), ("opt", "has ReLU"), ("int8", "quantises its act")],
 )
-def test_a_loss_with_kinks_is_told_once(kind, found):
-    """Gradients jump there, and their difference is no curvature."""
+def test_a_loss_with_kinks_gives_one_warning(kind, found):
+    """Gradients jump at kinks, so their difference is no curvature."""
     if kind == "mixtral":
         sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
         backbone = MixtralForCausalLM(
@@ -112,7 +112,7 @@ def test_a_loss_with_kinks_is_told_once(kind, found):
         ({"config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}}}, True),
     ],
 )
-def test_which_quantisations_are_of_activations(quantisation, of_activations):
+def test_quantised_activations_are_detected(quantisation, of_activations):
     backbone = tiny()
     assert kinks(backbone) == []
     backbone.config.quantization_config = quantisation

@@ -15,7 +15,7 @@ from gradmem_adapter import GradMemConfig
 @pytest.mark.parametrize(("meta_gradient", "tolerance"), [("exact", 1e-5), ("finite_difference", 2e-3)])
 @pytest.mark.parametrize("second_order_steps", [None, 0, 1, 2])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_equals_autograd_through_all_steps(architecture, second_order_steps, meta_gradient, tolerance):
+def test_meta_gradients_equal_autograd_through_all_steps(architecture, second_order_steps, meta_gradient, tolerance):
     backbone = tiny(architecture, attn_implementation="eager").double()
     config = GradMemConfig(
         num_memory_tokens=3, write_steps=3, write_lr=0.3, train_backbone=True, meta_gradient=meta_gradient,
@@ -45,7 +45,7 @@ def test_equals_autograd_through_all_steps(architecture, second_order_steps, met
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("clip", [{}, {"write_clip_norm": 0.05}])
-def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradient):
+def test_gradients_of_every_part_match_central_differences(optimizer, clip, meta_gradient):
     """Slots, LoRA, write head, control vectors, projection and learned rate, each against a central difference."""
     config = GradMemConfig(
         num_memory_tokens=2, write_steps=2, write_lr=0.1, write_optimizer=optimizer, learn_write_lr="per_element",
@@ -68,8 +68,8 @@ def test_gradients_of_every_part_equal_differences(optimizer, clip, meta_gradien
 
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
-def test_without_write_steps_the_start_is_what_recites(meta_gradient):
-    """The outer loss has the write loss of the memory that WRITE starts from, and its gradient."""
+def test_without_write_steps_the_start_has_the_write_loss(meta_gradient):
+    """The outer loss includes the write loss of the memory that WRITE starts from, and its gradient."""
     config = GradMemConfig(
         num_memory_tokens=2, start="pooled_context", reconstruction_weight=0.3,
         meta_gradient=meta_gradient, train_backbone=True,
@@ -115,7 +115,7 @@ def test_first_order_passes_gradients_to_the_slots_unchanged():
     torch.testing.assert_close(output.target_loss, read.mean())
 
 
-def test_none_trains_no_slots_but_the_reader():
+def test_none_trains_only_the_reader():
     config = GradMemConfig(
         num_memory_tokens=3, meta_gradient="none", lora_config=LoraConfig(r=2, init_lora_weights=False)
     )

@@ -1,4 +1,4 @@
-"""A write step on the tape is computed again as it was, and training takes the memory of one."""
+"""A write step on the tape is recomputed exactly as it was, and training takes the memory of one step."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from gradmem_adapter.training.compiled import compiled_layers
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
 def test_dropout_masks_are_the_same_in_forward_and_backward(meta_gradient):
-    """With dropout on, the gradient still is the gradient of the loss that was computed."""
+    """With dropout on, the gradient is still that of the computed loss."""
     model = get_peft_model(
         tiny("gpt2", embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3).double(),
         GradMemConfig(num_memory_tokens=2, write_lr=0.3, meta_gradient=meta_gradient),
@@ -50,8 +50,8 @@ def test_autocast_is_the_same_in_forward_and_backward():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
-def test_weights_are_constants_while_a_step_is_taken(meta_gradient, checkpointing):
-    """A compiled layer would compute their gradients, which nobody asked for; those it gives later are the same."""
+def test_weights_are_constants_during_a_write_step(meta_gradient, checkpointing):
+    """Otherwise a compiled layer would compute gradients nobody needs. Those it computes later are the same."""
     config = GradMemConfig(num_memory_tokens=2, write_steps=2, train_backbone=True, meta_gradient=meta_gradient)
     model = get_peft_model(tiny().double(), config).train()
     backbone = model.get_base_model()
@@ -77,7 +77,7 @@ def test_weights_are_constants_while_a_step_is_taken(meta_gradient, checkpointin
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
-def test_evaluation_takes_no_pass_for_a_loss_that_nobody_sees(steps):
+def test_evaluation_skips_the_pass_for_the_last_write_loss(steps):
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3))
     passes = []
     model.get_base_model().model.register_forward_hook(lambda *of: passes.append(of))
@@ -88,7 +88,7 @@ def test_evaluation_takes_no_pass_for_a_loss_that_nobody_sees(steps):
     assert len(passes) == steps + 1  # and READ
 
 
-def test_weights_are_trained_again_after_an_error():
+def test_requires_grad_is_restored_after_an_error():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2, train_backbone=True))
     before = [p.requires_grad for p in model.parameters()]
     handle = model.get_base_model().model.register_forward_hook(lambda *_: 1 / 0)
