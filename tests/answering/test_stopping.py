@@ -1,4 +1,4 @@
-"""Stop strings, however pieces and tokens fall on them."""
+"""Stop strings, however a stream splits them into pieces."""
 
 import pytest
 from hypothesis import example, given
@@ -17,7 +17,7 @@ from gradmem_adapter.answering.stopping import cut_at_stop, pieces_until_stop
         ("abc", ["a"], ("", True)),
     ],
 )
-def test_cut(text, stops, expected):
+def test_a_text_is_cut_at_its_first_stop_string(text, stops, expected):
     assert cut_at_stop(text, stops) == expected
 
 

@@ -1,4 +1,4 @@
-"""What engines are asked: 50 questions on 10 texts, and the states of these."""
+"""What engines are asked: 50 questions on 10 texts, and the states of these texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUESTIONS = (
     "How large is it?",
 )
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 0}
-"""Without the end of an answer, so that all tokens are compared: behind a refusal, too."""
+"""Answers do not end at the usual token, so that all tokens are compared, even those after a refusal."""
 
 
 def asked(pipeline: GradMemPipeline, texts: int = 10) -> tuple[list[str], MemoryState]:

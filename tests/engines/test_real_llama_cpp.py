@@ -17,12 +17,12 @@ def reader(pipeline, tmp_path_factory):
     return LlamaCppReader(pipeline.model, llama_cpp.Llama(str(path / "model.gguf"), n_ctx=512, verbose=False))
 
 
-def test_tokens_are_equal(reader, questions):
+def test_tokens_equal_those_of_transformers(reader, questions):
     given, expected = questions
     assert reader.generate(**given).tolist() == expected.tolist()
 
 
-def test_a_stream(reader, pipeline, questions):
+def test_a_stream_equals_the_pipelines_answer(reader, pipeline, questions):
     prompt, state = QUESTIONS[0], questions[0]["memory"][0]
     other = GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=reader)
     pieces = list(other.stream(prompt, memory=state, max_new_tokens=24, do_sample=False))

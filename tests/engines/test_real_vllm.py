@@ -27,7 +27,7 @@ LORA = {"enable_lora": True, "max_lora_rank": 16}
 
 @pytest.fixture(scope="module")
 def exported(pipeline, tmp_path_factory):
-    """The folders of both kinds of export."""
+    """The directories of both kinds of export."""
     root = tmp_path_factory.mktemp("exported")
     for merge in (True, False):
         export_model(pipeline.model, pipeline.tokenizer, root / str(merge), merge=merge)
@@ -35,12 +35,12 @@ def exported(pipeline, tmp_path_factory):
 
 
 def targets(path):
-    """What vLLM needs to be told of a LoRA: without it, it dies on the embedding."""
+    """The target modules of the LoRA: unless vLLM is told, it crashes on the embedding."""
     return sorted(json.loads((path / "lora" / "adapter_config.json").read_text())["target_modules"])
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "LoRA"])
-def test_offline(pipeline, questions, exported, merge):
+def test_offline_tokens_equal_those_of_transformers(pipeline, questions, exported, merge):
     given, expected = questions
     options = {} if merge else LORA | {"lora_target_modules": targets(exported[False])}
     llm = vllm.LLM(str(exported[merge]), enable_prompt_embeds=True, **SIZES, **options)
@@ -75,13 +75,13 @@ def answers(url):
         return False
 
 
-def test_server(pipeline, questions, server):
+def test_served_tokens_equal_those_of_transformers(pipeline, questions, server):
     given, expected = questions
     reader = VLLMReader(pipeline.model, server, name="memory")
     assert reader.generate(**given).tolist() == expected.tolist()
 
 
-def test_a_stream(pipeline, questions, server):
+def test_a_stream_equals_the_pipelines_answer(pipeline, questions, server):
     other = GradMemPipeline(
         pipeline.model, pipeline.tokenizer, reader=VLLMReader(pipeline.model, server, name="memory")
     )
@@ -90,8 +90,8 @@ def test_a_stream(pipeline, questions, server):
     assert ["".join(pieces)] == pipeline.generate(prompt, memory=state, **options)
 
 
-def test_chat(pipeline, questions, server):
-    """A client that has the exported states alone, and asks as it would ask any server."""
+def test_chat_with_exported_states(pipeline, questions, server):
+    """The client has only the exported states, and asks as it would ask any server."""
     given, expected = questions
     texts, length = prompt_embeds(pipeline.model, given["memory"]), given["input_ids"].shape[1]
     for i, (text, tokens) in enumerate(zip(texts, expected[:, length:].tolist(), strict=True)):
@@ -111,13 +111,13 @@ def test_chat(pipeline, questions, server):
             assert json.load(response)["choices"][0]["token_ids"] == tokens
 
 
-def test_the_backbone_is_not_taken_for_the_adapter(pipeline, questions, server):
+def test_the_backbone_is_not_mistaken_for_the_adapter(pipeline, questions, server):
     with pytest.raises(RuntimeError, match="does not serve the model"):
         VLLMReader(pipeline.model, server, name="backbone").generate(**questions[0])
 
 
-def test_an_end_of_ones_own(pipeline, questions, server):
-    """vLLM would end answers with the end token of the model, too."""
+def test_a_custom_end_token(pipeline, questions, server):
+    """By default vLLM would also end answers at the model's own end token."""
     few = {name: questions[0][name][:5] for name in ("input_ids", "attention_mask", "memory")}
     given = questions[0] | few | {"eos_token_id": 28}
     output = VLLMReader(pipeline.model, server, name="memory").generate(**given)

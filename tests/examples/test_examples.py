@@ -29,7 +29,7 @@ def test_quickstart_on_smollm(run):
     ]
 
 
-def test_train_on_your_rows_and_go_on(run, checkpoint, tmp_path):
+def test_train_on_your_rows_and_resume(run, checkpoint, tmp_path):
     rows = [
         {"context": tiny_text(12, seed=i), "queries": ["w1", "w2"], "targets": [tiny_text(2, i), tiny_text(1, i)]}
         for i in range(12)

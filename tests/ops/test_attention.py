@@ -58,7 +58,7 @@ def test_attention_with_a_double_backward_passes():
 
 
 @pytest.mark.parametrize("case", ["causal", "boolean mask", "additive mask", "gqa", "scale"])
-def test_plain_attention_equals_torch(case):
+def test_plain_attention_matches_torch(case):
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
     kwargs = {
         "causal": {"is_causal": True},

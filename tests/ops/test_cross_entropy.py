@@ -1,4 +1,4 @@
-"""Cross entropy in chunks, with its gradient found on the way forward or not, is PyTorch's."""
+"""Chunked cross entropy, fused with its gradient or not, matches PyTorch's."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_chunks_and_fusion_change_nothing(fused, positions, monkeypatch):
         torch.testing.assert_close(found, gradient)
 
 
-def test_first_choices_are_counted_where_wanted():
+def test_correct_tokens_are_counted_only_on_request():
     hidden, targets = torch.randn(1, 3, VOCABULARY), torch.randint(VOCABULARY, (1, 3))
     mask = torch.ones(1, 3, dtype=torch.bool)
     assert sequence_nll(hidden, targets, mask, lambda x: x, VOCABULARY, count_correct=False)[1] is None

@@ -10,7 +10,7 @@ from gradmem_adapter.utils.backbone import trunk, trunk_name
 
 
 def falcon_h1():
-    """Scales its logits by what it reads from its trunk."""
+    """Scales its logits by a factor that it reads from its trunk."""
     config = AutoConfig.for_model(
         "falcon_h1", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4,
@@ -20,7 +20,7 @@ def falcon_h1():
 
 
 def nameless():
-    """Its prefix is that of a larger model, as Llama 4's text model has it."""
+    """Its `base_model_prefix` is that of a larger model, as in Llama 4's text model."""
     model = tiny()
     model.base_model_prefix = "language_model"
     return model
@@ -31,7 +31,7 @@ MODELS |= {"falcon_h1": falcon_h1, "nameless": nameless}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_trunk_and_head_are_the_model(name):
+def test_trunk_and_head_equal_the_model(name):
     model, ids = MODELS[name](), tokens(2, 6)
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(ids)
@@ -40,7 +40,7 @@ def test_trunk_and_head_are_the_model(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_whatever_lies_behind_the_trunk_counts_as_the_head(name):
+def test_parameters_after_the_trunk_count_as_the_head(name):
     model = MODELS[name]().requires_grad_(False)
     tables = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     assert not trains_head(model)

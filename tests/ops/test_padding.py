@@ -31,25 +31,25 @@ def test_rows_of_vectors_are_padded_with_vectors():
     assert mask.tolist() == [[1, 1], [0, 1]]
 
 
-def test_padding_is_moved_to_the_right_wherever_it_was():
+def test_padding_anywhere_is_moved_to_the_right():
     ids = torch.tensor([[0, 0, 5, 6], [7, 0, 8, 0]])
     rows, lengths = move_padding_right(ids, (ids > 0).long())
     assert (rows.tolist(), lengths.tolist()) == ([[5, 6], [7, 8]], [2, 2])
     rows, lengths = move_padding_right(torch.tensor([[0, 5, 6], [0, 0, 8]]), torch.tensor([[0, 1, 1], [0, 0, 1]]))
-    assert (rows.tolist(), lengths.tolist()) == ([[5, 6], [8, 8]], [2, 1])  # a token of its own, not the pad token
+    assert (rows.tolist(), lengths.tolist()) == ([[5, 6], [8, 8]], [2, 1])  # its own token, not the pad token
     rows, lengths = move_padding_right(ids, None)
     assert torch.equal(rows, ids)
     assert lengths.tolist() == [4, 4]
 
 
-def test_a_tail_stands_right_behind_each_row():
+def test_a_tail_is_appended_to_each_row_without_a_gap():
     rows, lengths = torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([3, 1])
     joined, places = append(rows, lengths, torch.tensor([[1, 2], [3, 4]]))
     assert joined.tolist() == [[5, 6, 7, 1, 2], [8, 3, 4, 0, 0]]
     assert places.tolist() == [[3, 4], [1, 2]]
 
 
-def test_means_are_of_equal_parts():
+def test_part_means_split_each_row_evenly():
     values = torch.arange(8.0).view(2, 4, 1)
     means, counts = part_means(values, torch.tensor([4, 1]), 2)
     assert means[..., 0].tolist() == [[0.5, 2.5], [4.0, 0.0]]
