@@ -1,4 +1,4 @@
-"""A cache of an earlier turn goes on with the memory that it was made with, and with no other."""
+"""A cache from an earlier turn continues with the memory it was made with, and with no other."""
 
 import copy
 
@@ -55,7 +55,7 @@ def test_a_pipeline_without_memory_refuses_a_cache_with_one():
         pipeline.generate_ids(prompt, torch.ones_like(prompt), past_key_values=first.past_key_values, **options)
 
 
-def test_the_same_memory_from_elsewhere_is_not_refused(tmp_path):
+def test_the_same_memory_in_another_object_is_accepted(tmp_path):
     model = make()
     states = model.write(tokens(2, 9))
     states.save(tmp_path / "states.safetensors")
@@ -75,7 +75,7 @@ def test_the_same_memory_from_elsewhere_is_not_refused(tmp_path):
         turn(model, prompt, states[[0, 1, 0]], past_key_values=first.past_key_values)
 
 
-def test_vectors_that_were_changed_in_place_are_another_memory():
+def test_vectors_changed_in_place_count_as_another_memory():
     model = make()
     state = model.write(tokens(1, 9))
     first = turn(model, tokens(1, 4), state)
@@ -94,7 +94,7 @@ if hasattr(cache_utils, "Fp8QuantizedLayer"):  # the quantised one that needs no
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_new_caches_of_all_kinds(kind):
+def test_new_caches_of_every_kind_are_tied_to_their_memory(kind):
     model = make()
     state, other = model.write(tokens(1, 9)), model.write(tokens(1, 9, seed=3))
     cache = KINDS[kind](model.config)
@@ -110,7 +110,7 @@ def test_new_caches_of_all_kinds(kind):
         turn(model, longer(first), state, past_key_values=cache)
 
 
-def test_a_static_cache_of_our_own():
+def test_our_own_static_cache_is_tied_to_its_memory():
     model = make()
     state, other = model.write(tokens(1, 9)), model.write(tokens(1, 9, seed=3))
     first = turn(model, tokens(1, 4), state, cache_implementation="static", max_cache_len=40)
@@ -121,7 +121,7 @@ def test_a_static_cache_of_our_own():
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
-def test_several_rows_for_each_prompt(options):
+def test_a_cache_with_several_rows_per_prompt_is_tied_to_its_memory(options):
     """The cache has two rows for each prompt, which beams reorder."""
     model = make()
     states = model.write(tokens(2, 9))
@@ -135,7 +135,7 @@ def test_several_rows_for_each_prompt(options):
         turn(model, prompt, states, context_index=twice.flip(0), past_key_values=cache)
 
 
-def test_rows_that_were_taken_from_a_cache():
+def test_rows_selected_from_a_cache_keep_their_memory():
     model = make()
     states, other = model.write(tokens(3, 9)), model.write(tokens(2, 9, seed=3))
     first = turn(model, tokens(3, 4), states)
@@ -148,7 +148,7 @@ def test_rows_that_were_taken_from_a_cache():
     assert torch.equal(turn(model, prompt, states[rows], past_key_values=cache).sequences, expected)
 
 
-def test_the_cache_of_a_forward_pass():
+def test_the_cache_of_a_forward_pass_is_tied_to_its_memory():
     model = make()
     state, other = model.write(tokens(1, 9)), model.write(tokens(1, 9, seed=3))
     prompt = tokens(1, 6)
@@ -160,7 +160,7 @@ def test_the_cache_of_a_forward_pass():
     assert torch.equal(turn(model, prompt, state, past_key_values=cache).sequences, expected)
 
 
-def test_layers_that_count_no_tokens():
+def test_a_cache_that_counts_no_tokens_is_tied_to_its_memory():
     config = AutoConfig.for_model(
         "mamba", vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0
     )

@@ -11,7 +11,7 @@ from gradmem_adapter.read.prefix import Layout
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_forward_equals_the_equation(architecture):
+def test_forward_matches_the_equation(architecture):
     model = make(architecture)
     state = model.write(tokens(1, 9))
     query = tokens(1, 5, seed=1)
@@ -29,7 +29,7 @@ def test_forward_equals_the_equation(architecture):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_forward_of_a_padded_batch_equals_one_by_one(architecture, side):
+def test_a_padded_batch_gives_the_same_as_single_queries(architecture, side):
     model = make(architecture)
     state = model.write(tokens(3, 9))
     ids, mask = pad_left(ROWS, 8) if side == "left" else pad_right(ROWS, 8)
@@ -43,8 +43,8 @@ def test_forward_of_a_padded_batch_equals_one_by_one(architecture, side):
     torch.testing.assert_close(output.loss, sum(losses) / sum(map(len, ROWS)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_model_reads_queries_that_are_padded_on_the_left():
-    """The first such batch has the backbone tried out, which may not be compiled."""
+def test_a_compiled_model_reads_left_padded_queries():
+    """The first such batch triggers a trial of the backbone, which must not be compiled."""
     model = make()
     state, (ids, mask) = model.write(tokens(3, 9)), pad_left(ROWS)
     compiled = torch.compile(model, backend="eager")
@@ -81,7 +81,7 @@ def test_a_query_reads_several_states_side_by_side():
     torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_states_read_side_by_side():
+def test_states_side_by_side_form_one_prefix():
     model = make(num_control_tokens=0, memory_projection="none")
     a, b = model.write(tokens(1, 9)), model.write(tokens(1, 9, seed=3))
     both = type(a).concat([a, b])
@@ -93,7 +93,7 @@ def test_states_read_side_by_side():
     torch.testing.assert_close(model(input_ids=query, memory=both).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_write_and_read_in_one_pass_equal_two():
+def test_one_pass_of_write_and_read_equals_two_calls():
     model = make()
     context, query = tokens(2, 9), tokens(3, 5, seed=1)
     index = torch.tensor([0, 1, 1])
@@ -114,7 +114,7 @@ def test_write_and_read_in_one_pass_equal_two():
     torch.testing.assert_close(zero.memory[0], model.base_model.slots.gradmem_memory["default"])
 
 
-def test_without_memory_it_is_the_backbone():
+def test_without_memory_the_model_equals_the_backbone():
     model = make()
     query = tokens(2, 5, seed=1)
     torch.testing.assert_close(model(input_ids=query).logits, model.get_base_model()(input_ids=query).logits)
@@ -179,7 +179,7 @@ def embeddings(*shape):
         ),
     ],
 )
-def test_bad_input_is_named(arguments, error, message):
+def test_bad_input_is_refused(arguments, error, message):
     model = make()
     one = model.write(tokens(1, 9))
     named = {
@@ -206,7 +206,7 @@ def test_strict_false_reads_a_state_of_another_model():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_state_that_is_not_finite_is_read_by_nobody(value):
+def test_a_non_finite_state_is_refused_everywhere(value):
     model, ids = make(), tokens(2, 5)
     states = model.write(ids)
     states.vectors[1, 0, 0] = value
@@ -228,7 +228,7 @@ def test_a_state_that_is_not_finite_is_read_by_nobody(value):
 
 @pytest.mark.parametrize("keep", [2, 5, 7, -2, [2], [1, 3], [-1, 0], [True, False, True, False, True]])
 @pytest.mark.parametrize("padded", [False, True])
-def test_logits_to_keep_counts_places_of_the_query_as_without_memory(keep, padded):
+def test_logits_to_keep_counts_query_positions_only(keep, padded):
     model, query, mask = make(), tokens(2, 5, seed=1), torch.ones(2, 5, dtype=torch.long)
     keep = torch.tensor(keep) if isinstance(keep, list) else keep
     mask[0, :2] = 0 if padded else 1
@@ -239,7 +239,7 @@ def test_logits_to_keep_counts_places_of_the_query_as_without_memory(keep, padde
     torch.testing.assert_close(kept, full[:, slice(-keep, None) if isinstance(keep, int) else keep])
 
 
-def test_logits_to_keep_of_each_row():
+def test_logits_to_keep_can_differ_per_row():
     """Transformers takes such tensors from 5.23 on."""
     model, query = make(), tokens(2, 5, seed=1)
     places, mask = torch.tensor([[0, 4], [1, 2]]), torch.tensor([[1, 0, 0, 0, 1], [0, 1, 1, 1, 0]]).bool()
@@ -266,14 +266,14 @@ def test_logits_to_keep_of_each_row():
         ({"logits_to_keep": 2, "labels": tokens(2, 5)}, ValueError, "cannot be combined with labels or max_targets"),
     ],
 )
-def test_logits_to_keep_that_cannot_be(options, error, message):
+def test_invalid_logits_to_keep_is_refused(options, error, message):
     model = make()
     with pytest.raises(error, match=message):
         model(tokens(2, 5), memory=model.write(tokens(2, 9)), **options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_hidden_states_and_attentions_are_of_the_query_alone(architecture):
+def test_hidden_states_and_attentions_cover_the_query_only(architecture):
     model = make(architecture)
     backbone = model.get_base_model()
     backbone.set_attn_implementation("eager")
@@ -295,7 +295,7 @@ def test_hidden_states_and_attentions_are_of_the_query_alone(architecture):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
-def test_generate_returns_hidden_states_and_attentions_of_as_many_places_as_without_memory(options):
+def test_generate_returns_outputs_shaped_as_without_memory(options):
     model, ids = make(), tokens(2, 5, seed=1)
     model.get_base_model().set_attn_implementation("eager")
     options = {
@@ -308,7 +308,7 @@ def test_generate_returns_hidden_states_and_attentions_of_as_many_places_as_with
         assert places[0] == places[1]
 
 
-def test_what_routers_say_is_of_the_query_alone():
+def test_router_logits_cover_the_query_only():
     model, ids = make("mixtral"), tokens(2, 5)
     state = model.write(tokens(2, 9))
     whole = torch.cat([model.prefix_embeddings(state), model.get_input_embeddings()(ids)], dim=1)

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_generation_equals_argmax_without_cache(architecture):
+def test_greedy_generation_equals_argmax_without_a_cache(architecture):
     model = make(architecture)
     states = model.write(tokens(3, 9))
     ids, mask = pad_left(ROWS, 7)
@@ -52,7 +52,7 @@ def test_generate_equals_the_same_call_on_real_tokens(architecture, options):
 
 
 def test_checkpointed_layers_in_training_mode_are_refused():
-    """They drop their cache, and Transformers' generate goes on without a word."""
+    """They drop their cache, and Transformers' `generate` continues silently."""
     model = make("llama")
     state, options = model.write(tokens(1, 9)), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     expected = model.generate(tokens(1, 4), memory=state, **options)
@@ -63,7 +63,7 @@ def test_checkpointed_layers_in_training_mode_are_refused():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_second_turn_on_the_returned_cache(architecture):
+def test_a_second_turn_can_reuse_the_returned_cache(architecture):
     model = make(architecture)
     states = model.write(tokens(2, 9))
     ids, mask = pad_left([tokens(1, 5, seed=2)[0], tokens(1, 3, seed=3)[0]])
@@ -80,7 +80,7 @@ def test_a_second_turn_on_the_returned_cache(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_streamer_gets_prompt_and_new_tokens(architecture):
+def test_the_streamer_gets_prompt_and_new_tokens(architecture):
     class Ended(Collect):
         def end(self):
             self.pieces.append(None)
@@ -148,23 +148,23 @@ def test_static_cache_and_no_cache_give_the_same_text():
 )
 @pytest.mark.parametrize("how", ["keyword", "config"])
 def test_decoding_that_would_lose_the_memory_is_refused(options, how):
-    """Transformers gives other text than the model's with these and input embeddings, without an error."""
+    """With these and input embeddings, Transformers silently gives text that is not the model's."""
     model = make()
     state, name = model.write(tokens(1, 9)), next(iter(options))
-    if how == "config" and name != "assistant_model":  # which is no field of a GenerationConfig
+    if how == "config" and name != "assistant_model":  # which is not a field of GenerationConfig
         options = {"generation_config": GenerationConfig(**options)}
     with pytest.raises(NotImplementedError, match=f"cannot be combined with {name}"):
         model.generate(tokens(1, 6), memory=state, max_new_tokens=4, **options)
     assert model.generate(tokens(1, 6), memory=state, max_new_tokens=4, eos_token_id=None).shape == (1, 10)
 
 
-def test_continuous_batching_does_not_pass_over_a_memory():
+def test_continuous_batching_with_memory_is_refused():
     model = make()
     with pytest.raises(NotImplementedError, match=r"Use generate\(memory=...\)"):
         model.generate_batch([[5, 6]], memory=model.write(tokens(1, 9)))
 
 
-def test_what_a_passed_configuration_leaves_open_comes_from_the_models():
+def test_unset_fields_of_a_passed_config_come_from_the_models():
     """As in Transformers: the pad token for the inferred mask, and options that are refused."""
     model = make()
     states = model.write(tokens(3, 9))
@@ -177,7 +177,7 @@ def test_what_a_passed_configuration_leaves_open_comes_from_the_models():
         model.generate(ids[:1], memory=states[0], generation_config=config)
 
 
-def test_a_configuration_stands_behind_the_prompt_as_in_transformers():
+def test_the_second_positional_argument_is_the_generation_config():
     model, ids = make(), tokens(2, 5)
     for memory in (None, model.write(tokens(2, 9))):
         output = model.generate(ids, GenerationConfig(max_new_tokens=3, eos_token_id=[60]), memory=memory)
@@ -186,8 +186,8 @@ def test_a_configuration_stands_behind_the_prompt_as_in_transformers():
             model.generate(ids, torch.ones_like(ids), memory=memory)
 
 
-def test_padding_on_the_right_is_moved():
-    """Tokenizers pad there by default, and new tokens would follow the padding."""
+def test_right_padding_is_moved_to_the_left():
+    """Tokenizers pad on the right by default, and new tokens would follow the padding."""
     model = make()
     states, options = model.write(tokens(3, 9)), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     (left, left_mask), (right, right_mask) = pad_left(ROWS, 7), pad_right(ROWS, 7)
@@ -199,7 +199,7 @@ def test_padding_on_the_right_is_moved():
         model.generate(right, attention_mask=right_mask, memory=states, past_key_values=cache, **options)
 
 
-def test_arguments_with_an_entry_for_each_token():
+def test_per_token_arguments_other_than_the_default_are_refused():
     model = make()
     ids = tokens(2, 5)
     zeros, ones = torch.zeros_like(ids), torch.ones_like(ids)
@@ -217,8 +217,8 @@ def test_arguments_with_an_entry_for_each_token():
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("length", [{"max_new_tokens": 120}, {"max_length": 150}])
-def test_an_answer_ends_with_the_positions(architecture, length):
-    """96 of them. The last new token is not read, and needs none."""
+def test_an_answer_stops_at_the_last_position(architecture, length):
+    """The model has 96. The last new token is not read and needs none."""
     model = make(architecture)
     state, prompt = model.write(tokens(1, 6)), tokens(1, 40)
     room = 96 + 1 - 40 - model.prefix_length

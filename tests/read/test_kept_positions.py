@@ -1,4 +1,4 @@
-"""Backbones that keep something between two calls: by how much the positions behind images are off."""
+"""Backbones that keep something between calls: the offset of positions after images."""
 
 import pytest
 import torch
@@ -39,9 +39,9 @@ def backbone_of(kind):
     ("kind", "hooked"),
     [("qwen2_vl", False), ("qwen2_vl", True), ("qwen2_5_vl", False), ("qwen3_vl", False), ("qwen3_5", False)],
 )
-def test_what_an_earlier_call_left_reaches_no_memory_and_stays(kind, hooked):
+def test_the_offset_of_an_earlier_call_does_not_affect_memory(kind, hooked):
     backbone = backbone_of(kind)
-    if hooked:  # as a device map does it
+    if hooked:  # as a device map does
         add_hook_to_module(backbone, AlignDevicesHook(execution_device="cpu", io_same_device=True))
     model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, memory_init_std=0.5, start="context")).eval()
     context, query = tokens(2, 9) % 59, tokens(2, 5, seed=1) % 59
@@ -57,7 +57,7 @@ def test_what_an_earlier_call_left_reaches_no_memory_and_stays(kind, hooked):
     before = results()
     assert backbone.model.rope_deltas is None
     assert torch.equal(before[3], before[4])
-    backbone.model.rope_deltas = left = torch.tensor([[-3], [-4], [-5]])  # as behind three prompts with images
+    backbone.model.rope_deltas = left = torch.tensor([[-3], [-4], [-5]])  # as after three prompts with images
     for found, expected in zip(results(), before, strict=True):
         assert torch.equal(found, expected)
     assert backbone.model.rope_deltas is left

@@ -1,4 +1,4 @@
-"""How far memory supports an answer: the likelihood of its tokens, and a probability made of it."""
+"""How far memory supports an answer: the likelihood of its tokens, and a score derived from it."""
 
 import math
 
@@ -23,7 +23,7 @@ def make(architecture="llama", **config):
 
 
 def likelihood(model, query, answer, **memory):
-    """By the model's own forward, one row."""
+    """From the model's own forward, for one row."""
     ids = torch.tensor([[*query, *answer]])
     with torch.no_grad():
         logits = model(input_ids=ids, **memory).logits[0, len(query) - 1 : -1].log_softmax(-1)
@@ -31,7 +31,7 @@ def likelihood(model, query, answer, **memory):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
-def test_it_is_the_mean_of_the_tokens(architecture):
+def test_log_likelihood_is_the_mean_over_the_tokens(architecture):
     model = make(architecture).model
     states = model.write(tokens(3, 9))
     queries = [tokens(1, n, seed=n)[0].tolist() for n in (4, 2, 7)]
@@ -47,7 +47,7 @@ def test_it_is_the_mean_of_the_tokens(architecture):
     torch.testing.assert_close(one[0], model.log_likelihood(queries[:1], answers[:1], states[1])[0])
 
 
-def test_scores_come_with_the_answers():
+def test_answers_come_with_scores():
     pipeline = make()
     states = pipeline.write(CONTEXTS)
     scored = pipeline.generate(PROMPTS, memory=states, return_scores=True, **OPTIONS)
@@ -66,7 +66,7 @@ def test_scores_come_with_the_answers():
     assert [score for _, score in index] == pytest.approx([score for _, score in scored], abs=1e-4)
 
 
-def test_calibration_is_the_adapters():
+def test_scores_use_the_adapters_calibration():
     plain, calibrated = make(), make(score_calibration=[2.0, -0.5])
     assert calibrated.model.active_peft_config.score_calibration == (2.0, -0.5)
     state = plain.write(CONTEXTS[0])
@@ -89,12 +89,12 @@ def test_an_adapter_that_refuses_is_scored_by_its_refusal(calibration):
         assert score == pytest.approx(1 / (1 + math.exp(-scale * math.log((1 - p) / p) - offset)), rel=1e-4)
 
 
-def test_a_sure_refusal_and_a_sure_answer_have_scores():
+def test_scores_of_a_certain_refusal_and_a_certain_answer():
     assert scores(torch.tensor([0.0, -1e-9, -200.0]), None, 4).tolist() == pytest.approx([0, 4e-9, 1], abs=1e-9)
 
 
-def test_what_ends_early_is_scored_as_it_is_alone():
-    """What fills up a batch behind the end token is no part of an answer."""
+def test_an_answer_that_ends_early_gets_the_same_score_as_alone():
+    """Padding after the end token is not part of an answer."""
     pipeline = make()
     states = pipeline.write(CONTEXTS)
     first = pipeline.model.generate(pipeline.encode_prompts(PROMPTS[:1])[0], memory=states[0], **OPTIONS)
@@ -107,7 +107,7 @@ def test_what_ends_early_is_scored_as_it_is_alone():
     assert [score for _, score in scored] == pytest.approx(alone, abs=1e-4)
 
 
-def test_several_sequences():
+def test_several_sequences_per_prompt_are_scored():
     pipeline = make()
     states = pipeline.write(CONTEXTS)
     scored = pipeline.generate(
@@ -118,7 +118,7 @@ def test_several_sequences():
     assert scored[2].score == pytest.approx(best[0].score, abs=1e-4)
 
 
-def test_of_several_states_the_surest_answers():
+def test_the_surest_of_several_states_answers():
     pipeline = make(refusal="no idea")
     states = pipeline.write(CONTEXTS)
     for prompt in PROMPTS:
@@ -134,8 +134,8 @@ def test_of_several_states_the_surest_answers():
 
 
 @pytest.mark.parametrize("refusal", ["no idea", None])
-def test_which_states_are_read(refusal):
-    """Side by side, or the one that holds an answer: as the adapter was trained, or as it is asked for."""
+def test_select_reads_all_states_or_only_the_best(refusal):
+    """All side by side, or the one that holds an answer: as the adapter was trained, or as requested."""
     pipeline = make(refusal=refusal)
     states = pipeline.write(CONTEXTS)
     whole = MemoryState.concat(list(states))
@@ -165,28 +165,28 @@ def test_which_states_are_read(refusal):
 
 
 @pytest.mark.parametrize("refusal", ["no idea", None])
-def test_what_a_search_found_counts_beside_support(refusal):
+def test_search_scores_count_besides_support(refusal):
     pipeline = make(refusal=refusal)
     states = pipeline.write(CONTEXTS)
     for best in range(3):
         searched = [float(i == best) for i in range(3)]
         found = pipeline.surest_answer(PROMPTS[0], memory=states, search_scores=searched, **OPTIONS)
-        assert found.state == best  # untrained, none supports an answer much more than another
+        assert found.state == best  # untrained, no state supports an answer much more than another
         own = pipeline.generate(PROMPTS[0], memory=states[best], return_scores=True, **OPTIONS)[0]
         assert (found.text, found.score) == (own.text, pytest.approx(own.score, abs=1e-4))
     with pytest.raises(ValueError, match=r"3 states and 2 search scores"):
         pipeline.surest_answer(PROMPTS[0], memory=states, search_scores=[1.0, 0.0], **OPTIONS)
 
 
-def test_which_state_is_the_surest():
+def test_surest_weighs_support_against_search_scores():
     assert surest([0.2, 0.9, 0.9]) == 1
     assert surest([0.2, 0.9, 0.9], [0.0, 0.0, 0.0]) == 1
-    assert surest([0.9, 0.99], [5.0, 1.0]) == 0  # a fifth of the best score outweighs little more support
+    assert surest([0.9, 0.99], [5.0, 1.0]) == 0  # slightly more support does not make up for a fifth of the best score
     assert surest([0.001, 0.99], [5.0, 1.0]) == 1
     assert surest([1.0, 0.0], [1.0, 3.0]) == 0
 
 
-def test_the_support_of_several_prompts():
+def test_support_of_several_prompts():
     pipeline = make(refusal="no idea")
     states = pipeline.write(CONTEXTS)
     own = [pipeline.support(prompt, memory=state)[0] for prompt, state in zip(PROMPTS, states, strict=True)]
@@ -194,7 +194,7 @@ def test_the_support_of_several_prompts():
     assert pipeline.support(PROMPTS, memory=states[1])[1] == pytest.approx(own[1], abs=1e-4)
 
 
-def test_of_an_adapter_that_never_refuses_the_likeliest_answer_counts():
+def test_without_a_refusal_the_likeliest_answer_wins():
     pipeline = make()
     states = pipeline.write(CONTEXTS)
     each = [pipeline.generate(PROMPTS[0], memory=state, return_scores=True, **OPTIONS)[0] for state in states]
@@ -222,7 +222,7 @@ TWO = [[3, 4], [5]]
         ([[3], [3] * 93], [[4], [5, 6]], ValueError, "has 94 tokens, but at most 93 are allowed: .* 96 positions"),
     ],
 )  # fmt: skip
-def test_what_has_no_likelihood_is_named(architecture, queries, answers, error, message):
+def test_invalid_queries_and_answers_are_refused(architecture, queries, answers, error, message):
     model = make(architecture).model
     state = model.write(tokens(1, 5))
     assert model.log_likelihood([[3] * 93], [[4]], state).isfinite().all()  # the last token is not read
@@ -246,7 +246,7 @@ def test_a_question_without_room_for_the_refusal_is_refused(architecture):
         pipeline.support(tiny_text(91), memory=state)
 
 
-def test_refused():
+def test_invalid_score_settings_are_refused():
     with pytest.raises(ValueError, match="needs a memory"):
         make().generate(PROMPTS, return_scores=True)
     for wrong in (1.0, (1.0,), (0.0, 1.0), (1.0, float("nan")), "ab"):

@@ -12,7 +12,7 @@ from gradmem_adapter import GradMemConfig, get_peft_model
 
 @pytest.mark.parametrize("architecture", ["roberta", "llama"])
 def test_a_mask_of_ones_changes_nothing(architecture):
-    """RoBERTa's positions begin behind that of the padding."""
+    """RoBERTa's positions start after its padding index."""
     model = make(architecture)
     state, query = model.write(tokens(2, 9)), tokens(2, 5, seed=1)
     plain = model(input_ids=query, memory=state).logits
@@ -24,7 +24,7 @@ def test_a_mask_of_ones_changes_nothing(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["roberta"])
-def test_generation_equals_argmax_without_cache(architecture):
+def test_generation_equals_argmax_without_a_cache(architecture):
     model = make(architecture)
     states = model.write(tokens(3, 9))
     ids, mask = pad_left(ROWS, 7)
@@ -35,7 +35,7 @@ def test_generation_equals_argmax_without_cache(architecture):
         assert torch.equal(output[i, 7 - len(row) :], greedy_without_cache(model, states[i], row, 5))
 
 
-def test_padding_on_the_left_that_would_count_as_positions_is_refused():
+def test_left_padding_that_would_shift_positions_is_refused():
     """BART has absolute positions and takes no `position_ids`."""
     model = make("bart")
     state, query = model.write(tokens(2, 9)), tokens(2, 5, seed=1)
@@ -54,7 +54,7 @@ def test_padding_on_the_left_that_would_count_as_positions_is_refused():
 
 @pytest.mark.parametrize("architecture", ["bart", "llama"])
 def test_the_loss_is_the_shifted_cross_entropy(architecture):
-    """BART's own loss compares each place with its own token."""
+    """BART's own loss compares each position with its own token."""
     model = make(architecture)
     query = tokens(2, 5, seed=1)
     state = model.write(tokens(2, 9))
@@ -70,7 +70,7 @@ def test_the_loss_is_the_shifted_cross_entropy(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "roberta", "llama"])
-def test_a_query_behind_the_last_position_is_named(architecture):
+def test_a_query_beyond_the_last_position_is_refused(architecture):
     model = make(architecture, num_control_tokens=0)
     state, positions = model.write(tokens(1, 9)), model.positions
     assert positions == (94 if architecture == "roberta" else 96)
@@ -83,8 +83,8 @@ def test_a_query_behind_the_last_position_is_named(architecture):
             read(input_ids=tokens(1, positions - 2), memory=state)
 
 
-def test_positions_that_a_configuration_calls_otherwise():
-    """MPT has a table of biases for so many places, Whisper's decoder one of embeddings."""
+def test_position_limits_with_other_config_names():
+    """They limit a table of biases in MPT, and one of embeddings in Whisper's decoder."""
     names = {"mpt": "max_seq_len", "whisper": "max_target_positions"}
     sizes = {"vocab_size": 61, "d_model": 32, "n_heads": 4, "n_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
     for kind, name in names.items():
@@ -98,7 +98,7 @@ def test_positions_that_a_configuration_calls_otherwise():
             model.generate(tokens(1, 18), memory=state)
 
 
-def test_a_router_s_loss_is_added():
+def test_the_router_loss_is_added():
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -114,7 +114,7 @@ def test_a_router_s_loss_is_added():
 
 
 def bamba():
-    """Its `prepare_inputs_for_generation` hands on `inputs_embeds` without naming them."""
+    """Its `prepare_inputs_for_generation` passes on `inputs_embeds` without naming them."""
     return AutoConfig.for_model(
         "bamba", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=4,
@@ -133,7 +133,7 @@ def first_gpt():
 
 
 @pytest.mark.parametrize("config", [bamba, mamba, first_gpt])
-def test_backbones_with_another_cache_than_keys_and_values(config):
+def test_backbones_whose_cache_is_not_keys_and_values(config):
     torch.manual_seed(0)
     backbone = AutoModelForCausalLM.from_config(config())
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_backbones_with_another_cache_than_keys_and_values(config):
     assert model.fidelity(state, context).greedy.shape == (1,)
 
 
-def test_memory_that_generation_would_drop_is_refused():
+def test_a_backbone_whose_generation_drops_memory_is_refused():
     class Dropping(LlamaForCausalLM):
         def prepare_inputs_for_generation(self, input_ids, **kwargs):
             return {"input_ids": input_ids}

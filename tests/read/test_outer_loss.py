@@ -1,4 +1,4 @@
-"""The outer loss: of the targets alone, with whether they are first choices, and through WRITE."""
+"""The outer loss: of the targets only, with whether they are predicted correctly, and through WRITE."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from gradmem_adapter import GradMemConfig
 
 @pytest.mark.parametrize("trained", ["lora", "backbone"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "bert"])
-def test_loss_of_the_targets_alone_is_the_loss(architecture, trained):
-    """With padding on both sides; the head is trained with the backbone, and with a LoRA where it has layers for it."""
+def test_computing_only_the_targets_gives_the_same_loss(architecture, trained):
+    """With padding on both sides; the head is trained with the backbone, and with a LoRA if it covers the head."""
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False) if trained == "lora" else None
     model = make(architecture, lora_config=lora, train_backbone=trained == "backbone")
     ids, mask = (torch.cat(parts) for parts in zip(pad_left(ROWS, 7), pad_right(ROWS, 7), strict=True))
@@ -44,7 +44,7 @@ def test_rows_are_correct_if_every_target_is_the_first_choice():
     assert model(input_ids=ids, labels=labels, memory=state, max_targets=2).correct.tolist() == [True, False, True]
 
 
-def test_targets_that_would_be_left_out_are_refused():
+def test_more_targets_than_max_targets_are_refused():
     model = make()
     state, query = model.write(tokens(1, 9)), tokens(2, 4)
     with pytest.raises(ValueError, match="A query has 4 labels that count, but max_targets is 3"):
@@ -53,8 +53,8 @@ def test_targets_that_would_be_left_out_are_refused():
         model(input_ids=query, memory=state, max_targets=3)
 
 
-def test_the_sum_over_targets_is_divided_by_what_the_caller_counted():
-    """As Transformers' Trainer does over the micro-batches of a step."""
+def test_the_loss_is_divided_by_num_items_in_batch():
+    """As Transformers' Trainer expects over the micro-batches of a step."""
     model = make()
     state, query = model.write(tokens(1, 9)), tokens(2, 4)
     whole, few = (

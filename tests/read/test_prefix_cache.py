@@ -1,4 +1,4 @@
-"""A prefix is computed once per state, with the results of computing it anew."""
+"""A prefix is computed once per state, with the same results as without the cache."""
 
 import copy
 import gc
@@ -97,8 +97,8 @@ def test_a_window_shorter_than_prefix_and_text(architecture):
     assert len(model.prefix_cache) == 1
 
 
-def test_keys_that_a_longer_text_turns_otherwise():
-    """Phi-3's longrope: behind its first length all keys have other angles, those of the prefix, too."""
+def test_keys_whose_rotation_depends_on_the_text_length():
+    """Phi-3's longrope: beyond the original length all keys have other angles, including the prefix's."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     model = make(backbone=tiny(rope_parameters=rope))
@@ -110,7 +110,7 @@ def test_keys_that_a_longer_text_turns_otherwise():
         torch.testing.assert_close(generate(model, state, prompt, **options).logits, expected)
 
 
-def test_a_prefix_is_taken_up_without_a_copy_and_never_written_into():
+def test_a_cached_prefix_is_used_without_a_copy_and_never_overwritten():
     backbone = tiny("llama")
     heads, size = backbone.config.num_key_value_heads, backbone.config.head_dim
     prefix = tuple(
@@ -151,7 +151,7 @@ def _prefix(model, state):
     return model.prefix_cache.get(state, prefix_key(model.get_base_model(), model.base_model._fingerprinted()))
 
 
-def test_streaming():
+def test_streaming_with_a_cached_prefix():
     model = make()
     state, texts = model.write(tokens(1, 9)), []
     for _ in range(2):
@@ -173,11 +173,11 @@ def test_streaming():
     ],
     ids=["padding", "context_index", "no cache", "another cache", "hidden states"],
 )
-def test_where_nothing_is_reused(options):
+def test_options_that_prevent_reuse(options):
     model = make()
     state = model.write(tokens(1, 9))
     generate(model, state)
-    generate(model, state, **options)  # the first left-padded prompt takes passes that try the backbone out
+    generate(model, state, **options)  # the first left-padded prompt takes extra passes to try out the backbone
     with prefilled(model) as lengths:
         generate(model, state, **options)
     assert lengths[0] == PREFIX + QUERY
@@ -214,7 +214,7 @@ def change_vectors(model, state):
 
 
 @pytest.mark.parametrize("change", [change_backbone, change_slots, change_adapter, change_vectors])
-def test_changes_are_noticed(change):
+def test_changes_invalidate_the_prefix(change):
     model = make()
     state = model.write(tokens(1, 9))
     logits = {"return_dict_in_generate": True, "output_logits": True, "strict": False}
@@ -227,7 +227,7 @@ def test_changes_are_noticed(change):
     assert not torch.allclose(before, after)
 
 
-def test_a_rescaled_lora_is_noticed():
+def test_a_rescaled_lora_invalidates_the_prefix():
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = make(lora_config=lora)
     state = model.write(tokens(1, 9))
@@ -239,7 +239,7 @@ def test_a_rescaled_lora_is_noticed():
     assert lengths == [PREFIX + QUERY]
 
 
-def test_autocast_has_its_own():
+def test_autocast_has_its_own_prefix():
     model = make()
     state = model.write(tokens(1, 9))
     generate(model, state)
@@ -248,7 +248,7 @@ def test_autocast_has_its_own():
     assert lengths == [PREFIX + QUERY]
 
 
-def test_inference_mode():
+def test_a_prefix_from_inference_mode_can_be_reused():
     model = make()
     with torch.inference_mode():
         state = model.write(tokens(1, 9))
@@ -257,7 +257,7 @@ def test_inference_mode():
     assert torch.equal(generate(model, state), expected)
 
 
-def test_other_states_have_their_own():
+def test_each_state_has_its_own_prefix():
     model = make()
     states = model.write(tokens(2, 9))
     one, other = states[0], states[1]
@@ -270,7 +270,7 @@ def test_other_states_have_their_own():
     assert MemoryState.concat([one]) is one
 
 
-def test_an_entry_goes_with_its_state():
+def test_an_entry_is_dropped_with_its_state():
     model = make()
     states = [model.write(tokens(1, 9, seed=i)) for i in range(2)]
     for state in states:
@@ -283,7 +283,7 @@ def test_an_entry_goes_with_its_state():
     assert model.prefix_cache.nbytes == half
 
 
-def test_the_bound_holds_and_the_oldest_goes_first():
+def test_the_size_limit_drops_the_least_recently_used_prefix():
     model = make()
     states = [model.write(tokens(1, 9, seed=i)) for i in range(3)]
     cache = model.prefix_cache
@@ -294,7 +294,7 @@ def test_the_bound_holds_and_the_oldest_goes_first():
     tensors = [tensor for layer in _prefix(model, states[0]) for tensor in layer]
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)  # no view of a longer cache
     cache.max_bytes = 2 * one
-    for i in (1, 0, 2):  # the first is used again before the third comes
+    for i in (1, 0, 2):  # the first is used again before the third is added
         generate(model, states[i])
     assert cache.nbytes == 2 * one
     with prefilled(model) as lengths:
@@ -321,7 +321,7 @@ def test_copies_of_a_model_start_empty():
     assert not any("prefix_cache" in name for name in model.state_dict())
 
 
-def test_threads():
+def test_threads_can_share_the_cache():
     """Several at once on the same states, with a bound that makes them drop each other's entries."""
     model = make()
     states = [model.write(tokens(1, 9, seed=i)) for i in range(3)]
@@ -370,7 +370,7 @@ def test_clear_and_a_cache_outlived_by_its_states():
 
 
 def test_compiled_layers_keep_prefixes():
-    """Where sizes are symbols, tensors have no `nbytes`."""
+    """With symbolic sizes, tensors have no `nbytes`."""
     model = make("llama")
     state, query = model.write(tokens(1, 9)), tokens(1, 5)
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}

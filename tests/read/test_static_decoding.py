@@ -1,4 +1,4 @@
-"""Decoding into a static cache gives the tokens of the default one, and leaves the model as it is."""
+"""Decoding into a static cache gives the same tokens as the default cache, and leaves the model unchanged."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WINDOWS = ("gemma3_text", "mistral")
 
 
 def both(model, ids, **options):
-    """What is generated into the default cache and into a static one, at first and with the prefix that was kept."""
+    """What is generated with the default cache, and with a static one without and with a kept prefix."""
     options = {"max_new_tokens": 20, "eos_token_id": None, "do_sample": False} | options
     model.prefix_cache.clear()
     static = [model.generate(ids, **STATIC, **options) for _ in range(2)]
@@ -29,7 +29,7 @@ def assert_all_equal(expected, *others):
 
 
 @pytest.mark.parametrize("architecture", [*USUAL, *WINDOWS, "bert", "roberta"])
-def test_uneven_questions_on_a_state_each(architecture):
+def test_questions_of_different_lengths_on_one_state_each(architecture):
     model = make(architecture)
     state = model.write(tokens(3, 9))
     for pad in (pad_left, pad_right):
@@ -46,7 +46,7 @@ def test_questions_of_one_length(architecture, states, beams):
     assert_all_equal(*both(model, tokens(4, 5, seed=1), memory=state, num_beams=beams, num_return_sequences=beams))
 
 
-def test_samples_and_early_ends():
+def test_sampling_and_early_ends():
     model = make()
     state, ids = model.write(tokens(2, 9)), tokens(2, 5, seed=1)
 
@@ -96,7 +96,7 @@ def test_tokens_are_streamed():
     assert torch.equal(torch.cat(streamer.pieces), output[0])
 
 
-def test_a_default_of_the_model_counts():
+def test_the_models_default_cache_is_used():
     model = make()
     state, ids, backbone = model.write(tokens(1, 9)), tokens(1, 5, seed=1), model.get_base_model()
     expected = model.generate(ids, memory=state)
@@ -108,7 +108,7 @@ def test_a_default_of_the_model_counts():
     assert set(backbone.__dict__) == before
 
 
-def test_what_asks_for_more_is_left_to_transformers():
+def test_unsupported_options_are_left_to_transformers():
     model = make()
     backbone = model.get_base_model()
     assert own_cache(backbone, STATIC) == "static"
@@ -124,7 +124,7 @@ def test_what_asks_for_more_is_left_to_transformers():
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator can be offloaded from")
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
-def test_without_an_accelerator_nothing_can_be_offloaded_from_it(kind):
+def test_offloaded_caches_need_an_accelerator(kind):
     model = make()
     state, ids = model.write(tokens(1, 9)), tokens(1, 5, seed=1)
     with pytest.raises(ValueError, match=f"'{kind}' moves layers of the cache between an accelerator and the CPU"):
@@ -132,8 +132,8 @@ def test_without_an_accelerator_nothing_can_be_offloaded_from_it(kind):
 
 
 @pytest.mark.parametrize("kind", ["bamba", "falcon_h1", "mamba", "openai-gpt"])
-def test_backbones_that_are_not_of_attention_alone(kind):
-    """States that are no keys and values: Transformers makes the cache."""
+def test_backbones_with_more_than_attention(kind):
+    """Their states are not only keys and values, so Transformers makes the cache."""
     fields = {
         "bamba": {
             "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1,

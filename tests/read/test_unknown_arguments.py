@@ -1,4 +1,4 @@
-"""Keyword arguments that nobody knows, with which an answer would come without the memory that was meant."""
+"""Unknown keyword arguments, with which an answer could silently come without its memory."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_a_misspelt_memory_is_refused(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_transformers_knows_is_not_refused(architecture):
+def test_arguments_that_transformers_knows_are_accepted(architecture):
     model, ids = make(architecture), tokens(1, 5)
     options = {"use_cache": False, "return_dict": True, "output_hidden_states": True, "logits_to_keep": 1}
     for memory in ({}, {"memory": model.write(ids)}, {"context_input_ids": ids}):
@@ -30,8 +30,8 @@ def test_what_transformers_knows_is_not_refused(architecture):
     model(input_ids=ids, labels=ids, shift_labels=ids)
 
 
-def test_a_backbone_that_takes_anything(monkeypatch):
-    """Somebody else's, which does not say what it does with it."""
+def test_a_backbone_that_accepts_any_keyword(monkeypatch):
+    """Custom code that does not say what it does with them."""
     model, ids = make(), tokens(1, 5)
     forward = model.get_base_model().forward
 
