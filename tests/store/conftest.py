@@ -22,5 +22,5 @@ def store(tmp_path):
 
 @pytest.fixture
 def keys(store, pipeline):
-    """Of four texts in `store`, from three sources."""
+    """The keys of four texts in `store`, from three sources."""
     return store.add(pipeline, TEXTS, sources=NAMES, offsets=PLACES)

@@ -54,29 +54,29 @@ class TestWords:
     def test_the_best_text_comes_first(self, filled, pipeline, query, best):
         assert texts(filled.choose(pipeline, query))[0] == best
 
-    def test_words_that_make_a_question_do_not_count(self, filled, pipeline):
+    def test_question_words_do_not_count(self, filled, pipeline):
         assert texts(filled.choose(pipeline, "What is the lighthouse?")) == [2]
 
-    def test_a_question_of_nothing_else_asks_for_them(self, filled, pipeline):
+    def test_a_query_of_question_words_alone_searches_for_them(self, filled, pipeline):
         assert texts(filled.choose(pipeline, "What happens?"))[0] == 3
         assert texts(filled.choose(pipeline, "What about that?")) == [3]
 
-    def test_scores_fall_and_there_are_k_at_most(self, filled, pipeline):
+    def test_at_most_k_states_are_returned_best_first(self, filled, pipeline):
         choices = filled.choose(pipeline, "heron frogs lake water", k=2)
         assert len(choices) == 2
         assert choices[0].score > choices[1].score > 0
 
     @pytest.mark.parametrize("query", ["quantum", "", "?!"])
-    def test_nothing_is_chosen_for_words_that_no_text_has(self, filled, pipeline, query):
+    def test_nothing_is_chosen_for_words_in_no_text(self, filled, pipeline, query):
         assert filled.choose(pipeline, query) == []
 
-    def test_of_one_source(self, filled, pipeline):
+    def test_the_search_can_be_limited_to_one_source(self, filled, pipeline):
         filled.add(pipeline, PASSAGES[:1], sources="copy.txt")
         (choice,) = filled.choose(pipeline, "heron", source="copy.txt")
         assert (choice.entry.source, choice.entry.text) == ("copy.txt", PASSAGES[0])
         assert len(filled.choose(pipeline, "heron")) == 2
 
-    def test_the_chosen_states_are_read_side_by_side(self, filled, pipeline):
+    def test_chosen_states_can_be_read_side_by_side(self, filled, pipeline):
         chosen = filled.choose(pipeline, "heron frogs")
         memory = MemoryState.concat([filled.get(choice.entry.key) for choice in chosen])
         assert memory.num_memory_tokens == 3 * len(chosen)
@@ -93,7 +93,7 @@ class TestEmbedding:
         filled.choose(pipeline, "heron", embedding=embedding)
         assert calls == [1, 6, 1, 1, 1]
 
-    def test_vectors_are_read_once_and_again_when_any_process_has_changed_the_index(self, filled, pipeline):
+    def test_vectors_are_reread_only_when_the_index_has_changed(self, filled, pipeline):
         embedding = letters([])
         best = filled.choose(pipeline, "heron", k=1, embedding=embedding)
         known = filled.index.vectors
@@ -101,7 +101,7 @@ class TestEmbedding:
         assert filled.index.vectors is known
         other = MemoryStore(filled.path)
         (last,) = other.entries("vogel.txt")
-        other.delete([last.key])  # whose number in the index is the next one's
+        other.delete([last.key])  # its number in the index goes to the next one
         other.add(pipeline, "heron heron heron")
         for store in (filled, other, MemoryStore(filled.path)):
             (choice,) = store.choose(pipeline, "heron", k=1, embedding=embedding)
@@ -120,7 +120,7 @@ class TestEmbedding:
         found = torch.tensor([choice.score for choice in choices])
         torch.testing.assert_close(found, expected.sort(descending=True).values)
 
-    def test_it_finds_what_has_none_of_the_words(self, filled, pipeline):
+    def test_it_finds_texts_with_none_of_the_words(self, filled, pipeline):
         same = "qatspp"
         embedding = Embedding(
             "topic", lambda batch: [[1.0, 0.0] if "Genoa" in t or t == same else [0.0, 1.0] for t in batch]
@@ -128,7 +128,7 @@ class TestEmbedding:
         assert texts(filled.choose(pipeline, same, k=1, embedding=embedding)) == [2]
 
     @pytest.mark.parametrize("kind", [list, torch.tensor])
-    def test_questions_may_be_embedded_in_another_way(self, filled, pipeline, kind):
+    def test_queries_can_have_their_own_embedding(self, filled, pipeline, kind):
         embedding = Embedding(
             "topic",
             lambda batch: [[1.0, 0.0] if "Genoa" in t else [0.0, 1.0] for t in batch],
@@ -139,7 +139,7 @@ class TestEmbedding:
     @pytest.mark.parametrize(
         "embed", [lambda batch: [[1.0]], lambda batch: [1.0] * len(batch), lambda batch: [[float("nan")]] * len(batch)]
     )
-    def test_what_is_no_embedding_is_refused(self, filled, pipeline, embed):
+    def test_an_invalid_embedding_is_refused(self, filled, pipeline, embed):
         with pytest.raises(ValueError, match="'broken' must return one vector of finite numbers for each text"):
             filled.choose(pipeline, "heron", embedding=Embedding("broken", embed))
 
@@ -150,8 +150,8 @@ class TestEmbedding:
 
 
 class TestLikelihood:
-    def test_what_explains_the_question_comes_first(self, filled, pipeline):
-        """Scores and likelihoods of the whole shortlist decide; `forward` says what the likelihoods are."""
+    def test_the_state_that_best_explains_the_question_comes_first(self, filled, pipeline):
+        """Scores and likelihoods of the whole shortlist decide; `forward` gives the expected likelihoods."""
         query = "w3 w4 heron frogs water"
         words = filled.choose(pipeline, query, k=6)
         chat, _ = pipeline.format_query(query)
@@ -169,15 +169,15 @@ class TestLikelihood:
             sorted(expected.values(), reverse=True)[:2], abs=1e-4
         )
 
-    def test_a_short_list(self, filled, pipeline):
+    def test_a_shortlist_of_k_keeps_the_choice(self, filled, pipeline):
         best = filled.choose(pipeline, "heron frogs", k=2)
         found = filled.choose(pipeline, "heron frogs", k=2, shortlist=2)
         assert {choice.entry.key for choice in found} == {choice.entry.key for choice in best}
         assert filled.choose(pipeline, "quantum", shortlist=9) == []
 
     @pytest.mark.parametrize("query", ["quantum", ""])
-    def test_scores_that_are_not_above_zero(self, filled, pipeline, monkeypatch, query):
-        """The share of the best would turn the order of those below, and there is none of 0."""
+    def test_scores_of_zero_or_below(self, filled, pipeline, monkeypatch, query):
+        """Dividing by the best score would reverse the order of negative scores, and is undefined for 0."""
         monkeypatch.setattr(pipeline.model, "log_likelihood", lambda before, *_: torch.zeros(len(before)))
         for at, best in (([0.0, 0.0], 0.0), ([0.0, 1.0], None)):
             embedding = Embedding(
@@ -188,7 +188,7 @@ class TestLikelihood:
             assert texts(found) == texts(plain)
             assert best is None or found[0].score == best
 
-    def test_a_word_of_the_format_is_not_taken_for_the_question(self, filled, monkeypatch):
+    def test_a_word_of_the_format_is_not_mistaken_for_the_question(self, filled, monkeypatch):
         asked = []
         pipeline = tiny_pipeline(query_format="QUERY w1 {query}")
         monkeypatch.setattr(
@@ -200,26 +200,26 @@ class TestLikelihood:
 
 class TestRefusals:
     @pytest.mark.parametrize("shortlist", [1, -1, 2.5])
-    def test_a_shortlist_that_is_shorter_than_what_is_wanted(self, filled, pipeline, shortlist):
+    def test_a_shortlist_shorter_than_k(self, filled, pipeline, shortlist):
         with pytest.raises(ValueError, match=r"shortlist must be 0 or an integer of at least k \(2\)"):
             filled.choose(pipeline, "heron", 2, shortlist=shortlist)
 
     @pytest.mark.parametrize("k", [0, -1, 2.0, True])
-    def test_k(self, filled, pipeline, k):
+    def test_an_invalid_k(self, filled, pipeline, k):
         with pytest.raises(ValueError, match="k, the number of states to return, must be an integer"):
             filled.choose(pipeline, "heron", k)
 
-    def test_more_than_there_are(self, filled, pipeline):
+    def test_a_huge_k_returns_all_there_are(self, filled, pipeline):
         assert (
             len(filled.choose(pipeline, "heron", 2**70))
             == len(filled.choose(pipeline, "heron", 1, shortlist=2**70)) + 1
         )
 
-    def test_a_question_that_is_no_text(self, filled, pipeline):
+    def test_a_query_that_is_not_text(self, filled, pipeline):
         with pytest.raises(TypeError, match="The query must be a text, got bytes"):
             filled.choose(pipeline, b"heron")
 
-    def test_half_a_character(self, filled, pipeline):
+    def test_a_query_with_half_a_character(self, filled, pipeline):
         with pytest.raises(ValueError, match="half a character"):
             filled.choose(pipeline, "heron \ud800")
 
@@ -245,7 +245,7 @@ class TestRefusals:
 class TestOfWholeTexts:
     @pytest.fixture
     def halved(self, store, pipeline):
-        """Four of nine segments of a document, which a question fits best, and the same in part in whole texts."""
+        """Four of a document's nine segments, which match a question best, and two whole texts that match less."""
         parts = ["heron one", "heron two", "heron three", "heron four"]
         places = [(i, i + 1) for i in range(4)]
         store.add(pipeline, parts, sources="a part", offsets=places, metadata=[{"segments": 9}] * 4)
@@ -253,14 +253,14 @@ class TestOfWholeTexts:
         return store
 
     @pytest.mark.parametrize("how", [{}, {"embedding": letters([])}])
-    def test_what_is_not_whole_takes_nobodys_place(self, halved, pipeline, how):
+    def test_incomplete_documents_do_not_displace_whole_ones(self, halved, pipeline, how):
         assert {one.entry.source for one in halved.choose(pipeline, "heron", 4, **how)} == {"a part"}
         chosen = halved.choose(pipeline, "heron", 2, whole=True, **how)
         assert [one.entry.source for one in chosen] == ["b", "c"]
         assert all(halved.is_whole(one.entry) for one in chosen)
         assert len(halved.choose(pipeline, "heron", 1, whole=True, **how)) == 1
 
-    def test_of_keys(self, halved, pipeline):
+    def test_the_search_can_be_limited_to_keys(self, halved, pipeline):
         two = {entry.key for entry in halved.entries("a part") if entry.text in ("heron two", "heron four")}
         for how in ({}, {"embedding": letters([])}):
             assert {one.entry.key for one in halved.choose(pipeline, "heron", keys=two, **how)} == two

@@ -1,4 +1,4 @@
-"""What is wrong with a store is found and named; what is whole goes on, and what is forgotten is gone."""
+"""Faults in a store are found and named, whole states stay usable, and forgotten ones are gone."""
 
 import threading
 from pathlib import Path
@@ -21,14 +21,14 @@ def damage(file):
 
 
 class TestVerify:
-    def test_whole(self, store, keys):
+    def test_a_whole_store(self, store, keys):
         report = store.verify()
         assert (report.ok, report.states, report.leftovers) == (True, 4, ())
 
-    def test_nothing(self, store):
+    def test_an_empty_store(self, store):
         assert store.verify().ok
 
-    def test_everything_wrong_is_named(self, store, keys):
+    def test_every_fault_is_named(self, store, keys):
         damage(file_of(store, keys[0]))
         file_of(store, keys[1]).unlink()
         with store.index.writing() as connection:
@@ -45,7 +45,7 @@ class TestVerify:
         assert report.leftovers == (f"{PREFIX}1-x", "states/notes.txt")
         assert store.get(keys[3])
 
-    def test_what_the_index_says_otherwise(self, store, keys):
+    def test_an_index_that_contradicts_its_states(self, store, keys):
         with store.index.writing() as connection:
             connection.execute("UPDATE places SET source = 'other' WHERE source = 'a.txt'")
         assert store.verify().unlisted == (keys[1],)
@@ -53,7 +53,7 @@ class TestVerify:
         assert store.verify().ok
         assert {entry.source for entry in store.entries()} == set(NAMES)
 
-    def test_a_state_that_the_system_keeps_back_is_named_and_stays(self, store, keys):
+    def test_an_unreadable_state_is_named_and_kept(self, store, keys):
         file = file_of(store, keys[0])
         file.rename(file.with_name("kept"))
         file.mkdir()
@@ -68,7 +68,7 @@ class TestVerify:
     @pytest.mark.parametrize(
         "damage", ["places SET metadata = '{'", "places SET start = 'x'", "states SET key = '../x'"]
     )
-    def test_what_no_store_writes_into_an_index(self, store, keys, damage):
+    def test_invalid_rows_of_the_index(self, store, keys, damage):
         with store.index.writing() as connection:
             connection.execute("PRAGMA defer_foreign_keys = ON")
             connection.execute(f"UPDATE {damage} WHERE key = ?", keys[:1])
@@ -78,7 +78,7 @@ class TestVerify:
         assert store.rebuild().ok
         assert store.verify().ok
 
-    def test_pages_of_the_index(self, store, keys):
+    def test_damaged_pages_of_the_index(self, store, keys):
         data = bytearray(store.index.path.read_bytes())
         data[4096 + 8 : 5 * 4096] = bytes(4 * 4096 - 8)
         store.index.path.write_bytes(data)
@@ -98,12 +98,12 @@ class TestGc:
         store.add(pipeline, TEXTS, sources=NAMES)
         assert len(store) == 4
 
-    def test_only_what_is_to_be_kept(self, store, keys):
+    def test_keep_limits_what_stays(self, store, keys):
         assert set(store.gc(keep=keys[:1])) == set(keys[1:])
         assert [entry.key for entry in store.entries()] == keys[:1]
         assert len(list((store.path / "states").rglob("*.safetensors"))) == 1
 
-    def test_one_key_or_what_is_none(self, store, keys):
+    def test_keep_takes_a_single_key_and_refuses_invalid_ones(self, store, keys):
         for wrong in ("", "x", [keys[0], "x"]):
             with pytest.raises(ValueError, match="32 hexadecimal digits"):
                 store.gc(keep=wrong)
@@ -113,7 +113,7 @@ class TestGc:
 
 
 class TestForget:
-    def test_is_gone_from_the_disk(self, tmp_path, pipeline):
+    def test_a_forgotten_source_is_gone_from_the_disk(self, tmp_path, pipeline):
         store = MemoryStore(tmp_path)
         store.add(pipeline, ["abcdef w1 w2"], sources="secret.txt")
         store.add(pipeline, TEXTS, sources="others.txt")
@@ -123,7 +123,7 @@ class TestForget:
             assert not any(word in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
         assert store.verify().states == 4
 
-    def test_what_another_source_has_too_stays(self, store, keys, pipeline):
+    def test_states_shared_with_another_source_stay(self, store, keys, pipeline):
         store.add(pipeline, TEXTS[:1], sources="d.txt")
         before = store.get(keys[0])
         assert store.forget("b.txt") == 1
@@ -133,7 +133,7 @@ class TestForget:
         assert store.forget("d.txt") == 1
         assert not file_of(store, keys[0]).exists()
 
-    def test_some_of_a_source(self, store, keys, pipeline):
+    def test_some_keys_of_a_source_can_be_forgotten(self, store, keys, pipeline):
         assert store.add(pipeline, TEXTS[:2], sources="d.txt") == keys[:2]
         (own,) = store.add(pipeline, ["w9 w8"], sources="d.txt")
         assert store.forget("d.txt", [own, keys[0], "0" * 32]) == 1
@@ -144,8 +144,8 @@ class TestForget:
             store.forget("d.txt", ["../x"])
 
     @pytest.mark.parametrize("turn", [1, 2], ids=["is seen to be there", "is read"])
-    def test_while_another_process_finds_the_text_elsewhere(self, store, pipeline, monkeypatch, turn):
-        """It is written again where it is gone, and what was forgotten does not come back with it."""
+    def test_forgetting_while_another_process_adds_the_text(self, store, pipeline, monkeypatch, turn):
+        """It is written again if it is gone, and the forgotten source does not come back with it."""
         (key,) = store.add(pipeline, TEXTS[0], sources="a.txt")
         store.add(pipeline, TEXTS[1], sources="a.txt")
         read_file, reads = files.read_file, []
@@ -166,7 +166,7 @@ class TestForget:
         assert store.verify().ok
         assert store.get(key).equal(pipeline.write(TEXTS[0]))
 
-    def test_the_words_of_others_are_not_gone_through_where_nothing_goes(self, store, keys, pipeline, monkeypatch):
+    def test_nothing_is_overwritten_when_nothing_is_removed(self, store, keys, pipeline, monkeypatch):
         store.add(pipeline, TEXTS, sources="d.txt")
         monkeypatch.setattr(upkeep, "_overwrite", None)
         assert store.forget("d.txt") == store.forget("unknown") == 0
@@ -181,7 +181,7 @@ class TestForget:
 
 class TestRebuild:
     @pytest.mark.parametrize("wrong", ["lost", "damaged", "whole"])
-    def test_is_as_before(self, store, keys, pipeline, wrong):
+    def test_the_rebuilt_index_equals_the_old_one(self, store, keys, pipeline, wrong):
         before = list(store.entries())
         if wrong == "lost":
             store.index.path.unlink()

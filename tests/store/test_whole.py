@@ -1,4 +1,4 @@
-"""Whether a document is stored to its end, where its source was written more than once."""
+"""Whether a document is stored completely when its source was written more than once."""
 
 import pytest
 from tiny import tiny_text
@@ -24,7 +24,7 @@ def whole_texts(store):
     return [[entry.text for entry in group] for group in whole_documents(store.entries()).values()]
 
 
-def test_halves_that_were_written_in_two_ways_are_no_whole(store, pipeline):
+def test_halves_written_with_different_options_are_not_whole(store, pipeline):
     add_some(store, pipeline, TEXT, [0, 1], steps=1)
     add_some(store, pipeline, TEXT, [0], steps=2)
     assert not any(map(store.is_whole, store.entries()))
@@ -33,7 +33,7 @@ def test_halves_that_were_written_in_two_ways_are_no_whole(store, pipeline):
     assert whole_texts(store) == [SENTENCES[:3]]
 
 
-def test_halves_of_two_texts_are_no_whole(store, pipeline):
+def test_halves_of_two_texts_are_not_whole(store, pipeline):
     add_some(store, pipeline, TEXT, [0, 1])
     add_some(store, pipeline, EDITED, [2])
     assert not any(map(store.is_whole, store.entries()))
@@ -41,8 +41,8 @@ def test_halves_of_two_texts_are_no_whole(store, pipeline):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_what_the_edited_text_shares_is_its_own(store, pipeline, known):
-    """Where nobody said which text segments are of, too: of those at one place the last counts."""
+def test_an_edited_text_includes_the_segments_it_shares(store, pipeline, known):
+    """Also if segments do not say which text they belong to: at each place the last one counts."""
     for text in (TEXT, EDITED):
         if known:
             store.add_document(pipeline, text, **HOW)
@@ -58,7 +58,7 @@ def test_what_the_edited_text_shares_is_its_own(store, pipeline, known):
     assert whole_texts(store) == [[*SENTENCES[:2], SENTENCES[3]]]
 
 
-def test_two_whole_texts_of_a_source_stay_apart_and_the_last_is_at_the_end(store, pipeline):
+def test_whole_texts_of_one_source_stay_separate_and_in_order(store, pipeline):
     other = " ".join(reversed(SENTENCES))
     for text in (TEXT, other):
         store.add_document(pipeline, text, **HOW)
@@ -67,13 +67,13 @@ def test_two_whole_texts_of_a_source_stay_apart_and_the_last_is_at_the_end(store
     assert all(map(store.is_whole, store.entries()))
 
 
-def test_what_callers_say_of_a_document_does_not_mix_two(store, pipeline):
+def test_the_callers_metadata_does_not_mix_two_documents(store, pipeline):
     for text in (TEXT, " ".join(reversed(SENTENCES[:3]))):
         store.add_document(pipeline, text, metadata={"document": "notes", "title": "Notes"}, **HOW)
     assert whole_texts(store) == [SENTENCES[:3], SENTENCES[2::-1]]
 
 
-def test_whether_a_document_is_whole_is_counted_and_not_read(store, pipeline, monkeypatch):
+def test_is_whole_counts_segments_without_reading_texts(store, pipeline, monkeypatch):
     store.add_document(pipeline, TEXT, **HOW)
     add_some(store, pipeline, EDITED, [2])
     entries, made = list(store.entries()), []
@@ -87,13 +87,13 @@ def test_whether_a_document_is_whole_is_counted_and_not_read(store, pipeline, mo
         store.is_whole(entries[0])
 
 
-def test_segments_without_places_are_told_apart_by_their_texts():
+def test_segments_without_places_are_distinguished_by_their_keys():
     parts = [Entry(key=key, source="a", metadata={"segments": 2}) for key in ("1", "2")]
     assert list(whole_documents(parts).values()) == [parts]
     assert not whole_documents(parts[:1])
 
 
-def test_what_nobody_says_is_a_document_is_taken_as_it_is():
+def test_entries_that_are_not_segments_are_kept_as_they_are():
     notes = [Entry(key=key, source="a") for key in ("1", "2")]
     alone = [Entry(key="3", metadata={"segments": 9})]
     assert list(whole_documents([*notes, *alone]).values()) == [notes, alone]
