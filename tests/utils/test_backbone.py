@@ -19,7 +19,7 @@ from gradmem_adapter import GradMemConfig
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "masked", "not a decoder", "headless", "no transformer"])
-def test_what_is_no_causal_lm_is_refused(kind):
+def test_models_that_are_not_causal_lms_are_refused(kind):
     bert = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model, message = {
         "encoder-decoder": lambda: (
@@ -36,8 +36,8 @@ def test_what_is_no_causal_lm_is_refused(kind):
 
 
 @pytest.mark.parametrize("how", ["by PEFT", "by Transformers"])
-def test_a_backbone_that_carries_an_adapter_is_refused(how):
-    """PEFT would take both for adapters of one method."""
+def test_a_backbone_that_already_has_an_adapter_is_refused(how):
+    """PEFT would treat both as adapters of one method."""
     lora, backbone = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), tiny()
     if how == "by PEFT":
         get_peft_model(backbone, lora, adapter_name="style")
@@ -47,8 +47,8 @@ def test_a_backbone_that_carries_an_adapter_is_refused(how):
         get_peft_model(backbone, GradMemConfig())
 
 
-def test_a_second_adapter_on_what_carries_one_is_told_the_way():
-    """As where a cell of a notebook is run again with other settings."""
+def test_the_error_for_a_second_gradmem_adapter_says_what_to_do():
+    """As when a notebook cell is run again with other settings."""
     backbone, lora = tiny(), LoraConfig(r=2, target_modules=["q_proj"])
     model = get_peft_model(backbone, GradMemConfig(lora_config=lora))
     with pytest.raises(ValueError, match=r"load the backbone again, or use the model that model\.unload\(\) returns"):
@@ -69,7 +69,7 @@ def test_a_start_from_hidden_states_of_another_width_is_refused(start):
     assert state.width == 4
 
 
-def test_a_bound_of_minus_one_is_none():
+def test_a_position_limit_of_minus_one_means_none():
     backbone = tiny()
     backbone.config.max_position_embeddings = -1
     assert get_peft_model(backbone, GradMemConfig()).positions is None

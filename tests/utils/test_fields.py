@@ -1,4 +1,4 @@
-"""Configurations: read from YAML and settings in bounded time, and a directory claimed by one of them."""
+"""Configurations: read from YAML and settings in bounded time, and a directory that one run claims."""
 
 import json
 import threading
@@ -21,12 +21,12 @@ NINE = ", ".join(["*{0}{1}"] * 9)
         ("{a: &x [1], b: *x}", {"a": [1], "b": [1]}), ("{a: {<<: &x {c: 1}, d: 2}}", {"a": {"c": 1, "d": 2}}),
     ],
 )  # fmt: skip
-def test_yaml(text, value):
+def test_yaml_values_are_read(text, value):
     assert from_yaml(text, "it") == value
 
 
 @pytest.mark.parametrize("form", ["a{0}: &a{0} [{1}]\n", "a{0}: &a{0} {{<<: [{1}]}}\n", "a{0}: &a{0} {{x: [{1}]}}\n"])
-def test_what_only_grows_when_it_is_read(form):
+def test_yaml_that_expands_exponentially_is_refused(form):
     text = "a0: &a0 {x: 1}\n" + "".join(form.format(i, NINE.format("a", i - 1)) for i in range(1, 30))
     with pytest.raises(ValueError, match="it cannot be read as YAML: it holds more than 10,000 values"):
         from_yaml(text, "it")
@@ -44,17 +44,17 @@ def test_what_only_grows_when_it_is_read(form):
         ("a: \x01", "not allowed"),
     ],
 )
-def test_what_no_configuration_holds(text, message):
+def test_yaml_that_no_configuration_needs_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         from_yaml(text, "it")
 
 
-def test_deep_json():
+def test_deeply_nested_json_is_refused():
     with pytest.raises(ValueError, match="it is not JSON: maximum recursion depth"):
         from_json("[" * 100_000, "it")
 
 
-def test_a_file_with_a_mark_and_settings(tmp_path):
+def test_a_file_with_a_byte_order_mark_and_settings(tmp_path):
     (tmp_path / "a.yaml").write_text("tasks: [{name: x}, {name: y}]\n", encoding="utf-8-sig")
     settings = ["tasks.1.name=z", "tasks.0=3", "memory.write_lr=1e-2"]
     assert read_fields(tmp_path / "a.yaml", settings) == {"tasks": [3, {"name": "z"}], "memory": {"write_lr": 0.01}}
@@ -70,14 +70,14 @@ def claimed(file, fields):
     return fields_claimed(file, fields, PartialState(cpu=True))
 
 
-def test_a_run_that_fails_at_once_leaves_nothing(tmp_path):
+def test_a_run_that_fails_at_once_leaves_no_directory(tmp_path):
     file = tmp_path / "run" / "run.json"
     with pytest.raises(ValueError, match="wrong"), claimed(file, {"a": 1}):
         raise ValueError("wrong")
     assert not file.parent.exists()
 
 
-def test_what_was_trained_stays(tmp_path):
+def test_a_failed_run_leaves_earlier_checkpoints(tmp_path):
     file = tmp_path / "run" / "run.json"
     with claimed(file, {"a": 1}):
         (file.parent / "checkpoint-1").mkdir()
@@ -89,8 +89,8 @@ def test_what_was_trained_stays(tmp_path):
         pass
 
 
-def test_of_runs_that_start_together_one_has_the_directory(tmp_path):
-    """Whether their fields are the same or not; when it has ended, it can go on."""
+def test_only_one_of_several_concurrent_runs_gets_the_directory(tmp_path):
+    """Whether or not their fields are equal; once it has ended, it can be resumed."""
     file, start, tried = tmp_path / "run" / "run.json", threading.Barrier(8), threading.Barrier(8, timeout=60)
 
     def run(number):

@@ -1,4 +1,4 @@
-"""Files that replace others: permissions, owners, links, and what is no file."""
+"""Files that replace others: permissions, owners, links, and what is not a regular file."""
 
 import gzip
 import os
@@ -48,7 +48,7 @@ def test_a_replaced_file_keeps_its_owner(tmp_path):
     assert ((tmp_path / "file").stat().st_uid, (tmp_path / "file").stat().st_gid) == (1234, 2345)
 
 
-def test_what_is_not_yet_whole_is_for_its_owner_alone(tmp_path):
+def test_an_unfinished_file_is_private_to_its_owner(tmp_path):
     with replacing(tmp_path / "file") as temporary:
         assert stat.S_IMODE(temporary.parent.stat().st_mode) == 0o700
         temporary.write_bytes(b"new")
@@ -66,7 +66,7 @@ def test_the_target_of_a_link_is_replaced(tmp_path):
     assert os.listdir(tmp_path / "elsewhere") == ["file"]
 
 
-def test_a_link_to_nothing_makes_its_target(tmp_path):
+def test_replacing_a_dangling_link_creates_its_target(tmp_path):
     (tmp_path / "link").symlink_to("file")
     replace(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
@@ -74,8 +74,8 @@ def test_a_link_to_nothing_makes_its_target(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "link to a fifo", "directory"])
-def test_what_is_no_file_is_neither_replaced_nor_called_writable(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)  # the path of a socket may not be long
+def test_only_regular_files_are_replaced_or_called_writable(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     path = tmp_path / "there"
     if kind == "fifo":
         os.mkfifo(path)
@@ -93,7 +93,7 @@ def test_what_is_no_file_is_neither_replaced_nor_called_writable(tmp_path, monke
     assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
 
 
-def test_an_input_is_not_writable_by_any_name(tmp_path):
+def test_an_input_is_not_writable_under_any_name(tmp_path):
     (tmp_path / "notes").write_bytes(b"notes")
     (tmp_path / "link").symlink_to("notes")
     os.link(tmp_path / "notes", tmp_path / "other name")
@@ -105,7 +105,7 @@ def test_an_input_is_not_writable_by_any_name(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["txt", "gz"])
-def test_no_more_of_a_text_is_read_than_may_be(tmp_path, suffix):
+def test_reading_a_text_is_limited_to_max_bytes(tmp_path, suffix):
     path = tmp_path / f"text.{suffix}"
     path.write_bytes(gzip.compress(b"x" * 1000) if suffix == "gz" else b"x" * 1000)
     assert read_text(path, max_bytes=1000) == "x" * 1000
@@ -113,12 +113,12 @@ def test_no_more_of_a_text_is_read_than_may_be(tmp_path, suffix):
         read_text(path, max_bytes=999)
 
 
-def test_the_mark_before_a_text_is_no_part_of_it(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
     (tmp_path / "text").write_bytes("\ufeffw1 \ufeff w2".encode())
     assert read_text(tmp_path / "text") == "w1 \ufeff w2"
 
 
-def test_pipes_and_devices_are_no_texts(tmp_path):
+def test_pipes_and_devices_are_refused_as_texts(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe", tmp_path / "link"):

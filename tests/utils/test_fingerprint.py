@@ -19,7 +19,7 @@ from gradmem_adapter import GradMemConfig, MemoryStore
 from gradmem_adapter.utils.fingerprint import FingerprintCache, fingerprint
 
 
-def test_fingerprint_follows_every_weight_that_matters():
+def test_the_fingerprint_depends_on_every_weight_that_matters():
     model = make(lora_config=lora(), train_backbone=True, write_head=True)
     seen = {model.fingerprint()}
     for name, parameter in model.named_parameters():
@@ -32,7 +32,7 @@ def test_fingerprint_follows_every_weight_that_matters():
     assert len(seen) == changed + 1
 
 
-def test_fingerprint_ignores_what_does_not_matter():
+def test_the_fingerprint_ignores_what_does_not_matter():
     model = make()
     before = model.fingerprint()
     config = model.peft_config["default"]
@@ -52,8 +52,8 @@ def test_fingerprint_ignores_what_does_not_matter():
     [{"rope_theta": 500_000.0}, {"rms_norm_eps": 1e-5}, {"hidden_act": "gelu"}, {"num_attention_heads": 2}],
     ids=lambda change: next(iter(change)),
 )
-def test_how_a_backbone_uses_its_weights_is_part_of_it(change):
-    """Head counts keep every shape with `head_dim`; nothing of a tensor says what these fields say."""
+def test_the_fingerprint_depends_on_how_weights_are_used(change):
+    """No tensor reveals these fields; head counts keep every shape if `head_dim` makes up for them."""
     own = {"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
     if "num_attention_heads" in change:
         change = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -66,14 +66,14 @@ def test_how_a_backbone_uses_its_weights_is_part_of_it(change):
     assert prints[0] != prints[1]
 
 
-def test_what_else_a_configuration_says_is_not():
+def test_the_fingerprint_ignores_other_config_fields():
     model = make()
     before = model.fingerprint()
     config = model.get_base_model().config
     config.pad_token_id, config.use_cache, config.name_or_path, config.attention_dropout = 7, False, "elsewhere", 0.1
     config._attn_implementation, config.max_position_embeddings, config.of_next_year = "eager", 4096, None
     with torch.no_grad():
-        model.get_base_model().model.norm.weight.mul_(1)  # so that it is computed anew
+        model.get_base_model().model.norm.weight.mul_(1)  # so that it is recomputed
     assert model.fingerprint() == before
 
 
@@ -94,7 +94,7 @@ def double(tensor):
 
 
 @pytest.mark.parametrize("change", [negate_half, change_one, exchange])
-def test_every_value_counts(change):
+def test_every_value_of_a_weight_counts(change):
     model = make()
     before = model.fingerprint()
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_every_value_counts(change):
 @pytest.mark.parametrize(
     "where", ["model.layers.1.mlp.up_proj.base_layer.weight", "memory_slots.gradmem_memory.default"]
 )
-def test_changes_through_data_are_noticed(where, change):
+def test_changes_through_parameter_data_are_noticed(where, change):
     model = make(lora_config=lora(), num_memory_tokens=8)
     state, query = model.write(tokens(1, 9)), tokens(1, 5)
     model.generate(query, memory=state, max_new_tokens=1)  # keeps keys and values of the prefix
@@ -115,7 +115,7 @@ def test_changes_through_data_are_noticed(where, change):
         model.generate(query, memory=state, max_new_tokens=1)
 
 
-def test_kept_prefixes_go_with_changes_through_data():
+def test_changes_through_parameter_data_invalidate_cached_prefixes():
     model = make()
     state, query = model.write(tokens(1, 9)), tokens(1, 5)
     options = {"max_new_tokens": 1, "strict": False, "output_logits": True, "return_dict_in_generate": True}
@@ -144,7 +144,7 @@ def one_more_parameter(layer):
 
 
 @pytest.mark.parametrize("change", [other_module, other_parameter, one_more_module, one_more_parameter])
-def test_what_takes_a_place_in_the_model_is_noticed(change):
+def test_replaced_and_added_modules_and_parameters_are_noticed(change):
     model = make()
     before = model.fingerprint()
     assert model.fingerprint() == before
@@ -153,13 +153,13 @@ def test_what_takes_a_place_in_the_model_is_noticed(change):
 
 
 def looks(monkeypatch):
-    """How often a model is looked at for its fingerprint."""
+    """Records each time a model is inspected for its fingerprint."""
     seen, get = [], FingerprintCache.get
     monkeypatch.setattr(FingerprintCache, "get", lambda *arguments: seen.append(1) or get(*arguments))
     return seen
 
 
-def test_a_call_looks_at_the_model_once(monkeypatch):
+def test_a_call_inspects_the_model_once(monkeypatch):
     model, seen = make(), looks(monkeypatch)
     state, query = model.write(tokens(1, 9)), tokens(1, 5)
     assert len(seen) == 1
@@ -169,7 +169,7 @@ def test_a_call_looks_at_the_model_once(monkeypatch):
         assert len(seen) == expected
 
 
-def test_so_do_the_keys_of_several_texts(monkeypatch, tmp_path):
+def test_keys_of_several_texts_inspect_the_model_once(monkeypatch, tmp_path):
     store, pipeline = MemoryStore(tmp_path), tiny_pipeline()
     expected = [store.key(pipeline, text) for text in ("w1", "w2", "w1 w2")]
     seen = looks(monkeypatch)
@@ -178,7 +178,7 @@ def test_so_do_the_keys_of_several_texts(monkeypatch, tmp_path):
     assert store.keys_of(pipeline, []) == []
 
 
-def test_the_scaling_of_the_lora_is_part_of_it():
+def test_the_fingerprint_depends_on_the_lora_scaling():
     model = make(lora_config=lora())
     before = model.fingerprint()
     with rescale_adapter_scale(model, 0.5):
@@ -186,8 +186,8 @@ def test_the_scaling_of_the_lora_is_part_of_it():
     assert model.fingerprint() == before
 
 
-def test_large_tensors_and_odd_types_count_whole():
-    """More than a block of values, a row that does not fill one, and integers."""
+def test_large_tensors_and_odd_dtypes_count_completely():
+    """More than one block of values, a row that does not fill a block, and integers."""
     model = make()
     backbone = model.get_base_model()
     large = torch.zeros(3, 2**17 + 1)
@@ -202,8 +202,8 @@ def test_large_tensors_and_odd_types_count_whole():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_values_may_not_be_exchanged_however_far_apart(dtype):
-    """Of bfloat16 values half of the bits are 0, and of round numbers nearly all."""
+def test_swapping_two_values_changes_the_fingerprint_however_far_apart(dtype):
+    """Half the bits of bfloat16 values are 0, and nearly all bits of round numbers."""
     model = make()
     backbone = model.get_base_model()
     torch.manual_seed(0)
@@ -225,7 +225,7 @@ def test_values_may_not_be_exchanged_however_far_apart(dtype):
     assert fingerprint(*arguments) == before
 
 
-def test_states_of_an_earlier_kind_say_so():
+def test_states_of_earlier_versions_get_a_fitting_error():
     model = make()
     state = model.write(tokens(1, 9))
     old = replace(state, fingerprint=state.fingerprint.removeprefix("2-"))
@@ -236,23 +236,23 @@ def test_states_of_an_earlier_kind_say_so():
 
 
 def storage_of(parameter):
-    """Told by its end: whether the values that a parameter has now are still in memory."""
+    """A reference that expires when the values that a parameter has now are freed."""
     return StorageWeakRef(parameter.untyped_storage())
 
 
 @pytest.mark.parametrize("of", ["adapter", "backbone"])
-def test_weights_that_were_moved_are_freed(of):
-    """At once, and not with the next fingerprint: a GPU may have no room for both."""
+def test_moved_weights_are_freed(of):
+    """At once, not with the next fingerprint: a GPU may have no room for both."""
     model = make(lora_config=lora())
     before = model.fingerprint()
     old = [storage_of(parameter) for parameter in model.parameters()]
     (model if of == "adapter" else model.get_base_model()).to(torch.float64)
     assert all(storage.expired() for storage in old)
-    assert model.fingerprint() == before  # the values are
+    assert model.fingerprint() == before  # the values are the same
 
 
 @pytest.mark.parametrize("change", [other_module, other_parameter])
-def test_what_was_replaced_is_freed(change):
+def test_replaced_modules_and_parameters_are_freed(change):
     model = make()
     model.fingerprint()
     layer = model.get_base_model().model.layers[1].mlp
@@ -268,7 +268,7 @@ def test_what_was_replaced_is_freed(change):
     assert (module() is None) == (change is other_module)
 
 
-def test_a_model_that_is_moved_to_where_it_is_is_not_read_anew(monkeypatch):
+def test_moving_a_model_to_its_own_device_does_not_recompute_the_fingerprint(monkeypatch):
     model = make()
     before = model.fingerprint()
     monkeypatch.setattr("gradmem_adapter.utils.fingerprint.fingerprint", None)

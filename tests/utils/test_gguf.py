@@ -1,4 +1,4 @@
-"""GGUF files inside packages: unpacked once, kept, and made again where what was kept is damaged."""
+"""GGUF files inside packages: dequantised once, cached, and rebuilt if the cache is damaged."""
 
 import shutil
 import threading
@@ -21,7 +21,7 @@ def same(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
 
 
 class TestCache:
-    """The cache of dequantised backbones, with the tiny model in the place of what a GGUF file holds."""
+    """The cache of dequantised backbones, with a tiny model in place of the content of a GGUF file."""
 
     reference = "package:holds_a_model/tiny.gguf"
 
@@ -50,7 +50,7 @@ class TestCache:
         assert not list(self.cache.glob(".*"))  # nothing temporary is left behind
         return model
 
-    def test_second_load_comes_from_the_cache(self) -> None:
+    def test_the_second_load_comes_from_the_cache(self) -> None:
         self.open()
         self.open()
         assert self.made == 1
@@ -58,7 +58,7 @@ class TestCache:
         self.open()
         assert self.made == 2 == len(list(self.cache.iterdir()))
 
-    def test_environment_moves_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_environment_variable_moves_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GRADMEM_CACHE", str(tmp_path / "elsewhere"))
         self.open()
         assert len(list((tmp_path / "elsewhere").iterdir())) == 1
@@ -66,7 +66,7 @@ class TestCache:
 
     @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
     @pytest.mark.parametrize("damage", ["truncated", "missing"])
-    def test_damage_is_repaired(self, file: str, damage: str) -> None:
+    def test_a_damaged_cache_is_repaired(self, file: str, damage: str) -> None:
         self.open()
         (entry,) = self.cache.iterdir()
         content = (entry / file).read_bytes()
@@ -78,7 +78,7 @@ class TestCache:
         self.open()
         assert self.made == 2
 
-    def test_missing_tensor_is_damage(self) -> None:
+    def test_a_missing_tensor_counts_as_damage(self) -> None:
         self.open()
         (entry,) = self.cache.iterdir()
         tensors = load_file(entry / "model.safetensors")
@@ -87,12 +87,12 @@ class TestCache:
         with pytest.warns(UserWarning, match=r"is damaged and will be rebuilt .*model.norm.weight"):
             self.open()
 
-    def test_folder_that_cannot_be_written(self) -> None:
+    def test_an_unwritable_cache_gives_a_warning(self) -> None:
         self.cache.parent.touch()  # a file in its way
         with pytest.warns(UserWarning, match="could not be cached"):
             self.open()
 
-    def test_the_second_process_waits_for_what_the_first_makes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_second_process_waits_for_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         make, opened = gguf._dequantise, []
         second = threading.Thread(target=lambda: opened.append(load_backbone(self.reference)[0]))
 
@@ -108,7 +108,7 @@ class TestCache:
         assert same(opened[0], self.weights)
         assert self.made == 1
 
-    def test_another_process_has_repaired_it_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_process_repairs_the_cache_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open()
         (entry,) = self.cache.iterdir()
         (entry / "config.json").unlink()
@@ -124,7 +124,7 @@ class TestCache:
         self.open()
         assert self.made == 2
 
-    def test_another_process_was_faster_where_there_are_no_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_process_finishes_first_without_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         make = gguf._dequantise
 
         def overtaken(file: Path, target: Path) -> Path:
@@ -139,7 +139,7 @@ class TestCache:
         assert len(list(self.cache.iterdir())) == 1
 
 
-def test_special_tokens_are_those_of_the_config() -> None:
+def test_special_tokens_come_from_the_config() -> None:
     tokenizer = tiny_tokenizer()
     ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
     tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None  # as Transformers 5.17 reads a GGUF file
@@ -150,7 +150,7 @@ def test_special_tokens_are_those_of_the_config() -> None:
 
 
 @pytest.mark.smollm
-def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_is_loaded_from_its_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADMEM_CACHE", str(tmp_path / "cache"))
     model, tokenizer = load_backbone(SMOLLM2)
     assert model.name_or_path == model.config._name_or_path == tokenizer.name_or_path == SMOLLM2
@@ -164,7 +164,7 @@ def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model.state_dict())
 
-    monkeypatch.setattr(gguf, "_dequantise", None)  # the second load does without
+    monkeypatch.setattr(gguf, "_dequantise", None)  # the second load does not need it
     again, words = load_backbone(SMOLLM2)
     assert same(again, model.state_dict())
     assert again.config.to_dict() == model.config.to_dict()

@@ -1,4 +1,4 @@
-"""The memory of CUDA graphs, on a GPU that is made up; tests/test_cuda.py has a real one."""
+"""The memory of CUDA graphs, on a simulated GPU; tests/test_cuda.py uses a real one."""
 
 import gc
 from itertools import count
@@ -81,17 +81,17 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [range(10, 160, 5), range(160, 10, -5), [10, 150] * 15])
-def test_thirty_shapes_hold_no_more_than_the_bound(gpu, sizes):
+def test_thirty_shapes_stay_within_the_memory_limit(gpu, sizes):
     pool = GraphPool(DEVICE, share=0.2)
     for _ in range(3):
         for size in sizes:
             assert pool.get(size, gpu.capture(size)) is pool.get(size, gpu.capture(size))
             assert gpu.held() == pool.held == held_by_graphs(DEVICE) <= 0.2 * TOTAL
-    # What comes again is not captured again and again.
+    # A shape that comes up again is not captured every time.
     assert len(gpu.captured) <= 3 * len(set(sizes))
 
 
-def test_what_is_too_large_by_itself_has_no_graph_and_holds_nothing(gpu):
+def test_a_shape_too_large_by_itself_has_no_graph_and_holds_nothing(gpu):
     pool = GraphPool(DEVICE, share=0.2)
     for _ in range(3):
         assert pool.get("large", gpu.capture(300)) is None
@@ -100,7 +100,7 @@ def test_what_is_too_large_by_itself_has_no_graph_and_holds_nothing(gpu):
     assert pool.get("small", gpu.capture(20)) is not None
 
 
-def test_a_capture_that_fails_leaves_the_others(gpu):
+def test_a_failed_capture_leaves_the_other_graphs(gpu):
     pool = GraphPool(DEVICE)
     first = pool.get(10, gpu.capture(10))
     with pytest.raises(torch.cuda.OutOfMemoryError):
@@ -109,7 +109,7 @@ def test_a_capture_that_fails_leaves_the_others(gpu):
     assert len(pool) == 1
 
 
-def test_the_graph_used_longest_ago_makes_room(gpu, monkeypatch):
+def test_the_least_recently_used_graph_makes_room(gpu, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 3)
     pool = GraphPool(DEVICE)
     for size in (1, 2, 3, 1, 4, 1, 2):
@@ -117,7 +117,7 @@ def test_the_graph_used_longest_ago_makes_room(gpu, monkeypatch):
     assert gpu.captured == [1, 2, 3, 4, 2]
 
 
-def test_memory_comes_back(gpu):
+def test_clearing_the_pool_frees_its_memory(gpu):
     pool = GraphPool(DEVICE)
     pool.get(100, gpu.capture(100))
     pool.clear()
@@ -125,7 +125,7 @@ def test_memory_comes_back(gpu):
     assert pool.get(100, gpu.capture(100)) is not None
 
 
-def test_free_memory_is_what_nobody_has_and_what_is_kept_for_anybody(gpu):
+def test_free_memory_includes_what_pytorch_caches(gpu):
     gpu.cached = 300
     assert graphs.free_on_gpu(DEVICE) == TOTAL
     pool = GraphPool(DEVICE)

@@ -1,4 +1,4 @@
-"""Temporary folders: gone at the end, gone after a kill, and safe while their process lives."""
+"""Temporary directories: gone at the end, gone after a kill, and safe while their process lives."""
 
 import os
 import signal
@@ -23,14 +23,14 @@ with temporary_directory(Path(sys.argv[1])) as folder:
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that has a temporary folder, and the folder's name."""
+    """Another process that holds a temporary directory, and the directory's name."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     yield process, os.path.basename(process.stdout.readline().strip())
     process.kill()
     process.wait()
 
 
-def test_it_says_what_and_whose_it_is_and_goes(tmp_path):
+def test_a_temporary_directory_names_its_process_and_is_removed(tmp_path):
     with temporary_directory(tmp_path) as folder:
         assert folder.name.startswith(f"{PREFIX}{os.getpid()}-")
         (folder / "a" / "b").mkdir(parents=True)
@@ -39,7 +39,7 @@ def test_it_says_what_and_whose_it_is_and_goes(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_living_process_has_stays_and_what_a_killed_one_left_goes(tmp_path, holder):
+def test_directories_of_killed_processes_are_swept_and_live_ones_stay(tmp_path, holder):
     process, name = holder
     with temporary_directory(tmp_path):
         assert name in os.listdir(tmp_path)
@@ -51,7 +51,7 @@ def test_what_a_living_process_has_stays_and_what_a_killed_one_left_goes(tmp_pat
         assert os.listdir(tmp_path) == [folder.name]
 
 
-def test_what_is_not_ours_stays(tmp_path):
+def test_directories_of_others_are_not_swept(tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "file").touch()
     (tmp_path / f"{PREFIX}link").symlink_to("outside")
@@ -62,7 +62,7 @@ def test_what_is_not_ours_stays(tmp_path):
     assert (tmp_path / "outside" / "file").exists()
 
 
-def test_threads_that_sweep_leave_each_other_alone(tmp_path):
+def test_threads_do_not_sweep_each_others_directories(tmp_path):
     errors = []
 
     def work():

@@ -1,4 +1,4 @@
-"""A trial runs on a copy, so that it takes nothing back that other threads do to the backbone meanwhile."""
+"""A trial runs on a copy, so that it does not undo what other threads do to the backbone meanwhile."""
 
 from types import MethodType
 
@@ -13,7 +13,7 @@ from gradmem_adapter import GradMemConfig
 from gradmem_adapter.utils.trial import sample_tokens, trial_of
 
 
-def test_what_is_done_to_a_model_while_it_is_tried_stays():
+def test_changes_to_a_model_during_a_trial_stay():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, lora_config=lora()), "first")
     model.add_adapter("second", GradMemConfig(num_memory_tokens=3, lora_config=lora()))
     backbone = model.get_base_model().eval()
@@ -27,7 +27,7 @@ def test_what_is_done_to_a_model_while_it_is_tried_stays():
     assert "calls" in backbone.model._buffers
 
 
-def test_trials_that_overlap_leave_no_mode():
+def test_overlapping_trials_do_not_change_the_training_mode():
     backbone = tiny().train()
     first, second = trial_of(backbone), trial_of(backbone)
     first.__enter__()
@@ -59,7 +59,7 @@ def compiled_in_parts(backbone):
 
 
 @pytest.mark.parametrize("change", [as_it_is, offloaded, patched, compiled_in_parts])
-def test_the_copy_is_the_same_model_and_none_of_its_modules(change):
+def test_the_copy_computes_the_same_with_modules_of_its_own(change):
     expected = tiny()(tokens(1, 5)).logits
     backbone = change(tiny()).train()
     ran = []
@@ -73,7 +73,7 @@ def test_the_copy_is_the_same_model_and_none_of_its_modules(change):
     assert not any(module._forward_pre_hooks for module in backbone.modules())
 
 
-def test_the_default_device_does_not_matter():
+def test_sample_tokens_ignore_the_default_device():
     backbone = tiny()
     with torch.device("meta"):
         there = sample_tokens(backbone, rows=2)

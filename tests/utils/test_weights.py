@@ -10,7 +10,7 @@ from gradmem_adapter import GradMemConfig
 
 
 class Rounded(nn.Module):
-    """As layers with quantised activations are: without a derivative, beside a residual stream that has one."""
+    """Like a layer with quantised activations: it has no derivative, but the residual stream beside it has."""
 
     def __init__(self, layer, cut):
         super().__init__()
@@ -36,8 +36,8 @@ def test_layers_that_cut_gradients_are_refused(cut, inference_mode):
         assert get_peft_model(backbone, config).write(tokens(1, 5)).vectors.isfinite().all()
 
 
-def test_a_backbone_that_was_made_in_inference_mode_is_refused():
-    """The error of PyTorch comes with the first write, and names no model."""
+def test_a_backbone_made_in_inference_mode_is_refused():
+    """PyTorch would raise only at the first write, without naming a model."""
     with torch.inference_mode():
         backbone = tiny()
     with pytest.raises(ValueError, match=r"was created inside torch.inference_mode\(\)"):

@@ -16,12 +16,12 @@ from gradmem_adapter.write.plan import Plan
     [(1, "token", "1 token"), (0, "token", "0 tokens"), (2, "memory state", "2 memory states"), (1, "query", "1 query"),
      (2, "query", "2 queries"), (3, "key", "3 keys"), (1024, "pass", "1,024 passes"), (2, "batch", "2 batches")],
 )  # fmt: skip
-def test_counted(number, noun, said):
+def test_a_noun_agrees_with_its_number(number, noun, said):
     assert counted(number, noun) == said
 
 
-def test_messages_say_one_and_several():
-    """They said "1 tokens", "1 queries", "1 states" and "1 layers"."""
+def test_messages_use_singular_and_plural():
+    """They once said "1 tokens", "1 queries", "1 states" and "1 layers"."""
     with pytest.raises(ValueError, match="at least 1 token, 0 of them"):
         list(segments("a text", tiny_tokenizer(), 0))
     with pytest.raises(ValueError, match=r"has 1 query, 2 targets and references for 2\. Each"):
