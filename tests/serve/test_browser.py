@@ -91,7 +91,7 @@ def page(driver, store):
         create_app(tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3"), store.path)
     ) as url:
         page = Page(driver, url)
-        page.until(lambda: "3 vectors" in page["model"].text)
+        page.until(lambda: "6 vectors" in page["model"].text)
         yield page
         driver.get("about:blank")  # or the server waits for the browser
 
@@ -101,7 +101,7 @@ def test_write_recite_ask_and_delete(page, store):
     assert len(store) == 3
     assert len(page.all("#losses circle")) == 4
     assert page["source"].text == TEXT
-    assert "30 tokens in 9 vectors" in page["ratio"].text
+    assert "30 tokens in 18 vectors" in page["ratio"].text
     assert "kB" in page["kv-bytes"].text
     page.until(lambda: "at their places" in page["recited-share"].text)
     assert page.all("#recital span")
