@@ -46,13 +46,13 @@ NOT_SHARDED = (
 
 
 def score(answer, references):
-    """Different for different answers, where exact match would be 0 for all of a model that is not trained."""
+    """Tells answers of an untrained model apart, where exact match would be 0 for all."""
     return {"exact_match": float(len(answer.split())), "f1": float(len(set(answer.split())))}
 
 
 def train(output, processes, meta_gradient, **options):
     """Two optimizer steps on the same rows, however many processes share them; then an uneven evaluation. And the
-    weights of a run that goes on from the checkpoint after the first step, once for all meta-gradients."""
+    weights of a run resumed from the checkpoint after the first step, once for all meta-gradients."""
 
     answered = []
 
@@ -91,7 +91,7 @@ def train(output, processes, meta_gradient, **options):
 
 
 def sharded_on_cpus():
-    """Accelerate lets FSDP2 work on GPUs alone, and PyTorch on CPUs, too."""
+    """Accelerate allows FSDP2 on GPUs only, although PyTorch also supports CPUs."""
     made = AcceleratorState.__init__
 
     def __init__(self, *args, fsdp_plugin=None, **kwargs):
@@ -103,7 +103,7 @@ def sharded_on_cpus():
 
 
 def refused(output, **options):
-    """What a trainer says that cannot be made."""
+    """The error message of a trainer that cannot be made."""
     try:
         trainer(make(), output, rows(2), fsdp=True, **SHARED, **options)
     except NotImplementedError as error:
@@ -111,7 +111,7 @@ def refused(output, **options):
 
 
 def train_ready(output, processes):
-    """Ready batches through the path of CUDA graphs, with a teacher; of two processes each has half of a batch."""
+    """Ready batches through the path of CUDA graphs, with a teacher; each of two processes has half a batch."""
     seen = Gradients()
     run = trainer(
         make(meta_gradient="first_order", lora_config=LORA, learn_write_lr="scalar"), output, Halves(processes),
@@ -174,7 +174,7 @@ def write(folder):
 
 
 def unpack(folder):
-    """The weights that each process opens of a GGUF file, which process 1 alone unpacks."""
+    """The weights that each process loads from a GGUF file, which only process 1 unpacks."""
     os.environ["GRADMEM_CACHE"] = str(folder / "cache")
     sys.path.append(str(folder))
     rank = torch.distributed.get_rank()
@@ -187,7 +187,7 @@ def unpack(folder):
 
 
 class Interrupt(TrainerCallback):
-    """A signal that process 0 alone gets."""
+    """Sends a signal to process 0 only."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2 and torch.distributed.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""Ready batches: what is drawn, by whom, and of which shapes; training on them learns and goes on where it stopped."""
+"""Ready batches: what is drawn, by whom, and of which shapes; training on them learns and can be resumed."""
 
 import pytest
 import torch
@@ -25,19 +25,19 @@ def pools():
 
 
 class TestPools:
-    def test_rows_are_where_they_fit(self, pools):
+    def test_rows_go_into_the_bucket_that_fits(self, pools):
         assert [pool.contexts.shape for pool in pools] == [(6, 10), (4, 16)]
         assert [pool.share for pool in pools] == pytest.approx([0.75, 0.25])
         assert pools[0].count.tolist() == [2] * 6
         assert len(pools[0].queries) == 12
 
-    def test_buckets_of_their_own(self):
+    def test_buckets_follow_the_lengths_by_default(self):
         lengths = [
             pool.length for pool in make_pools([([*rows(2, 9), *rows(2, 65), *rows(1, 128)], 1.0)], COLLATOR, None)
         ]
         assert lengths == [64, 128]
 
-    def test_a_batch_is_what_the_collator_makes_of_its_rows(self, pools):
+    def test_a_batch_equals_what_the_collator_makes_of_its_rows(self, pools):
         tokenizer, data = tiny_tokenizer(), rows(6, 9)
         batch = pools[0].sample(5, 3)
         assert batch["context_input_ids"].shape == (5, 10)
@@ -62,7 +62,7 @@ class TestPools:
         assert second.float().mean().item() == pytest.approx(0.75, abs=0.03)
 
     @pytest.mark.parametrize("wanted", [2, 3, 5])
-    def test_no_query_comes_twice_while_there_are_others(self, wanted):
+    def test_no_query_is_repeated_while_others_are_left(self, wanted):
         texts = [row["context"] for row in rows(6, 9)]
         data = [
             {"context": text, "queries": [f"w{i}" for i in range(count)], "targets": ["w1"] * count}
@@ -74,7 +74,7 @@ class TestPools:
             number = (pool.contexts == context).all(1).int().argmax().item()
             assert len({tuple(row.tolist()) for row in drawn}) == min(wanted, pool.count[number])
 
-    def test_side_by_side_has_the_own_context_somewhere_and_different_others(self, pools):
+    def test_side_by_side_mixes_the_own_context_with_different_others(self, pools):
         index = pools[0].sample(5, 4, side_by_side=3)["context_index"]
         own = torch.arange(5).repeat_interleave(4)
         assert index.shape == (20, 3)
@@ -95,7 +95,7 @@ class TestPools:
         for row, text in zip(index.tolist(), own[:, 0].tolist(), strict=True):
             assert [state for state in row if state // 3 == text] == [3 * text, 3 * text + 1, 3 * text + 2]
 
-    def test_a_context_of_fewer_tokens_than_parts_has_none_without_a_token(self):
+    def test_a_context_with_fewer_tokens_than_parts_has_no_empty_part(self):
         row = {"context": "w1 w2", "query": "w3", "target": "w4"}
         (pool,) = make_pools([([row, row], 1.0)], COLLATOR, [10])
         assert pool.sample(2, 1, 3, 3)["context_attention_mask"].sum(1).tolist() == [1] * 6
@@ -104,7 +104,7 @@ class TestPools:
         with pytest.raises(ValueError, match="Row 1 of source 0 has a context of 14 tokens"):
             make_pools([([*rows(1, 9), *rows(1, 14)], 1.0)], COLLATOR, [10])
 
-    def test_a_bad_row_is_named_by_its_place(self):
+    def test_a_bad_row_is_named_by_its_source_and_number(self):
         with pytest.raises(ValueError, match="Source 1: Row 2 has no context"):
             make_pools([(rows(1, 9), 1.0), ([*rows(2, 9), {"query": "a", "target": "b"}], 1.0)], COLLATOR, [10])
 
@@ -139,7 +139,7 @@ class TestRowBatches:
         assert all(equal(first.batch(n, CPU), second.batch(n, CPU)) for n in (5, 3, 5))
         assert not all(equal(first.batch(n, CPU), other.batch(n, CPU)) for n in range(4))
 
-    def test_processes_draw_other_rows_of_the_same_kind(self, monkeypatch):
+    def test_processes_draw_different_rows_of_the_same_kind(self, monkeypatch):
         for n in range(8):
             one = self.make().batch(n, CPU)
             with monkeypatch.context() as patch:
@@ -151,7 +151,7 @@ class TestRowBatches:
             }
             assert not torch.equal(one["context_input_ids"], two["context_input_ids"])
 
-    def test_pools_are_kept_in_a_file(self, tmp_path):
+    def test_pools_can_be_saved_and_loaded(self, tmp_path):
         made = self.make()
         save_pools(made.pools, tmp_path / "pools")
         kept = RowBatches(load_pools(tmp_path / "pools"), COLLATOR, tokens=64, queries=3, side_by_side=[1, 2],
@@ -159,7 +159,7 @@ class TestRowBatches:
         assert len(kept) == len(made)
         assert all(equal(kept.batch(n, CPU), made.batch(n, CPU)) for n in range(6))
 
-    def test_kinds(self):
+    def test_batches_come_in_all_requested_kinds(self):
         drawn = [self.make().batch(n, CPU) for n in range(60)]
         assert {batch["write_steps"] for batch in drawn} == {0, 1, 2}
         assert {batch["context_input_ids"].shape for batch in drawn} == {(6, 10), (4, 16)}  # 64 tokens of each
@@ -181,7 +181,7 @@ class TestRowBatches:
         }  # fmt: skip
         assert all(("text_input_ids" in batch) == (batch["write_steps"] == 5) for batch in drawn)
 
-    def test_length(self):
+    def test_the_length_is_the_number_of_batches(self):
         assert len(RowBatches(rows(9, 9), COLLATOR, contexts=4)) == 3
         assert len(self.make(steps=7)) == 7
         with pytest.raises(TypeError, match="Batches has no length"):
@@ -195,7 +195,7 @@ class TestRowBatches:
             ({"buckets": [10]}, "larger bucket"),
         ],
     )
-    def test_what_cannot_be_drawn(self, options, message):
+    def test_batches_that_cannot_be_drawn_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             self.make(**options)
         with pytest.raises(ValueError, match="no rows"):
@@ -209,7 +209,7 @@ class TestRowBatches:
 
 
 class Stages(Batches):
-    """One row first, and then others at a tenth of the rate: a curriculum is a look at the number."""
+    """One row at first, then others at a tenth of the rate: a curriculum that depends on the step."""
 
     def batch(self, step, device):
         batch = COLLATOR(rows(1, 5) if step < 2 else rows(2, 9, seed=step))
@@ -221,13 +221,13 @@ class Stages(Batches):
 
 
 class TestTraining:
-    def test_stages(self, tmp_path):
+    def test_a_curriculum_changes_write_steps_and_learning_rate(self, tmp_path):
         run = trainer(make(), tmp_path, Stages(), max_steps=4, lr_scheduler_type="constant", learning_rate=0.1)
         run.train()
         assert logs(run, "write_steps") == [1, 1, 3, 3]
         assert logs(run, "learning_rate") == pytest.approx([0.1, 0.1, 0.01, 0.01])
 
-    def test_a_batch_of_your_own_trains_as_the_model_says(self, tmp_path):
+    def test_a_custom_batch_trains_on_the_models_loss(self, tmp_path):
         found, run = gradients(make(lora_config=LORA), tmp_path, Stages())
         model = make(lora_config=LORA)
         loss = model(**Stages().batch(0, CPU)).loss
@@ -238,7 +238,7 @@ class TestTraining:
         assert logs(run, "loss")[0] == pytest.approx(loss.item(), rel=1e-5)
 
     @pytest.mark.parametrize("cuda_graphs", [False, True])
-    def test_learns(self, tmp_path, cuda_graphs):
+    def test_training_on_ready_batches_learns(self, tmp_path, cuda_graphs):
         model = make(train_backbone=True, meta_gradient="first_order")
         run = trainer(
             model, tmp_path, rows(4, 9), rows(4, 9), max_steps=60, per_device_train_batch_size=4, learning_rate=3e-3,
@@ -250,7 +250,7 @@ class TestTraining:
         assert bool(logs(run, "exact_match")) is cuda_graphs
 
     @pytest.mark.parametrize("cuda_graphs", [False, True])
-    def test_a_resumed_run_draws_what_it_would_have_drawn(self, tmp_path, cuda_graphs):
+    def test_a_resumed_run_draws_the_same_batches(self, tmp_path, cuda_graphs):
         def run(path, **options):
             data = RowBatches(rows(7, 9), COLLATOR, contexts=3, side_by_side=[1, 2])
             return trainer(
@@ -266,7 +266,7 @@ class TestTraining:
         assert same(weights(resumed.model), weights(whole.model))
         assert logs(resumed, "loss") == logs(whole, "loss")
 
-    def test_an_epoch_is_about_one_turn_of_each_context(self, tmp_path):
+    def test_an_epoch_draws_each_context_about_once(self, tmp_path):
         run = trainer(
             make(), tmp_path, rows(9, 9), max_steps=-1, num_train_epochs=2, per_device_train_batch_size=4,
             cuda_graphs=True,
@@ -274,7 +274,7 @@ class TestTraining:
         run.train()
         assert run.state.global_step == 6
 
-    def test_evaluation_is_of_rows(self, tmp_path):
+    def test_evaluation_needs_rows_of_texts(self, tmp_path):
         for dataset in (Stages(), {"some": rows(2, 9), "ready": Stages()}):
             with pytest.raises(TypeError, match="rows of texts, not Batches"):
                 trainer(make(), tmp_path, rows(2, 9), dataset)

@@ -1,4 +1,4 @@
-"""Runs that end by the clock or by a signal, and go on."""
+"""Runs that end by the clock or by a signal, and are resumed."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from gradmem_adapter.training.callbacks import LOOK_EVERY, EndByClock, StopOnSig
 
 
 class Clock:
-    """A clock that says how many steps were trained: one step a second."""
+    """A clock that counts training steps: one step a second."""
 
     def __init__(self):
         self.now = 100.0
@@ -42,7 +42,7 @@ class TestEndByClock:
         defaults = {"max_steps": -1, "max_minutes": 20 / 60, "warmup_steps": 4, "learning_rate": 1.0}
         return trainer(make(), path, rows(3), callbacks=[Tick(clock)], **defaults | options)
 
-    def test_the_rate_warms_up_stays_and_falls_in_time(self, tmp_path, clock):
+    def test_the_learning_rate_follows_the_clock(self, tmp_path, clock):
         run = self.run(tmp_path, clock)
         run.train()
         assert run.state.global_step == 20
@@ -51,8 +51,8 @@ class TestEndByClock:
         assert rates[4:11] == pytest.approx([1.0] * 7)
         assert rates[10:20] == pytest.approx([1 - 0.95 * i / 10 for i in range(10)])
 
-    def test_in_parts(self, tmp_path, clock):
-        """What is planned is as in one part, and what is done too."""
+    def test_a_run_in_parts_equals_one_run(self, tmp_path, clock):
+        """Both in its schedule and in its weights."""
         whole = self.run(tmp_path / "whole", clock)
         whole.train()
         for stop in (5, 13, 99):
@@ -69,7 +69,7 @@ class TestEndByClock:
         assert logs(part, "learning_rate") == pytest.approx(logs(whole, "learning_rate"))
         assert same(weights(part.model), weights(whole.model))
 
-    def test_a_rate_that_sinks_ends_it_in_time_all_the_same(self, tmp_path, clock):
+    def test_a_run_that_slows_down_still_ends_in_time(self, tmp_path, clock):
         run = self.run(tmp_path, clock)
 
         class Slower(TrainerCallback):
@@ -80,8 +80,8 @@ class TestEndByClock:
         run.train()
         assert run.state.global_step == 14
 
-    def test_a_rate_that_rises_ends_it_no_earlier(self, tmp_path, clock):
-        """As where the first steps compile: 8 take a second each, and 48 a quarter of one."""
+    def test_a_run_that_speeds_up_uses_all_its_time(self, tmp_path, clock):
+        """As when the first steps compile: 8 take a second each, and 48 a quarter of a second."""
         run = self.run(tmp_path, clock)
 
         class Faster(TrainerCallback):
@@ -93,7 +93,7 @@ class TestEndByClock:
         assert run.state.global_step == 8 + 48
         assert logs(run, "learning_rate")[-1] == pytest.approx(1 - 0.95 * 9.75 / 10)
 
-    def test_max_steps_may_be_before(self, tmp_path, clock):
+    def test_max_steps_can_end_a_run_earlier(self, tmp_path, clock):
         run = self.run(tmp_path, clock, max_steps=15)
         run.train()
         assert run.state.global_step == 15
@@ -111,7 +111,7 @@ class TestEndByClock:
 
 @pytest.mark.parametrize("seconds", [25.0, 0.3, 0.01])
 def test_several_processes_end_within_a_second_or_a_step(monkeypatch, clock, seconds):
-    """A minute; where steps are short, not all of them wait for the GPUs."""
+    """After a minute; if steps are short, the processes agree on the time only every few steps."""
     looks = []
     monkeypatch.setattr(callbacks, "broadcast", lambda value: looks.append(value) or value)
     args, control = GradMemTrainingArguments(max_minutes=1, report_to="none"), TrainerControl()
@@ -150,7 +150,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, number):
     assert signal.getsignal(number) is before
 
 
-def test_without_a_signal(tmp_path):
+def test_a_run_without_a_signal_is_not_stopped(tmp_path):
     run = trainer(make(), tmp_path, rows(3), max_steps=2)
     with StopOnSignal() as stop:
         run.add_callback(stop)

@@ -1,4 +1,4 @@
-"""The collator: what a batch holds, that inference sees the same tokens, and every row that cannot be used."""
+"""The collator: what a batch holds, the same tokens as in inference, and every row that is refused."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def text(tokenizer, ids, mask):
 
 
 class TestBatch:
-    def test_forms(self):
+    def test_rows_with_one_query_and_with_several(self):
         tokenizer = tiny_tokenizer()
         batch = GradMemCollator(tokenizer)([ROW, TWO])
         assert text(tokenizer, batch["context_input_ids"], batch["context_attention_mask"]) == ["w1 w2 w3", "w5"]
@@ -31,7 +31,7 @@ class TestBatch:
         assert batch["context_index"].tolist() == [0, 1, 1]
         assert batch["targets"] == [["w4"], ["w10 w11"], ["w12"]]
 
-    def test_padding(self):
+    def test_queries_are_padded_on_the_left_and_the_rest_on_the_right(self):
         batch = GradMemCollator(tiny_tokenizer())([ROW, TWO])
         assert batch["context_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -39,7 +39,7 @@ class TestBatch:
         assert (batch["input_ids"] == 0).equal(batch["attention_mask"] == 0)
         assert batch["labels"][batch["attention_mask"] == 0].tolist() == [-100, -100]
 
-    def test_answers(self):
+    def test_answers_take_the_place_of_targets_as_references(self):
         tokenizer = tiny_tokenizer()
         rows = [ROW | {"answers": ["w4", "w4 w5"]}, TWO | {"answers": [["a"], ["b", "c"]]}, ROW | {"answers": None}]
         assert GradMemCollator(tokenizer)(rows)["targets"] == [["w4", "w4 w5"], ["a"], ["b", "c"], ["w4"]]
@@ -49,7 +49,7 @@ class TestBatch:
         rows = [ROW | {"queries": None, "targets": None}, TWO | {"query": None, "target": None}]
         assert GradMemCollator(tiny_tokenizer())(rows)["context_index"].tolist() == [0, 1, 1]
 
-    def test_end_token(self):
+    def test_targets_end_with_the_end_token_if_there_is_one(self):
         tokenizer = tiny_tokenizer()
         row = ROW | {"target": "w4"}
 
@@ -63,7 +63,7 @@ class TestBatch:
 
     @pytest.mark.parametrize("query_format", ["text", "Question : {query} assistant :", "chat"])
     @pytest.mark.parametrize("bos", [False, True])
-    def test_inference_sees_the_same(self, query_format, bos):
+    def test_inference_sees_the_same_tokens(self, query_format, bos):
         tokenizer = tiny_tokenizer(bos=bos)
         model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2, query_format=query_format))
         pipeline = GradMemPipeline(model, tokenizer)
@@ -78,7 +78,7 @@ class TestBatch:
         query = batch["query_input_ids"][0][first]
         assert torch.equal(batch["input_ids"][0, : len(query)], query)
 
-    def test_chat_messages(self):
+    def test_a_query_can_be_chat_messages(self):
         tokenizer = tiny_tokenizer()
         chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
         batch = GradMemCollator(tokenizer)([ROW | {"query": chat}])
@@ -86,7 +86,7 @@ class TestBatch:
         assert shown == ["<s> user : w1 assistant : w2 assistant :"]
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_the_tokenizer_is_left_alone(self, side):
+    def test_settings_of_the_tokenizer_are_ignored_and_kept(self, side):
         tokenizer = tiny_tokenizer()
         expected = GradMemCollator(tokenizer)([ROW, TWO])
         tokenizer.padding_side = side
@@ -124,17 +124,17 @@ class TestErrors:
             (ROW | {"answers": "w4"}, "list of texts"),
         ],
     )
-    def test_row(self, row, message):
+    def test_an_unusable_row(self, row, message):
         with pytest.raises(ValueError, match=f"Row 1.*{message}"):
             GradMemCollator(tiny_tokenizer())([ROW, row])
 
-    def test_no_row(self):
+    def test_a_batch_without_rows(self):
         with pytest.raises(TypeError, match="Row 0 of the batch is a str"):
             GradMemCollator(tiny_tokenizer())(["w1"])
         with pytest.raises(ValueError, match="no rows"):
             GradMemCollator(tiny_tokenizer())([])
 
-    def test_too_long(self):
+    def test_a_row_that_is_too_long(self):
         collator = GradMemCollator(tiny_tokenizer(), max_context_length=3)
         collator([ROW])
         with pytest.raises(ValueError, match=r"Row 1 of .*'w1 w2 w3 w4'\): the context of 4 tokens is longer"):
@@ -142,19 +142,19 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"Row 1 of .*\): query and target of 5 tokens is longer than the 4"):
             GradMemCollator(tiny_tokenizer(), max_query_length=4)([ROW, TWO])
 
-    def test_a_row_is_named_by_its_context_where_nobody_knows_its_number(self):
+    def test_a_row_of_unknown_number_is_named_by_its_context(self):
         collator, bad = GradMemCollator(tiny_tokenizer()), {"context": "w1 " * 99, "query": "w2", "target": ""}
         with pytest.raises(ValueError, match=r"Row 1 of the batch \(context '(w1 ){20}\.\.\.'\) has an empty target"):
             collator([ROW, bad])
         with pytest.raises(ValueError, match="Row 8 has an empty target"):
             collator([ROW, bad], first=7)
 
-    def test_no_pad_token(self):
+    def test_a_tokenizer_without_a_pad_token(self):
         tokenizer = tiny_tokenizer()
         tokenizer.pad_token = None
         with pytest.raises(ValueError, match=r"Set tokenizer.pad_token = tokenizer.eos_token"):
             GradMemCollator(tokenizer)
 
-    def test_no_chat_template(self):
+    def test_a_tokenizer_without_a_chat_template(self):
         with pytest.raises(ValueError, match="no chat template"):
             GradMemCollator(tiny_tokenizer(chat_template=None), query_format="chat")([ROW])

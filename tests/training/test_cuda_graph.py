@@ -1,4 +1,4 @@
-"""The path of CUDA graphs, on a CPU, where it runs as it is; test_cuda.py has what needs a GPU."""
+"""The path of CUDA graphs on a CPU, where nothing is captured; test_cuda.py has what needs a GPU."""
 
 import math
 
@@ -24,9 +24,9 @@ class Fixed(Batches):
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_gradients_are_those_of_the_plain_step(tmp_path, meta_gradient, accumulated):
+def test_gradients_equal_those_of_the_plain_step(tmp_path, meta_gradient, accumulated):
     config = {"lora_config": LORA, "learn_write_lr": "scalar", "meta_gradient": meta_gradient, "write_head": True}
-    config["finite_difference_step"] = 0.1  # a long step leaves little of the rounding
+    config["finite_difference_step"] = 0.1  # a long step leaves little rounding error
     options = {"write_steps": [2], "gradient_accumulation_steps": accumulated}
     plain, one = gradients(make(**config), tmp_path, Fixed(), **options)
     graphed, two = gradients(make(**config), tmp_path, Fixed(), cuda_graphs=True, **options)
@@ -35,7 +35,7 @@ def test_gradients_are_those_of_the_plain_step(tmp_path, meta_gradient, accumula
         assert logs(two, name) == pytest.approx(logs(one, name), rel=1e-4), name
 
 
-def test_the_backward_pass_runs_without_masks_too(tmp_path, monkeypatch):
+def test_the_backward_pass_also_runs_without_masks(tmp_path, monkeypatch):
     """A capture in which the finite difference made masks failed on a GPU."""
     model = make(lora_config=LORA, meta_gradient="finite_difference")
     seen = []
@@ -51,7 +51,7 @@ def test_the_backward_pass_runs_without_masks_too(tmp_path, monkeypatch):
     assert set(seen) == {CAUSAL}
 
 
-def test_bf16(tmp_path):
+def test_bf16_gradients_are_close_to_those_of_the_plain_step(tmp_path):
     lora = LORA | {"init_lora_weights": False}
     config = {"lora_config": lora, "meta_gradient": "finite_difference", "finite_difference_step": 0.1}
     plain, _ = gradients(make(**config), tmp_path, Fixed(), bf16=True)
@@ -60,8 +60,8 @@ def test_bf16(tmp_path):
         assert torch.nn.functional.cosine_similarity(value.flatten(), graphed[name].flatten(), dim=0) > 0.98, name
 
 
-def test_compiled_layers(tmp_path):
-    """For the shapes of ready batches alone, and only while training lasts."""
+def test_layers_are_compiled_only_during_training(tmp_path):
+    """And only for the shapes of ready batches."""
     config = {"lora_config": LORA, "meta_gradient": "first_order"}
     plain, _ = gradients(make(backbone=tiny(num_hidden_layers=1), **config), tmp_path, Fixed())
     torch._dynamo.reset()
@@ -112,7 +112,7 @@ def test_maskless_attention_changes_nothing_for_right_padded_batches():
 
 
 @pytest.mark.parametrize("backbone", [tiny("mistral"), tiny("gemma3_text")], ids=["mistral", "gemma3"])
-def test_attention_with_windows_is_left_alone(backbone):
+def test_attention_with_windows_is_left_unchanged(backbone):
     with maskless_attention(make(backbone=backbone)):
         assert backbone.config._attn_implementation == "sdpa"
 
@@ -128,11 +128,11 @@ class TestRefused:
         ],
         ids=["lora", "attention", "gpt2", "opt"],
     )
-    def test_dropout(self, tmp_path, model):
+    def test_models_with_dropout(self, tmp_path, model):
         with pytest.raises(ValueError, match=r"trains without dropout, but '.*' has dropout\. Set it to 0"):
             trainer(model(), tmp_path, rows(2), cuda_graphs=True)
 
-    def test_no_dropout(self):
+    def test_models_without_dropout_are_accepted(self):
         check_no_dropout(make(lora_config=LORA))
         check_no_dropout(make("gpt2"))
 
@@ -143,11 +143,11 @@ class TestRefused:
             ({"fp16": True}, "Use bf16=True"),
         ],
     )
-    def test_what_does_not_go_with_it(self, tmp_path, options, message):
+    def test_incompatible_options(self, tmp_path, options, message):
         with pytest.raises(ValueError, match=message):
             trainer(make(), tmp_path, rows(2), cuda_graphs=True, **options)
 
-    def test_rows_that_cannot_be_made_ready(self, tmp_path):
+    def test_rows_from_an_iterator(self, tmp_path):
         with pytest.raises(ValueError, match="needs batches of few shapes"):
             trainer(make(), tmp_path, iter(rows(2)), cuda_graphs=True)
 

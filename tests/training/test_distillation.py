@@ -1,4 +1,4 @@
-"""Distillation: a teacher that reads text, its distributions as targets, and what a training step makes of them."""
+"""Distillation: a teacher that reads text, its distributions as targets, and a training step with them."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def collated():
 
 
 def plain_logits(teacher, batch, context):
-    """The teacher's logits before the targets of each query, each read by itself behind the tokens of its context."""
+    """The teacher's logits before the targets of each query, each read by itself after the tokens of its context."""
     found = []
     for row in range(len(batch["input_ids"])):
         ids, labels = (batch[name][row][batch["attention_mask"][row].bool()] for name in ("input_ids", "labels"))
@@ -41,7 +41,7 @@ def own_context(batch):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt"])
-def test_queries_that_share_a_context_get_what_each_gets_alone(architecture):
+def test_queries_that_share_a_context_are_taught_the_same_as_alone(architecture):
     teacher, batch = tiny(architecture), collated()
     taught = Distillation(teacher, tiny(architecture, seed=1), 1.0).teach(batch)["taught"]
     head = teacher.get_output_embeddings()
@@ -53,7 +53,7 @@ def test_queries_that_share_a_context_get_what_each_gets_alone(architecture):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("trained", [{"lora_config": LORA}, {"train_backbone": True}])
-def test_value_and_gradients_are_those_of_plain_torch(temperature, trained):
+def test_value_and_gradients_match_plain_torch(temperature, trained):
     teacher, batch, model = tiny(seed=3), collated(), make(**trained)
     distillation = Distillation(teacher, model, temperature)
     inputs = {name: batch[name] for name in batch if not name.startswith("query_") and name != "targets"}
@@ -77,7 +77,7 @@ def test_value_and_gradients_are_those_of_plain_torch(temperature, trained):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item() + 1e-7)
 
 
-def test_nothing_diverges_from_itself():
+def test_the_divergence_of_a_model_from_itself_is_zero():
     teacher, batch = tiny(), collated()
     distillation = Distillation(teacher, tiny(), 1.0)
     prepared = distillation.teach(batch)
@@ -122,7 +122,7 @@ def test_a_step_adds_the_divergence_per_target_token(tmp_path, options):
     assert logs(run, "loss")[0] == pytest.approx((output.loss + 0.5 * divergence).item(), rel=1e-4)
 
 
-def test_training_brings_the_student_to_the_teacher(tmp_path):
+def test_training_brings_the_student_closer_to_the_teacher(tmp_path):
     teacher = get_peft_model(tiny(seed=3), LoraConfig(**LORA, task_type="CAUSAL_LM"))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     run = trainer(
@@ -143,7 +143,7 @@ def test_training_brings_the_student_to_the_teacher(tmp_path):
         (lambda model: torch.nn.Linear(2, 2), TypeError, "must be a causal LM of Transformers, got Linear"),
     ],
 )
-def test_who_cannot_teach(teacher, error, message):
+def test_unsuitable_teachers_are_refused(teacher, error, message):
     model = make()
     assert isinstance(model, PeftModel)
     with pytest.raises(error, match=message):

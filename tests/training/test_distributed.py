@@ -1,4 +1,4 @@
-"""Two processes that share the work give what one gives: gradients, logs, evaluation, checkpoints."""
+"""Two processes that share the work give the same as one: gradients, logs, evaluation, checkpoints."""
 
 import json
 
@@ -16,7 +16,7 @@ from gradmem_adapter.store import MemoryStore
 
 META_GRADIENTS = ("exact", "finite_difference", "first_order")
 A_STEP = 1e-2
-"""How far an optimizer step goes at the tests' learning rate. Adam takes whole ones by gradients that are rounding."""
+"""How far an optimizer step goes at the tests' learning rate. Adam takes full ones even along rounding errors."""
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """What one process makes of it, by the meta-gradient."""
+    """What one process gives, by meta-gradient."""
     return {name: distributed_run.train(tmp_path_factory.mktemp("one"), 1, name) for name in META_GRADIENTS}
 
 
 @pytest.mark.parametrize("run", [*META_GRADIENTS, "sharded exact", "sharded finite_difference"])
-def test_two_processes_are_one(two, one, run):
+def test_two_processes_give_the_same_as_one(two, one, run):
     meta_gradient = run.removeprefix("sharded ")
     (results, folder), one = two, one[meta_gradient]
     for result in (result[run] for result in results):
@@ -78,8 +78,8 @@ def test_two_processes_write_each_document_once(two):
     assert store.verify().ok
 
 
-def test_each_process_saves_wholly(two):
-    """Not the first alone, as Transformers has it: another may be the one that unpacks a backbone for all."""
+def test_every_process_saves_a_complete_checkpoint(two):
+    """Not only the first, as in Transformers: another one may have to unpack a backbone for all."""
     results, folder = two
     assert same(results[0]["unpacked"], results[1]["unpacked"])
     (cached,) = (folder / "cache").iterdir()
@@ -88,7 +88,7 @@ def test_each_process_saves_wholly(two):
     assert same(*own)
 
 
-def test_average_of_sharded_weights(two, tmp_path):
+def test_sharded_weights_are_averaged(two, tmp_path):
     one = distributed_run.train(tmp_path, 1, "first_order", ema_decay=0.5)
     for result in two[0]:
         close(result["sharded average"]["weights"], one["weights"], atol=A_STEP / 100)
@@ -98,11 +98,11 @@ def test_average_of_sharded_weights(two, tmp_path):
     ("number", "what"),
     list(enumerate(["version 1", "activation_checkpointing", "cpu_offload", "muon_lr_factor", "cuda_graphs"])),
 )
-def test_refused_where_weights_are_sharded(two, number, what):
+def test_unsupported_options_are_refused_with_sharded_weights(two, number, what):
     assert all(what in result["refused"][number] for result in two[0])
 
 
-def test_ready_batches(two, tmp_path):
+def test_two_processes_share_ready_batches(two, tmp_path):
     results, _ = two
     one = distributed_run.train_ready(tmp_path, 1)
     assert set(one["logs"]["write_steps"]) == {1, 2}
@@ -115,8 +115,8 @@ def test_ready_batches(two, tmp_path):
 
 
 @pytest.mark.parametrize("why", ["interrupted", "clock"])
-def test_what_one_process_knows_ends_both_at_the_same_step(two, why):
-    """A signal that one of them got, or the clock of the first."""
+def test_both_processes_end_at_the_same_step(two, why):
+    """After a signal to one of them, or by the clock of the first."""
     first, second = (result[why] for result in two[0])
     assert first["step"] == second["step"]
     assert first["seen"] is second["seen"] is (why == "interrupted")
@@ -125,6 +125,6 @@ def test_what_one_process_knows_ends_both_at_the_same_step(two, why):
     assert first["step"] == 3 or why == "clock"
 
 
-def test_all_stop_where_one_diverges(two):
+def test_both_processes_stop_if_one_diverges(two):
     for result in two[0]:
         assert result["diverged"].startswith("The loss is not finite in step 2.")

@@ -1,4 +1,4 @@
-"""Scores of answers: exact match and F1 as SQuAD has them."""
+"""Scores of answers: exact match and F1 as in SQuAD."""
 
 import pytest
 

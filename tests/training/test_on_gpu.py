@@ -1,4 +1,4 @@
-"""Captured training steps on a GPU, which give what steps as they are give; skipped on machines without one."""
+"""Captured training steps on a GPU give the same as plain ones; skipped on machines without a GPU."""
 
 import distributed_run
 import pytest
@@ -50,7 +50,7 @@ def captured(monkeypatch):
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
-def test_equal_steps_as_they_are(tmp_path, captured, meta_gradient, accumulated):
+def test_captured_steps_equal_plain_steps(tmp_path, captured, meta_gradient, accumulated):
     options = {"meta_gradient": meta_gradient, "gradient_accumulation_steps": accumulated}
     expected, found = Gradients(), Gradients()
     plain = run(tmp_path / "plain", 20, [expected], **options)
@@ -63,7 +63,7 @@ def test_equal_steps_as_they_are(tmp_path, captured, meta_gradient, accumulated)
             torch.testing.assert_close(two[name], gradient, rtol=5e-2, atol=1e-2 * gradient.norm().item(), msg=name)
 
 
-def test_compiled_and_in_bf16(tmp_path):
+def test_compiled_steps_in_bf16(tmp_path):
     plain = run(tmp_path / "plain", meta_gradient="finite_difference", bf16=True)
     fast = run(tmp_path / "fast", meta_gradient="finite_difference", bf16=True, cuda_graphs=True, torch_compile=True)
     assert logs(fast, "loss") == pytest.approx(logs(plain, "loss"), rel=3e-2)
@@ -73,12 +73,12 @@ def test_a_teacher_and_states_side_by_side(tmp_path):
     options = {"meta_gradient": "finite_difference", "side_by_side": [[3, 2]], "steps": 20}
     plain = run(tmp_path / "plain", teacher=tiny(seed=1), **options)
     fast = run(tmp_path / "fast", teacher=tiny(seed=1), cuda_graphs=True, torch_compile=True, **options)
-    for name in ("loss", "distillation_loss"):  # in TF32, so that weights part with the steps
+    for name in ("loss", "distillation_loss"):  # in TF32, so that weights drift apart
         assert logs(fast, name) == pytest.approx(logs(plain, name), rel=5e-2)
 
 
 class Forbid(TrainerCallback):
-    """From one step to another nothing may wait for the GPU: Python would not prepare the next step meanwhile."""
+    """Between two steps nothing may wait for the GPU: Python could not prepare the next step meanwhile."""
 
     def __init__(self, first, last):
         self.first, self.last = first, last
@@ -113,7 +113,7 @@ class Memory(TrainerCallback):
         self.allocated.append(torch.cuda.memory_allocated())
 
 
-def test_memory_does_not_grow_and_is_given_back(tmp_path):
+def test_memory_does_not_grow_and_is_freed(tmp_path):
     memory = Memory()
     made = run(tmp_path, 60, [memory], meta_gradient="first_order", cuda_graphs=True, logging_steps=100)
     assert memory.allocated[-1] <= memory.allocated[40] + 2**20
@@ -122,9 +122,9 @@ def test_memory_does_not_grow_and_is_given_back(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_two_gpus_are_one(tmp_path, monkeypatch):
+def test_two_gpus_give_the_same_as_one(tmp_path, monkeypatch):
     """Over NCCL, each with the whole model (also by CUDA graphs) or a half of it."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # for the one; the two count by themselves
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # for the single process; the two count for themselves
     names = ("exact", "finite_difference")
     first, second = two_processes.start(
         "training/distributed_run.py", ",".join(names), tmp_path, folder=tmp_path, cuda=True

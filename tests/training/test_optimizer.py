@@ -1,4 +1,4 @@
-"""Learning rates of their own for write rates, and Muon for matrices inside the layers, against PyTorch's own."""
+"""Separate learning rates for write rates, and Muon for matrices inside the layers, against PyTorch's own."""
 
 import copy
 import importlib.util
@@ -32,7 +32,7 @@ def step(parameters, seed, optimizers):
 
 class TestWithMuon:
     @pytest.mark.parametrize("decay", [0.0, 0.3])
-    def test_is_both(self, decay):
+    def test_it_equals_adamw_and_muon_side_by_side(self, decay):
         mine, theirs = parameters(), parameters()
         both = ours(*mine, decay=decay)
         adamw = torch.optim.AdamW(theirs[:2], weight_decay=decay)
@@ -44,7 +44,7 @@ class TestWithMuon:
             step(theirs, seed, [adamw, muon])
         assert all(torch.equal(parameter, other) for parameter, other in zip(mine, theirs, strict=True))
 
-    def test_going_on_from_a_state_equals_going_on(self):
+    def test_resuming_from_a_state_changes_nothing(self):
         whole, parts = parameters(), parameters()
         first, second = ours(*whole), ours(*parts)
         for seed in range(4):
@@ -56,7 +56,7 @@ class TestWithMuon:
             step(parts, seed, [second])
         assert all(torch.equal(parameter, other) for parameter, other in zip(whole, parts, strict=True))
 
-    def test_trains_the_matrices_inside_the_layers(self):
+    def test_muon_trains_the_matrices_inside_the_layers(self):
         model = make(backbone=tiny(num_hidden_layers=1), train_backbone=True)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         found = {names[id(parameter)].rpartition("layers.0.")[2] for parameter in layer_matrices(model)}
@@ -66,13 +66,13 @@ class TestWithMuon:
         assert found == {f"{part}.{name}_proj.weight" for name, part in parts.items()}
 
     @pytest.mark.parametrize("factors", [{"write_lr_factor": 10.0}, {"muon_lr_factor": 1.0}])
-    def test_of_another_optimizer_there_are_no_groups_to_make(self, tmp_path, factors):
+    def test_rate_factors_with_another_optimizer_are_refused(self, tmp_path, factors):
         model = make(learn_write_lr="scalar")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         with pytest.raises(ValueError, match=r"another one was passed\. Leave them out"):
             trainer(model, tmp_path, rows(2), optimizers=(optimizer, None), **factors)
 
-    def test_nothing_for_it_to_train(self, tmp_path):
+    def test_muon_without_trainable_matrices_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="muon_lr_factor needs trainable matrices"):
             trainer(make(), tmp_path, rows(2), muon_lr_factor=1.0).train()
 
@@ -80,7 +80,7 @@ class TestWithMuon:
 class TestTraining:
     CONFIG = {"train_backbone": True, "learn_write_lr": "scalar"}
 
-    def test_groups(self, tmp_path):
+    def test_parameter_groups_have_their_own_rates(self, tmp_path):
         run = trainer(
             make(**self.CONFIG), tmp_path, rows(3), max_steps=2, muon_lr_factor=2.0, write_lr_factor=10.0,
             learning_rate=1e-3, lr_scheduler_type="constant",
@@ -91,7 +91,7 @@ class TestTraining:
         assert [count for _, count in groups][2:] == [1, 14]
         assert sum(count for _, count in groups) == len(weights(run.model))
 
-    def test_write_rates_move_as_much_faster(self, tmp_path):
+    def test_write_lr_factor_scales_how_fast_write_rates_move(self, tmp_path):
         moved = []
         for factor in (1.0, 10.0):
             run = trainer(make(learn_write_lr="scalar"), tmp_path, rows(3), max_steps=1, write_lr_factor=factor)
@@ -99,7 +99,7 @@ class TestTraining:
             moved.append(abs(torch.tensor(logs(run, "write_lr")[0] / 0.3).log().item()))
         assert moved[1] == pytest.approx(10 * moved[0], rel=1e-2)
 
-    def test_learns_and_goes_on(self, tmp_path):
+    def test_training_learns_and_can_be_resumed(self, tmp_path):
         def run(path):
             return trainer(
                 make(**self.CONFIG), path, rows(4), max_steps=16, per_device_train_batch_size=4, learning_rate=3e-3,
@@ -112,14 +112,14 @@ class TestTraining:
         assert logs(whole, "loss")[-1] < 0.7 * logs(whole, "loss")[0]
         assert same(weights(whole.model), weights(resumed.model))
 
-    def test_lora_matrices(self, tmp_path):
+    def test_muon_trains_lora_matrices(self, tmp_path):
         run = trainer(make(lora_config=LORA), tmp_path, rows(3), max_steps=2, muon_lr_factor=1.0)
         run.train()
         assert len(run.optimizer.param_groups[-1]["params"]) == 28
 
 
 @pytest.mark.parametrize(("optim", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")])
-def test_optimizers_of_8_bits_are_asked_for(tmp_path, optim, package):
+def test_8_bit_optimizers_need_their_package(tmp_path, optim, package):
     """Without their package the error is Transformers' own."""
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")

@@ -1,4 +1,4 @@
-"""Modules without an adapter, which are trained to compare with: their weights are saved alone, and resumed."""
+"""Modules without an adapter, trained for comparison: only their trained weights are saved and resumed."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def model():
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_trains_saves_and_goes_on(tmp_path, cuda_graphs):
+def test_a_module_is_trained_saved_and_resumed(tmp_path, cuda_graphs):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "cuda_graphs": cuda_graphs}
     whole = trainer(model(), tmp_path / "whole", rows(4), rows(2), **options)
     whole.train()
@@ -50,14 +50,14 @@ def test_trains_saves_and_goes_on(tmp_path, cuda_graphs):
     resumed = trainer(model(), tmp_path / "resumed", rows(4), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert same(weights(resumed.model), weights(whole.model))
-    assert logs(whole, "loss")[0] > logs(whole, "target_loss")[0]  # what it adds to the loss counts
+    assert logs(whole, "loss")[0] > logs(whole, "target_loss")[0]  # its penalty counts
     assert "memory_norm" not in whole.state.log_history[0]
     found = whole.evaluate()
     assert "eval_loss" in found
     assert "eval_exact_match" not in found
 
 
-def test_weights_of_another_model(tmp_path):
+def test_weights_of_another_model_are_refused(tmp_path):
     trainer(model(), tmp_path, rows(2)).save_model(str(tmp_path / "saved"))
     other = model()
     other.layer = nn.Linear(32, 32, bias=False)

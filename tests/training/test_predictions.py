@@ -1,4 +1,4 @@
-"""What `predict` returns and `compute_metrics` is given: a row for each query, as Transformers' trainers have it."""
+"""What `predict` returns and `compute_metrics` is given: a row for each query, as in Transformers' trainers."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from gradmem_adapter.training import GradMemCollator, GradMemTrainer
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_answers_and_targets(tmp_path, size):
-    """Of contexts with one to three queries, whose answers and targets have different lengths in each batch."""
+def test_predictions_are_the_answers_and_label_ids_the_targets(tmp_path, size):
+    """Contexts have one to three queries, with answers and targets of different lengths in each batch."""
     data, tokenizer, answered = rows(5, queries=3), tiny_tokenizer(), []
     run = trainer(
         make(lora_config=LORA), tmp_path, score=lambda answer, _: answered.append(answer) or {"words": 0.0},
@@ -26,8 +26,8 @@ def test_answers_and_targets(tmp_path, size):
     assert found.metrics["test_words"] == 0
 
 
-def test_queries_in_any_order(tmp_path):
-    """A collator of one's own may have them so: the rows go by their contexts."""
+def test_queries_may_come_in_any_order(tmp_path):
+    """A custom collator may return them so; rows are assigned by their contexts."""
 
     class Backwards(GradMemCollator):
         def __call__(self, rows, first=0):
@@ -43,15 +43,15 @@ def test_queries_in_any_order(tmp_path):
                 make(), arguments(tmp_path, generation_max_new_tokens=4), collator, processing_class=tiny_tokenizer()
             )
 
-    # One query a context: then the order within a context is no matter.
+    # One query per context, so that the order within a context does not matter.
     found = [Once(collator(tiny_tokenizer())).predict(rows(3)) for collator in (GradMemCollator, Backwards)]
     assert np.array_equal(found[0].predictions, found[1].predictions)
     assert np.array_equal(found[0].label_ids, found[1].label_ids)
 
 
 @pytest.mark.parametrize("by_batch", [False, True])
-def test_compute_metrics(tmp_path, by_batch):
-    """Beside the score, and in its place where it has the same name."""
+def test_compute_metrics_adds_to_the_score(tmp_path, by_batch):
+    """And replaces it where a name is the same."""
     seen = []
 
     def compute_metrics(found, compute_result=True):
@@ -90,7 +90,7 @@ def test_without_generation_predictions_are_logits(tmp_path):
     assert found.metrics["test_places"] == (batch["labels"] != -100).sum()
 
 
-def test_losses_alone(tmp_path):
+def test_prediction_loss_only_returns_no_predictions(tmp_path):
     found = trainer(make(), tmp_path, prediction_loss_only=True).predict(rows(3))
     assert found.predictions is None
     assert found.label_ids is None

@@ -37,7 +37,7 @@ def test_damaged_files_are_named(tmp_path, content):
         read_rows(file)
 
 
-def test_line_separators_in_a_text_end_no_line(tmp_path):
+def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
     file = tmp_path / "rows.jsonl"
     row = {"context": "one\u2028two\x85three", "query": "a", "target": "b"}
     file.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")

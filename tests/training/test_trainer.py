@@ -1,4 +1,4 @@
-"""The trainer: gradients however the batch is cut, resuming, checkpoints, evaluation, and what stops or is refused."""
+"""The trainer: gradients of split batches, resuming, checkpoints, evaluation, and what stops or is refused."""
 
 import inspect
 import json
@@ -66,7 +66,7 @@ def arguments(path, **options):
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of each optimizer step, and K."""
+    """Keeps the gradients of each optimizer step."""
 
     def __init__(self):
         self.steps = []
@@ -117,14 +117,14 @@ def logs(run, name):
 
 class TestLoss:
     @pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
-    def test_decreases(self, tmp_path, meta_gradient):
+    def test_the_loss_decreases(self, tmp_path, meta_gradient):
         model = make(meta_gradient=meta_gradient, train_backbone=True, learn_write_lr="scalar")
         run = trainer(model, tmp_path, rows(4), max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3)
         run.train()
         losses = logs(run, "loss")
         assert losses[-1] < 0.5 * losses[0]
 
-    def test_is_that_of_the_model(self, tmp_path):
+    def test_the_loss_equals_that_of_the_model(self, tmp_path):
         model = make(lora_config=LORA)
         batch = GradMemCollator(tiny_tokenizer())(rows(3, queries=3))
         inputs = {name: batch[name] for name in batch if not name.startswith("query_") and name != "targets"}
@@ -148,8 +148,8 @@ class TestLoss:
         assert "write_lr" not in entry
 
     @pytest.mark.parametrize("batches", [False, True])
-    def test_the_adapter_says_what_it_was_trained_on(self, tmp_path, batches):
-        """Of an adapter that was calibrated before, whose weights are others now."""
+    def test_training_sets_the_trained_length_and_clears_the_calibration(self, tmp_path, batches):
+        """A calibration holds only for the weights it was made with."""
         model, train = make(score_calibration=(1.0, 0.0), trained_length=3), rows(4)
         if batches:
             train = RowBatches(train, GradMemCollator(tiny_tokenizer()), buckets=[16], contexts=4)
@@ -158,12 +158,12 @@ class TestLoss:
         longest = max(len(tiny_tokenizer()(row["context"])["input_ids"]) for row in rows(4))
         assert (config.trained_length, config.score_calibration) == (longest, None)
 
-    def test_logs_the_learned_write_lr(self, tmp_path):
+    def test_the_learned_write_lr_is_logged(self, tmp_path):
         run = trainer(make(learn_write_lr="scalar"), tmp_path, rows(2), max_steps=1)
         run.train()
         assert logs(run, "write_lr")[0] == pytest.approx(0.3, rel=0.05)
 
-    def test_memory_grad_norm_is_before_clipping(self, tmp_path):
+    def test_memory_grad_norm_is_taken_before_clipping(self, tmp_path):
         found = [
             logs(gradients(make(), tmp_path, rows(2), max_grad_norm=limit)[1], "memory_grad_norm")[0]
             for limit in (0, 1e-3)
@@ -172,7 +172,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
     @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-    def test_accumulation(self, tmp_path, architecture, meta_gradient):
+    def test_gradient_accumulation_changes_nothing(self, tmp_path, architecture, meta_gradient):
         config = {"lora_config": LORA, "learn_write_lr": "scalar", "meta_gradient": meta_gradient}
         data = rows(4, queries=3)
         whole, one = gradients(make(architecture, **config), tmp_path, data, per_device_train_batch_size=4)
@@ -186,7 +186,7 @@ class TestLoss:
             assert logs(two, name) == pytest.approx(logs(one, name), rel=1e-4)
             assert logs(four, name) == pytest.approx(logs(one, name), rel=1e-4)
 
-    def test_several_queries_are_the_context_repeated(self, tmp_path):
+    def test_several_queries_equal_the_context_repeated(self, tmp_path):
         several = rows(3, queries=3)
         repeated = [
             {"context": row["context"], "query": query, "target": target}
@@ -217,14 +217,14 @@ class TestLoss:
         assert at(run.args.seed) == drawn  # whatever random numbers were drawn in between
         assert at(7) != drawn
 
-    def test_no_write_steps(self, tmp_path):
+    def test_training_without_write_steps(self, tmp_path):
         run = trainer(make(), tmp_path, rows(2), rows(2), max_steps=1, write_steps=[0])
         run.train()
         assert logs(run, "write_steps") == [0]
         assert not logs(run, "first_write_loss")
 
-    def test_without_write_steps_the_start_recites(self, tmp_path):
-        """It is logged as a write loss, weighs in training and evaluation alike, and is no write step."""
+    def test_without_write_steps_the_start_has_the_write_loss(self, tmp_path):
+        """It is logged as a write loss and counts in training and evaluation, but is not a write step."""
         model = make(start="context", reconstruction_weight=0.5)
         options = {"write_steps": [0], "eval_write_steps": 0}
         run = trainer(model, tmp_path, rows(2), rows(2), max_steps=1, learning_rate=0.0, **options)
@@ -237,7 +237,7 @@ class TestLoss:
         assert logs(run, "loss")[0] == pytest.approx(found["eval_loss"], rel=1e-4)
 
     @pytest.mark.parametrize("meta_gradient", ["exact", "first_order", "finite_difference"])
-    def test_gradient_checkpointing(self, tmp_path, meta_gradient):
+    def test_gradient_checkpointing_changes_nothing(self, tmp_path, meta_gradient):
         config = {"lora_config": LORA, "meta_gradient": meta_gradient}
         plain, _ = gradients(make(**config), tmp_path, rows(2))
         model = make(**config)
@@ -249,7 +249,7 @@ class TestLoss:
         "every_n_layers" not in inspect.signature(PreTrainedModel._set_gradient_checkpointing).parameters,
         reason="Transformers computes all layers again or none",
     )
-    def test_one_of_so_many_layers_is_computed_again(self, tmp_path):
+    def test_every_nth_layer_can_be_checkpointed(self, tmp_path):
         options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}
         plain, _ = gradients(make(lora_config=LORA, meta_gradient="finite_difference"), tmp_path, rows(2))
         model = make(lora_config=LORA, meta_gradient="finite_difference")
@@ -261,10 +261,10 @@ class TestLoss:
         ("meta_gradient", "lora_phase", "checkpointing"),
         [("first_order", "both", False), ("finite_difference", "write", False), ("finite_difference", "both", True)],
     )
-    def test_compile(self, tmp_path, meta_gradient, lora_phase, checkpointing):
+    def test_compiling_changes_nothing(self, tmp_path, meta_gradient, lora_phase, checkpointing):
         lora = LORA | {"init_lora_weights": False}
         config = {"lora_config": lora, "meta_gradient": meta_gradient, "lora_phase": lora_phase}
-        config["finite_difference_step"] = 0.1  # a long step leaves little of the rounding
+        config["finite_difference_step"] = 0.1  # a long step leaves little rounding error
         plain, one = gradients(make(backbone=tiny(num_hidden_layers=1), **config), tmp_path, rows(2))
         model = make(backbone=tiny(num_hidden_layers=1), **config)
         torch._dynamo.reset()
@@ -277,7 +277,7 @@ class TestLoss:
         two.save_model(str(tmp_path / "saved"))
         load_weights(make(backbone=tiny(num_hidden_layers=1), **config), tmp_path / "saved")
 
-    def test_bf16(self, tmp_path):
+    def test_training_in_bf16(self, tmp_path):
         run = trainer(make(lora_config=LORA), tmp_path, rows(4), rows(3), max_steps=2, bf16=True)
         run.train()
         assert all(math.isfinite(loss) for loss in logs(run, "loss"))
@@ -287,8 +287,8 @@ class TestLoss:
 class TestResume:
     @pytest.mark.parametrize("trained", ["lora", "backbone"])
     @pytest.mark.parametrize("ready", [False, True])
-    def test_equals_an_uninterrupted_run(self, tmp_path, trained, ready):
-        """With dropout, in the backbone as in the LoRA."""
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, tmp_path, trained, ready):
+        """With dropout, both in the backbone and in the LoRA."""
         config = {
             "lora": {"lora_config": LORA | {"lora_dropout": 0.3}}, "backbone": {"train_backbone": True}
         }[trained]  # fmt: skip
@@ -310,7 +310,7 @@ class TestResume:
         for name in ("loss", "learning_rate", "write_steps", "grad_norm"):
             assert logs(resumed, name) == logs(whole, name)
 
-    def test_the_trained_length_is_of_what_was_trained_before_too(self, tmp_path):
+    def test_the_trained_length_includes_steps_before_the_checkpoint(self, tmp_path):
         train = [row(i, 0) | {"context": tiny_text(n)} for i, n in enumerate((30, 30, 30, 30, 5, 5, 5, 5))]
         options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "sequential"}
         trainer(make(), tmp_path, train, **options).train()
@@ -321,7 +321,7 @@ class TestResume:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert resumed.config.trained_length == 30
 
-    def test_a_checkpoint_that_is_not_whole_is_passed_over(self, tmp_path):
+    def test_an_incomplete_checkpoint_is_skipped(self, tmp_path):
         run = trainer(make(), tmp_path, rows(4), max_steps=2, save_strategy="steps", save_steps=1)
         run.train()
         (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
@@ -329,7 +329,7 @@ class TestResume:
         again.train(resume_from_checkpoint=True)
         assert same(weights(again.model), weights(run.model))
 
-    def test_nothing_to_resume_from(self, tmp_path):
+    def test_resuming_without_a_checkpoint_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"no checkpoint to resume from.*trainer\.has_checkpoint\(\)"):
             trainer(make(), tmp_path, rows(2)).train(resume_from_checkpoint=True)
         with pytest.raises(FileNotFoundError, match="no adapter checkpoint"):
@@ -344,7 +344,7 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # untied and tied
     @pytest.mark.parametrize("config", [{"lora_config": LORA}, {"train_backbone": True}], ids=["lora", "backbone"])
-    def test_open(self, tmp_path, architecture, config):
+    def test_checkpoints_can_be_opened(self, tmp_path, architecture, config):
         model = make(architecture, write_head=True, **config)
         run = trainer(model, tmp_path, rows(4), save_strategy="steps", save_steps=1, max_steps=2)
         run.train()
@@ -369,7 +369,7 @@ class TestCheckpoints:
             assert torch.equal(fresh.eval()(**inputs).logits, expected)
         assert weights(fresh).keys() == weights(model).keys()
 
-    def test_of_another_name(self, tmp_path):
+    def test_an_adapter_of_another_name_is_saved(self, tmp_path):
         model = make(lora_config=LORA)
         model.add_adapter("other", GradMemConfig(num_memory_tokens=2, lora_config=LORA | {"init_lora_weights": False}))
         model.set_adapter("other")
@@ -385,7 +385,7 @@ class TestCheckpoints:
         load_weights(model, tmp_path / "checkpoint-1")
         assert same(trained, {name.replace(".other", ".default"): weight for name, weight in weights(model).items()})
 
-    def test_saved_again(self, tmp_path):
+    def test_saving_again_replaces_the_checkpoint(self, tmp_path):
         run = trainer(make(train_backbone=True), tmp_path, rows(2), max_steps=1)
         run.save_model()
         run.train()
@@ -410,7 +410,7 @@ class TestCheckpoints:
             ({"backbone": {"hidden_size": 16}}, r"\(2, 32\) in the checkpoint and \(2, 16\) in the model"),
         ],
     )
-    def test_of_another_shape(self, tmp_path, config, message):
+    def test_an_adapter_of_another_shape_is_refused(self, tmp_path, config, message):
         run = trainer(make(lora_config=LORA), tmp_path, rows(2), save_strategy="steps", save_steps=1, max_steps=1)
         run.train()
         backbone = tiny(**config.pop("backbone", {}))
@@ -420,7 +420,7 @@ class TestCheckpoints:
             trainer(other, tmp_path, rows(2)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert same(weights(other), before)
 
-    def test_backbone_of_another_shape(self, tmp_path):
+    def test_a_backbone_of_another_shape_is_refused(self, tmp_path):
         trainer(make(train_backbone=True), tmp_path, rows(2)).save_model()
         other = make(backbone=tiny(intermediate_size=40), train_backbone=True)
         with pytest.raises(
@@ -431,7 +431,7 @@ class TestCheckpoints:
         with pytest.raises(FileNotFoundError, match="holds only an adapter"):
             load_weights(make(train_backbone=True), tmp_path / "alone")
 
-    def test_not_with_weights_that_are_not_finite(self, tmp_path):
+    def test_non_finite_weights_are_not_saved(self, tmp_path):
         model = make()
         with torch.no_grad():
             model.base_model.slots.gradmem_memory["default"][0, 0] = torch.nan
@@ -443,7 +443,7 @@ class TestCheckpoints:
 
 
 class Poison(TrainerCallback):
-    """Makes the loss of a later step NaN, by an embedding that is used only then."""
+    """Makes the loss NaN from a given step on, by way of the input embeddings."""
 
     def __init__(self, step):
         self.step = step
@@ -456,7 +456,7 @@ class Poison(TrainerCallback):
 
 class TestDivergence:
     @pytest.mark.parametrize("saved", [True, False])
-    def test_loss(self, tmp_path, saved):
+    def test_a_non_finite_loss_stops_training(self, tmp_path, saved):
         (tmp_path / "checkpoint-1").mkdir()
         (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")  # of an earlier run
         model = make()
@@ -472,7 +472,7 @@ class TestDivergence:
             loaded, _ = load_checkpoint(tmp_path / "checkpoint-2", backbone=tiny())
             assert same(weights(model), {name: p for name, p in loaded.named_parameters() if name in weights(model)})
 
-    def test_gradient(self, tmp_path):
+    def test_a_non_finite_gradient_stops_training(self, tmp_path):
         model = make()
         slots = model.base_model.slots.gradmem_memory["default"]
         slots.register_hook(lambda gradient: gradient * torch.inf)
@@ -481,8 +481,8 @@ class TestDivergence:
             trainer(model, tmp_path, rows(2)).train()
         assert same(weights(model), before)
 
-    def test_not_where_a_scaler_looks_for_its_scale(self, tmp_path):
-        """As with fp16: the step of a gradient that overflows is skipped, and the training goes on."""
+    def test_a_gradient_scaler_may_skip_overflowing_steps(self, tmp_path):
+        """As with fp16: a step whose gradient overflows is skipped, and training continues."""
         found = {}
         for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
             model = make()
@@ -498,7 +498,7 @@ class TestDivergence:
         assert scaled.state.global_step == 2
         assert scaled.accelerator.scaler.get_scale() == 512
         assert all(weight.isfinite().all() for weight in weights(scaled.model).values())
-        # The one step that counts has other rows than the first without a scaler, and the same weights.
+        # The step that counts has other rows than the first one without a scaler, but the same weights.
         assert 0 < logs(scaled, "memory_grad_norm")[0] < 10 * logs(plain, "memory_grad_norm")[0]
         assert len(logs(scaled, "memory_grad_norm")) == 1
 
@@ -513,13 +513,13 @@ class TestDivergence:
         with pytest.raises(ValueError, match=r"batch_rebalance.*Use 'group_by_length'"):
             trainer(make(), tmp_path, data, train_sampling_strategy="batch_rebalance")
 
-    def test_a_field_that_there_is_not(self, tmp_path):
+    def test_an_unknown_field_is_refused_with_a_suggestion(self, tmp_path):
         with pytest.raises(
             TypeError, match=r"GradMemTrainingArguments has no field max_step\. Did you mean max_steps\?"
         ):
             GradMemTrainingArguments(str(tmp_path), max_step=1)
 
-    def test_plain_arguments_hide_nothing(self, tmp_path):
+    def test_divergence_is_also_found_with_plain_training_arguments(self, tmp_path):
         args = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, remove_unused_columns=False)
         run = GradMemTrainer(
             make(), args, train_dataset=rows(2), processing_class=tiny_tokenizer(), callbacks=[Poison(1)]
@@ -529,8 +529,8 @@ class TestDivergence:
 
 
 class TestEvaluation:
-    def test_by_hand(self, tmp_path):
-        """What the model answers is a reference of some queries and not of others."""
+    def test_metrics_equal_those_computed_by_hand(self, tmp_path):
+        """The model's own answer is a reference of some queries and not of others."""
         model, tokenizer = make(lora_config=LORA | {"lora_dropout": 0.5}), tiny_tokenizer()
         data = rows(5, queries=3)
         model.eval()
@@ -563,7 +563,7 @@ class TestEvaluation:
         assert metrics["eval_last_write_loss"] == pytest.approx(expected.write_losses[:, -1].mean().item(), rel=1e-4)
         assert "eval_exact_match" not in metrics
 
-    def test_batch_size_makes_no_difference(self, tmp_path):
+    def test_the_batch_size_makes_no_difference(self, tmp_path):
         model = make(lora_config=LORA)
         one, four = (
             trainer(model, tmp_path, evaluation=rows(5, queries=3), per_device_eval_batch_size=size).evaluate()
@@ -572,7 +572,7 @@ class TestEvaluation:
         for name in ("eval_loss", "eval_exact_match", "eval_f1", "eval_memory_norm"):
             assert one[name] == pytest.approx(four[name], rel=1e-4)
 
-    def test_learns_the_answers(self, tmp_path):
+    def test_trained_answers_match_their_references(self, tmp_path):
         data = [row | {"answers": [row["target"].upper(), "x"]} for row in rows(3)]
         run = trainer(
             make(train_backbone=True), tmp_path, data, data, max_steps=30, per_device_train_batch_size=3,
@@ -584,17 +584,17 @@ class TestEvaluation:
         assert logs(run, "eval_exact_match")[-1] == 1
         assert logs(run, "eval_f1")[-1] == 1
 
-    def test_without_generation(self, tmp_path):
+    def test_evaluation_without_generation(self, tmp_path):
         metrics = trainer(make(), tmp_path, evaluation=rows(3), predict_with_generate=False).evaluate()
         assert "eval_loss" in metrics
         assert "eval_exact_match" not in metrics
 
     @pytest.mark.parametrize("name", ["loss", "target_loss", "tokens"])
-    def test_score_of_a_name_that_is_taken(self, tmp_path, name):
+    def test_a_score_with_a_reserved_name_is_refused(self, tmp_path, name):
         with pytest.raises(ValueError, match=f"must not be named {name}"):
             trainer(make(), tmp_path, evaluation=rows(2), score=lambda *_: {name: 1.0}).evaluate()
 
-    def test_score_of_changing_names(self, tmp_path):
+    def test_scores_with_changing_names_are_refused(self, tmp_path):
         names = iter("abc")
         with pytest.raises(ValueError, match="the same names"):
             trainer(make(), tmp_path, evaluation=rows(2), score=lambda *_: {next(names): 1.0}).evaluate()
@@ -602,11 +602,11 @@ class TestEvaluation:
     def test_memory_is_not_pinned_for_a_cpu(self, tmp_path):
         assert arguments(tmp_path, use_cpu=False).dataloader_pin_memory == torch.cuda.is_available()
 
-    def test_no_rows(self, tmp_path):
+    def test_evaluation_without_rows_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="has no rows"):
             trainer(make(), tmp_path).evaluate([])
 
-    def test_several_datasets(self, tmp_path):
+    def test_several_datasets_are_evaluated(self, tmp_path):
         metrics = trainer(make(), tmp_path, evaluation={"one": rows(3), "two": rows(3, 9)}).evaluate()
         assert {"eval_one_loss", "eval_two_loss", "eval_one_exact_match", "eval_two_f1"} <= metrics.keys()
 
@@ -630,7 +630,7 @@ class TestEvaluation:
         best, _ = load_checkpoint(tmp_path / "checkpoint-2", backbone=tiny(), is_trainable=True)
         assert same(weights(model), weights(best))
 
-    def test_how_long_answers_may_be(self, tmp_path):
+    def test_answers_may_be_longer_than_the_longest_target(self, tmp_path):
         class Stream(IterableDataset):
             def __iter__(self):
                 return iter(rows(3))
@@ -645,7 +645,7 @@ class TestEvaluation:
 
 
 class TestArguments:
-    def test_unused_columns(self, tmp_path):
+    def test_unused_columns_are_kept(self, tmp_path):
         args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
         with pytest.warns(UserWarning, match="so it is set to False"):
             run = GradMemTrainer(make(), args, train_dataset=rows(4), processing_class=tiny_tokenizer())
@@ -653,7 +653,7 @@ class TestArguments:
         run.train()
         assert logs(run, "train_loss")
 
-    def test_model(self, tmp_path):
+    def test_a_model_without_a_trainable_adapter_is_refused(self, tmp_path):
         with pytest.raises(TypeError, match="needs a model with an active GradMem adapter, got LlamaForCausalLM"):
             trainer(tiny(), tmp_path)
         with pytest.raises(TypeError, match="needs a model with an active GradMem adapter, got PeftModel"):
@@ -663,7 +663,7 @@ class TestArguments:
         with pytest.raises(ValueError, match="is_trainable=True"):
             trainer(frozen, tmp_path)
 
-    def test_tokenizer(self, tmp_path):
+    def test_a_missing_or_unsuitable_tokenizer_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="processing_class=tokenizer"):
             GradMemTrainer(make(), arguments(tmp_path))
         tokenizer = tiny_tokenizer()
@@ -682,12 +682,12 @@ class TestArguments:
             ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, {}, "use_reentrant"),
         ],
     )
-    def test_refused(self, tmp_path, options, config, message):
+    def test_unsupported_options_are_refused(self, tmp_path, options, config, message):
         with pytest.raises(ValueError, match=message):
             trainer(make(**config), tmp_path, rows(2), **options)
 
     @pytest.mark.parametrize("wrong", [None, {"output_dir": "runs"}])
-    def test_none(self, wrong):
+    def test_missing_or_invalid_arguments_are_refused(self, wrong):
         with pytest.raises(TypeError, match="args must be training arguments, such as GradMemTrainingArguments"):
             GradMemTrainer(make(), wrong, processing_class=tiny_tokenizer())
 
@@ -724,21 +724,21 @@ class TestArguments:
             ({"report_to": "dvclive"}, ImportError, "report_to names dvclive, but its package"),
         ],
     )
-    def test_values(self, tmp_path, options, error, message):
+    def test_invalid_values_are_refused(self, tmp_path, options, error, message):
         with pytest.raises(error, match=message):
             arguments(tmp_path, **options)
 
-    def test_a_missing_tensorboard_is_told_with_its_line(self, tmp_path, monkeypatch):
+    def test_the_error_for_a_missing_tensorboard_says_how_to_install_it(self, tmp_path, monkeypatch):
         monkeypatch.setattr("gradmem_adapter.training.arguments.get_available_reporting_integrations", list)
         with pytest.raises(ImportError, match=r'pip install "gradmem-adapter\[train\]", or leave it out of report_to'):
             arguments(tmp_path, report_to="tensorboard")
 
-    def test_no_rows(self, tmp_path):
+    def test_training_without_rows_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="train_dataset has no rows"):
             trainer(make(), tmp_path, [])
 
     @pytest.mark.parametrize("several", [False, True])
-    def test_rows_in_a_list_are_looked_at_before_training(self, tmp_path, several):
+    def test_rows_in_a_list_are_checked_before_training(self, tmp_path, several):
         bad = rows(3)
         bad[2]["target"] = ""
         with pytest.raises(ValueError, match="Row 2 of train_dataset has an empty target"):
@@ -746,7 +746,7 @@ class TestArguments:
         with pytest.raises(ValueError, match="Row 2 of eval_dataset has an empty target"):
             trainer(make(), tmp_path, rows(3), {"easy": rows(1), "hard": bad} if several else bad)
 
-    def test_collator_limits(self, tmp_path):
+    def test_the_collators_limits_follow_from_the_positions(self, tmp_path):
         run = trainer(make(num_control_tokens=1), tmp_path, (rows(1)[0] | {"context": tiny_text(93)},))
         assert run.data_collator.max_context_length == run.data_collator.max_query_length == 96 - 2 - 2
         with pytest.raises(ValueError, match=r"Row 0 of .*: the context of 93 tokens is longer than the 92 that fit"):
@@ -760,7 +760,7 @@ class TestArguments:
          ("context", " ", "the context has no tokens"),
          ("target", " ", "the target has no tokens")],
     )  # fmt: skip
-    def test_rows_of_a_list_that_do_not_fit_are_told_before_training(self, tmp_path, field, text, wrong, several):
+    def test_rows_in_a_list_that_do_not_fit_are_refused_before_training(self, tmp_path, field, text, wrong, several):
         bad = [*rows(2), rows(1)[0] | {field: text}]
         with pytest.raises(ValueError, match=f"train_dataset: Row 2: {wrong}"):
             trainer(make(), tmp_path, bad)
@@ -768,18 +768,18 @@ class TestArguments:
         with pytest.raises(ValueError, match=f"{name}: Row 2: {wrong}"):
             trainer(make(), tmp_path, rows(2), {"easy": rows(1), "hard": bad} if several else bad)
 
-    def test_the_callers_collator_is_left_alone(self, tmp_path):
+    def test_the_callers_collator_is_not_changed(self, tmp_path):
         collator = GradMemCollator(tiny_tokenizer(), max_query_length=20)
         run = GradMemTrainer(make(), arguments(tmp_path), collator, processing_class=tiny_tokenizer())
         assert (run.data_collator.max_context_length, run.data_collator.max_query_length) == (94, 20)
         assert collator.max_context_length is None
 
-    def test_collator_of_another_format(self, tmp_path):
+    def test_a_collator_with_another_query_format_is_refused(self, tmp_path):
         collator = GradMemCollator(tiny_tokenizer())
         with pytest.raises(ValueError, match="would differ"):
             GradMemTrainer(make(query_format="chat"), arguments(tmp_path), collator, processing_class=tiny_tokenizer())
 
-    def test_batch_without_a_context(self, tmp_path):
+    def test_a_batch_without_a_context_is_refused(self, tmp_path):
         def collate(batch):
             return {"input_ids": torch.ones(1, 2, dtype=torch.long), "labels": torch.ones(1, 2, dtype=torch.long)}
 
@@ -788,7 +788,7 @@ class TestArguments:
             run.train()
 
 
-def test_state_holds_what_was_logged(tmp_path):
+def test_the_trainer_state_holds_what_was_logged(tmp_path):
     run = trainer(make(), tmp_path, rows(4), save_strategy="steps", save_steps=2)
     run.train()
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
