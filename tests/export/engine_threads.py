@@ -8,7 +8,7 @@ from tiny import tokens
 
 
 def at_once(make_reader, engine, method, state):
-    """Let two readers answer at the same time, and see that never two are inside `engine.method`."""
+    """Lets two readers answer at the same time, and checks that `engine.method` runs only once at a time."""
     inside, most, call = [], [], getattr(engine, method)
 
     def slow(*args, **options):

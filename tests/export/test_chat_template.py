@@ -1,4 +1,4 @@
-"""The exported chat template writes memory first, and is the tokenizer's own where there is none."""
+"""The exported chat template puts memory first, and equals the tokenizer's own where there is none."""
 
 import pytest
 from tiny import tiny_tokenizer
@@ -44,7 +44,7 @@ def test_without_memory_nothing_changes(template):
     ],
 )
 @pytest.mark.parametrize("template", [TEMPLATE, "{{ bos_token }}" + TEMPLATE])
-def test_memory_stands_before_everything(template, content):
+def test_memory_comes_before_everything(template, content):
     assert render(memory_first(template), user(content)) == MARK + render(template, user("w5 w6"))
 
 

@@ -1,4 +1,4 @@
-"""Readers of engines give what Transformers gives, whatever order an engine answers in, and check before they ask."""
+"""Engine readers give the same as Transformers, in whatever order an engine answers, and check before they ask."""
 
 import copy
 
@@ -25,7 +25,7 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False}
 
 
 class PlainReader(EngineReader):
-    """Plain Transformers on an exported directory as the engine; later prompts are further than earlier ones."""
+    """Plain Transformers on an exported directory as the engine; later prompts are answered ahead of earlier ones."""
 
     def __init__(self, model, path, **options):
         super().__init__(model, **options)
@@ -80,7 +80,7 @@ def prompts():
 
 
 @pytest.mark.parametrize("eos", [None, [2, 9, 17, 23, 31, 44]])
-def test_a_batch(reader, states, prompts, eos):
+def test_a_batch_equals_that_of_transformers(reader, states, prompts, eos):
     options = GREEDY | {"eos_token_id": eos}
     expected = reader.model.generate(**prompts, memory=states, **options)
     assert reader.generate(**prompts, memory=states, **options).tolist() == expected.tolist()
@@ -88,14 +88,14 @@ def test_a_batch(reader, states, prompts, eos):
     assert reader.generate(**prompts, memory=states[0], **options).tolist() == one.tolist()
 
 
-def test_padding_on_the_right_and_max_length(reader, states, prompts):
+def test_right_padding_and_max_length(reader, states, prompts):
     right = {name: value.flip(1) for name, value in prompts.items()}
     expected = reader.model.generate(**right, memory=states, max_length=12, do_sample=False)
     assert reader.generate(**right, memory=states, max_length=12, do_sample=False).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("index", [[2, 0, 0], [[0, 1], [1, 2], [2, 2]]])
-def test_states_by_their_numbers(reader, states, prompts, index):
+def test_context_index_chooses_states(reader, states, prompts, index):
     options = {"memory": states, "context_index": torch.tensor(index), **GREEDY}
     assert reader.generate(**prompts, **options).tolist() == reader.model.generate(**prompts, **options).tolist()
 
@@ -111,7 +111,7 @@ class Counting(StoppingCriteria):
         return self.counts <= input_ids.shape[1] - self.length
 
 
-def test_stopping_criteria_see_what_transformers_shows(reader, states, prompts):
+def test_stopping_criteria_see_the_same_as_in_transformers(reader, states, prompts):
     shown = []
     for model in (reader.model, reader):
         criterion = Counting([3, 1, 5], 6)
@@ -121,7 +121,7 @@ def test_stopping_criteria_see_what_transformers_shows(reader, states, prompts):
     assert len(shown[0][0][0]) == 6 + 5
 
 
-def test_the_pipeline(reader, states):
+def test_a_pipeline_with_the_reader_equals_one_without(reader, states):
     tokenizer = tiny_tokenizer()
     own, other = GradMemPipeline(reader.model, tokenizer), GradMemPipeline(reader.model, tokenizer, reader=reader)
     questions = ["w1 w2", "w3 w4 w5", "w6"]
@@ -136,7 +136,7 @@ def test_the_pipeline(reader, states):
     assert len(reader.asked) == asked
 
 
-def test_a_stream_that_is_closed_ends_the_engine(reader, states):
+def test_closing_a_stream_stops_the_engine(reader, states):
     pipeline = GradMemPipeline(reader.model, tiny_tokenizer(), reader=reader)
     closed = reader.closed
     pieces = pipeline.stream("w1 w2", memory=states[0], max_new_tokens=60, do_sample=False, eos_token_id=None)
@@ -145,7 +145,7 @@ def test_a_stream_that_is_closed_ends_the_engine(reader, states):
     assert reader.closed == closed + 1
 
 
-def test_sampling(reader, states, prompts):
+def test_sampling_options_reach_the_engine(reader, states, prompts):
     reader.generate(**prompts, memory=states, max_new_tokens=2, do_sample=True, temperature=0.5, top_k=7, top_p=0.9)
     assert reader.asked[-1][1] == (2, [2], 0.5, 7, 0.9)
     reader.generate(**prompts, memory=states, max_new_tokens=2, do_sample=False, temperature=0.5, eos_token_id=[3, 4])
@@ -159,7 +159,7 @@ def test_sampling(reader, states, prompts):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("of_model", [{}, {"top_k": 11, "temperature": 0.8}], ids=["plain", "configured"])
-def test_what_nobody_says_is_as_transformers_has_it(reader, states, monkeypatch, options, of_model):
+def test_sampling_defaults_are_those_of_transformers(reader, states, monkeypatch, options, of_model):
     for name, value in of_model.items():
         monkeypatch.setattr(reader.model.get_base_model().generation_config, name, value)
     asked = {"memory": states[0], "max_new_tokens": 1, "do_sample": True} | options
@@ -180,7 +180,7 @@ def test_what_nobody_says_is_as_transformers_has_it(reader, states, monkeypatch,
     torch.testing.assert_close(found, plain.scores[0])
 
 
-def test_answers_end_with_the_models_positions(reader, states):
+def test_answers_stop_at_the_models_last_position(reader, states):
     with pytest.warns(UserWarning, match="The answer will end after"):
         output = reader.generate(tokens(1, 80), memory=states[0], max_new_tokens=50, do_sample=False, eos_token_id=None)
     assert output.shape[1] == 96 + 1 - reader.model.prefix_length
@@ -193,7 +193,7 @@ class TestRefused:
         yield
         assert len(reader.asked) == before
 
-    def test_states(self, reader, states, prompts):
+    def test_unsuitable_states(self, reader, states, prompts):
         ids = prompts["input_ids"]
         other = make(num_memory_tokens=4).write(tokens(1, 9))
         with pytest.raises(ValueError, match="written by model"):
@@ -211,7 +211,7 @@ class TestRefused:
         with pytest.raises(TypeError, match="MemoryState"):
             reader.generate(ids, memory=states.vectors, **GREEDY)
 
-    def test_prompts(self, reader, states):
+    def test_invalid_prompts(self, reader, states):
         with pytest.raises(ValueError, match="are allowed"):
             reader.generate(tokens(1, 95), memory=states[0], **GREEDY)
         with pytest.raises(ValueError, match="1000"):
@@ -228,18 +228,18 @@ class TestRefused:
             {"return_dict_in_generate": True},
         ],
     )
-    def test_options(self, reader, states, prompts, option):
+    def test_unsupported_options(self, reader, states, prompts, option):
         with pytest.raises(NotImplementedError, match=next(iter(option))):
             reader.generate(**prompts, memory=states, **GREEDY | option)
 
-    def test_those_of_the_model(self, reader, states, prompts, monkeypatch):
+    def test_unsupported_options_of_the_model(self, reader, states, prompts, monkeypatch):
         config = reader.model.get_base_model().generation_config
         monkeypatch.setattr(config, "repetition_penalty", 1.3)
         with pytest.raises(NotImplementedError, match="repetition_penalty"):
             reader.generate(**prompts, memory=states, **GREEDY)
 
 
-def test_options_without_effect(reader, states, prompts):
+def test_options_without_effect_are_accepted(reader, states, prompts):
     options = {
         "num_beams": 1,
         "repetition_penalty": 1.0,
@@ -250,7 +250,7 @@ def test_options_without_effect(reader, states, prompts):
     assert reader.generate(**prompts, memory=states, **GREEDY | options).tolist() == expected.tolist()
 
 
-def test_an_engine_that_breaks_off_is_an_error(reader, states, prompts, monkeypatch):
+def test_an_engine_that_stops_early_is_an_error(reader, states, prompts, monkeypatch):
     monkeypatch.setattr(PlainReader, "_answers", lambda *_: iter_of((0, [5], True)))
     with pytest.raises(RuntimeError, match="stopped before"):
         reader.generate(**prompts, memory=states, **GREEDY)
@@ -271,7 +271,7 @@ def test_errors_of_the_engine_end_a_stream(reader, states, monkeypatch):
         list(pipeline.stream("w1", memory=states[0], **GREEDY))
 
 
-def test_streamers_are_used_as_transformers_uses_them(reader, states):
+def test_streamers_get_the_same_as_in_transformers(reader, states):
     texts = []
     for model in (reader.model, reader):
         streamer = TextIteratorStreamer(tiny_tokenizer(), timeout=60)
@@ -281,7 +281,7 @@ def test_streamers_are_used_as_transformers_uses_them(reader, states):
 
 
 class TestTheEnginesModel:
-    """Before the first answer an engine shows that it has the adapter's model."""
+    """Before its first answer, an engine has to show that it serves the adapter's model."""
 
     @pytest.fixture
     def checking(self, reader):
@@ -290,7 +290,7 @@ class TestTheEnginesModel:
         made.engine, made.asked, made.closed = reader.engine, [], 0
         return made
 
-    def test_is_asked_for_eight_tokens_once(self, checking, states, prompts):
+    def test_it_is_checked_on_eight_tokens_in_all(self, checking, states, prompts):
         for count in (3, 10, 10):
             options = GREEDY | {"max_new_tokens": count}
             expected = checking.model.generate(**prompts, memory=states, **options)
@@ -300,7 +300,7 @@ class TestTheEnginesModel:
         assert checking.asked[0][1] == (3, [], 0.0, 0, 1.0)
 
     @pytest.mark.parametrize("wrong", ["without the LoRA", "another model"])
-    def test_that_is_another_one_is_refused(self, checking, states, prompts, wrong):
+    def test_another_model_is_refused(self, checking, states, prompts, wrong):
         checking.engine = make(backbone={"seed": 1}).get_base_model()
         if wrong == "without the LoRA":
             checking.engine = make().get_base_model()
@@ -309,19 +309,19 @@ class TestTheEnginesModel:
                 checking.generate(**prompts, memory=states, **GREEDY)
         assert all(len(asked) == 1 for asked, _ in checking.asked)
 
-    def test_with_more_tokens_is_refused(self, checking, states, prompts, monkeypatch):
+    def test_a_model_with_more_tokens_is_refused(self, checking, states, prompts, monkeypatch):
         monkeypatch.setattr(checking, "_answers", lambda prompts, sampling: iter_of((0, [1000] * 8, True)))
         with pytest.raises(RuntimeError, match="does not serve the model"):
             checking.generate(**prompts, memory=states, **GREEDY)
 
     @pytest.mark.parametrize("token", [61, -1, 10**30])
-    def test_whose_answer_has_a_token_that_is_none_is_refused(self, reader, states, prompts, monkeypatch, token):
-        """Where nobody compares models, or further on in an answer."""
+    def test_an_answer_with_an_unknown_token_is_refused(self, reader, states, prompts, monkeypatch, token):
+        """Also where models are not compared, or later in an answer."""
         monkeypatch.setattr(reader, "_answers", lambda *_: iter_of((0, [5, 6], False), (1, [7, token], True)))
         with pytest.raises(RuntimeError, match=f"its answer has the tokens .{token}., which are not in this model"):
             reader.generate(**prompts, memory=states, **GREEDY)
 
-    def test_may_round_otherwise(self, checking, states, prompts):
+    def test_small_rounding_differences_are_accepted(self, checking, states, prompts):
         checking.engine = copy.deepcopy(checking.engine)
         with torch.no_grad():
             checking.engine.get_output_embeddings().weight.mul_(1.001)

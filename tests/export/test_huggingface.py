@@ -1,4 +1,4 @@
-"""What is exported answers in plain Transformers as the model does from memory, token for token."""
+"""An exported model answers in plain Transformers as the adapter does from memory, token for token."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def model():
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "LoRA"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_plain_transformers_answer_alike(architecture, merge, tmp_path):
+def test_plain_transformers_gives_the_same_answers(architecture, merge, tmp_path):
     model = make(architecture, lora_config=lora())
     state = model.write(tokens(1, 9))
     export_model(model, tiny_tokenizer(), tmp_path / "model", merge=merge)
@@ -54,7 +54,7 @@ def test_plain_transformers_answer_alike(architecture, merge, tmp_path):
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"target_modules": ["q_proj"]}])
 @pytest.mark.parametrize("merge", [True, False])
-def test_other_loras(options, merge, tmp_path):
+def test_other_kinds_of_lora_are_exported(options, merge, tmp_path):
     model = make(lora_config=lora(**options))
     state, ids = model.write(tokens(1, 9)), tokens(2, 5, seed=1)
     export_model(model, tiny_tokenizer(), tmp_path / "model", merge=merge)
@@ -63,7 +63,7 @@ def test_other_loras(options, merge, tmp_path):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_a_lora_of_write_alone_is_left_out(merge, tmp_path):
+def test_a_write_only_lora_is_left_out(merge, tmp_path):
     model = make(lora_config=lora(), lora_phase="write")
     export_model(model, tiny_tokenizer(), tmp_path / "model", merge=merge)
     assert not (tmp_path / "model" / "lora").exists()
@@ -74,7 +74,7 @@ def test_a_lora_of_write_alone_is_left_out(merge, tmp_path):
     assert all(torch.equal(weights[name], own[name]) for name in weights)
 
 
-def test_a_trained_backbone_and_a_second_adapter(tmp_path):
+def test_a_trained_backbone_and_a_second_adapter_are_exported(tmp_path):
     model = make(train_backbone=True)
     with torch.no_grad():
         model.get_base_model().model.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -94,7 +94,7 @@ def test_a_trained_backbone_and_a_second_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 4.0}])
-def test_positions_are_named_as_other_readers_know_them(scaling, tmp_path):
+def test_rope_settings_have_the_names_that_engines_expect(scaling, tmp_path):
     rope = {"rope_type": "default", "rope_theta": 123.0} | scaling
     model = make(lora_config=lora(), backbone={"rope_parameters": rope})
     export_model(model, tiny_tokenizer(), tmp_path / "model")
@@ -106,7 +106,7 @@ def test_positions_are_named_as_other_readers_know_them(scaling, tmp_path):
     assert found.tolist() == from_memory(model, state, ids).tolist()
 
 
-def test_the_model_stays_as_it_is(model, tmp_path):
+def test_exporting_leaves_the_model_unchanged(model, tmp_path):
     tokenizer = tiny_tokenizer()
     before, template = model.fingerprint(), tokenizer.chat_template
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -116,7 +116,7 @@ def test_the_model_stays_as_it_is(model, tmp_path):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_directory_is_whole_or_not_there(model, tmp_path, monkeypatch):
+def test_an_export_is_complete_or_absent(model, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty"):
@@ -130,7 +130,7 @@ def test_a_directory_is_whole_or_not_there(model, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
 
 
-def test_whoever_serves_it_may_read_it(model, tmp_path):
+def test_exported_files_are_readable_by_others(model, tmp_path):
     before = os.umask(0o022)
     try:
         export_model(model, tiny_tokenizer(), tmp_path / "model", merge=False)
@@ -140,7 +140,7 @@ def test_whoever_serves_it_may_read_it(model, tmp_path):
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {path.name: 0o644 for path in files}
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path):
+def test_models_that_cannot_be_exported_are_refused(tmp_path):
     tied = make(lora_config=lora(target_modules=["embed_tokens"]))
     tied.get_base_model().lm_head.weight = tied.get_base_model().model.embed_tokens.base_layer.weight
     with pytest.raises(NotImplementedError, match="one tensor"):
@@ -155,7 +155,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
 class TestGguf:
     @pytest.fixture
     def path(self, tmp_path, monkeypatch):
-        """A PATH of one directory."""
+        """A PATH with a single directory."""
         (tmp_path / "bin").mkdir()
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
         return tmp_path / "bin"
@@ -165,13 +165,13 @@ class TestGguf:
         (path / CONVERTER).write_text(code)
         (path / CONVERTER).chmod(stat.S_IRWXU)
 
-    def test_is_made_by_llama_cpp(self, model, path, tmp_path):
+    def test_the_file_is_made_by_llama_cpp(self, model, path, tmp_path):
         self.converter(path, "import sys; open(sys.argv[3], 'w').write(' '.join([*sys.argv[2:3], *sys.argv[4:]]))")
         export_model(model, tiny_tokenizer(), tmp_path / "model", gguf="float16")
         assert (tmp_path / "model" / "model.gguf").read_text() == "--outfile --outtype f16"
         assert (tmp_path / "model" / "config.json").is_file()
 
-    def test_without_it_nothing_is_written(self, model, path, tmp_path):
+    def test_without_llama_cpp_nothing_is_written(self, model, path, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"llama\.cpp"):
             export_model(model, tiny_tokenizer(), tmp_path / "model", gguf="float32")
         self.converter(path, "import sys; sys.exit('unknown architecture')")
@@ -182,7 +182,7 @@ class TestGguf:
 
 @pytest.mark.smollm
 @pytest.mark.parametrize("merge", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["merged", "LoRA"])
-def test_the_shipped_adapter(merge, tmp_path):
+def test_the_shipped_adapter_is_exported(merge, tmp_path):
     model, tokenizer = load_checkpoint(QA)
     text = "The heron lives on the island of Mull. It eats eels, and its nest is in an old oak by the harbour."
     state = model.write(**tokenizer(text, return_tensors="pt"))

@@ -1,4 +1,4 @@
-"""What llama.cpp is given, by a module that keeps it; tests/engines has the real one."""
+"""What llama.cpp is given, recorded by a fake module; tests/engines uses the real one."""
 
 import ctypes
 import sys
@@ -86,7 +86,7 @@ def test_memory_is_read_as_vectors_and_the_prompt_as_tokens(model, llama):
     assert llama.sampling[0] == {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
-def test_what_does_not_fit_is_refused(model, llama, monkeypatch):
+def test_prompts_that_do_not_fit_are_refused(model, llama, monkeypatch):
     states, reader = model.write(tokens(2, 9)), LlamaCppReader(model, llama, check_model=False)
     with pytest.raises(ValueError, match="n_ctx=32"):
         reader.generate(tokens(1, 22), memory=states[0], **GREEDY)
@@ -107,5 +107,5 @@ def test_another_model_and_a_failed_decode_are_errors(model, llama, monkeypatch)
         reader.generate(tokens(1, 4), memory=state, **GREEDY)
 
 
-def test_is_asked_by_one_reader_at_a_time(model, llama):
+def test_one_reader_at_a_time_uses_the_engine(model, llama):
     at_once(lambda: LlamaCppReader(model, llama, check_model=False), llama, "eval", model.write(tokens(1, 9)))

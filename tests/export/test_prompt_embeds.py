@@ -22,7 +22,7 @@ def model():
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_are_the_prefix(model, dtype):
+def test_prompt_embeds_are_the_prefix(model, dtype):
     states = model.write(tokens(3, 9))
     texts, prefix = prompt_embeds(model, states, dtype), model.prefix_embeddings(states)
     assert len(texts) == 3
@@ -30,13 +30,13 @@ def test_are_the_prefix(model, dtype):
         assert torch.equal(decoded(text), expected.to(dtype))
 
 
-def test_have_no_other_state_in_them(model):
+def test_prompt_embeds_hold_no_other_state(model):
     """A view would be saved with its whole storage."""
     states = model.write(tokens(40, 9))
     assert len(prompt_embeds(model, states)[0]) == len(prompt_embeds(model, states[0])[0])
 
 
-def test_what_no_engine_may_read_is_refused(model):
+def test_states_that_no_engine_may_read_are_refused(model):
     state = model.write(tokens(1, 9))
     broken = MemoryState(state.vectors * float("nan"), state.context_tokens, state.write_losses, state.fingerprint)
     with pytest.raises(ValueError, match="not finite"):

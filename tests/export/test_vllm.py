@@ -1,4 +1,4 @@
-"""What vLLM is sent, offline and over HTTP, by a module and a server that keep it; tests/engines has the real ones."""
+"""What vLLM is sent, offline and over HTTP, recorded by fakes; tests/engines uses the real one."""
 
 import base64
 import io
@@ -88,7 +88,7 @@ def decoded(text):
 
 
 class TestServer:
-    def test_is_sent_memory_and_embedded_prompts(self, model, states, server):
+    def test_the_server_gets_memory_and_embedded_prompts(self, model, states, server):
         ids = tokens(2, 4, seed=1)
         output = VLLMReader(model, server.url, check_model=False).generate(ids, MASK, memory=states, **GREEDY)
         assert output.tolist() == [[*row, 10, 11, 12, 13, 14, 15] for row in ids.tolist()]
@@ -103,14 +103,14 @@ class TestServer:
             "return_token_ids": True,
         }  # fmt: skip
 
-    def test_may_be_named_as_openai_names_it_and_have_a_key(self, model, states, server):
+    def test_the_url_may_end_in_v1_and_need_a_key(self, model, states, server):
         reader = VLLMReader(model, server.url + "/v1/", name="lora", api_key="secret", check_model=False)
         reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
         assert server.asked[0][0] == "/v1/completions"
         assert server.asked[0][1]["model"] == "lora"
         assert server.headers[0]["Authorization"] == "Bearer secret"
 
-    def test_streams(self, model, states, server):
+    def test_answers_can_be_streamed(self, model, states, server):
         server.chunks = [
             {"choices": [{"index": 0, "token_ids": [20, 21], "finish_reason": None}]},
             {"choices": [{"index": 0, "token_ids": [2], "finish_reason": "stop"}]},
@@ -120,7 +120,7 @@ class TestServer:
         assert "".join(pipeline.stream("w1 w2", memory=states[0], **GREEDY)) == text
         assert pipeline.generate("w1 w2", memory=states[0], **GREEDY) == [text]
 
-    def test_what_it_refuses_is_said(self, model, states, server):
+    def test_errors_of_the_server_are_passed_on(self, model, states, server):
         server.status = 400
         server.chunks = [{"error": {"message": "This model's maximum context length is 64 tokens."}}]
         reader = VLLMReader(model, server.url, name="exported", check_model=False)
@@ -130,7 +130,7 @@ class TestServer:
         with pytest.raises(RuntimeError, match="maximum context length"):
             reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
 
-    def test_a_prompt_that_is_too_long_for_it_is_the_prompts_fault(self, model, states, server):
+    def test_a_prompt_too_long_for_the_server_is_a_value_error(self, model, states, server):
         server.status = 400
         server.body = b'{"error": {"message": "maximum context length", "param": "input_tokens", "code": 400}}'
         with pytest.raises(ValueError, match="--max-model-len"):
@@ -145,19 +145,19 @@ class TestServer:
             {"index": 0, "text": "w18"},
         ],
     )
-    def test_pieces_that_are_none(self, model, states, server, choice):
+    def test_malformed_pieces_are_refused(self, model, states, server, choice):
         server.chunks = [{"choices": [choice | {"finish_reason": "stop"}]}]
         reader = VLLMReader(model, server.url, name="exported", check_model=False)
         with pytest.raises(ConnectionError, match="does not respond like vLLM"):
             reader.generate(tokens(1, 4), memory=states[0], **GREEDY)
 
     @pytest.mark.parametrize("body", [b"<html>Hello</html>", b"[]", b'{"detail": "Not"}', b"\xff"])
-    def test_that_is_another_server(self, model, states, server, body):
+    def test_another_kind_of_server_is_refused(self, model, states, server, body):
         server.body = body
         with pytest.raises(ConnectionError, match="does not respond like vLLM"):
             VLLMReader(model, server.url).generate(tokens(1, 4), memory=states[0], **GREEDY)
 
-    def test_that_comes_back_is_looked_at_anew(self, model, states, server):
+    def test_a_restarted_server_is_checked_again(self, model, states, server):
         ids = tokens(1, 4)
         right = model.generate(ids, memory=states[0], **GREEDY | {"max_new_tokens": 8, "eos_token_id": None})[0, 4:]
         server.chunks = [{"choices": [{"index": 0, "token_ids": right.tolist(), "finish_reason": "length"}]}]
@@ -175,7 +175,7 @@ class TestServer:
             reader.generate(ids, memory=states[0], **options)
         assert server.asked[-1][1]["model"] == "other"
 
-    def test_that_is_not_there(self, model, states):
+    def test_an_unreachable_server_and_an_invalid_url_are_refused(self, model, states):
         with pytest.raises(ConnectionError, match="no vLLM server"):
             VLLMReader(model, "http://127.0.0.1:9").generate(tokens(1, 4), memory=states[0], **GREEDY)
         with pytest.raises(ValueError, match="must begin with http"):
@@ -187,14 +187,14 @@ class TestServer:
             VLLMReader(model, "http://127.0.0.1:9", api_key=key)
         assert "cret" not in str(error.value)
 
-    def test_nothing_is_sent_of_a_state_that_is_not_finite(self, model, states, server):
+    def test_a_non_finite_state_is_not_sent(self, model, states, server):
         vectors = states.vectors * torch.tensor(float("nan"))
         broken = MemoryState(vectors, states.context_tokens, states.write_losses, states.fingerprint)
         with pytest.raises(ValueError, match="not finite"):
             VLLMReader(model, server.url, check_model=False).generate(tokens(2, 4), memory=broken, **GREEDY)
         assert server.asked == []
 
-    def test_has_its_loras_itself(self, model):
+    def test_a_lora_directory_is_refused_for_a_server(self, model):
         with pytest.raises(ValueError, match="--lora-modules"):
             VLLMReader(model, "http://localhost:8000", lora="exported/lora")
 
@@ -220,7 +220,7 @@ def llm(monkeypatch):
 
 
 class TestLlm:
-    def test_is_given_memory_and_tokens(self, model, states, llm):
+    def test_the_engine_gets_memory_and_tokens(self, model, states, llm):
         ids = tokens(2, 4, seed=1)
         output = VLLMReader(model, llm, check_model=False).generate(ids, MASK, memory=states, **GREEDY)
         assert output[:, 4:].tolist() == [[12, 13, 2], [12, 14, 2]]
@@ -239,14 +239,14 @@ class TestLlm:
             "repetition_penalty": 1.0, "ignore_eos": True, "detokenize": False,
         }  # fmt: skip
 
-    def test_with_a_lora(self, model, states, llm, tmp_path):
+    def test_a_lora_is_passed_on(self, model, states, llm, tmp_path):
         VLLMReader(model, llm, lora=tmp_path / "lora", check_model=False).generate(
             tokens(1, 4), memory=states[0], **GREEDY
         )
         assert llm.asked[0][2][2] == str(tmp_path / "lora")
 
-    def test_tells_loras_apart_by_name_and_number(self, model, states, llm, tmp_path):
-        """Which vLLM keeps them under: the second would be answered by the first."""
+    def test_each_lora_has_its_own_name_and_number(self, model, states, llm, tmp_path):
+        """vLLM caches LoRAs by both: the first would otherwise answer for the second."""
         for lora in (tmp_path / "one", tmp_path / "two", f"{tmp_path}/one/"):
             VLLMReader(model, llm, lora=lora, check_model=False).generate(tokens(1, 4), memory=states[0], **GREEDY)
         (name, number, _), (other, another, _), again = (request for _, _, request, _ in llm.asked)
@@ -255,5 +255,5 @@ class TestLlm:
         assert number != another
         assert 0 < min(number, another) <= max(number, another) < 2**31
 
-    def test_is_asked_by_one_reader_at_a_time(self, model, states, llm):
+    def test_one_reader_at_a_time_uses_the_engine(self, model, states, llm):
         at_once(lambda: VLLMReader(model, llm, check_model=False), llm, "generate", states[0])
