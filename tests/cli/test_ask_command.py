@@ -1,4 +1,4 @@
-"""`gradmem ask`: answers from a text, and then from what was kept of it."""
+"""`gradmem ask`: answers from a text, and then from its saved state."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def ask(*arguments):
 
 
 def answers_in(result):
-    """What stands between a question and how far memory supports the answer."""
+    """The answers alone, without questions and support."""
     return [line.partition("  (support ")[0].strip() for line in result.stdout.splitlines() if "  (support " in line]
 
 
@@ -48,7 +48,7 @@ def test_answers_from_the_text_and_then_from_the_state_alone(checkpoint, tmp_pat
     assert answers_in(first) == [answer.strip() for answer in answers]
 
 
-def test_answers_for_programs(checkpoint, tmp_path):
+def test_answers_as_json(checkpoint, tmp_path):
     result = ask("w1 w2", "w3", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
@@ -64,8 +64,8 @@ def test_answers_for_programs(checkpoint, tmp_path):
         }  # fmt: skip
 
 
-def test_a_text_that_does_not_fit_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
-    """The system would end the process without a word."""
+def test_a_text_that_does_not_fit_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
+    """The system would otherwise kill the process without a message."""
     monkeypatch.setattr(budget, "UNCHECKED", 0)
     monkeypatch.setattr(budget, "free_memory", lambda device: 10**4)
     result = ask("w1", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint)
@@ -99,7 +99,7 @@ def test_states_of_several_texts_are_asked_together(checkpoint, tmp_path):
     assert answers_in(kept) == answers_in(texts)
 
 
-def test_a_state_that_cannot_be_kept_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_saved_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("gradmem_adapter.cli.ask.open_pipeline", lambda *_, **__: pytest.fail("work was done"))
     result = ask("w1", "--text", tmp_path / "a.txt", "--state", tmp_path / "no" / "x", "--checkpoint", checkpoint)
     assert result.exit_code == 2
@@ -115,7 +115,7 @@ def test_a_state_that_cannot_be_kept_is_refused_before_the_work(checkpoint, tmp_
         (["--text", "a.txt", "--checkpoint", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_work(checkpoint, tmp_path, monkeypatch, arguments, message):
+def test_invalid_arguments_are_refused(checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     result = ask("w1", "--checkpoint", checkpoint, *arguments)
     assert result.exit_code == 2, result.output
@@ -131,7 +131,7 @@ def refuses(checkpoint, tmp_path):
     return tmp_path / "refuses"
 
 
-def test_an_answer_comes_piece_by_piece_with_its_support(refuses, tmp_path, monkeypatch):
+def test_an_answer_is_streamed_with_its_support(refuses, tmp_path, monkeypatch):
     stream = GradMemPipeline.stream
     monkeypatch.setattr(GradMemPipeline, "stream", lambda *a, **k: iter([" one", " more"]) if stream(*a, **k) else None)
     (tmp_path / "a.txt").write_text(tiny_text(6))
@@ -142,7 +142,7 @@ def test_an_answer_comes_piece_by_piece_with_its_support(refuses, tmp_path, monk
     assert result.stdout.splitlines()[1:] == ["w1 w2", f"  one more  (support {support:.2f})"]
 
 
-def test_a_refusal_is_from_nowhere(refuses, tmp_path, monkeypatch):
+def test_a_refusal_names_no_source(refuses, tmp_path, monkeypatch):
     texts = ("--text", tmp_path / "a.txt", "--text", tmp_path / "b.txt")
     for said, named in (("w7", False), ("w8", True)):
         monkeypatch.setattr(GradMemPipeline, "stream", lambda *a, _said=said, **k: iter([_said]))
@@ -151,8 +151,8 @@ def test_a_refusal_is_from_nowhere(refuses, tmp_path, monkeypatch):
         assert (f"  {said}  (support " in result.stdout, ".txt" in result.stdout) == (True, named)
 
 
-def test_tokens_that_segments_repeat_are_named(backbone, tmp_path):
-    """A text had one number of tokens in the warning, and a larger one behind it, without a word."""
+def test_token_counts_mention_overlapping_segments(backbone, tmp_path):
+    """The warning once gave one number of tokens, and the summary a larger one without explanation."""
     model, tokenizer = load_backbone(backbone)
     model = get_peft_model(model, GradMemConfig(num_memory_tokens=8, refusal="w7", trained_length=16))
     save_checkpoint(model, tokenizer, tmp_path / "overlapping")
@@ -183,7 +183,7 @@ def test_a_text_beyond_the_trained_length_is_written_in_segments(refuses, tmp_pa
     assert printed["answers"][0]["support"] == pytest.approx(max(scores))
 
 
-def test_more_states_than_the_model_has_positions_for_are_refused_before_they_are_written(checkpoint, tmp_path):
+def test_more_states_than_fit_the_positions_are_refused_before_writing(checkpoint, tmp_path):
     model, tokenizer = load_checkpoint(checkpoint)
     model.active_peft_config.refusal, model.active_peft_config.trained_length = None, 6
     save_checkpoint(model, tokenizer, tmp_path / "other")
@@ -206,7 +206,7 @@ def test_control_vectors_are_counted_once(backbone, tmp_path):
 
 
 @pytest.mark.parametrize("refusal", ["w7", None])
-def test_an_adapter_that_refuses_has_a_shorter_text_in_segments_too(checkpoint, refusal, tmp_path):
+def test_an_adapter_that_refuses_also_splits_shorter_texts(checkpoint, refusal, tmp_path):
     model, tokenizer = load_checkpoint(checkpoint)
     model.active_peft_config.refusal, model.active_peft_config.trained_length = refusal, 40
     save_checkpoint(model, tokenizer, tmp_path / "other")
@@ -219,7 +219,7 @@ def test_an_adapter_that_refuses_has_a_shorter_text_in_segments_too(checkpoint, 
     assert json.loads(result.stdout)["memory_tokens"] == 3 * (len(segments) if refusal else 1)
 
 
-def test_several_texts_are_named_in_many_ways(refuses, tmp_path, monkeypatch):
+def test_texts_can_be_given_by_pattern_and_by_directory(refuses, tmp_path, monkeypatch):
     """Each is read by itself, and the answer says which it is from."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").mkdir()
@@ -233,7 +233,7 @@ def test_several_texts_are_named_in_many_ways(refuses, tmp_path, monkeypatch):
     assert f", {printed['answers'][0]['sources'][0]['source']}: " in shown.stdout
 
 
-def test_another_backbone(checkpoint, backbone, tmp_path):
+def test_the_backbone_can_be_somewhere_else(checkpoint, backbone, tmp_path):
     (tmp_path / "backbone").rename(tmp_path / "moved")
     gone = ask("w1", "--text", tmp_path / "a.txt", "--checkpoint", checkpoint)
     assert gone.exit_code == 2
@@ -268,8 +268,8 @@ class TestStore:
         assert "d.txt: 0-5" in table.stdout
         assert "no text in the store shares a word with it" in table.stdout
 
-    def test_an_answer_says_that_its_source_is_not_stored_to_its_end(self, checkpoint, memory, tmp_path, monkeypatch):
-        """Its writing was stopped, and half a text would answer as if it were whole."""
+    def test_an_answer_says_that_its_source_is_incomplete(self, checkpoint, memory, tmp_path, monkeypatch):
+        """Its writing was interrupted, and half a text would answer as if it were whole."""
         (tmp_path / "e.txt").write_text(tiny_text(60, seed=3))
         write = ("write", "e.txt", "--store", "memory", "--checkpoint", checkpoint, "--segment-tokens", 20)
         write_batch, batches = GradMemModel._write, []
@@ -292,7 +292,7 @@ class TestStore:
             assert said is not whole
             assert invoke(*write).exit_code == 0
 
-    def test_one_source_is_asked_alone(self, checkpoint, tmp_path, monkeypatch):
+    def test_one_source_can_be_asked_alone(self, checkpoint, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         options = ("--checkpoint", checkpoint)
         assert invoke("write", "a.txt", "b.txt", "--store", "memory", "--segment-tokens", 20, *options).exit_code == 0
@@ -306,7 +306,7 @@ class TestStore:
         assert "--source needs --store" in ask("w1", "--text", "a.txt", "--source", "b.txt", *options).stderr
 
     @pytest.mark.parametrize("refusal", [False, True])
-    def test_no_answer_and_no_name_commands_the_terminal(self, checkpoint, refuses, tmp_path, monkeypatch, refusal):
+    def test_control_characters_are_escaped_for_the_terminal(self, checkpoint, refuses, tmp_path, monkeypatch, refusal):
         monkeypatch.chdir(tmp_path)
         options = ("--checkpoint", refuses if refusal else checkpoint)
         (tmp_path / "a\x1b[2J.txt").write_text("w1 w2 w3")
@@ -329,7 +329,7 @@ class TestStore:
         assert printed["answers"][0]["answer"] == answer
 
     def test_an_adapter_that_refuses_reads_each_state_by_itself(self, refuses, memory):
-        """And the one answers that holds an answer most likely, by its support and by how well its text was found."""
+        """The one that most likely holds an answer is read, by its support and by its search score."""
         result = ask("w4 w5", "--store", "memory", "--k", 2, "--checkpoint", refuses, "--json")
         assert result.exit_code == 0, result.output
         (one,) = json.loads(result.stdout)["answers"]
@@ -343,7 +343,7 @@ class TestStore:
         assert [source["key"] for source in one["sources"]] == [chosen[found.state].entry.key]
         assert (one["answer"], one["support"]) == (found.text.strip(), pytest.approx(found.score))
 
-    def test_a_store_of_another_model(self, checkpoint, memory, tmp_path):
+    def test_a_store_of_another_model_is_refused(self, checkpoint, memory, tmp_path):
         model, tokenizer = load_checkpoint(checkpoint)
         with torch.no_grad():
             model.base_model.slots.gradmem_memory["default"].add_(1)
@@ -352,7 +352,7 @@ class TestStore:
         assert result.exit_code == 2
         assert "This store has 5 states, but none was written by this model" in result.stderr
 
-    def test_a_state_whose_file_is_gone_is_named(self, checkpoint, memory):
+    def test_a_missing_state_file_is_named(self, checkpoint, memory):
         (entry,) = memory.entries("d.txt")
         (memory.path / "states" / entry.key[:2] / f"{entry.key}.safetensors").unlink()
         result = ask("w4 w5", "--store", "memory", "--checkpoint", checkpoint)
@@ -377,7 +377,7 @@ class TestStore:
             (["--store", "memory", "--k", "0"], "Invalid value for '--k'"),
         ],
     )
-    def test_what_cannot_work(self, checkpoint, memory, arguments, message):
+    def test_invalid_store_arguments_are_refused(self, checkpoint, memory, arguments, message):
         result = ask("w4", "--checkpoint", checkpoint, *arguments)
         assert result.exit_code == 2, result.output
         assert message in " ".join(result.stderr.split())

@@ -1,4 +1,4 @@
-"""`gradmem demo`: what it prints, and with which exit status it ends."""
+"""`gradmem demo`: what it prints, and its exit status."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def text(tmp_path):
     return path
 
 
-def test_text_that_does_not_come_back(backbone, text):
+def test_a_text_that_is_not_recited_gives_status_1(backbone, text):
     result = invoke("demo", "--task", "recite", "--text", text, "--backbone", backbone, "--steps", 2, "--json")
     assert result.exit_code == 1, result.output
     values = json.loads(result.stdout)["recite"]
@@ -39,15 +39,15 @@ def test_text_that_does_not_come_back(backbone, text):
     assert values["write_seconds"] >= 0
 
 
-def test_figures_are_in_words_without_json(backbone, text):
+def test_without_json_the_figures_are_put_into_words(backbone, text):
     result = invoke("demo", "--task", "recite", "--text", text, "--backbone", backbone, "--steps", 2)
     assert result.exit_code == 1, result.output
     assert "KV cache of the same text takes 12,288 bytes" in " ".join(result.stdout.split())
     assert "{" not in result.stdout
 
 
-def test_text_that_comes_back(backbone, tmp_path):
-    parrot = tiny()  # a model that says each token again
+def test_a_text_that_is_recited_gives_status_0(backbone, tmp_path):
+    parrot = tiny()  # a model that repeats each token
     with torch.no_grad():
         for name, parameter in parrot.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -63,7 +63,7 @@ def test_text_that_comes_back(backbone, tmp_path):
     assert json.loads(result.stdout)["recite"]["reconstructed"] is True
 
 
-def test_brackets_are_text_and_no_markup(backbone, tmp_path):
+def test_brackets_are_printed_as_text(backbone, tmp_path):
     text = "[/bold] [red] " + tiny_text(46)
     output = io.StringIO()
     result = run_recite_demo(text, backbone=backbone, steps=1, console=Console(file=output, width=120))
@@ -86,7 +86,7 @@ def test_same_seed_same_outcome(backbone, capsys):
         (["--steps", "-1"], "steps must be a non-negative integer"),
     ],
 )
-def test_numbers_that_cannot_work(backbone, text, arguments, message):
+def test_invalid_numbers_are_refused(backbone, text, arguments, message):
     result = invoke("demo", "--task", "recite", "--text", text, "--backbone", backbone, *arguments)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
@@ -101,14 +101,14 @@ def test_numbers_that_cannot_work(backbone, text, arguments, message):
         (200, "Context 0 has 200 tokens"),
     ],
 )
-def test_text_of_a_wrong_length(backbone, text, count, message):
+def test_a_text_of_the_wrong_length_is_refused(backbone, text, count, message):
     text.write_text(tiny_text(count), encoding="utf-8")
     result = invoke("demo", "--task", "recite", "--text", text, "--backbone", backbone)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
 
 
-def test_missing_files(text, tmp_path):
+def test_missing_files_are_refused(text, tmp_path):
     missing = f"{tmp_path}/none"
     result = invoke("demo", "--task", "recite", "--text", text, "--backbone", missing)
     assert result.exit_code == 2
@@ -126,20 +126,20 @@ def test_an_empty_name_is_not_the_default(arguments):
     assert result.exit_code == 2, result.output
 
 
-def test_file_that_is_no_text(backbone, text):
+def test_a_file_that_is_not_text_is_refused(backbone, text):
     text.write_bytes(b"\xff\xfe\xff" * 20)
     result = invoke("demo", "--task", "recite", "--text", text, "--backbone", backbone)
     assert result.exit_code == 2
     assert "utf-8" in result.stderr
 
 
-def test_text_that_ships():
+def test_the_shipped_text_is_long_enough():
     assert len(demo_text().split()) >= 40
     assert demo_text() == demo_text().strip()
 
 
 @pytest.mark.smollm
-def test_demo():
+def test_the_shipped_text_is_recited():
     result = invoke("demo", "--task", "recite", "--json")
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)["recite"]
@@ -148,7 +148,7 @@ def test_demo():
 
 
 class TestKeyValues:
-    def test_values_come_back(self):
+    def test_values_are_retrieved(self):
         result = run_key_value_demo("kv-retrieval", pairs=8, steps=5, console=Console(quiet=True))
         assert result["exact_match"] > 0.8
         assert (result["pairs"], result["memory_tokens"], result["context_tokens"]) == (8, 8, 57)
@@ -159,7 +159,7 @@ class TestKeyValues:
         assert all(len(key) == len(value) == 2 for key, value in pairs.items())
         assert pairs == draw_pairs(3000, seed=0) != draw_pairs(3000, seed=1)
 
-    def test_command_gives_its_figures(self):
+    def test_the_command_reports_its_figures(self):
         result = invoke("demo", "--task", "kv", "--pairs", 4, "--steps", 3, "--json")
         assert result.exit_code == 0, result.output
         values = json.loads(result.stdout)["kv"]
@@ -173,7 +173,7 @@ class TestKeyValues:
             (("--pairs", 500), "Context 0 has 3,501 tokens"),
         ],
     )
-    def test_what_cannot_work(self, arguments, message):
+    def test_invalid_arguments_are_refused(self, arguments, message):
         result = invoke("demo", "--task", "kv", *arguments)
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.split())
@@ -192,7 +192,7 @@ class TestStory:
         assert result["kv_cache_bytes"] == 207 * 30 * 2 * 3 * 64 * 4
         assert result["state_bytes"] < result["kv_cache_bytes"] / 60
 
-    def test_is_asked_after_the_recital(self, tmp_path, text):
+    def test_questions_follow_the_recital(self, tmp_path, text):
         backbone = tiny(max_position_embeddings=512)
         backbone.save_pretrained(tmp_path / "backbone")
         tiny_tokenizer().save_pretrained(tmp_path / "backbone")

@@ -1,4 +1,4 @@
-"""How commands end where something is wrong: one line, its exit status, and the trace for who asks for it."""
+"""How commands end if something is wrong: one line, an exit status, and a traceback on request."""
 
 import errno
 import warnings
@@ -65,7 +65,7 @@ def failing(monkeypatch, error):
     ],
     ids=repr,
 )
-def test_one_line_for_each_error(arguments, monkeypatch, error, status, words):
+def test_each_error_is_one_line(arguments, monkeypatch, error, status, words):
     failing(monkeypatch, error)
     result = invoke(*arguments)
     assert result.exit_code == status
@@ -75,7 +75,7 @@ def test_one_line_for_each_error(arguments, monkeypatch, error, status, words):
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), KeyError("x")])
 @pytest.mark.parametrize("place", [0, 1, 99])
-def test_debug_shows_the_trace_wherever_it_stands(arguments, monkeypatch, error, place):
+def test_debug_shows_the_traceback_wherever_it_is_given(arguments, monkeypatch, error, place):
     failing(monkeypatch, error)
     plain = invoke(*arguments)
     arguments.insert(place, "--debug")
@@ -86,7 +86,7 @@ def test_debug_shows_the_trace_wherever_it_stands(arguments, monkeypatch, error,
     assert result.stderr.endswith(plain.stderr)
 
 
-def test_warnings_are_a_line_and_those_of_libraries_are_none(arguments, monkeypatch):
+def test_our_warnings_are_one_line_and_those_of_libraries_are_hidden(arguments, monkeypatch):
     generate = GradMemPipeline.generate
 
     def warn(*positional, **named):
@@ -103,16 +103,16 @@ def test_warnings_are_a_line_and_those_of_libraries_are_none(arguments, monkeypa
     assert "changes in version 9" in {str(one.message) for one in seen}, "as Python shows them, with their place"
 
 
-def test_an_interrupt_is_no_error(arguments, monkeypatch):
+def test_an_interrupt_is_not_an_error(arguments, monkeypatch):
     failing(monkeypatch, KeyboardInterrupt())
     result = invoke(*arguments)
     assert result.exit_code == 130
     assert "Traceback" not in result.output
 
 
-def test_a_full_disk_leaves_the_answers(arguments, tmp_path, monkeypatch):
+def test_answers_are_printed_although_the_disk_is_full(arguments, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")  # a write has no file's name
+        raise OSError(errno.ENOSPC, "No space left on device")  # a failed write does not name its file
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     result = invoke(*arguments, "--state", "kept")
@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_answers(arguments, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "checkpoint", "notes.txt"]
 
 
-def test_a_question_that_fails_keeps_no_state(arguments, tmp_path, monkeypatch):
+def test_a_question_that_fails_saves_no_state(arguments, tmp_path, monkeypatch):
     failing(monkeypatch, ValueError("wrong"))
     assert invoke(*arguments, "--state", "kept").exit_code == 2
     assert not (tmp_path / "kept").exists()
@@ -135,13 +135,13 @@ def test_a_question_that_fails_keeps_no_state(arguments, tmp_path, monkeypatch):
     ("question", "words"),
     [("notes.txt", "--text notes.txt; put a pattern for several files in quotes"), (" ", "A question is empty")],
 )
-def test_what_is_no_question(arguments, question, words):
+def test_file_names_and_empty_questions_are_refused(arguments, question, words):
     result = invoke("ask", question, *arguments[2:])
     assert result.exit_code == 2
     assert words in result.stderr
 
 
-def test_a_mark_of_byte_order_is_not_written(arguments, tmp_path):
+def test_a_byte_order_mark_is_not_written(arguments, tmp_path):
     assert invoke(*arguments, "--state", "plain").exit_code == 0
     (tmp_path / "notes.txt").write_text(tiny_text(12), encoding="utf-8-sig")
     assert invoke(*arguments, "--state", "marked").exit_code == 0

@@ -10,7 +10,7 @@ from gradmem_adapter import GradMemPipeline, load_checkpoint
 from gradmem_adapter.export import prompt_embeds
 
 
-def test_a_model(checkpoint, tmp_path):
+def test_a_model_is_exported(checkpoint, tmp_path):
     result = invoke("export", checkpoint, tmp_path / "model", "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     assert load_checkpoint(checkpoint, dtype=torch.bfloat16)[0].fingerprint() in result.output
@@ -19,7 +19,7 @@ def test_a_model(checkpoint, tmp_path):
     assert (again.exit_code, "not empty" in again.output) == (2, True)
 
 
-def test_states(checkpoint, tmp_path):
+def test_states_are_exported(checkpoint, tmp_path):
     model, tokenizer = load_checkpoint(checkpoint)
     states = GradMemPipeline(model, tokenizer).write(["w1 w2 w3", "w4 w5"])
     states.save(tmp_path / "states.safetensors")

@@ -46,7 +46,7 @@ def test_files_directories_and_patterns():
     assert read("x[1].txt")[0] == [("x[1].txt", "its name is no pattern")]
 
 
-def test_a_name_that_is_no_text():
+def test_file_names_and_ids_that_are_not_unicode():
     os.makedirs("notes")
     with open(b"notes/caf\xe9.txt", "w") as file:
         file.write("w1")
@@ -55,13 +55,13 @@ def test_a_name_that_is_no_text():
     assert len(read("rows.jsonl", source_field="id")[1].refused) == 1
 
 
-def test_the_store_is_no_input(tmp_path):
+def test_the_store_is_not_read_as_input(tmp_path):
     put("a.txt", "a")
     put("memory/b.txt", "b")
     assert read(".", without=tmp_path / "memory")[0] == [("./a.txt", "a")]
 
 
-def test_json_lines_go_by_line_or_by_their_own_name():
+def test_json_lines_are_named_by_line_or_by_a_field():
     lines = rows({"text": "one", "id": "first"}) + "\n" + rows({"text": "two", "id": "second"})
     put("rows.jsonl", "\ufeff" + lines)
     put("more.ndjson.gz", gzip.compress(lines.encode()))
@@ -78,7 +78,7 @@ def test_standard_input(monkeypatch, json_lines, expected):
     assert read("-", json_lines=json_lines)[0] == [expected]
 
 
-def test_documents_are_read_when_it_is_their_turn():
+def test_documents_are_read_one_at_a_time():
     put("a.txt", "a")
     put("rows.jsonl", rows({"text": "one"}))
     documents = iter(Inputs(["a.txt", "rows.jsonl"]))
@@ -106,7 +106,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_named_and_cannot_be_read_is_refused_and_the_rest_goes_on(name):
+def test_unreadable_files_given_by_name_are_refused_and_the_others_read(name):
     put(name, BAD[name][0])
     put("good.txt", "w1")
     found, inputs = read(name, "missing.txt", "no*.txt", "good.txt")
@@ -119,7 +119,7 @@ def test_what_is_named_and_cannot_be_read_is_refused_and_the_rest_goes_on(name):
         Inputs([name, "good.txt"]).read_all()
 
 
-def test_what_is_found_may_be_empty_or_no_text():
+def test_files_found_in_a_directory_may_be_empty_or_not_text():
     for name, (data, _) in BAD.items():
         put(f"all/{name}", data)
     put("all/good.txt", "w1")
@@ -132,7 +132,7 @@ def test_what_is_found_may_be_empty_or_no_text():
     assert len(inputs.refused) == 6, "what is a text, or meant to be one, is named"
 
 
-def test_an_empty_directory_beside_texts_is_named():
+def test_an_empty_directory_beside_texts_is_refused():
     put("good.txt", "w1")
     os.makedirs("bare/.hidden")
     found, inputs = read("good.txt", "bare")
@@ -140,7 +140,7 @@ def test_an_empty_directory_beside_texts_is_named():
     assert inputs.refused == ["There is no text in bare: it has no files."]
 
 
-def test_bad_lines_are_named_and_the_other_lines_go_on():
+def test_bad_lines_are_named_and_the_other_lines_read():
     put(
         "rows.jsonl",
         rows({"text": "w1"}) + "{\n[]\n" + rows({"context": "w2"}, {"text": 3}, {"text": " "}, {"text": "\ud800"}),
@@ -164,7 +164,7 @@ def test_bad_lines_are_named_and_the_other_lines_go_on():
         assert line.startswith((f"rows.jsonl, line {number}", f"rows.jsonl:{number}"))
 
 
-def test_what_does_not_fit_into_memory_is_refused(monkeypatch):
+def test_inputs_that_do_not_fit_into_memory_are_refused(monkeypatch):
     monkeypatch.setattr(reading, "MAX_BYTES", 1000)
     put("long.txt", "w1 " * 400)
     put("rows.jsonl", rows({"text": "w1"}, {"text": "w" * 2000}, {"text": "w2"}))

@@ -9,7 +9,7 @@ import pytest
 from commands import invoke
 
 
-def test_help():
+def test_help_lists_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
     assert "GradMem" in result.output
@@ -17,8 +17,8 @@ def test_help():
         assert command in result.output
 
 
-def test_help_waits_for_no_library():
-    """Importing torch, Transformers and PEFT takes seconds. The package is executed when a command needs it."""
+def test_help_imports_no_slow_library():
+    """Importing torch, Transformers and PEFT takes seconds. The package is imported when a command needs it."""
     code = """
 import sys, gradmem_command
 gradmem_command._put_in_place()
@@ -41,8 +41,8 @@ gradmem_command.main()
 @pytest.mark.parametrize(
     "start", ["import gradmem_command; gradmem_command.main()", "runpy.run_module('evaluation', run_name='__main__')"]
 )
-def test_an_interrupt_while_the_command_is_put_together(start):
-    """Before Typer is there to end it."""
+def test_an_interrupt_during_imports_ends_quietly(start):
+    """Before Typer is there to handle it."""
     code = f"""
 import runpy, sys
 class Interrupted:
@@ -62,7 +62,7 @@ def test_version():
     assert result.output.strip() == f"gradmem-adapter {version('gradmem-adapter')}"
 
 
-def test_the_help_of_train_says_what_a_row_has():
+def test_the_help_of_train_names_the_fields_of_a_row():
     result = invoke("train", "--help")
     assert all(name in result.output for name in ("context", "query", "target", "queries", "targets", "answers"))
 
@@ -106,14 +106,14 @@ def test_the_help_of_train_says_what_a_row_has():
         ("store", ("list", "show", "verify", "gc", "forget", "rebuild", "stats")),
     ],
 )
-def test_help_of_commands(command, options):
+def test_the_help_of_a_command_lists_its_options(command, options):
     result = invoke(command, "--help")
     assert result.exit_code == 0
     for option in options:
         assert option in result.output
 
 
-def test_as_a_module():
+def test_the_cli_runs_as_a_module():
     result = subprocess.run([sys.executable, "-m", "gradmem_adapter.cli", "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
@@ -144,7 +144,7 @@ def test_as_a_module():
         ("export c d --lora --gguf float32", "--gguf needs --merge"),
     ],
 )
-def test_no_option_is_passed_over(tmp_path, monkeypatch, arguments, said):
+def test_no_option_is_silently_ignored(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("w1")
     result = invoke(*arguments.split())

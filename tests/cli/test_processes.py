@@ -1,4 +1,4 @@
-"""What commands say that several processes run together."""
+"""What commands print when several processes run them together."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ RECIPE = Path(__file__).parents[2] / "evaluation" / "recipes" / "kv_16_pairs.yam
         ),
     ],
 )
-def test_the_end_of_a_run_is_told_once(monkeypatch, function, command, then, made, rank):
+def test_the_end_of_a_run_is_announced_once(monkeypatch, function, command, then, made, rank):
     monkeypatch.setattr(PartialState(cpu=True), "process_index", rank)
     monkeypatch.setattr(function, lambda *_: made and Path(made))
     result = invoke(*command, "--output", "run", "--device", "cpu", app=app)

@@ -1,4 +1,4 @@
-"""`gradmem serve`: what it listens with, and where it refuses to."""
+"""`gradmem serve`: what it serves, and when it refuses to start."""
 
 import socket
 
@@ -12,13 +12,13 @@ from gradmem_adapter.export.vllm import VLLMReader
 
 @pytest.fixture
 def started(monkeypatch):
-    """What was to be served."""
+    """The servers that would have been started."""
     calls = []
     monkeypatch.setattr(serve, "run", lambda app, **options: calls.append((app, options)))
     return calls
 
 
-def test_what_it_listens_with(checkpoint, tmp_path, started):
+def test_the_server_gets_its_host_port_and_memories(checkpoint, tmp_path, started):
     result = invoke("serve", checkpoint, "--store", tmp_path / "store", "--port", 0, "--segment-tokens", 8)
     assert result.exit_code == 0, result.output
     assert f"checkpoint with the memories in {tmp_path / 'store'}" in " ".join(result.output.split())
@@ -29,12 +29,12 @@ def test_what_it_listens_with(checkpoint, tmp_path, started):
         assert len(client.post("/v1/memories", json={"text": "w1 w2 w3 " * 5}).json()["segments"]) == 2
 
 
-def test_a_wrong_length_of_segments_is_said_before_it_listens(checkpoint, tmp_path, started):
+def test_an_invalid_segment_length_is_refused_before_it_listens(checkpoint, tmp_path, started):
     refused = invoke("serve", checkpoint, "--store", tmp_path / "store", "--segment-tokens", 0)
     assert (refused.exit_code, "got 0" in refused.output, started) == (2, True, [])
 
 
-def test_a_port_that_is_taken_is_said_before_the_model_is_opened(tmp_path, started):
+def test_a_port_in_use_is_refused_before_the_model_is_opened(tmp_path, started):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -46,7 +46,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_opened(tmp_path, start
     )
 
 
-def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, tmp_path, started):
+def test_an_adapter_of_unknown_trained_length_is_served_but_writes_nothing(checkpoint, tmp_path, started):
     store = tmp_path / "store"
     (tmp_path / "a.txt").write_text("w1 w2 w3")
     options = ("--checkpoint", checkpoint, "--segment-tokens", 8, "--device", "cpu")
@@ -70,7 +70,7 @@ def test_an_adapter_of_unknown_length_is_served_and_writes_nothing(checkpoint, t
             assert told.endswith("gradmem serve --segment-tokens.")
 
 
-def test_elsewhere_than_here_only_with_keys(checkpoint, tmp_path, started):
+def test_other_hosts_than_localhost_need_keys(checkpoint, tmp_path, started):
     arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--host", "0.0.0.0", "--segment-tokens", 8)
     refused = invoke(*arguments)
     assert (refused.exit_code, "Pass --keys FILE" in refused.output, started) == (2, True, [])
@@ -84,7 +84,7 @@ def test_elsewhere_than_here_only_with_keys(checkpoint, tmp_path, started):
             assert client.post("/v1/memories", files=body, headers=headers).status_code == 200
 
 
-def test_vllm_answers(checkpoint, tmp_path, started, monkeypatch):
+def test_vllm_can_be_the_reader(checkpoint, tmp_path, started, monkeypatch):
     made = []
     monkeypatch.setattr(serve, "create_app", lambda pipeline, *rest, **more: made.append(pipeline))
     arguments = ("serve", checkpoint, "--store", tmp_path / "store", "--segment-tokens", 8, "--reader", "vllm")
@@ -97,14 +97,14 @@ def test_vllm_answers(checkpoint, tmp_path, started, monkeypatch):
     assert (reader.engine, reader.name, reader.api_key) == ("http://localhost:9", "memory", "secret")
 
 
-def test_a_directory_of_other_things_is_no_store(checkpoint, tmp_path, started):
+def test_a_directory_with_other_files_is_not_a_store(checkpoint, tmp_path, started):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "letter.txt").write_text("Dear")
     refused = invoke("serve", checkpoint, "--store", tmp_path / "store")
     assert (refused.exit_code, "not a memory store" in refused.output, started) == (2, True, [])
 
 
-def test_the_stores_of_tenants_are_checked_as_others_are(checkpoint, tmp_path, started):
+def test_the_stores_of_tenants_are_checked_like_others(checkpoint, tmp_path, started):
     (tmp_path / "keys").write_text("anna aaaaaaaaaaaaaaaa")
     folder = tmp_path / "store" / "tenants" / "anna"
     folder.mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_the_stores_of_tenants_are_checked_as_others_are(checkpoint, tmp_path, s
     assert "not a memory store" in invoke(*command).stderr
 
 
-def test_memories_that_no_key_sees_are_said(checkpoint, tmp_path, started):
+def test_memories_that_no_key_can_see_give_a_warning(checkpoint, tmp_path, started):
     store, keys = tmp_path / "store", tmp_path / "keys"
     keys.write_text("anna aaaaaaaaaaaaaaaa")
     (tmp_path / "a.txt").write_text("w1 w2 w3")

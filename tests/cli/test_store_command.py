@@ -37,7 +37,7 @@ def damage(memory, source):
     return entry.key
 
 
-def test_list(memory):
+def test_list_shows_the_sources(memory):
     table, figures = store("list")
     sizes = {source: sum(entry.nbytes for entry in memory.entries(source)) for source in ("[b].txt", "a.txt")}
     assert figures["sources"] == [
@@ -56,7 +56,7 @@ def test_texts_without_a_source_are_listed(memory, checkpoint):
     assert "(without a source)" in table
 
 
-def test_show(memory):
+def test_show_takes_a_source_or_a_key(memory):
     table, figures = store("show", "[b].txt")
     (entry,) = memory.entries("[b].txt")
     assert figures["states"][0]["text"] == "w1 w2 w3 w4"
@@ -65,7 +65,7 @@ def test_show(memory):
     assert store("show", entry.key)[1] == figures
 
 
-def test_stats():
+def test_stats_count_states_sources_and_tokens():
     text, figures = store("stats")
     assert (figures["states"], figures["sources"], figures["tokens"]) == (4, 2, 56)
     assert sum(figures["models"].values()) == 4
@@ -74,14 +74,14 @@ def test_stats():
     assert text.endswith(f"model {model}: 4\n")
 
 
-def test_forget(memory):
+def test_forget_removes_a_source(memory):
     assert json.loads(invoke("store", "forget", "memory", "a.txt", "--json").stdout) == {"removed": 3}
     assert [entry.source for entry in memory.entries()] == ["[b].txt"]
     assert invoke("store", "forget", "memory", "[b].txt").stdout == "removed: 1\n"
     assert store("list") == ("The store is empty.\n", {"sources": []})
 
 
-def test_verify_and_gc(memory):
+def test_verify_names_faults_and_gc_removes_them(memory):
     text, figures = store("verify")
     assert figures == {"ok": True, "states": 4, "damaged": {}, "unlisted": [], "leftovers": []}
     assert text == "Intact and listed correctly: 4 states.\n"
@@ -100,7 +100,7 @@ def test_verify_and_gc(memory):
     assert store("verify")[1]["states"] == 3
 
 
-def test_rebuild(memory):
+def test_rebuild_replaces_a_damaged_index(memory):
     (memory.path / "index.sqlite").write_bytes(bytes(99))
     for command in ("list", "stats", "verify", "gc"):
         result = invoke("store", command, "memory")
@@ -124,7 +124,7 @@ def test_rebuild(memory):
         (["mend", "memory"], "No such command 'mend'"),
     ],
 )
-def test_what_cannot_work(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     result = invoke("store", *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())

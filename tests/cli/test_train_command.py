@@ -1,4 +1,4 @@
-"""`gradmem train` on a file of rows: an adapter that opens, a run that goes on, and what cannot be trained."""
+"""`gradmem train` on a file of rows: an adapter that opens, runs that continue, and what cannot be trained."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def train(files, *more):
     )  # fmt: skip
 
 
-def test_makes_an_adapter_that_opens(files):
+def test_training_makes_an_adapter_that_opens(files):
     result = train(files, "--eval", files / "test.jsonl.gz")
     assert result.exit_code == 0, result.output
     assert "exact match" in result.output
@@ -67,15 +67,15 @@ def test_makes_an_adapter_that_opens(files):
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 32, {"q_proj"}), "what is not given is the default"
 
 
-def test_a_short_run_shows_a_sign_of_life(files):
-    """With fewer steps than there are between two lines of the log, too."""
+def test_a_short_run_is_logged(files):
+    """Even one with fewer steps than there are between two lines of the log."""
     result = train(files, "--set", "training.logging_steps=20", "--set", "training.max_steps=1")
     assert result.exit_code == 0, result.output
     assert "'target_loss'" in result.output
 
 
-def test_the_trained_length_is_of_contexts_that_were_trained(files):
-    """And not of one that its steps did not come to."""
+def test_the_trained_length_counts_contexts_that_were_trained(files):
+    """Not one that its steps did not reach."""
     (files / "train.jsonl").write_text(
         "\n".join(json.dumps(row) for row in [*ROWS[:8], ROWS[8] | {"context": "w1 w2 w3 w4 w5"}]), encoding="utf-8"
     )
@@ -86,7 +86,7 @@ def test_the_trained_length_is_of_contexts_that_were_trained(files):
     assert load_checkpoint(files / "run" / "checkpoint")[0].active_peft_config.trained_length == 5
 
 
-def test_one_setting_of_the_lora_leaves_its_others():
+def test_one_lora_setting_keeps_the_other_defaults():
     plan = TrainConfig.of(read_fields(None, ["rows=a", "memory.lora_config.r=8"]))
     assert plan.memory_fields["lora_config"] == {"r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
     assert MEMORY["lora_config"]["r"] == 16
@@ -94,8 +94,8 @@ def test_one_setting_of_the_lora_leaves_its_others():
     assert plan.memory_fields["lora_config"] is None
 
 
-def test_the_defaults_train(files):
-    """Those on a GPU, too, whose steps run on a CPU as they are."""
+def test_training_with_the_defaults(files):
+    """Also with those for a GPU, whose steps are not captured on a CPU."""
     (files / "config.yaml").write_text("training: {max_steps: 2, cuda_graphs: true, bf16: true}", encoding="utf-8")
     result = train(files)
     assert result.exit_code == 0, result.output
@@ -108,7 +108,7 @@ class Interrupt(TrainerCallback):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupted_run_goes_on(files, monkeypatch):
+def test_an_interrupted_run_can_be_continued(files, monkeypatch):
     with monkeypatch.context() as patch:
         original = TrainConfig.trainer
 
@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on(files, monkeypatch):
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_goes_on_when_it_is_to_be_longer(files):
+def test_a_finished_run_can_be_extended(files):
     assert train(files).exit_code == 0
     result = train(files, "--set", "training.max_steps=6")
     assert result.exit_code == 0, result.output
@@ -140,8 +140,8 @@ def test_a_finished_run_goes_on_when_it_is_to_be_longer(files):
     assert "another configuration: training differs" in " ".join(result.stderr.split())
 
 
-def test_a_trained_adapter_goes_on(files):
-    """From its weights, with its own memory, and what it was calibrated for is forgotten."""
+def test_a_trained_adapter_can_be_trained_further(files):
+    """It keeps its weights and memory settings, but not its calibration."""
     assert train(files).exit_code == 0
     first = files / "run" / "checkpoint"
     model, tokenizer = load_checkpoint(first)
@@ -166,29 +166,29 @@ def test_a_trained_adapter_goes_on(files):
     assert "memory is for a new adapter" in " ".join(result.stderr.split())
 
 
-def test_the_example_of_rows(files):
-    """What stands beside the programs to start from."""
+def test_the_example_rows_and_settings_are_valid(files):
+    """The files beside the example programs, to start from."""
     plan = TrainConfig.of(read_fields(EXAMPLES / "rows.yaml", [f"rows={EXAMPLES / 'rows.jsonl'}"]))
     assert plan.checkpoint == "smollm2-135m-qa"
     assert plan.check(files, torch.device("cpu")).max_steps > 0
     assert len(read_rows(plan.rows)) == 20
 
 
-def test_another_run_is_refused(files):
+def test_a_directory_with_another_run_is_refused(files):
     assert train(files).exit_code == 0
     result = train(files, "--set", "memory.num_memory_tokens=3")
     assert result.exit_code == 2
     assert "holds a run with another configuration: memory differs" in " ".join(result.stderr.split())
 
 
-def test_a_run_that_diverges(files, monkeypatch):
+def test_a_diverging_run_gives_status_1(files, monkeypatch):
     monkeypatch.setattr(GradMemTrainer, "check_finite", lambda self: self._diverged("The loss is not finite"))
     result = train(files)
     assert result.exit_code == 1
     assert "no checkpoint yet" in " ".join(result.stderr.split())
 
 
-def test_no_such_checkpoint(files):
+def test_an_unknown_checkpoint_is_refused(files):
     result = invoke("train", files / "train.jsonl", "--output", files / "run", "--checkpoint", "typo")
     assert result.exit_code == 2, result.output
     assert "There is no checkpoint 'typo': it is not a directory, not a shipped checkpoint (kv-" in " ".join(
@@ -214,7 +214,7 @@ def test_no_such_checkpoint(files):
         ("rows.first=3", "'rows' is a single value and has no fields"),
     ],
 )
-def test_what_cannot_be_trained(files, setting, message):
+def test_invalid_settings_are_refused(files, setting, message):
     more = ["--set", setting] if setting != "rows.first=3" else ["--set", "rows=a", "--set", setting]
     result = train(files, *more)
     assert result.exit_code == 2, result.output

@@ -17,7 +17,7 @@ def files_of(tmp_path, *texts):
     return files
 
 
-def test_write(checkpoint, tmp_path, monkeypatch):
+def test_files_are_written(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = [tiny_text(count, seed=count) for count in (7, 30, 12)]
     files = [file.name for file in files_of(tmp_path, *texts)]
@@ -41,7 +41,7 @@ def test_write(checkpoint, tmp_path, monkeypatch):
     assert MemoryState.load("steps.safetensors").write_losses.shape == (1, 6)
 
 
-def test_write_by_self_study(checkpoint, tmp_path):
+def test_files_are_written_by_self_study(checkpoint, tmp_path):
     (file,) = files_of(tmp_path, tiny_text(9, seed=1))
     arguments = ("--checkpoint", checkpoint, "--output", tmp_path / "states", "--device", "cpu", "--steps", 2)
     result = invoke("write", file, *arguments, "--objective", "self_study")
@@ -52,7 +52,7 @@ def test_write_by_self_study(checkpoint, tmp_path):
     assert MemoryState.load(tmp_path / "states").equal(expected)
 
 
-def test_write_a_directory_and_json_lines_and_print_json(checkpoint, tmp_path, monkeypatch):
+def test_a_directory_and_json_lines_are_written_with_json_output(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").mkdir()
     files_of(tmp_path / "notes", "w1 w2", "w3 w4 w5")
@@ -81,7 +81,7 @@ def test_write_a_directory_and_json_lines_and_print_json(checkpoint, tmp_path, m
         ("w1", ["--checkpoint", "backbone"], "adapter_config.json"),
     ],
 )
-def test_what_cannot_be_written(checkpoint, tmp_path, monkeypatch, text, arguments, message):
+def test_invalid_texts_and_arguments_are_refused(checkpoint, tmp_path, monkeypatch, text, arguments, message):
     monkeypatch.chdir(tmp_path)
     files = files_of(tmp_path, "w1 w2", text)
     usual = ["--checkpoint", checkpoint, "--output", "states.safetensors", "--device", "cpu"]
@@ -92,7 +92,7 @@ def test_what_cannot_be_written(checkpoint, tmp_path, monkeypatch, text, argumen
     assert not (tmp_path / "states.safetensors").exists()
 
 
-def test_write_files_that_are_no_text(checkpoint, tmp_path):
+def test_files_that_are_not_text_are_refused(checkpoint, tmp_path):
     (file,) = files_of(tmp_path, "w1")
     file.write_bytes(b"\xff\xfe")
     result = invoke("write", file, "--checkpoint", checkpoint, "--output", tmp_path / "states")
@@ -100,7 +100,7 @@ def test_write_files_that_are_no_text(checkpoint, tmp_path):
     assert "is not a text in UTF-8" in " ".join(result.stderr.split())
 
 
-def test_write_out_of_memory(checkpoint, tmp_path, monkeypatch):
+def test_a_text_that_runs_out_of_memory_is_named(checkpoint, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 

@@ -32,7 +32,7 @@ def figures(result):
     return json.loads(result.stdout)
 
 
-def test_files_and_rows_in_segments_and_each_once(checkpoint):
+def test_files_and_rows_are_written_once_in_segments(checkpoint):
     first = figures(write("notes", "rows.jsonl", "--source-field", "id", "--json"))
     assert (first["documents"], first["segments"], first["written"], first["tokens"]) == (5, 7, 7, 82)
     store = MemoryStore("memory")
@@ -57,17 +57,17 @@ def test_files_and_rows_in_segments_and_each_once(checkpoint):
     assert "documents: 3, tokens: 57, segments: 5, of which written now: 1" in more.stdout
 
 
-def test_without_texts(checkpoint):
+def test_texts_can_be_left_out_of_the_store(checkpoint):
     assert write("notes", "--no-text").exit_code == 0
     assert {entry.text for entry in MemoryStore("memory").entries()} == {None}
 
 
-def test_a_store_in_the_directory_that_is_written():
+def test_a_store_inside_the_written_directory_is_skipped():
     first = figures(write(".", "--json", store="notes/memory"))
     assert figures(write(".", "--json", store="notes/memory"))["segments"] == first["segments"]
 
 
-def test_what_cannot_be_read_or_written_is_named_and_the_rest_is_written(tmp_path, monkeypatch):
+def test_unreadable_texts_are_named_and_the_others_written(tmp_path, monkeypatch):
     add = MemoryStore.add
 
     def diverging(store, pipeline, texts, **rest):
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_or_written_is_named_and_the_rest_is_written(tmp_pat
     assert (len(MemoryStore("memory")), printed["written"]) == (6, 6)
 
 
-def test_of_many_faults_the_first_are_printed(tmp_path):
+def test_only_the_first_of_many_faults_are_printed(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"txt": "w1"}\n' * 30)
     result = write("bad.jsonl", "--json")
     assert len(json.loads(result.stdout)["refused"]) == 30
@@ -114,7 +114,7 @@ def test_of_many_faults_the_first_are_printed(tmp_path):
         (["notes", "--store", "memory", "--segment-tokens", "999"], "at most 93 tokens"),
     ],
 )
-def test_what_cannot_work(tmp_path, arguments, message):
+def test_invalid_arguments_are_refused(tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
     result = invoke("write", "--checkpoint", "checkpoint", "--device", "cpu", "--segment-tokens", "20", *arguments)
     assert result.exit_code == 2, result.output
@@ -122,7 +122,7 @@ def test_what_cannot_work(tmp_path, arguments, message):
     assert not (tmp_path / "memory").exists()
 
 
-def test_a_damaged_index_is_found_before_the_work(tmp_path, monkeypatch):
+def test_a_damaged_index_is_found_before_any_work(tmp_path, monkeypatch):
     assert write("notes").exit_code == 0
     (tmp_path / "memory" / "index.sqlite").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 99)
     monkeypatch.setattr("gradmem_adapter.cli.write.open_pipeline", lambda *_, **__: pytest.fail("work was done"))
@@ -131,7 +131,7 @@ def test_a_damaged_index_is_found_before_the_work(tmp_path, monkeypatch):
     assert "index.sqlite' is damaged" in result.stderr
 
 
-def test_ctrl_c_leaves_what_is_written_and_says_so(checkpoint, monkeypatch):
+def test_ctrl_c_keeps_what_is_written_and_says_so(checkpoint, monkeypatch):
     write_batch, batches = GradMemModel._write, []
 
     def interrupted(model, context, *rest, **how):
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_what_is_written_and_says_so(checkpoint, monkeypatch):
 
 
 def test_progress_in_a_log(monkeypatch):
-    """Hours of work said nothing there."""
+    """Hours of work once logged nothing."""
     assert write("notes").stderr == ""  # it was short
     monkeypatch.setattr("gradmem_adapter.cli.bulk.EVERY", 0.0)
     lines = write("notes", "rows.jsonl", "--max-tokens", 20, store="other").stderr.splitlines()
