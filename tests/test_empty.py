@@ -76,19 +76,12 @@ def test_a_query_that_reads_no_state(pipeline, states):
 
 
 def test_an_answer_of_one_token_behind_nothing(pipeline, states):
-    """As of a question of one word, by which a store explains its choice (`shortlist`)."""
     model = pipeline.model
     for state in states:
         with torch.no_grad():
             logits = model(torch.tensor([[5, 6]]), memory=state, labels=torch.tensor([[5, -100]])).loss
         torch.testing.assert_close(model.log_likelihood([[]], [[5]], state), -logits[None])
         torch.testing.assert_close(model.log_likelihood([[], []], [[5], [6]], state)[:1], -logits[None])
-
-
-def test_a_question_of_one_word_is_chosen_for(pipeline, tmp_path):
-    store = MemoryStore(tmp_path / "store")
-    store.add(pipeline, CONTEXTS)
-    assert store.choose(pipeline, CONTEXTS[0].split()[0], 1, shortlist=2)
 
 
 def test_a_store_that_is_not_there_is_an_empty_one_and_stays_away(pipeline, tmp_path):

@@ -59,7 +59,6 @@ def choose(
     k: int,
     source: str | None,
     embedding: Embedding | None,
-    shortlist: int = 0,
     *,
     keys: str | Iterable[str] | None = None,
     whole: bool = False,
@@ -72,9 +71,7 @@ def choose(
     """
     if type(k) is not int or k < 1:
         raise ValueError(f"k, the number of states to return, must be an integer of at least 1, got {k!r}.")
-    if type(shortlist) is not int or (shortlist and shortlist < k):
-        raise ValueError(f"shortlist must be 0 or an integer of at least k ({k}), got {shortlist!r}.")
-    k = min(max(k, shortlist), _ALL)
+    k = min(k, _ALL)
     check_text("The query", query)
     check_kind("keys", keys, Iterable | None, "a list of keys")
     if keys is not None:

@@ -21,7 +21,6 @@ from gradmem_adapter.store.embedding import Embedding
 from gradmem_adapter.store.entry import Entry, places, state_key, write_identity
 from gradmem_adapter.store.errors import UnknownStateError
 from gradmem_adapter.store.index import Index, entries_of, places_of
-from gradmem_adapter.store.likelihood import by_likelihood
 from gradmem_adapter.store.whole import of_segments, whole_in
 from gradmem_adapter.utils.files import check_writable
 from gradmem_adapter.utils.kinds import check_kind
@@ -280,7 +279,6 @@ class MemoryStore:
         keys: str | Iterable[str] | None = None,
         whole: bool = False,
         embedding: Embedding | None = None,
-        shortlist: int = 0,
     ) -> list[Choice]:
         """The states that a question needs, best first: those whose texts share words with it.
 
@@ -297,8 +295,6 @@ class MemoryStore:
                 `is_whole`).
             embedding (`Embedding`, *optional*): scores the meaning of texts, in addition to their words. Its vectors
                 are kept in the index; texts without one are embedded first.
-            shortlist (`int`, *optional*, defaults to `0`): for this many of the best states, also score how well each
-                explains the question. The model reads the question from each: worth it for `k=1`.
 
         Returns:
             `list[Choice]`: fewer than `k` if fewer texts have a word of the question.
@@ -306,13 +302,12 @@ class MemoryStore:
         Raises:
             ValueError: `k` is less than 1; the store has no state of this model, or no texts; the embedding does not
                 fit.
-            MemoryStoreError, MemoryStateError: the index, or a state of the shortlist, is damaged.
+            MemoryStoreError: the index is damaged.
             OSError: vectors cannot be stored.
         """
         check_kind("pipeline", pipeline, GradMemPipeline, _PIPELINE)
         fingerprint = pipeline.model.fingerprint()
-        found = choose(self.index, fingerprint, query, k, source, embedding, shortlist, keys=keys, whole=whole)
-        return by_likelihood(pipeline, query, found, self.get)[:k] if shortlist else found
+        return choose(self.index, fingerprint, query, k, source, embedding, keys=keys, whole=whole)
 
     def is_whole(self, entry: Entry) -> bool:
         """Whether the document that an entry is a segment of is stored to its end, with nothing missing.
@@ -362,7 +357,8 @@ class MemoryStore:
         """Remove what killed processes left and what cannot be read, and add to the index what it lacks.
 
         Args:
-            keep (`Collection[str]`, *optional*): keys; all other states are removed. None: all whole ones stay.
+            keep (`Collection[str]`, *optional*): keys; all other states are removed. None: all whole ones stay. If
+                something in it is not a key, `ValueError` is raised and nothing is removed.
 
         Returns:
             `list[str]`: the keys of the removed states.
@@ -378,6 +374,9 @@ class MemoryStore:
 
         Returns:
             `int`: how many states were removed.
+
+        Raises:
+            ValueError: something is not a key; nothing is removed then.
         """
         return upkeep.forget(self.index, source, keys)
 
