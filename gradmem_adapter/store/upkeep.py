@@ -63,14 +63,7 @@ class Stats:
 
 
 def verify(index: Index) -> Report:
-    """Read every state and compare it with the index.
-
-    Args:
-        index (`Index`): the store's index, left unchanged.
-
-    Raises:
-        MemoryStoreError: the index is damaged or lost.
-    """
+    """See `MemoryStore.verify`."""
     with index.reading() as connection:
         for (wrong,) in connection.execute("PRAGMA integrity_check"):
             if wrong != "ok":
@@ -124,18 +117,7 @@ def _files(index: Index) -> tuple[list[str], list[str]]:
 
 
 def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
-    """Remove what killed processes left and what cannot be read, and add to the index what it lacks.
-
-    Args:
-        index (`Index`): of the store.
-        keep (`Collection[str]`, *optional*): keys; all other states are removed. None: all whole ones stay.
-
-    Returns:
-        `list[str]`: the keys of the removed states.
-
-    Raises:
-        ValueError: something to keep is not a key; nothing is removed then.
-    """
+    """See `MemoryStore.gc`."""
     keep = _keys(index, "keep", keep)
     sweep(index.folder)
     if not index.exists():
@@ -162,15 +144,7 @@ def gc(index: Index, keep: Collection[str] | None = None) -> list[str]:
 
 
 def delete(index: Index, keys: str | Iterable[str]) -> None:
-    """Remove states, from the disk as well.
-
-    Args:
-        index (`Index`): of the store.
-        keys (`str` or `Iterable[str]`): keys of the states; those not in the store are ignored.
-
-    Raises:
-        ValueError: something is not a key; nothing is removed then.
-    """
+    """See `MemoryStore.delete`."""
     check_kind("keys", keys, Iterable, "a key or a list of keys")
     keys = _keys(index, "keys", keys) or []
 
@@ -183,19 +157,7 @@ def delete(index: Index, keys: str | Iterable[str]) -> None:
 
 
 def forget(index: Index, source: str, keys: Collection[str] | None = None) -> int:
-    """Remove what comes from a source, from the disk as well.
-
-    Args:
-        index (`Index`): of the store.
-        source (`str`): its name. A state whose text also comes from another source stays for that one.
-        keys (`Collection[str]`, *optional*): which of the source's states to remove. None: all of them.
-
-    Returns:
-        `int`: how many states were removed.
-
-    Raises:
-        ValueError: something is not a key; nothing is removed then.
-    """
+    """See `MemoryStore.forget`."""
     keys = _keys(index, "keys", keys)
     if not index.exists():
         return 0
@@ -245,11 +207,7 @@ def _overwrite(connection: sqlite3.Connection) -> None:
 
 
 def rebuild(index: Index) -> Report:
-    """Rebuild the index from the states' files; embeddings are lost, and computed again when needed.
-
-    Args:
-        index (`Index`): the store's index, whatever its condition. Waits for whoever is reading or writing.
-    """
+    """See `MemoryStore.rebuild`."""
     damaged, states = {}, 0
     with index.replacing() as connection:
         for key in _files(index)[0]:
@@ -262,11 +220,7 @@ def rebuild(index: Index) -> Report:
 
 
 def stats(index: Index) -> Stats:
-    """Count what the store holds.
-
-    Args:
-        index (`Index`): of the store.
-    """
+    """See `MemoryStore.stats`."""
     with index.reading() as connection:
         counts = connection.execute(
             "SELECT count(*), ifnull(sum(tokens), 0), ifnull(sum(nbytes), 0) FROM states"
