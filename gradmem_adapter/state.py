@@ -14,7 +14,6 @@ from torch import Tensor
 from gradmem_adapter.utils import state_file
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.files import replacing
-from gradmem_adapter.utils.fingerprint import KIND
 from gradmem_adapter.utils.kinds import as_indices, check_kind
 from gradmem_adapter.utils.state_file import TENSORS, MemoryStateError
 from gradmem_adapter.utils.wording import counted
@@ -230,8 +229,7 @@ class MemoryState:
 
     @classmethod
     def from_bytes(cls, data: bytes, device: torch.device | str = "cpu") -> MemoryState:
-        """Read the output of `to_bytes`. Never unpickles. Warns if the states were saved before digests were
-        introduced.
+        """Read the output of `to_bytes`. Never unpickles.
 
         Args:
             data (`bytes`): one safetensors file.
@@ -330,12 +328,6 @@ def check_readable(memory: MemoryState, width: int, fingerprint: str | None) -> 
         raise ValueError(
             f"The memory state has vectors of width {memory.width}, but the model's have width {width}: another model "
             "wrote it. Write the context again with this model."
-        )
-    if fingerprint is not None and not memory.fingerprint.startswith(KIND):
-        raise ValueError(
-            f"The memory state has the fingerprint {memory.fingerprint}, as earlier versions of gradmem_adapter made "
-            f"them. It cannot be compared with fingerprints of this version, which begin with {KIND!r}. Write the "
-            f"context again, or pass strict=False if you know that this model ({fingerprint}) wrote it."
         )
     if fingerprint is not None and memory.fingerprint != fingerprint:
         raise ValueError(

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradmem_adapter.state import MemoryState, MemoryStateError
+from gradmem_adapter.utils import state_file
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -455,7 +456,14 @@ def _torch_save(legacy: bool) -> bytes:
     return buffer.getvalue()
 
 
-_GOOD = {"format": "gradmem-memory-state", "version": 1, "fingerprint": "f"}
+_GOOD = {"format": "gradmem-memory-state", "version": 2, "fingerprint": "f", "digest": "0" * 64}
+
+
+def _digested(**changes: Any) -> bytes:
+    """A file whose digest is right."""
+    return _file(_GOOD | {"digest": state_file._digest(_tensors(**changes), "f", None)}, **changes)
+
+
 _BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not a memory state"),
     "a few bytes": (b"abc", "not a memory state"),
@@ -477,23 +485,23 @@ _BAD_FILES: dict[str, tuple[bytes, str]] = {
     "deep description": (_file("[" * 100_000), "not a memory state"),
     "infinite version": (_file('{"format": "gradmem-memory-state", "version": 1e400, "fingerprint": "f"}'), "version"),
     "version true": (_file(_GOOD | {"version": True}), "version or fingerprint"),
-    "version 0": (_file(_GOOD | {"version": 0}), "version or fingerprint"),
+    "version 1": (_file(_GOOD | {"version": 1}), "version or fingerprint"),
     "fingerprint is a number": (_file(_GOOD | {"fingerprint": 3}), "version or fingerprint"),
-    "new without a digest": (_file(_GOOD | {"version": 2}), "damaged: it has"),
-    "wrong digest": (_file(_GOOD | {"version": 2, "digest": "0" * 64}), "damaged.*digest"),
-    "endless context": (_file(_GOOD, context_tokens=torch.tensor([1, 2, 2**62])), "to 4611686018427387904 tokens"),
-    "empty context": (_file(_GOOD, context_tokens=torch.tensor([1, 2, 0])), "0 to 2 tokens"),
+    "without a digest": (_file({name: value for name, value in _GOOD.items() if name != "digest"}), "damaged: it has"),
+    "wrong digest": (_file(_GOOD), "damaged.*digest"),
+    "endless context": (_digested(context_tokens=torch.tensor([1, 2, 2**62])), "to 4611686018427387904 tokens"),
+    "empty context": (_digested(context_tokens=torch.tensor([1, 2, 0])), "0 to 2 tokens"),
     "boolean tokens": (_file(_GOOD, context_tokens=torch.ones(3, dtype=torch.bool)), "context_tokens must be integers"),
     "integer losses": (_file(_GOOD, write_losses=torch.ones(3, 3, dtype=torch.long)), "write_losses must be floating"),
     "eight-bit vectors": (_file(_GOOD, vectors=torch.zeros(3, 2, 4).to(torch.float8_e4m3fn)), "must be floating point"),
-    "not finite": (_file(_GOOD, vectors=torch.full((3, 2, 4), float("nan"))), "not finite"),
+    "not finite": (_digested(vectors=torch.full((3, 2, 4), float("nan"))), "not finite"),
     "one tensor more": (_file(_GOOD, another=torch.ones(2)), "wrong tensors: .*another"),
     "long header": ((2**21).to_bytes(8, "little") + b"{" + bytes(2**21), "more than 1,048,576 bytes"),
     "no vectors": (_file(_GOOD, vectors=None), "wrong tensors: expected .*vectors"),
     "no losses": (_file(_GOOD, write_losses=None), "wrong tensors: expected .*write_losses"),
-    "flat vectors": (_file(_GOOD, vectors=torch.zeros(3, 4)), r"vectors must have shape"),
+    "flat vectors": (_digested(vectors=torch.zeros(3, 4)), r"vectors must have shape"),
     "integer vectors": (_file(_GOOD, vectors=torch.zeros(3, 2, 4, dtype=torch.int8)), "must be floating point"),
-    "other batch": (_file(_GOOD, context_tokens=torch.ones(9, dtype=torch.long)), "must hold 3 integers"),
+    "other batch": (_digested(context_tokens=torch.ones(9, dtype=torch.long)), "must hold 3 integers"),
 }
 
 
@@ -511,9 +519,8 @@ def test_bad_file_is_named_and_explained(case: str, tmp_path: Path, monkeypatch:
 
 
 def test_the_good_description_is_good():
-    """Otherwise the cases above could fail for another reason than theirs; it is of a time before digests."""
-    with pytest.warns(UserWarning, match="without a digest"):
-        assert_same(MemoryState.from_bytes(_file(_GOOD)), make())
+    """Otherwise the cases above could fail for another reason than theirs."""
+    assert_same(MemoryState.from_bytes(_digested()), make())
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from gradmem_adapter.utils.files import open_regular
 
 FORMAT = "gradmem-memory-state"
 VERSION = 3
-"""Files of version 1 have no digest. Files of version 3 have an entry, and may have vectors in int8."""
+"""Files of version 2 have no entry; those of version 3 have one, and may have vectors in int8."""
 TENSORS = ("vectors", "context_tokens", "write_losses")
 SCALES = "scales"
 """`[B, m]`: the factors of int8 vectors."""
@@ -29,8 +28,7 @@ MAX_CONTEXT_TOKENS = 2**40
 """A generous limit; the sum over a million such states still fits into 64 bits."""
 _KEY = "gradmem"
 """The only metadata key: safetensors writes several in no fixed order, and equal states would give different bytes."""
-_FIELDS = {1: {"format", "version", "fingerprint"}}
-_FIELDS[2] = _FIELDS[1] | {"digest"}
+_FIELDS = {2: {"format", "version", "fingerprint", "digest"}}
 _FIELDS[3] = _FIELDS[2] | {"entry"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES: dict[str, tuple[str, ...]] = {
@@ -127,13 +125,7 @@ def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str
     except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise MemoryStateError(f"The data is truncated or damaged: {error}.") from error
     fingerprint, entry = description["fingerprint"], description.get("entry")
-    if "digest" not in description:
-        warnings.warn(
-            "This memory state was saved by an older gradmem_adapter without a digest, so it cannot be checked for "
-            "damage. Save it again to add one.",
-            stacklevel=4,
-        )
-    elif description["digest"] != _digest(tensors, fingerprint, entry):
+    if description["digest"] != _digest(tensors, fingerprint, entry):
         raise MemoryStateError("The memory state is damaged: its digest does not match its content.")
     vectors, scales = tensors["vectors"], tensors.get(SCALES)
     if scales is not None and scales.shape != vectors.shape[:2]:
@@ -222,7 +214,7 @@ def _description(head: bytes, size: int) -> dict[str, Any]:
         ) from error
     if kind != FORMAT:
         raise MemoryStateError(f"This is not a memory state: its format is {str(kind)[:50]!r}.")
-    if type(version) is not int or version < 1 or not isinstance(fingerprint, str):
+    if type(version) is not int or version < 2 or not isinstance(fingerprint, str):
         raise MemoryStateError("The description of the memory state is damaged: its version or fingerprint is invalid.")
     if version > VERSION:
         raise MemoryStateError(

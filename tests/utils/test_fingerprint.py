@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -223,16 +222,6 @@ def test_swapping_two_values_changes_the_fingerprint_however_far_apart(dtype):
                     assert fingerprint(*arguments) != apart, (distance, first, other)
                 table[pair] = values
     assert fingerprint(*arguments) == before
-
-
-def test_states_of_earlier_versions_get_a_fitting_error():
-    model = make()
-    state = model.write(tokens(1, 9))
-    old = replace(state, fingerprint=state.fingerprint.removeprefix("2-"))
-    with pytest.raises(ValueError, match=r"as earlier versions of gradmem_adapter made them.*strict=False"):
-        model(input_ids=tokens(1, 5), memory=old)
-    logits = [model(input_ids=tokens(1, 5), memory=s, strict=False).logits for s in (state, old)]
-    assert torch.equal(*logits)
 
 
 def storage_of(parameter):
