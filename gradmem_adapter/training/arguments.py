@@ -52,8 +52,6 @@ class GradMemTrainingArguments(TrainingArguments):
         muon_lr_factor (`float`, *optional*): train the matrices inside the backbone's layers with Muon (Jordan et al.,
             2024) at this multiple of the learning rate, with updates as large as AdamW's (arXiv 2502.16982); None:
             train all weights with AdamW, or what `optim` says.
-        ema_decay (`float`, *optional*): end the run with the exponential moving average of the trained weights, with
-            this decay per step; None: with the weights of the last step.
         distillation_weight (`float`, *optional*, defaults to `1.0`): with a teacher, the weight of the divergence from
             it beside the cross entropy, per target token (see `Distillation`).
         distillation_temperature (`float`, *optional*, defaults to `1.0`): the temperature at which both distributions
@@ -77,7 +75,6 @@ class GradMemTrainingArguments(TrainingArguments):
     decay_share: float = 0.5
     write_lr_factor: float = 1.0
     muon_lr_factor: float | None = None
-    ema_decay: float | None = None
     distillation_weight: float = 1.0
     distillation_temperature: float = 1.0
 
@@ -106,13 +103,6 @@ class GradMemTrainingArguments(TrainingArguments):
         for name in POSITIVE:
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be positive, got 0.")
-        if self.ema_decay is not None and self.ema_decay >= 1:
-            raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay!r}.")
-        if self.ema_decay is not None and self.load_best_model_at_end:
-            raise ValueError(
-                "ema_decay ends a run with the average of its weights, but load_best_model_at_end with those of its "
-                "best checkpoint. Leave one of them out."
-            )
         if self.decay_share > 1:
             raise ValueError(f"decay_share must be between 0 and 1, got {self.decay_share!r}.")
 
@@ -144,7 +134,7 @@ UNBOUNDED = 10**9
 
 
 POSITIVE = (
-    "distillation_temperature", "distillation_weight", "ema_decay", "max_minutes", "muon_lr_factor", "write_lr_factor",
+    "distillation_temperature", "distillation_weight", "max_minutes", "muon_lr_factor", "write_lr_factor",
 )  # fmt: skip
 LEAST = dict.fromkeys(
     (

@@ -1,4 +1,4 @@
-"""Callbacks that end a run by the clock, stop it on a signal so that it can be resumed, or average its weights."""
+"""Callbacks that end a run by the clock, or stop it on a signal so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .schedule import LEAST_RATE, multiply, set_rates
-from .sharding import own_part
 
 LOOK_EVERY = 8
 """The most steps between two exchanges with process 0; an exchange waits for the GPUs."""
@@ -85,39 +81,6 @@ class EndByClock(_Together, ExportableState):
         limit = 60 * args.max_minutes
         over = self.seconds - (1 - args.decay_share) * limit
         return max(LEAST_RATE, 1 - (1 - LEAST_RATE) * over / (args.decay_share * limit)) if over > 0 else 1.0
-
-
-class AverageWeights(TrainerCallback):
-    """Lets a run end with the exponential moving average of its trained weights, W <- decay W + (1 - decay) w.
-
-    Intermediate checkpoints hold the weights themselves, and a resumed run starts its average from them.
-
-    Args:
-        decay (`float`): per step, from 0 to less than 1.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self._update = get_ema_multi_avg_fn(decay)
-        self._averages: list[torch.Tensor] = []
-
-    @staticmethod
-    def _weights(model: nn.Module) -> list[torch.Tensor]:
-        if isinstance(model, FSDPModule):
-            model.reshard()  # each process averages its own part
-        return [own_part(parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start from the current weights."""
-        self._averages = [weight.clone() for weight in self._weights(model)]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Update the average with the current weights."""
-        self._update(self._averages, self._weights(model), 0)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Copy the average into the model."""
-        torch._foreach_copy_(self._weights(model), self._averages)
-        self._averages = []
 
 
 class StopOnSignal(_Together):

@@ -85,11 +85,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; the whole tensor if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @contextmanager
 def whole_weights(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """In the block, the model's parameters are plain tensors in all processes. All processes must enter it.

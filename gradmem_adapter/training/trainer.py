@@ -27,7 +27,7 @@ from gradmem_adapter.write.rates import write_lrs
 
 from .arguments import with_defaults
 from .batches import Batches, RowBatches
-from .callbacks import AverageWeights, EndByClock
+from .callbacks import EndByClock
 from .checks import (
     check_arguments,
     check_datasets,
@@ -124,11 +124,7 @@ class GradMemTrainer(EvaluatingTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[
-                *(callbacks or []),
-                *([EndByClock()] if args.max_minutes is not None else []),
-                *([AverageWeights(args.ema_decay)] if args.ema_decay is not None else []),
-            ],
+            callbacks=[*(callbacks or []), *([EndByClock()] if args.max_minutes is not None else [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,

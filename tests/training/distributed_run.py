@@ -116,12 +116,12 @@ def train_ready(output, processes):
     run = trainer(
         make(meta_gradient="first_order", lora_config=LORA, learn_write_lr="scalar"), output, Halves(processes),
         callbacks=[seen], teacher=tiny(seed=3), max_steps=3, max_grad_norm=0, cuda_graphs=True, write_steps=[1, 2],
-        gradient_accumulation_steps=2, ema_decay=0.5, **(SHARED if processes > 1 else {}),
+        gradient_accumulation_steps=2, **(SHARED if processes > 1 else {}),
     )  # fmt: skip
     run.train()
     return {
         "gradients": seen.steps,
-        "average": weights(run.model),
+        "weights": weights(run.model),
         "logs": {name: logs(run, name) for name in (*LOGGED, "distillation_loss", "write_steps")},
     }
 
@@ -209,7 +209,6 @@ def on_cpus(folder, meta_gradients):
     sharded_on_cpus()  # last: from now on every trainer would be sharded
     for name in ("exact", "finite_difference"):
         results[f"sharded {name}"] = train(folder / f"sharded {name}", 2, name, fsdp=True)
-    results["sharded average"] = train(folder / "average", 2, "first_order", fsdp=True, ema_decay=0.5)
     results["refused"] = [refused(folder / "refused", **options) for options in NOT_SHARDED]
     return results
 

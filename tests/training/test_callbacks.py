@@ -156,29 +156,3 @@ def test_a_run_without_a_signal_is_not_stopped(tmp_path):
         run.add_callback(stop)
         run.train()
     assert not stop.seen
-
-
-class Weights(TrainerCallback):
-    """The weights after each step."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_step_end(self, *args, model=None, **kwargs):
-        self.seen.append(weights(model))
-
-
-@pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_a_run_ends_with_the_average_of_its_weights(tmp_path, cuda_graphs):
-    model, seen = make(), Weights()
-    expected = weights(model)
-    run = trainer(
-        model, tmp_path, rows(4), callbacks=[seen], max_steps=3, ema_decay=0.8, cuda_graphs=cuda_graphs
-    )  # fmt: skip
-    run.train()
-    for later in seen.seen:
-        expected = {name: 0.8 * value + 0.2 * later[name] for name, value in expected.items()}
-    found = weights(model)
-    assert not same(found, seen.seen[-1])
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)

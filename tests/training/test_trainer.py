@@ -704,12 +704,6 @@ class TestArguments:
             ({"eval_write_steps": -1}, ValueError, "eval_write_steps must be at least 0"),
             ({"decay_share": 2.0}, ValueError, "decay_share must be between 0 and 1"),
             ({"max_minutes": 0}, ValueError, "max_minutes must be positive"),
-            ({"ema_decay": 1.0}, ValueError, "ema_decay must be less than 1"),
-            (
-                {"ema_decay": 0.5, "load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 500},
-                ValueError,
-                "Leave one of them out",
-            ),
             ({"distillation_temperature": 0.0}, ValueError, "distillation_temperature must be positive"),
             ({"max_minutes": 1, "lr_scheduler_type": "cosine"}, ValueError, "its own schedule"),
             ({"generation_max_new_tokens": 0}, ValueError, "generation_max_new_tokens must be at least 1"),
