@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -12,31 +11,21 @@ from rich.console import Console
 from gradmem_adapter.cli.options import BACKBONE, JSON, check_used, print_json
 from gradmem_adapter.utils.shipped import KEY_VALUES, QA
 
-
-class DemoTask(str, Enum):
-    """What `gradmem demo` shows."""
-
-    tour = "tour"
-    recite = "recite"
-    ask = "ask"
-    kv = "kv"
-
-
 TASK = """recite: a paragraph comes back word by word. ask: questions about a story, answered or refused. tour: both.
 kv: values are found by their keys."""
 
 _OPTIONS = {
-    (DemoTask.recite, DemoTask.tour): ("text", "memory_tokens", "lr"),
-    (DemoTask.ask, DemoTask.kv, DemoTask.tour): ("checkpoint",),
-    (DemoTask.recite, DemoTask.kv, DemoTask.tour): ("steps", "seed"),
-    (DemoTask.kv,): ("pairs",),
+    ("recite", "tour"): ("text", "memory_tokens", "lr"),
+    ("ask", "kv", "tour"): ("checkpoint",),
+    ("recite", "kv", "tour"): ("steps", "seed"),
+    ("kv",): ("pairs",),
 }
 """The tasks that each option applies to."""
 
 
 def demo(
     context: typer.Context,
-    task: Annotated[DemoTask, typer.Option(help=TASK)] = DemoTask.tour,
+    task: Annotated[Literal["tour", "recite", "ask", "kv"], typer.Option(help=TASK)] = "tour",
     text: Annotated[
         Path | None,
         typer.Option(
@@ -62,7 +51,7 @@ def demo(
     Exit status 1 if the paragraph does not come back.
     """
     for tasks, names in _OPTIONS.items():
-        needed = " or ".join(f"--task {one.value}" for one in tasks)
+        needed = " or ".join(f"--task {one}" for one in tasks)
         check_used(context, needed, task in tasks, *names)
     from gradmem_adapter import SMOLLM2
     from gradmem_adapter.cli.demos.key_values import run_key_value_demo
@@ -71,7 +60,7 @@ def demo(
 
     console = Console(quiet=as_json)
     figures: dict[str, dict[str, Any]] = {}
-    if task is DemoTask.kv:
+    if task == "kv":
         steps = 5 if steps is None else steps
         figures["kv"] = run_key_value_demo(
             KEY_VALUES if checkpoint is None else checkpoint,
@@ -81,7 +70,7 @@ def demo(
             seed=seed,
             console=console,
         )
-    if task in (DemoTask.recite, DemoTask.tour):
+    if task in ("recite", "tour"):
         figures["recite"] = run_recite_demo(
             demo_text(text),
             backbone=SMOLLM2 if backbone is None else backbone,
@@ -91,7 +80,7 @@ def demo(
             seed=seed,
             console=console,
         )
-    if task in (DemoTask.ask, DemoTask.tour):
+    if task in ("ask", "tour"):
         figures["ask"] = run_story_demo(QA if checkpoint is None else checkpoint, backbone=backbone, console=console)
     if as_json:
         print_json(figures)

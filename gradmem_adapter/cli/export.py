@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
@@ -14,13 +13,7 @@ from gradmem_adapter.utils.files import check_writable, replacing
 from gradmem_adapter.utils.shipped import QA
 from gradmem_adapter.utils.wording import counted
 
-
-class Type(str, Enum):
-    """Types of exported numbers."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+Type: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 def export(
@@ -33,10 +26,10 @@ def export(
             "--merge/--lora", help="Merge the LoRA into the weights, or write it beside them, to the folder lora."
         ),
     ] = True,
-    dtype: Annotated[Type, typer.Option(help="Type of the weights.")] = Type.float32,
+    dtype: Annotated[Type, typer.Option(help="Type of the weights.")] = "float32",
     gguf: Annotated[
-        Type | None,
-        typer.Option(help="Also write model.gguf for llama.cpp, with its own converter: float32 or float16."),
+        Literal["float32", "float16"] | None,
+        typer.Option(help="Also write model.gguf for llama.cpp, with its own converter."),
     ] = None,
     backbone: Annotated[str | None, BACKBONE] = None,
     as_json: Annotated[bool, JSON] = False,
@@ -48,11 +41,8 @@ def export(
     from gradmem_adapter import load_checkpoint
     from gradmem_adapter.export import export_model
 
-    if gguf is Type.bfloat16:
-        raise ValueError("--gguf must be float32 or float16, got bfloat16.")
-    model, tokenizer = load_checkpoint(checkpoint, backbone=backbone, dtype=getattr(torch, dtype.value))
-    kind = cast(Literal["float32", "float16"] | None, None if gguf is None else gguf.value)
-    export_model(model, tokenizer, directory, merge=merge, gguf=kind)
+    model, tokenizer = load_checkpoint(checkpoint, backbone=backbone, dtype=getattr(torch, dtype))
+    export_model(model, tokenizer, directory, merge=merge, gguf=gguf)
     figures = {"directory": str(directory), "fingerprint": model.fingerprint(), "vectors": model.prefix_length}
     if as_json:
         print_json(figures)
@@ -68,7 +58,7 @@ def export_states(
     output: Annotated[Path, typer.Argument(dir_okay=False, help="A file for JSON lines, one per state.")],
     checkpoint: Annotated[str, CHECKPOINT] = QA,
     backbone: Annotated[str | None, BACKBONE] = None,
-    dtype: Annotated[Type, typer.Option(help="Type of the vectors; bfloat16 halves the lines.")] = Type.float32,
+    dtype: Annotated[Type, typer.Option(help="Type of the vectors; bfloat16 halves the lines.")] = "float32",
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Export memory states for vLLM's API, as prompt_embeds in base64."""
@@ -84,9 +74,7 @@ def export_states(
     model, _ = load_checkpoint(checkpoint, backbone=backbone)
     rows = [
         {"context_tokens": int(tokens), "fingerprint": memory.fingerprint, "prompt_embeds": text}
-        for tokens, text in zip(
-            memory.context_tokens, prompt_embeds(model, memory, getattr(torch, dtype.value)), strict=True
-        )
+        for tokens, text in zip(memory.context_tokens, prompt_embeds(model, memory, getattr(torch, dtype)), strict=True)
     ]
     with replacing(output) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

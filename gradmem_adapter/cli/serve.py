@@ -5,22 +5,13 @@ from __future__ import annotations
 import errno
 import warnings
 from collections.abc import Collection
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from gradmem_adapter.cli.options import BACKBONE, DEVICE, check_used, chosen_device, writable_store
 from gradmem_adapter.utils.files import FULL
-
-
-class ReaderName(str, Enum):
-    """Who answers."""
-
-    transformers = "transformers"
-    vllm = "vllm"
-
 
 KEYS = """A file with a tenant and its key on each line; each tenant sees only its own memories. Without it, anyone
 who reaches the server may use it."""
@@ -30,7 +21,7 @@ def serve(
     context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="A trained adapter, as for ask.")],
     store: Annotated[Path, typer.Option(file_okay=False, help="A directory for the memories.")],
-    reader: Annotated[ReaderName, typer.Option(help="What answers from memory.")] = ReaderName.transformers,
+    reader: Annotated[Literal["transformers", "vllm"], typer.Option(help="What answers from memory.")] = "transformers",
     url: Annotated[str | None, typer.Option(help="vllm: the address of its server.")] = None,
     engine_model: Annotated[
         str | None, typer.Option(help="vllm: its name for the model; default: the first it lists.")
@@ -56,7 +47,7 @@ def serve(
     from gradmem_adapter import GradMemPipeline, MemoryStore, load_checkpoint
     from gradmem_adapter.segments import unknown_length
 
-    check_used(context, "--reader vllm", reader is ReaderName.vllm, "engine_model", "engine_key")
+    check_used(context, "--reader vllm", reader == "vllm", "engine_model", "engine_key")
     try:
         from gradmem_adapter.serve import (
             TENANTS,
@@ -77,7 +68,7 @@ def serve(
             f"On {host}, other machines could read and delete all memories. Pass --keys FILE, with a tenant and a key "
             "on each line, or leave --host out."
         )
-    if (reader is ReaderName.vllm) != (url is not None):
+    if (reader == "vllm") != (url is not None):
         raise ValueError("--reader vllm needs --url, the address of its server, and --url needs --reader vllm.")
     check_address(host, port)
     served = MemoryStore(store).exists() or (store / TENANTS).exists()
