@@ -174,11 +174,7 @@ def _license(card: Card) -> str:
 
 
 def license_of(directory: Path) -> str | None:
-    """The licence that the model card in a directory states; None: none, or there is no card that can be read.
-
-    Args:
-        directory (`Path`): the directory of a checkpoint.
-    """
+    """The licence that the model card in a directory states; None: none, or there is no card that can be read."""
     try:
         license = ModelCard.load(directory / CARD).data.license if (directory / CARD).is_file() else None
     except (OSError, ValueError, YAMLError):

@@ -41,12 +41,7 @@ def is_from_file(config: LoraConfig) -> bool:
 
 
 def unknown_fields(given: Collection[str], known: Collection[str]) -> str | None:
-    """The unknown names, with suggestions of similar known ones; None if all are known.
-
-    Args:
-        given (`Collection[str]`): names.
-        known (`Collection[str]`): all known names.
-    """
+    """The unknown names, with suggestions of similar known ones; None if all are known."""
     unknown = sorted(set(given) - set(known))
     nearest = [name for field in unknown for name in difflib.get_close_matches(field, known, n=1)]
     meant = f" Did you mean {', '.join(nearest)}?" if nearest else ""
@@ -71,11 +66,7 @@ def _known(name: str, cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def checks_fields(cls: type[Config]) -> type[Config]:
-    """Decorator: a configuration checks the names of the fields that it is created with.
-
-    Args:
-        cls (`type`): a dataclass.
-    """
+    """Decorator: a configuration checks the names of the fields that it is created with."""
     init = cls.__init__
 
     @functools.wraps(init)

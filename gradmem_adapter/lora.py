@@ -165,11 +165,7 @@ def inject_lora(model: nn.Module, adapter: str, config: GradMemConfig, low_cpu_m
 
 def without_lora(model: Module) -> Module:
     """A model with its LoRA layers replaced by their base layers. It shares all other modules with `model`, which is
-    not changed.
-
-    Args:
-        model (`nn.Module`): the backbone, or a part of it.
-    """
+    not changed."""
 
     def base_layer(module: nn.Module) -> nn.Module | None:
         return module.get_base_layer() if isinstance(module, LoraLayer) else None

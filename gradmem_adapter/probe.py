@@ -28,9 +28,6 @@ def probe(backbone: PreTrainedModel) -> None:
     gradients to them. Runs four forward passes and a backward pass over a few tokens, without changing the model. A
     class and configuration is tested only once.
 
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-
     Raises:
         TypeError: GradMem would give wrong results with it, or fail later.
     """

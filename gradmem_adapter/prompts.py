@@ -70,11 +70,7 @@ def format_query(
 
 
 def study_tokens(query_format: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The fields of `Study` that state, in tokens, how a model is shown a text and asked about it.
-
-    Args:
-        query_format, tokenizer: as for `format_query`.
-    """
+    """The fields of `Study` that state, in tokens, how a model is shown a text and asked about it."""
     mark = "QUERY"
     text, special = format_query(mark, query_format, tokenizer)
     before, _, after = text.partition(mark)

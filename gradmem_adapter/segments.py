@@ -77,11 +77,7 @@ def segments(
 
 
 def unknown_length(remedy: str) -> str:
-    """The error message for an unknown segment length.
-
-    Args:
-        remedy (`str`): what the user can do about it.
-    """
+    """The error message for an unknown segment length."""
     return (
         "The adapter does not say its trained length, so the number of tokens that one memory state can hold is "
         f"unknown: {remedy}"
@@ -175,11 +171,7 @@ def _next_start(window: str, places: list[int], text: str, cut: int, overlap: in
 
 
 class _Ahead:
-    """A text that is read only as far as needed.
-
-    Args:
-        pieces (`Iterator[str]`): the text.
-    """
+    """A text that is read only as far as needed."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
         self.pieces = pieces

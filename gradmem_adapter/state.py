@@ -281,12 +281,7 @@ class MemoryState:
 
 
 def check_state(name: str, memory: object) -> None:
-    """Raise `TypeError` for anything but a memory state.
-
-    Args:
-        name (`str`): the caller's name for it.
-        memory (`object`): the value to check.
-    """
+    """Raise `TypeError` for anything but a memory state."""
     wanted = (
         "a MemoryState, as write(), MemoryState.load(), a store's get(keys) and the .states of a DocumentMemory return"
     )
@@ -299,11 +294,7 @@ def check_state(name: str, memory: object) -> None:
 
 
 def check_finite(memory: MemoryState) -> None:
-    """Raise `ValueError` unless the vectors of all states are finite. Not checked during CUDA graph capture.
-
-    Args:
-        memory (`MemoryState`): the states.
-    """
+    """Raise `ValueError` unless the vectors of all states are finite. Not checked during CUDA graph capture."""
     if not capturing() and not memory.vectors.isfinite().all():
         raise ValueError(
             "The memory state has vectors that are not finite, because WRITE diverged or a narrower dtype overflowed. "

@@ -27,13 +27,7 @@ class Answer(NamedTuple):
 
     @classmethod
     def of(cls, pipeline: GradMemPipeline, tokens: list[int], stops: Sequence[str]) -> Answer:
-        """The answer that a call's new tokens make.
-
-        Args:
-            pipeline (`GradMemPipeline`): what answered.
-            tokens (`list[int]`): all new tokens.
-            stops (`Sequence[str]`): texts that end an answer.
-        """
+        """The answer that a call's new tokens make."""
         eos = pipeline.model.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, list) else [eos])
         length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)

@@ -97,13 +97,7 @@ def in_words(counts: Counter[str]) -> str:
 
 
 def print_outcome(counts: Counter[str], inputs: Inputs, as_json: bool) -> None:
-    """Print what `write_to_store` has done and left out, and exit with status 2 if documents were refused.
-
-    Args:
-        counts (`Counter`): what `write_to_store` returned.
-        inputs (`Inputs`): its documents.
-        as_json (`bool`): print one JSON object.
-    """
+    """Print what `write_to_store` has done and left out, and exit with status 2 if documents were refused."""
     if not counts["documents"] and not inputs.refused:
         raise ValueError(f"There is no text in {', '.join(inputs.paths)}.")
     if as_json:

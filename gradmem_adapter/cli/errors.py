@@ -83,11 +83,7 @@ class Commands(TyperGroup):
 
 
 def described(error: Exception) -> str:
-    """An error's message in one line, with advice if a file cannot be opened or written.
-
-    Args:
-        error (`Exception`): an error caused by wrong input.
-    """
+    """An error's message in one line, with advice if a file cannot be opened or written."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. {ADVICE.get(error.errno or 0, '')}".rstrip(". ") + "."
     return " ".join(str(error).split()) or type(error).__name__

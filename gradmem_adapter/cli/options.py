@@ -85,11 +85,7 @@ def open_pipeline(checkpoint: str, backbone: str | None = None, device: str | No
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
-    """Print an object as a line of JSON.
-
-    Args:
-        figures (`Mapping[str, Any]`): its fields.
-    """
+    """Print an object as a line of JSON."""
     typer.echo(json.dumps(figures))
 
 
@@ -154,12 +150,7 @@ def existing_store(path: Path) -> MemoryStore:
 
 
 def check_source(store: MemoryStore, source: str) -> None:
-    """Raise `ValueError` for a source that a memory store does not have.
-
-    Args:
-        store (`MemoryStore`): the store.
-        source (`str`): the source.
-    """
+    """Raise `ValueError` for a source that a memory store does not have."""
     if next(store.entries(source), None) is None:
         raise ValueError(f"{store.path} has no source {source!r}. `gradmem store list` shows its sources.")
 

@@ -40,12 +40,7 @@ def shared_out(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def together(counts: Counter[str], inputs: Inputs) -> Counter[str]:
-    """Sum counts over all processes, and collect in `inputs` what any of them has left out, without duplicates.
-
-    Args:
-        counts (`Counter`): the counts of this process.
-        inputs (`Inputs`): its documents.
-    """
+    """Sum counts over all processes, and collect in `inputs` what any of them has left out, without duplicates."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
@@ -66,12 +61,7 @@ def whose() -> str:
 
 
 def say_once(line: str, err: bool = False) -> None:
-    """Print a line, in the first process only.
-
-    Args:
-        line (`str`): the line to print.
-        err (`bool`, *optional*, defaults to `False`): on standard error.
-    """
+    """Print a line, in the first process only."""
     from accelerate import PartialState
 
     if PartialState().is_main_process:

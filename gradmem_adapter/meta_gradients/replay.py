@@ -13,11 +13,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 class Replay:
     """Repeats a computation under the autocast and random state of its first run (dropout draws the same mask).
 
-    Create it before the first run, call `end` after that run, and repeat the computation inside `with replay():`.
-
-    Args:
-        device (`torch.device`): where the computation runs.
-    """
+    Create it before the first run, call `end` after that run, and repeat the computation inside `with replay():`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -22,11 +22,6 @@ def check_answers(
 ) -> None:
     """Raise for queries and answers that cannot be read after a prefix.
 
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-        prefix_length (`int`): P.
-        queries, answers (`Sequence`): R rows of token ids.
-
     Raises:
         TypeError: a token id is not an integer.
         ValueError: the lists are empty or differ in length, an answer is empty, a token id is not in the model's

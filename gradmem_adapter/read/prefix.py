@@ -16,11 +16,7 @@ from gradmem_adapter.utils.wording import counted
 
 
 def check_queries(queries: int) -> None:
-    """Raise `ValueError` for an empty batch of queries, which the layers of backbones cannot process.
-
-    Args:
-        queries (`int`): the number of queries.
-    """
+    """Raise `ValueError` for an empty batch of queries, which the layers of backbones cannot process."""
     if not capturing() and not queries:
         raise ValueError("There is no query to read: the batch of prompts is empty. Pass at least one prompt.")
 

@@ -22,12 +22,7 @@ Prefix = tuple[tuple[Tensor, Tensor], ...]
 
 
 def prefix_key(backbone: PreTrainedModel, seen: Fingerprinted) -> Hashable:
-    """What the keys and values of a prefix depend on besides the memory: weights, their devices, and autocast.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM with its adapters.
-        seen (`Fingerprinted`): the model as it is now.
-    """
+    """What the keys and values of a prefix depend on besides the memory: weights, their devices, and autocast."""
     device = device_of(backbone).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return seen.key, autocast

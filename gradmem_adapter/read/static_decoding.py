@@ -20,11 +20,7 @@ from gradmem_adapter.utils.graphs import one_capture
 
 def can_capture(backbone: PreTrainedModel) -> bool:
     """Whether every decoding step into a static cache runs the same kernels at the same addresses: nothing in it
-    depends on tensor values or on counters in Python, as sliding windows do.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-    """
+    depends on tensor values or on counters in Python, as sliding windows do."""
     if backbone.training or getattr(backbone, "is_quantized", False) or not backbone._can_compile_fullgraph:
         return False
     if on_several_devices(backbone):

@@ -91,12 +91,7 @@ class Memories:
             raise ApiError(503, unknown_length(remedy), "no_segment_tokens")
 
     def id_of(self, tenant: str, text: str, options: WriteOptions) -> str:
-        """The id of a text's memory, written or not. The same text cut the same way has the same id.
-
-        Args:
-            tenant, text (`str`): the tenant and the text.
-            options (`WriteOptions`): how it is written.
-        """
+        """The id of a text's memory, written or not. The same text cut the same way has the same id."""
         cut = "" if self.segment_tokens is None else f"_{self.segment_tokens}"
         return _PREFIX + self._store(tenant).key(self.pipeline, text, options) + cut
 
@@ -160,12 +155,7 @@ class Memories:
         return self.describe(tenant, identity)
 
     def rename(self, tenant: str, identity: str, name: str) -> dict[str, Any]:
-        """Rename a memory and describe it; `ApiError` if the tenant has none with this id.
-
-        Args:
-            tenant, identity (`str`): the tenant and the memory's id.
-            name (`str`): its new name.
-        """
+        """Rename a memory and describe it; `ApiError` if the tenant has none with this id."""
         entries = [
             replace(entry, metadata={**entry.metadata, "name": name}) for entry in self._entries(tenant, identity)
         ]
@@ -202,12 +192,7 @@ class Memories:
         return self._summary(entries) | {"write_loss": sum(row[-1] for row in losses) / len(losses), "segments": pieces}
 
     def segment(self, tenant: str, identity: str, index: int) -> tuple[str | None, MemoryState]:
-        """A segment's text, if the store keeps it, and its state; `ApiError` if there is no such segment.
-
-        Args:
-            tenant, identity (`str`): the tenant and the memory's id.
-            index (`int`): the number of the segment.
-        """
+        """A segment's text, if the store keeps it, and its state; `ApiError` if there is no such segment."""
         entries = self._entries(tenant, identity)
         if index >= len(entries):
             told = f"This memory has {len(entries)} segment{'s' * (len(entries) > 1)}, counted from 0."
@@ -215,13 +200,7 @@ class Memories:
         return entries[index].text, self._states(tenant, [entries[index]])
 
     def page(self, tenant: str, limit: int, after: str | None) -> tuple[list[dict[str, Any]], bool]:
-        """Some of a tenant's memories in the order of their ids, and whether there are more.
-
-        Args:
-            tenant (`str`): the tenant.
-            limit (`int`): the most memories to return.
-            after (`str`, *optional*): only memories after this id.
-        """
+        """Some of a tenant's memories in the order of their ids, and whether there are more."""
         named = (entry for entry in self._store(tenant).entries() if entry.source and entry.source > (after or ""))
         model = self.pipeline.model.fingerprint()
         whole = filter(None, (_whole(group, model) for _, group in itertools.groupby(named, lambda one: one.source)))

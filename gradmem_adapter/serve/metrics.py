@@ -27,12 +27,7 @@ class Metrics:
         self.written = Counter("gradmem_written_states", "Memory states that were written.", registry=all_)
 
     def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
-        """Add a metric whose value a function returns.
-
-        Args:
-            name, what (`str`): the metric's name and description.
-            value (`Callable`): called whenever metrics are requested.
-        """
+        """Add a metric whose value a function returns."""
         Gauge(name, what, registry=self._registry).set_function(value)
 
     def text(self) -> bytes:
@@ -41,12 +36,7 @@ class Metrics:
 
 
 class Counting:
-    """Middleware that counts requests and measures how long they take.
-
-    Args:
-        app (`ASGIApp`): the app that answers them.
-        metrics (`Metrics`): where they are counted.
-    """
+    """Middleware that counts requests and measures how long they take."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics

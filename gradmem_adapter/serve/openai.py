@@ -73,12 +73,7 @@ def _usage(asked: list[Asked], answers: list[Answer]) -> dict[str, Any]:
 
 
 def openai_routes(reads: Reads, model: str) -> APIRouter:
-    """The routes of OpenAI's API.
-
-    Args:
-        reads (`Reads`): what answers.
-        model (`str`): the name of the only model.
-    """
+    """The routes of OpenAI's API."""
     router, card = APIRouter(prefix="/v1"), _card(reads, model)
 
     def check_model(name: str) -> None:

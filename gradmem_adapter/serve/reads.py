@@ -79,9 +79,6 @@ class Reads:
     def room(self, prompts: int) -> Iterator[None]:
         """Reserve room for prompts before any work on them. After the block, their calls count instead.
 
-        Args:
-            prompts (`int`): the number of prompts.
-
         Raises:
             ApiError: there would be more prompts than the limit.
         """

@@ -102,13 +102,7 @@ async def _write(memories: Memories, writes: WriteQueue, limits: Limits, request
 
 
 def memory_routes(memories: Memories, writes: WriteQueue, limits: Limits) -> APIRouter:
-    """The routes that write, show and delete memories.
-
-    Args:
-        memories (`Memories`): the memories of all tenants.
-        writes (`WriteQueue`): where texts wait to be written.
-        limits (`Limits`): the server's limits.
-    """
+    """The routes that write, show and delete memories."""
     router = APIRouter(prefix="/v1/memories")
 
     @router.post("", openapi_extra=_BODY)

@@ -39,9 +39,6 @@ class Server(uvicorn.Server):
 def check_address(host: str, port: int) -> None:
     """Raise unless a server can listen at an address, before the model is loaded.
 
-    Args:
-        host (`str`), port (`int`): as for `run`.
-
     Raises:
         OSError: the address is in use, needs other permissions, or is not one of this machine.
     """
@@ -68,12 +65,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def run(app: FastAPI, *, host: str, port: int, grace: int) -> None:
-    """Serve until a signal stops the server.
-
-    Args:
-        app, grace: as for `Server`.
-        host (`str`), port (`int`): where to listen.
-    """
+    """Serve until a signal stops the server."""
     keep_alive = 75  # longer than clients do: otherwise they may use a connection that has just been closed
     server = Server(app, grace=grace, host=host, port=port, timeout_keep_alive=keep_alive, server_header=False)
     with suppress(KeyboardInterrupt):

@@ -25,13 +25,7 @@ def store_of(folder: Path, tenant: str) -> MemoryStore:
 
 
 def unseen(folder: Path, tenants: Tenants, fingerprint: str) -> Iterator[str]:
-    """Warnings about stored memories that no client can see, with a remedy: at most one for each store.
-
-    Args:
-        folder (`Path`): as for `store_of`.
-        tenants (`Tenants`): the tenants that are served.
-        fingerprint (`str`): the fingerprint of the model that answers.
-    """
+    """Warnings about stored memories that no client can see, with a remedy: at most one for each store."""
     folders = (path.name for path in (folder / TENANTS).glob("*") if path.is_dir())
     for name in [LOCAL, *sorted(folders)]:
         store = store_of(folder, name)

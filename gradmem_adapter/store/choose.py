@@ -127,9 +127,6 @@ def _choices(
 def match_any(query: str) -> str | None:
     """The query for FTS5: texts with any word that says what a question is about, or else with any word of it.
 
-    Args:
-        query (`str`): the question.
-
     Returns:
         `str`, *optional*: the argument of MATCH; None: the question has no words.
     """

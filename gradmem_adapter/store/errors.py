@@ -37,11 +37,7 @@ class UnknownStateError(KeyError):
 
 @contextmanager
 def sqlite_errors(index: Path) -> Iterator[None]:
-    """Turn SQLite's errors inside the block into an `OSError` if the system caused them, else a `MemoryStoreError`.
-
-    Args:
-        index (`Path`): the index file, for messages.
-    """
+    """Turn SQLite's errors inside the block into an `OSError` if the system caused them, else a `MemoryStoreError`."""
     try:
         yield
     except sqlite3.ProgrammingError as error:

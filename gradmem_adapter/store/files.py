@@ -86,9 +86,6 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], entries: Sequence[Entr
 def read_file(file: Path) -> tuple[dict[str, Tensor], list[Entry]]:
     """The tensors of one state as they are in its file, and its entries, one for each place.
 
-    Args:
-        file (`Path`): what `write_file` made.
-
     Raises:
         FileNotFoundError: the file does not exist.
         MemoryStateError: it is damaged, or belongs to another state.
@@ -111,9 +108,6 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], list[Entry]]:
 
 def read_memory(file: Path) -> tuple[MemoryState, list[Entry]]:
     """A state, in float32, and its entries.
-
-    Args:
-        file (`Path`): what `write_file` made.
 
     Raises:
         As `read_file`.

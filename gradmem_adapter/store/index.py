@@ -249,12 +249,7 @@ def insert(connection: sqlite3.Connection, entries: Sequence[Entry]) -> None:
 
 
 def places_of(connection: sqlite3.Connection, source: str | None) -> list[tuple[str, Place]]:
-    """Keys and places in the order of sources and places.
-
-    Args:
-        connection (`Connection`): to the index.
-        source (`str`, *optional*): only this source.
-    """
+    """Keys and places in the order of sources and places."""
     where, values = ("TRUE", ()) if source is None else ("source = ?", (source,))
     rows = connection.execute(
         f"""
@@ -302,13 +297,7 @@ def entries_of(connection: sqlite3.Connection, keys: Collection[str]) -> Iterato
 
 
 def select(connection: sqlite3.Connection, where: str = "TRUE", values: Sequence[object] = ()) -> Iterator[Entry]:
-    """Entries in the order of their sources and places.
-
-    Args:
-        connection (`Connection`): to the index.
-        where (`str`, *optional*): an SQL condition.
-        values (`Sequence`, *optional*): values for its question marks.
-    """
+    """Entries in the order of their sources and places."""
     for row in connection.execute(f"{_ENTRIES} WHERE {where} ORDER BY source, start, states.id", values):
         yield _entry(*row)
 

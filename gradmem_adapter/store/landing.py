@@ -29,12 +29,7 @@ _NOWHERE: Place = (None, None, None)
 
 
 def put(index: Index, states: MemoryState, entries: Iterable[Entry], dtype: files.Dtype | None) -> None:
-    """Store states.
-
-    Args:
-        index (`Index`): the store's index.
-        states, entries, dtype: as for `MemoryStore.put`.
-    """
+    """See `MemoryStore.put`."""
     check_state("states", states)
     check_kind("entries", entries, Iterable, "a list with an Entry for each state")
     entries = list(entries)

@@ -78,11 +78,7 @@ def whole_documents(entries: Iterable[Entry]) -> dict[Document, list[Entry]]:
 
 def whole_in(connection: sqlite3.Connection) -> Callable[[Entry], bool]:
     """A function that tells whether the document of an entry is stored to its end, by the rule of `whole_documents`. It
-    reads each source once.
-
-    Args:
-        connection (`Connection`): to the index.
-    """
+    reads each source once."""
 
     @cache
     def documents(source: str) -> Collection[Document]:

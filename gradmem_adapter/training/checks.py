@@ -104,12 +104,7 @@ def check_arguments(args: GradMemTrainingArguments, model: nn.Module, config: Gr
 
 
 def check_own_optimizer(args: GradMemTrainingArguments, optimizer: object) -> None:
-    """Raise if an optimizer was passed together with arguments for the trainer's own optimizer.
-
-    Args:
-        args (`GradMemTrainingArguments`): the arguments.
-        optimizer (`Optimizer`, *optional*): the optimizer that was passed.
-    """
+    """Raise if an optimizer was passed together with arguments for the trainer's own optimizer."""
     if optimizer is not None and (args.write_lr_factor != 1 or args.muon_lr_factor is not None):
         raise ValueError(
             "write_lr_factor and muon_lr_factor apply to the trainer's own optimizer, but another one was passed. "

@@ -128,11 +128,7 @@ class GradMemCollator:
     def may_not_fit(self, example: Example) -> bool:
         """Whether a row could have too many tokens or none, without tokenizing it.
 
-        A token has at least a byte. What a chat template adds is assumed to take at most half of the limit.
-
-        Args:
-            example (`Example`): the row, as `read_row` returns it.
-        """
+        A token has at least a byte. What a chat template adds is assumed to take at most half of the limit."""
         if not all(str(text).strip() for text in (example.context, *example.queries, *example.targets)):
             return True
         asked = [f"{query}{target}" for query, target in zip(example.queries, example.targets, strict=True)]
@@ -140,11 +136,7 @@ class GradMemCollator:
         return any(limit is not None and 2 * len(text.encode(errors="replace")) > limit for text, limit in limits)
 
     def longest_target(self, row: Mapping[str, Any]) -> int:
-        """The number of tokens in the longest text that a query of the row may be answered with.
-
-        Args:
-            row (`Mapping[str, Any]`): a row as for `__call__`.
-        """
+        """The number of tokens in the longest text that a query of the row may be answered with."""
         example = read_row("The row", row)
         texts = [*example.targets, *(text for accepted in example.references for text in accepted)]
         return max(map(len, self._targets(texts)))

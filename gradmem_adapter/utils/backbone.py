@@ -26,9 +26,6 @@ Module = TypeVar("Module", bound=nn.Module)
 def check_backbone(model: object) -> None:
     """Raise unless a model is a Transformers causal language model without an adapter.
 
-    Args:
-        model (`object`): the model to attach an adapter to.
-
     Raises:
         TypeError: it is not a causal language model.
         ValueError: it has an adapter.
@@ -164,12 +161,7 @@ def device_of(backbone: PreTrainedModel) -> torch.device:
 
 def check_start(backbone: PreTrainedModel, start: str) -> None:
     """Raise `ValueError` unless the last hidden states are as wide as the input embeddings, so that a memory can start
-    from both. Runs two tokens through the trunk to find out.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-        start (`str`): `GradMemConfig.start`, for the message.
-    """
+    from both. Runs two tokens through the trunk to find out."""
     embeddings = backbone.get_input_embeddings()
     device = device_of(backbone)
     if device.type == "meta":
@@ -202,11 +194,7 @@ def max_positions(backbone: PreTrainedModel) -> int | None:
 
 def turns_by_length(backbone: PreTrainedModel) -> bool:
     """Whether RoPE rotates the keys of all tokens differently in a longer sequence: Phi-3's longrope changes its angles
-    beyond a certain length.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-    """
+    beyond a certain length."""
     rope = getattr(backbone.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # for all layers, or per layer type
     return any(kind.get("rope_type") == "longrope" for kind in kinds)
@@ -266,11 +254,7 @@ def uses_checkpointing(backbone: PreTrainedModel) -> bool:
 
 
 def attention_windows(backbone: PreTrainedModel) -> list[int]:
-    """The attention windows of the layers that do not attend to the whole sequence, from the configuration.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-    """
+    """The attention windows of the layers that do not attend to the whole sequence, from the configuration."""
     config = backbone.config.get_text_config()
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return [window for window in windows if window is not None]

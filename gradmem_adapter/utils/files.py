@@ -49,9 +49,6 @@ def replacing(path: Path) -> Iterator[Path]:
     A replaced file keeps its permissions and, if allowed, its owner; a new one gets those of the umask. If `path` is a
     symbolic link, its target is replaced.
 
-    Args:
-        path (`Path`): the file to create or replace.
-
     Raises:
         FileNotFoundError: the directory does not exist.
         OSError: `path` is not a file, or cannot be written.
@@ -126,9 +123,6 @@ def _take_over(file: Path, replaced: os.stat_result) -> None:
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Reading from a pipe or a device might never end.
 
-    Args:
-        path (`Path`): the file, or a link to it.
-
     Raises:
         OSError: it does not exist, cannot be opened, or is not a regular file.
     """
@@ -176,11 +170,7 @@ _NO_TEXTS = {b"%PDF-": "a PDF", b"PK\x03\x04": "a zip archive, as .docx, .odt an
 
 
 def kind_of_no_text(data: bytes) -> str | None:
-    """The document format of some bytes by their beginning; None if it is not a known one.
-
-    Args:
-        data (`bytes`): the first bytes, or all.
-    """
+    """The document format of some bytes by their beginning; None if it is not a known one."""
     return next((kind for start, kind in _NO_TEXTS.items() if data.startswith(start)), None)
 
 
@@ -226,11 +216,7 @@ def check_writable(path: Path, *, inputs: Iterable[Path] = ()) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 digest of a file, in hexadecimal digits.
-
-    Args:
-        path (`Path`): a regular file.
-    """
+    """The SHA-256 digest of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(2**20):

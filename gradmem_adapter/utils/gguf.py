@@ -31,10 +31,6 @@ _CACHE_FORMAT = 2
 def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a GGUF file as an ordinary Transformers model, from the cache or, if that fails, by unpacking it.
 
-    Args:
-        file (`Path`): the GGUF file.
-        dtype (`torch.dtype`): of the weights.
-
     Returns:
         The causal LM and its tokenizer.
 

@@ -105,11 +105,7 @@ def held_by_graphs(device: torch.device) -> int:
 
 def free_on_gpu(device: torch.device) -> int:
     """Bytes of a GPU that PyTorch can still allocate: free memory within the limit of the process
-    (`torch.cuda.set_per_process_memory_fraction`), plus unused memory in PyTorch's cache.
-
-    Args:
-        device (`torch.device`): a GPU.
-    """
+    (`torch.cuda.set_per_process_memory_fraction`), plus unused memory in PyTorch's cache."""
     free, total = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     limit = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved

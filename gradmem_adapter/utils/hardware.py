@@ -31,9 +31,6 @@ UNCHECKED = 2**28
 def device_here(name: str | torch.device) -> torch.device:
     """The device with a name.
 
-    Args:
-        name (`str` or `torch.device`): such as `"cuda"` or `"cuda:1"`.
-
     Raises:
         ValueError: this machine does not have the device.
     """

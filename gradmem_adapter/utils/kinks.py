@@ -11,11 +11,7 @@ from transformers import PreTrainedModel
 
 
 def kinks(backbone: PreTrainedModel) -> list[str]:
-    """The causes of kinks in a backbone's loss, as phrases for a message.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-    """
+    """The causes of kinks in a backbone's loss, as phrases for a message."""
     names = {type(module).__name__ for module in backbone.modules()}
     found = []
     if experts := sorted(name for name in names if name.endswith(("Experts", "MoE", "Moe"))):

@@ -28,11 +28,7 @@ def backbone_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def parts_with_dropout(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The named modules that draw random numbers in training mode.
-
-    Args:
-        model (`nn.Module`): in any mode.
-    """
+    """The named modules that draw random numbers in training mode."""
     for name, module in model.named_modules():
         fields = ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout")
         shares = [getattr(module, field, None) for field in fields]
@@ -60,11 +56,7 @@ def constant(weights: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def trainable_as_before(model: nn.Module) -> Iterator[None]:
-    """If the block fails, parameters that it froze require gradients again: attaching an adapter freezes all others.
-
-    Args:
-        model (`nn.Module`): the model with the parameters.
-    """
+    """If the block fails, parameters that it froze require gradients again: attaching an adapter freezes all others."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -87,12 +79,6 @@ def wrong_names(found: Set[str], needed: Set[str], known: Set[str]) -> list[str]
 
 
 def first_of(wrong: Sequence[str], most: int, separator: str = "; ") -> str:
-    """The first of several problems, and how many more there are.
-
-    Args:
-        wrong (`Sequence[str]`): a phrase per problem.
-        most (`int`): the most to list.
-        separator (`str`, *optional*, defaults to `"; "`): goes between them.
-    """
+    """The first of several problems, and how many more there are."""
     more = f"; and {len(wrong) - most} more" if len(wrong) > most else ""
     return separator.join(wrong[:most]) + more

@@ -13,11 +13,7 @@ KEY_VALUES = "kv-retrieval"
 def shipped(name: str | Path) -> Path | None:
     """The directory of a shipped adapter: next to the code in the wheel, above it in the source tree.
 
-    None if no shipped adapter has that name, or if a local directory has it, which comes first.
-
-    Args:
-        name (`str` or `Path`): such as `"smollm2-135m-qa"`.
-    """
+    None if no shipped adapter has that name, or if a local directory has it, which comes first."""
     if Path(name).is_dir():
         return None
     places = [folder / name for folder in _folders()]

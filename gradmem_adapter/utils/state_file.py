@@ -109,9 +109,6 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def decode(data: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], str, dict[str, Any] | None]:
     """The tensors of a file as stored, the fingerprint, and the entry if there is one. Never unpickles.
 
-    Args:
-        data (`bytes`): the output of `encode`.
-
     Raises:
         MemoryStateError: the data is truncated, damaged, not a memory state, or from a newer version.
         TypeError: it is not bytes.
@@ -153,9 +150,6 @@ def _wrong_counts(tokens: Tensor) -> str | None:
 def read(path: Path) -> bytes:
     """Read a file if it begins like a memory state.
 
-    Args:
-        path (`Path`): the file.
-
     Raises:
         MemoryStateError: it is not a memory state, or larger than free memory.
         OSError: it cannot be opened, or is not a regular file.
@@ -170,11 +164,7 @@ def read(path: Path) -> bytes:
 
 
 def is_memory_state(path: Path) -> bool:
-    """Whether a file begins like a memory state; the rest may be damaged.
-
-    Args:
-        path (`Path`): an existing file.
-    """
+    """Whether a file begins like a memory state; the rest may be damaged."""
     try:
         with open_regular(path) as file:
             _description(file.read(8 + _MAX_HEADER), os.fstat(file.fileno()).st_size)

@@ -97,11 +97,7 @@ def _lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int | No
 
 
 def sweep(parent: Path) -> None:
-    """Remove the temporary folders of processes that have ended, except those that cannot be opened.
-
-    Args:
-        parent (`Path`): the directory that contains them.
-    """
+    """Remove the temporary folders of processes that have ended, except those that cannot be opened."""
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):
             lock = None if folder.is_symlink() else _lock(folder)

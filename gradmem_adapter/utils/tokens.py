@@ -16,11 +16,7 @@ from gradmem_adapter.utils.kinds import check_kind
 
 def as_long(ids: Any) -> Any:
     """Convert token ids, labels or indices to int64, as embeddings, losses and indexing need; other values are returned
-    unchanged.
-
-    Args:
-        ids (`Tensor`, *optional*): integers of any width.
-    """
+    unchanged."""
     whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     return ids.long() if whole else ids
 
@@ -161,10 +157,6 @@ def text_list(texts: str | Sequence[str], *, no_files: bool = False) -> list[str
 
 def check_text(name: str, text: str) -> None:
     """Raise for texts with a zero byte, as in binary files, or a lone surrogate, as in broken PDFs.
-
-    Args:
-        name (`str`): the name of the text in the message.
-        text (`str`): the text.
 
     Raises:
         TypeError: it is not a string.

@@ -19,9 +19,6 @@ def read_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     Quantised weights come as their packed tensors and scales. Weights that accelerate has offloaded are on their device
     only until the next tensor is requested.
 
-    Args:
-        model (`nn.Module`): the backbone, with adapters or without.
-
     Yields:
         The name, the tensor, and whether it belongs to an adapter. Tensors of the backbone have their names without an
         adapter.
@@ -44,9 +41,6 @@ def keep_gradients(model: PreTrainedModel) -> None:
 
     Stops bitsandbytes from packing 4-bit weights for CPU instructions. It does so in a layer's first pass without
     gradients, and from then on the layer silently passes no gradients.
-
-    Args:
-        model (`PreTrainedModel`): the backbone.
 
     Raises:
         ValueError: weights are already packed, which bitsandbytes cannot undo without loss; a layer passes no
@@ -90,12 +84,7 @@ def _lets_gradients_through(module: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors in a tensor: itself, or the parts of a quantised tensor of torchao or quanto.
-
-    Args:
-        name (`str`): the tensor's name.
-        tensor (`Tensor`): any tensor.
-    """
+    """The plain tensors in a tensor: itself, or the parts of a quantised tensor of torchao or quanto."""
     if not is_traceable_wrapper_subclass(tensor):
         yield name, tensor.detach()
         return

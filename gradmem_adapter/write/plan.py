@@ -158,12 +158,7 @@ class Footprint(NamedTuple):
 def saved_bytes(backbone: PreTrainedModel, length: int) -> int:
     """How many bytes a model saves for the backward pass to the embeddings of `length` tokens, without weights.
 
-    Saved tensors are counted but not kept, so this takes no more memory than a forward pass.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-        length (`int`): the number of tokens.
-    """
+    Saved tensors are counted but not kept, so this takes no more memory than a forward pass."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
     there: set[int] = set()
     total = 0

@@ -129,13 +129,7 @@ class Lesson(NamedTuple):
 
 
 class SelfStudy:
-    """What a step of self-study computes for memories; replaces `write_pass` in the loop.
-
-    Args:
-        writer (`Writer`): the model.
-        lessons (`Sequence`): the lessons of each context.
-        study (`Study`): how many lessons a step uses.
-    """
+    """What a step of self-study computes for memories; replaces `write_pass` in the loop."""
 
     def __init__(self, writer: Writer, lessons: Sequence[list[Lesson]], study: Study) -> None:
         self.writer, self.lessons, self.batch = writer, lessons, study.batch
@@ -189,13 +183,7 @@ class SelfStudy:
 
 
 def learn(writer: Writer, text: list[int], study: Study) -> list[Lesson]:
-    """Let the model ask itself questions about a context, and answer them given the text.
-
-    Args:
-        writer (`Writer`): the model.
-        text (`list[int]`): the context's tokens.
-        study (`Study`): how the model is asked.
-    """
+    """Let the model ask itself questions about a context, and answer them given the text."""
     backbone, shown = writer.backbone, [*study.before, *text, *study.between]
     draw = torch.Generator(device_of(backbone)).manual_seed(study.seed)
     if study.requests:
@@ -223,10 +211,6 @@ def unexpected_tokens(writer: Writer, text: list[int]) -> Tensor:
 
     Memory need not hold what the model can guess, and the model reads its own tokens without any training. If the
     context has fewer than m tokens, they are repeated.
-
-    Args:
-        writer (`Writer`): the model.
-        text (`list[int]`): N tokens.
 
     Returns:
         `Tensor`: `[m, d]`.

@@ -111,11 +111,7 @@ def request_of(
 
 
 def identity_of(pipeline: GradMemPipeline) -> dict[str, str]:
-    """Identifies pipelines that answer alike: the model's fingerprint, and a digest of the pipeline's other parts.
-
-    Args:
-        pipeline (`GradMemPipeline`): what answers.
-    """
+    """Identifies pipelines that answer alike: the model's fingerprint, and a digest of the pipeline's other parts."""
     model = pipeline.model
     rest = [model.active_peft_config.refusal, pipeline.tokenizer.chat_template, model.generation_config.to_diff_dict()]
     told = json.dumps([*rest, model.dtype, type(pipeline.reader).__name__], sort_keys=True, default=str)

@@ -50,13 +50,7 @@ class _WholePydantic(_WholeJson, PydanticOutputParser):
 
 
 def parsed(llm: Runnable[Any, Any], schema: dict[str, Any] | type, include_raw: bool) -> Runnable[Any, Any]:
-    """A model that returns objects of a pydantic class, or a `dict` for any other schema.
-
-    Args:
-        llm (`Runnable`): the model, which returns messages.
-        schema (`dict` or `type`): the schema they follow.
-        include_raw (`bool`): as for LangChain's `with_structured_output`.
-    """
+    """A model that returns objects of a pydantic class, or a `dict` for any other schema."""
     parser: JsonOutputParser = _WholeJson()
     if isinstance(schema, type) and is_basemodel_subclass(schema):
         parser = _WholePydantic(pydantic_object=schema)
