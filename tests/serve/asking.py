@@ -31,7 +31,7 @@ def running(app):
 
 
 def written(client, text, **more):
-    """The memory of a text."""
+    """Writes a text, and returns its memory."""
     response = client.post("/v1/memories", json={"text": text, **more})
     assert response.status_code == 200, response.text
     return response.json()

@@ -23,11 +23,11 @@ SWITCHES = (
 KEY = "a" * 16
 TEXT = tiny_text(30)
 AFTER = 120
-"""Seconds that a loaded machine may take for anything."""
+"""Seconds that anything may take on a loaded machine."""
 
 
 class Page:
-    """The page, as somebody uses it."""
+    """The page, as a person uses it."""
 
     def __init__(self, driver, url):
         self.driver = driver
@@ -119,7 +119,7 @@ def test_write_recite_ask_and_delete(page, store):
     assert page.severe() == []
 
 
-def test_a_memory_is_opened_again_and_another_may_answer(page):
+def test_a_memory_can_be_reopened_and_another_can_answer(page):
     page.write("w1 w2 w3")
     page.write(f"w6 w7 w8 w9\n\n{TEXT}")
     page.driver.refresh()
@@ -137,11 +137,11 @@ def test_a_memory_is_opened_again_and_another_may_answer(page):
     assert page.severe() == []
 
 
-def test_not_in_memory(driver, store, monkeypatch):
+def test_a_refusal_is_shown_as_not_in_memory(driver, store, monkeypatch):
     pipeline = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     state = pipeline.write("w1 w2")
     said = pipeline.generate([{"role": "user", "content": "w9"}], memory=state, max_new_tokens=2, do_sample=False)[0]
-    pipeline.model.active_peft_config.refusal = said  # what a random model says is what it is taken to refuse with
+    pipeline.model.active_peft_config.refusal = said  # what the random model says counts as its refusal
     with listening(create_app(pipeline, store.path)) as url:
         page = Page(driver, url)
         page.until(lambda: page["model"].text)
@@ -152,7 +152,7 @@ def test_not_in_memory(driver, store, monkeypatch):
         driver.get("about:blank")
 
 
-def test_a_key_is_asked_for_and_kept_for_the_session_alone(driver, pipeline, store):
+def test_the_page_asks_for_a_key_and_keeps_it_for_the_session_only(driver, pipeline, store):
     with listening(create_app(pipeline, store.path, tenants=Tenants({KEY: "anna"}))) as url:
         page = Page(driver, url)
         page.until(lambda: page["key"].is_displayed() and "The API key is missing" in page["error"].text)
@@ -171,7 +171,7 @@ def test_a_key_is_asked_for_and_kept_for_the_session_alone(driver, pipeline, sto
         driver.get("about:blank")
 
 
-def test_a_file_is_chosen_or_dropped(page, tmp_path):
+def test_a_file_can_be_chosen_or_dropped(page, tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("w1 w2 w3")
     page["file"].send_keys(str(path))
@@ -188,7 +188,7 @@ def test_a_file_is_chosen_or_dropped(page, tmp_path):
     assert page["text"].get_attribute("value") == "w4 w5"
 
 
-def test_writing_is_cancelled(page, store):
+def test_writing_can_be_cancelled(page, store):
     page.type("text", TEXT)
     page.type("steps", "200")
     page.press("#write .primary")
@@ -200,7 +200,7 @@ def test_writing_is_cancelled(page, store):
     assert not page["error"].is_displayed()
 
 
-def test_errors_can_be_read(driver, pipeline, store):
+def test_errors_are_shown(driver, pipeline, store):
     with listening(create_app(pipeline, store.path, limits=Limits(writes=0))) as url:
         page = Page(driver, url)
         page.until(lambda: page["model"].text)
@@ -214,7 +214,7 @@ def test_errors_can_be_read(driver, pipeline, store):
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_everything_has_a_name_and_fits(page, width):
+def test_every_control_has_a_name_and_the_page_fits(page, width):
     page.driver.set_window_size(width, 900)
     for _ in range(2):
         unnamed = page.driver.execute_script(

@@ -1,4 +1,4 @@
-"""The clients that people have: `openai` and `langchain-openai`."""
+"""Common clients: `openai` and `langchain-openai`."""
 
 import openai
 import pytest
@@ -23,7 +23,7 @@ def expected(pipeline, store, memory):
     return pipeline.generate(MESSAGES, memory=state, max_new_tokens=6, do_sample=False)[0]
 
 
-def test_openai(client, memory, pipeline, store):
+def test_the_openai_client(client, memory, pipeline, store):
     said = expected(pipeline, store, memory)
     own = {"model": client.models.list().data[0].id, "max_tokens": 6, "extra_body": {"memory": memory}}
     whole = client.chat.completions.create(messages=MESSAGES, **own)
@@ -38,7 +38,7 @@ def test_openai(client, memory, pipeline, store):
         client.chat.completions.create(messages=MESSAGES, tools=[], **own)
 
 
-async def test_langchain(live, memory, pipeline, store):
+async def test_the_langchain_client(live, memory, pipeline, store):
     said = expected(pipeline, store, memory)
     chat = ChatOpenAI(
         base_url=f"{live}/v1", api_key="none", model="gradmem", max_tokens=6, extra_body={"memory": memory}
@@ -50,7 +50,7 @@ async def test_langchain(live, memory, pipeline, store):
     assert "".join(chunk.text for chunk in chunks) == said
     assert [message.text for message in await chat.abatch(["w4 w5"] * 4)] == [said] * 4
     (plain,) = pipeline.generate(MESSAGES, max_new_tokens=6, do_sample=False)
-    alone = chat.bind(extra_body={"memory": "auto"}).invoke("w4 w20")  # no memory has a word of it
+    alone = chat.bind(extra_body={"memory": "auto"}).invoke("w4 w20")  # no memory shares a word with it
     for message, read in ((answer, True), (alone, False)):
         details = message.response_metadata["token_usage"]["prompt_tokens_details"]
         assert (details["memory_vectors"] > 0) == read

@@ -1,4 +1,4 @@
-"""Whose memories are seen, and who is let in."""
+"""Who can see which memories, and who is let in."""
 
 import pytest
 from asking import written
@@ -23,7 +23,7 @@ def asked(client, memory, headers):
     return client.post("/v1/chat/completions", json=body, headers=headers)
 
 
-def test_a_tenant_sees_its_own_memories_alone(client):
+def test_a_tenant_sees_only_its_own_memories(client):
     mine, theirs = posted(client, "w1 w2 w3", ANNA), posted(client, "w1 w4 w5", BERT)
     for headers, own, other in ((ANNA, mine, theirs), (BERT, theirs, mine), (ANNA_TOO, mine, theirs)):
         assert [one["id"] for one in client.get("/v1/memories", headers=headers).json()["data"]] == [own]
@@ -44,7 +44,7 @@ def test_the_same_text_of_two_tenants_is_two_memories(client):
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {'a' * 16}"}])
 @pytest.mark.parametrize("path", ["/v1/memories", "/v1/models", "/v1/chat/completions"])
-def test_without_a_right_key(client, headers, path):
+def test_a_missing_or_wrong_key_is_refused(client, headers, path):
     for method in ("GET", "POST"):
         response = client.request(method, path, headers=headers)
         assert response.status_code == 401
@@ -52,7 +52,7 @@ def test_without_a_right_key(client, headers, path):
     assert client.get("/health").status_code == client.get("/metrics").status_code == 200
 
 
-def test_other_sites_do_not_use_a_server_without_keys(serve):
+def test_other_sites_cannot_use_a_server_without_keys(serve):
     client = serve()
     assert client.get("/v1/memories", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
     assert client.get("/v1/memories", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
@@ -64,13 +64,13 @@ def test_other_sites_do_not_use_a_server_without_keys(serve):
         assert client.get("/v1/memories", headers={"Host": host}).status_code == 200
 
 
-def test_it_may_be_called_what_it_listens_on(serve):
+def test_the_address_it_listens_on_is_an_allowed_host(serve):
     for host, status in (("127.0.0.2", 200), ("127.0.0.3", 400)):
         found = serve(host=host).get("/v1/memories", headers={"Host": "127.0.0.2:8000"})
         assert found.status_code == status
 
 
-def test_a_file_of_keys(tmp_path):
+def test_files_of_keys_are_checked(tmp_path):
     path = tmp_path / "keys"
     path.write_text("# who may\nanna  aaaaaaaaaaaaaaaa\n\nbert bbbbbbbbbbbbbbbb # since May\n")
     assert Tenants.from_file(path)
@@ -87,6 +87,6 @@ def test_a_file_of_keys(tmp_path):
             Tenants.from_file(path)
 
 
-def test_loopback():
+def test_loopback_addresses_are_recognised():
     assert all(map(is_loopback, ("127.0.0.1", "::1", "localhost", "127.8.8.8")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.1", "example.org", "")))

@@ -1,4 +1,4 @@
-"""Memories over HTTP: texts in, what there is of them, out again."""
+"""Memories over HTTP: written, listed, shown and deleted."""
 
 import asyncio
 import re
@@ -35,7 +35,7 @@ def test_a_long_text_is_written_in_segments(client, pipeline, store):
     assert client.get(f"/v1/memories/{found['id']}").json() == found
 
 
-def test_fidelity_where_it_is_asked_for(client, pipeline):
+def test_fidelity_is_measured_on_request(client, pipeline):
     plain = written(client, LONG)
     measured = written(client, LONG, fidelity=True)
     assert (measured["id"], measured["created"]) == (plain["id"], plain["created"])
@@ -45,7 +45,7 @@ def test_fidelity_where_it_is_asked_for(client, pipeline):
     assert written(client, LONG) == measured
 
 
-def test_a_file(client):
+def test_a_file_can_be_uploaded(client):
     response = client.post("/v1/memories", files={"file": ("notes.txt", b"\xef\xbb\xbfw1 w2 w3")}, data={"steps": "2"})
     found = response.json()
     assert (found["name"], found["text_tokens"], len(found["segments"][0]["write_losses"])) == ("notes.txt", 3, 3)
@@ -63,13 +63,13 @@ def test_a_file(client):
         ({"data": {"stpes": "2"}, "files": {"file": ("a", b"w1")}}, "stpes", "stpes: .* did you mean steps?"),
     ],
 )
-def test_forms_that_cannot_be_written(client, form, param, said):
+def test_invalid_forms_are_refused(client, form, param, said):
     error = client.post("/v1/memories", **form).json()["error"]
     assert error["param"] == param, error
     assert re.search(said, error["message"]), error
 
 
-def test_pages_of_a_list(client):
+def test_the_list_is_paginated(client):
     ids = sorted(written(client, f"w{i} w1")["id"] for i in range(5))
     first = client.get("/v1/memories", params={"limit": 2}).json()
     assert ([one["id"] for one in first["data"]], first["has_more"]) == (ids[:2], True)
@@ -77,7 +77,7 @@ def test_pages_of_a_list(client):
     assert ([one["id"] for one in rest["data"]], rest["has_more"]) == (ids[2:], False)
 
 
-def test_the_model_is_looked_at_as_often_for_many_memories_as_for_one(client, pipeline, monkeypatch):
+def test_many_memories_need_no_more_fingerprints_than_one(client, pipeline, monkeypatch):
     ids = [written(client, f"w{i} w1")["id"] for i in range(4)]
     looks, fingerprint = [], pipeline.model.fingerprint
     monkeypatch.setattr(pipeline.model, "fingerprint", lambda: looks.append(1) or fingerprint())
@@ -93,7 +93,7 @@ def test_the_model_is_looked_at_as_often_for_many_memories_as_for_one(client, pi
     assert one == all_of_them
 
 
-def test_a_text_that_is_stored_gets_another_name(client, store):
+def test_a_stored_text_can_be_renamed(client, store):
     first = written(client, LONG, name="one", fidelity=True)
     assert written(client, LONG)["name"] == "one"
     again = written(client, LONG, name="two")
@@ -104,7 +104,7 @@ def test_a_text_that_is_stored_gets_another_name(client, store):
     assert store.verify().ok
 
 
-def test_deleted_is_gone_from_the_disk(client, store):
+def test_a_deleted_memory_is_gone_from_the_disk(client, store):
     identity = written(client, LONG)["id"]
     assert client.delete(f"/v1/memories/{identity}").json()["deleted"]
     assert len(store) == 0
@@ -113,7 +113,7 @@ def test_deleted_is_gone_from_the_disk(client, store):
         assert client.request(method, f"/v1/memories/{identity}").status_code == 404
 
 
-def test_what_another_model_wrote_can_be_deleted(serve, store):
+def test_memories_of_another_model_can_be_deleted(serve, store):
     identity = written(serve(tiny_pipeline(seed=1, num_memory_tokens=6, trained_length=12)), LONG)["id"]
     client = serve()
     assert client.get(f"/v1/memories/{identity}").status_code == 404
@@ -121,7 +121,7 @@ def test_what_another_model_wrote_can_be_deleted(serve, store):
     assert len(store) == 0
 
 
-def test_what_is_on_the_disk_is_there_after_a_restart(serve, pipeline, store):
+def test_stored_memories_are_there_after_a_restart(serve, pipeline, store):
     store.add_document(pipeline, LONG, source="docs/story.txt")
     identity = written(serve(), "w1 w2")["id"]
     again = serve()
@@ -129,7 +129,7 @@ def test_what_is_on_the_disk_is_there_after_a_restart(serve, pipeline, store):
     assert len(again.get("/v1/memories/docs/story.txt").json()["segments"]) == 3
 
 
-def test_half_a_text_is_no_memory_and_is_written_to_its_end(serve, pipeline, store, monkeypatch):
+def test_a_half_written_text_is_no_memory_and_can_be_completed(serve, pipeline, store, monkeypatch):
     """As a killed server leaves it."""
     client, write_many = serve(), pipeline._write_many
 
@@ -147,7 +147,7 @@ def test_half_a_text_is_no_memory_and_is_written_to_its_end(serve, pipeline, sto
     assert metric(client, "gradmem_written_states_total") == 3
 
 
-def test_a_server_that_cuts_otherwise_makes_other_memories(serve, pipeline, monkeypatch):
+def test_another_segment_length_makes_other_memories(serve, pipeline, monkeypatch):
     write_many = pipeline._write_many
 
     def killed(texts, **options):
@@ -158,7 +158,7 @@ def test_a_server_that_cuts_otherwise_makes_other_memories(serve, pipeline, monk
         patch.setattr(pipeline, "_write_many", killed)
         serve().post("/v1/memories", json={"text": LONG})
     again = serve(segment_tokens=6)
-    assert len(written(again, LONG, fidelity=True)["segments"]) == 5  # whatever was left half written
+    assert len(written(again, LONG, fidelity=True)["segments"]) == 5  # regardless of what was left half written
     assert len(written(serve(), LONG, fidelity=True)["segments"]) == 3
     assert len(again.get("/v1/memories").json()["data"]) == 2
 
@@ -175,20 +175,20 @@ def test_a_server_that_cuts_otherwise_makes_other_memories(serve, pipeline, monk
         ({"name": "x"}, "text: Field required"),
     ],
 )
-def test_what_cannot_be_written(client, body, said):
+def test_invalid_requests_are_refused(client, body, said):
     response = client.post("/v1/memories", json=body)
     assert response.status_code == 400
     assert said in response.json()["error"]["message"]
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_text_is_not_taken_for_the_name_of_a_file(client, tmp_path):
+def test_a_text_is_never_treated_as_a_file_name(client, tmp_path):
     path = tmp_path / "secret"
     path.write_text("w9 w9")
     assert written(client, str(path))["text_tokens"] == 1
 
 
-def test_a_state_that_is_not_finite_is_not_kept(client, pipeline, store, monkeypatch):
+def test_a_non_finite_state_is_not_stored(client, pipeline, store, monkeypatch):
     write_many = pipeline._write_many
 
     def diverged(texts, done, **options):
@@ -218,7 +218,7 @@ def _not_finite(path):
 
 
 @pytest.mark.parametrize("damage", [_cut, _not_finite])
-def test_a_damaged_state_is_not_read_and_is_written_anew(client, store, damage):
+def test_a_damaged_state_is_not_read_and_can_be_rewritten(client, store, damage):
     identity = written(client, "w1 w2")["id"]
     (file,) = (store.path / "states").rglob("*.safetensors")
     damage(file)
@@ -231,7 +231,7 @@ def test_a_damaged_state_is_not_read_and_is_written_anew(client, store, damage):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_beyond_the_bound(serve, chunked):
+def test_a_body_that_is_too_large_is_refused(serve, chunked):
     client = serve(limits=Limits(body_bytes=1000))
     data = b'{"text": "' + b"w1 " * 1000 + b'"}'
     content = iter([data[:900], data[900:]]) if chunked else data
@@ -240,7 +240,7 @@ def test_a_body_beyond_the_bound(serve, chunked):
     assert client.post("/v1/memories", files={"file": ("a", b"w1 " * 1000)}).status_code == 413
 
 
-def test_a_body_that_is_neither_json_nor_a_form(client):
+def test_a_body_that_is_neither_json_nor_a_form_is_refused(client):
     plain = client.post("/v1/memories", content=b'{"text": "w1"}', headers={"Content-Type": "text/plain"})
     assert plain.status_code == 415
     wrong = client.post("/v1/memories", content=b'{"text": ', headers={"Content-Type": "application/json"})
@@ -250,7 +250,7 @@ def test_a_body_that_is_neither_json_nor_a_form(client):
 class TestQueue:
     @pytest.fixture
     def gate(self, pipeline, monkeypatch):
-        """Lets WRITEs end, and says what was written."""
+        """An event that lets WRITE continue, with the texts that were written."""
         opened, begun, texts, write_many = threading.Event(), threading.Event(), [], pipeline._write_many
 
         def gated(these, **options):
@@ -263,7 +263,7 @@ class TestQueue:
         opened.begun, opened.texts = begun, texts
         return opened
 
-    def test_one_write_per_text_and_a_bound(self, pipeline, store, gate):
+    def test_each_text_is_written_once_and_the_queue_is_limited(self, pipeline, store, gate):
         app = create_app(pipeline, store.path, limits=Limits(writes=2))
         with listening(app) as url, httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(5) as threads:
             same = [threads.submit(written, client, "w1 w2 w3") for _ in range(4)]
@@ -280,7 +280,7 @@ class TestQueue:
             assert gate.texts == ["w1 w2 w3", "w4"]
             assert written(client, "w5")["text_tokens"] == 1
 
-    def test_what_nobody_waits_for_is_not_begun(self, pipeline, store, gate):
+    def test_a_write_that_nobody_waits_for_is_not_begun(self, pipeline, store, gate):
         with listening(create_app(pipeline, store.path)) as url, httpx.Client(base_url=url, timeout=60) as client:
             with ThreadPoolExecutor(1) as threads:
                 first = threads.submit(written, client, "w1")
@@ -295,8 +295,8 @@ class TestQueue:
         assert gate.texts == ["w1", "w3"]
         assert len(MemoryStore(store.path)) == 2
 
-    def test_what_is_written_for_nobody_is_waited_for_before_it_is_deleted(self, pipeline, store, monkeypatch):
-        """It cannot end in the middle of being stored."""
+    def test_a_delete_waits_for_a_write_that_is_being_stored(self, pipeline, store, monkeypatch):
+        """A write cannot be stopped in the middle of being stored."""
         land, storing, opened = landing._land, threading.Event(), threading.Event()
 
         def slow(*args):
@@ -325,7 +325,7 @@ class TestQueue:
             assert written(client, "w1 w2")["id"] == identity
 
 
-def test_work_that_nobody_waits_for_is_under_way_until_its_thread_has_done():
+def test_cancelled_work_stays_in_the_queue_until_its_thread_ends():
     async def run():
         queue, begun, opened = WriteQueue(2), threading.Event(), threading.Event()
 

@@ -49,7 +49,7 @@ def ids(client):
     return [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
 
 
-def test_answers_are_those_of_the_pipeline(client, pipeline, store, ids):
+def test_answers_equal_those_of_the_pipeline(client, pipeline, store, ids):
     for memory in ([], ids[:1], ids[1:], ids):
         response = chat(client, memory=memory)
         assert text_of(response) == expected(pipeline, store, memory)
@@ -60,7 +60,7 @@ def test_answers_are_those_of_the_pipeline(client, pipeline, store, ids):
     assert usage["prompt_tokens_details"]["memory_saved"] == 7 - 2 * 6
 
 
-def test_many_at_a_time_are_batches_and_the_same(client, pipeline, store, ids):
+def test_concurrent_requests_are_batched_with_the_same_answers(client, pipeline, store, ids):
     asked = [(f"w{i}", memory) for i in range(10) for memory in ([], ids[:1], ids[1:], ids)]
     alone = [expected(pipeline, store, memory, content) for content, memory in asked]
     with ThreadPoolExecutor(len(asked)) as threads:
@@ -69,7 +69,7 @@ def test_many_at_a_time_are_batches_and_the_same(client, pipeline, store, ids):
     assert metric(client, "gradmem_read_batch_count") < len(asked) == metric(client, "gradmem_read_batch_sum")
 
 
-def test_a_stream_has_the_pieces_of_the_whole(client, ids):
+def test_a_stream_adds_up_to_the_whole_answer(client, ids):
     whole = chat(client, memory=ids).json()
     chunks = events(chat(client, memory=ids, stream=True, stream_options={"include_usage": True}))
     *before, last, usage = chunks
@@ -82,7 +82,7 @@ def test_a_stream_has_the_pieces_of_the_whole(client, ids):
     assert (last["choices"][0]["finish_reason"], usage["usage"]) == ("length", whole["usage"])
 
 
-def test_stops(client, ids):
+def test_stop_strings_end_an_answer(client, ids):
     words = text_of(chat(client, memory=ids)).split()
     cut = chat(client, memory=ids, stop=words[-1]).json()["choices"][0]
     assert cut["finish_reason"] == "stop"
@@ -91,7 +91,7 @@ def test_stops(client, ids):
     assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == cut["message"]["content"]
 
 
-def test_completions(client, pipeline, store, ids):
+def test_completions_equal_those_of_the_pipeline(client, pipeline, store, ids):
     body = {"model": "gradmem", "prompt": ["w4 w5", "w6"], "memory": ids[:1], "max_tokens": 6}
     found = client.post("/v1/completions", json=body).json()
     state = store.get([entry.key for entry in store.entries(ids[0])])
@@ -101,13 +101,13 @@ def test_completions(client, pipeline, store, ids):
     assert client.post("/v1/completions", json=body | {"stream": True}).status_code == 400
 
 
-def test_sampling_is_the_same_for_a_seed(client, ids):
+def test_sampling_is_reproducible_with_a_seed(client, ids):
     drawn = {text_of(chat(client, memory=ids, temperature=2, seed=i)) for i in range(4)}
     assert len(drawn) > 1
     assert text_of(chat(client, memory=ids, temperature=2, seed=3)) in drawn
 
 
-def test_the_store_chooses(client, pipeline, store, ids):
+def test_memory_auto_lets_the_store_choose(client, pipeline, store, ids):
     response = chat(client, "w7 : Question", memory="auto")
     assert [place["id"] for place in response.json()["memory"]] == ids[1:]
     assert text_of(response) == expected(pipeline, store, ids[1:], "w7 : Question")
@@ -116,8 +116,8 @@ def test_the_store_chooses(client, pipeline, store, ids):
     assert text_of(nothing) == expected(pipeline, store, [], "w33")
 
 
-def test_every_answer_says_what_it_was_read_from(client, ids):
-    """And that it was read from nothing, where the store has no text for it."""
+def test_every_answer_names_the_memories_it_was_read_from(client, ids):
+    """Or says that there were none, if the store has no text for it."""
     body = {"model": "gradmem", "memory": "auto", "max_tokens": 2}
     prompts = {"w7 : Question": ids[1:], "w33": []}
     whole = client.post("/v1/completions", json=body | {"prompt": list(prompts)}).json()
@@ -127,7 +127,7 @@ def test_every_answer_says_what_it_was_read_from(client, ids):
         assert streamed[0]["memory"] == choice["memory"]
 
 
-def test_of_a_long_text_the_segments_with_the_question_s_words_are_read(client, pipeline, store):
+def test_segments_of_a_long_text_with_words_of_the_question_are_read(client, pipeline, store):
     long = written(client, tiny_text(90))
     entries = list(store.entries(long["id"]))
     assert len(entries) > Limits().states
@@ -137,7 +137,7 @@ def test_of_a_long_text_the_segments_with_the_question_s_words_are_read(client, 
     assert [place["start"] for place in response.json()["memory"]] == [entry.start for entry in chosen]
 
 
-def test_a_long_text_without_a_word_of_the_question_is_not_read_from_its_beginning_alone(client):
+def test_a_long_text_without_words_of_the_question_is_refused(client):
     long = written(client, tiny_text(90))
     response = chat(client, "zzz", memory=[long["id"]])
     assert response.status_code == 400, response.text
@@ -146,7 +146,7 @@ def test_a_long_text_without_a_word_of_the_question_is_not_read_from_its_beginni
     assert f"have {len(long['segments'])} states, but an answer is read from at most 4" in said["message"]
 
 
-def test_an_adapter_that_refuses_finds_the_segment_without_a_word_of_the_question(serve, store, monkeypatch):
+def test_an_adapter_that_refuses_finds_the_segment_without_shared_words(serve, store, monkeypatch):
     own = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     client = serve(own)
     long = written(client, tiny_text(90, seed=2))
@@ -172,12 +172,12 @@ def test_an_adapter_that_refuses_is_read_one_state_at_a_time(serve, store):
     response = chat(client, memory=ids)
     assert text_of(response) == surest.text
     assert [place["id"] for place in response.json()["memory"]] == [ids[surest.state]]
-    for word, identity in zip(("w2", "w8"), ids, strict=True):  # whose words count beside what untrained states support
+    for word, identity in zip(("w2", "w8"), ids, strict=True):  # untrained, support is alike, so words decide
         places = chat(client, word, memory=ids).json()["memory"]
         assert [place["id"] for place in places] == [identity]
 
 
-def test_memories_whose_texts_were_not_kept_are_read(serve, store):
+def test_memories_without_kept_texts_can_be_read(serve, store):
     own = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     texts = ["w1 w2 w3", "w6 w7 w8 w9"]
     MemoryStore(store.path, keep_text=False).add(own, texts, sources=["one", "other"])
@@ -188,7 +188,7 @@ def test_memories_whose_texts_were_not_kept_are_read(serve, store):
     assert [place["id"] for place in response.json()["memory"]] == [best]
 
 
-def test_answers_in_json(serve):
+def test_answers_can_be_constrained_to_json(serve):
     client = serve(byte_pipeline())
     schema = {"type": "object", "properties": {"sex": {"enum": ["m", "f"]}}, "required": ["sex"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -214,20 +214,20 @@ def test_answers_in_json(serve):
         ({"messages": [{"role": "user", "content": "w1\0"}]}, 400, "Prompt 0 has a zero byte at position"),
     ],
 )
-def test_what_is_refused(client, more, status, said):
+def test_invalid_requests_are_refused(client, more, status, said):
     response = chat(client, **more)
     assert response.status_code == status
     assert said in response.json()["error"]["message"]
 
 
-def test_other_paths_and_methods(client):
+def test_unknown_paths_and_methods_are_errors(client):
     assert client.get("/v1/models").json()["data"] == [client.get("/v1/models/gradmem").json()]
     for response in (client.get("/v1/embeddings"), client.get("/v1/models/x"), client.get("/nowhere")):
         assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
     assert client.put("/v1/memories").status_code == 405
 
 
-def test_our_own_faults_say_nothing_of_themselves(client, pipeline, monkeypatch):
+def test_internal_errors_reveal_no_details(client, pipeline, monkeypatch):
     monkeypatch.setattr(pipeline, "encode_prompts", lambda *args: {}["secret"])
     response = chat(client)
     assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
@@ -252,7 +252,7 @@ class Slow(EngineReader):
 
 
 class TestCancelled:
-    """Whoever goes away frees the model."""
+    """A client that disconnects frees the model."""
 
     @pytest.fixture
     def engine(self, pipeline):
@@ -264,7 +264,7 @@ class TestCancelled:
         with listening(app) as url, httpx.Client(base_url=url, timeout=60) as client:
             yield client
 
-    def test_a_stream(self, client, engine, ids):
+    def test_leaving_a_stream_stops_the_engine(self, client, engine, ids):
         body = {"model": "gradmem", "prompt": "w1", "memory": ids[:1], "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
@@ -272,14 +272,14 @@ class TestCancelled:
             assert metric(client, "gradmem_reads_waiting") == 1
         assert engine.closed.wait(60)
 
-    def test_a_whole_answer(self, client, engine, ids):
+    def test_leaving_a_whole_answer_stops_the_engine(self, client, engine, ids):
         body = {"model": "gradmem", "prompt": "w1", "memory": ids[:1]}
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/completions", json=body, timeout=0.3)
         assert engine.begun.wait(60)
         assert engine.closed.wait(60)
 
-    def test_prompts_that_are_still_to_be_looked_at(self, client, ids, monkeypatch):
+    def test_prompts_that_are_still_waiting_are_dropped(self, client, ids, monkeypatch):
         begun, gone, looked, find = threading.Event(), threading.Event(), [], Memories.find
 
         def slowly(*args):
@@ -303,13 +303,13 @@ class TestCancelled:
         assert metric(client, "gradmem_reads_waiting") == 0
         assert len(looked) < 9
 
-    def test_an_engine_draws_by_itself(self, client, ids):
+    def test_a_seed_is_refused_with_an_engine(self, client, ids):
         body = {"model": "gradmem", "prompt": "w1", "memory": ids[:1], "seed": 1}
         assert "engine" in client.post("/v1/completions", json=body).json()["error"]["message"]
 
 
 class Silent(EngineReader):
-    """An engine that says nothing for long."""
+    """An engine that is silent for a long time."""
 
     def __init__(self, model):
         super().__init__(model, check_model=False)
@@ -322,7 +322,7 @@ class Silent(EngineReader):
         yield 0, [20], True
 
 
-def test_a_silent_engine_does_not_keep_the_server_from_ending(pipeline, store, serve):
+def test_a_silent_engine_does_not_keep_the_server_from_stopping(pipeline, store, serve):
     engine = Silent(pipeline.model)
     ids = [written(serve(), "w1 w2")["id"]]
     app = create_app(GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=engine), store.path)
@@ -335,14 +335,14 @@ def test_a_silent_engine_does_not_keep_the_server_from_ending(pipeline, store, s
 
 
 class Broken(EngineReader):
-    """An engine that is not there."""
+    """An engine whose connection fails."""
 
     def _answers(self, prompts, sampling):
         yield 0, [20], False
         raise ConnectionError("nothing listens at secret:8000")
 
 
-def test_an_engine_that_fails(pipeline, serve):
+def test_a_failing_engine_is_a_bad_gateway(pipeline, serve):
     client = serve(
         GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=Broken(pipeline.model, check_model=False))
     )
@@ -354,17 +354,17 @@ def test_an_engine_that_fails(pipeline, serve):
     assert "secret" not in whole.text
 
 
-def test_no_more_prompts_than_the_bound(serve, ids):
+def test_too_many_prompts_in_one_request_are_refused(serve, ids):
     client = serve(limits=Limits(reads=2))
     body = {"model": "gradmem", "prompt": ["w1"] * 3}
     refused = client.post("/v1/completions", json=body)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")  # asking again would not help
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")  # not 429: a retry would not help
     assert "at most 2 prompts" in refused.json()["error"]["message"]
     assert client.post("/v1/completions", json=body | {"prompt": ["w1"] * 2}).status_code == 200
 
 
 class TestLooking:
-    """For the state that holds an answer, which takes the model, before there is a call to answer."""
+    """The search for the state that holds an answer uses the model before there is a call to answer."""
 
     @pytest.fixture
     def own(self):
@@ -372,7 +372,7 @@ class TestLooking:
 
     @pytest.fixture
     def looking(self, own, monkeypatch):
-        """Goes up with each look, which ends when the event is set."""
+        """A semaphore that goes up with each search, and an event that lets searches end."""
         begun, go, select = threading.Semaphore(0), threading.Event(), own.select
 
         def slowly(*args, **how):
@@ -384,7 +384,7 @@ class TestLooking:
         return begun, go
 
     @pytest.mark.parametrize("stream", [False, True])
-    def test_counts(self, serve, own, looking, stream):
+    def test_searches_count_as_reads(self, serve, own, looking, stream):
         client, (begun, go) = serve(own, limits=Limits(reads=2)), looking
         ids = [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
         body = {"model": "gradmem", "prompt": "w1", "memory": ids, "max_tokens": 2, "stream": stream}
@@ -401,8 +401,8 @@ class TestLooking:
         unknown = client.post("/v1/completions", json=body | {"memory": ["mem_0"]})
         assert (unknown.status_code, metric(client, "gradmem_reads_waiting")) == (404, 0)
 
-    def test_is_of_as_many_states_at_once_as_answers_are(self, serve, own, looking):
-        """And keeps nothing else from being done."""
+    def test_searches_keep_to_the_batch_size(self, serve, own, looking):
+        """And do not block anything else."""
         client, (begun, go) = serve(own, limits=Limits(batch=4, states=4)), looking
         ids = [written(client, text)["id"] for text in ("w1 w2 w3", "w6 w7 w8 w9")]
         with ThreadPoolExecutor(45) as threads:
@@ -440,7 +440,7 @@ class TestLooking:
         ({"stream_options": {"includes_usage": True}}, "stream_options.includes_usage", "did you mean include_usage?"),
     ],
 )
-def test_errors_name_a_place_as_openai_does(client, more, param, said):
+def test_errors_name_the_parameter_as_openai_does(client, more, param, said):
     error = chat(client, **more).json()["error"]
     assert (error["param"], said in error["message"]) == (param, True), error
     assert error["message"].startswith(f"{param}: ")
@@ -455,7 +455,7 @@ def test_errors_name_a_place_as_openai_does(client, more, param, said):
         ("/v1/recitals", schemas.RecitalRequest),
     ],
 )
-def test_no_place_has_the_name_of_a_type(client, path, model):
+def test_error_places_never_contain_type_names(client, path, model):
     for name in model.model_fields:
         for wrong in (-1, 3.5, "", {"x": "y"}, [{"x": "y"}], [[1]], [""], [1] * 99):
             error = client.post(path, json={name: wrong}).json()["error"]
@@ -463,7 +463,7 @@ def test_no_place_has_the_name_of_a_type(client, path, model):
                 assert re.fullmatch(r"[a-z_]+(\[\d+\]|\.[a-z_]+)*", place), error
 
 
-def test_what_is_no_json(client):
+def test_a_body_that_is_not_json_is_refused(client):
     found = client.post("/v1/completions", content=b"w1", headers={"Content-Type": "text/plain"})
     assert (found.status_code, found.json()["error"]["param"]) == (400, None)
     assert "Content-Type: application/json" in found.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""`gradmem serve` as a process: what a kill leaves, and how it ends when it is asked to."""
+"""`gradmem serve` as a process: what a kill leaves, and how it ends when asked to."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def command(tmp_path):
-    """Starts a server on a checkpoint."""
+    """The command that starts a server on a checkpoint."""
     for part in (tiny(max_position_embeddings=600), tiny_tokenizer()):
         part.save_pretrained(tmp_path / "backbone")
     model, tokenizer = load_backbone(str(tmp_path / "backbone"))
@@ -33,7 +33,7 @@ def command(tmp_path):
 
 @contextmanager
 def started(command):
-    """A process of it, and a client."""
+    """A running server process, and a client of it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -81,7 +81,7 @@ def test_a_kill_loses_no_memory(command):
         assert {identity: answer(client, identity) for identity in kept} == kept
 
 
-def test_a_stream_ends_whole_when_the_server_is_stopped(command):
+def test_a_server_finishes_its_streams_when_it_is_stopped(command):
     with started(command) as (process, client):
         body = {"model": "tiny", "prompt": "w1 w2", "max_tokens": 500, "stream": True}
         whole = client.post("/v1/completions", json=body).text
@@ -95,8 +95,8 @@ def test_a_stream_ends_whole_when_the_server_is_stopped(command):
         assert process.wait(60) == -signal.SIGTERM
 
 
-def test_a_text_that_is_being_written_when_the_server_is_stopped(command):
-    """Its client is told, and the server does not wait for it; the same text goes on after a restart."""
+def test_a_server_interrupts_its_writes_when_it_is_stopped(command):
+    """The client is told, and the server does not wait; the same text can be written after a restart."""
     body = {"text": "w1 w2 w3 w4 " * 600, "steps": 200, "stream": True}  # minutes of work
     with started(command) as (process, client), client.stream("POST", "/v1/memories", json=body) as response:
         lines = response.iter_lines()

@@ -1,4 +1,4 @@
-"""The calls that are being answered, as they are counted."""
+"""How calls that are being answered are counted."""
 
 import sys
 import threading
@@ -15,7 +15,7 @@ from gradmem_adapter.serve.reads import Reads
 
 @pytest.fixture
 def reads(pipeline, monkeypatch):
-    """Where calls wait until somebody ends them."""
+    """Reads whose calls wait until a test ends them."""
     own = Reads(pipeline, None, Limits(reads=3000), Metrics())
     monkeypatch.setattr(own._batcher, "submit", lambda call, size: None)
     return own
@@ -23,7 +23,7 @@ def reads(pipeline, monkeypatch):
 
 @pytest.fixture
 def often():
-    """Threads take turns far more often than they do otherwise."""
+    """Threads take turns far more often than usual."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

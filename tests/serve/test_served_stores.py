@@ -1,4 +1,4 @@
-"""What is in the folders of tenants and is served to nobody, and what is said of it."""
+"""Memories in the directories of tenants that nobody can see, and the warnings about them."""
 
 import shutil
 import subprocess
@@ -29,7 +29,7 @@ def seen(serve, tenants):
     return {one["id"] for one in serve(tenants=tenants).get("/v1/memories", headers=ANNA).json()["data"]}
 
 
-def test_what_was_stored_without_keys_is_given_to_a_tenant(serve, pipeline, store, filled):
+def test_memories_stored_without_keys_can_be_given_to_a_tenant(serve, pipeline, store, filled):
     tenants = Tenants({KEY: "anna"})
     assert told(pipeline, store, Tenants()) == []
     assert seen(serve, tenants) == set()
@@ -41,8 +41,8 @@ def test_what_was_stored_without_keys_is_given_to_a_tenant(serve, pipeline, stor
     assert store_of(store.path, "anna").verify().ok
 
 
-def test_a_tenant_that_has_memories_gets_more(serve, pipeline, store, filled):
-    """As docs/serving.md has it."""
+def test_a_tenant_with_memories_can_get_more(serve, pipeline, store, filled):
+    """As docs/serving.md describes it."""
     tenants = Tenants({KEY: "anna"})
     client = serve(tenants=tenants)
     own = client.post("/v1/memories", json={"text": "w6"}, headers=ANNA).json()["id"]
@@ -51,13 +51,13 @@ def test_a_tenant_that_has_memories_gets_more(serve, pipeline, store, filled):
     assert seen(serve, tenants) == {*filled, own}
 
 
-def test_a_tenant_named_local_has_what_was_stored_without_keys(serve, pipeline, store, filled):
+def test_a_tenant_named_local_sees_memories_stored_without_keys(serve, pipeline, store, filled):
     tenants = Tenants({KEY: "local"})
     assert told(pipeline, store, tenants) == []
     assert seen(serve, tenants) == set(filled)
 
 
-def test_tenants_without_a_key(serve, pipeline, store):
+def test_tenants_without_a_key_give_a_warning(serve, pipeline, store):
     serve(tenants=Tenants({KEY: "anna"})).post("/v1/memories", json={"text": "w1"}, headers=ANNA)
     (line,) = told(pipeline, store, Tenants({KEY: "bert"}))
     assert "No client sees 1 memory in" in line
@@ -66,13 +66,13 @@ def test_tenants_without_a_key(serve, pipeline, store):
     assert "They belong to the tenant 'anna', which needs a key: pass --keys FILE." in line
 
 
-def test_what_another_model_wrote(pipeline, store, filled):
+def test_states_of_another_model_give_a_warning(pipeline, store, filled):
     store.add(tiny_pipeline(seed=1), ["w1 w2"])
     (line,) = told(pipeline, store, Tenants())
     assert line.startswith(f"Another model wrote 1 of 3 memory states in {store.path}: clients do not see these.")
 
 
-def test_a_store_that_cannot_be_read_is_said(pipeline, store):
+def test_an_unreadable_store_gives_a_warning(pipeline, store):
     other = store_of(store.path, "anna")
     other.path.mkdir(parents=True)
     other.index.path.write_bytes(bytes(999))
@@ -81,7 +81,7 @@ def test_a_store_that_cannot_be_read_is_said(pipeline, store):
 
 
 @pytest.mark.parametrize(("text", "steps"), [("w1 w2 w3. " * 4 + "w4 w5", None), ("w1 w2 w3. " * 5, 1)])
-def test_a_source_that_was_written_again_is_what_was_written_last(client, pipeline, store, text, steps):
+def test_a_rewritten_source_shows_its_latest_text(client, pipeline, store, text, steps):
     store.add_document(pipeline, "w1 w2 w3. " * 5, source="notes.txt")
     before = client.get("/v1/memories/notes.txt").json()
     store.add_document(pipeline, text, source="notes.txt", steps=steps)
@@ -95,7 +95,7 @@ def test_a_source_that_was_written_again_is_what_was_written_last(client, pipeli
     assert {(place["start"], place["end"]) for place in answer["memory"]} <= places
 
 
-def test_a_text_that_is_half_written_hides_no_memory(client, pipeline, store):
+def test_a_half_written_text_hides_no_memory(client, pipeline, store):
     parts = [f"w1 w2 w3 w{i}" for i in (4, 5, 6, 7)]
     places = [(12 * i, 12 * i + 11) for i in range(4)]
     store.add(pipeline, parts, sources="part", offsets=places, metadata=[{"segments": 9}] * 4)
@@ -104,7 +104,7 @@ def test_a_text_that_is_half_written_hides_no_memory(client, pipeline, store):
     assert [place["id"] for place in answer["memory"]] == [identity]
 
 
-def test_of_many_segments_those_of_the_memory_are_read(client, pipeline, store):
+def test_only_segments_of_the_latest_text_are_read(client, pipeline, store):
     text = " ".join(f"w1 w2 w3 w{i}." for i in range(4, 34))
     for again in (text, f"w1. {text}"):
         store.add_document(pipeline, again, source="notes.txt")

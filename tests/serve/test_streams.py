@@ -1,4 +1,4 @@
-"""What the API tells of memories on the way: write steps, recitals, and how far an answer is supported."""
+"""What the API streams about memories: write steps, recitals, and how far an answer is supported."""
 
 import json
 import socket
@@ -23,7 +23,7 @@ def events(response):
     return [json.loads(line) for line in lines]
 
 
-def test_each_write_step_is_told(client):
+def test_each_write_step_is_streamed(client):
     begun, *steps, memory = events(client.post("/v1/memories", json={"text": LONG, "steps": 2, "stream": True}))
     assert memory == client.get(f"/v1/memories/{memory['id']}").json()
     assert (begun["object"], begun["id"], memory["object"]) == ("memory.begun", memory["id"], "memory")
@@ -37,19 +37,19 @@ def test_each_write_step_is_told(client):
     assert events(client.post("/v1/memories", json={"text": LONG, "steps": 2, "stream": True})) == [memory]
 
 
-def test_what_cannot_be_written_is_an_event_or_a_status(client):
+def test_a_refused_text_is_an_event_or_a_status(client):
     (error,) = events(client.post("/v1/memories", json={"text": " \n", "stream": True}))
     assert "white space" in error["error"]["message"]
     assert client.post("/v1/memories", json={"text": "", "stream": True}).status_code == 400
 
 
-def test_a_full_queue_is_a_status_before_it_is_a_stream(serve):
+def test_a_full_queue_is_a_status_and_not_a_stream(serve):
     client = serve(limits=Limits(writes=0))
     response = client.post("/v1/memories", json={"text": "w1", "stream": True})
     assert (response.status_code, "Retry-After" in response.headers) == (429, True)
 
 
-def test_who_leaves_a_stream_ends_the_writing(pipeline, store):
+def test_leaving_a_stream_stops_the_write(pipeline, store):
     with listening(create_app(pipeline, store.path)) as url, httpx.Client(base_url=url, timeout=60) as client:
         body = {"text": LONG, "steps": 200, "stream": True}
         with client.stream("POST", "/v1/memories", json=body) as response:
@@ -60,7 +60,7 @@ def test_who_leaves_a_stream_ends_the_writing(pipeline, store):
     assert len(store) == 1
 
 
-def test_a_recital(client, pipeline, store):
+def test_a_recital_equals_the_reconstruction(client, pipeline, store):
     memory = written(client, LONG)
     text = list(pipeline.segments(LONG))[1].text
     state = store.get([entry.key for entry in store.entries(memory["id"])])[1]
@@ -82,13 +82,13 @@ def test_a_recital(client, pipeline, store):
 @pytest.mark.parametrize(
     ("more", "status", "said"), [({"segment": 9}, 400, "3 segments"), ({"memory": "mem_0"}, 404, "no memory")]
 )
-def test_what_cannot_be_recited(client, more, status, said):
+def test_invalid_recitals_are_refused(client, more, status, said):
     body = {"memory": written(client, LONG)["id"], "stream": True}
     response = client.post("/v1/recitals", json=body | more)
     assert (response.status_code, said in response.json()["error"]["message"]) == (status, True)
 
 
-def test_the_text_and_what_its_kv_cache_would_take(client):
+def test_a_memory_shows_its_text_and_the_size_of_its_kv_cache(client):
     memory = written(client, LONG)
     assert (
         memory["kv_bytes"] == memory["text_tokens"] * 2 * 2 * 2 * 8 * 4
@@ -98,7 +98,7 @@ def test_the_text_and_what_its_kv_cache_would_take(client):
     assert "text" not in memory["segments"][0]
 
 
-def test_support(serve, store):
+def test_answers_come_with_their_support(serve, store):
     own = tiny_pipeline(num_memory_tokens=6, trained_length=12, refusal="w3 w3")
     client = serve(own)
     card = client.get("/v1/models").json()["data"][0]["memory"]
@@ -125,7 +125,7 @@ def test_an_adapter_that_does_not_refuse_has_no_support(client):
     )
 
 
-def test_the_page(serve):
+def test_the_page_needs_no_key_and_nothing_from_elsewhere(serve):
     from gradmem_adapter.serve import Tenants
 
     client = serve(tenants=Tenants({"a" * 16: "anna"}))
@@ -138,8 +138,8 @@ def test_the_page(serve):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-def test_a_server_that_is_stopped_says_so_and_ends(pipeline, store, stream):
-    """And what it was writing is stored whole, or not at all."""
+def test_a_stopping_server_tells_its_clients_and_ends(pipeline, store, stream):
+    """What it was writing is stored completely or not at all."""
     app = create_app(pipeline, store.path, limits=Limits(write_steps=10**9))
     with running(app) as (url, server), httpx.Client(base_url=url, timeout=120) as client:
         kept = written(client, "w1 w2 w3")
@@ -164,7 +164,7 @@ def test_a_server_that_is_stopped_says_so_and_ends(pipeline, store, stream):
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/memories"])
-def test_a_server_that_is_stopped_does_not_wait_for_the_rest_of_a_request(pipeline, store, capfd, path, kind):
+def test_a_stopping_server_does_not_wait_for_the_rest_of_a_request(pipeline, store, capfd, path, kind):
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 99\r\n\r\n"
     with running(create_app(pipeline, store.path)) as (url, server):
         server.config.timeout_graceful_shutdown = 600
