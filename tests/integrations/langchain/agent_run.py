@@ -1,4 +1,4 @@
-"""An agent with a SQLite checkpointer: turns from one number to another, then, if asked, SIGKILL."""
+"""An agent with a SQLite checkpointer: runs a range of turns, and then kills itself if asked to."""
 
 import os
 import signal

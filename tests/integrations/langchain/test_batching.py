@@ -21,7 +21,7 @@ def other(pipeline, chat):
     return chat.store.write(pipeline, ["w9 w10 w11"])[0]
 
 
-def test_a_batch_is_one_batch(chat, pipeline, reference, monkeypatch):
+def test_a_batch_of_calls_is_one_batch_of_the_model(chat, pipeline, reference, monkeypatch):
     one_by_one = [chat.invoke(f"w{i} w1", memory=reference).content for i in range(4)]
     sizes = []
     generate = pipeline.generate_ids
@@ -31,7 +31,7 @@ def test_a_batch_is_one_batch(chat, pipeline, reference, monkeypatch):
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(pipeline, "generate_ids", count)
-    monkeypatch.setattr("gradmem_adapter.answering.batching._WINDOW", 0.5)  # of a loaded machine
+    monkeypatch.setattr("gradmem_adapter.answering.batching._WINDOW", 0.5)  # for a loaded machine
     calls = []
 
     class Handler(BaseCallbackHandler):

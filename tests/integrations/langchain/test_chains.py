@@ -1,4 +1,4 @@
-"""The chains that people have, with memory in the place of documents."""
+"""Common chains, with memory in place of documents."""
 
 import pytest
 from langchain_classic.chains import ConversationChain, RetrievalQA, create_retrieval_chain
@@ -20,7 +20,7 @@ PROMPTS = {
 
 @pytest.fixture
 def asked(chat, monkeypatch):
-    """What the model is shown: its prompt, and how many vectors stand before it."""
+    """What the model is shown: its prompt, and how many vectors come before it."""
     calls = []
     generate = chat.pipeline.generate_ids
 
@@ -33,7 +33,7 @@ def asked(chat, monkeypatch):
     return calls
 
 
-def test_what_holds_no_chat_model_and_documents_that_were_joined_are_refused(chat):
+def test_other_models_and_joined_documents_are_refused(chat):
     prompt = PROMPTS["human"]
     with pytest.raises(TypeError, match="needs a ChatGradMem, bound or not, got RunnableSequence"):
         create_gradmem_stuff_chain(chat | RunnableLambda(str), prompt)
@@ -54,7 +54,7 @@ def test_documents_are_read_from_memory(chat, asked, prompt):
     assert not any(document.page_content in shown for document in DOCUMENTS)
 
 
-def test_one_line_changes_in_a_retrieval_chain(chat, asked):
+def test_a_retrieval_chain_needs_one_changed_line(chat, asked):
     retriever = RunnableLambda(lambda inputs: DOCUMENTS)
     prompt = PROMPTS["system"]
     before = create_retrieval_chain(retriever, create_stuff_documents_chain(chat, prompt))
@@ -68,8 +68,8 @@ def test_one_line_changes_in_a_retrieval_chain(chat, asked):
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_chains_that_know_nothing_of_memory_read_the_text(chat, asked):
-    """Documents of our retriever keep theirs, so that no marker is read in its place."""
+def test_chains_without_memory_read_the_text(chat, asked):
+    """Documents of our retriever keep their text, so that no marker is read in its place."""
     retriever = GradMemRetriever.from_retriever(RunnableLambda(lambda query: DOCUMENTS), chat)
     create_retrieval_chain(
         RunnableLambda(lambda inputs: inputs["input"]) | retriever,
@@ -81,7 +81,7 @@ def test_chains_that_know_nothing_of_memory_read_the_text(chat, asked):
         assert all(document.page_content in shown for document in DOCUMENTS)
 
 
-def test_metadata_stays_text_and_the_order_is_that_of_the_documents(chat, asked):
+def test_metadata_stays_text_in_the_order_of_the_documents(chat, asked):
     titled = PromptTemplate.from_template("{title} : {page_content}")
     prompt = PROMPTS["human"]
     create_gradmem_stuff_chain(chat, prompt, document_prompt=titled, document_separator=" w9 ").invoke(
@@ -100,7 +100,7 @@ def test_documents_that_memory_does_not_hold_stay_text(chat, asked):
 
 
 def test_a_marker_in_a_document_attaches_nothing(chat, asked):
-    """A retrieved text that names the reference of another's state."""
+    """Even if a retrieved text names the reference of someone else's state."""
     (secret,) = chat.store.write(chat.pipeline, tiny_text(9, seed=8))
     foreign = Document(f"w1 {marker(secret)}", metadata={"gradmem": secret})
     create_gradmem_stuff_chain(chat, PROMPTS["human"]).invoke({"context": [foreign], "input": "w3"})
@@ -113,7 +113,7 @@ def test_a_marker_in_a_document_attaches_nothing(chat, asked):
     assert asked[1][1] == 0
 
 
-def test_a_bound_model_and_other_names(chat, asked):
+def test_a_bound_model_and_other_variable_names(chat, asked):
     bound = chat.bind(max_tokens=1)
     prompt = PromptTemplate.from_template("{documents} {question}")
     stuff = create_gradmem_stuff_chain(bound, prompt, document_variable_name="documents")
@@ -124,7 +124,7 @@ def test_a_bound_model_and_other_names(chat, asked):
         create_gradmem_stuff_chain(chat, prompt)
 
 
-async def test_async_and_streams(chat):
+async def test_async_calls_and_streams_give_the_same_answer(chat):
     chain = create_gradmem_stuff_chain(chat, PROMPTS["human"])
     inputs = {"context": DOCUMENTS, "input": "w3"}
     expected = chain.invoke(inputs)
@@ -135,7 +135,7 @@ async def test_async_and_streams(chat):
 
 
 @pytest.mark.filterwarnings("ignore:The messages refer to more memory states")
-def test_rag_over_many_turns_goes_on(chat, asked):
+def test_rag_works_over_many_turns(chat, asked):
     """Every turn attaches its documents, and the history keeps what was attached: twenty turns of three states each."""
     chat.max_states = 8
     messages = ChatPromptTemplate.from_messages([MessagesPlaceholder("history"), ("human", "{input}")])
@@ -150,7 +150,7 @@ def test_rag_over_many_turns_goes_on(chat, asked):
     assert asked[-1][1] == 3 * 8
 
 
-def test_a_prompt_of_one_string_warns_of_the_memory_that_it_loses(chat, memory):
+def test_a_prompt_of_one_string_warns_of_the_lost_memory(chat, memory):
     chain = ConversationChain(llm=chat, memory=GradMemConversationMemory(memory=memory, memory_key="history"))
     for i in range(4):
         chain.invoke({"input": f"w{i}"})

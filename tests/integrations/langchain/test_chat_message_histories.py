@@ -37,7 +37,7 @@ class TestHistory:
         tokens = [len(memory.pipeline.tokenizer(part)["input_ids"]) for part in text]
         assert [int(state.context_tokens[0]) for state in states] == tokens
 
-    def test_a_copy_goes_its_own_way(self, memory, turn):
+    def test_a_copy_is_independent(self, memory, turn):
         history = GradMemChatMessageHistory(memory)
         history.add_messages(turn(0))
         same = copy.deepcopy(history)
@@ -61,7 +61,7 @@ class TestHistory:
         assert max(tokens[8:]) <= max(tokens[:8]) + 3 * 2
         assert len(history.archive) >= 2 * 26
 
-    def test_clear_deletes_the_states_too(self, memory, turn):
+    def test_clear_also_deletes_the_states(self, memory, turn):
         history = GradMemChatMessageHistory(memory)
         (other,) = memory.store.write(memory.pipeline, "w1 w2")
         for i in range(20):
@@ -71,7 +71,7 @@ class TestHistory:
         assert list(memory.store.yield_keys()) == [other]
 
     def test_another_session_with_the_same_turns_keeps_its_states(self, chat, memory, turn):
-        """Whose messages were given to it before, and are sent to the model afterwards."""
+        """Its messages were read before the others were cleared, and are sent to the model afterwards."""
         ended, longer, other = (GradMemChatMessageHistory(memory) for _ in range(3))
         for i in range(6):
             for history in (ended, longer, other):
@@ -88,8 +88,8 @@ class TestHistory:
         copied.clear()
         assert list(memory.store.yield_keys()) == []
 
-    def test_a_copy_of_the_same_conversation_clears_it(self, memory, turn):
-        """As where it was pickled and opened again."""
+    def test_clearing_a_copy_clears_the_conversation(self, memory, turn):
+        """As when it was pickled and loaded again."""
         history = GradMemChatMessageHistory(memory)
         for i in range(6):
             history.add_messages(turn(i))
@@ -97,7 +97,7 @@ class TestHistory:
         copy.copy(history).clear()
         assert list(memory.store.yield_keys()) == []
 
-    def test_of_a_foreign_history_the_session_has_to_be_named(self, chat, memory, turn):
+    def test_a_foreign_history_needs_a_session_id_to_be_cleared(self, chat, memory, turn):
         unnamed, named = (
             GradMemChatMessageHistory(memory, InMemoryChatMessageHistory(), session_id) for session_id in (None, "1")
         )
@@ -126,7 +126,7 @@ class TestHistory:
         assert [m.content for m in history.history.messages if isinstance(m, HumanMessage)] == ["w1", "w2"]
         assert references_of(history.messages[0])
 
-    def test_one_long_turn_blocks_nothing(self, memory, turn):
+    def test_a_long_turn_does_not_block_later_ones(self, memory, turn):
         history = GradMemChatMessageHistory(memory)
         history.add_messages([HumanMessage(tiny_text(400)), AIMessage("w1")])
         for i in range(6):
@@ -139,8 +139,8 @@ def fail(*_, **how):
 
 
 class TestPersistence:
-    def test_around_another_history(self, memory, turn):
-        """Which keeps every message; another object over it shows the same, and writes nothing again."""
+    def test_a_history_can_wrap_another_one(self, memory, turn):
+        """The other one keeps every message; a second wrapper shows the same, and writes nothing again."""
         kept = StoredChatMessageHistory(memory.store, "Ada's session / 1")
         history = GradMemChatMessageHistory(memory, kept)
         for i in range(6):
@@ -153,7 +153,7 @@ class TestPersistence:
         assert memory.store.writes == writes
         assert {entry.source for entry in memory.store.store.entries()} == {"session Ada's session / 1"}
 
-    def test_another_process_goes_on(self, pipeline, turn, tmp_path):
+    def test_another_process_can_continue(self, pipeline, turn, tmp_path):
         def history(session):
             store = MemoryStateStore(tmp_path)
             memory = TurnMemory(pipeline=pipeline, store=store, max_turns=3, keep_turns=2)
@@ -170,8 +170,8 @@ class TestPersistence:
         assert resumed.messages == shown
         assert resumed.memory.store.writes == 0
 
-    def test_sessions_of_one_name_in_two_directories(self, chat, memory, turn, tmp_path):
-        """Over one store of states."""
+    def test_sessions_of_one_name_in_two_directories_are_separate(self, chat, memory, turn, tmp_path):
+        """Even with one store of states."""
         kept = [StoredChatMessageHistory(MemoryStateStore(tmp_path / name), "1") for name in "ab"]
         kept.append(StoredChatMessageHistory(memory.store, "1"))
         histories = [GradMemChatMessageHistory(memory, one) for one in kept]
@@ -183,7 +183,7 @@ class TestPersistence:
         histories[2].clear()
         assert chat.invoke(shown).response_metadata["gradmem"] == histories[1].references
 
-    def test_tenants_and_threads(self, memory, turn):
+    def test_sessions_are_separate_by_tenant_and_safe_across_threads(self, memory, turn):
         other = MemoryStateStore(memory.store.store, namespace="other")
         with ThreadPoolExecutor(4) as threads:
             for i in range(8):
@@ -191,7 +191,7 @@ class TestPersistence:
         assert len(StoredChatMessageHistory(memory.store, "1").messages) == 16
         assert StoredChatMessageHistory(other, "1").messages == []
 
-    def test_a_damaged_session_is_named_and_can_be_forgotten(self, memory, turn):
+    def test_a_damaged_session_is_named_and_can_be_cleared(self, memory, turn):
         kept = StoredChatMessageHistory(memory.store, "1")
         kept.add_messages(turn(0))
         kept.path.write_text(kept.path.read_text()[:9])
@@ -204,7 +204,7 @@ class TestPersistence:
         kept.add_messages(turn(1))
         assert kept.messages == turn(1)
 
-    def test_a_session_is_a_text(self, memory):
+    def test_a_session_id_must_be_a_string(self, memory):
         with pytest.raises(TypeError, match="session_id must be a string, got"):
             StoredChatMessageHistory(memory.store, 7)
 
@@ -222,8 +222,8 @@ class TestPersistence:
         assert histories[1].messages == shown, "written anew from the text"
 
     @pytest.mark.parametrize("stored", [True, False])
-    def test_superseded_states_are_deleted_whoever_opens_the_history(self, memory, turn, stored):
-        """As a web server does, with a new object for every request."""
+    def test_superseded_states_are_deleted_by_any_history_object(self, memory, turn, stored):
+        """As in a web server, with a new object for every request."""
         kept = StoredChatMessageHistory(memory.store, "1") if stored else InMemoryChatMessageHistory()
         for i in range(40):
             GradMemChatMessageHistory(memory, kept, "1").add_messages(turn(i))
@@ -231,9 +231,9 @@ class TestPersistence:
         GradMemChatMessageHistory(memory, kept, "1").clear()
         assert list(memory.store.yield_keys()) == []
 
-    def test_messages_that_are_being_added_bring_no_cleared_ones_back(self, memory, turn, monkeypatch):
+    def test_adding_messages_does_not_bring_cleared_ones_back(self, memory, turn, monkeypatch):
         adds, clears = (StoredChatMessageHistory(memory.store, "1") for _ in range(2))
-        clears.clear()  # of no session yet
+        clears.clear()  # there is no session yet
         adds.add_messages(turn(0))
         read, go = threading.Event(), threading.Event()
 
@@ -253,8 +253,8 @@ class TestPersistence:
         assert adds.messages == []
 
     @pytest.mark.parametrize("use", ["add", "read"])
-    def test_states_that_are_being_written_do_not_outlive_a_cleared_session(self, memory, turn, monkeypatch, use):
-        """Through another object, as `RunnableWithMessageHistory` asks for one in every call."""
+    def test_states_being_written_do_not_outlive_a_cleared_session(self, memory, turn, monkeypatch, use):
+        """It is cleared through another object; `RunnableWithMessageHistory` makes one for every call."""
         slow, other = (GradMemChatMessageHistory(memory, StoredChatMessageHistory(memory.store, "1")) for _ in range(2))
         for i in range(6):
             other.add_messages(turn(i))
@@ -273,7 +273,7 @@ class TestPersistence:
         assert list(memory.store.yield_keys()) == []
         assert slow.messages == []
 
-    async def test_async(self, memory, turn):
+    async def test_async_methods(self, memory, turn):
         history = GradMemChatMessageHistory(memory, StoredChatMessageHistory(memory.store, "1"))
         for i in range(6):
             await history.aadd_messages(turn(i))

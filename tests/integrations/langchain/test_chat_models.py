@@ -1,4 +1,4 @@
-"""ChatGradMem: what people left other local-model wrappers over, references, security, streams."""
+"""ChatGradMem: common complaints about wrappers of local models, references, security, streams."""
 
 import asyncio
 import copy
@@ -60,7 +60,7 @@ class TestComplaints:
         with pytest.raises(ValidationError, match=r"has no option max_token\. Did you mean max_tokens\? help"):
             ChatGradMem(pipeline=pipeline, max_token=4)
 
-    def test_max_tokens(self, chat):
+    def test_max_tokens_limits_answers_and_streams(self, chat):
         for n in (1, 3):
             message = chat.invoke("w3", max_tokens=n)
             assert message.usage_metadata["output_tokens"] == n
@@ -68,8 +68,8 @@ class TestComplaints:
             assert sum(1 for c in chat.stream("w3", max_tokens=n) if c.content) <= n
 
     @pytest.mark.parametrize("words", [1, 2])
-    def test_stop(self, chat, words):
-        """On invoke and on stream, also where the stop is longer than a token."""
+    def test_stop_strings_end_answers_and_streams(self, chat, words):
+        """Also stop strings that are longer than a token."""
         whole = chat.invoke("w3 w4", max_tokens=8).content.split()
         stop = " ".join(whole[3 : 3 + words])
         expected = " ".join(whole)[: " ".join(whole).find(stop)]
@@ -81,7 +81,7 @@ class TestComplaints:
         assert "".join(c.content for c in chunks) == expected
         assert chunks[-1].response_metadata["finish_reason"] == "stop"
 
-    async def test_async(self, chat):
+    async def test_async_calls(self, chat):
         expected = chat.invoke("w3").content
         assert (await chat.ainvoke("w3")).content == expected
         assert "".join([c.content async for c in chat.astream("w3")]) == expected
@@ -95,7 +95,7 @@ class TestComplaints:
         with pytest.raises(RuntimeError, match="the GPU is gone"):
             list(chat.stream("w3"))
 
-    def test_usage(self, chat, reference):
+    def test_usage_is_reported_once(self, chat, reference):
         message = chat.bind(memory=reference).invoke("w3")
         usage = message.usage_metadata
         without = chat.invoke("w3").usage_metadata
@@ -110,7 +110,7 @@ class TestComplaints:
 
 
 class TestReferences:
-    def test_bound_and_attached(self, chat, pipeline, store, reference):
+    def test_references_can_be_bound_or_attached(self, chat, pipeline, store, reference):
         expected = plain(pipeline, "w3", store.get(reference))
         assert chat.bind(memory=reference).invoke("w3").content == expected
         assert chat.invoke([attach(HumanMessage("w3"), [reference])]).content == expected
@@ -122,7 +122,7 @@ class TestReferences:
 
     @pytest.mark.parametrize("kind", [HumanMessage, AIMessage, SystemMessage])
     def test_markers_in_texts_are_never_resolved(self, chat, pipeline, reference, kind, monkeypatch):
-        """Typed by a user, echoed by a model, or come with a retrieved text."""
+        """Typed by a user, echoed by a model, or part of a retrieved text."""
         seen = []
         generate = pipeline.generate_ids
         monkeypatch.setattr(pipeline, "generate_ids", lambda *a, **k: seen.append(k["memory"]) or generate(*a, **k))
@@ -131,22 +131,22 @@ class TestReferences:
         assert seen == [None]
 
     @pytest.mark.filterwarnings("error")
-    def test_markers_of_nothing_are_plain_text(self, chat, reference):
-        """What the store does not hold, or another message carries."""
+    def test_other_markers_are_plain_text(self, chat, reference):
+        """Those of states that the store does not hold, or that another message carries."""
         chat.invoke(f"w1 {marker('f' * 32)}")
         carried = chat.invoke([SystemMessage(f"w1 {marker(reference)}"), attach(HumanMessage("w3"), [reference])])
         bare = chat.invoke([SystemMessage("w1"), attach(HumanMessage("w3"), [reference])])
         assert carried.content == bare.content
         assert carried.usage_metadata == bare.usage_metadata, "stripped wherever it stands"
 
-    def test_several_are_read_side_by_side(self, chat, reference, other):
+    def test_several_states_are_read_side_by_side(self, chat, reference, other):
         usage = chat.invoke("w3", memory=[reference, other]).usage_metadata
         assert usage["input_token_details"] == {"memory_vectors": 6, "memory_saved": 11 - 6}
         limited = chat.model_copy(update={"max_states": 1})
         with pytest.raises(ValueError, match=r"2 memory states, but at most 1.*retrieve fewer"):
             limited.invoke("w3", memory=[reference, other])
 
-    def test_of_too_many_the_last_turn_s_are_read_then_the_newest(self, chat, pipeline, store):
+    def test_of_too_many_states_those_of_the_last_turn_come_first(self, chat, pipeline, store):
         a, b, c, d, e = store.write(pipeline, [f"w{i} w{i + 1}" for i in range(5)])
         messages = [
             attach(SystemMessage("w0"), [a, b]), attach(HumanMessage("w1"), [c]), AIMessage("w2"),
@@ -159,7 +159,7 @@ class TestReferences:
                 memory = limited._ask(messages, None, {}).call.memory
             assert memory == MemoryState.concat([store.get(reference) for reference in references])
 
-    def test_a_state_that_an_earlier_message_lost_ends_no_conversation(self, chat, reference, other):
+    def test_a_lost_state_of_an_earlier_message_is_left_out(self, chat, reference, other):
         messages = [attach(HumanMessage("w1"), [other]), AIMessage("w2"), attach(HumanMessage("w3"), [reference])]
         chat.store.mdelete([other])
         with pytest.warns(UserWarning, match="Only an earlier message refers to this state, so it is left out"):
@@ -177,7 +177,7 @@ class TestReferences:
                 chat.invoke([*earlier, empty])
         with pytest.raises(ValueError, match="The last human message is empty"):
             next(chat.stream([*earlier, HumanMessage("")]))
-        assert chat.invoke([*earlier, HumanMessage("w1"), HumanMessage("")]).text  # what is in memory was there
+        assert chat.invoke([*earlier, HumanMessage("w1"), HumanMessage("")]).text  # the question came before
 
     def test_unknown_references_raise(self, chat):
         with pytest.raises(UnknownStateError, match=r"no memory state 'f{32}' in '/"):
@@ -201,7 +201,7 @@ class TestReferences:
 
 
 class TestOptions:
-    def test_unexpected_arguments(self, chat):
+    def test_unexpected_arguments_are_refused(self, chat):
         with pytest.raises(TypeError, match="max_token"):
             chat.invoke("w3", max_token=3)
 
@@ -221,7 +221,7 @@ class TestOptions:
             ChatGradMem(pipeline=chat.pipeline, **{name: value})
 
     @pytest.mark.parametrize("temperature", [0, 1e-45, 1e-12])
-    def test_almost_no_temperature_is_greedy(self, chat, temperature):
+    def test_a_tiny_temperature_is_greedy(self, chat, temperature):
         assert chat.invoke("w3", temperature=temperature, top_p=1).content == chat.invoke("w3").content
 
     def test_sampling_is_seeded_and_leaves_the_global_generator_alone(self, chat):
@@ -233,7 +233,7 @@ class TestOptions:
 
 
 class TestConcurrency:
-    def test_threads(self, chat, reference, other):
+    def test_threads_get_answers_from_their_own_memory(self, chat, reference, other):
         expected = {r: chat.invoke("w3", memory=r).content for r in (reference, other)}
         wrong = []
 
@@ -249,7 +249,7 @@ class TestConcurrency:
             thread.join()
         assert not wrong
 
-    async def test_tasks(self, chat, reference):
+    async def test_concurrent_tasks_get_the_same_answer(self, chat, reference):
         expected = chat.invoke("w3", memory=reference).content
         answers = await asyncio.gather(*(chat.ainvoke("w3", memory=reference) for _ in range(4)))
         assert [a.content for a in answers] == [expected] * 4
@@ -262,26 +262,26 @@ class TestConcurrency:
 
 
 class TestTokens:
-    def test_of_a_text(self, chat):
+    def test_tokens_of_a_text_are_counted(self, chat):
         assert chat.get_num_tokens("w1 w2 w3") == 3
 
-    def test_of_messages_without_their_markers(self, chat, reference):
+    def test_markers_of_messages_are_not_counted(self, chat, reference):
         one = chat.get_num_tokens_from_messages([HumanMessage("w1 w2")])
         assert one == chat.invoke("w1 w2").usage_metadata["input_tokens"]
         carried = attach(HumanMessage(f"w1 w2 {marker(reference)}"), [reference])
         assert chat.get_num_tokens_from_messages([carried]) == one
 
-    def test_trim_messages(self, chat):
+    def test_trim_messages_can_count_with_the_model(self, chat):
         messages = [HumanMessage("w1 " * 50) for _ in range(9)]
         assert len(trim_messages(messages, max_tokens=120, token_counter=chat, strategy="last")) == 2
 
-    def test_what_the_template_does_not_take_is_counted_as_text(self, chat, monkeypatch):
+    def test_messages_that_the_template_refuses_are_counted_as_text(self, chat, monkeypatch):
         refusing = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}w1"
         monkeypatch.setattr(chat.pipeline.tokenizer, "chat_template", refusing)
         assert chat.get_num_tokens_from_messages([AIMessage("w1 w2"), HumanMessage("w3")]) == 3
 
 
-def test_arguments_of_the_chat_template(chat, pipeline, monkeypatch):
+def test_chat_template_kwargs_reach_the_template(chat, pipeline, monkeypatch):
     thinking = "{% if not enable_thinking | default(true) %}w9 {% endif %}" + pipeline.tokenizer.chat_template
     monkeypatch.setattr(pipeline.tokenizer, "chat_template", thinking)
     plainly = {"enable_thinking": False}
@@ -293,13 +293,13 @@ def test_arguments_of_the_chat_template(chat, pipeline, monkeypatch):
     assert tokens[0] == tokens[1] + 1
 
 
-def test_an_over_long_prompt_is_counted(chat):
+def test_the_error_for_a_long_prompt_gives_its_length(chat):
     used = chat.invoke("w1").usage_metadata["input_tokens"] - 1
     with pytest.raises(ValueError, match=rf"has {180 + used} tokens after 0 memory vectors.*160 positions"):
         chat.invoke("w1 " * 180)
 
 
-def test_an_answer_ends_with_the_positions(chat):
+def test_an_answer_stops_at_the_last_position(chat):
     usage = chat.invoke("w1 " * 140, max_tokens=200).usage_metadata
     assert usage["total_tokens"] == 160
 
@@ -315,7 +315,7 @@ def test_copies_share_nothing_but_the_directory_of_states(chat, reference, copie
     assert (same.store.writes, chat.store.writes) == (1, 1)
 
 
-def test_from_checkpoint(llama_directory, tmp_path):
+def test_from_checkpoint_opens_the_same_model(llama_directory, tmp_path):
     backbone = AutoModelForCausalLM.from_pretrained(llama_directory)
     tokenizer = AutoTokenizer.from_pretrained(llama_directory)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -327,7 +327,7 @@ def test_from_checkpoint(llama_directory, tmp_path):
 
 
 class TestSeveralStates:
-    """An adapter that was trained to refuse is asked which state holds the answer, and reads that one alone."""
+    """An adapter that was trained to refuse is asked which state holds the answer, and reads only that one."""
 
     @pytest.fixture
     def refusing(self):
@@ -337,7 +337,7 @@ class TestSeveralStates:
     def references(self, refusing):
         return refusing.store.write(refusing.pipeline, ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"])
 
-    def test_the_one_that_holds_the_answer_is_read(self, refusing, references):
+    def test_the_state_that_holds_the_answer_is_read(self, refusing, references):
         supported = refusing.pipeline.support(
             [{"role": "user", "content": "w20"}], memory=MemoryState.stack([*map(refusing.store.get, references)])
         )
@@ -356,28 +356,28 @@ class TestSeveralStates:
             assert refusing.invoke("w4", **few).response_metadata["gradmem_support"] is None
         assert refusing.invoke("w4").response_metadata["gradmem"] == []
 
-    def test_the_words_of_the_question_count_too(self, refusing, references):
+    def test_words_of_the_question_also_count(self, refusing, references):
         """As for `gradmem ask` and the server. Untrained, no state supports an answer much more than another."""
         for word, reference in zip(("w2", "w5", "w8"), references, strict=True):
             earlier = [HumanMessage("w1 w4 w6"), AIMessage("w1")]
             answer = refusing.invoke([*earlier, attach(HumanMessage(word), references)])
             assert answer.response_metadata["gradmem"] == [reference]
 
-    def test_states_of_no_text_are_compared_by_support_alone(self, refusing, references):
-        """Which were put, or written by a store that keeps no texts."""
+    def test_states_without_texts_are_compared_by_support_alone(self, refusing, references):
+        """They were put, or written by a store that keeps no texts."""
         bare = MemoryStateStore()
         bare.mset([(reference, refusing.store.get(reference)) for reference in references])
         chat = refusing.model_copy(update={"store": bare})
         expected = refusing.invoke("w20", memory=references)
         assert chat.invoke("w20", memory=references).response_metadata == expected.response_metadata
 
-    def test_all_are_read_where_that_is_asked_for(self, refusing, references):
+    def test_all_states_are_read_on_request(self, refusing, references):
         chat = refusing.model_copy(update={"side_by_side": True})
         answer = chat.invoke("w4", memory=references)
         assert answer.usage_metadata["input_token_details"] == {"memory_vectors": 9, "memory_saved": 3 + 2 + 4 - 9}
         assert answer.response_metadata["gradmem"] == list(references)
 
-    def test_an_adapter_that_never_refuses_reads_all(self, chat, reference, other):
+    def test_an_adapter_that_never_refuses_reads_all_states(self, chat, reference, other):
         details = chat.invoke("w3", memory=[reference, other]).usage_metadata["input_token_details"]
         assert details["memory_vectors"] == 6
         with pytest.raises(ValueError, match="not trained to refuse"):
@@ -385,7 +385,7 @@ class TestSeveralStates:
 
 
 class TestCached:
-    """A cache of answers gives nobody the answer that another configuration got."""
+    """A cache of answers never returns the answer of another configuration."""
 
     OTHERS = {
         "chat_template_kwargs": {"x": 1}, "max_states": 1, "max_tokens": 5, "model_name": "other",
@@ -401,7 +401,7 @@ class TestCached:
 
     @staticmethod
     def key(chat, **changed):
-        """What a cache knows an answer by, of a call that names arguments and leaves them to the model."""
+        """The cache key of a call that names arguments without values."""
         call = {"stop": None} | dict.fromkeys(changed)
         return chat.model_copy(update=changed)._get_llm_string(**call)
 
@@ -409,14 +409,14 @@ class TestCached:
         assert {*self.OTHERS, *self.SAME, "pipeline"} == {*ChatGradMem.model_fields}
 
     @pytest.mark.parametrize("field", OTHERS)
-    def test_what_changes_an_answer(self, chat, field):
+    def test_fields_that_change_an_answer_change_the_key(self, chat, field):
         assert self.key(chat, **{field: getattr(chat, field)}) != self.key(chat, **{field: self.OTHERS[field]})
 
     @pytest.mark.parametrize("field", SAME)
-    def test_what_does_not(self, chat, field):
+    def test_other_fields_do_not_change_the_key(self, chat, field):
         assert self.key(chat, **{field: getattr(chat, field)}) == self.key(chat, **{field: self.SAME[field]})
 
-    def test_pipelines(self, chat, pipeline):
+    def test_the_key_depends_on_the_pipeline(self, chat, pipeline):
         others = [tiny_pipeline() for _ in range(3)]
         others[0].tokenizer.chat_template += " "
         others[1].model.generation_config.repetition_penalty = 2.0
@@ -428,7 +428,7 @@ class TestCached:
         same = [self.key(chat, pipeline=other) == self.key(chat, pipeline=pipeline) for other in others]
         assert same == [False, False, True, False, False, True]
 
-    def test_answers(self):
+    def test_answers_of_different_settings_are_cached_separately(self):
         pipeline, cache = tiny_pipeline(refusal="w50 w51"), InMemoryCache()
         chat = ChatGradMem(pipeline=pipeline, cache=cache, max_tokens=6)
         references = chat.store.write(pipeline, ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"])

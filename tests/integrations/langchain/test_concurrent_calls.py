@@ -1,4 +1,4 @@
-"""Calls that come at the same time: batches, seeds, cancelled ones."""
+"""Concurrent calls: batches, seeds and cancellation."""
 
 import asyncio
 import threading
@@ -25,7 +25,7 @@ def chat(pipeline):
 
 @pytest.fixture
 def sizes(pipeline, monkeypatch):
-    """Of the batches that go through the model."""
+    """The sizes of the batches that go through the model."""
     found = []
     generate = pipeline.generate_ids
 
@@ -38,7 +38,7 @@ def sizes(pipeline, monkeypatch):
 
 
 class TestBatches:
-    async def test_fifty_requests_over_ten_documents(self, chat, pipeline, sizes):
+    async def test_fifty_requests_over_ten_documents_are_batched(self, chat, pipeline, sizes):
         references = chat.store.write(pipeline, [f"w{i} w{i + 1} w{i + 2}" for i in range(10)])
         inputs = [[attach(HumanMessage(f"w{i}"), [references[i % 10]])] for i in range(50)]
         expected = [chat.invoke(value).content for value in inputs]
@@ -50,19 +50,19 @@ class TestBatches:
         assert max(sizes) <= chat.max_batch
         assert len(sizes) < 25
 
-    def test_max_concurrency_bounds_a_batch(self, chat, sizes):
+    def test_max_concurrency_limits_a_batch(self, chat, sizes):
         chat.batch([f"w{i}" for i in range(6)], {"max_concurrency": 2})
         assert sum(sizes) == 6
         assert max(sizes) <= 2
 
-    def test_the_cache_is_asked(self, pipeline, sizes):
+    def test_cached_answers_are_used(self, pipeline, sizes):
         chat = ChatGradMem(pipeline=pipeline, cache=InMemoryCache(), max_tokens=3)
         first = chat.batch(["w1", "w2"])
         sizes.clear()
         assert [m.content for m in chat.batch(["w1", "w2", "w1"])] == [first[i].content for i in (0, 1, 0)]
         assert not sizes
 
-    def test_one_that_fails_leaves_the_others_alone(self, chat, pipeline, monkeypatch):
+    def test_a_failed_call_does_not_affect_the_others(self, chat, pipeline, monkeypatch):
         generate = pipeline.generate_ids
         monkeypatch.setattr(
             pipeline, "generate_ids", lambda ids, mask, **k: _fail_for(8, ids) or generate(ids, mask, **k)
@@ -73,7 +73,7 @@ class TestBatches:
         assert (first.content, last.content) == (expected, expected)
         assert "out of memory" in str(broken)
 
-    def test_the_next_call_is_answered_after_a_thread_that_did_not_start(self, chat, monkeypatch):
+    def test_calls_work_again_after_a_thread_failed_to_start(self, chat, monkeypatch):
         def refuse(thread):
             raise RuntimeError("can't start new thread")
 
@@ -83,7 +83,7 @@ class TestBatches:
                 chat.invoke("w1")
         assert chat.batch(["w1"])[0].usage_metadata["output_tokens"] == 6
 
-    def test_whoever_waits_learns_of_what_ends_the_thread(self, chat, monkeypatch):
+    def test_waiting_calls_get_the_error_that_ends_the_thread(self, chat, monkeypatch):
         def fail(call):
             raise MemoryError("no batch")
 
@@ -100,23 +100,23 @@ def _fail_for(token, ids):
 
 
 class TestSeeds:
-    def test_a_batch_draws_as_single_calls(self, chat):
+    def test_a_batch_draws_the_same_as_single_calls(self, chat):
         seeded = chat.model_copy(update={"seed": 3})
         inputs = ["w1", "w2 w3", "w4"]
         assert [m.content for m in seeded.batch(inputs, **SAMPLING)] == [
             seeded.invoke(value, **SAMPLING).content for value in inputs
         ]
 
-    def test_without_a_seed_each_call_draws_anew(self, chat):
+    def test_without_a_seed_each_call_draws_differently(self, chat):
         assert len({m.content for m in chat.batch(["w1"] * 4, **SAMPLING)}) > 1
 
-    def test_a_stream_that_is_read_later_holds_up_nobody(self, chat):
+    def test_an_unfinished_stream_does_not_block_other_calls(self, chat):
         seeded = chat.model_copy(update={"seed": 0})
         stream = seeded.stream("w1", **SAMPLING)
         begun = next(stream)
         assert seeded.invoke("w1", **SAMPLING).content == begun.content + "".join(c.content for c in stream)
 
-    async def test_many_streams_at_once(self, chat):
+    async def test_many_streams_can_run_at_once(self, chat):
         seeded = chat.model_copy(update={"seed": 0})
 
         async def read(i):
@@ -133,7 +133,7 @@ class TestSeeds:
         drawn = processors(torch.zeros(rows, 1, dtype=torch.long), logits.repeat(rows, 1)).argmax(-1)
         expected = (logits / temperature).softmax(-1)[0]
         if top_p is not None:
-            expected = torch.tensor([1.0, 0, 0, 0])  # the first has 0.64 by itself
+            expected = torch.tensor([1.0, 0, 0, 0])  # the first alone has 0.64
         found = torch.tensor([Counter(drawn.tolist())[i] / rows for i in range(4)])
         torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
 
@@ -155,7 +155,7 @@ class TestCancelled:
         return count
 
     @pytest.mark.parametrize("way", ["ainvoke", "astream"])
-    async def test_a_task(self, passes, way):
+    async def test_a_cancelled_task_stops_generating(self, passes, way):
         async def stream():
             return [chunk async for chunk in self.chat.astream("w1")]
 
@@ -170,14 +170,14 @@ class TestCancelled:
         assert len(passes) - before <= 2
         assert (await self.chat.ainvoke("w1", max_tokens=2)).content
 
-    async def test_one_of_a_batch(self, passes):
+    async def test_cancelling_one_call_of_a_batch_keeps_the_other(self, passes):
         kept, lost = (asyncio.create_task(self.chat.ainvoke("w1", max_tokens=20)) for _ in range(2))
         while len(passes) < 5:
             await asyncio.sleep(0.001)
         lost.cancel()
         assert (await kept).usage_metadata["output_tokens"] == 20
 
-    async def test_before_it_began(self, passes):
+    async def test_calls_cancelled_before_they_began_are_not_run(self, passes):
         first = asyncio.create_task(self.chat.ainvoke("w1", max_tokens=20))
         while len(passes) < 3:
             await asyncio.sleep(0.001)
@@ -196,7 +196,7 @@ async def _until_idle():
         await asyncio.sleep(0.005)
 
 
-def test_what_batches_keeps_no_pipeline_alive():
+def test_batching_does_not_keep_a_pipeline_alive():
     import gc
     import weakref
 

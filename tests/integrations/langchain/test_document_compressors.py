@@ -62,8 +62,8 @@ class TestCompressor:
         assert compressor.store.writes == 4
 
     @pytest.mark.parametrize("given", [lambda heard: [heard], lambda heard: CallbackManager.configure([heard])])
-    async def test_callbacks_that_are_of_no_run_are_told_too(self, pipeline, given):
-        """Of a run of its own, as of LangChain's own components."""
+    async def test_callbacks_outside_a_run_get_events_too(self, pipeline, given):
+        """Of a separate run, as with LangChain's own components."""
         compressor = GradMemCompressor(pipeline=pipeline)
         heard = Heard()
         for written in (1, 0):
@@ -76,23 +76,23 @@ class TestCompressor:
         assert again == document
         assert heard.take()[1][1]["written"] == 0
 
-    def test_inside_a_run_it_is_told_of_that_run(self, pipeline):
+    def test_inside_a_run_events_belong_to_that_run(self, pipeline):
         compressor = GradMemCompressor(pipeline=pipeline)
         heard = Heard()
         RunnableLambda(compressor.transform_documents).invoke([Document("w1 w2")], {"callbacks": [heard]})
         run, told, ended = heard.take()
         assert (told[0], told[1]["written"], ended) == (run, 1, run)
-        compressor.transform_documents([Document("w1 w2")])  # nobody is there to be told
+        compressor.transform_documents([Document("w1 w2")])  # there is no callback
         assert heard.take() == []
 
-    def test_a_file_whose_name_is_no_text(self, pipeline):
-        """As loaders have it of a file that was named on another system."""
+    def test_a_source_that_is_not_valid_unicode_is_accepted(self, pipeline):
+        """As loaders give it for a file that was named on another system."""
         compressor = GradMemCompressor(pipeline=pipeline)
         (document,) = compressor.compress_documents([Document(TEXTS[0], metadata={"source": "caf\udce9.txt"})], "")
         assert document.metadata["source"] == "caf\udce9.txt"
         assert [entry.source for entry in compressor.store.store.entries()] == ["caf\N{REPLACEMENT CHARACTER}.txt"]
 
-    def test_what_was_written_of_an_edited_or_deleted_document_goes_by_its_source(self, pipeline):
+    def test_states_of_an_edited_or_deleted_document_can_be_forgotten_by_source(self, pipeline):
         compressor = GradMemCompressor(pipeline=pipeline)
         documents = [Document(text, metadata={"source": name}) for text, name in zip(TEXTS, "aab", strict=False)]
         _, new, other = compressor.transform_documents(documents)
@@ -102,15 +102,15 @@ class TestCompressor:
         assert compressor.store.gc(references_of(new)) == 1
 
     @pytest.mark.parametrize("foreign", ["yes", 3, None, ["a" * 32], "a" * 32, f"{'a' * 32} {'b' * 32}"])
-    def test_references_are_never_believed_from_metadata(self, pipeline, foreign):
-        """A loader may fill any field, with another's reference too."""
+    def test_references_in_metadata_are_never_trusted(self, pipeline, foreign):
+        """A loader may fill any field, even with someone else's reference."""
         compressor = GradMemCompressor(pipeline=pipeline)
         (document,) = compressor.compress_documents([Document(TEXTS[0], metadata={"gradmem": foreign})], "")
         assert references_of(document) == compressor.write_texts(TEXTS[0])
         (empty,) = compressor.compress_documents([Document(" ", metadata={"gradmem": foreign})], "")
         assert references_of(empty) == []
 
-    def test_a_chunk_of_a_written_document_is_written_itself(self, pipeline):
+    def test_a_chunk_of_a_written_document_is_written_separately(self, pipeline):
         compressor = GradMemCompressor(pipeline=pipeline)
         (whole,) = compressor.compress_documents([Document(TEXTS[0])], "")
         chunk = Document(TEXTS[0][:12], metadata=whole.metadata)
@@ -118,7 +118,7 @@ class TestCompressor:
             TEXTS[0][:12].strip()
         )
 
-    def test_a_damaged_state_is_written_anew(self, pipeline, tmp_path):
+    def test_a_damaged_state_is_written_again(self, pipeline, tmp_path):
         store = MemoryStateStore(MemoryStore(tmp_path, dtype="float32"))
         compressor = GradMemCompressor(pipeline=pipeline, store=store)
         written = compressor.compress_documents([Document(TEXTS[0])], "")
@@ -141,14 +141,14 @@ class TestCompressor:
         assert all(after[0] < before[1] for before, after in itertools.pairwise(places))
 
     def test_a_document_that_the_store_has_is_not_written_again(self, pipeline):
-        """It was cut without overlap here and with it there, so that most of it was written twice."""
+        """Segments once overlapped in the store and not here, so that most of a document was written twice."""
         text, compressor = tiny_text(70, seed=5), GradMemCompressor(pipeline=pipeline)
         references = compressor.store.write_document(pipeline, text, segment_tokens=32)
         compressor.part_tokens = 32
         assert references_of(compressor.compress_documents([Document(text)], "")[0]) == references
         assert compressor.store.writes == len(references) > 1
 
-    def test_fallback_leaves_the_text_of_what_memory_does_not_hold(self, pipeline, monkeypatch):
+    def test_fallback_keeps_the_texts_that_memory_does_not_hold(self, pipeline, monkeypatch):
         """By the loss with memory and without: nothing is decoded, and each text is measured once."""
         monkeypatch.setattr(pipeline.model.base_model, "reconstruct", None)
         document, passes = Document(TEXTS[0], metadata={"page": 1}), []
@@ -176,13 +176,13 @@ class TestCompressor:
         written = compressor.store.get(reference).write_losses[0, -1].item()
         assert compressor._gain(TEXTS[0], reference) == pytest.approx(1 - written / without, rel=1e-4)
 
-    def test_a_document_may_be_the_name_of_a_file(self, pipeline, tmp_path, monkeypatch):
+    def test_a_document_whose_text_is_a_file_name_is_written(self, pipeline, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "w1").touch()
         (written,) = GradMemCompressor(pipeline=pipeline).compress_documents([Document("w1")], "")
         assert references_of(written)
 
-    def test_empty_documents_stay(self, pipeline):
+    def test_empty_documents_are_left_unchanged(self, pipeline):
         documents = [Document(" "), Document(TEXTS[0])]
         empty, written = GradMemCompressor(pipeline=pipeline).compress_documents(documents, "")
         assert empty == documents[0]
@@ -206,7 +206,7 @@ class TestCompressor:
         assert found == lengths
         assert capsys.readouterr() == ("", "")
 
-    def test_what_was_written_before_a_failure_stays_written(self, pipeline, monkeypatch):
+    def test_states_written_before_a_failure_are_kept(self, pipeline, monkeypatch):
         write, done = pipeline.model.base_model._write, []
 
         def fail(ids, *rest, **options):

@@ -1,4 +1,4 @@
-"""What an extra of the package brings is named with the line that installs it."""
+"""A missing extra of the package is named with the command that installs it."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ import pytest
         ("memory", "langchain_classic.base_memory", "langchain-classic"),
     ],
 )
-def test_a_missing_extra_is_told_with_its_line(module, needs, extra, monkeypatch):
+def test_the_error_for_a_missing_extra_says_how_to_install_it(module, needs, extra, monkeypatch):
     name = f"langchain_gradmem.{module}"
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, needs, None)

@@ -1,4 +1,4 @@
-"""What chat templates are given, and tool calls there and back."""
+"""What chat templates are given, and tool calls in both directions."""
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
@@ -23,18 +23,18 @@ def chat(pipeline):
         ),
     ],
 )
-def test_refused_by_name(chat, messages, message):
+def test_unsupported_messages_are_refused(chat, messages, message):
     with pytest.raises(ValueError, match=message):
         chat.invoke(messages)
 
 
-def test_text_blocks_are_text(chat):
+def test_text_blocks_are_joined(chat):
     blocks = HumanMessage([{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}])
     assert chat.invoke([blocks]).content == chat.invoke("w3 w4").content
 
 
-def test_an_answer_of_another_model_is_its_text(chat):
-    """As a conversation has it that began with a hosted model, or fell back from one."""
+def test_only_the_text_of_another_models_answer_is_used(chat):
+    """As in a conversation that began with a hosted model, or fell back from one."""
     said = AIMessage([{"type": "thinking", "thinking": "w9"}, {"type": "text", "text": "w5"}, {"type": "reasoning"}])
     whole = chat.invoke([HumanMessage("w3"), said, HumanMessage("w4")])
     assert whole.content == chat.invoke([HumanMessage("w3"), AIMessage("w5"), HumanMessage("w4")]).content
@@ -56,7 +56,7 @@ def asked(chat, messages):
 
 
 class TestSystemRole:
-    """Templates without a system role, or with one at the beginning alone, are what most open models have."""
+    """Most open models have templates without a system role, or with one at the beginning only."""
 
     @pytest.fixture(params=RULES)
     def chat(self, request):
@@ -72,12 +72,12 @@ class TestSystemRole:
             [SystemMessage("w7"), SystemMessage("w8"), HumanMessage("w1"), AIMessage("w2"), HumanMessage("w3")],
         ],
     )
-    def test_their_text_is_kept(self, chat, messages):
+    def test_the_text_of_system_messages_is_kept(self, chat, messages):
         shown = chat.pipeline.format_query(asked(chat, messages).chat)[0]
         assert all(message.content in shown for message in messages)
 
     def test_a_part_of_a_conversation_is_counted(self, chat):
-        """As `trim_messages` asks for it, with nothing but the system message too."""
+        """As `trim_messages` asks for, even with nothing but the system message."""
         assert chat.get_num_tokens_from_messages([SystemMessage("w7")]) > 0
 
     def test_histories_work(self, chat, turn):
@@ -92,7 +92,7 @@ class TestSystemRole:
         assert len(request.states) == 1
 
 
-def test_what_a_template_refuses_anyhow_is_a_value_error():
+def test_a_template_that_always_refuses_is_a_value_error():
     pipeline = tiny_pipeline()
     pipeline.tokenizer.chat_template = "{{ raise_exception('Never') }}"
     with pytest.raises(ValueError, match=r"does not show the text of system messages.* The template says: Never"):
@@ -125,14 +125,14 @@ def w5(w6: int) -> int:
 class TestTools:
     @pytest.fixture
     def caller(self, monkeypatch):
-        """A model whose template knows tools and that says what a test wants it to say."""
+        """A model whose template supports tools, and whose answers a test sets."""
         caller = ChatGradMem(pipeline=tiny_pipeline(), max_tokens=4)
         caller.pipeline.tokenizer.chat_template = TOOLS_TEMPLATE
         said = []
         monkeypatch.setattr(type(caller.pipeline.tokenizer), "decode", lambda *args, **kwargs: said[-1])
         return caller, said
 
-    def test_refused_where_the_template_does_not_know_them(self, chat):
+    def test_tools_are_refused_if_the_template_does_not_support_them(self, chat):
         with pytest.raises(NotImplementedError, match="chat template does not support tools"):
             chat.bind_tools([w5])
         for messages in (
@@ -154,7 +154,7 @@ class TestTools:
         ]
         assert chat.bind_tools([w5]).invoke(messages).content == "w1"
 
-    def test_calls_are_read(self, caller):
+    def test_tool_calls_are_parsed(self, caller):
         chat, said = caller
         said.append('w1 <tool_call>{"name": "w5", "arguments": {"w6": 1}}</tool_call>')
         message = chat.bind_tools([w5]).invoke("w3")
@@ -164,7 +164,7 @@ class TestTools:
         assert chunk.tool_calls[0]["args"] == {"w6": 1}
         assert chat.invoke("w3").tool_calls == [], "without tools it is text"
 
-    def test_broken_calls_are_reported_as_such(self, caller):
+    def test_broken_tool_calls_are_reported_as_invalid(self, caller):
         chat, said = caller
         said.append("<tool_call>{broken</tool_call>")
         message = chat.bind_tools([w5]).invoke("w3")
@@ -172,7 +172,7 @@ class TestTools:
         assert message.invalid_tool_calls[0]["args"] == said[0]
 
     @pytest.mark.parametrize("body", ['{"name": w5}', '{"name"', '{"arguments": {}}'])
-    def test_streams_report_broken_calls_as_invoke_does(self, caller, body):
+    def test_streams_report_broken_tool_calls_as_invoke_does(self, caller, body):
         chat, said = caller
         broken = f"<tool_call>{body}</tool_call>"
         said.append(f'w1 {broken}<tool_call>{{"name": "w5"}}</tool_call>')
@@ -183,6 +183,6 @@ class TestTools:
             assert [call["name"] for call in message.tool_calls] == ["w5"]
             assert [call["args"] for call in message.invalid_tool_calls] == [broken]
 
-    def test_a_choice_cannot_be_enforced(self, caller):
+    def test_a_tool_choice_is_refused(self, caller):
         with pytest.raises(NotImplementedError, match="tool_choice='any'"):
             caller[0].bind_tools([w5], tool_choice="any")

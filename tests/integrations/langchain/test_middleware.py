@@ -35,14 +35,14 @@ class TestAgent:
         assert max(tokens[6:]) <= max(tokens[4:6]) + 3, "one more part of old turns at most"
         assert memory.store.writes > 0
 
-    async def test_async(self, chat, memory, turn):
+    async def test_async_agents(self, chat, memory, turn):
         agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)])
         messages = [m for i in range(5) for m in turn(i)] + [HumanMessage("w1")]
         state = await agent.ainvoke({"messages": messages})
         assert state["messages"][-1].usage_metadata["input_token_details"]["memory_vectors"] > 0
 
     def test_removed_messages_are_forgotten(self, chat, memory):
-        """As `SummarizationMiddleware` removes them, or an application: the agent answers on, and no state has them."""
+        """By `SummarizationMiddleware` or an application: the agent still answers, and no state holds them."""
         agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)], checkpointer=InMemorySaver())
         config = {"configurable": {"thread_id": "1"}}
         for i in range(6):
@@ -58,7 +58,7 @@ class TestAgent:
         assert list(memory.store.yield_keys()) == []
 
     def test_other_conversations_with_the_same_messages_keep_their_states(self, chat, memory):
-        """Of another thread, and of another agent whose thread is called alike."""
+        """In another thread, and in another agent's thread of the same name."""
         agents = [
             create_agent(chat, [], middleware=[GradMemMiddleware(memory)], checkpointer=InMemorySaver())
             for _ in range(2)
@@ -74,8 +74,8 @@ class TestAgent:
             agent.invoke({"messages": messages}, {"configurable": {"thread_id": thread}})
             assert set(memory.store.yield_keys()) == left
 
-    def test_without_a_checkpointer_states_are_not_entered_again_and_again(self, chat, memory, turn):
-        """A call has no thread, so that nobody could tell when its states are no longer needed."""
+    def test_without_a_checkpointer_states_are_entered_only_once(self, chat, memory, turn):
+        """A call has no thread, so nothing could tell when its states are no longer needed."""
         agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)])
         messages = [m for i in range(5) for m in turn(i)] + [HumanMessage("w1")]
         for _ in range(3):
@@ -83,7 +83,7 @@ class TestAgent:
         entries = list(memory.store.store.entries())
         assert len({entry.key for entry in entries}) == len(entries) > 0
 
-    def test_beside_a_summary(self, chat, memory):
+    def test_it_works_beside_summarization(self, chat, memory):
         """Turns that were never written are not hidden, and the question is always there."""
         summaries = SummarizationMiddleware(
             chat, trigger=("messages", 8), keep=("messages", 5), summary_prompt="w1 {messages}"
@@ -94,8 +94,8 @@ class TestAgent:
                 state = agent.invoke({"messages": [HumanMessage(f"w{i}")]}, {"configurable": {"thread_id": "1"}})
             assert len(state["messages"]) < 10
 
-    def test_an_old_checkpoint_is_gone_on_from(self, chat, memory):
-        """Whose states were deleted since: its messages are there."""
+    def test_an_old_checkpoint_can_be_continued(self, chat, memory):
+        """Its states were deleted since, but its messages are there."""
         agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)], checkpointer=InMemorySaver())
         config = {"configurable": {"thread_id": "1"}}
         for i in range(6):
@@ -105,7 +105,7 @@ class TestAgent:
         state = agent.invoke({"messages": [HumanMessage("w9")]}, old)
         assert state["messages"][-1].usage_metadata["input_token_details"]["memory_vectors"] > 0
 
-    def test_system_messages_and_failed_writes(self, chat, memory, turn, monkeypatch):
+    def test_system_messages_stay_and_failed_writes_leave_the_text(self, chat, memory, turn, monkeypatch):
         agent = create_agent(chat, [], middleware=[GradMemMiddleware(memory)], system_prompt="w30")
         shown = []
         monkeypatch.setattr(
@@ -122,8 +122,8 @@ class TestAgent:
             agent.invoke({"messages": messages})
         assert len(shown[-1]) == len(messages) + 1
 
-    def test_killed_and_resumed(self, tmp_path):
-        """SIGKILL between turns; a new process goes on from the same SQLite file and directory of states."""
+    def test_an_agent_can_be_killed_and_resumed(self, tmp_path):
+        """SIGKILL between turns; a new process continues from the same SQLite file and directory of states."""
         script = Path(__file__).parent / "agent_run.py"
         command = [sys.executable, str(script), str(tmp_path)]
         first = subprocess.run([*command, "0", "6", "kill"], capture_output=True, text=True, check=False)

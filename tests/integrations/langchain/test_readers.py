@@ -1,4 +1,4 @@
-"""A chat model on a pipeline with a reader of an engine answers, streams and stops as on one without."""
+"""A chat model on a pipeline with an engine reader answers, streams and stops as on one without."""
 
 import pytest
 from langchain_core.messages import HumanMessage
@@ -18,7 +18,7 @@ class Words(EngineReader):
                 yield i, [20 + n], n + 1 == sampling.max_new_tokens
 
 
-def test_answers_streams_and_stops(pipeline):
+def test_a_chat_model_answers_streams_and_stops(pipeline):
     other = GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=Words(pipeline.model, check_model=False))
     store = MemoryStateStore()
     chat = ChatGradMem(pipeline=other, store=store, max_tokens=5)
@@ -32,7 +32,7 @@ def test_answers_streams_and_stops(pipeline):
     assert chat.invoke([HumanMessage("w4")]).text == ChatGradMem(pipeline=pipeline, max_tokens=5).invoke("w4").text
 
 
-def test_an_engine_draws_by_itself(pipeline):
+def test_sampling_options_reach_the_engine_and_a_seed_is_refused(pipeline):
     reader = Words(pipeline.model, check_model=False)
     store = MemoryStateStore()
     (reference,) = store.write(pipeline, ["w1 w2 w3"])

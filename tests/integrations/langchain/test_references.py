@@ -11,7 +11,7 @@ from langchain_gradmem import attach, attach_documents, marker, references_of
 A, B = "a" * 32, "b" * 32
 
 
-def test_attached_to_a_copy_and_each_once():
+def test_references_are_attached_once_to_a_copy():
     message = HumanMessage("w1", additional_kwargs={"mine": 1})
     both = attach(attach(message, [A]), [B, A])
     assert references_of(both) == [A, B]
@@ -28,30 +28,30 @@ def test_documents_are_attached_to_the_last_human_message():
         attach_documents(messages[:1], documents)
 
 
-def test_documents_are_attached_to_what_a_prompt_gives():
+def test_documents_can_be_attached_to_any_prompt_value():
     documents = [Document("w5", metadata={"gradmem": A})]
     for value in ("w1", StringPromptValue(text="w1"), ChatPromptValue(messages=[HumanMessage("w1")])):
         (message,) = attach_documents(value, documents)
         assert (message.content, references_of(message)) == ("w1", [A])
 
 
-def test_a_plain_document_comes_with_a_warning():
+def test_a_plain_document_gives_a_warning():
     with pytest.warns(UserWarning, match="carries no reference"):
         attach_documents("w1", [Document("w2")])
 
 
 @pytest.mark.parametrize("foreign", ["yes", "", 3, None, ["a" * 32], {"a": 1}, f"{A}, {B}", marker(A)])
-def test_what_a_loader_left_in_metadata_is_passed_over(foreign):
+def test_other_values_in_metadata_are_ignored(foreign):
     assert references_of(Document("w1", metadata={"gradmem": foreign})) == []
 
 
 @pytest.mark.parametrize("wrong", ["xyz", 3, ["a" * 31], [marker(A)], None])
-def test_what_is_no_reference(wrong):
+def test_invalid_references_are_refused(wrong):
     with pytest.raises(ValueError, match="32 hexadecimal digits"):
         references_of(HumanMessage("w1", additional_kwargs={"gradmem": wrong}))
 
 
-def test_a_state_is_told_how_it_gets_a_reference(chat):
+def test_the_error_for_a_state_says_how_to_get_a_reference(chat):
     state = chat.pipeline.write("w1 w2 w3")
     for wrong in (state, [state]):
         with pytest.raises(ValueError, match=r"got .*MemoryState.* store\.mset\(\[\(reference, state\)\]\)"):

@@ -1,4 +1,4 @@
-"""What any retriever finds, written into memory."""
+"""Documents of any retriever, written into memory."""
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
@@ -12,7 +12,7 @@ TEXTS = [tiny_text(12, seed=i) for i in range(4)]
 
 
 class Words(DeterministicFakeEmbedding):
-    """Places that depend on the text alone."""
+    """Embeddings that depend only on the text."""
 
 
 def test_documents_are_written_once_and_events_say_so(chat):
@@ -35,7 +35,7 @@ def test_documents_are_written_once_and_events_say_so(chat):
 
 
 def test_written_documents_can_be_embedded_and_found_again(chat):
-    """What they were indexed with finds them: the text is still their text."""
+    """Their text is unchanged, so the same embedding finds them."""
     vectors = InMemoryVectorStore(Words(size=8))
     written = GradMemRetriever.from_retriever(RunnableLambda(lambda _: list(map(Document, TEXTS))), chat).invoke("")
     vectors.add_documents(written)

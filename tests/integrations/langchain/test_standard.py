@@ -30,7 +30,7 @@ class _Chat:
 
     @property
     def has_tool_calling(self):
-        return False  # bind_tools is there to say so in words
+        return False  # bind_tools exists only to say so
 
 
 class TestChatUnit(_Chat, ChatModelUnitTests):
@@ -40,7 +40,7 @@ class TestChatUnit(_Chat, ChatModelUnitTests):
 class TestChat(_Chat, ChatModelIntegrationTests):
     @property
     def has_structured_output(self):
-        return False  # its strings have no longest length, and a random model does not end them: test_structured.py
+        return False  # its strings have no maximum length, and a random model does not end them: test_structured.py
 
 
 class _Fixed(BaseRetriever):
@@ -68,7 +68,7 @@ def states():
 
 
 class _ByName(MemoryStateStore):
-    """The tests' keys are words, and the store takes references alone: words spelled as references."""
+    """The tests' keys are words, but the store takes only references: words are encoded as references."""
 
     def mget(self, keys):
         return super().mget([_spelled(key) for key in keys])

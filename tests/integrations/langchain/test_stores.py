@@ -36,7 +36,7 @@ def test_damaged_states_raise(state):
         assert store.mget([REFERENCE]) == [None]
 
 
-def test_states_that_are_put_back_are_found_and_forgotten_as_before(pipeline, tmp_path):
+def test_states_put_back_are_found_and_forgotten_as_before(pipeline, tmp_path):
     store = MemoryStateStore(tmp_path)
     references = store.write(pipeline, TEXTS[:2], sources=["a", "b"])
     sizes = [file.stat().st_size for file in sorted(tmp_path.rglob("*.safetensors"))]
@@ -61,13 +61,13 @@ def test_copies_share_the_states(pipeline, tmp_path):
         assert same.writes == 0
 
 
-def test_a_temporary_directory_goes_with_its_process(tmp_path):
+def test_a_temporary_directory_is_removed_with_its_process(tmp_path):
     script = "from langchain_gradmem import MemoryStateStore as S; s = S(); s.store.index.make(); print(s.store.path)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not Path(ran.stdout.strip()).parent.exists()
 
 
-def test_a_memory_store_is_taken_as_it_is(pipeline, tmp_path):
+def test_an_existing_memory_store_can_be_used(pipeline, tmp_path):
     states = MemoryStore(tmp_path, dtype="int8", keep_text=False)
     keys = states.add(pipeline, TEXTS, sources="a.txt")
     store = MemoryStateStore(states)
@@ -79,7 +79,7 @@ def test_a_memory_store_is_taken_as_it_is(pipeline, tmp_path):
 
 
 class TestWrite:
-    def test_documents_are_told_how_they_are_written(self, pipeline):
+    def test_the_error_for_documents_says_how_to_write_them(self, pipeline):
         store, document = MemoryStateStore(), Document(TEXTS[0])
         for write in (store.write, store.write_document, store.reference, store.references):
             for wrong in (document, [document], [TEXTS[0], document]):
@@ -96,7 +96,7 @@ class TestWrite:
         assert store.writes == 3
         assert store.reference(pipeline, TEXTS[1]) == first[1]
 
-    def test_one_text_is_one_state(self, pipeline):
+    def test_a_text_gives_the_same_reference_as_a_list_of_one(self, pipeline):
         store = MemoryStateStore()
         assert store.write(pipeline, TEXTS[0]) == store.write(pipeline, [TEXTS[0]])
         assert MemoryWriter(pipeline=pipeline, store=store).write_texts(TEXTS[0]) == store.write(pipeline, TEXTS[0])
@@ -119,11 +119,11 @@ class TestWrite:
         }
         assert len(references) == 3
 
-    def test_fields_at_their_defaults_change_no_reference(self, pipeline):
+    def test_default_options_do_not_change_the_reference(self, pipeline):
         store = MemoryStateStore()
         assert store.reference(pipeline, TEXTS[0]) == store.reference(pipeline, TEXTS[0], WriteOptions())
 
-    def test_what_is_stored_is_what_write_gives(self, pipeline, tmp_path):
+    def test_the_stored_state_equals_that_of_write(self, pipeline, tmp_path):
         store = MemoryStateStore(MemoryStore(tmp_path, dtype="float32"))
         (reference,) = store.write(pipeline, TEXTS[:1])
         assert store.get(reference) == pipeline.write(TEXTS[0]).cpu()
@@ -140,7 +140,7 @@ class TestWrite:
             store.write(pipeline, [TEXTS[0], tiny_text(500)])
         assert list(store.yield_keys()) == []
 
-    def test_batches_are_stored_though_a_later_one_fails(self, pipeline, monkeypatch):
+    def test_batches_are_stored_although_a_later_one_fails(self, pipeline, monkeypatch):
         store, batches = MemoryStateStore(), []
         monkeypatch.setitem(hardware.SATURATED, "cpu", 24)
         write = pipeline.model.base_model._write
@@ -157,7 +157,7 @@ class TestWrite:
         assert len(list(store.yield_keys())) == 2
 
 
-def test_garbage_of_other_namespaces_stays(pipeline):
+def test_gc_leaves_other_namespaces_alone(pipeline):
     mine = MemoryStateStore()
     other = MemoryStateStore(mine.store, namespace="other")
     keep, gone = mine.write(pipeline, TEXTS[:2])

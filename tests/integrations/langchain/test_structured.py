@@ -46,7 +46,7 @@ def reference(chat):
 
 
 class TestAnswers:
-    def test_a_pydantic_class(self, chat):
+    def test_a_pydantic_class_gives_an_instance(self, chat):
         assert isinstance(chat.with_structured_output(Pet).invoke("Who is Rex?"), Pet)
 
     @pytest.mark.parametrize("schema", [Owner, {"title": "Owner", "type": "object", "properties": {
@@ -57,7 +57,7 @@ class TestAnswers:
         assert answer["pet"] in ("dog", "cat")
         assert isinstance(answer["happy"], bool)
 
-    def test_memory_is_read(self, chat, reference):
+    def test_memory_is_read_for_structured_answers(self, chat, reference):
         structured = chat.with_structured_output(Pet, include_raw=True)
         without = structured.invoke("Who is Rex?")
         answer = structured.invoke([attach(HumanMessage("Who is Rex?"), [reference])])
@@ -65,7 +65,7 @@ class TestAnswers:
         assert answer["raw"].usage_metadata["input_token_details"]["memory_vectors"] == 3
         assert answer["raw"].text != without["raw"].text
 
-    def test_what_is_bound_stays_bound(self, chat, reference):
+    def test_bound_arguments_stay_bound(self, chat, reference):
         bound = chat.bind(memory=reference).with_structured_output(Pet, include_raw=True)
         named = chat.with_structured_output(Pet, include_raw=True, memory=reference)
         answer = bound.invoke("Who is Rex?")
@@ -74,17 +74,17 @@ class TestAnswers:
         with_tools = chat.bind(memory=reference).bind_tools([])
         assert with_tools.invoke("Who?").usage_metadata["input_token_details"]["memory_vectors"] == 3
 
-    def test_sampling_keeps_to_it(self, chat):
+    def test_sampling_respects_the_schema(self, chat):
         structured = chat.with_structured_output(Pet, temperature=2.0, top_p=0.95)
         for seed in range(5):
             assert isinstance(structured.invoke("Who?", seed=seed), Pet)
 
-    def test_every_row_of_a_batch(self, chat, reference):
+    def test_a_batch_gives_the_same_as_single_calls(self, chat, reference):
         structured = chat.bind(memory=reference).with_structured_output(Pet)
         questions = ["Who?", "Who is Rex?", "What kind of animal is he?", "Legs?"]
         assert structured.batch(questions) == [structured.invoke(question) for question in questions]
 
-    async def test_schemas_and_free_answers_at_the_same_time(self, chat):
+    async def test_structured_and_free_answers_can_run_at_the_same_time(self, chat):
         answers = await asyncio.gather(
             chat.with_structured_output(Pet).ainvoke("Who?"),
             chat.ainvoke("Who?"),
@@ -100,31 +100,31 @@ class TestAnswers:
         assert len(pieces) > 2
         assert pieces[-1] == structured.invoke("Who?")
 
-    async def test_an_async_stream(self, chat):
+    async def test_an_async_stream_ends_with_the_answer(self, chat):
         pieces = [piece async for piece in chat.with_structured_output(Pet).astream("Who?")]
         assert isinstance(pieces[-1], Pet)
 
-    def test_nested_objects_have_the_properties_that_are_named(self, chat):
+    def test_nested_objects_have_exactly_the_named_properties(self, chat):
         class Home(BaseModel):
             pets: list[Pet] = Field(min_length=2, max_length=2)
 
         answer = json.loads(chat.with_structured_output(Home, include_raw=True).invoke("Who?")["raw"].text)
         assert [pet.keys() for pet in answer["pets"]] == [{"name", "kind", "legs"}] * 2
 
-    def test_strict_requires_all(self, chat):
+    def test_strict_requires_all_properties(self, chat):
         class Maybe(BaseModel):
             legs: Literal[1, 2] = 1
 
         raw = chat.with_structured_output(Maybe, strict=True, include_raw=True).invoke("How many?")["raw"]
         assert json.loads(raw.text).keys() == {"legs"}
 
-    def test_an_agent_takes_it_by_itself(self, chat):
+    def test_an_agent_uses_structured_output_by_itself(self, chat):
         state = create_agent(chat, tools=[], response_format=Pet).invoke({"messages": [HumanMessage("Who?")]})
         assert isinstance(state["structured_response"], Pet)
 
 
 class TestRefusals:
-    def test_an_answer_that_breaks_off_is_no_answer(self, chat):
+    def test_a_truncated_answer_is_an_error(self, chat):
         structured = chat.with_structured_output(Owner, max_tokens=12)
         with pytest.raises(OutputParserException, match="by max_tokens: raise max_tokens"):
             structured.invoke("Who?")
@@ -135,7 +135,7 @@ class TestRefusals:
         assert "max_tokens" in str(answer["parsing_error"])
         assert answer["raw"].text.startswith('{"pet": "')
 
-    def test_what_cannot_be_enforced_is_said_at_once(self, chat):
+    def test_a_schema_that_cannot_be_enforced_is_refused_at_once(self, chat):
         with pytest.raises(ValueError, match=r"not supported by constrained decoding: .*not"):
             chat.with_structured_output({"title": "Answer", "type": "string", "not": {"const": "a"}})
 
@@ -144,11 +144,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="as with_structured_output makes it"):
             chat.invoke("Who?", response_format=wanted)
 
-    def test_a_tokenizer_of_words_cannot_be_kept_to_letters(self):
+    def test_a_word_tokenizer_is_refused(self):
         with pytest.raises(ValueError, match="decoder type"):
             ChatGradMem(pipeline=tiny_pipeline()).with_structured_output(Pet)
 
-    def test_without_the_library_its_name_is_said(self, chat, monkeypatch):
+    def test_the_error_without_llguidance_says_what_to_install(self, chat, monkeypatch):
         monkeypatch.setattr(grammar, "AVAILABLE", False)
         with pytest.raises(ModuleNotFoundError, match=r"gradmem-adapter\[structured-output\]"):
             chat.with_structured_output(Pet)

@@ -20,12 +20,12 @@ def carriers(messages):
 
 
 def test_old_turns_end_at_a_human_message(memory, conversation):
-    """Of at most 3 turns of text at least 2 stay; old ones are written two at a time."""
+    """At least 2 and at most 3 turns stay text; older ones are written two at a time."""
     cuts = [memory.cut([SystemMessage("w0"), *conversation(count)]) for count in range(9)]
     assert cuts == [0, 0, 0, 0, 5, 5, 9, 9, 13]
 
 
-def test_settings_that_contradict_each_other(pipeline):
+def test_contradictory_settings_are_refused(pipeline):
     with pytest.raises(ValueError, match=r"keep_turns \(5\) must not be greater than max_turns \(2\)"):
         TurnMemory(pipeline=pipeline, max_turns=2, keep_turns=5)
 
@@ -45,13 +45,13 @@ def test_tool_calls_and_their_results_are_written(memory):
     assert text == 'User: w1\nAssistant: w2 weather({"city": "Örm"})\nTool weather: 21'
 
 
-def test_what_old_messages_carried_is_not_written_as_text(memory):
+def test_markers_of_old_messages_are_not_written_as_text(memory):
     (text,) = memory.parts([attach(HumanMessage(f"w1 {marker('a' * 32)}"), ["a" * 32])])
     assert text == "User: w1 "
 
 
 @pytest.mark.parametrize("wrong", ["\ud800", "\0"])
-def test_what_cannot_be_written_blocks_nothing(memory, conversation, wrong):
+def test_invalid_characters_in_old_turns_block_nothing(memory, conversation, wrong):
     """In a text, in what a tool is called with, or in what it returns."""
     call = {"name": "read", "args": {"name": f"w1{wrong}"}, "id": "1"}
     said = [AIMessage("w2", tool_calls=[call]), ToolMessage(f"w3{wrong}", tool_call_id="1", name=f"read{wrong}")]
@@ -79,23 +79,23 @@ class TestManyParts:
 
     @pytest.fixture
     def lines(self):
-        """Messages that fill a part each."""
+        """Messages that each fill a part."""
         return lambda count: [HumanMessage(tiny_text(18, seed=i)) for i in range(count)]
 
-    def test_the_oldest_are_merged_in_pairs(self, memory, lines):
+    def test_the_oldest_parts_are_merged_in_pairs(self, memory, lines):
         whole = [f"User: {message.content}" for message in lines(5)]
         assert memory.parts(lines(3)) == whole[:3]
         assert memory.parts(lines(4)) == ["\n".join(whole[:2]), whole[2], whole[3]]
         assert memory.parts(lines(5)) == ["\n".join(whole[:2]), "\n".join(whole[2:4]), whole[4]]
 
-    def test_then_dropped_with_a_warning(self, memory, lines):
+    def test_the_oldest_parts_are_then_dropped_with_a_warning(self, memory, lines):
         with pytest.warns(UserWarning, match="its oldest turns are no longer in memory"):
             parts = memory.parts(lines(12))
         assert len(parts) == 3
         assert parts[-1] == f"User: {lines(12)[-1].content}"
 
-    def test_each_new_part_is_one_write_more_or_two(self, memory, lines):
-        """What was written before stays as it is, but for the pair that is merged."""
+    def test_each_new_part_takes_at_most_two_writes(self, memory, lines):
+        """Earlier parts stay as they are, except for the pair that is merged."""
         for count in range(1, 10):
             before = memory.store.writes
             memory.write(lines(count))
@@ -103,7 +103,7 @@ class TestManyParts:
 
 
 class TestFailures:
-    def test_a_failed_write_leaves_the_text_and_is_tried_again(self, pipeline, conversation, tmp_path):
+    def test_a_failed_write_leaves_the_text_and_is_retried(self, pipeline, conversation, tmp_path):
         class Failing(MemoryStore):
             broken = True
 
@@ -119,7 +119,7 @@ class TestFailures:
         failing.broken = False
         assert carriers(memory.shown(conversation(3)))
 
-    def test_a_damaged_state_is_written_anew_from_the_text(self, memory, conversation):
+    def test_a_damaged_state_is_rewritten_from_the_text(self, memory, conversation):
         (reference,) = references_of(carriers(memory.shown(conversation(4)))[0])
         good = memory.store.get(reference)
         (file,) = memory.store.store.path.rglob("*.safetensors")
@@ -129,7 +129,7 @@ class TestFailures:
         assert memory.store.get(reference) == good
 
 
-def test_references_are_those_of_the_last_cuts(memory, conversation):
+def test_references_cover_the_last_cuts(memory, conversation):
     assert memory.references(conversation(3)) == memory.references(conversation(3), cuts=2) == []
     first, second = memory.references(conversation(4)), memory.references(conversation(6))
     assert first != second

@@ -1,4 +1,4 @@
-"""MemoryWriter: what does not fit is cut, what fits is joined."""
+"""MemoryWriter: texts that do not fit are split, and lines that fit are joined."""
 
 import pytest
 from langchain_core.documents import Document
@@ -34,7 +34,7 @@ def test_the_options_reach_the_store(writer, options):
         (3, ValueError, "WriteOptions"),
     ],
 )
-def test_options_are_checked_where_they_are_given(pipeline, options, error, message):
+def test_invalid_options_are_refused_on_construction(pipeline, options, error, message):
     for kind in (MemoryWriter, TurnMemory, GradMemCompressor):
         with pytest.raises(error, match=message):
             kind(pipeline=pipeline, write_options=options)
@@ -53,8 +53,8 @@ def test_lines_are_joined_as_long_as_they_fit(writer):
     assert writer.join(lines) == ["\n".join(lines[:2]), "\n".join(lines[2:4]), lines[4]]
 
 
-def test_parts_are_segments_of_the_adapter_s():
-    """Neither as long as it was trained for nor as the backbone takes: memory would keep them worse."""
+def test_parts_have_the_adapters_segment_length():
+    """Not its trained length or the backbone's limit: memory would keep longer parts worse."""
     trained = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=25, trained_length=50))
     small = MemoryWriter(pipeline=tiny_pipeline(num_memory_tokens=6, trained_length=50))
     assert [len(part.split()) for part in small.split(tiny_text(24), overlap=0)] == [12, 12]
@@ -79,18 +79,18 @@ def test_parts_are_segments_of_the_adapter_s():
     ],
 )
 @pytest.mark.parametrize(("wrong", "what"), [("\ud83d", "half a character"), ("\0", "a zero byte")])
-def test_what_is_no_text_is_told_by_its_name(writer, write, name, wrong, what):
-    """Tokenizers would complain about types, or take it for something else."""
+def test_invalid_texts_are_refused_by_name(writer, write, name, wrong, what):
+    """Tokenizers would complain about types, or misread the text."""
     with pytest.raises(ValueError, match=f"{name}.* has {what}.*at position 3"):
         write(writer, f"w1 {wrong} w2")
 
 
-def test_texts_are_cut_at_sentences(pipeline):
+def test_texts_are_split_at_sentences(pipeline):
     writer = MemoryWriter(pipeline=pipeline, part_tokens=6)
     assert writer.split("w1 w2 w3 w4 w5. w6 w7 w8 w9 w10.") == ["w1 w2 w3 w4 w5.", "w6 w7 w8 w9 w10."]
 
 
-def test_one_that_writes_for_a_chat_model(chat):
+def test_from_chat_takes_pipeline_and_store_from_the_chat_model(chat):
     for kind in (MemoryWriter, TurnMemory, GradMemCompressor):
         writer = kind.from_chat(chat, part_tokens=7)
         assert (writer.pipeline, writer.store, writer.part_tokens) == (chat.pipeline, chat.store, 7)
