@@ -16,9 +16,9 @@ def answers(number, context, query, target):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_the_stories_own_answers_are_those_of_their_facts(number):
+def test_the_answers_of_the_data_follow_from_the_facts(number):
     rows = babi_rows(DATA, number, "test")
-    made = with_every_question(rows, number)  # raises where the facts say otherwise
+    made = with_every_question(rows, number)  # raises if the facts say otherwise
     assert {row["context"] for row in made} == {row["context"] for row in rows}
     assert sum(len(row["queries"]) for row in made) > len(rows)
 
@@ -29,7 +29,7 @@ def test_people_are_where_they_went_last():
     assert answers(1, story, "Where is Bob?", "attic") == expected
 
 
-def test_things_are_where_their_holder_is_or_where_they_were_left():
+def test_objects_are_where_their_holder_is_or_where_they_were_left():
     story = "Ann took the milk. Ann went to the hall. Bob went to the attic. Bob got the ball. Bob put down the ball."
     expected = {"Where is the milk?": "hall", "Where is the ball?": "attic"}
     assert answers(2, story, "Where is the milk?", "hall") == expected
@@ -40,7 +40,7 @@ def test_things_are_where_their_holder_is_or_where_they_were_left():
     )
 
 
-def test_where_nobody_knows_the_place_nothing_is_asked():
+def test_nothing_is_asked_about_an_unknown_place():
     story = (
         "Ann took the milk. Bob grabbed the ball. Ann dropped the milk. Ann went to the hall. Bob went to the attic."
     )
@@ -60,7 +60,7 @@ def test_the_last_gift_counts():
     }
 
 
-def test_the_same_facts_come_once_with_the_questions_of_all_their_rows():
+def test_rows_with_the_same_facts_are_merged_with_all_their_questions():
     story = "Ann went to the hall. Bob went to the attic."
     rows = [
         {"context": story, "query": f"Where is {who}?", "target": where}
@@ -83,7 +83,7 @@ def test_data_of_another_kind_are_refused():
         Babi(source="data", number=4, every_question=True)
 
 
-def test_a_source_asks_every_question_in_training_alone(tmp_path):
+def test_every_question_is_asked_in_training_only(tmp_path):
     story = "Ann went to the hall. Bob went to the attic."
     line = f'{{"context": "{story}", "query": "Where is Bob?", "target": "attic"}}\n'
     for split in ("train", "test"):

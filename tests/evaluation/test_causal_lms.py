@@ -35,7 +35,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("model_type", RIGHT)
-def test_one_that_is_special_is_right(model_type):
+def test_special_models_pass(model_type):
     found = check(model_type)
     assert found["verdict"] == "passes", found
     assert len(found["errors"]) == 13
@@ -43,20 +43,20 @@ def test_one_that_is_special_is_right(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["bart", "recurrent_gemma"])
-def test_one_that_reads_padding_on_the_left_is_right_without(model_type):
-    """BART counts it as positions, RecurrentGemma reads it into its state."""
+def test_models_that_read_left_padding_pass_without_it(model_type):
+    """BART counts the padding as positions, RecurrentGemma reads it into its state."""
     found = check(model_type)
     assert (found["verdict"], found["reason"]) == ("passes", "takes no prompts that are padded on the left"), found
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_one_that_cannot_be_right_is_refused_when_attached(model_type):
+def test_models_that_cannot_be_right_are_refused_when_attached(model_type):
     found = check(model_type)
     assert found["verdict"] == "refused", found
     assert re.search(REFUSED[model_type], found["reason"])
 
 
-def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_sweep_continues_where_it_stopped(tmp_path, monkeypatch):
     tried = []
 
     def isolated(model_type, limit):
@@ -84,6 +84,6 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_that_takes_too_long_ends_alone():
+def test_only_a_model_that_takes_too_long_is_stopped():
     assert isolated("llama", 0.01)["reason"] == "takes more than 0 seconds"
     assert isolated("llama", 300)["verdict"] == "passes"

@@ -43,7 +43,7 @@ def test_a_difference_is_the_mean_of_differences(scores):
     assert turned["mean"] == pytest.approx(-found["mean"], abs=1e-12)
 
 
-def test_what_is_alike_in_both_does_not_count_as_error():
+def test_what_both_models_share_does_not_count_as_error():
     hard, easy = [0.0, 0.5] * 50, [0.1, 0.6] * 50
     found = differences(table([answer(f1) for f1 in easy]), table([answer(f1) for f1 in hard])).loc["f1"]
     assert found["mean"] == pytest.approx(0.1)
@@ -52,7 +52,7 @@ def test_what_is_alike_in_both_does_not_count_as_error():
     assert differences(table([answer(0.0)]), table([answer(1.0)])).loc["f1", "errors"] == -math.inf
 
 
-def test_the_command(tmp_path):
+def test_the_command_compares_matching_settings(tmp_path):
     one = [answer(f1, query=str(i), write_steps=k) for k in (0, 1) for i, f1 in enumerate((0.5, 0.7, 0.9 + 0.1 * k))]
     other = [answer(f1, query=str(i), write_steps=1) for i, f1 in enumerate((0.1, 0.5, 0.9))]
     extra = [answer(1.0, dataset="pairs")]
@@ -66,13 +66,13 @@ def test_the_command(tmp_path):
     assert "pairs" not in run.output
 
 
-def test_an_answer_may_hold_what_some_take_for_the_end_of_a_line(tmp_path):
+def test_an_answer_may_contain_unicode_line_separators(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(answer(0.5, query="One\u2028or\x85two?"), ensure_ascii=False) + "\n", encoding="utf-8")
     assert load_answers(path)["query"].tolist() == ["One\u2028or\x85two?"]
 
 
-def test_what_cannot_be_compared_is_said(tmp_path):
+def test_answers_that_cannot_be_compared_are_refused(tmp_path):
     first = file(tmp_path / "a.jsonl", [answer(0.5), answer(0.7)])
     for content, message in (
         ([answer(0.5)], "different questions: 2 and 1"),
@@ -90,8 +90,8 @@ def test_what_cannot_be_compared_is_said(tmp_path):
         load_answers(file(tmp_path / "c.jsonl", ["text"]))
 
 
-def test_what_the_readme_says_of_fairy_tales():
-    """That the shipped adapter is beyond two standard errors of each baseline, by the answers that are kept."""
+def test_the_readmes_claim_about_fairy_tales_holds():
+    """The shipped adapter is more than two standard errors above each baseline, by the answers that are kept."""
     gradmem = load_answers(KEPT / "fairytaleqa_gradmem.jsonl").query("write_steps == 1 and states == 1")
     for name, least in (("mean_pooling", 2), ("forward_memory", 10)):
         baseline = load_answers(KEPT / f"fairytaleqa_{name}.jsonl")

@@ -21,14 +21,14 @@ def nats(logits, ids):
     return float(torch.nn.functional.cross_entropy(logits[0], ids[0]))
 
 
-def test_losses_are_those_of_the_model():
+def test_losses_equal_those_of_the_model():
     model, rows = tiny(), tokens(3, 12)
     found = losses(model, torch.zeros(3, 0, 32), rows[:, :7].tolist(), rows[:, 7:].tolist())
     expected = [nats(model(row[None]).logits[:, 7:-1], row[None, 8:]) for row in rows]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_measure():
+def test_the_gap_that_memory_closes_is_measured():
     """Without memory and with the text it is the backbone alone; memory closes a share of the gap."""
     config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, lora_config=lora())
     model = get_peft_model(tiny(), config).eval()
@@ -47,7 +47,7 @@ def test_measure():
     assert float(values["gap_closed"].mean()) == pytest.approx(float(share), rel=1e-4)
 
 
-def test_refused():
+def test_other_methods_and_training_are_refused():
     run = RunConfig.of(
         {"backbone": "none", "method": {"name": "full_context"}, "tasks": [{"name": "babi", "source": "", "number": 1}]}
     )

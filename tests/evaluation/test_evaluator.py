@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(folder, tmp_path):
-    """A model by GradMem that is not trained, saved."""
+    """A saved, untrained GradMem model."""
     config = qa_config(folder)
     save_model(*build_model(config), config, tmp_path / "model")
     return tmp_path / "model"
@@ -48,7 +48,7 @@ def invoke(*arguments):
 
 
 class Fixed(Answerer):
-    """Gives answers that are known."""
+    """Gives known answers."""
 
     asked = []
 
@@ -57,7 +57,7 @@ class Fixed(Answerer):
         return ["nothing" if i % 3 else row[0] for i, row in enumerate(questions(Fixed.rows)[3])]
 
 
-def test_a_measurement(folder):
+def test_answers_are_scored_and_recorded(folder):
     config = qa_config(folder)
     Fixed.rows = config.tasks[0].rows("test")
     answerer = Fixed(*build_model(config), config, 2)
@@ -70,8 +70,8 @@ def test_a_measurement(folder):
     assert all(i in reads for i, reads in zip(questions(Fixed.rows)[2], answerer.asked[-1], strict=True))
 
 
-def test_refusals(folder):
-    """What is asked of the wrong passage is counted apart."""
+def test_refusals_are_measured(folder):
+    """Questions about the wrong passage are counted separately."""
     config = qa_config(folder)
     task = dataclasses.replace(config.tasks[0], unanswerable=0.5)
     accepted = questions(task.rows("test"))[3]
@@ -90,7 +90,7 @@ def test_refusals(folder):
 
 
 @pytest.mark.parametrize("kept", ["float32", "int8"])
-def test_states_are_read_as_a_store_keeps_them(folder, kept):
+def test_states_can_be_read_as_a_store_keeps_them(folder, kept):
     config = qa_config(folder)
     task, asked = dataclasses.replace(config.tasks[0], kept=kept), []
 
@@ -121,7 +121,7 @@ def test_contexts_are_written_once_for_all_numbers_of_states(checkpoint, folder,
 
 
 @pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method["name"])
-def test_a_record(folder, tmp_path, method):
+def test_a_record_describes_its_measurement(folder, tmp_path, method):
     config = qa_config(folder, method)
     save_model(*build_model(config), config, tmp_path / "model")
     short = Evaluation(tasks=(Passages(source=str(folder / "short")),), write_steps=(1, 2))
@@ -163,12 +163,12 @@ def test_records_of_several_processes_are_all_kept(tmp_path):
         for k in range(first, first + 10):
             add_records(file, [Record(task="babi", method="gradmem", write_steps=k)])
 
-    with ThreadPoolExecutor(4) as pool:  # each has a lock of its own, as a process has
+    with ThreadPoolExecutor(4) as pool:  # each has its own lock, as a process has
         list(pool.map(add, range(0, 40, 10)))
     assert len(load_records(file)) == 40
 
 
-def test_the_command(checkpoint, tmp_path):
+def test_run_records_every_data_set_and_setting(checkpoint, tmp_path):
     results = tmp_path / "answers.jsonl"
     command = ["run", checkpoint, "--steps", "1,2", "--states", "1,2"]
     result = invoke(*command, "--results", results)
@@ -181,7 +181,7 @@ def test_the_command(checkpoint, tmp_path):
     result = invoke(*command, "--results", results, "--limit", "3")
     assert result.exit_code == 0, result.output
     whole, part = load_records(results)[: len(before)], load_records(results)[len(before) :]
-    assert whole == before  # a part of the data takes no place of the whole
+    assert whole == before  # a part of the data does not replace the whole
     assert len(part) == len(before)
     assert {record.settings["limit"] for record in part} == {3}
     result = invoke(*command, "--limit", "1", "--states", "1")
@@ -192,7 +192,7 @@ def test_the_command(checkpoint, tmp_path):
     assert "questions are asked of 9" in " ".join(result.stderr.split())
 
 
-def test_training_by_the_command(folder, tmp_path):
+def test_train_follows_a_recipe_and_its_settings(folder, tmp_path):
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(qa_fields(folder)), encoding="utf-8")
@@ -207,7 +207,7 @@ def test_training_by_the_command(folder, tmp_path):
     assert "another configuration: method, training differ" in " ".join(result.stderr.split())
 
 
-def test_tokenized_once_for_several_runs(folder, tmp_path):
+def test_rows_are_tokenized_once_for_several_runs(folder, tmp_path):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(yaml.safe_dump(qa_fields(folder)))
     result = invoke_plain("tokenize", recipe, "--output", tmp_path / "tokens")
@@ -232,7 +232,7 @@ def test_training_that_diverges_ends_with_status_1(folder, tmp_path, monkeypatch
     assert (result.exit_code, "not finite in step 3" in result.stderr) == (1, True)
 
 
-def test_an_evaluation_that_is_cut_short_keeps_what_it_has_measured(checkpoint, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_keeps_what_it_has_measured(checkpoint, tmp_path, monkeypatch):
     results, whole = tmp_path / "answers.jsonl", Passages.measure
 
     def measured(self, *args, **options):
@@ -246,7 +246,7 @@ def test_an_evaluation_that_is_cut_short_keeps_what_it_has_measured(checkpoint, 
     assert {r.dataset for r in load_records(results)} == {"short"}
 
 
-def test_one_data_set_alone_is_measured(checkpoint, tmp_path):
+def test_a_single_data_set_can_be_measured(checkpoint, tmp_path):
     results = tmp_path / "answers.jsonl"
     run = invoke("run", checkpoint, "--steps", "1", "--only", "long", "--results", results)
     assert run.exit_code == 0, run.output
@@ -270,7 +270,7 @@ def test_answers_are_kept_with_their_scores(checkpoint, tmp_path):
     assert "There is no directory" in " ".join(run.output.split())
 
 
-def test_a_text_is_measured_whatever_was_trained(checkpoint, tmp_path):
+def test_a_text_can_be_measured_whatever_was_trained(checkpoint, tmp_path):
     from tiny import tiny_text
 
     (tmp_path / "t.txt").write_text(tiny_text(20))
@@ -285,7 +285,7 @@ def test_a_text_is_measured_whatever_was_trained(checkpoint, tmp_path):
     assert (record.task, record.settings["checkpoint"], record.n) == ("reconstruction", "model", 3)
 
 
-def test_names_of_runs_tell_their_checkpoints_apart(folder, tmp_path):
+def test_checkpoints_are_distinguished_by_the_names_of_their_runs(folder, tmp_path):
     checkpoint = train(qa_config(folder, {"name": "gradmem"}, training={"max_steps": 1, "disable_tqdm": True}),
                        tmp_path / "one", CPU)  # fmt: skip
     (tmp_path / "t.txt").write_text("w1 " * 20)

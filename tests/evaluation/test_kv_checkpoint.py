@@ -28,8 +28,8 @@ def exact_match(loaded, pairs, steps, contexts):
 
 
 @pytest.mark.parametrize(("pairs", "steps"), [(4, 1), (16, 1), (16, 5), (32, 2), (32, 30), (64, 5), (96, 5)])
-def test_scores_what_the_results_say(loaded, pairs, steps):
-    """Within three standard deviations of a measurement on fewer contexts, whose queries are not independent."""
+def test_scores_agree_with_the_results(loaded, pairs, steps):
+    """Within three standard deviations of this smaller measurement, whose queries are not independent."""
     (recorded,) = (
         record.metrics["exact_match"]
         for record in load_records(RESULTS / "kv_retrieval.jsonl")
@@ -42,12 +42,12 @@ def test_scores_what_the_results_say(loaded, pairs, steps):
 
 
 @pytest.mark.parametrize("steps", [6, 9])
-def test_steps_that_training_did_not_draw_retrieve_too(loaded, steps):
-    """With rates of its own for each of the last steps, six steps had 83 % where five had 97."""
+def test_numbers_of_steps_that_training_did_not_draw_also_work(loaded, steps):
+    """With separate rates for each of the last steps, six steps scored 83 % where five scored 97."""
     assert exact_match(loaded, 96, steps, contexts=8) > 0.95
 
 
-def test_answers_are_what_forward_would_choose(loaded):
+def test_answers_equal_the_choices_of_forward(loaded):
     model, *_ = loaded
     batch = sample_pairs(8, 16, 64, generator=torch.Generator().manual_seed(123))
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_compiled_layers_retrieve_the_same():
     assert answers[0] == answers[1]
 
 
-def test_the_command(tmp_path):
+def test_the_command_records_each_setting_once(tmp_path):
     results = tmp_path / "results.jsonl"
     command = ["run", str(CHECKPOINT), "--pairs", "4,8", "--steps", "1,2", "--contexts", "4", "--results", str(results)]
     for _ in range(2):
@@ -95,13 +95,13 @@ def test_the_command(tmp_path):
         (["--task", "{name: riddles}"], "must be one of answerable, babi"),
     ],
 )
-def test_what_cannot_be_measured(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     result = CliRunner().invoke(app, ["run", str(CHECKPOINT), "--contexts", "1", "--device", "cpu", *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
 
 
-def test_something_else_is_no_checkpoint(tmp_path):
+def test_a_directory_without_a_model_is_refused(tmp_path):
     result = CliRunner().invoke(app, ["run", str(tmp_path)])
     assert result.exit_code == 2
     assert "There is no model trained by a recipe in" in " ".join(result.stderr.split())

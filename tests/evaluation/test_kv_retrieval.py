@@ -18,7 +18,7 @@ def sampled(*numbers, seed=0):
 
 
 def pairs_of(context):
-    """The pairs of a context's text, read by the format alone."""
+    """The pairs of a context's text, parsed only by its format."""
     assert context.endswith("|")
     segments = [context[i : i + 7] for i in range(0, len(context) - 1, 7)]
     assert all(s[0] == s[-1] == "!" and s[3] == ":" for s in segments)
@@ -43,7 +43,7 @@ def test_answers_are_in_the_context(fewest, more, queries, seed):
             assert len(set(row["queries"])) == queries
 
 
-def test_a_batch_is_what_the_collator_makes_of_its_rows():
+def test_a_batch_equals_what_the_collator_makes_of_its_rows():
     batch = sampled(4, 2, 5, 2, seed=3)
     rows = as_rows(batch)
     for row in rows:  # the collator ends a target itself
@@ -60,7 +60,7 @@ def test_the_number_of_pairs_varies_over_its_whole_range():
     assert sorted(set(lengths.tolist())) == [2 * 7 + 1, 3 * 7 + 1, 4 * 7 + 1, 5 * 7 + 1]
 
 
-def test_tokenizer_gives_one_token_per_character_and_back():
+def test_the_tokenizer_gives_one_token_per_character_and_back():
     tokenizer = pairs_tokenizer()
     text = "!aZ:09!?|"
     ids = tokenizer(text)["input_ids"]
@@ -78,7 +78,7 @@ def test_tokenizer_gives_one_token_per_character_and_back():
         (lambda: KVRetrieval().batches(0, ()), "at least one stage"),
     ],
 )
-def test_a_task_that_does_not_exist_is_refused(make, message):
+def test_impossible_tasks_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -87,7 +87,7 @@ def test_a_task_that_does_not_exist_is_refused(make, message):
     ("answer", "hit"),
     [("ab!|", True), ("ab!xy", True), ("ac!|", False), ("ab", True), ("", False), ("abc!", False)],
 )
-def test_exact_match_reads_the_value_up_to_its_edge(answer, hit):
+def test_exact_match_compares_the_two_characters_of_the_value(answer, hit):
     assert KVRetrieval().score(answer, ["ab!|"]) == {"exact_match": hit}
 
 
@@ -97,7 +97,7 @@ STAGES = (
 )
 
 
-def test_stages_follow_one_another_and_the_mix_is_drawn_by_the_step():
+def test_stages_follow_each_other_and_the_step_decides_the_mix():
     task = KVRetrieval(stages=STAGES)
     batches = task.batches(0, ())
     assert (len(batches), task.steps) == (64, 64)
@@ -110,7 +110,7 @@ def test_stages_follow_one_another_and_the_mix_is_drawn_by_the_step():
     assert not torch.equal(batch["context_input_ids"][0], task.batches(1, ()).batch(9, CPU)["context_input_ids"][0])
 
 
-def test_write_steps_of_the_run_take_the_place_of_those_of_its_stages():
+def test_write_steps_of_the_run_override_those_of_its_stages():
     task = KVRetrieval(stages=STAGES)
     assert {task.batches(0, ()).batch(step, CPU)["write_steps"] for step in range(4)} == {1, 2}
     assert {task.batches(0, (3,)).batch(step, CPU)["write_steps"] for step in range(40)} == {3}

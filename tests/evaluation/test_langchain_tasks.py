@@ -24,7 +24,7 @@ def measure():
 
 @pytest.fixture
 def source(tmp_path):
-    """Six documents, and questions that have words of theirs."""
+    """Six documents, and questions that share words with them."""
     texts = [tiny_text(12, seed=i).split() for i in range(6)]
     rows = [{"context": " ".join(t), "query": " ".join(t[2:7]), "target": t[0], "answers": [t[0]]} for t in texts]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -32,16 +32,16 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize(("read", "vectors"), [("each", 6), ("side_by_side", 12), ("text", 0)])
-def test_retrieved_documents(measure, source, read, vectors):
+def test_questions_on_retrieved_documents_are_measured(measure, source, read, vectors):
     found = measure({"name": "rag", "source": source, "read": read, "instruction": "w1"}, states=2, limit=4)
     assert {"f1", "exact_match", "found", "prompt_tokens", "seconds"} <= set(found.values)
     assert found.values["found"].mean() > 0.5
-    prompt = 5 + 5 + 1 + (24 if read == "text" else vectors)  # the template, the question, what stands behind it
+    prompt = 5 + 5 + 1 + (24 if read == "text" else vectors)  # template, question, and what comes after it
     assert found.values["prompt_tokens"].tolist() == [prompt] * 4
     assert found.facts == {"context_tokens": 12.0, "documents": 4}
 
 
-def test_a_conversation(measure):
+def test_a_conversation_is_measured_with_memory_and_text(measure):
     shown = {
         way: measure({"name": "conversation", "shown": way, "turns": [4, 10]}, limit=1)
         for way in ("memory", "recent", "text")
@@ -55,7 +55,7 @@ def test_a_conversation(measure):
     assert [len(line["accepted"]) for line in shown["text"].answers] == [1] * 16
 
 
-def test_they_need_memory(source):
+def test_other_methods_than_gradmem_are_refused(source):
     for task in ({"name": "rag", "source": source}, {"name": "conversation"}):
         config = RunConfig.of({"backbone": "none", "method": {"name": "full_context"}, "tasks": [task]})
         with pytest.raises(TypeError, match="needs the method gradmem"):

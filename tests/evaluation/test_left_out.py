@@ -1,4 +1,4 @@
-"""Whether a long text is known not to answer, once the paragraph that answers is left out."""
+"""Whether support drops once the paragraph with the answer is left out of a long text."""
 
 import pytest
 from peft import get_peft_model
@@ -52,7 +52,7 @@ def test_a_question_is_asked_with_and_without_the_segments_of_its_paragraph(meas
     assert found.values["auc"].mean() > 0.9
 
 
-def test_thresholds(measure, seen):
+def test_shares_below_thresholds_are_reported(measure, seen):
     found = measure()
     for of in ("whole", "left_out"):
         expected = [float(line[of] < 0.5) for line in found.answers]
@@ -60,13 +60,13 @@ def test_thresholds(measure, seen):
         assert found.values[f"{of}_below_0.97"].sum() >= sum(expected)
 
 
-def test_support_is_that_of_the_pipeline(measure):
+def test_support_comes_from_the_pipeline(measure):
     found = measure(questions=2)
     assert len(found.answers) == 4
     assert all(0 < line[of] < 1 for line in found.answers for of in ("whole", "left_out"))
 
 
-def test_an_article_of_one_segment_has_nothing_left(measure):
+def test_an_article_of_one_segment_has_no_support_left(measure):
     assert {line["left_out"] for line in measure(segment_tokens=60).answers} == {0.0}
 
 

@@ -1,4 +1,4 @@
-"""Questions about long articles: what is read of them, and what a question is asked of."""
+"""Questions about long articles: how they are split, and which pieces a question is asked of."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def measure(source):
     return run
 
 
-def test_the_right_paragraph(measure):
+def test_the_right_paragraph_can_be_given(measure):
     found = measure(pieces="paragraphs", chosen="right")
     assert found.values["found"].tolist() == [1.0] * 8
     assert found.facts["context_tokens"] == 10
@@ -46,13 +46,13 @@ def test_the_right_paragraph(measure):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_paragraphs_by_words(measure, alone):
+def test_paragraphs_are_found_by_words(measure, alone):
     one, all_four = (measure(pieces="paragraphs", states=k, alone=alone).values["found"] for k in (1, 4))
     assert one.mean() > 0.7
     assert all_four.tolist() == [1.0] * 8
 
 
-def test_how_well_pieces_were_found_counts_where_each_is_asked_by_itself(measure, monkeypatch):
+def test_search_scores_count_if_each_piece_is_asked_alone(measure, monkeypatch):
     seen, own = [], Answerer.surest
 
     def surest(self, memory, queries, reads, search_scores):
@@ -65,7 +65,7 @@ def test_how_well_pieces_were_found_counts_where_each_is_asked_by_itself(measure
     assert all(len(read) == 2 and best > 0 and best >= other >= 0 for read, (best, other) in seen)
 
 
-def test_segments_are_as_long_as_the_adapter_writes_by_default(measure):
+def test_segments_have_the_adapters_length_by_default(measure):
     assert 8 < measure(states=2).facts["context_tokens"] <= 12
     assert measure(segment_tokens=7).facts["context_tokens"] <= 7
     with pytest.raises(ValueError, match="set segment_tokens"):
@@ -77,14 +77,14 @@ def test_whole_articles_are_cut_to_what_the_model_takes(measure):
     assert 22 <= measure(method="full_context", pieces="segments", segment_tokens=44).facts["context_tokens"] <= 44
 
 
-def test_so_many_questions_of_each_article(measure):
+def test_the_number_of_questions_per_article_can_be_limited(measure):
     some = measure(questions=2)
     assert len(some.answers) == 4
     assert torch.equal(measure(questions=2).values["f1"], some.values["f1"])
     assert len(measure(questions=9).answers) == 8
 
 
-def test_articles_without_questions(measure, source):
+def test_articles_without_questions_are_skipped(measure, source):
     file = source / "squad_articles_test.jsonl.gz"
     articles = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
     articles[0]["questions"] = []
@@ -95,19 +95,19 @@ def test_articles_without_questions(measure, source):
         measure()
 
 
-def test_one_state_for_an_article(measure):
+def test_an_article_can_be_written_into_one_state(measure):
     found = measure(pieces="sequential")
     assert found.facts["context_tokens"] == 40
     assert len(found.answers) == 8
 
 
 @pytest.mark.parametrize("options", [{"chosen": "right"}, {"pieces": "whole"}, {"pieces": "sequential"}])
-def test_there_is_one_right_piece_and_one_whole(measure, options):
+def test_settings_with_a_single_piece_refuse_several_states(measure, options):
     with pytest.raises(ValueError, match="use 1 state, not 2"):
         measure(states=2, **options)
 
 
-def test_states_are_those_of_gradmem(measure):
+def test_other_methods_than_gradmem_are_refused(measure):
     with pytest.raises(TypeError, match="need the method gradmem"):
         measure(method="full_context", pieces="sequential")
     with pytest.raises(TypeError, match="need the method gradmem"):

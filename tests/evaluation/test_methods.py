@@ -39,7 +39,7 @@ def kv_model(method, scale=5):
 
 @baselines
 def test_padding_changes_nothing(method):
-    """Each context alone and unpadded gives what it gives in a batch, with or without masks."""
+    """Each context gives the same alone and unpadded as in a batch, with or without masks."""
     model, batch = kv_model(method), sampled(5, 3, 6, 2)
     with torch.no_grad():
         together = model(**batch).logits
@@ -58,7 +58,7 @@ def test_padding_changes_nothing(method):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_full_context_is_the_model_on_context_and_query(architecture):
+def test_full_context_equals_the_model_on_context_and_query(architecture):
     backbone = tiny(architecture).eval()
     context, query = tokens(1, 5, seed=1), tokens(1, 3, seed=2)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_full_context_is_the_model_on_context_and_query(architecture):
     torch.testing.assert_close(out.loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_context_sees_none_and_truncated_text_the_first_tokens():
+def test_no_context_sees_nothing_and_truncated_text_the_first_tokens():
     backbone = tiny().eval()
     context, lengths = tokens(2, 6), torch.tensor([6, 3])
     nothing = built(TruncatedText(tokens=0), backbone).prefix(context, lengths, 1)
@@ -95,7 +95,7 @@ def test_mean_pooling_takes_the_mean_of_equal_parts():
     torch.testing.assert_close(vectors[2, :2], hidden[2, :2], rtol=1e-4, atol=1e-5)
 
 
-def test_forward_memory_sees_the_context_through_its_memory_alone():
+def test_forward_memory_sees_the_context_only_through_its_memory():
     model = kv_model(BASELINES["forward memory"], scale=1)
     batch, other = (sampled(2, 2, 3, seed=seed) for seed in (0, 1))
     changed = batch | {"context_input_ids": other["context_input_ids"]}
@@ -116,13 +116,13 @@ def test_several_passes_differ_from_one():
     assert not torch.allclose(memories[1], memories[2], atol=1e-4)
 
 
-def test_memory_of_no_pass_is_refused():
+def test_zero_passes_are_refused():
     batch = sampled(2, 1, 4)
     with pytest.raises(ValueError, match=r"at least 1 pass .*got 0"):
         kv_model(BASELINES["forward memory"])(**batch, write_steps=0)
 
 
-def test_the_reconstruction_loss_is_that_of_the_context_given_its_memory():
+def test_the_reconstruction_loss_is_the_contexts_loss_given_its_memory():
     torch.manual_seed(0)
     backbone = tiny().eval()
     plain, weighted = (
@@ -146,7 +146,7 @@ def test_the_reconstruction_loss_is_that_of_the_context_given_its_memory():
 
 
 @baselines
-def test_generation_is_what_forward_would_choose(method):
+def test_generation_equals_the_choices_of_forward(method):
     """Greedy tokens, one by one, of queries of different lengths on contexts of different lengths."""
     torch.manual_seed(0)
     model = built(method, tiny().eval())
@@ -169,7 +169,7 @@ def test_generation_is_what_forward_would_choose(method):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_long_context_is_computed_once_for_all_its_questions(attention, monkeypatch):
+def test_a_long_context_is_computed_once_for_all_its_queries(attention, monkeypatch):
     backbone = tiny(max_position_embeddings=300, attn_implementation=attention)
     method, seen = FullContext(), []
     model = built(method, backbone, train_backbone=False)
@@ -195,7 +195,7 @@ def test_a_long_context_is_computed_once_for_all_its_questions(attention, monkey
     assert sorted(shape for shape in seen if shape[1] >= 90) == [(1, 90), (1, 120)]
 
 
-def test_answers_end_with_an_end_token_one_by_one():
+def test_each_answer_stops_at_its_own_end_token():
     backbone, before = tiny(max_position_embeddings=300), tokens(1, 40)
     queries = [tokens(1, n, seed=n) for n in range(2, 9)]
 
@@ -211,7 +211,7 @@ def test_answers_end_with_an_end_token_one_by_one():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_which_backbones_take_a_mask_of_ones_own(architecture):
+def test_backbones_with_sliding_windows_cannot_share_a_context(architecture):
     assert can_share(tiny(architecture)) == (architecture not in ("gemma3_text", "mistral"))
 
 
@@ -223,11 +223,11 @@ BYTES_PER_TOKEN = 4 * 2 * 2 * 2 * 8  # keys and values of 2 layers with 2 heads 
     [("full context", 9 * BYTES_PER_TOKEN), ("truncated text", 4 * BYTES_PER_TOKEN), ("no context", 0),
      ("mean pooling", 4 * 32 * 4), ("forward memory", 4 * 32 * 4)],
 )  # fmt: skip
-def test_bytes_that_are_kept(name, kept):
+def test_bytes_per_context(name, kept):
     assert BASELINES[name].bytes_per_context(tiny(), {"num_memory_tokens": 4}, 9) == kept
 
 
-def test_contexts_side_by_side():
+def test_prefixes_can_be_joined_side_by_side():
     embeddings, lengths = torch.arange(1.0, 7).view(3, 2, 1), torch.tensor([2, 1, 2])
     joined = Prefix(embeddings, lengths).rows(torch.tensor([[1, 0], [2, 1]]))
     assert joined.lengths.tolist() == [3, 3]

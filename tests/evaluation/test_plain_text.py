@@ -17,7 +17,7 @@ def words(count, first=0):
     return [f"w{i}" for i in range(first, first + count)]
 
 
-def test_every_answer_is_what_comes_next(tmp_path):
+def test_every_target_is_what_comes_next(tmp_path):
     (tmp_path / "train.txt").write_text(" ".join(words(40)) + "\n\n" + " ".join(words(30, 50)) + "\n", "utf-8")
     rows = PlainText(source=str(tmp_path)).rows("train")
     assert [row["context"].split()[0] for row in rows if row["context"].startswith(("w0 ", "w50 "))] == ["w0", "w50"]
@@ -33,8 +33,8 @@ def test_every_answer_is_what_comes_next(tmp_path):
 
 
 @given(st.integers(0, 2000), st.integers(2 * SHORTEST, 400))
-def test_passages_are_the_text_in_order(count, longest):
-    """Nothing is there twice, nothing is out of order, and what is left out is an end too short for a passage."""
+def test_passages_are_the_text_in_its_order(count, longest):
+    """Nothing is repeated or out of order, and only an end that is too short for a passage is left out."""
     passages = list(plain_text._passages(words(count), longest))
     assert all(SHORTEST <= len(passage) <= longest for passage in passages)
     joined = [word for passage in passages for word in passage]
@@ -42,7 +42,7 @@ def test_passages_are_the_text_in_order(count, longest):
     assert count - len(joined) < SHORTEST
 
 
-def test_what_comes_after_a_passage_is_asked_too(tmp_path):
+def test_what_comes_after_a_passage_can_be_asked_too(tmp_path):
     (tmp_path / "train.txt").write_text(" ".join(words(300)))
     plain, more = (PlainText(source=str(tmp_path), longest=40, continued=n).rows("train") for n in (0, 9))
     assert [row["context"] for row in plain] == [row["context"] for row in more]
@@ -53,7 +53,7 @@ def test_what_comes_after_a_passage_is_asked_too(tmp_path):
     assert more[-1] == plain[-1]
 
 
-def test_contexts_of_questions_are_texts_too(tmp_path):
+def test_contexts_of_question_files_count_as_texts(tmp_path):
     record = {"context": " ".join(words(20)), "query": "Why?", "target": "So."}
     (tmp_path / "train.jsonl").write_text(json.dumps(record))
     (row,) = PlainText(source=str(tmp_path)).training_rows()
@@ -74,7 +74,7 @@ def test_a_gzipped_text_is_read_and_a_short_one_refused(tmp_path):
         PlainText(source=str(tmp_path)).rows("test")
 
 
-def test_texts_that_a_model_writes_are_read_again(tmp_path, monkeypatch):
+def test_texts_written_by_a_model_can_be_read(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path / "backbone")
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
     (tmp_path / "given").mkdir()

@@ -27,13 +27,13 @@ def test_every_plot_is_drawn(tmp_path, figures):
     }
     for figure in figures:
         figure.draw_without_rendering()
-        for legend in figure.legends:  # legends of axes would lie over the data
+        for legend in figure.legends:  # legends of axes would cover the data
             box = legend.get_window_extent()
             assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
         assert not any(axes.get_legend() for axes in figure.axes)
 
 
-def test_labels_of_lines_do_not_lie_on_each_other(tmp_path, figures):
+def test_labels_of_lines_do_not_overlap(tmp_path, figures):
     plots.answers(tmp_path)
     for figure in figures:
         figure.draw_without_rendering()
@@ -42,14 +42,14 @@ def test_labels_of_lines_do_not_lie_on_each_other(tmp_path, figures):
             assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
-def test_adapters_have_markers_of_their_own(tmp_path, figures):
+def test_each_adapter_has_its_own_marker(tmp_path, figures):
     plots.answers(tmp_path)
     entries = [zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in figures[0].axes]
     fills = {label: bars[0].get_fillstyle() for entry in entries for label, bars in entry if "smollm2" in label}
     assert len(fills) == len(set(fills.values())) == 2
 
 
-def test_the_papers_curves_are_dashed_in_our_axes_and_colours(tmp_path, figures):
+def test_the_papers_curves_are_dashed_in_our_colours(tmp_path, figures):
     plots.kv_retrieval(tmp_path)
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
     assert lines["paper: GradMem, 5 steps"].get_linestyle() == "--"
@@ -61,14 +61,14 @@ def test_the_papers_curves_are_dashed_in_our_axes_and_colours(tmp_path, figures)
     assert rows[2:6] == ["16 pairs, K=1", "16 pairs, K=2", "16 pairs, K=5", "16 pairs, K=1-20"]
 
 
-def test_each_method_has_a_look_of_its_own():
+def test_each_method_has_its_own_style():
     looks = [tuple(style(method).values()) for method in METHODS]
     assert len(set(looks)) == len(looks)
     assert shades(1) == [1]
     assert shades(3) == sorted(shades(3))
 
 
-def test_what_was_trained_alike_is_one_line(tmp_path, monkeypatch, figures):
+def test_runs_trained_alike_form_one_line(tmp_path, monkeypatch, figures):
     def record(m, steps, f1, trained="0-1", training_steps=100):
         return Record(
             task="passages", method="gradmem", dataset="tales", split="test", memory_tokens=m, trained_steps=trained,
@@ -88,8 +88,8 @@ def test_what_was_trained_alike_is_one_line(tmp_path, monkeypatch, figures):
     assert against_m == [([16], [40]), ([16], [50]), ([16], [60]), ([32], [70])]
 
 
-def test_memory_against_prompting(tmp_path, monkeypatch, figures):
-    """A plot for each shape and hardware with several lengths, which says both; what was not measured has no line."""
+def test_plots_of_memory_against_prompting(tmp_path, monkeypatch, figures):
+    """One per shape and hardware with several lengths, named in the title; unmeasured methods have no line."""
     names = ["memory", "memory_kept", "kept", "press", "prefill"]
     for shape, lengths, pressed in (("llama-3.1-8b", (1024, 65536), True), ("smollm2-1.7b", (1024,), True),
                                     ("qwen2.5-0.5b", (2048, 1024), False)):  # fmt: skip
@@ -111,7 +111,7 @@ def test_memory_against_prompting(tmp_path, monkeypatch, figures):
     assert [line.get_xdata().tolist() for line in figures[1].axes[0].lines] == [[1024, 2048]] * 4
 
 
-def test_the_command(tmp_path):
+def test_the_command_writes_the_plots(tmp_path):
     result = CliRunner().invoke(app, ["plots", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "kv_retrieval.png").exists()

@@ -17,7 +17,7 @@ each = pytest.mark.parametrize("checkpoint", ["smollm2-135m-qa", "smollm2-135m-q
 
 
 @each
-def test_is_small(checkpoint):
+def test_the_checkpoint_is_small(checkpoint):
     assert (CHECKPOINTS / checkpoint / "adapter_model.safetensors").stat().st_size < 10_000_000
 
 
@@ -29,8 +29,8 @@ def test_is_small(checkpoint):
         ("smollm2-135m-babi", "answers", TASKS, [(0, 1), (1, 1), (2, 1)]),
     ],
 )
-def test_its_card_says_what_the_results_say(checkpoint, results, datasets, columns):
-    """A row for each test set, a column for write steps and contexts: exact match, and F1 where it is another."""
+def test_the_card_agrees_with_the_results(checkpoint, results, datasets, columns):
+    """A row for each test set, a column for write steps and contexts: exact match, and F1 where it differs."""
     lines = (CHECKPOINTS / checkpoint / "README.md").read_text(encoding="utf-8").lower().splitlines()
     mine = {
         (r.dataset, r.write_steps, r.states): r.metrics
@@ -54,8 +54,8 @@ def score(metrics):
 
 @pytest.mark.smollm
 @each
-def test_answers_stories(checkpoint):
-    """Six questions each, of bAbI 1, of which the one for bAbI answers all, and the general one at least five."""
+def test_the_checkpoint_answers_stories(checkpoint):
+    """Of six questions of bAbI 1, the bAbI adapter answers all, and a general one at least five."""
     evaluation = Evaluation(tasks=(Babi(source=str(DATA), number=1),), write_steps=(1,))
     records = evaluate(CHECKPOINTS / checkpoint, device="cpu", evaluation=evaluation)
     (found,) = [record.metrics["exact_match"] for record in records]

@@ -1,4 +1,4 @@
-"""Questions about passages: files in every form, grouping, scores."""
+"""Questions about passages: file formats, grouping, scores."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def own(tmp_path):
     return tmp_path
 
 
-def test_our_files_by_context(own):
+def test_our_files_are_grouped_by_context(own):
     lines = [json.loads(line) for line in (DATA / "fairytale.jsonl").read_text().splitlines()]
     rows = qa_rows(own, "test")
     assert [row["context"] for row in rows] == list(dict.fromkeys(line["context"] for line in lines))
@@ -36,7 +36,7 @@ def test_our_files_by_context(own):
     assert qa_rows(str(own), "test") == rows
 
 
-def test_squads_own_files(tmp_path):
+def test_squads_original_files_are_read(tmp_path):
     answers = [{"text": "Paris", "answer_start": 0}, {"text": "Paris", "answer_start": 0}, {"text": "the city"}]
     asked = [{"question": "Where?", "answers": answers}, {"question": "Why?", "answers": [], "is_impossible": True}]
     paragraphs = [{"context": "In Paris.", "qas": asked}, {"context": "Nothing.", "qas": asked[1:]}]
@@ -68,11 +68,11 @@ def test_squads_own_files(tmp_path):
         ({"context": "c", "query": "q", "target": "", "answers": []}, []),
     ],
 )
-def test_known_forms(record, answers):
+def test_known_record_formats_are_parsed(record, answers):
     assert parse(record) == ("c", "q", answers)
 
 
-def test_unknown_forms_and_missing_files(own):
+def test_unknown_formats_and_missing_files_are_refused(own):
     with pytest.raises(ValueError, match="fields text, label, but needs a context"):
         parse({"text": "c", "label": 1})
     with pytest.raises(ValueError, match="but needs a context"):
@@ -102,7 +102,7 @@ def test_grouping_keeps_every_answered_question_in_order(questions):
     assert sum(len(row["queries"]) for row in rows) == sum(bool(answers) for _, _, answers in questions)
 
 
-def test_the_hub_by_a_local_dataset(own):
+def test_hub_datasets_are_read(own):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list(
         [{"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}, "task": 2}]
@@ -116,13 +116,13 @@ def test_the_hub_by_a_local_dataset(own):
         babi_rows(own / "hub", 3, "validation")
 
 
-def test_without_the_package_datasets_the_error_says_what_to_install(monkeypatch):
+def test_the_error_without_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ImportError, match=r"gradmem-adapter\[evaluation\]"):
         qa_rows("someone/some-dataset", "train")
 
 
-def test_scores():
+def test_texts_are_scored_against_several_references():
     scores = score_texts("The golden hair.", ["golden hair", "no one"])
     assert scores["exact_match"] == scores["f1"] == 1
     assert scores["rouge_l"] == pytest.approx(0.8)
@@ -135,7 +135,7 @@ def test_scores():
 # -------------------------------------------------------------------- bAbI
 
 
-def test_babi_files():
+def test_our_babi_files_are_read():
     rows = babi_rows(DATA, 2, "test")
     assert rows[0]["query"].endswith("?")
     assert rows[0]["target"] in rows[0]["context"]
@@ -144,7 +144,7 @@ def test_babi_files():
         babi_rows(DATA, 3, "test")
 
 
-def test_babi_on_the_hub(monkeypatch):
+def test_babi_is_read_from_the_hub(monkeypatch):
     found = [{"passage": f"c{task}", "question": "q", "answer": "a", "task": task} for task in (1, 2, 1)]
     asked = []
 
@@ -166,7 +166,7 @@ def test_babi_on_the_hub(monkeypatch):
         babi_rows("some/babi", 1, "test")
 
 
-def test_babis_original_files(tmp_path):
+def test_babis_original_files_are_read(tmp_path):
     story = "1 Mary moved to the bathroom.\n2 John went home.\n3 Where is Mary? \tbathroom\t1\n4 Mary left.\n"
     story += "5 Where is John?\thome\t2\n1 Ann sat.\n2 Who sat?\tAnn\t1\n"
     (tmp_path / "qa1_single-supporting-fact_train.txt").write_text(story)
@@ -187,7 +187,7 @@ def test_babis_original_files(tmp_path):
         read_babi(tmp_path / "qa2_x_test.txt")
 
 
-def test_distractors():
+def test_distractors_are_random_and_include_the_own_context():
     reads = distractors([0, 1, 2, 2], 5, 3, seed=0)
     assert all(own in row and len(set(row)) == 3 for own, row in zip([0, 1, 2, 2], reads, strict=True))
     assert reads == distractors([0, 1, 2, 2], 5, 3, seed=0)
@@ -198,14 +198,14 @@ def test_distractors():
 
 
 def passages(count):
-    """Passages with two questions each, which say what they are about."""
+    """Passages with two questions each, numbered like their passage."""
     return [
         {"context": f"c{i}", "queries": [f"q{i}", f"r{i}"], "targets": ["a", "b"], "answers": [["a"], ["b", "c"]]}
         for i in range(count)
     ]
 
 
-def test_passages_in_a_row_as_one_context():
+def test_consecutive_passages_are_joined_into_one_context():
     made = joined(passages(50), 4)
     assert joined(passages(50), 1) == passages(50)
     assert [name for row in made for name in row["context"].split("\n")] == [f"c{i}" for i in range(50)]

@@ -1,4 +1,4 @@
-"""Questions on texts that have none: a tiny writer learns to write them, and what it writes can be trained on."""
+"""Questions on texts that have none: a tiny writer learns to write them, for training on."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ NAMES = [f"w{i}" for i in range(24)]
 
 
 def piece_tokenizer():
-    """Of words with the space before them, and of the ends of lines."""
+    """A tokenizer of words with the space before them, and of line ends."""
     fixed = [
         "<pad>",
         "<s>",
@@ -55,7 +55,7 @@ def piece_tokenizer():
 
 
 def facts(seed):
-    """A passage of three facts, with a question on each. All are in one place, which is soon learned."""
+    """A passage of three facts, with a question on each. All are in one place, which is quick to learn."""
     names = random.Random(seed).sample(NAMES[:-1], 3)
     return " ".join(f"{name} is {NAMES[-1]}." for name in names), [(f"Where is {name}?", NAMES[-1]) for name in names]
 
@@ -98,7 +98,7 @@ def writer(folder):
     return folder / "run" / "checkpoint"
 
 
-def test_a_writer_asks_what_can_be_trained_on(folder, writer, tmp_path):
+def test_a_writer_makes_questions_that_can_be_trained_on(folder, writer, tmp_path):
     result = write(writer, folder, tmp_path / "train.jsonl")
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
@@ -115,8 +115,8 @@ def test_a_writer_asks_what_can_be_trained_on(folder, writer, tmp_path):
     assert os.listdir(tmp_path) == ["train.jsonl"]
 
 
-def test_an_interrupted_command_goes_on(folder, writer, tmp_path, monkeypatch):
-    """It writes the same as if it had not been interrupted."""
+def test_an_interrupted_command_can_be_continued(folder, writer, tmp_path, monkeypatch):
+    """It then writes the same as without the interrupt."""
     monkeypatch.setattr("evaluation.questions.write.PART", 3)
     assert write(writer, folder, tmp_path / "whole.jsonl").exit_code == 0
     asked, ask = [], Writer.ask
@@ -137,7 +137,7 @@ def test_an_interrupted_command_goes_on(folder, writer, tmp_path, monkeypatch):
 
 
 def test_support_is_the_mean_log_probability_of_an_answer(writer):
-    """Of its tokens and the end of its line, whatever stands beside it in a batch."""
+    """Over its tokens and its line end, whatever else is in the batch."""
     asking = Writer(str(writer), "story", torch.device("cpu"), 4096)
     texts = ["w1 is w13.", "w1 is w13. w2 is w14. w3 is w15."]
     for text, (answer, support) in zip(texts, asking.answer(texts, ["Where is w1?"] * 2), strict=True):
@@ -160,7 +160,7 @@ def test_two_answers_must_agree(folder, writer, tmp_path, monkeypatch):
         assert found == [f"Where is {name}?" for name in left]
 
 
-def test_what_cannot_be_written(folder, writer, tmp_path):
+def test_invalid_arguments_are_refused(folder, writer, tmp_path):
     (tmp_path / "there.jsonl").touch()
     for output, arguments, message in (
         (tmp_path / "train.txt", [], "must be a .jsonl or .jsonl.gz file"),
@@ -177,7 +177,7 @@ def test_what_cannot_be_written(folder, writer, tmp_path):
     assert "such as story=data" in command("train", "data/squad", "--output", tmp_path / "run").output
 
 
-def test_batches_of_a_writers_training():
+def test_training_batches_of_a_writer():
     tokenizer = piece_tokenizer()
     rows = [
         {"context": context, "queries": [q for q, _ in pairs * 4], "targets": [a for _, a in pairs * 4]}
@@ -207,7 +207,7 @@ LINES = st.lists(
 
 @settings(deadline=None, max_examples=40)
 @given(LINES, st.integers(60, 200), st.integers(0, 3))
-def test_passages_of_a_text(tmp_path_factory, lines, longest, seed):
+def test_passages_are_runs_of_prose_in_order(tmp_path_factory, lines, longest, seed):
     source = tmp_path_factory.mktemp("text")
     tokenizer = piece_tokenizer()
     lines = [line.replace("Some", f"w{i}") if is_prose(line) else line for i, line in enumerate(lines)]
@@ -229,5 +229,5 @@ def test_passages_of_a_text(tmp_path_factory, lines, longest, seed):
     [("“Well,” said he; “and why not?”", True), (" = = Chapter I = = ", False), ("| 1.5 | 2.5 |", False),
      ("In 1815 he came home.", False), ("The battle was lost in 1815, and he came home without his hat.", True)],
 )  # fmt: skip
-def test_prose(line, prose):
+def test_prose_is_recognised(line, prose):
     assert is_prose(line) == prose

@@ -1,4 +1,4 @@
-"""Natural text: passages, what comes back of them, and the text that follows."""
+"""Natural text: passages, how much of them is reconstructed, and the text that follows."""
 
 import gzip
 import math
@@ -42,18 +42,18 @@ def test_passages_are_consecutive_prose_without_headings(tmp_path):
     assert "Homarus" in read_text(TEXT)
 
 
-def test_standard_errors():
+def test_standard_error_of_a_mean():
     assert standard_error(torch.tensor([1.0, 2.0, 3.0, 6.0])) == pytest.approx(math.sqrt(14 / 3) / 2)
     assert standard_error(torch.tensor([1.0])) == 0
 
 
 def recall(model, rows, **options):
-    """The means of what comes back."""
+    """The means over all passages."""
     state = model.write_many(rows, progress=False, **options)
     return {name: values.double().mean().item() for name, values in recited(model, rows, state).items()}
 
 
-def test_reconstruction_is_the_models_fidelity(model):
+def test_reconstruction_equals_the_models_fidelity(model):
     rows = tokens(18, 7).tolist()
     few, many = (recall(model, rows, steps=steps, lr=0.05) for steps in (1, 60))
     state = model.write(torch.tensor(rows), steps=60, lr=0.05)
@@ -66,7 +66,7 @@ def test_reconstruction_is_the_models_fidelity(model):
     assert many["greedy_tokens"] == pytest.approx(7 * many["greedy"])
 
 
-def test_passages_of_several_lengths_are_measured_each_by_its_own(model):
+def test_passages_of_several_lengths_are_each_measured_by_their_own_length(model):
     rows = [ids[:length] for ids, length in zip(tokens(18, 9).tolist(), [9, 5, 3] * 6, strict=True)]
     found = recall(model, rows, steps=60, lr=0.05)
     shares = []
@@ -79,7 +79,7 @@ def test_passages_of_several_lengths_are_measured_each_by_its_own(model):
     assert found["greedy_tokens"] > 0
 
 
-def test_the_next_passage_is_the_loss_of_what_follows(model):
+def test_the_loss_of_the_next_passage_is_measured(model):
     pairs = [(a, b) for a, b in zip(tokens(18, 6).tolist(), tokens(18, 5, seed=1).tolist(), strict=True)]
     pairs[1:3] = [(pairs[1][0][:3], pairs[1][1]), (pairs[2][0], pairs[2][1][:2])]  # padding must not count
     found = predicted(model, pairs, model.write_many([first for first, _ in pairs], progress=False, steps=2))
@@ -104,7 +104,7 @@ def test_the_next_passage_is_the_loss_of_what_follows(model):
         torch.testing.assert_close(losses, torch.tensor(values), rtol=1e-4, atol=1e-5)
 
 
-def test_a_next_chunk_needs_a_token_that_counts(model):
+def test_a_next_passage_needs_at_least_two_tokens(model):
     with pytest.raises(ValueError, match="second passage of pair 1 must have at least 2 tokens, got 1 token"):
         predicted(model, [([3, 4], [5, 6]), ([3, 4], [5])], model.write(tokens(2, 3), steps=1))
 
@@ -120,7 +120,7 @@ class TestTask:
         (tmp_path / "t.txt").write_text(tiny_text(110))
         return str(tmp_path / "t.txt")
 
-    def test_measures_recital_and_what_follows(self, answerer, text):
+    def test_recital_and_the_next_passage_are_measured(self, answerer, text):
         task = Reconstruction(text=text, tokens=7, passages=10, optimizer="sgd", lr=0.3)
         found = task.measure(answerer, "test")
         assert {len(values) for values in found.values.values()} == {10, 9}
@@ -130,15 +130,15 @@ class TestTask:
         assert not torch.equal(other.values["write_loss"], found.values["write_loss"])
 
     @pytest.mark.parametrize(("tokens", "fits"), [(48, True), (49, False)])
-    def test_what_follows_is_left_out_where_two_passages_do_not_fit(self, answerer, text, tokens, fits):
+    def test_the_next_passage_is_left_out_if_two_do_not_fit(self, answerer, text, tokens, fits):
         assert answerer.model.positions == 96
         found = Reconstruction(text=text, tokens=tokens, passages=2).measure(answerer, "test")
         assert ("next_memory" in found.values) is fits
 
-    def test_a_single_passage_has_none_after_it(self, answerer, text):
+    def test_a_single_passage_has_no_next_one(self, answerer, text):
         assert "next_text" not in Reconstruction(text=text, tokens=9, passages=1).measure(answerer, "test").values
 
-    def test_what_has_no_states_is_refused(self, answerer, text):
+    def test_other_methods_and_training_are_refused(self, answerer, text):
         import dataclasses
 
         with pytest.raises(TypeError, match="needs the method gradmem"):

@@ -1,4 +1,4 @@
-"""Configurations of runs: YAML, settings, what ships, and what cannot work."""
+"""Configurations of runs: YAML, settings, shipped recipes, and what is refused."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ RECIPES = sorted((ROOT / "evaluation" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_recipes_that_ship_are_sound(path):
+def test_the_shipped_recipes_are_valid(path):
     config = RunConfig.load(path)
     GradMemConfig(**config.memory)
     if config.backbone == SMOLLM2:
-        RowBatches(rows(2, 30), GradMemCollator(tiny_tokenizer()), **config.batches)  # options that go together
+        RowBatches(rows(2, 30), GradMemCollator(tiny_tokenizer()), **config.batches)  # options that fit together
     assert path.stem.startswith("untouched") or config.training["cuda_graphs"]
     assert config.evaluation.tasks or any(task.measured for task in config.tasks)
 
@@ -44,12 +44,12 @@ def test_the_shipped_weights_were_trained_by_the_shipped_recipes(checkpoint, rec
     )
     fields, shipped = made.fields(), ships.fields()
     for each in (fields, shipped):
-        each["training"].pop("max_minutes", None)  # timed by the clock, which came to the steps of the recipe
+        each["training"].pop("max_minutes", None)  # the clock ended it after the recipe's steps
         each.pop("trained_minutes", None)
     assert RunConfig.of(fields) == RunConfig.of(shipped)
 
 
-def test_a_recipe_on_the_base_of_another(tmp_path):
+def test_a_recipe_can_extend_another(tmp_path):
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(kv_fields()), encoding="utf-8")
     (tmp_path / "second.yaml").write_text("base: first.yaml\nmemory: {num_memory_tokens: 2}", encoding="utf-8")
     (tmp_path / "third.yaml").write_text("base: second.yaml\ntraining: {seed: 7}", encoding="utf-8")
@@ -61,7 +61,7 @@ def test_a_recipe_on_the_base_of_another(tmp_path):
         RunConfig.load(tmp_path / "lost.yaml")
 
 
-def test_settings_take_the_place_of_fields(tmp_path):
+def test_settings_override_fields(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(kv_fields()), encoding="utf-8")
     settings = ["training.seed=3", "memory.num_memory_tokens=2", "method={name: full_context}", "tasks.0.pairs=5"]
@@ -96,24 +96,24 @@ def test_settings_take_the_place_of_fields(tmp_path):
         ({"evaluation": {"write_steps": [-1]}}, "write_steps"),
     ],
 )
-def test_what_cannot_work_is_named(tmp_path, change, message):
+def test_invalid_configurations_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         RunConfig.of(qa_fields(tmp_path) | change)
 
 
-def test_no_write_step_is_trained_where_memory_starts_from_the_context(tmp_path):
+def test_zero_write_steps_can_be_trained_if_memory_starts_from_the_context(tmp_path):
     fields = qa_fields(tmp_path)
     fields["training"]["write_steps"], fields["memory"]["start"] = [0, 0, 1], "context"
     assert RunConfig.of(fields).write_steps == (0, 1)
 
 
-def test_the_write_steps_that_were_trained(tmp_path):
+def test_write_steps_lists_the_trained_numbers(tmp_path):
     assert RunConfig.of(kv_fields()).write_steps == (1, 2)
     assert RunConfig.of(kv_fields(training={"write_steps": [5]})).write_steps == (5,)
     assert RunConfig.of(kv_fields({"name": "full_context"})).write_steps == ()
 
 
-def test_a_task_on_one_line():
+def test_a_task_can_be_written_on_one_line():
     assert task_of("{name: babi, source: data, number: 2}") == Babi(source="data", number=2)
     with pytest.raises(ValueError, match="cannot be read as YAML"):
         task_of("{name: ")

@@ -1,4 +1,4 @@
-"""Runs of every method: built, trained by the Trainer, saved, opened again, and answering."""
+"""Runs of every method: built, trained by the Trainer, saved, opened, and answering."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
-def test_training_saving_and_answering(folder, tmp_path, method):
+def test_a_method_is_trained_saved_and_answers(folder, tmp_path, method):
     config = qa_config(folder, method)
     before = dict(build_model(config)[0].named_parameters())
     checkpoint = train(config, tmp_path / "run", CPU)
@@ -65,7 +65,7 @@ def test_key_value_retrieval_is_trained_in_stages_and_measured(tmp_path, method)
     assert found.values["exact_match"].shape == (4 * 4,)
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
     whole = load_model(train(qa_config(folder), tmp_path / "whole", CPU))[0]
     step = GradMemTrainer.training_step
 
@@ -83,7 +83,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monk
         torch.testing.assert_close(other, value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path):
+def test_training_can_start_from_a_checkpoint(tmp_path):
     model, tokenizer = build_model(kv_config())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,7 +98,7 @@ def teacher_run(folder, path, **changes):
     return train(qa_config(folder, {"name": "full_context"}, **changes), path, CPU)
 
 
-def test_a_lora_goes_on_from_that_of_the_full_context(folder, tmp_path):
+def test_a_lora_can_start_from_that_of_the_full_context(folder, tmp_path):
     path = teacher_run(folder, tmp_path / "full")
     theirs = dict(language_model(load_model(path)[0]).named_parameters())
     model, _ = build_model(qa_config(folder, init_from=str(path)))
@@ -111,7 +111,7 @@ def test_a_lora_goes_on_from_that_of_the_full_context(folder, tmp_path):
         build_model(RunConfig.of(fields))
 
 
-def test_a_run_with_a_teacher(folder, tmp_path):
+def test_a_run_can_have_a_teacher(folder, tmp_path):
     fields = qa_fields(folder)
     path = teacher_run(folder, tmp_path / "full")
     teacher = load_teacher(qa_config(folder, teacher=str(path)), torch.float32)
@@ -142,7 +142,7 @@ def test_further_write_rates_are_dropped_when_a_model_is_saved(tmp_path):
     assert load_checkpoint(tmp_path / "model")[0].active_peft_config.num_write_lrs == 2
 
 
-def test_a_saved_adapter_opens_everywhere_and_answers_as_the_pipeline(folder, tmp_path):
+def test_a_saved_adapter_answers_as_the_pipeline_does(folder, tmp_path):
     config = qa_config(folder)
     save_model(*build_model(config), config, tmp_path / "model")
     model, tokenizer = load_checkpoint(tmp_path / "model")
@@ -162,14 +162,14 @@ def test_rows_of_all_tasks_are_mixed_by_their_shares(folder):
     assert full.tokens == batches.tokens // 2, "the whole context stands before each of two queries"
 
 
-def test_a_task_with_batches_of_its_own_is_not_mixed(folder):
+def test_a_task_with_its_own_batches_cannot_be_mixed(folder):
     fields = kv_fields()
     fields["tasks"] = [*fields["tasks"], {"name": "passages", "source": str(folder / "short")}]
     with pytest.raises(ValueError, match="cannot be mixed with others"):
         training_batches(RunConfig.of(fields), tiny_tokenizer())
 
 
-def test_arguments_of_a_run(tmp_path):
+def test_the_arguments_of_a_run_fit_its_configuration(tmp_path):
     config = kv_config(training={"max_minutes": 2, "torch_compile": True})
     arguments = training_arguments(config, tmp_path, CPU)
     assert (arguments.max_steps, arguments.torch_compile, arguments.use_cpu) == (8, False, True)
@@ -202,13 +202,13 @@ def test_targets_must_end_where_generation_stops(folder, tmp_path):
     build_model(config)
 
 
-def test_a_method_without_anything_to_train(folder, tmp_path):
+def test_a_method_without_anything_to_train_is_refused(folder, tmp_path):
     fields = qa_fields(folder, {"name": "mean_pooling"})
     del fields["memory"]["lora_config"]
     with pytest.raises(ValueError, match="trainable"):
         train(RunConfig.of(fields), tmp_path, CPU)
 
 
-def test_a_configuration_is_json_and_back(folder):
+def test_a_configuration_survives_json(folder):
     for config in (kv_config(), qa_config(folder, {"name": "truncated_text", "tokens": 0})):
         assert RunConfig.of(json.loads(json.dumps(config.fields()))) == config

@@ -1,4 +1,4 @@
-"""A question asked of several states: side by side, or of the one that holds an answer most likely."""
+"""A question asked of several states: side by side, or of the one that most likely holds an answer."""
 
 import pytest
 from peft import get_peft_model
@@ -35,6 +35,6 @@ def test_the_state_with_the_most_support_is_asked(answerer):
     assert task.settings == {"alone": True} != side_by_side.settings
 
 
-def test_of_one_state_both_are_the_same(answerer):
+def test_with_one_state_both_ways_are_the_same(answerer):
     alone, side_by_side = (task.measure(answerer, "test") for task in answerer.config.tasks)
     assert alone.answers == side_by_side.answers

@@ -1,4 +1,4 @@
-"""Sentences that hold answers."""
+"""Short SQuAD: contexts are the sentences that hold the answers."""
 
 import json
 
@@ -11,7 +11,7 @@ CONTEXT = (
 )
 
 
-def test_the_sentence_of_an_answer(tmp_path):
+def test_each_question_gets_the_sentence_of_its_answer(tmp_path):
     asked = [
         ("Where was Stone born?", "Vell"),
         ("Where did he build a bridge of stone?", "Vell"),

@@ -21,11 +21,11 @@ def test_every_table_can_be_made(name):
     assert {line.count("|") for line in lines} == {len(table.columns) + 1}
 
 
-def test_readme_and_docs_show_what_the_result_files_say():
+def test_readme_and_docs_agree_with_the_result_files():
     assert fill(ROOT, write=False) == [], "run `python -m evaluation tables`"
 
 
-def test_every_result_file_is_readable_and_has_no_measurement_twice():
+def test_every_result_file_is_readable_and_without_duplicates():
     files = sorted(RESULTS.glob("*.jsonl"))
     assert len(files) > 5
     for file in files:
@@ -33,7 +33,7 @@ def test_every_result_file_is_readable_and_has_no_measurement_twice():
         assert len(set(keys)) == len(keys), file
 
 
-def test_key_value_retrieval_has_a_line_for_each_number_of_steps_and_the_papers():
+def test_key_value_retrieval_has_lines_for_our_results_and_the_papers():
     table = TABLES["kv_retrieval"]().set_index("pairs")
     assert table.loc["GradMem, 1 step", "16"] == "97.0"
     assert table.loc["GradMem, 5 steps", "64"] == "100"
@@ -42,7 +42,7 @@ def test_key_value_retrieval_has_a_line_for_each_number_of_steps_and_the_papers(
     assert not [name for name in table.index if "trained" in name]
 
 
-def test_answers_are_of_the_adapters_that_ship():
+def test_answers_come_from_the_shipped_adapters():
     table = TABLES["answers"]().set_index("exact match %")
     babi = "bAbI adapter, from 16 vectors, no gradient step (its default), trained for 14.2 minutes"
     general = "the same, one gradient step, trained for 12.5 minutes"
@@ -73,7 +73,7 @@ def test_blocks_are_filled_and_checked(tmp_path, monkeypatch):
     assert "a block for the unknown table 'none'" in " ".join(result.stderr.split())
 
 
-def test_cells():
+def test_cells_and_titles_are_formatted():
     assert (percent(0.3333), percent(0.5, 0.01)) == ("33.3", "50.0 ± 1.0")
     titles = [line_title("gradmem", 1), line_title("forward_memory", 2), line_title("full_context", 0)]
     assert titles == ["GradMem, 1 step", "forward-only memory, 2 passes", "full context"]

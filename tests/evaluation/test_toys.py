@@ -1,4 +1,4 @@
-"""A task and a method are a class in one file each, and a line in a registry; all else knows them then."""
+"""A new task or method is a class in one file and a line in a registry; everything else then knows it."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(METHODS, LastToken.name, LastToken)
 
 
-def test_they_are_trained_measured_and_shown(tmp_path):
+def test_a_new_task_and_method_are_trained_measured_and_shown(tmp_path):
     fields = qa_fields(write_folder(tmp_path), {"name": "last_token"})
     fields["tasks"] = [{"name": "echo", "words": 5}, {"name": "passages", "source": str(tmp_path / "short")}]
     checkpoint = train(RunConfig.of(fields), tmp_path / "run", torch.device("cpu"))
@@ -31,7 +31,7 @@ def test_they_are_trained_measured_and_shown(tmp_path):
     assert style("last_token") not in [style(name) for name in METHODS if name != "last_token"]
 
 
-def test_gradmem_learns_the_task_too(tmp_path):
+def test_gradmem_can_be_trained_on_a_new_task(tmp_path):
     fields = qa_fields(write_folder(tmp_path), tasks=[{"name": "echo"}])
     fields["training"] |= {"max_steps": 2}
     (record,) = evaluate(train(RunConfig.of(fields), tmp_path / "run", torch.device("cpu")), device="cpu",

@@ -10,14 +10,14 @@ from gradmem_adapter.training.metrics import score_answer
 
 
 def passages(count):
-    """Passages with two questions each, which say what they are about."""
+    """Passages with two questions each, numbered like their passage."""
     return [
         {"context": f"c{i}", "queries": [f"q{i}", f"r{i}"], "targets": ["a", "b"], "answers": [["a"], ["b", "c"]]}
         for i in range(count)
     ]
 
 
-def test_questions_of_other_passages_are_not_in_memory():
+def test_questions_of_other_passages_have_the_refusal_as_target():
     made = with_unanswerable(passages(200), 0.25)
     assert with_unanswerable(passages(200), 0.0) == passages(200)
     for before, after in zip(passages(200), made, strict=True):
@@ -31,7 +31,7 @@ def test_questions_of_other_passages_are_not_in_memory():
 
 
 @pytest.mark.parametrize("near", [0.5, 1.0])
-def test_a_share_of_them_comes_from_near(near):
+def test_a_share_of_the_questions_comes_from_nearby_passages(near):
     made = with_unanswerable(passages(800), 0.4, near)
     assert made == with_unanswerable(passages(800), 0.4, near)
     far = [abs(int(query[1:]) - i) for i, row in enumerate(made) for query in row["queries"][2:]]
@@ -44,8 +44,8 @@ WORDS = st.lists(st.sampled_from(["Red", "a cat", "the", "1867-71", "1867", "U.S
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(WORDS, st.lists(WORDS, max_size=3)), min_size=2, max_size=12), st.integers(0, 12))
-def test_what_comes_from_near_is_not_answered_by_the_context(texts, shift):
-    """Where no question is left, it comes from anywhere."""
+def test_nearby_questions_are_not_answered_by_the_context(texts, shift):
+    """If none is left nearby, questions come from anywhere."""
     rows = [{"context": " ".join(c), "queries": [f"{i} {j}" for j in range(len(a))] or [f"{i}"], "answers": a or [[]]}
             for i, (c, a) in enumerate(texts)]  # fmt: skip
     rows = [row | {"targets": row["queries"], "answers": [[" ".join(a), "unheard of"] for a in row["answers"]]}
@@ -65,7 +65,7 @@ def test_what_comes_from_near_is_not_answered_by_the_context(texts, shift):
 
 @settings(deadline=None, max_examples=40)
 @given(WORDS, WORDS, WORDS)
-def test_an_answer_that_a_score_would_find_occurs(before, answer, after):
+def test_occurs_finds_every_answer_that_a_score_would_find(before, answer, after):
     context = [*before, *answer, *after]
     assert occurs(" ".join(answer), " ".join(context).swapcase())
     assert occurs(" ".join(reversed(answer)), " - ".join(context))
@@ -78,11 +78,11 @@ def test_an_answer_that_a_score_would_find_occurs(before, answer, after):
     [("1867", "from 1867–71", True), ("well-known", "a well known man", True), ("US", "in the U.S.", True),  # noqa: RUF001
      ("a red cat", "the cat is Red", True), ("two", "twofold", False), ("red cat", "a red dog", False)],
 )  # fmt: skip
-def test_words_that_occur(answer, context, there):
+def test_occurs_compares_words(answer, context, there):
     assert occurs(answer, context) == there
 
 
-def test_near_questions_are_an_option_of_passages(monkeypatch):
+def test_nearby_questions_are_an_option_of_passages(monkeypatch):
     monkeypatch.setattr("evaluation.tasks.base.qa_rows", lambda *_, **__: passages(800))
     task = Passages(source="data/squad", unanswerable=0.4, nearby=True)
     assert task.settings == {"unanswerable": 0.4, "nearby": True}
@@ -93,8 +93,8 @@ def test_near_questions_are_an_option_of_passages(monkeypatch):
 
 
 @pytest.mark.parametrize("nearby", [False, True])
-def test_one_passage_has_no_other(monkeypatch, nearby):
-    """Random numbers below one were asked for, and the message was of them."""
+def test_a_single_passage_is_refused(monkeypatch, nearby):
+    """The error was once about random numbers below one."""
     monkeypatch.setattr("evaluation.tasks.base.qa_rows", lambda *_, **__: passages(3))
     task = Passages(source="data/squad", unanswerable=0.3, nearby=nearby, joined=200)
     assert len(task.rows("test")) == 3
@@ -106,7 +106,7 @@ def test_one_passage_has_no_other(monkeypatch, nearby):
     assert Passages(source="data/squad").rows("valid") == passages(1)
 
 
-def test_what_a_removed_sentence_alone_answered_is_refused(monkeypatch):
+def test_questions_that_only_a_removed_sentence_answered_are_refused(monkeypatch):
     sentences = ["Ann lives in Oslo.", "Ben is a baker from Oslo.", "They met in 1999."]
     asked = {"Where does Ann live?": ["Oslo"], "What is Ben?": ["a baker", "baker"], "When did they meet?": ["1999"]}
     row = {
@@ -135,7 +135,7 @@ def test_what_a_removed_sentence_alone_answered_is_refused(monkeypatch):
     assert task.rows("test") == task.training_rows() == without_answers(rows, 0.3)
 
 
-def test_what_has_no_sentence_to_remove_stays():
+def test_texts_without_a_removable_sentence_stay():
     row = {"context": "Ann lives in Oslo.", "queries": ["Where?"], "targets": ["Oslo"], "answers": [["Oslo"]]}
     other = row | {"context": "Ann. Ben.", "answers": [["nowhere"]], "targets": ["nowhere"]}
     assert without_answers([row, other], 1) == [row, other]

@@ -1,4 +1,4 @@
-"""Models as recipes have them before training: the text in the prompt, sentences like the question, self-study."""
+"""Models from recipes without training: the text in the prompt, sentences like the question, self-study."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def measured(path, tmp_path):
     return record, [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
 
 
-def test_the_text_in_the_prompt(folder, tmp_path):
+def test_the_text_can_be_put_into_the_prompt(folder, tmp_path):
     record, answers = measured(recipe(folder, tmp_path, {"name": "full_context", "in_prompt": True}), tmp_path)
     assert record.settings == {"in_prompt": True, "limit": 2}
     tokenizer, backbone = tiny_tokenizer(), tiny()
@@ -53,7 +53,7 @@ def test_the_text_in_the_prompt(folder, tmp_path):
         assert answer["answer"] == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_self_study(folder, tmp_path):
+def test_self_study_is_measured_without_training(folder, tmp_path):
     path = recipe(folder, tmp_path, {"name": "gradmem", "objective": "self_study"})
     record, answers = measured(path, tmp_path)
     assert record.settings == {"objective": "self_study", "limit": 2}
@@ -64,7 +64,7 @@ def test_self_study(folder, tmp_path):
 
 
 @needs_minilm
-def test_sentences_like_the_question(folder, tmp_path):
+def test_the_sentences_most_like_the_question_are_extracted(folder, tmp_path):
     tokenizer = tiny_tokenizer()
     text = "The cat sleeps all day. The ferry leaves at nine. Bees make honey from heather."
     assert extract(text, "When does the ferry leave?", tokenizer, 5) == "The ferry leaves at nine."
@@ -75,6 +75,6 @@ def test_sentences_like_the_question(folder, tmp_path):
     assert len(answers) == 4
 
 
-def test_each_method_has_a_colour_and_a_marker_of_its_own():
+def test_each_method_has_its_own_colour_and_marker():
     assert len({method.color for method in METHODS.values()}) == len(METHODS)
     assert len({method.marker for method in METHODS.values()}) == len(METHODS)

@@ -21,7 +21,7 @@ def test_a_variant_is_right_or_refused(variant):
     assert found["verdict"] in ("passes", "refused"), found
 
 
-def test_what_is_found_is_kept(tmp_path):
+def test_results_are_recorded(tmp_path):
     path = tmp_path / "variants.jsonl"
     found = CliRunner().invoke(app, ["variants", "WRITE in CUDA graphs", "float16", "--results", str(path)])
     assert found.exit_code == 0, found.output

@@ -1,4 +1,4 @@
-"""A task and a method, as small as they can be: a class in one file each."""
+"""A task and a method, as small as possible: a class in one file each."""
 
 from __future__ import annotations
 
