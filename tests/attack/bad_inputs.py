@@ -24,7 +24,7 @@ from gradmem_adapter.utils.directory import SUMS
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DEEP = "[" * 100_000
 FLIPS, CUTS = 100, 70
-"""Checkpoints with a bit changed somewhere, and backbones of which a file ends somewhere."""
+"""Numbers of checkpoints with one changed bit, and of backbones with a truncated file."""
 ROW = {"context": "w1 w2 w3", "query": "w1", "target": "w2"}
 
 # ---------------------------------------------------------------- texts
@@ -36,7 +36,7 @@ TEXTS: dict[str, bytes] = {
     "bytes behind.gz": gzip.compress(b"w1") + b"x",
 }  # fmt: skip
 NO_TEXTS = [*TEXTS, "missing", "folder", "pipe", "link to zero", "sparse", "bomb.gz", "loop", "x" * 300, "notes.txt/x"]
-"""What no text is read from: the files above, and places that are none."""
+"""What no text can be read from: the files above, and places that are not files."""
 
 # ---------------------------------------------------------------- checkpoints
 
@@ -45,7 +45,7 @@ CONFIGS: dict[str, str] = {
     "zero": "\0", "another method": '{"peft_type": "LORA", "r": 8}', "unknown method": '{"peft_type": "NONE"}',
     "no method": "{}",
 }  # fmt: skip
-"""Texts in the place of the adapter's configuration."""
+"""Texts in place of the adapter's configuration."""
 FIELDS: list[dict[str, Any]] = [
     {"num_memory_tokens": 10**10}, {"num_memory_tokens": 4}, {"num_memory_tokens": "3"}, {"num_memory_tokens": None},
     {"num_memory_tokens": 0}, {"num_control_tokens": 10**10}, {"num_control_tokens": 1}, {"write_steps": -1},
@@ -57,14 +57,14 @@ FIELDS: list[dict[str, Any]] = [
     {"base_model_name_or_path": "package:../x.gguf"}, {"base_model_name_or_path": "../../etc"}, {"lora_config": None},
     {"lora_config": 3}, {"lora_config": {"r": 2}}, {"lora_config": {"colour": "red"}},
 ]  # fmt: skip
-"""Fields of it that are changed."""
+"""Changed fields of the adapter's configuration."""
 LORA: list[dict[str, Any]] = [
     {"r": 10**9}, {"r": 2**70}, {"r": 0}, {"r": -1}, {"r": "2"}, {"r": 2.5}, {"r": 3}, {"lora_alpha": "x"},
     {"lora_dropout": "x"}, {"target_modules": "(q_proj"}, {"target_modules": ["no_such"]}, {"target_modules": 5},
     {"target_modules": [None]}, {"rank_pattern": {"q_proj": 10**9}}, {"rank_pattern": {"(": 1}}, {"rank_pattern": 7},
     {"init_lora_weights": "pissa"}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"layers_to_transform": "x"},
 ]  # fmt: skip
-"""Fields of the LoRA in it that are changed."""
+"""Changed fields of the LoRA in it."""
 TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     "a tensor missing": lambda tensors: tensors.pop(sorted(tensors)[0]),
     "none": lambda tensors: tensors.clear(),
@@ -78,14 +78,14 @@ BYTES: dict[str, Callable[[bytes], bytes]] = {
     "a long header": lambda data: (2**62).to_bytes(8, "little") + data[8:],
     "a deep header": lambda data: len(DEEP).to_bytes(8, "little") + DEEP.encode(),
 }  # fmt: skip
-"""What becomes of the bytes of a file: of weights, of states, of a backbone."""
+"""What happens to the bytes of a file: of weights, of states, of a backbone."""
 JSON: dict[str, str] = {
     "nothing": "", "list": "[]", "null": "null", "deep": DEEP, "empty": "{}", "unknown kind": '{"model_type": "what"}',
     "number": '{"model_type": 3}', "no decoder": '{"model_type": "t5"}',
     "negative": '{"model_type": "llama", "hidden_size": -8}', "text": '{"model_type": "llama", "hidden_size": "x"}',
     "code": '{"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}',
 }  # fmt: skip
-"""Texts in the place of the backbone's configuration."""
+"""Texts in place of the backbone's configuration."""
 TOKENIZERS: dict[str, dict[str, str]] = {
     "cut": {"tokenizer.json": '{"version": "1.0", '}, "empty": {"tokenizer.json": "{}"},
     "deep": {"tokenizer.json": DEEP},
@@ -97,7 +97,7 @@ STORES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda index: b"", "cut": lambda index: index[: len(index) // 2], "zeros": lambda index: bytes(len(index)),
     "text": lambda index: b"w1 w2", "version 9": lambda index: index[:63] + b"\x09" + index[64:],
 }  # fmt: skip
-"""What becomes of the index of a memory store; the version is the last byte of four from byte 60."""
+"""What happens to the index of a memory store; the version is the last of four bytes from byte 60."""
 
 # ---------------------------------------------------------------- rows and configurations of training
 
@@ -163,7 +163,7 @@ PLACES = [
     "nowhere/x", "folder", "/dev/null", "pipe", "notes.txt", "link", "rows.jsonl/x", "x" * 300, "loop", "/proc/x",
     "checkpoint/adapter_config.json", "rows.jsonl", "",
 ]  # fmt: skip
-"""Where nothing is written to."""
+"""Places that nothing may be written to."""
 OPTIONS = ["--colour", "--checkpoint", "--steps=", "-x", "--device"]
 
 
@@ -181,7 +181,7 @@ def cases() -> Iterator[list[str]]:
     for text in NO_TEXTS:
         yield from (["write", text, *write[2:]], ["write", "notes.txt", text, *write[2:]], [*ask, "--text", text])
         yield [*demo, "--text", text]
-        if text != "long":  # which goes into segments
+        if text != "long":  # which is split into segments
             yield from (["write", text, *store[2:]], ["write", f"{text}*.jsonl", *store[2:]])
     for checkpoint in (*_checkpoints(), "missing", "notes.txt", "folder", "backbone", "pipe", ""):
         yield from ([*command, "--checkpoint", checkpoint] for command in (write, ask, pairs))
@@ -265,7 +265,7 @@ def lay_out(folder: Path) -> None:
     config = GradMemConfig(num_memory_tokens=3, write_steps=1, write_lr=0.3, query_format="chat", lora_config=lora)
     save_checkpoint(get_peft_model(model, config), tokenizer, "checkpoint")
     _flip_and_cut(folder)
-    (folder / "checkpoint" / SUMS).unlink()  # who damages a file on purpose changes its digest, too
+    (folder / "checkpoint" / SUMS).unlink()  # an attacker would also change the digest
     files: dict[str, bytes | str] = {"notes.txt": tiny_text(12), "story.txt": tiny_text(48), **TEXTS}
     files |= {"rows.jsonl": json.dumps(ROW)} | {f"rows {name}": text for name, text in ROWS.items()}
     training = "training: {max_steps: 1, per_device_train_batch_size: 1}"
@@ -332,7 +332,7 @@ def _damage_checkpoints(folder: Path) -> None:
     (folder / "of").mkdir()
     for name in _backbones():
         copy = Path(shutil.copytree("checkpoint", folder / "of" / name))
-        if "tokenizer" in name or "t " in name:  # or its own would do
+        if "tokenizer" in name or "t " in name:  # otherwise its own would do
             for file in copy.glob("*token*"):
                 file.unlink()
         (copy / CONFIG).write_text(json.dumps(good | {"base_model_name_or_path": f"./{name}"}))

@@ -1,4 +1,4 @@
-"""What the attacks share with the other tests."""
+"""What the attacks share with other tests."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Jobs without an end, which are killed."""
+"""Endless jobs, which are killed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write(ready, folder):
 
 
 def write_lines(folder, puts):
-    """`gradmem write` of JSON lines into a store, killed while it stores so many batches."""
+    """`gradmem write` of JSON lines into a store, killed while it stores batch number `puts`."""
     from gradmem_adapter.cli import app
     from gradmem_adapter.store import MemoryStore
 

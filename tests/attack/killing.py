@@ -1,4 +1,4 @@
-"""Processes that start in milliseconds and are killed at any moment, or at a given one."""
+"""Processes that start in milliseconds and are killed at a random moment or at a given one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALLS = ("rename", "replace", "mkdir", "rmdir", "unlink")
 
 
 def kill_often(job: Callable[..., None], *args: Any, kills: int, longest: float, seed: int = 0) -> Iterator[int]:
-    """Kill so many processes that do a job without end, and give their numbers after each.
+    """Kill many processes that do an endless job, and yield the number of each after its kill.
 
     Args:
         job: a function of a module, given another to call when it is ready to be killed.
@@ -44,7 +44,7 @@ def _endless(ready: Any, job: Callable[..., None], args: tuple[Any, ...]) -> Non
 
 
 def kill_at_every_call(job: Callable[..., None], *args: Any) -> Iterator[int]:
-    """Kill processes before the first, the second, ... call that changes a directory, until one gets to its end."""
+    """Kill processes before the first, second, ... call that changes a directory, until one reaches its end."""
     for count in itertools.count(1):
         process = SERVER.Process(target=_until, args=(count, job, args))
         process.start()

@@ -19,7 +19,7 @@ PROMPTS = ["Question : w1", "w2 w3 :", "abcdef"]
 
 
 def pipeline() -> GradMemPipeline:
-    """A model with two adapters, whose LoRA act in WRITE and READ."""
+    """A model with two adapters, whose LoRAs act in WRITE and READ."""
     torch.manual_seed(0)
     config = {"num_memory_tokens": 3, "write_steps": 2, "write_lr": 0.5, "lora_config": lora(r=4)}
     model = get_peft_model(tiny(num_hidden_layers=4), GradMemConfig(**config))
@@ -29,7 +29,7 @@ def pipeline() -> GradMemPipeline:
 
 
 class Attack:
-    """What each adapter gives by itself, and threads that compare it with what they get while it is switched."""
+    """What each adapter gives by itself, and threads that compare it with results during switching."""
 
     def __init__(self) -> None:
         self.pipeline = pipeline()

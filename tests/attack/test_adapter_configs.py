@@ -1,4 +1,4 @@
-"""Configurations of adapters that ask for what takes for ever or fills the machine: an error, and soon."""
+"""Adapter configurations that would take forever or fill the memory soon give an error."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ from gradmem_adapter import GradMemConfig, load_checkpoint, save_checkpoint
 from gradmem_adapter.utils.directory import SUMS
 
 ENDLESS = "([a-z_.0-9]+)+!"
-"""Which no name of a module matches, after as many attempts as it has parts."""
+"""It matches no module name, but only after exponentially many attempts."""
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "saved"
     config = GradMemConfig(num_memory_tokens=3, lora_config={"r": 2, "target_modules": r".*(q_proj|v_proj)"})
     save_checkpoint(get_peft_model(tiny(), config), tiny_tokenizer(), folder)
-    (folder / SUMS).unlink()  # who makes a bad configuration makes its digest, too
+    (folder / SUMS).unlink()  # an attacker would also make the digest
     return folder, json.loads((folder / "adapter_config.json").read_text())
 
 
@@ -47,7 +47,7 @@ def test_a_sensible_expression_is_used(made):
     ],
     ids=lambda field: "-".join(field),
 )
-def test_an_expression_that_is_never_done(made, monkeypatch, field):
+def test_an_expression_that_never_finishes_is_refused(made, monkeypatch, field):
     monkeypatch.setattr("gradmem_adapter.utils.patterns.SECONDS", 1)
     with pytest.raises(ValueError, match="regular expressions of lora_config did not finish within 1 s"):
         opened(made, **field)
@@ -57,7 +57,7 @@ def test_an_expression_that_is_never_done(made, monkeypatch, field):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, dataclasses.replace, lambda config: GradMemConfig(**config.to_dict())]
 )
-def test_whoever_reads_the_file_tries_its_expressions(made, monkeypatch, named, copied):
+def test_expressions_from_a_file_are_tried_however_it_is_read(made, monkeypatch, named, copied):
     monkeypatch.setattr("gradmem_adapter.utils.patterns.SECONDS", 1)
     folder, good = made
     config = good | {"lora_config": {"r": 2, "target_modules": ENDLESS}}
@@ -71,8 +71,8 @@ def test_whoever_reads_the_file_tries_its_expressions(made, monkeypatch, named, 
 
 
 @pytest.mark.parametrize("executable", [None, "", "no_such_file", "false", "true", "echo"])
-def test_where_no_python_starts_expressions_of_files_are_refused(made, monkeypatch, executable):
-    """And the user's own, and plain names, need none."""
+def test_expressions_from_files_are_refused_if_python_cannot_start(made, monkeypatch, executable):
+    """The user's own expressions and plain names need no Python process."""
     monkeypatch.setattr("sys.executable", (executable and shutil.which(executable)) or executable)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ChildProcessError, match=r"'.*\(q_proj\|v_proj\)'.*does not start Python. Set it to a Python"):
@@ -82,7 +82,7 @@ def test_where_no_python_starts_expressions_of_files_are_refused(made, monkeypat
 
 
 @pytest.mark.parametrize("pattern", ["(q_proj", "[", "*", "(" * 5000, "a{2,1}", r"\g"])
-def test_what_is_no_expression(made, pattern):
+def test_invalid_expressions_are_refused(made, pattern):
     with pytest.raises(ValueError, match="lora_config cannot be used"):
         opened(made, target_modules=pattern)
     with pytest.raises(ValueError, match="lora_config cannot be used"):
@@ -121,13 +121,13 @@ def test_what_is_no_expression(made, pattern):
     ],
     ids=str,
 )
-def test_numbers_that_are_not_those_of_the_tensors(made, field):
+def test_values_that_do_not_fit_the_tensors_are_refused(made, field):
     with pytest.raises((ValueError, TypeError), match=r"\w"):
         opened(made, **field)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, "\x00", '{"a": 1'], ids=lambda t: t[:9])
-def test_what_is_no_configuration(made, text):
+def test_invalid_configuration_files_are_refused(made, text):
     (made[0] / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"the configuration of the adapter in '.*saved' cannot be opened"):
         load_checkpoint(made[0], backbone=tiny())

@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors are not those that their configuration calls for are refused before anything changes."""
+"""Checkpoints whose tensors do not fit their configuration are refused before anything changes."""
 
 import random
 
@@ -45,8 +45,8 @@ def refused(saved, match):
     assert backbone.config.vocab_size == backbone.vocab_size == len(backbone.get_input_embeddings().weight)
 
 
-def test_a_backbone_is_not_resized_for_what_is_refused(saved, tmp_path):
-    """Where a checkpoint brings embeddings of its own; all else is compared before these take their place."""
+def test_a_backbone_is_not_resized_for_a_refused_checkpoint(saved, tmp_path):
+    """A checkpoint may bring its own embeddings; everything else is compared before they are used."""
     tiny().save_pretrained(tmp_path / "base")
     backbone = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     head = {"write_head": True, "lora_config": {"r": 2, "target_modules": ["lm_head", "q_proj"]}}
@@ -63,17 +63,17 @@ def test_a_backbone_is_not_resized_for_what_is_refused(saved, tmp_path):
     refused(saved, "tensor 'x' is unknown")
 
 
-def test_the_checkpoint_is_good(saved):
+def test_the_undamaged_checkpoint_opens(saved):
     model, _ = load_checkpoint(saved, backbone=tiny())
     assert torch.equal(model.base_model.slots.gradmem_memory["default"], load_file(saved / WEIGHTS)[MEMORY])
 
 
-def test_a_missing_memory_is_not_made_up(saved):
+def test_a_missing_memory_is_refused(saved):
     change(saved, lambda tensors: tensors.pop(MEMORY))
     refused(saved, r"tensor '.*gradmem_memory' is missing")
 
 
-def test_a_missing_lora_is_not_made_up(saved):
+def test_a_missing_lora_tensor_is_refused(saved):
     change(saved, lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)))
     refused(saved, r"tensor '.*lora_B.*' is missing")
 
@@ -82,7 +82,7 @@ def test_a_missing_lora_is_not_made_up(saved):
     "name",
     ["base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight", "model.embed_tokens.weight", "x"],
 )
-def test_tensors_of_the_backbone_are_not_let_in(saved, name):
+def test_tensors_of_the_backbone_are_refused(saved, name):
     change(saved, lambda tensors: tensors.update({name: torch.full((61, 32), 7.0)}))
     refused(saved, rf"tensor '{name}' is unknown")
 
@@ -112,18 +112,18 @@ def test_all_differences_are_listed(saved):
     refused(saved, r"(?s)lora_A.*missing.*'another' is unknown.*gradmem_memory' has shape")
 
 
-def test_weights_that_are_no_safetensors(saved):
+def test_weights_that_are_not_safetensors_are_refused(saved):
     weights = saved / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-9])
     refused(saved, "are damaged")
-    torch.save({}, saved / "adapter_model.bin")  # never opened in its place
+    torch.save({}, saved / "adapter_model.bin")  # never opened instead
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
         load_checkpoint(saved, backbone=tiny())
 
 
 @pytest.mark.parametrize("how", ["missing", "damaged"])
-def test_a_trained_backbone_is_whole(tmp_path, how):
+def test_an_incomplete_trained_backbone_is_refused(tmp_path, how):
     saved = tmp_path / "saved"
     save_checkpoint(get_peft_model(tiny(), GradMemConfig(train_backbone=True)), tiny_tokenizer(), saved)
     load_checkpoint(saved)
@@ -139,8 +139,8 @@ def test_a_trained_backbone_is_whole(tmp_path, how):
         load_checkpoint(saved)
 
 
-def test_damaged_headers(saved):
-    """Loaded as what was saved, or refused by an error that names what is wrong."""
+def test_damaged_headers_change_nothing_or_are_refused(saved):
+    """The checkpoint either loads as it was saved, or is refused with a ValueError."""
     weights, dice = saved / WEIGHTS, random.Random(0)
     good = weights.read_bytes()
     whole = load_file(weights)
@@ -156,7 +156,7 @@ def test_damaged_headers(saved):
         assert torch.equal(model.base_model.slots.gradmem_memory["default"], whole[MEMORY])
 
 
-def test_what_is_beside_a_checkpoint_stays(saved):
+def test_other_files_beside_a_checkpoint_stay(saved):
     (saved / "checkpoint-500").mkdir()
     (saved / "checkpoint-500" / "optimizer.pt").write_bytes(b"state")
     (saved / "notes.md").write_text("what I found")
@@ -176,7 +176,7 @@ def test_what_is_beside_a_checkpoint_stays(saved):
     assert model.active_peft_config.num_memory_tokens == 5
 
 
-def test_a_folder_of_somebody_else_is_not_replaced(saved):
+def test_a_directory_that_is_not_ours_is_not_replaced(saved):
     (saved / "backbone").mkdir()
     (saved / "backbone" / "notes.txt").write_text("mine")
     before = (saved / WEIGHTS).read_bytes()

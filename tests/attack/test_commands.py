@@ -1,4 +1,4 @@
-"""Every command with every kind of bad input: exit status 2, one message, no trace, and not a file is changed."""
+"""Every command with every kind of bad input: exit status 2, one message, no traceback, no file changed."""
 
 import os
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 def contents(folder):
-    """What every entry is, and when a small file was written."""
+    """Kind, inode and size of every entry, and when small files were written."""
     found = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -56,11 +56,11 @@ def parameters(chosen):
 
 
 @parameters(CASES[::50])
-def test_bad_input(folder, app, program, arguments):
+def test_a_sample_of_bad_inputs_is_refused(folder, app, program, arguments):
     attack(folder, app, program, arguments)
 
 
 @pytest.mark.slow
 @parameters(CASES)
-def test_all_bad_inputs(folder, app, program, arguments):
+def test_all_bad_inputs_are_refused(folder, app, program, arguments):
     attack(folder, app, program, arguments)

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged anywhere: opened as what was saved, or refused by an error that names them."""
+"""Checkpoints damaged anywhere are opened as they were saved, or refused with an error that names them."""
 
 import os
 import random
@@ -73,7 +73,7 @@ def saved(request, tmp_path):
 
 
 def attack(saved, count, seed=0):
-    """Damage a checkpoint in so many ways; returns how often it was opened all the same."""
+    """Damages a checkpoint `count` times; returns how often it still opened."""
     backbone = None if (saved / "saved" / "backbone").exists() else tiny()
     files = sorted(file.relative_to(saved / "saved") for file in (saved / "saved").rglob("*") if file.is_file())
     good, tokenizer = load_checkpoint(saved / "saved", backbone=backbone)
@@ -100,18 +100,18 @@ def attack(saved, count, seed=0):
     return opened
 
 
-def test_damaged_checkpoints(saved):
+def test_damaged_checkpoints_are_refused_or_unchanged(saved):
     assert attack(saved, 24) < 12, "most damages must matter"
 
 
 @pytest.mark.slow
-def test_many_damaged_checkpoints(saved):
+def test_many_damaged_checkpoints_are_refused_or_unchanged(saved):
     print(attack(saved, 300, seed=1), "of 300 were opened")
 
 
 @pytest.mark.slow
-def test_without_digests_there_are_no_errors_of_others(saved):
-    """What PEFT saved has none: damage may go unnoticed, and ends with our errors where it does not."""
+def test_without_digests_damage_gives_only_our_errors(saved):
+    """Checkpoints saved by PEFT have none: damage may go unnoticed, or must give one of our errors."""
     backbone = None if (saved / "saved" / "backbone").exists() else tiny()
     files = sorted(file.relative_to(saved / "saved") for file in (saved / "saved").rglob("*") if file.is_file())
     dice, damaged = random.Random(2), saved / "damaged"
@@ -137,5 +137,5 @@ def test_weights_are_not_loaded_from_a_damaged_checkpoint(saved):
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="there is no sha256sum here")
-def test_coreutils_agree(saved):
+def test_sha256sum_accepts_the_digests(saved):
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=saved / "saved", check=True)

@@ -1,4 +1,4 @@
-"""Files of a directory that are replaced together: by processes that are killed, by two at once, over what is there."""
+"""Files of a directory that are replaced together: by killed processes, by two at once, over existing files."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def load(path):
 
 
 def make_old(path):
-    """A save of before, with files of its own and other people's."""
+    """An earlier save, with its own files and other people's."""
     with replacing_together(path, OWN) as folder:
         for name in ("one", "two", "old"):
             (folder / name).write_text("first")
@@ -43,7 +43,7 @@ def make_old(path):
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
-def test_killed_at_any_moment(tmp_path, there):
+def test_a_save_killed_at_any_moment_leaves_whole_files(tmp_path, there):
     """Exhaustively: before every call that changes a directory."""
     path, found = tmp_path / "saved", []
     attempts = kill_at_every_call(save, path, "second")
@@ -60,7 +60,7 @@ def test_killed_at_any_moment(tmp_path, there):
     assert found == sorted(found), "once it is there it stays"
 
 
-def test_two_writers_and_two_readers(tmp_path):
+def test_two_writers_and_two_readers_see_whole_saves(tmp_path):
     path, errors, seen = tmp_path / "saved", [], set()
     save(path, "start")
 

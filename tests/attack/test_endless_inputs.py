@@ -1,4 +1,4 @@
-"""Inputs without an end, or that inflate to a thousand times their size, end a command at once."""
+"""Endless inputs, or those that inflate to a thousand times their size, end a command at once."""
 
 import gzip
 import os
@@ -26,7 +26,7 @@ def endless(request, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["write", "ask"])
-def test_a_text_without_an_end(tmp_path, endless, command):
+def test_an_endless_text_is_refused_at_once(tmp_path, endless, command):
     (tmp_path / "checkpoint").mkdir()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if command == "write":

@@ -1,4 +1,4 @@
-"""File systems that run full or may only be read, and files that may not grow: what is there stays as it is."""
+"""Full or read-only file systems, and files that may not grow: what is there stays as it is."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ def mount(*arguments):
 
 
 def fill_up(folder):
-    """Leave no room on a file system."""
+    """Leaves no room on a file system."""
     with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
@@ -46,7 +46,7 @@ def small(tmp_path):
 
 @pytest.fixture
 def short():
-    """No file may have more than 30 kB."""
+    """No file may be larger than 30 kB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     yield
@@ -77,17 +77,17 @@ def save_state(folder, number):
     assert MemoryState.load(folder / "states") == state(200)
 
 
-def test_states(small):
+def test_a_full_disk_leaves_states_as_they_are(small):
     save_state(small, errno.ENOSPC)
 
 
-def test_states_that_may_not_grow(tmp_path, short):
+def test_a_limit_on_file_size_leaves_states_as_they_are(tmp_path, short):
     save_state(tmp_path, errno.EFBIG)
 
 
 @pytest.mark.parametrize("free", range(0, 60_000, 12_000))
-def test_checkpoints_at_any_place(small, free):
-    """Wherever in a save the disk is full."""
+def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint(small, free):
+    """Wherever in the save the disk fills up."""
     path = small / "saved"
     save_checkpoint(make(**CONFIG), tiny_tokenizer(), path)
     left = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
@@ -101,13 +101,13 @@ def test_checkpoints_at_any_place(small, free):
     assert not [name for name in os.listdir(path) if name.startswith(".")]
 
 
-def test_checkpoints_that_may_not_grow(tmp_path, short):
+def test_a_limit_on_file_size_leaves_no_partial_checkpoint(tmp_path, short):
     with pytest.raises(OSError, match="cannot be written: File too large"):
         save_checkpoint(make(train_backbone=True), tiny_tokenizer(), tmp_path / "saved")
     assert os.listdir(tmp_path) == []
 
 
-def test_training(small):
+def test_training_on_a_full_disk_leaves_whole_checkpoints(small):
     arguments = GradMemTrainingArguments(
         str(small / "run"), max_steps=20, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
     )
@@ -122,7 +122,7 @@ def test_training(small):
     assert trainer.has_checkpoint()
 
 
-def test_the_command_write_goes_on_when_there_is_room(small, folder):
+def test_the_write_command_continues_once_there_is_room(small, folder):
     lines = [json.dumps({"text": tiny_text(30, seed=seed)}) for seed in range(60)]
     (folder / "lines.jsonl").write_text("\n".join(lines))
     options = ("--checkpoint", folder / "checkpoint", "--segment-tokens", 20, "--max-tokens", 60, "--device", "cpu")
@@ -148,7 +148,7 @@ def test_the_command_write_goes_on_when_there_is_room(small, folder):
     assert invoke(*asked, "--max-new-tokens", 2).exit_code == 0
 
 
-def test_what_may_only_be_read(small):
+def test_read_only_states_and_checkpoints_can_be_loaded(small):
     state(10).save(small / "states")
     save_checkpoint(make(**CONFIG), tiny_tokenizer(), small / "saved")
     mount("-o", "remount,ro", small)
@@ -196,8 +196,8 @@ def test_a_server_answers_from_a_store_that_it_cannot_write_to(small, folder, mo
     assert MemoryStore(small / "store").verify().ok
 
 
-def test_a_server_with_keys_on_a_disk_that_may_only_be_read(small, folder, monkeypatch):
-    """No store is beside the tenants' own, and one of them has none yet."""
+def test_a_server_with_keys_works_on_a_read_only_disk(small, folder, monkeypatch):
+    """There are only the tenants' stores, and one tenant has none yet."""
     started = []
     monkeypatch.setattr(serve, "run", lambda app, **options: started.append(app))
     (folder / "keys").write_text(f"anna {'a' * 16}\nbert {'b' * 16}\n")

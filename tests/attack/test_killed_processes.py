@@ -1,4 +1,4 @@
-"""Two processes that write documents into one store, as torchrun starts them, are killed again and again."""
+"""Two processes that write documents into one store, as torchrun starts them, are killed repeatedly."""
 
 import json
 import os

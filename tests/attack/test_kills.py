@@ -1,4 +1,4 @@
-"""Processes are killed while they save: the old or the new is whole, and what they left goes with the next save."""
+"""Processes killed while they save: the old or the new file is whole, and the next save removes what they left."""
 
 import json
 import os
@@ -24,12 +24,12 @@ def killed_while_saving_states(path, kills):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_states(tmp_path):
+def test_a_kill_leaves_a_whole_state(tmp_path):
     killed_while_saving_states(tmp_path / "state.safetensors", 5)
 
 
 @pytest.mark.slow
-def test_states_often(tmp_path):
+def test_many_kills_leave_a_whole_state(tmp_path):
     killed_while_saving_states(tmp_path / "state.safetensors", 200)
 
 
@@ -39,7 +39,7 @@ def test_states_often(tmp_path):
     [{"lora_config": {"r": 2, "target_modules": ["q_proj"]}}, {"train_backbone": True}],
     ids=["lora", "backbone"],
 )
-def test_checkpoints_often(tmp_path, config):
+def test_many_kills_leave_a_whole_checkpoint(tmp_path, config):
     path, seen = tmp_path / "saved", set()
     model, backbone = make(**config), None if config.get("train_backbone") else tiny()
     save_checkpoint(model, tiny_tokenizer(), path)
@@ -60,7 +60,7 @@ def test_checkpoints_often(tmp_path, config):
 
 
 @pytest.mark.slow
-def test_the_command_write(folder):
+def test_many_kills_of_the_write_command_leave_a_whole_state(folder):
     pipeline = GradMemPipeline(*load_checkpoint(folder / "checkpoint"))
     right = [pipeline.write((folder / f"{i}.txt").read_text()) for i in range(2)]
     before, seen = sorted(os.listdir(folder)), 0
@@ -74,8 +74,8 @@ def test_the_command_write(folder):
     assert sorted(os.listdir(folder)) == sorted([*before, "states"])
 
 
-def test_json_lines_are_written_on_after_kills(folder):
-    """No line is lost, none is written twice, and no more than a batch is written in vain."""
+def test_writing_json_lines_continues_after_kills(folder):
+    """No line is lost or written twice, and at most one batch of work is lost."""
     lines = [tiny_text(18, seed=seed) for seed in range(12)] + [tiny_text(33, seed=99)]
     (folder / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     store, stored, states = MemoryStore(folder / "memory"), 0, {}
@@ -96,8 +96,8 @@ def test_json_lines_are_written_on_after_kills(folder):
 
 
 @pytest.mark.slow
-def test_the_command_train(folder):
-    """Killed again and again, the run comes to its end; every checkpoint on the way is whole."""
+def test_many_kills_of_the_train_command_leave_whole_checkpoints(folder):
+    """Despite many kills the run finishes, and every checkpoint on the way is whole."""
     run, steps = folder / "run", [0]
     for _ in kill_often(train, folder, kills=15, longest=1.0):
         found = [path for path in run.glob("checkpoint-*") if path.is_dir()]

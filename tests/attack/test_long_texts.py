@@ -30,7 +30,7 @@ def pipeline():
     return pipeline
 
 
-def test_a_text_to_write_or_to_ask(pipeline):
+def test_long_texts_and_prompts_are_refused_early(pipeline):
     state = pipeline.write("w1 w2")
     for attempt in (
         lambda: pipeline.write(LONG),
@@ -44,7 +44,7 @@ def test_a_text_to_write_or_to_ask(pipeline):
     assert pipeline.tokenizer.characters < 100_000
 
 
-def test_a_row_to_train_on():
+def test_long_training_rows_are_refused_early():
     tokenizer = Counting(tiny_tokenizer())
     collator = GradMemCollator(tokenizer, max_context_length=100)
     with pytest.raises(ValueError, match=r"Row 1 of the batch .*: the context is too long"):
@@ -52,8 +52,8 @@ def test_a_row_to_train_on():
     assert tokenizer.characters < 100_000
 
 
-def test_texts_of_few_tokens_are_looked_at_to_their_end(pipeline):
-    """However many characters a token has."""
+def test_long_texts_of_few_tokens_are_tokenised_completely(pipeline):
+    """However many characters there are per token."""
     longest = pipeline.max_context_tokens
     spaces = " " * 100
     assert len(pipeline.write(spaces.join(["w1"] * longest))) == 1

@@ -1,4 +1,4 @@
-"""Memory stores: several writers, processes that are killed at any moment, full disks and read-only ones."""
+"""Memory stores: several writers, killed processes, full and read-only disks."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from gradmem_adapter.store import Entry, MemoryStore
 from gradmem_adapter.utils.temporary import PREFIX
 
 
-def test_every_state_that_is_in_the_index_is_whole(tmp_path):
+def test_indexed_states_are_whole_after_kills(tmp_path):
     store = MemoryStore(tmp_path)
     for _ in kill_often(fill_store, tmp_path, kills=5, longest=0.1):
         report = store.verify()
@@ -31,26 +31,26 @@ def test_every_state_that_is_in_the_index_is_whole(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_state_that_is_in_the_index_is_whole_often(tmp_path):
+def test_indexed_states_are_whole_after_many_kills(tmp_path):
     for _ in kill_often(fill_store, tmp_path, kills=100, longest=0.2):
         assert not MemoryStore(tmp_path).verify().damaged
 
 
-def test_killed_before_every_change_of_a_directory(tmp_path):
+def test_a_kill_before_any_change_of_a_directory_can_be_repaired(tmp_path):
     path = tmp_path / "store"
     for count in kill_at_every_call(put_and_forget, path):
         store = MemoryStore(path)
-        assert set(store.verify().damaged) <= {key(3)}, count  # of which the file went before the row
+        assert set(store.verify().damaged) <= {key(3)}, count  # its file went before its row
         store.gc()
         assert store.verify().ok
         put_and_forget(path)
         assert [(entry.key, entry.source) for entry in store.entries()] == [(key(2), "other")]
-        if count < 9:  # while the store is being made
+        if count < 9:  # the store is still being made
             shutil.rmtree(path)
     assert not list(path.glob(f"{PREFIX}*"))
 
 
-def test_several_processes_and_threads_write_the_same(tmp_path):
+def test_several_processes_and_threads_can_write_the_same_states(tmp_path):
     processes = [SERVER.Process(target=fill_store, args=(int, tmp_path, 20)) for _ in range(2)]
     threads = [threading.Thread(target=fill_store, args=(int, tmp_path, 20)) for _ in range(2)]
     for worker in (*processes, *threads):
@@ -62,7 +62,7 @@ def test_several_processes_and_threads_write_the_same(tmp_path):
     assert (report.ok, report.states, report.leftovers) == (True, 20, ())
 
 
-def test_rebuilt_while_others_write(tmp_path):
+def test_the_index_can_be_rebuilt_while_others_write(tmp_path):
     put_state(tmp_path, 0)
     writers = [threading.Thread(target=fill_store, args=(int, tmp_path, 20)) for _ in range(2)]
     for writer in writers:
@@ -73,7 +73,7 @@ def test_rebuilt_while_others_write(tmp_path):
     assert (report.ok, report.states) == (True, 20)
 
 
-def test_full_disk(small):  # noqa: F811
+def test_a_full_disk_leaves_a_whole_store(small):  # noqa: F811
     store = MemoryStore(small / "store")
     with pytest.raises(OSError, match="No space left") as error:
         fill_store(int, store.path)
@@ -86,8 +86,8 @@ def test_full_disk(small):  # noqa: F811
     assert store.get(key(0)) == stored_state(0)
 
 
-def test_nobody_writes_while_one_reads_who_may_only_read(small, tmp_path):  # noqa: F811
-    """SQLite takes such a file for one that does not change, and would read half of what is written meanwhile."""
+def test_writers_wait_for_a_reader_without_write_access(small, tmp_path):  # noqa: F811
+    """SQLite assumes that such a file does not change, and would read half of a concurrent write."""
     put_state(small / "store", 0)
     (tmp_path / "view").mkdir()
     mount("--bind", small, tmp_path / "view")
@@ -106,8 +106,8 @@ def test_nobody_writes_while_one_reads_who_may_only_read(small, tmp_path):  # no
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["closed", "with changes of a killed process beside it"])
-def test_what_is_on_a_full_disk_can_be_read_and_deleted(small, tmp_path, killed):  # noqa: F811
-    """SQLite cannot make the file that connections share there."""
+def test_a_store_on_a_full_disk_can_be_read_and_cleared(small, tmp_path, killed):  # noqa: F811
+    """SQLite cannot create the file that connections share there."""
     store = MemoryStore(small / "store")
     large = MemoryState(torch.ones(1, 128, 128), torch.tensor([1]), torch.zeros(1, 1), "model")
     store.put(large, [Entry(key(2), "source")])
@@ -132,7 +132,7 @@ def test_what_is_on_a_full_disk_can_be_read_and_deleted(small, tmp_path, killed)
     with pytest.raises(OSError, match="No space left") as error:
         put_state(store.path, 9)
     assert error.value.errno == errno.ENOSPC
-    store.forget("source")  # which makes the room that it needs
+    store.forget("source")  # makes the room that it needs
     (small / "filler").unlink()
     assert not store.verify().damaged
     assert set(store) == ({key(3)} if killed else set())
@@ -142,8 +142,8 @@ def test_what_is_on_a_full_disk_can_be_read_and_deleted(small, tmp_path, killed)
 
 
 @pytest.mark.parametrize("remove", [lambda store: store.delete([key(0)]), lambda store: store.forget("source")])
-def test_what_cannot_be_removed_stays_whole(small, remove):  # noqa: F811
-    """A small state makes no room for what the index takes down."""
+def test_a_failed_removal_leaves_the_state_whole(small, remove):  # noqa: F811
+    """A small state does not free enough room for the entry in SQLite's log."""
     store = MemoryStore(small / "store")
     put_state(store.path, 0, "source")
     fill_up(small)
@@ -155,7 +155,7 @@ def test_what_cannot_be_removed_stays_whole(small, remove):  # noqa: F811
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["before the index forgot it", "after"])
-def test_killed_while_a_state_is_removed(tmp_path, listed):
+def test_a_kill_while_a_state_is_removed_can_be_repaired(tmp_path, listed):
     store = MemoryStore(tmp_path / "store")
     put_state(store.path, 0)
     put_state(store.path, 1)
@@ -171,7 +171,7 @@ def test_killed_while_a_state_is_removed(tmp_path, listed):
     assert (report.ok, report.states, report.leftovers) == (True, 1 + listed, ())
 
 
-def test_read_only(small):  # noqa: F811
+def test_a_read_only_store_can_be_read(small):  # noqa: F811
     store = MemoryStore(small / "store")
     put_state(store.path, 0, "source")
     mount("-o", "remount,ro", small)
@@ -185,12 +185,12 @@ def test_read_only(small):  # noqa: F811
         assert str(store.path) in str(error.value.filename)
 
 
-def test_read_only_with_changes_that_a_killed_process_left(small, tmp_path):  # noqa: F811
-    """They are beside the index, in SQLite's log, which is not passed over."""
+def test_a_read_only_store_includes_the_log_of_a_killed_process(small, tmp_path):  # noqa: F811
+    """Its changes are in SQLite's log beside the index."""
     path = tmp_path / "store"
     put_state(path, 0)
     with MemoryStore(path).index.reading() as connection:
-        cursor = connection.execute("SELECT key FROM states")  # which keeps the next change from being written there
+        cursor = connection.execute("SELECT key FROM states")  # keeps the next change in the log
         put_state(path, 1)
         store = MemoryStore(shutil.copytree(path, small / "store"))
         cursor.close()
@@ -206,7 +206,7 @@ def test_read_only_with_changes_that_a_killed_process_left(small, tmp_path):  # 
     assert len(store) == 3
 
 
-def test_an_index_that_may_not_be_read(tmp_path):
+def test_an_unreadable_index_is_named(tmp_path):
     put_state(tmp_path, 0)
     os.remove(tmp_path / "index.sqlite")
     (tmp_path / "index.sqlite").mkdir()

@@ -1,4 +1,4 @@
-"""Token ids, labels and indices of any width give what those of 64 bits give, everywhere."""
+"""Token ids, labels and indices of any width give the same as those of 64 bits, everywhere."""
 
 import pytest
 import torch
@@ -37,21 +37,21 @@ def model():
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
 @pytest.mark.parametrize("use", USES)
-def test_in_the_model(model, use, dtype):
+def test_narrow_ids_give_the_same_in_the_model(model, use, dtype):
     state = model.write(IDS, MASK)
     expected = USES[use](model, state, IDS, MASK, ORDER)
     assert torch.equal(USES[use](model, state, IDS.to(dtype), MASK.to(dtype), ORDER.to(dtype)), expected)
 
 
 class Narrow(GradMemCollator):
-    """Batches as a collator of somebody else may make them."""
+    """A collator whose batches have 32-bit ids."""
 
     def __call__(self, rows, first=0):
         batch = super().__call__(rows, first)
         return {k: v.int() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def test_in_training_and_evaluation(tmp_path):
+def test_narrow_ids_give_the_same_in_training_and_evaluation(tmp_path):
     found = []
     for collator in (GradMemCollator, Narrow):
         torch.manual_seed(0)

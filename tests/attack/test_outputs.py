@@ -1,4 +1,4 @@
-"""Outputs of commands that are inputs, devices, or something that nobody asked to replace: all stay as they are."""
+"""Outputs that are inputs, devices, or files nobody asked to replace stay as they are."""
 
 import os
 
@@ -59,7 +59,7 @@ def test_a_device_is_never_replaced(tmp_path, output):
 
 
 def _identity(path):
-    """What stays the same unless the entry itself was replaced: looking at it may change its times."""
+    """What stays the same unless the entry is replaced; reading it may change its times."""
     entry = os.lstat(path)
     return entry.st_mode, entry.st_dev, entry.st_ino
 
@@ -69,7 +69,7 @@ def _state(folder):
     return MemoryState.load(folder / "states")
 
 
-def test_what_is_no_memory_state_is_replaced_by_force_alone(tmp_path):
+def test_other_files_are_replaced_only_with_force(tmp_path):
     before = contents(tmp_path)
     result = write("--output", "other.txt")
     assert result.exit_code == 2, result.output
@@ -80,7 +80,7 @@ def test_what_is_no_memory_state_is_replaced_by_force_alone(tmp_path):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_memory_states_are_replaced_by_force_or_after_a_question(tmp_path, monkeypatch, damaged):
+def test_memory_states_are_not_replaced_without_force_or_a_question(tmp_path, monkeypatch, damaged):
     state = _state(tmp_path)
     if damaged:
         os.truncate("states", state.nbytes)
@@ -92,7 +92,7 @@ def test_memory_states_are_replaced_by_force_or_after_a_question(tmp_path, monke
 
 
 @pytest.mark.parametrize(("answer", "replaced"), [(True, True), (False, False)])
-def test_on_a_terminal_the_user_is_asked(tmp_path, monkeypatch, answer, replaced):
+def test_the_user_is_asked_on_a_terminal(tmp_path, monkeypatch, answer, replaced):
     _state(tmp_path)
     (tmp_path / "other.txt").write_text("w4 w5")
     before = contents(tmp_path)
@@ -116,7 +116,7 @@ class _Terminal:
         isatty = staticmethod(lambda: True)
 
 
-def test_ask_keeps_what_is_there(tmp_path):
+def test_ask_replaces_no_existing_file(tmp_path):
     before = contents(tmp_path)
     for state in ("notes.txt", "link", "/dev/null"):
         result = invoke("ask", "w1", "--text", "notes.txt", "--state", state, "--checkpoint", "checkpoint")

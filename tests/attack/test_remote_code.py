@@ -1,4 +1,4 @@
-"""Code that a checkpoint or a backbone brings with it is neither run nor asked about."""
+"""Code that comes with a checkpoint or backbone is neither run nor asked about."""
 
 import json
 
@@ -24,7 +24,7 @@ def _nobody_is_asked(monkeypatch):
     monkeypatch.setattr("signal.alarm", lambda *_: pytest.fail("the user was asked, with a time limit"))
 
 
-def test_a_backbone_with_code(tmp_path):
+def test_a_backbone_with_code_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     infect(tmp_path, "config.json", {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"})
@@ -32,7 +32,7 @@ def test_a_backbone_with_code(tmp_path):
         load_backbone(str(tmp_path))
 
 
-def test_a_tokenizer_with_code(tmp_path):
+def test_a_tokenizer_with_code_is_refused(tmp_path):
     save_checkpoint(get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2)), tiny_tokenizer(), tmp_path / "saved")
     infect(tmp_path / "saved", "tokenizer_config.json", {"AutoTokenizer": ["foreign.Tokenizer", None]})
     with pytest.raises(ValueError, match="code"):

@@ -1,4 +1,4 @@
-"""State files that are changed in every way: read as what was saved, or refused by our own error."""
+"""State files changed in many ways are read as they were saved, or refused with our own error."""
 
 import json
 import os
@@ -69,7 +69,7 @@ MUTATIONS = (flip_a_bit, change_bytes, cut, insert, take_out, zero_a_page, splic
 
 
 def attack(count):
-    """Mutate files; returns how many of them were read as what they had been."""
+    """Mutates files; returns how many of them were still read as before."""
     dice, same = random.Random(0), 0
     good = [state(i, dtype) for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.float64))]
     files = [one.to_bytes() for one in good]
@@ -90,12 +90,12 @@ def attack(count):
     return same
 
 
-def test_mutated_files():
+def test_mutated_files_are_refused_or_unchanged():
     assert attack(1_000) < 500, "most mutations must change what the file holds"
 
 
 @pytest.mark.slow
-def test_many_mutated_files():
+def test_many_mutated_files_are_refused_or_unchanged():
     attack(10_000)
 
 
@@ -122,14 +122,14 @@ HEADERS = {
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 @pytest.mark.parametrize("header", HEADERS)
-def test_headers_are_refused_by_one_error(header, kind):
+def test_invalid_headers_are_refused_with_one_kind_of_error(header, kind):
     data = len(HEADERS[header]).to_bytes(8, "little") + HEADERS[header] + bytes(8)
     with pytest.raises(MemoryStateError):
         MemoryState.from_bytes(kind(data))
 
 
 @pytest.mark.parametrize("tokens", [2**62, 2**40 + 1, 0, -1])
-def test_contexts_have_as_many_tokens_as_can_be(tokens, monkeypatch):
+def test_absurd_token_counts_are_refused(tokens, monkeypatch):
     absurd = MemoryState(torch.ones(1, 1, 1), torch.tensor([tokens]), torch.zeros(1, 1), "model")
     with pytest.raises(ValueError, match="range is 1 to 1099511627776"):
         absurd.to_bytes()
@@ -140,19 +140,19 @@ def test_contexts_have_as_many_tokens_as_can_be(tokens, monkeypatch):
         MemoryState.from_bytes(forged)
 
 
-def test_what_can_be_saved_can_be_read():
-    """A sequential document may have any number of tokens."""
+def test_large_token_counts_survive_saving():
+    """A document written sequentially can have any number of tokens."""
     long = MemoryState(torch.ones(2, 1, 1), torch.tensor([2**24 + 1, 2**40]), torch.zeros(2, 1), "model")
     assert MemoryState.from_bytes(long.to_bytes()) == long
 
 
 @pytest.mark.parametrize("data", [2**40, None, "text", [1]])
-def test_what_is_no_bytes(data):
+def test_anything_but_bytes_is_refused(data):
     with pytest.raises(TypeError, match="Expected the bytes of a memory state"):
         MemoryState.from_bytes(data)
 
 
-def test_pipes_and_devices_are_not_read(tmp_path):
+def test_pipes_and_devices_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe", tmp_path / "link", "/dev/zero"):
@@ -161,7 +161,7 @@ def test_pipes_and_devices_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("begin", ["zeros", "state", "state of that size"])
-def test_terabytes_of_nothing_are_not_read(tmp_path, begin):
+def test_sparse_files_of_a_terabyte_are_refused(tmp_path, begin):
     data, size = b"" if begin == "zeros" else state(0).to_bytes(), 2**40
     if begin == "state of that size":
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

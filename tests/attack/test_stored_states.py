@@ -1,4 +1,4 @@
-"""Entries of a store that are damaged or exchanged: never read as what they are not, and no text is blocked by one."""
+"""Damaged or exchanged entries of a store are never read as something else, and block no text."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_exchanged_entries_are_not_read(pipeline):
             store.get(file.stem)
 
 
-def test_a_plain_state_is_no_entry(pipeline):
+def test_a_plain_state_file_is_not_an_entry(pipeline):
     store = MemoryStateStore()
     (reference,) = store.write(pipeline, TEXTS[:1])
     store.get(reference).save(file_of(store, reference))

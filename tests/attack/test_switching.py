@@ -1,4 +1,4 @@
-"""Adapters are switched while other threads write and read: what they get is right, or an error."""
+"""Adapters are switched while other threads write and read: these get the right result or an error."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from tiny import tokens
 from gradmem_adapter import AdapterChangedError, GradMemConfig, GradMemModel
 
 
-def test_for_seconds():
+def test_switching_for_seconds_mixes_nothing():
     attack = Attack()
     attack.run(2)
     assert attack.results["refused"] > 0, "otherwise nothing was switched in between"
 
 
 @pytest.mark.slow
-def test_for_a_minute():
+def test_switching_for_a_minute_mixes_nothing():
     attack = Attack()
     attack.run(60)
     print(attack.results)
@@ -24,7 +24,7 @@ def test_for_a_minute():
 
 
 def meanwhile(model, change):
-    """Make a change in the middle of the next forward pass of the backbone's trunk."""
+    """Makes a change in the middle of the next forward pass of the backbone."""
 
     def hook(*_):
         handle.remove()
@@ -73,7 +73,7 @@ def test_every_change_is_noticed_in_every_use(model, change, use):
     assert len(model.base_model.prefix_cache) == 0, "what was mixed must not be kept"
 
 
-def test_nothing_is_refused_after_a_change(model):
+def test_nothing_is_refused_once_a_change_is_over(model):
     before = model.write(tokens(1, 5))
     model.set_adapter("other")
     model.set_adapter("default")
@@ -81,7 +81,7 @@ def test_nothing_is_refused_after_a_change(model):
 
 
 def test_the_attack_would_find_mixtures(monkeypatch):
-    """Without the comparison a state is a mixture that says it is of an adapter."""
+    """Without the check, a state is a mixture that claims to be of one adapter."""
     attack = Attack()
     model = attack.pipeline.model
     monkeypatch.setattr(GradMemModel, "_write", GradMemModel._write.__wrapped__)
@@ -93,13 +93,13 @@ def test_the_attack_would_find_mixtures(monkeypatch):
 
 
 class TestNoChange:
-    """What leaves the model as it was, and what failed and was mended, is no change."""
+    """What leaves the model as it was, or failed and was repaired, is not a change."""
 
-    def test_the_active_adapter_is_chosen_again(self, model):
+    def test_choosing_the_active_adapter_again_is_no_change(self, model):
         meanwhile(model, lambda: model.set_adapter("default"))
         assert len(model.write(tokens(1, 5))) == 1
 
-    def test_loading_was_interrupted_and_done_again(self, model):
+    def test_loading_again_after_an_interrupt_is_no_change(self, model):
         def interrupt(*_):
             raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""A tenant's store reaches no other tenant's states, whatever it is asked for."""
+"""A tenant's store never reaches another tenant's states, whatever it is asked for."""
 
 import pytest
 from langchain_gradmem import MemoryStateStore
@@ -35,7 +35,7 @@ def test_no_path_leads_to_another_tenant(tmp_path, states, path):
 
 
 @pytest.mark.parametrize("prefix", ["", "../alice", "..", "../", "0"])
-def test_a_tenant_lists_its_own_references(tmp_path, states, prefix):
+def test_a_tenant_lists_only_its_own_references(tmp_path, states, prefix):
     alice, bob = (MemoryStateStore(tmp_path, namespace=name) for name in ("alice", "bob"))
     alice.mset([(REFERENCE, states[0])])
     assert list(bob.yield_keys(prefix=prefix)) == []
@@ -43,6 +43,6 @@ def test_a_tenant_lists_its_own_references(tmp_path, states, prefix):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../alice", "alice/", "/alice", "a b", "alice\n", "ä", "a" * 65, 3])
-def test_a_namespace_is_a_name(tmp_path, name):
+def test_invalid_namespaces_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="A namespace must be"):
         MemoryStateStore(tmp_path, namespace=name)
