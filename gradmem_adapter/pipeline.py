@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import Any, Literal, Unpack, cast, overload
 
 from peft import PeftModel
 from torch import Tensor
@@ -21,9 +21,6 @@ from gradmem_adapter.state import MemoryState, check_state
 from gradmem_adapter.support import StateSelector, answer_scores, surest
 from gradmem_adapter.utils.tokens import check_no_file, text_list
 from gradmem_adapter.write.options import WriteFields, WriteOptions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class GradMemPipeline(StateSelector):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex, Unpack
 
 import torch
 from torch import Tensor
@@ -29,10 +29,6 @@ from gradmem_adapter.write.loss import Writer
 from gradmem_adapter.write.more import more_text
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 from gradmem_adapter.write.self_study import study_contexts
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 
 WORSE = 2
 """A state of more tokens than this many segments answers questions much worse: a general adapter's F1 fell from 66 to

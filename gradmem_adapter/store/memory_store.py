@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
@@ -28,9 +28,6 @@ from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.tokens import check_no_file, text_list
 from gradmem_adapter.write.batching import progress_bar
 from gradmem_adapter.write.options import WriteFields, WriteOptions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _PIPELINE = "a GradMemPipeline, which knows the model"
 _AT_ONCE = 256

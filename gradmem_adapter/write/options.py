@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 
 from gradmem_adapter.config import unknown_fields
 from gradmem_adapter.write.optimizers import OPTIMIZERS
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Objective: TypeAlias = Literal["reconstruction", "self_study"]
 

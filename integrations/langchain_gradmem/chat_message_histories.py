@@ -8,11 +8,10 @@ import json
 import threading
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import BaseMessage, message_to_dict, messages_from_dict
-from typing_extensions import Self
 
 from gradmem_adapter.utils.files import opening, replacing
 from gradmem_adapter.utils.temporary import locked

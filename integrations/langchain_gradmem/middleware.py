@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 try:
     from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
@@ -13,7 +13,6 @@ except ModuleNotFoundError as error:
     told = f'{error}. Agents need more packages: pip install "gradmem-adapter[langchain]".'
     raise ModuleNotFoundError(told, name=error.name) from error
 from langchain_core.runnables.config import run_in_executor
-from typing_extensions import NotRequired
 
 from .turns import TurnMemory
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
-from typing_extensions import Self
 
 from gradmem_adapter import GradMemPipeline, WriteOptions
 from gradmem_adapter.utils.tokens import check_text
