@@ -185,7 +185,8 @@ class GradMemConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from_file = self.peft_type is not None
+        # A file says its peft_type and holds a nested dict. `dataclasses.replace` passes a peft_type, but a LoraConfig.
+        from_file = self.peft_type is not None and isinstance(self.lora_config, dict)
         self.peft_type = PeftType("GRADMEM")
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(
@@ -209,7 +210,7 @@ class GradMemConfig(PeftConfig):
                 "it to 0 or choose another meta_gradient."
             )
         self.lora_config = self._as_lora_config(self.lora_config)
-        if from_file and self.lora_config is not None:
+        if from_file:
             self.lora_config.__dict__[_FROM_FILE] = True  # copies keep it
 
     @classmethod

@@ -9,6 +9,7 @@ import pytest
 from peft import LoraConfig, PeftConfig
 
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.config import is_from_file
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", {"k_proj"}])
@@ -120,6 +121,18 @@ def test_a_field_of_a_newer_version_is_left_out_of_a_file(tmp_path, cls):
     assert [str(warning.message).partition(", which")[0] for warning in told] == [
         "GradMemConfig was saved with the fields field_of_next_year", "lora_config was saved with the fields and_its",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [PeftConfig, GradMemConfig])
+def test_only_a_file_marks_its_lora(tmp_path, cls):
+    """Regular expressions of foreign files are tried in a process of their own, those of the user's code are not."""
+    config = GradMemConfig(lora_config=LoraConfig(target_modules="q_.*"))
+    assert not is_from_file(dataclasses.replace(config, write_steps=3).lora_config)
+    assert not is_from_file(config.lora_config)
+    config.save_pretrained(tmp_path)
+    saved = cls.from_pretrained(tmp_path)
+    assert is_from_file(saved.lora_config)
+    assert is_from_file(dataclasses.replace(saved, write_steps=3).lora_config)
 
 
 def test_a_lora_that_a_newer_peft_saved():
