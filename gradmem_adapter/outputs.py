@@ -39,6 +39,7 @@ class GradMemOutput(CausalLMOutputWithPast):
             positions to the P positions of the prefix, which come first unless a query is padded on the left, and to
             each other.
         target_loss (`Tensor`, *optional*): a scalar, the loss on `labels` alone.
+        target_nll (`Tensor`, *optional*): `[B]`, the same for each query, summed over its labels.
         write_losses (`Tensor`, *optional*): `[C, K]`, the write loss before each step, if C contexts were written. With
             K=0, `[C, 1]`, that of the memory WRITE starts from, if it has a weight in the loss.
         memory (`Tensor`, *optional*): `[C, m, d]`, the memory after WRITE, if contexts were written.
@@ -58,6 +59,7 @@ class GradMemOutput(CausalLMOutputWithPast):
     target_states: Tensor | None = None
     aux_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
+    target_nll: Tensor | None = None
 
 
 class Fidelity(NamedTuple):

@@ -117,21 +117,17 @@ def nll_of_logits(
     return nll.masked_fill(~mask, 0).sum(-1), correct_tokens(logits, targets, mask) if count_correct else None
 
 
-def shifted_cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """The cross entropy of labels, each predicted from the position before it:
-
-        -(1/n) sum_i log p(y_i | y_<i)
+def shifted_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """The negative log-likelihood of the labels of each row, each predicted from the position before it; `[B]`.
 
     Args:
         logits (`Tensor`): `[B, T, V]`.
         labels (`Tensor`): `[B, T]`, `IGNORED` where a label does not count; the first label of a row is not predicted.
-        count (`Tensor` or `int`, *optional*): n. `None`: the number of labels that count.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten().to(logits.device)
-    if count is None:
-        return F.cross_entropy(wide, targets, ignore_index=IGNORED)
-    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum") / count
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    nll = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return nll.view_as(targets).sum(1)
 
 
 def correct_tokens(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def forward_with_memory(
         options: further arguments of the backbone's forward.
 
     Returns:
-        `GradMemOutput`: `loss` and `target_loss` (the same), `logits` `[B, T, V]` (or of the positions in
+        `GradMemOutput`: `loss` and `target_loss` (the same), `target_nll`, `logits` `[B, T, V]` (or of the positions in
         `logits_to_keep`); with `max_targets`, `correct` and `target_states` instead of logits.
     """
     check_kind("labels", labels, Tensor | None, "a tensor [batch, length]")
@@ -169,10 +169,10 @@ def forward_with_memory(
     count = inputs.pop("num_items_in_batch", None)
     if max_targets is None:
         output = fresh(backbone)(**inputs)
-        loss = None if labels is None else loss_of_logits(backbone, output, labels, count)
+        loss, nll = (None, None) if labels is None else loss_of_logits(backbone, output, labels, count)
     else:
         output = forward_at_targets(backbone, labels, max_targets, count, **inputs)
-        loss = output.loss
+        loss, nll = output.loss, output.target_nll
     logits = output.logits  # None from forward_at_targets
     return GradMemOutput(
         loss=loss,
@@ -180,6 +180,7 @@ def forward_with_memory(
         past_key_values=output.get("past_key_values"),
         aux_loss=output.get("aux_loss"),
         target_loss=loss,
+        target_nll=nll,
         correct=output.get("correct"),
         target_states=output.get("target_states"),
         **layout.split_outputs(output),

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from gradmem_adapter.ops.cross_entropy import FUSED, IGNORED, sequence_nll, shifted_cross_entropy
+from gradmem_adapter.ops.cross_entropy import FUSED, IGNORED, sequence_nll, shifted_nll
 from gradmem_adapter.ops.output_head import output_head, trains_head
 from gradmem_adapter.outputs import GradMemOutput
 from gradmem_adapter.utils.backbone import fresh, trunk
@@ -33,11 +33,12 @@ def outer_loss(target_loss: Tensor, write_losses: Tensor | None, reconstruction_
 
 def loss_of_logits(
     backbone: PreTrainedModel, output: ModelOutput, labels: Tensor, count: Tensor | int | None = None
-) -> Tensor:
-    """The mean cross entropy of tokens with a label, each predicted from the position before it.
+) -> tuple[Tensor, Tensor]:
+    """The mean cross entropy of tokens with a label, each predicted from the position before it, and its sum for each
+    row `[B]`.
 
     Computed here because some backbones shift labels and some do not. The auxiliary loss of a router
-    (`config.router_aux_loss_coef`) is added as the backbone would add it.
+    (`config.router_aux_loss_coef`) is added to the mean as the backbone would add it.
 
     Args:
         backbone (`PreTrainedModel`): the causal LM.
@@ -46,11 +47,13 @@ def loss_of_logits(
         count (`Tensor` or `int`, *optional*): the number of tokens to divide the sum by. `None`: the tokens with a
             label.
     """
-    loss = shifted_cross_entropy(output["logits"], labels, count)
+    labels = labels.to(output["logits"].device)
+    nll = shifted_nll(output["logits"], labels)
+    loss = nll.sum() / ((labels[:, 1:] != IGNORED).sum() if count is None else count)
     routing = output.get("aux_loss")
     if isinstance(routing, Tensor):
         loss = loss + getattr(backbone.config.get_text_config(), "router_aux_loss_coef", 0.0) * routing.to(loss.device)
-    return loss
+    return loss, nll
 
 
 def forward_at_targets(
@@ -73,7 +76,7 @@ def forward_at_targets(
         inputs: arguments of the inner model, including `inputs_embeds` `[B, T, d]`.
 
     Returns:
-        `GradMemOutput` with `loss`, `correct` and `target_states`, and without logits.
+        `GradMemOutput` with `loss`, `target_nll`, `correct` and `target_states`, and without logits.
 
     Raises:
         ValueError: there are no labels, a row has more than `max_targets`, or a router's loss is requested.
@@ -100,6 +103,7 @@ def forward_at_targets(
         past_key_values=output.get("past_key_values"),
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),
+        target_nll=nll,
         target_states=states,
     )
     assert correct is not None  # for the type checker

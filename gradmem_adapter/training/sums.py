@@ -6,9 +6,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from gradmem_adapter.ops.cross_entropy import IGNORED
+from gradmem_adapter.ops.cross_entropy import IGNORED, shifted_nll
 from gradmem_adapter.outputs import GradMemOutput
 
 NOT_FOR_THE_MODEL = (
@@ -125,12 +124,13 @@ def batch_sums(batch: dict[str, Any], output: GradMemOutput, here: Count, steps:
 
 def context_sums(batch: dict[str, Any], output: GradMemOutput, steps: int) -> dict[str, Tensor]:
     """The sums of evaluation after K = `steps` write steps, [C] each."""
-    logits, labels = cast(Tensor, output.logits)[:, :-1].float(), batch["labels"][:, 1:].long()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    nll, labels = output.target_nll, batch["labels"]
+    if nll is None:  # of a module without memory, from the logits, which predict no first label
+        nll, labels = shifted_nll(cast(Tensor, output.logits), labels.long()), labels[:, 1:]
     return _written(batch, output, steps) | {
-        "target_loss": per_context(losses, batch),
+        "target_loss": per_context(nll, batch),
         "tokens": per_context((labels != IGNORED).sum(1).float(), batch),
-        "queries": per_context(torch.ones_like(losses), batch),
+        "queries": per_context(torch.ones_like(nll), batch),
     }
 
 

@@ -63,8 +63,9 @@ def test_the_loss_is_the_shifted_cross_entropy(architecture):
     embeddings = torch.cat([prefix, model.get_input_embeddings()(query)], dim=1)
     logits = model.get_base_model()(inputs_embeds=embeddings).logits[:, prefix.shape[1] - 1 : -1]
     torch.testing.assert_close(output.loss, F.cross_entropy(logits.flatten(0, 1), query.flatten()))
+    torch.testing.assert_close(output.target_nll.sum(), 10 * output.loss)
     few = model(input_ids=query, labels=query, memory=state, max_targets=5)
-    torch.testing.assert_close(few.loss, output.loss)
+    torch.testing.assert_close((few.loss, few.target_nll), (output.loss, output.target_nll))
     halved = model(input_ids=query, labels=query, memory=state, num_items_in_batch=20)
     torch.testing.assert_close(halved.loss, output.loss / 2)
 

@@ -90,6 +90,24 @@ def test_without_generation_predictions_are_logits(tmp_path):
     assert found.metrics["test_places"] == (batch["labels"] != -100).sum()
 
 
+def test_a_label_at_the_first_position_counts(tmp_path):
+    """It is predicted from the memory; `GradMemCollator` has no such labels, but a custom collator may."""
+
+    class Everything(GradMemCollator):
+        def __call__(self, rows, first=None):
+            batch = super().__call__(rows, first)
+            return batch | {"labels": batch["input_ids"].where(batch["attention_mask"].bool(), -100)}
+
+    run = GradMemTrainer(
+        make(), arguments(tmp_path, predict_with_generate=False, per_device_eval_batch_size=3),
+        Everything(tiny_tokenizer()), processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    data = rows(3)
+    with torch.no_grad():
+        expected = run.compute_loss(run.model.eval(), run._prepare_inputs(run.data_collator(data)))
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_prediction_loss_only_returns_no_predictions(tmp_path):
     found = trainer(make(), tmp_path, prediction_loss_only=True).predict(rows(3))
     assert found.predictions is None
