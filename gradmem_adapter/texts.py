@@ -18,6 +18,7 @@ from gradmem_adapter.segments import Segment, segments, unknown_length
 from gradmem_adapter.utils.backbone import device_of
 from gradmem_adapter.utils.kinds import check_kind
 from gradmem_adapter.utils.tokens import check_fits, check_pad_token, check_text, text_list
+from gradmem_adapter.utils.wording import number_of
 
 
 class TextEncoder:
@@ -143,12 +144,12 @@ class TextEncoder:
         texts = text_list(texts)
         if not texts:
             raise ValueError("There is no text to write.")
-        if empty := [i for i, text in enumerate(texts) if not text.strip()]:
-            raise ValueError(f"Context {', '.join(map(str, empty))} is empty: there is nothing to write.")
+        if empty := [str(number_of(i)) for i, text in enumerate(texts) if not text.strip()]:
+            raise ValueError(f"Context {', '.join(empty)} is empty: there is nothing to write.")
         most = self.max_context_tokens
         for i, text in enumerate(texts):
-            check_text(f"Context {i}", text)
-            check_fits(f"Context {i}", text, self.tokenizer, most)
+            check_text(f"Context {number_of(i)}", text)
+            check_fits(f"Context {number_of(i)}", text, self.tokenizer, most)
         return cast(list[list[int]], self.tokenizer(texts)["input_ids"])
 
     def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
-
-import torch
 
 from gradmem_adapter.outputs import WriteProgress
 from gradmem_adapter.pipeline import GradMemPipeline
@@ -19,6 +16,7 @@ from gradmem_adapter.store.entry import Entry, state_key, write_identity
 from gradmem_adapter.store.index import Index
 from gradmem_adapter.utils.state_file import MemoryStateError
 from gradmem_adapter.utils.tokens import check_text
+from gradmem_adapter.utils.wording import numbered
 from gradmem_adapter.write.batching import progress_bar
 from gradmem_adapter.write.options import WriteOptions
 
@@ -105,7 +103,7 @@ def _write(
     callback: Callable[[list[int], WriteProgress], None] | None = None,
     **how: Any,
 ) -> None:
-    """Write some of the texts. An error names the failing text by its number among all texts, not among these."""
+    """Write some of the texts. Errors and warnings name a text by its number among all texts, not among these."""
 
     def done(rows: list[int], states: MemoryState) -> None:
         land(states, [entries[numbers[i]] for i in rows])
@@ -115,12 +113,8 @@ def _write(
             callback([numbers[i] for i in rows], progress)
 
     how["callback"] = callback and stepped
-    try:
+    with numbered(numbers):
         pipeline._write_many([texts[i] for i in numbers], progress=False, done=done, **how)
-    except (TypeError, ValueError, torch.OutOfMemoryError) as error:
-        if not (match := re.match(r"Context (\d+)", str(error))):
-            raise
-        raise type(error)(f"Context {numbers[int(match[1])]}{str(error)[match.end() :]}") from error
 
 
 def _is_readable(index: Index, key: str) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun in the right form: "1 memory state", "2 queries", "1,024 tokens".
@@ -17,3 +21,30 @@ def counted(number: int, noun: str) -> str:
     elif noun.endswith(("s", "x", "ch", "sh")):
         noun += "e"
     return f"{number:,} {noun}s"
+
+
+_numbers: ContextVar[Sequence[int]] = ContextVar("gradmem_numbers", default=())
+
+
+@contextmanager
+def numbered(numbers: Sequence[int]) -> Iterator[None]:
+    """Within the block, errors and warnings call context i what they call context `numbers[i]` outside of it.
+
+    Args:
+        numbers (`Sequence[int]`): the places of a batch's contexts in what the caller passed.
+    """
+    token = _numbers.set([number_of(i) for i in numbers])
+    try:
+        yield
+    finally:
+        _numbers.reset(token)
+
+
+def number_of(index: int) -> int:
+    """What messages call a context: its place in what the caller passed, and not in the batch.
+
+    Args:
+        index (`int`): its place in the batch.
+    """
+    numbers = _numbers.get()
+    return numbers[index] if index < len(numbers) else index

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from gradmem_adapter.ops.padding import pad
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.utils.kinds import as_indices, check_kind
+from gradmem_adapter.utils.wording import number_of, numbered
 from gradmem_adapter.write.context import check_contexts
-from gradmem_adapter.write.loop import sample_names
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -57,13 +57,13 @@ def write_batches(
     states: list[MemoryState] = []
     for rows in batches([len(context) for context in contexts], budget):
         try:
-            with sample_names(rows):
+            with numbered(rows):
                 written = write(rows, *pad([contexts[i] for i in rows], "right"))
         except torch.cuda.OutOfMemoryError as error:
             raise torch.cuda.OutOfMemoryError(
-                f"Context {rows[0]} with {len(contexts[rows[0]])} tokens does not fit into GPU memory, even alone in a "
-                "batch. Split it (MemoryState.concat joins the states of the parts), free memory, or load the model in "
-                "bfloat16."
+                f"Context {number_of(rows[0])} with {len(contexts[rows[0]])} tokens does not fit into GPU memory, even "
+                "alone in a batch. Split it (MemoryState.concat joins the states of the parts), free memory, or load "
+                "the model in bfloat16."
             ) from error
         order += rows
         states.append(written)
@@ -82,25 +82,23 @@ def check_rows(
         prefix_length (`int`): how many of the backbone's positions the memory takes.
 
     Raises:
-        TypeError, ValueError: a context cannot be written; the message has its index.
+        TypeError, ValueError: a context cannot be written; the message names it.
     """
     check_kind("contexts", contexts, Iterable, "a list with the token ids of each context")
-    rows = [_token_ids(index, context) for index, context in enumerate(contexts)]
+    rows = [_token_ids(f"Context {number_of(index)}", context) for index, context in enumerate(contexts)]
     if not rows:
         raise ValueError("There is no context to write.")
     for index, row in enumerate(rows):
+        name = f"Context {number_of(index)}"
         if row.dim() != 1:
-            raise ValueError(f"Context {index} must be token ids of shape [n], got shape {tuple(row.shape)}.")
-        try:
-            check_contexts(row[None], None, backbone, prefix_length)
-        except (TypeError, ValueError) as error:
-            message = str(error).replace("Context 0", "It").replace("input_ids", "It")
-            raise type(error)(f"Context {index} of {len(rows)} cannot be written. {message}") from None
+            raise ValueError(f"{name} must be token ids of shape [n], got shape {tuple(row.shape)}.")
+        with numbered([index]):
+            check_contexts(row[None], None, backbone, prefix_length, name)
     return rows
 
 
-def _token_ids(index: int, context: Tensor | Sequence[int]) -> Tensor:
-    ids = as_indices(f"Context {index}", context, "token ids", torch.device("cpu"))
+def _token_ids(name: str, context: Tensor | Sequence[int]) -> Tensor:
+    ids = as_indices(name, context, "token ids", torch.device("cpu"))
     return ids if ids.numel() else ids.long()  # an empty list has no type of its own
 
 

@@ -12,7 +12,7 @@ from gradmem_adapter.ops.padding import move_padding_right
 from gradmem_adapter.utils.backbone import device_of, max_positions
 from gradmem_adapter.utils.capture import capturing
 from gradmem_adapter.utils.tokens import as_long, check_tokens
-from gradmem_adapter.utils.wording import counted
+from gradmem_adapter.utils.wording import counted, number_of
 
 
 class Context(NamedTuple):
@@ -81,12 +81,12 @@ def check_contexts(
 
 
 def _check_lengths(lengths: list[int], positions: int | None, prefix_length: int) -> None:
-    if empty := [str(i) for i, length in enumerate(lengths) if not length]:
+    if empty := [str(number_of(i)) for i, length in enumerate(lengths) if not length]:
         raise ValueError(f"Context {', '.join(empty)} is empty: there is nothing to write. Leave it out of the batch.")
     longest = max(lengths)
     if positions is not None and longest + prefix_length > positions:
         raise ValueError(
-            f"Context {lengths.index(longest)} has {counted(longest, 'token')}, but at most "
+            f"Context {number_of(lengths.index(longest))} has {counted(longest, 'token')}, but at most "
             f"{max(0, positions - prefix_length)} are allowed: the model has {positions} positions, {prefix_length} of "
             "them for the memory. Split it, write the parts as separate contexts and join their states with "
             "MemoryState.concat."

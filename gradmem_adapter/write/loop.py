@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradmem_adapter.outputs import WriteProgress
-from gradmem_adapter.utils.wording import counted
+from gradmem_adapter.utils.wording import counted, number_of
 from gradmem_adapter.write.context import Context
 from gradmem_adapter.write.loss import Pass, Writer, write_pass
 from gradmem_adapter.write.optimizers import OPTIMIZERS
@@ -149,19 +147,6 @@ def write_memory(
         return Written(kept, torch.stack(history, dim=1), torch.stack(diverged, dim=1))
 
 
-_names: ContextVar[Sequence[int] | None] = ContextVar("gradmem_sample_names", default=None)
-
-
-@contextmanager
-def sample_names(names: Sequence[int]) -> Iterator[None]:
-    """Warnings in the block name samples by these numbers, not by their index in the batch."""
-    token = _names.set(names)
-    try:
-        yield
-    finally:
-        _names.reset(token)
-
-
 def warn_diverged(diverged: Tensor) -> None:
     """Warn about samples whose loss became non-finite, and at which step.
 
@@ -170,10 +155,9 @@ def warn_diverged(diverged: Tensor) -> None:
     """
     if not diverged.any():
         return
-    called = _names.get() or range(len(diverged))
     for step, samples in enumerate(diverged.cpu().unbind(1)):
         if samples.any():
-            names = ", ".join(str(i) for i in sorted(called[j] for j in samples.nonzero().flatten().tolist()))
+            names = ", ".join(str(i) for i in sorted(map(number_of, samples.nonzero().flatten().tolist())))
             warnings.warn(
                 f"The write loss of sample {names} is not finite after {counted(step, 'step')}. Its memory from before "
                 "that step, the last with a finite loss, is kept. Use a lower write learning rate, or write_clip_norm.",

@@ -70,7 +70,7 @@ def test_a_directory_and_json_lines_are_written_with_json_output(checkpoint, tmp
     ("text", "arguments", "message"),
     [
         (" \n", [], "1[b].txt is empty"),
-        (tiny_text(200), [], "Context 1 of 2 cannot be written. It has 200 tokens, but at most 93"),
+        (tiny_text(200), [], "Context 1 has 200 tokens, but at most 93"),
         ("w1", ["--steps", "-1"], "Invalid value for '--steps'"),
         ("w1", ["--objective", "recite"], "Invalid value for '--objective'"),
         ("w1", ["--max-tokens", "0"], "Invalid value for '--max-tokens'"),

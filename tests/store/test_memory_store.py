@@ -510,9 +510,15 @@ class TestIndex:
 
 
 def test_a_text_that_cannot_be_written_is_named_by_its_index(store, keys, pipeline):
-    with pytest.raises(ValueError, match=r"Context 5 .*tokens"):
-        store.add(pipeline, [*TEXTS, "w1 w2", tiny_text(500)])
+    with pytest.raises(ValueError, match="Context 5 has 120 tokens"):
+        store.add(pipeline, [*TEXTS, "w1 w2", tiny_text(120)])
     assert set(store) == set(keys)
+
+
+def test_a_text_that_diverges_is_named_by_its_index(store, pipeline, monkeypatch):
+    monkeypatch.setattr(adding, "AT_ONCE", 2)
+    with pytest.warns(RuntimeWarning, match="sample 2 is not finite"):
+        store.add(pipeline, TEXTS, options=WriteOptions(steps=3, lr=1e38))
 
 
 def test_delete_removes_states_and_ignores_unknown_keys(store, keys):
