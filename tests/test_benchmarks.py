@@ -33,6 +33,8 @@ from benchmarks.shapes import DEFAULT, SHAPES
 from evaluation.results import load_records
 from gradmem_adapter import GradMemConfig, save_checkpoint
 from gradmem_adapter.meta_gradients import STRATEGIES
+from gradmem_adapter.write import fast
+from gradmem_adapter.write.loss import write_pass
 
 KV_BYTES_PER_TOKEN = 2 * 2 * 3 * 64 * 4  # keys and values of 2 layers with 3 heads of 64, in float32
 
@@ -151,6 +153,22 @@ def test_sizes(run, monkeypatch):
     assert (free.metrics["rows"], free.metrics["recomputed"]) == (2, 0)
     assert (bounded.metrics["recomputed"], bounded.settings["batch"]) == (1, 2)
     assert bounded.metrics["foretold_gib"] <= 0.013 == bounded.settings["max_memory_gib"] < free.metrics["foretold_gib"]
+
+
+def test_sizes_that_do_not_fit(run, monkeypatch):
+    """Each is recorded, although a warning tells only of the first."""
+
+    def full(writer, memory, *rest):
+        if len(memory) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return write_pass(writer, memory, *rest)
+
+    monkeypatch.setattr(common, "matmul_tflops", lambda *device: 1.0)
+    monkeypatch.setattr(fast, "write_pass", full)
+    options = ["--writes", "2x64", "2x32", "--memory", "3", "--no-compile"]
+    with pytest.warns(RuntimeWarning, match="Out of memory"):
+        records = run(sizes, "write_sizes", *options)
+    assert [record.metrics["out_of_memory"] for record in records] == [True, True]
 
 
 def test_versus_prompting(run):

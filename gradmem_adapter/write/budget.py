@@ -40,7 +40,8 @@ class Budget:
         self._backbone = ref(backbone)
         self._footprints: dict[Hashable, Footprint] = {}
         self._correction = 1.0  # a factor
-        self._said = False
+        self.failures = 0
+        """How often a plan ran out of memory."""
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Budget:
@@ -91,8 +92,8 @@ class Budget:
         footprint = self._footprint()
         seen = free_memory(footprint.device) / footprint.bytes(following, length, compiled)
         self._correction = max(self._correction, min(seen, MOST_CORRECTED))
-        if not self._said:
-            self._said = True
+        self.failures += 1
+        if self.failures == 1:
             warnings.warn(
                 f"Out of memory in WRITE with {plan}; continuing with {following}. Set max_memory to limit memory from "
                 "the start.",
