@@ -39,7 +39,7 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
         prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
-    result.add_argument("--device", default="cuda" if cuda else "cpu")
+    result.add_argument("--device", type=with_index, default="cuda" if cuda else "cpu")
     result.add_argument("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
     result.add_argument(
         "--model",
@@ -89,6 +89,11 @@ def fitting(lengths: Sequence[int], room: int) -> list[int]:
 
 
 # ---------------------------------------------------------------- measuring
+
+
+def with_index(device: str) -> str:
+    """The full name of a device: "cuda:0" for "cuda". Not all functions of `torch.cuda` take a name without index."""
+    return str(torch.empty(0, device=device).device)
 
 
 def synchronize(device: str) -> None:

@@ -68,12 +68,12 @@ def cost(
 def held(args: argparse.Namespace, model: GradMemPeftModel, backbone: PreTrainedModel) -> dict[str, float]:
     """Memory that is still held after many shapes were written."""
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = torch.cuda.memory_reserved(args.device)
     for length in range(512, 512 * (args.shapes + 1), 512):
         for _ in range(2):
             model.write(common.random_tokens(backbone, 1, length), steps=args.steps, compile=args.compile)
     torch.cuda.empty_cache()
-    return {"held_gib": (torch.cuda.memory_reserved() - before) / GIB}
+    return {"held_gib": (torch.cuda.memory_reserved(args.device) - before) / GIB}
 
 
 def within(
@@ -82,9 +82,9 @@ def within(
     """A write and an answer, with a limit on what the process may allocate."""
     context = common.random_tokens(backbone, 1, length)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats(args.device)
     total = torch.cuda.get_device_properties(args.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(args.process_gib * GIB / total)
+    torch.cuda.set_per_process_memory_fraction(args.process_gib * GIB / total, args.device)
     try:
         common.synchronize(args.device)
         start = time.perf_counter()
@@ -93,8 +93,8 @@ def within(
         common.synchronize(args.device)
         milliseconds = 1000 * (time.perf_counter() - start)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return {"milliseconds": milliseconds, "process_gib": torch.cuda.max_memory_reserved() / GIB}
+        torch.cuda.set_per_process_memory_fraction(1.0, args.device)
+    return {"milliseconds": milliseconds, "process_gib": torch.cuda.max_memory_reserved(args.device) / GIB}
 
 
 def main(argv: list[str] | None = None) -> None:

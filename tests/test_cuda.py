@@ -19,6 +19,7 @@ from gradmem_adapter.write.cuda_graph import FastPass
 from gradmem_adapter.write.plan import Plan, plans
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 
 def step(model, device, context=12, **kwargs):
@@ -177,10 +178,12 @@ def test_a_bucket_is_captured_once(monkeypatch):
     assert 0 < len(captured) == len(set(captured)) <= 16
 
 
-def test_threads_write_through_graphs_and_generate_at_once():
+@pytest.mark.parametrize("gpu", [0, pytest.param(1, marks=TWO_GPUS)])
+def test_threads_write_through_graphs_and_generate_at_once(gpu):
+    """Also on a GPU that is not the current one."""
     config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, memory_init_std=0.5)
-    model = get_peft_model(tiny(), config).cuda().eval()
-    contexts = [tokens(2, 30, seed=seed).cuda() for seed in range(4)]
+    model = get_peft_model(tiny(), config).cuda(gpu).eval()
+    contexts = [tokens(2, 30, seed=seed).cuda(gpu) for seed in range(4)]
     expected = [model.write(ids, compile=False) for ids in contexts]
     texts = [
         model.generate(ids[:, :3], memory=state, max_new_tokens=4)
@@ -189,8 +192,9 @@ def test_threads_write_through_graphs_and_generate_at_once():
     failures = []
 
     def work(index):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(20):
+        stream = torch.cuda.Stream(gpu)
+        for _ in range(20):
+            with torch.cuda.stream(stream), torch.cuda.device(0):
                 state = model.write(contexts[index])
                 text = model.generate(contexts[index][:, :3], memory=expected[index], max_new_tokens=4)
                 close = (state.vectors - expected[index].vectors).norm() < 1e-4 * expected[index].vectors.norm()

@@ -76,11 +76,11 @@ class GraphedBackward:
         elif self._seen[kind] <= WARM_UP or not (
             graph := self._graphs.get(kind, lambda pool: self._capture(batch, pool))
         ):
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
             # With the shapes of the later capture, so that nothing is left to compile during it.
             with torch.cuda.stream(self._stream), static_shapes():
                 *outputs, reached = self._passes(batch)
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
         else:
             for name, tensor in graph.inputs.items():
                 tensor.copy_(batch[name])
@@ -104,7 +104,7 @@ class GraphedBackward:
         graph = torch.cuda.CUDAGraph()
         # Threads of NCCL's process group may query events during the capture, which must not invalidate it.
         mode = "thread_local" if distributed.is_initialized() else "global"
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # a capture uses its own memory pool and cannot free memory cached by others
         with one_capture, torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
             loss, table, reached = self._passes(batch | inputs)

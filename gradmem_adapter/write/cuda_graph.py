@@ -125,24 +125,26 @@ class FastPass:
     ) -> Callable[[Tensor, Context], Pass]:
         """Capture a pass; returns a function that copies its arguments to the graph's inputs and launches the graph."""
         memory, context = memory.clone(), Context(*(part.clone() for part in context))
-        stream, graph = torch.cuda.Stream(memory.device), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
+        device = memory.device  # need not be the current one
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(device))
         with static_shapes():
             with torch.cuda.stream(stream):  # a first run without capture compiles layers and initialises libraries
                 write_pass(self.writer, memory, context, gradient, recovered)
-            torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.synchronize(memory.device)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.synchronize(device)
             with one_capture, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = write_pass(self.writer, memory, context, gradient, recovered)
         used = torch.cuda.Event()
 
         def launch(new_memory: Tensor, new_context: Context) -> Pass:
-            used.wait()  # another thread's stream may still be reading
+            here = torch.cuda.current_stream(device)
+            here.wait_event(used)  # another thread's stream may still be reading
             memory.copy_(new_memory)
             for part, new in zip(context, new_context, strict=True):
                 part.copy_(new)
             graph.replay()
-            used.record()
+            here.record_event(used)
             return result
 
         return launch

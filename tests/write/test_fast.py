@@ -5,8 +5,10 @@ import pickle
 import threading
 import warnings
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +75,46 @@ def test_the_twin_applies_the_lora_of_write(phase):
     plain.base_model.slots.gradmem_memory = model.base_model.slots.gradmem_memory
     changed = not torch.allclose(model.write(context.input_ids).vectors, plain.write(context.input_ids).vectors)
     assert changed == (phase != "read")
+
+
+def test_graphs_and_events_are_on_the_models_device(monkeypatch):
+    """Which need not be the current one, `None` here."""
+    events = []
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
+        def wait_stream(self, other):
+            events.append((self.device, other.device))
+
+        def wait_event(self, event):
+            event.wait(self)
+
+        def record_event(self, event):
+            event.record(self)
+
+    class Event:
+        def record(self, stream=None):
+            events.append(stream and stream.device)
+
+        wait = record
+
+    fakes = {
+        "Stream": Stream, "current_stream": Stream, "Event": Event, "synchronize": events.append,
+        "stream": nullcontext, "graph": lambda graph, **_: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    model = make()
+    memory, context = batch(model, 9, 5)
+    made = FastPass(model.base_model._writer, compiled=False, graphed=False)
+    made.graphs = SimpleNamespace(get=lambda key, capture: capture(None))
+    found = made(Plan(2), memory, context, True, False)
+    here = memory.device
+    assert events == [(here, here), (here, here), here, here, here]
+    torch.testing.assert_close(found.losses, write_pass(model.base_model._writer, memory, context, True, False).losses)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
