@@ -85,7 +85,7 @@ class FastPass:
         self.writer = replace(writer, backbone=backbone, fused=FusedCrossEntropy.compiled() if compiled else FUSED)
         self.compiled, self.trusted = compiled, False
         device = writer.slots.gradmem_memory[writer.adapter].device
-        self.graphs: GraphPool[Callable[[Tensor, Context], Pass]] | None = GraphPool(device) if graphed else None
+        self.graphs: GraphPool[Callable[[Tensor, Context, int], Pass]] | None = GraphPool(device) if graphed else None
 
     def __call__(self, plan: Plan, memory: Tensor, context: Context, gradient: bool, recovered: bool) -> Pass:
         vectors = memory.shape[1]
@@ -95,7 +95,7 @@ class FastPass:
             wanted = gradient, recovered
             launch = self.graphs.get((bucket, vectors, wanted), lambda pool: self._capture(pool, *padded, *wanted))
             if launch is not None:
-                return self._own(launch(*padded), len(memory))
+                return launch(*padded, len(memory))
         return write_pass(plan.of(self.writer), memory, context, gradient, recovered)
 
     @staticmethod
@@ -122,8 +122,9 @@ class FastPass:
 
     def _capture(
         self, pool: Any, memory: Tensor, context: Context, gradient: bool, recovered: bool
-    ) -> Callable[[Tensor, Context], Pass]:
-        """Capture a pass; returns a function that copies its arguments to the graph's inputs and launches the graph."""
+    ) -> Callable[[Tensor, Context, int], Pass]:
+        """Capture a pass; returns a function that copies a memory and contexts to the graph's inputs, launches the
+        graph and copies the first rows of its outputs."""
         memory, context = memory.clone(), Context(*(part.clone() for part in context))
         device = memory.device  # need not be the current one
         stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
@@ -137,14 +138,15 @@ class FastPass:
                 result = write_pass(self.writer, memory, context, gradient, recovered)
         used = torch.cuda.Event()
 
-        def launch(new_memory: Tensor, new_context: Context) -> Pass:
+        def launch(new_memory: Tensor, new_context: Context, rows: int) -> Pass:
             here = torch.cuda.current_stream(device)
-            here.wait_event(used)  # another thread's stream may still be reading
+            here.wait_event(used)  # another thread's stream may still use the graph's inputs and outputs
             memory.copy_(new_memory)
             for part, new in zip(context, new_context, strict=True):
                 part.copy_(new)
             graph.replay()
+            found = self._own(result, rows)
             here.record_event(used)
-            return result
+            return found
 
         return launch

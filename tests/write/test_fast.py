@@ -6,7 +6,6 @@ import threading
 import warnings
 import weakref
 from contextlib import nullcontext
-from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -111,9 +110,11 @@ def test_graphs_and_events_are_on_the_models_device(monkeypatch):
     memory, context = batch(model, 9, 5)
     made = FastPass(model.base_model._writer, compiled=False, graphed=False)
     made.graphs = SimpleNamespace(get=lambda key, capture: capture(None))
+    own = made._own
+    monkeypatch.setattr(made, "_own", lambda *copied: events.append("copied") or own(*copied))
     found = made(Plan(2), memory, context, True, False)
     here = memory.device
-    assert events == [(here, here), (here, here), here, here, here]
+    assert events == [(here, here), (here, here), here, here, "copied", here]
     torch.testing.assert_close(found.losses, write_pass(model.base_model._writer, memory, context, True, False).losses)
 
 
@@ -161,7 +162,7 @@ def test_a_bucket_leaves_positions_for_states_side_by_side():
     class Pool:
         def get(self, key, capture):
             keys.append(key)
-            return partial(write_pass, writer, gradient=True, recovered=False)
+            return lambda memory, context, rows: write_pass(writer, memory, context, gradient=True, recovered=False)
 
     fast.graphs = Pool()
     _, context = batch(model, 65)  # a bucket of 128 tokens, if there were enough positions
