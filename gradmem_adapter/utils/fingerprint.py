@@ -9,7 +9,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -193,8 +193,20 @@ def _sample(tensor: Tensor) -> Tensor:
     return tensor.view(-1)[::stride]
 
 
-class Fingerprinted:
-    """A snapshot of a model with one adapter, taken when its fingerprint was computed.
+class Fingerprinted(NamedTuple):
+    """A model with one adapter, as it was looked at.
+
+    Args:
+        fingerprint (`str`): the fingerprint.
+        key (`Hashable`): changes with any difference, including the device or dtype of weights.
+    """
+
+    fingerprint: str
+    key: Hashable
+
+
+class _Snapshot:
+    """A model as it was when it was looked at, with the fingerprints that were computed since then.
 
     Modules are collected once. Their child dictionaries then show whether one was replaced, in a fraction of the time
     of a walk. Modules and parameters can still be freed: when one is, all references are dropped. If a parameter's
@@ -202,15 +214,11 @@ class Fingerprinted:
     `release`.
 
     Args:
-        model (`PreTrainedModel`), adapter (`str`), config (`GradMemConfig`): as for `fingerprint`.
-
-    Attributes:
-        fingerprint (`str`): the fingerprint.
-        key (`Hashable`): changes with any difference, including the device or dtype of weights.
+        model (`PreTrainedModel`): the backbone with its adapters.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: str, config: GradMemConfig) -> None:
-        self._adapter, owner = adapter, weakref.ref(self)
+    def __init__(self, model: PreTrainedModel) -> None:
+        owner = weakref.ref(self)
 
         def gone(_: weakref.ref[Any]) -> None:
             if (seen := owner()) is not None:
@@ -224,11 +232,17 @@ class Fingerprinted:
         # Their callbacks run before the `id` of a freed object can be reused, so ids identify objects while these
         # exist.
         self._parts = [weakref.ref(part, gone) for part in (*modules, *parameters)]
-        self.fingerprint = fingerprint(model, adapter, config)
         self._samples = _Samples(parameters)
         places = tuple([(parameter.device, parameter.dtype) for parameter in parameters])
-        modules_now = tuple([weakref.ref(module) for module in modules])
-        self.key: Hashable = (self.fingerprint, adapter, modules_now, places, self._before[2:])
+        self._key: Hashable = (tuple([weakref.ref(module) for module in modules]), places)
+        self._found: dict[str, Fingerprinted] = {}
+
+    def of(self, model: PreTrainedModel, adapter: str, config: GradMemConfig) -> Fingerprinted:
+        """The fingerprint of the model, which is unchanged, with one adapter; see `fingerprint` for the arguments."""
+        if adapter not in self._found:
+            found = fingerprint(model, adapter, config)
+            self._found[adapter] = Fingerprinted(found, (found, adapter, self._key))
+        return self._found[adapter]
 
     def _gone(self) -> None:
         """A module or a parameter was freed, so drop the references that would keep its content alive."""
@@ -243,15 +257,13 @@ class Fingerprinted:
         return found, (
             tuple([id(child) for children in self._children if children for child in children.values()]),
             tuple([id(parameter) for parameter in found]),
-            tuple([layer.scaling.get(self._adapter) for layer in layers if layer is not None]),
+            tuple([tuple(layer.scaling.items()) for layer in layers if layer is not None]),
             tuple([parameter.data_ptr() for parameter in found]),
             tuple([0 if parameter.is_inference() else parameter._version for parameter in found]),
         )
 
-    def is_of(self, adapter: str) -> bool:
-        """Whether the model is still the same, with this adapter active."""
-        if adapter != self._adapter:
-            return False
+    def same(self) -> bool:
+        """Whether the model is still the same."""
         parameters, now = self._read()
         return bool(self._parts) and now == self._before and (capturing() or self._samples.same(parameters))
 
@@ -262,13 +274,13 @@ class Fingerprinted:
 
 
 class FingerprintCache:
-    """The fingerprint of a model, computed again when a weight has changed or another adapter is active.
+    """The fingerprints of a model with each of its adapters, computed again when a weight has changed.
 
     A change through `.data` is noticed if it affects a whole matrix, but not if it affects single values.
     """
 
     def __init__(self) -> None:
-        self._last: Fingerprinted | None = None
+        self._last: _Snapshot | None = None
 
     def __reduce__(self) -> tuple[type[FingerprintCache], tuple[()]]:
         return FingerprintCache, ()
@@ -276,9 +288,9 @@ class FingerprintCache:
     def get(self, model: PreTrainedModel, adapter: str, config: GradMemConfig) -> Fingerprinted:
         """The fingerprint of a model with one adapter; see `fingerprint` for the arguments."""
         last = self._last
-        if last is None or not last.is_of(adapter):
-            last = self._last = Fingerprinted(model, adapter, config)
-        return last
+        if last is None or not last.same():
+            last = self._last = _Snapshot(model)
+        return last.of(model, adapter, config)
 
     def release(self) -> None:
         """Drop references to weights before they are moved or converted."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradmem_adapter import GradMemConfig, MemoryStore
+from gradmem_adapter.utils import fingerprint as fingerprint_module
 from gradmem_adapter.utils.fingerprint import FingerprintCache, fingerprint
 
 
@@ -255,6 +256,33 @@ def test_replaced_modules_and_parameters_are_freed(change):
     assert old.expired()
     assert weight() is None
     assert (module() is None) == (change is other_module)
+
+
+def test_switching_adapters_does_not_recompute_their_fingerprints(monkeypatch):
+    """Only a changed weight does, also one of the adapter that is not active."""
+    model, read = make(lora_config=lora()), []
+    model.add_adapter("other", GradMemConfig(num_memory_tokens=3, lora_config=lora()))
+    compute = fingerprint_module.fingerprint
+    monkeypatch.setattr(fingerprint_module, "fingerprint", lambda *given: read.append(given[1]) or compute(*given))
+
+    def both():
+        found = []
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            found.append(model.fingerprint())
+        return found
+
+    before = both()
+    assert before[0] != before[1]
+    assert both() == both() == before
+    assert read == ["default", "other"]
+    with torch.no_grad():
+        model.base_model.slots.gradmem_memory["default"].mul_(2)
+    after = both()
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    model.get_base_model().model.layers[1].mlp.up_proj.weight.data.mul_(2)
+    assert not {*before, *after} & {*both()}
 
 
 def test_moving_a_model_to_its_own_device_does_not_recompute_the_fingerprint(monkeypatch):
