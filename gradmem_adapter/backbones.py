@@ -152,12 +152,7 @@ def reference_in(directory: Path, named: str | None) -> str | None:
 
 
 def check_weights(directory: Path, opened: str) -> None:
-    """Warn if another backbone was opened in place of packaged weights.
-
-    Args:
-        directory (`Path`): the checkpoint.
-        opened (`str`): the reference that its backbone was opened by.
-    """
+    """Warn if another backbone was opened in place of packaged weights."""
     packaged = _packaged(directory)
     if packaged is not None and opened != packaged:
         warnings.warn(
@@ -169,12 +164,7 @@ def check_weights(directory: Path, opened: str) -> None:
 
 
 def check_end_token(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless `generate` stops at the token with which training ends a target.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM, whose generation config has its end tokens.
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer, whose end token is appended to targets.
-    """
+    """Raise `ValueError` unless `generate` stops at the token with which training ends a target."""
     config = backbone.generation_config
     ends = config.eos_token_id if config is not None else None
     stops = ends if isinstance(ends, list) else [ends]

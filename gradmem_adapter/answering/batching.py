@@ -82,12 +82,7 @@ class Call:
         return self.memory is not None and self.pipeline.reader is not self.pipeline.model
 
     def generation_options(self, seeds: Sequence[int | None], criterion: StoppingCriteria) -> dict[str, Any]:
-        """The arguments of `generate_ids` for a batch of calls of this kind.
-
-        Args:
-            seeds (`Sequence[int]`): the seed of each row.
-            criterion (`StoppingCriteria`): decides when rows end.
-        """
+        """The arguments of `generate_ids` for a batch of calls of this kind."""
         own, engine = self.options, self.by_engine and self.options.grammar is None and set(seeds) <= {None}
         options = {"max_new_tokens": own.max_tokens, "do_sample": False, "stopping_criteria": [criterion]}
         if engine:

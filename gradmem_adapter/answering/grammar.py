@@ -86,13 +86,7 @@ class Constraint(LogitsProcessor):
     """Masks, for each row of a batch, the tokens that its grammar does not allow next.
 
     An adapter that was trained to give bare answers ends the text where JSON needs a closing quote. The quote therefore
-    gets the probability of the end as well.
-
-    Args:
-        pipeline (`GradMemPipeline`): what answers.
-        grammar (`str`): what `grammar_of` returns.
-        rows (`int`): the number of rows in the batch.
-    """
+    gets the probability of the end as well."""
 
     def __init__(self, pipeline: GradMemPipeline, grammar: str, rows: int) -> None:
         from llguidance import LLMatcher

@@ -36,12 +36,7 @@ class Sampling(NamedTuple):
         return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p or 1.0}
 
     def processors(self, seeds: Sequence[int | None], device: torch.device) -> LogitsProcessorList:
-        """Logits processors with which greedy decoding samples; none for greedy answers.
-
-        Args:
-            seeds (`Sequence[int]`): the seed of each row; None: a random one.
-            device (`torch.device`): the device of the logits.
-        """
+        """Logits processors with which greedy decoding samples; none for greedy answers."""
         processors = LogitsProcessorList()
         if self.greedy:
             return processors

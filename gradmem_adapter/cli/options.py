@@ -72,13 +72,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def open_pipeline(checkpoint: str, backbone: str | None = None, device: str | None = None) -> GradMemPipeline:
-    """The pipeline of a checkpoint.
-
-    Args:
-        checkpoint (`str`): as for `load_checkpoint`.
-        backbone (`str`, *optional*): where the backbone is; None: as the checkpoint says.
-        device (`str`, *optional*): the device to run on; None: the GPU if there is one.
-    """
+    """The pipeline of a checkpoint."""
     from gradmem_adapter import GradMemPipeline, load_checkpoint
 
     return GradMemPipeline(*load_checkpoint(checkpoint, backbone=backbone, device=chosen_device(device)))

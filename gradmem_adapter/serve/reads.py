@@ -51,14 +51,7 @@ class Asked(NamedTuple):
 
 
 class Reads:
-    """Answers prompts.
-
-    Args:
-        pipeline (`GradMemPipeline`): the pipeline, which may have an engine as its reader.
-        memories (`Memories`): the memories to answer from.
-        limits (`Limits`): the server's limits.
-        metrics (`Metrics`): where prompts and tokens are counted.
-    """
+    """Answers prompts."""
 
     def __init__(self, pipeline: GradMemPipeline, memories: Memories, limits: Limits, metrics: Metrics) -> None:
         self.pipeline, self.memories, self.limits, self.metrics = pipeline, memories, limits, metrics
@@ -92,14 +85,7 @@ class Reads:
             self._coming -= prompts
 
     async def ask(self, tenant: str, body: ChatRequest | CompletionRequest, prompt: Prompt, query: str) -> Asked:
-        """Check a prompt and find the memory to answer it from. All errors of a request are raised here.
-
-        Args:
-            tenant (`str`): who asks.
-            body (`ChatRequest` or `CompletionRequest`): how to answer.
-            prompt (`Prompt`): the whole prompt.
-            query (`str`): the question in it, by which memories are chosen.
-        """
+        """Check a prompt and find the memory to answer it from. All errors of a request are raised here."""
         return await anyio.to_thread.run_sync(self._ask, tenant, body, prompt, query, limiter=self._looking)
 
     def _ask(self, tenant: str, body: ChatRequest | CompletionRequest, prompt: Prompt, query: str) -> Asked:

@@ -169,10 +169,6 @@ class GradMemCollator:
 def read_row(name: str, row: Mapping[str, Any]) -> Example:
     """A row in one form. Keys that are None count as absent, as `datasets` fills them in.
 
-    Args:
-        name (`str`): the row's name in messages.
-        row (`Mapping[str, Any]`): the row.
-
     Raises:
         TypeError, ValueError: the row is not one, lacks something or is contradictory; the message says which and what.
     """

@@ -46,21 +46,13 @@ class Writer:
         return vectors + 2 * self.config.num_control_tokens
 
     def longest_context(self, vectors: int) -> int | None:
-        """How many tokens a context may have: the backbone's positions minus those of the memory. `None`: any number.
-
-        Args:
-            vectors (`int`): m, the vectors of the memory.
-        """
+        """How many tokens a context may have: the backbone's positions minus those of the memory. `None`: any number."""
         positions = max_positions(self.backbone)
         return None if positions is None else positions - self.prefix_length(vectors)
 
     def longest_update(self, vectors: int) -> int | None:
         """How many tokens more text may have, whatever memory recites of the old text: a start that reads contexts
-        reads the old memory, the text and the new memory together. `None`: any number.
-
-        Args:
-            vectors (`int`): m, the vectors of the memory.
-        """
+        reads the old memory, the text and the new memory together. `None`: any number."""
         longest = self.longest_context(vectors)
         return longest if longest is None or self.config.start == "slots" else longest - self.config.num_memory_tokens
 

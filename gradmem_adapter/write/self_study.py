@@ -86,14 +86,7 @@ def study_contexts(
 
 
 def _check_positions(backbone: Any, text: int, vectors: int, study: Study) -> None:
-    """Raise `ValueError` if a question and its answer do not fit after the longest text, or after the memory.
-
-    Args:
-        backbone (`PreTrainedModel`): the causal LM.
-        text (`int`): N, the tokens of the longest context.
-        vectors (`int`): m, the vectors of the memory.
-        study (`Study`): how the model is asked.
-    """
+    """Raise `ValueError` if a question and its answer do not fit after the longest text, or after the memory."""
     positions = max_positions(backbone)
     if positions is None:
         return

@@ -46,14 +46,6 @@ def run_key_value_demo(
 ) -> dict[str, Any]:
     """Write random pairs into memory, drop them, and ask for every key; returns the figures.
 
-    Args:
-        checkpoint (`str` or `Path`): weights trained on key-value retrieval, as for `load_checkpoint`.
-        backbone (`str`, *optional*): as for `load_checkpoint`.
-        pairs (`int`, *optional*, defaults to `16`): number of pairs; the shipped weights are trained on 4 to 96.
-        steps (`int`, *optional*, defaults to `5`): write steps.
-        seed (`int`, *optional*, defaults to `0`): seed of the pairs.
-        console (`Console`, *optional*): where to print.
-
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: there are not enough keys for so many pairs, or the context does not fit the model.

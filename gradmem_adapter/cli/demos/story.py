@@ -27,11 +27,6 @@ def run_story_demo(
 
     Returns the figures.
 
-    Args:
-        checkpoint (`str` or `Path`): an adapter trained on questions, as for `load_checkpoint`.
-        backbone (`str`, *optional*): as for `load_checkpoint`.
-        console (`Console`, *optional*): where to print.
-
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
