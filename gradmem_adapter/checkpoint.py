@@ -30,7 +30,7 @@ from gradmem_adapter.peft_model import GradMemPeftModel
 from gradmem_adapter.utils.adapter_file import check_holds_adapter, check_tensors, opened_weights, round_weights
 from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import opening
-from gradmem_adapter.utils.parameters import trainable_as_before
+from gradmem_adapter.utils.parameters import adapter_parameters, trainable_as_before
 from gradmem_adapter.utils.pretrained import save_here
 from gradmem_adapter.utils.shipped import names_shipped, shipped
 from gradmem_adapter.utils.snapshot import snapshot
@@ -181,7 +181,7 @@ def _saved_rows(directory: Path, backbone: PreTrainedModel) -> int:
 def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """The backbone's own tensors, including buffers, under the names they have without an adapter."""
     backbone = model.get_base_model()
-    adapters = {id(parameter) for _, parameter in cast(GradMemModel, model.base_model).adapter_parameters()}
+    adapters = {id(parameter) for _, parameter in adapter_parameters(backbone)}
     return {
         name.replace(".base_layer.", "."): tensor.detach()
         for name, tensor in backbone.state_dict(keep_vars=True).items()

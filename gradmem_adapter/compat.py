@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
+from gradmem_adapter.utils.parameters import backbone_parameters
 
 _BACKBONE = "model."
 # The authors' name of each tensor of the method, and ours.
@@ -165,7 +166,7 @@ def authors_names(model: PeftModel) -> dict[str, nn.Parameter]:
             result[theirs] = container[adapter]
         else:
             result |= {f"{theirs}.{part}": parameter for part, parameter in container[adapter].named_parameters()}
-    return result | {_BACKBONE + name: parameter for name, parameter in tuner.backbone_parameters()}
+    return result | {_BACKBONE + name: parameter for name, parameter in backbone_parameters(tuner.model)}
 
 
 def _backbone_names(model: PeftModel) -> dict[str, Tensor]:

@@ -173,7 +173,7 @@ class GradMemTuner(BaseTuner):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
         if any(config.train_backbone for config in self.peft_config.values()):
             train = any(self.peft_config[name].train_backbone for name in self.active_adapters)
-            for _, parameter in self.backbone_parameters():
+            for _, parameter in backbone_parameters(self.model):
                 parameter.requires_grad_(train and not inference_mode)
 
     @classmethod
@@ -212,7 +212,7 @@ class GradMemTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's slots and LoRA."""
-        frozen = not any(parameter.requires_grad for _, parameter in self.adapter_parameters())
+        frozen = not any(parameter.requires_grad for _, parameter in adapter_parameters(self.model))
         with self._changes.one():
             super().delete_adapter(adapter_name)
             if not self.peft_config:
@@ -286,14 +286,6 @@ class GradMemTuner(BaseTuner):
             check()  # a change may be the cause of the failure
             raise
         check()
-
-    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The named parameters of all adapters: slots and LoRA layers, without the layers that they wrap."""
-        return adapter_parameters(self.model)
-
-    def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The named parameters of the backbone itself, under the names they have without an adapter."""
-        return backbone_parameters(self.model)
 
     @property
     def prefix_length(self) -> int:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from gradmem_adapter import GradMemConfig, checkpoint
 from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.utils.parameters import backbone_parameters
 
 LORA = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
 DORA = LORA | {"use_dora": True}
@@ -101,7 +102,7 @@ class TestRoundTrip:
 
         plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "backbone", output_loading_info=True)
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        trained = dict(model.base_model.backbone_parameters())
+        trained = dict(backbone_parameters(model.get_base_model()))
         assert trained.keys() == dict(plain.named_parameters()).keys()
         assert all(torch.equal(parameter, trained[name]) for name, parameter in plain.named_parameters())
         assert not same(plain, tiny(architecture))

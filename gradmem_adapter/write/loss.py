@@ -46,7 +46,7 @@ class Writer:
         return vectors + 2 * self.config.num_control_tokens
 
     def longest_context(self, vectors: int) -> int | None:
-        """How many tokens a context may have: the backbone's positions minus those of the memory. `None`: any number."""
+        """The most tokens in a context: the backbone's positions minus those of the memory. `None`: any number."""
         positions = max_positions(self.backbone)
         return None if positions is None else positions - self.prefix_length(vectors)
 

@@ -113,9 +113,7 @@ class WriteOptions:
     max_memory: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.steps is not None and (
-            isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0
-        ):
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 0):
             raise ValueError(f"steps must be a non-negative integer, got {self.steps!r}.")
         if self.lr is not None and not (_is_number(self.lr) and 0 < self.lr < float("inf")):
             raise ValueError(f"lr must be a finite positive number, got {self.lr!r}.")

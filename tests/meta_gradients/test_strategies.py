@@ -10,6 +10,7 @@ from tiny import ARCHITECTURES, tiny, tokens
 
 from benchmarks import textbook
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.utils.parameters import backbone_parameters
 
 
 @pytest.mark.parametrize(("meta_gradient", "tolerance"), [("exact", 1e-5), ("finite_difference", 2e-3)])
@@ -35,7 +36,7 @@ def test_meta_gradients_equal_autograd_through_all_steps(architecture, second_or
     torch.cat(losses).mean().backward()
 
     assert relative(slots.grad, initial.grad) < tolerance
-    ours = dict(model.base_model.backbone_parameters())
+    ours = dict(backbone_parameters(model.get_base_model()))
     for name, parameter in reference.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         actual = torch.zeros_like(parameter) if ours[name].grad is None else ours[name].grad

@@ -10,6 +10,7 @@ from toy_optimizer import Toy
 
 from benchmarks import textbook
 from gradmem_adapter import GradMemConfig
+from gradmem_adapter.utils.parameters import backbone_parameters
 from gradmem_adapter.write.optimizers import OPTIMIZERS
 from gradmem_adapter.write.step import clip
 
@@ -53,7 +54,7 @@ def test_training_through_a_write_optimizer_equals_autograd(meta_gradient, toler
     textbook.loss(reference, memory, query).mean().backward()
 
     assert relative(slots.grad, initial.grad) < tolerance
-    ours = dict(model.base_model.backbone_parameters())
+    ours = dict(backbone_parameters(model.get_base_model()))
     for name, parameter in reference.named_parameters():
         if parameter.grad.norm() > 1e-9:
             assert relative(ours[name].grad, parameter.grad) < tolerance, name
