@@ -320,17 +320,8 @@ class GradMemPipeline(StateSelector):
             chat_template_kwargs, options: as for `generate`.
         """
         ids, mask = self.encode_prompts([prompt], chat_template_kwargs=chat_template_kwargs)
-        yield from self.stream_ids(ids, mask, memory=memory, **self.generation_options(options))
-
-    def stream_ids(
-        self, input_ids: Tensor, attention_mask: Tensor, *, memory: MemoryState | None = None, **options: Any
-    ) -> Generator[str, None, None]:
-        """As `stream`, for a prompt given as tokens.
-
-        Args:
-            input_ids, attention_mask, memory, options: as for `generate_ids`, for one prompt.
-        """
-        yield from stream_text(self.generate_ids, self.tokenizer, input_ids, attention_mask, memory=memory, **options)
+        options = self.generation_options(options)
+        yield from stream_text(self.generate_ids, self.tokenizer, ids, mask, memory=memory, **options)
 
     def generate_ids(
         self, input_ids: Tensor, attention_mask: Tensor, *, memory: MemoryState | None = None, **options: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,21 +45,6 @@ def settled(text: str, stops: Sequence[str]) -> str:
     """The part of a growing text that is final: without a possible beginning of a stop, or of a character."""
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - held].rstrip("\N{REPLACEMENT CHARACTER}")
-
-
-def pieces_until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Pieces up to a stop, and whether it came. A possible beginning of a stop is held back until it is decided."""
-    text, sent = "", 0
-    for piece in pieces:
-        text += piece
-        whole, stopped = cut_at_stop(text, stops)
-        if stopped:
-            yield whole[sent:], True
-            return
-        safe = max(sent, len(settled(text, stops)))
-        yield text[sent:safe], False
-        sent = safe
-    yield text[sent:], False
 
 
 class NewTokens(StoppingCriteria):

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple, Self, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -21,7 +22,7 @@ from gradmem_adapter import GradMemPipeline, load_checkpoint
 from gradmem_adapter.answering.batching import Call, Options, batcher_of
 from gradmem_adapter.answering.grammar import AVAILABLE, grammar_of
 from gradmem_adapter.answering.sampling import Sampling
-from gradmem_adapter.answering.stopping import Answer, NewTokens, pieces_until_stop
+from gradmem_adapter.answering.stopping import Answer, settled
 from gradmem_adapter.config import unknown_fields
 
 from .binding import BoundChat
@@ -354,22 +355,23 @@ class ChatGradMem(BaseChatModel, CallOptions):
     def _chunks(self, asked: _Asked) -> Iterator[ChatGenerationChunk]:
         """An answer piece by piece. The last piece has the metadata of the whole answer."""
         call, stops = asked.call, asked.call.options.stops
-        new_tokens = NewTokens(self.pipeline.tokenizer, len(call.prompt), stops, [call.cancelled])
-        pieces = self.pipeline.stream_ids(
-            *self.pipeline.pad_prompts([call.prompt]),
-            memory=call.memory,
-            **call.generation_options([call.seed], new_tokens),
-        )
+        grown: SimpleQueue[list[int] | None] = SimpleQueue()
+        call.progress = grown.put
+        batcher_of(self.pipeline).submit(call, self.max_batch)
+        call.tokens.add_done_callback(lambda _: grown.put(None))
+        sent = 0
         try:
-            for piece, _ in pieces_until_stop(pieces, stops):
-                if piece:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+            while (tokens := grown.get()) is not None:
+                text = settled(Answer.of(self.pipeline, tokens, stops).text, stops)
+                if len(text) > sent:
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=text[sent:]))
+                    sent = len(text)
+            tokens, text, stopped = Answer.of(self.pipeline, call.tokens.result(), stops)
         finally:
-            pieces.close()  # ends the generation
-        tokens, _, stopped = Answer.of(self.pipeline, new_tokens.rows[0], stops)
+            call.cancel()
         yield ChatGenerationChunk(
             message=AIMessageChunk(
-                content="",
+                content=text[sent:],
                 response_metadata=self._metadata(asked, stopped),
                 usage_metadata=asked.usage(len(tokens)),
                 chunk_position="last",

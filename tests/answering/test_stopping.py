@@ -1,10 +1,10 @@
-"""Stop strings, however a stream splits them into pieces."""
+"""Stop strings, also where a growing text ends with a part of one."""
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gradmem_adapter.answering.stopping import cut_at_stop, pieces_until_stop
+from gradmem_adapter.answering.stopping import cut_at_stop, settled
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,7 @@ def test_a_text_is_cut_at_its_first_stop_string(text, stops, expected):
 
 @given(st.lists(st.text("ab.", max_size=3), max_size=8), st.lists(st.text("ab.", min_size=1, max_size=3), max_size=3))
 @example(pieces=[".", "b", "."], stops=["b", ".b."])
-def test_a_stream_ends_where_the_whole_text_does(pieces, stops):
-    shown = list(pieces_until_stop(iter(pieces), stops))
-    assert ("".join(piece for piece, _ in shown), any(stopped for _, stopped in shown)) == cut_at_stop(
-        "".join(pieces), stops
-    )
+def test_what_is_settled_of_a_growing_text_stays(pieces, stops):
+    whole, _ = cut_at_stop("".join(pieces), stops)
+    for count in range(len(pieces)):
+        assert whole.startswith(settled(cut_at_stop("".join(pieces[:count]), stops)[0], stops))

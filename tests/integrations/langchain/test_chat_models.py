@@ -254,12 +254,6 @@ class TestConcurrency:
         answers = await asyncio.gather(*(chat.ainvoke("w3", memory=reference) for _ in range(4)))
         assert [a.content for a in answers] == [expected] * 4
 
-    def test_closing_a_stream_frees_the_model(self, chat):
-        stream = chat.stream("w3", max_tokens=100)
-        next(stream)
-        stream.close()
-        assert not [t for t in threading.enumerate() if t.name == "gradmem-stream"]
-
 
 class TestTokens:
     def test_tokens_of_a_text_are_counted(self, chat):

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -116,6 +117,12 @@ class TestSeeds:
         begun = next(stream)
         assert seeded.invoke("w1", **SAMPLING).content == begun.content + "".join(c.content for c in stream)
 
+    def test_streams_share_a_batch(self, chat, sizes):
+        with ThreadPoolExecutor(4) as threads:
+            answers = list(threads.map(lambda i: "".join(c.content for c in chat.stream(f"w{i}")), range(4)))
+        assert max(sizes) > 1
+        assert answers == [chat.invoke(f"w{i}").content for i in range(4)]
+
     async def test_many_streams_can_run_at_once(self, chat):
         seeded = chat.model_copy(update={"seed": 0})
 
@@ -170,6 +177,14 @@ class TestCancelled:
         assert len(passes) - before <= 2
         assert (await self.chat.ainvoke("w1", max_tokens=2)).content
 
+    async def test_a_closed_stream_stops_generating(self, passes):
+        stream = self.chat.stream("w1")
+        next(stream)
+        stream.close()
+        before = len(passes)
+        await _until_idle()
+        assert len(passes) - before <= 2
+
     async def test_cancelling_one_call_of_a_batch_keeps_the_other(self, passes):
         kept, lost = (asyncio.create_task(self.chat.ainvoke("w1", max_tokens=20)) for _ in range(2))
         while len(passes) < 5:
@@ -191,8 +206,7 @@ class TestCancelled:
 
 
 async def _until_idle():
-    names = ("gradmem-batches", "gradmem-stream")
-    while any(thread.name in names for thread in threading.enumerate()):
+    while any(thread.name == "gradmem-batches" for thread in threading.enumerate()):
         await asyncio.sleep(0.005)
 
 
