@@ -1,4 +1,4 @@
-"""What tests of READ share."""
+"""Helpers that tests of READ share."""
 
 import torch
 from peft import get_peft_model

@@ -1,4 +1,4 @@
-"""Writes a text of so many tokens into one state, in a process of its own; prints what memory it took, in KiB."""
+"""Writes a text of many tokens into one state, in its own process; prints the memory that took, in KiB."""
 
 import itertools
 import random

@@ -20,7 +20,7 @@ SHIPPED = sorted(Path(__file__).parents[1].glob("checkpoints/smollm2-*/adapter_c
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache of the hub that holds one tiny model, and what it was once."""
+    """A cache of the hub that holds one tiny model and an earlier revision of it."""
     repository = tmp_path / "hub" / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
     for seed, revision in enumerate(("main", "v1")):
@@ -55,7 +55,7 @@ def same_states(one, other):
     return torch.allclose(one.write(tokens(2, 9)).vectors, other.write(tokens(2, 9)).vectors, atol=1e-5)
 
 
-def test_an_adapter_for_a_package_opens_there_and_by_peft_from_the_hub(hub, package, tmp_path):
+def test_an_adapter_for_a_package_also_opens_by_peft_from_the_hub(hub, package, tmp_path):
     backbone, tokenizer = load_backbone(PACKAGED)
     model = attached(backbone)
     save_checkpoint(model, tokenizer, tmp_path / "saved")
@@ -72,7 +72,7 @@ def test_an_adapter_for_a_package_opens_there_and_by_peft_from_the_hub(hub, pack
     assert not same_states(by_peft, loaded)
 
 
-def test_without_the_package_the_hub_is_opened_and_said_so(hub, package, tmp_path, monkeypatch):
+def test_without_the_package_the_hub_is_used_with_a_warning(hub, package, tmp_path, monkeypatch):
     save_checkpoint(attached(load_backbone(PACKAGED)[0]), tiny_tokenizer(), tmp_path / "saved")
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name, *rest: None)
     with pytest.warns(UserWarning, match=f"made for the weights in '{PACKAGED}', but that package is not installed"):
@@ -80,7 +80,7 @@ def test_without_the_package_the_hub_is_opened_and_said_so(hub, package, tmp_pat
     assert model.get_base_model().name_or_path == HUB_ID
 
 
-def test_without_package_and_hub_a_line_says_what_to_install(package, tmp_path, monkeypatch):
+def test_the_error_without_package_and_hub_says_what_to_install(package, tmp_path, monkeypatch):
     save_checkpoint(attached(load_backbone(PACKAGED)[0]), tiny_tokenizer(), tmp_path / "saved")
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name, *rest: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
@@ -91,7 +91,7 @@ def test_without_package_and_hub_a_line_says_what_to_install(package, tmp_path, 
 
 
 def test_a_revision_of_the_backbone_is_opened_again(hub, tmp_path):
-    """PEFT notes it, and opens it; `load_checkpoint` opened the newest weights."""
+    """PEFT records and opens it; `load_checkpoint` once opened the newest weights instead."""
     backbone, tokenizer = load_backbone(HUB_ID, revision="v1")
     config = GradMemConfig(num_memory_tokens=2)
     model = get_peft_model(backbone, config, revision="v1").eval()
@@ -113,7 +113,7 @@ def test_a_backbone_by_a_relative_path_opens_from_anywhere(tmp_path, monkeypatch
     save_checkpoint(model, tiny_tokenizer(), "saved")
     monkeypatch.chdir("/")
     assert load_checkpoint(tmp_path / "saved")[0].fingerprint() == model.fingerprint()
-    (tmp_path / "model").rename(tmp_path / "saved" / "beside")  # moved with the adapter, and named as seen from it
+    (tmp_path / "model").rename(tmp_path / "saved" / "beside")  # moved with the adapter, and named relative to it
     config = tmp_path / "saved" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(tmp_path / "model"), "beside"))
     (tmp_path / "saved" / "SHA256SUMS").unlink()
@@ -121,28 +121,28 @@ def test_a_backbone_by_a_relative_path_opens_from_anywhere(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", [shipped.QA, shipped.KEY_VALUES])
-def test_what_ships_is_found_by_its_name(name, tmp_path, monkeypatch):
+def test_shipped_checkpoints_are_found_by_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (shipped.shipped(name) / "adapter_model.safetensors").is_file()
     assert shipped.shipped("nothing") is None
     (tmp_path / name).mkdir()
-    assert shipped.shipped(name) is None  # whoever has one of that name means it
+    assert shipped.shipped(name) is None  # a local directory of that name comes first
 
 
-def test_an_adapter_that_ships_opens_by_its_name(tmp_path, monkeypatch):
+def test_a_shipped_adapter_opens_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, _ = load_checkpoint("kv-retrieval")
     assert model.active_peft_config.num_memory_tokens == 8
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
-def test_what_ships_names_the_hub_and_the_package(path):
+def test_shipped_adapters_name_the_hub_and_the_package(path):
     assert references(path.parent) == (backbones.HUB_IDS[backbones.SMOLLM2], backbones.SMOLLM2)
 
 
 @pytest.mark.smollm
-def test_peft_opens_what_ships(tmp_path, monkeypatch):
-    """With the packaged weights in the place of those on the hub."""
+def test_peft_opens_shipped_adapters(tmp_path, monkeypatch):
+    """With the packaged weights in place of those on the hub."""
     backbone, _ = load_backbone(backbones.SMOLLM2)
     opened = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **_: opened.append(name) or backbone)
@@ -154,8 +154,8 @@ def test_peft_opens_what_ships(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("reference", [HUB_ID, PACKAGED])
 @pytest.mark.parametrize("config", [{}, {"write_head": True}])
-def test_added_tokens_come_back(reference, config, hub, package, tmp_path, monkeypatch):
-    """Whether there are any is asked of nobody where `load_backbone` opened the model."""
+def test_added_tokens_are_restored(reference, config, hub, package, tmp_path, monkeypatch):
+    """Nothing is looked up to find them if `load_backbone` opened the model."""
     monkeypatch.setattr(backbones, "AutoConfig", None)
     backbone, tokenizer = load_backbone(reference)
     save_checkpoint(attached(backbone, **config), tokenizer, tmp_path / "plain")
@@ -173,8 +173,8 @@ def test_added_tokens_come_back(reference, config, hub, package, tmp_path, monke
     assert loaded.fingerprint() == model.fingerprint()
 
 
-def test_added_tokens_come_back_where_transformers_opened_the_model(hub, tmp_path):
-    """The configuration is found in the hub's cache, and the network is not asked."""
+def test_added_tokens_are_restored_if_transformers_opened_the_model(hub, tmp_path):
+    """The configuration is found in the hub's cache, without the network."""
     backbone, tokenizer = AutoModelForCausalLM.from_pretrained(HUB_ID), tiny_tokenizer()
     tokenizer.add_tokens(["<note>"])
     backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)

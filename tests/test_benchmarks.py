@@ -1,4 +1,4 @@
-"""The benchmarks run on a CPU in seconds, and their records say what they should; no time is looked at."""
+"""The benchmarks run on a CPU in seconds, and their records say what they should; times are not checked."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ def test_decode(run):
     assert all((record.metrics["same_tokens"], record.metrics["same_until"]) == (1, 5) for record in records)
 
 
-def test_decode_says_from_where_on_tokens_differ():
+def test_decode_reports_where_tokens_start_to_differ():
     def generate(prompts, max_new_tokens, cache_implementation=None, **_):
         new = torch.zeros(2, max_new_tokens, dtype=torch.long)
         if cache_implementation is None:
@@ -120,7 +120,7 @@ def test_kinks(run):
     assert rough["finite difference"] < 0.5 < rough["first order"]
 
 
-def test_what_was_measured_is_kept_when_a_benchmark_is_stopped(run, tmp_path, monkeypatch):
+def test_measurements_are_kept_when_a_benchmark_is_stopped(run, tmp_path, monkeypatch):
     def measure(model, backbone, way, *_):
         if way == "memory":
             raise KeyboardInterrupt
@@ -205,7 +205,7 @@ def test_versus_prompting(run):
 
 
 class SmallestKeys:
-    """As kvpress.KnormPress is called: of each layer's cache so many tokens are kept while a context is read."""
+    """Called like kvpress.KnormPress: keeps a share of each layer's cache while a context is read."""
 
     def __init__(self, compression_ratio):
         self.kept = 1 - compression_ratio
@@ -224,7 +224,7 @@ class SmallestKeys:
             hook.remove()
 
 
-def test_versus_a_cache_of_as_many_bytes(run, monkeypatch):
+def test_versus_a_compressed_cache_of_as_many_bytes(run, monkeypatch):
     """kvpress itself is not installed where tests run."""
     monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(KnormPress=SmallestKeys))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.5")
@@ -235,7 +235,7 @@ def test_versus_a_cache_of_as_many_bytes(run, monkeypatch):
     assert {"press_ms", "first_token_press_ms", "press_per_gib"} <= record.metrics.keys()
 
 
-def test_batches_grow_until_there_is_no_memory(tmp_path, monkeypatch):
+def test_batches_grow_until_memory_runs_out(tmp_path, monkeypatch):
     def decode(model, backbone, way, length, batch, args):
         if batch > 2:
             raise MemoryError
@@ -250,7 +250,7 @@ def test_batches_grow_until_there_is_no_memory(tmp_path, monkeypatch):
     assert found == [(1, None), (2, None), (4, "out of memory")]
 
 
-def test_a_reopened_cache_leaves_the_first_alone():
+def test_a_reopened_cache_leaves_the_first_unchanged():
     backbone = tiny()
     _, cache = versus_prompting.prefill(backbone, tokens(1, 5))
     token, grown = versus_prompting.prefill(backbone, tokens(1, 3, seed=1), versus_prompting.reopened(cache))
@@ -270,7 +270,7 @@ def test_break_even():
     assert versus_prompting.break_even(600, -1) is None
 
 
-def test_growth_ends_where_the_model_ends(run, monkeypatch):
+def test_growth_stops_at_the_models_last_position(run, monkeypatch):
     monkeypatch.setattr(write, "cost", lambda *shape: {})
     monkeypatch.setattr(common, "matmul_tflops", lambda *device: 1.0)
     records = run(write, "write_growth", "growth", "--lengths", "64", "8192", "--steps", "1", "2", "--memory", "8")
@@ -315,7 +315,7 @@ def test_training_speed(run):
     assert all(record.metrics["steps_per_second"] > 0 for record in records)
 
 
-def test_texts_of_8192_tokens():
+def test_batches_of_texts_have_about_8192_tokens():
     args = common.parser("", "").parse_args([])
     batch = training_speed.Texts(args).batch(0, torch.device("cpu"))
     assert batch["context_input_ids"].shape == (36, 224)
@@ -334,7 +334,7 @@ def byte_adapter(path, trained_length=None):
 
 
 def test_service(run, tmp_path):
-    """Concurrent calls over a few documents: none is written twice, none fails, and cancelled ones hold up nobody."""
+    """Concurrent calls over a few documents: none is written twice, none fails, and cancelled ones block nobody."""
     options = [byte_adapter(tmp_path), "--requests", "11", "--rounds", "2", "--max-batch", "1", "4"]
     records = run(service, "service", *options)
     assert settings(records, "max_batch", "documents") == [(1, 10), (4, 10)]
@@ -343,7 +343,7 @@ def test_service(run, tmp_path):
 
 @pytest.mark.slow
 def test_serve(run, tmp_path):
-    """Nothing is wrong, lost or another tenant's under everything that clients do, and after a kill."""
+    """No answer is wrong, lost or another tenant's, whatever clients do, and after a kill."""
     options = [byte_adapter(tmp_path, trained_length=100), "--clients", "4", "--seconds", "3", "--stress", "15"]
     asking, stress = run(serve, "serve", *options)
     assert asking.metrics["errors"] == asking.metrics["wrong"] == 0 < asking.metrics["requests_per_second"]
@@ -351,7 +351,7 @@ def test_serve(run, tmp_path):
     assert [stress.metrics[name] for name in ("errors", "wrong", "crossed", "lost")] == [0] * 4
 
 
-def test_a_bias_is_told_from_noise():
+def test_a_bias_is_distinguished_from_noise():
     torch.manual_seed(0)
     noise = torch.randn(400, 50)
     assert kv_meta_gradient.length_of_mean(list(noise)) < 0.25  # the length of a single one is 7, of their mean 0.35
@@ -384,7 +384,7 @@ def test_meta_gradient(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("second_order_steps", [None, 0])
-def test_the_textbook_writes_what_we_write(second_order_steps):
+def test_the_textbook_gives_the_same_states(second_order_steps):
     backbone = tiny(attn_implementation="eager").requires_grad_(False)
     model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3, memory_init_std=0.5))
     slots = model.base_model.slots.gradmem_memory["default"].detach()

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out bit for bit, whole or not at all, and errors say what to do."""
+"""Checkpoints are restored bit for bit, are complete or absent, and their errors say what to do."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def make(reference, dtype=torch.float32, **config):
 
 
 def train(model):
-    """Change every trainable tensor, as training does."""
+    """Changes every trainable tensor, as training does."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -74,7 +74,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize(
         "lora", [None, LORA, DORA, BD_LORA, ON_EMBEDDINGS], ids=["alone", "lora", "dora", "bd-lora", "on embeddings"]
     )
-    def test_frozen_backbone(self, backbone, tmp_path, lora):
+    def test_an_adapter_on_a_frozen_backbone(self, backbone, tmp_path, lora):
         model, tokenizer = train(make(backbone, lora_config=lora)), tiny_tokenizer()
         save_checkpoint(model, tokenizer, tmp_path / "saved")
         assert not (tmp_path / "saved" / "backbone").exists()
@@ -89,13 +89,13 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("lora", [None, LORA], ids=["alone", "lora"])
     @pytest.mark.parametrize("architecture", ["gpt2", "llama"])  # tied and untied
-    def test_trained_backbone(self, tmp_path, architecture, lora):
+    def test_an_adapter_with_its_trained_backbone(self, tmp_path, architecture, lora):
         reference = save_backbone(tmp_path / "base", architecture)
         model, tokenizer = train(make(reference, train_backbone=True, lora_config=lora)), tiny_tokenizer()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         save_checkpoint(model, tokenizer, tmp_path / "saved")
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-        shutil.rmtree(reference)  # not needed any more
+        shutil.rmtree(reference)  # no longer needed
         loaded, words = load_checkpoint(str(tmp_path / "saved"))
         assert same(loaded, model)
         assert outcome(loaded, words) == outcome(model, tokenizer)
@@ -114,8 +114,8 @@ class TestRoundTrip:
         assert outcome(*load_checkpoint(tmp_path / "again")) == outcome(model, tokenizer)
 
     @pytest.mark.parametrize("lora", [None, LORA], ids=["alone", "lora"])
-    def test_in_inference_mode(self, backbone, tmp_path, lora):
-        """As in a script that is wholly in it; with PEFT's way to open an adapter, too."""
+    def test_checkpoints_open_in_inference_mode(self, backbone, tmp_path, lora):
+        """As in a script that runs entirely in it; also if PEFT opens the adapter."""
         model, tokenizer = train(make(backbone, lora_config=lora)), tiny_tokenizer()
         save_checkpoint(model, tokenizer, tmp_path / "saved")
         expected = outcome(model, tokenizer)
@@ -124,20 +124,20 @@ class TestRoundTrip:
             opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), tmp_path / "saved")
             assert outcome(opened, tokenizer) == expected
 
-    def test_query_format(self, backbone, tmp_path):
+    def test_the_query_format_is_kept(self, backbone, tmp_path):
         model = make(backbone, query_format="Question : {query} :")
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
         assert GradMemPipeline(*load_checkpoint(tmp_path / "saved")).format_query("w1")[0] == "Question : w1 :"
 
-    def test_tokenizer(self, backbone, tmp_path):
+    def test_the_tokenizer_is_kept(self, backbone, tmp_path):
         save_checkpoint(make(backbone), tiny_tokenizer(bos=True, chat_template="{{ messages }}"), tmp_path / "saved")
         _, words = load_checkpoint(tmp_path / "saved")
         assert words.chat_template == "{{ messages }}"
         assert words("w1")["input_ids"] == tiny_tokenizer(bos=True)("w1")["input_ids"]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-    def test_dtype(self, backbone, tmp_path, dtype):
-        """Of the backbone alone: what was trained beside it is not rounded."""
+    def test_the_dtype_applies_to_the_backbone_only(self, backbone, tmp_path, dtype):
+        """What was trained beside it is not rounded."""
         model = make(backbone, dtype=dtype, lora_config=LORA)
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
         loaded, words = load_checkpoint(tmp_path / "saved", dtype=dtype, is_trainable=True)
@@ -149,7 +149,7 @@ class TestRoundTrip:
         assert outcome(loaded, words) == outcome(model, tiny_tokenizer())
 
     @pytest.mark.parametrize("train_backbone", [False, True])
-    def test_is_trainable(self, backbone, tmp_path, train_backbone):
+    def test_is_trainable_decides_what_can_be_trained(self, backbone, tmp_path, train_backbone):
         model = make(backbone, train_backbone=train_backbone)
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
         wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -160,7 +160,7 @@ class TestRoundTrip:
 
 
 class TestBackbone:
-    def test_passed(self, backbone, tmp_path):
+    def test_another_backbone_can_be_passed(self, backbone, tmp_path):
         model, tokenizer = make(backbone), tiny_tokenizer()
         save_checkpoint(model, tokenizer, tmp_path / "saved")
         moved = (tmp_path / "base").rename(tmp_path / "moved")
@@ -171,19 +171,19 @@ class TestBackbone:
             assert outcome(loaded, words) == outcome(model, tokenizer)
 
     @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device": "cpu"}])
-    def test_passed_with_what_is_of_one_that_is_opened(self, backbone, tmp_path, options):
+    def test_dtype_and_device_are_refused_with_a_passed_model(self, backbone, tmp_path, options):
         save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "saved")
         with pytest.raises(ValueError, match=r"but backbone is a model. Move it yourself with backbone\.to"):
             load_checkpoint(tmp_path / "saved", backbone=tiny(), **options)
 
-    def test_passed_beside_a_trained_one(self, backbone, tmp_path):
+    def test_a_passed_backbone_replaces_a_trained_one(self, backbone, tmp_path):
         model = train(make(backbone, train_backbone=True))
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
         loaded, _ = load_checkpoint(tmp_path / "saved", backbone=backbone)
         assert torch.equal(loaded.get_base_model().lm_head.weight, tiny().lm_head.weight)
         assert not torch.equal(loaded.get_base_model().lm_head.weight, model.get_base_model().lm_head.weight)
 
-    def test_no_reference(self, tmp_path):
+    def test_a_backbone_without_a_name_must_be_passed(self, tmp_path):
         model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2)).eval()
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
         with pytest.raises(ValueError, match="does not name its backbone"):
@@ -191,13 +191,13 @@ class TestBackbone:
         loaded, words = load_checkpoint(tmp_path / "saved", backbone=tiny())
         assert outcome(loaded, words) == outcome(model, tiny_tokenizer())
 
-    def test_tokenizer_in_the_checkpoint_alone(self, tmp_path):
+    def test_the_tokenizer_may_be_in_the_checkpoint_only(self, tmp_path):
         model = make(save_backbone(tmp_path / "base", tokenizer=False))
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
         loaded, words = load_checkpoint(tmp_path / "saved")
         assert outcome(loaded, words) == outcome(model, tiny_tokenizer())
 
-    def test_tokenizer_in_the_backbone_alone(self, backbone, tmp_path):
+    def test_the_tokenizer_may_be_in_the_backbone_only(self, backbone, tmp_path):
         model = make(backbone)
         model.save_pretrained(tmp_path / "saved")  # PEFT's own, without a tokenizer
         loaded, words = load_checkpoint(tmp_path / "saved")
@@ -205,15 +205,15 @@ class TestBackbone:
         with pytest.raises(ValueError, match="There is no tokenizer in"):
             load_checkpoint(tmp_path / "saved", backbone=tiny())
 
-    def test_peft_opens_it(self, backbone, tmp_path):
+    def test_peft_opens_a_checkpoint(self, backbone, tmp_path):
         model = make(backbone)
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), tmp_path / "saved").eval()
         assert outcome(loaded, tiny_tokenizer()) == outcome(model, tiny_tokenizer())
 
     @pytest.mark.parametrize("train_backbone", [False, True])
-    def test_peft_says_that_it_does_not_save_a_trained_one(self, backbone, tmp_path, train_backbone):
-        """Whose training was lost without a word."""
+    def test_save_pretrained_warns_that_it_omits_a_trained_backbone(self, backbone, tmp_path, train_backbone):
+        """Its training was once lost without a warning."""
         model = make(backbone, train_backbone=train_backbone)
         with warnings.catch_warnings(record=True) as told:
             save_checkpoint(model, tiny_tokenizer(), tmp_path / "whole")
@@ -221,8 +221,8 @@ class TestBackbone:
         said = [str(warning.message) for warning in told if "save_pretrained saves only the adapter" in str(warning)]
         assert len(said) == train_backbone
 
-    def test_peft_is_told_of_a_trained_one(self, backbone, tmp_path):
-        """It knows nothing of backbones inside checkpoints, and put the adapter on what its own was before."""
+    def test_opening_by_peft_warns_of_a_trained_backbone(self, backbone, tmp_path):
+        """PEFT does not know backbones inside checkpoints, and puts the adapter on the untrained one."""
         model, path = make(backbone, train_backbone=True), tmp_path / "saved"
         save_checkpoint(model, tiny_tokenizer(), path)
         assert "PEFT alone opens it" not in (path / "README.md").read_text()
@@ -239,7 +239,7 @@ class TestBackbone:
 
 
 class TestWhole:
-    def test_replaces(self, backbone, tmp_path):
+    def test_a_save_replaces_an_earlier_checkpoint(self, backbone, tmp_path):
         path = tmp_path / "new folder" / "saved"
         save_checkpoint(make(backbone, train_backbone=True), tiny_tokenizer(), path)
         model = make(backbone)
@@ -249,7 +249,7 @@ class TestWhole:
         assert [entry.name for entry in path.parent.iterdir()] == ["saved"]
 
     @pytest.mark.parametrize("where", ["tokenizer", "backbone", "rename"])
-    def test_failure_leaves_the_earlier_one(self, backbone, tmp_path, monkeypatch, where):
+    def test_a_failed_save_leaves_the_earlier_checkpoint(self, backbone, tmp_path, monkeypatch, where):
         path = tmp_path / "checkpoints" / "saved"
         model, tokenizer = make(backbone), tiny_tokenizer()
         save_checkpoint(model, tokenizer, path)
@@ -275,7 +275,7 @@ class TestWhole:
         assert [entry.name for entry in path.parent.iterdir()] == ["saved"]
         assert outcome(*load_checkpoint(path)) == outcome(model, tiny_tokenizer())
 
-    def test_failure_of_a_first_one(self, backbone, tmp_path, monkeypatch):
+    def test_a_failed_first_save_leaves_nothing(self, backbone, tmp_path, monkeypatch):
         def fail(*_, **__):
             raise OSError("no space left on device")
 
@@ -287,13 +287,13 @@ class TestWhole:
 
 
 class TestErrors:
-    def test_no_such_path(self, tmp_path):
+    def test_a_missing_path(self, tmp_path):
         with pytest.raises(
             FileNotFoundError, match=r"There is no checkpoint .*not a shipped checkpoint \(kv-.*smollm2-135m-qa"
         ):
             load_checkpoint(tmp_path / "none")
 
-    def test_hub_out_of_reach(self, monkeypatch):
+    def test_an_unreachable_hub(self, monkeypatch):
         def unreachable(*_, **__):
             raise OSError("cannot connect")
 
@@ -302,7 +302,7 @@ class TestErrors:
             load_checkpoint("someone/adapter")
 
     @pytest.mark.parametrize("device", ["abacus", "cuda:99", torch.device("xla")])
-    def test_no_such_device(self, backbone, tmp_path, device):
+    def test_an_unknown_device(self, backbone, tmp_path, device):
         save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "saved")
         with pytest.raises(ValueError, match=rf"There is no device '{device}' on this machine; use cpu"):
             load_checkpoint(tmp_path / "saved", device=device)
@@ -312,24 +312,24 @@ class TestErrors:
         with pytest.raises(ValueError, match="holds a LORA adapter, not a GradMem adapter"):
             load_checkpoint(tmp_path / "lora")
 
-    def test_directory_without_an_adapter(self, backbone):
+    def test_a_directory_without_an_adapter(self, backbone):
         with pytest.raises(ValueError, match=r"no adapter_config\.json. It is a model .* Train one .*--backbone"):
             load_checkpoint(backbone)
 
-    def test_directory_above_an_adapter(self, backbone, tmp_path):
+    def test_a_directory_above_an_adapter(self, backbone, tmp_path):
         save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "run" / "checkpoint")
         with pytest.raises(ValueError, match=r"run' is not a checkpoint.*There is one in '.*run.checkpoint'\."):
             load_checkpoint(tmp_path / "run")
         with pytest.raises(ValueError, match=r"is not a checkpoint: .*by save_checkpoint"):
             load_checkpoint(tmp_path)
 
-    def test_config_is_json(self, backbone, tmp_path):
+    def test_the_configuration_is_json(self, backbone, tmp_path):
         save_checkpoint(make(backbone, lora_config=LORA), tiny_tokenizer(), tmp_path / "saved")
         config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
         assert config["peft_type"] == "GRADMEM"
         assert config["base_model_name_or_path"] == backbone
 
-    def test_a_backbone_is_named_without_the_way_to_it(self, backbone, tmp_path):
+    def test_the_path_of_a_backbone_is_normalised(self, backbone, tmp_path):
         (tmp_path / "here").mkdir()
         there = tmp_path / "here" / ".." / os.path.relpath(backbone, tmp_path)
         save_checkpoint(make(str(there)), tiny_tokenizer(), tmp_path / "saved")
@@ -349,7 +349,7 @@ def test_the_active_adapter_is_saved_whatever_its_name(backbone, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
-def test_what_is_no_checkpoint_is_not_replaced(backbone, tmp_path):
+def test_a_directory_that_is_not_a_checkpoint_is_not_replaced(backbone, tmp_path):
     folder = tmp_path / "trainer output"
     (folder / "checkpoint-10").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="is not a checkpoint of a GradMem adapter"):
@@ -359,8 +359,8 @@ def test_what_is_no_checkpoint_is_not_replaced(backbone, tmp_path):
 
 @pytest.mark.parametrize("lora", [None, ON_EMBEDDINGS], ids=["alone", "lora on embeddings"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_added_tokens_are_saved_and_opened(tmp_path, tied, lora):
-    """The backbone's reference knows nothing of them."""
+def test_added_tokens_are_saved_and_restored(tmp_path, tied, lora):
+    """The referenced backbone does not have them."""
     tiny(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
     backbone, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tiny_tokenizer()
     tokenizer.add_tokens(["<note>"])

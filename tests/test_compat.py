@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code: tensors in and out under their names, and what is said when one does not fit."""
+"""Checkpoints of the authors' code: tensors in and out under their names, and errors when one does not fit."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def export(architecture="llama", options=ALL, dtype=torch.float32):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [OPTIONS, ALL], ids=["least", "all"])
-def test_round_trip(architecture, options):
+def test_a_checkpoint_survives_a_round_trip(architecture, options):
     model, state_dict, config = export(architecture, options)
     assert {name for name in state_dict if not name.startswith("model.")} == ({"mem"} if options is OPTIONS else OWN)
     loaded = load_authors_checkpoint(state_dict, config, options)
@@ -61,7 +61,7 @@ def test_round_trip(architecture, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtype_is_the_checkpoints(dtype):
+def test_the_dtype_is_that_of_the_checkpoint(dtype):
     _, state_dict, config = export(options=OPTIONS, dtype=dtype)
     state_dict["mem"] = state_dict["mem"].to(dtype)
     loaded = load_authors_checkpoint(state_dict, config, OPTIONS)
@@ -69,7 +69,7 @@ def test_dtype_is_the_checkpoints(dtype):
     assert all(torch.equal(p, state_dict[name]) for name, p in authors_names(loaded).items())
 
 
-def test_base_config_as_object_and_dict():
+def test_base_config_can_be_an_object_or_a_dict():
     _, state_dict, config = export(options=OPTIONS)
     before = config.to_dict()
     fields = dict(before)
@@ -82,7 +82,7 @@ def test_base_config_as_object_and_dict():
 @pytest.mark.parametrize(
     "name", ["mem", "mem_proj.bias", "read_end", "model.lm_head.weight", "model.model.norm.weight"]
 )
-def test_missing_tensor(name):
+def test_a_missing_tensor_is_named(name):
     _, state_dict, config = export()
     del state_dict[name]
     with pytest.raises(ValueError, match=rf"missing \['{name}'\], unexpected \[\]"):
@@ -90,7 +90,7 @@ def test_missing_tensor(name):
 
 
 @pytest.mark.parametrize("name", ["mem_proj.weight", "model.extra", "other"])
-def test_tensor_left_over(name):
+def test_an_unexpected_tensor_is_named(name):
     _, state_dict, config = export(options=OPTIONS)
     state_dict[name] = torch.zeros(1)
     with pytest.raises(ValueError, match=rf"missing \[\], unexpected \['{name}'\]"):
@@ -98,7 +98,7 @@ def test_tensor_left_over(name):
 
 
 @pytest.mark.parametrize("name", ["mem", "write_head.weight", "model.lm_head.weight"])
-def test_wrong_shape(name):
+def test_a_wrong_shape_is_named(name):
     _, state_dict, config = export()
     shape = tuple(state_dict[name].shape)
     state_dict[name] = state_dict[name][:1]
@@ -108,7 +108,7 @@ def test_wrong_shape(name):
     assert str(shape) in str(caught.value)
 
 
-def test_tied_checkpoint_with_its_head():
+def test_a_tied_checkpoint_may_contain_its_head():
     model, state_dict, config = export("gpt2", OPTIONS)
     assert "model.lm_head.weight" not in state_dict
     state_dict["model.lm_head.weight"] = state_dict["model.transformer.wte.weight"].clone()
@@ -117,7 +117,7 @@ def test_tied_checkpoint_with_its_head():
 
 
 class TestOptions:
-    def test_all(self):
+    def test_all_options_are_translated(self):
         config = config_from_authors_options(ALL)
         assert config.num_memory_tokens == 3
         assert config.write_steps == 2
@@ -131,7 +131,7 @@ class TestOptions:
         assert config.reconstruction_weight == 0.25
         assert config.train_backbone is True
 
-    def test_defaults(self):
+    def test_missing_options_have_the_authors_defaults(self):
         config = config_from_authors_options(OPTIONS | {"architecture": "gpt2", "base_config": {}})
         assert config == GradMemConfig(num_memory_tokens=3, write_steps=2, write_lr=0.1, train_backbone=True)
         assert config_from_authors_options(OPTIONS | {"inner_loss_weight": 0.5}).reconstruction_weight == 0
@@ -140,7 +140,7 @@ class TestOptions:
         assert projected.memory_projection == "shared"
 
     @pytest.mark.parametrize(("theirs", "ours"), [("second", "exact"), ("first", "first_order"), ("none", "none")])
-    def test_grad_mode(self, theirs, ours):
+    def test_grad_mode_is_translated(self, theirs, ours):
         assert config_from_authors_options(OPTIONS | {"grad_mode": theirs}).meta_gradient == ours
 
     @pytest.mark.parametrize(
@@ -151,12 +151,12 @@ class TestOptions:
             ({"mem_proj_mode": "per_token"}, "mem_proj_mode must be 'proj' .* got 'per_token'"),
         ],
     )
-    def test_refused(self, options, message):
+    def test_invalid_options_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             config_from_authors_options(OPTIONS | options)
 
     @pytest.mark.parametrize("name", OPTIONS)
-    def test_required(self, name):
+    def test_missing_required_options_are_named(self, name):
         with pytest.raises(ValueError, match=rf"The options \['{name}'\] are missing"):
             config_from_authors_options({key: value for key, value in OPTIONS.items() if key != name})
 
@@ -165,7 +165,7 @@ class TestOptions:
     "part",
     [{"lora_config": LoraConfig(target_modules=["q_proj"])}, {"learn_write_lr": "scalar"}, {"start": "context"}],
 )
-def test_parts_without_a_name(part):
+def test_parts_without_a_counterpart_are_refused(part):
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=2, **part))
     with pytest.raises(ValueError, match="no counterpart in the authors' code"):
         authors_names(model)

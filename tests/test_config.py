@@ -13,7 +13,7 @@ from gradmem_adapter.config import is_from_file
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", {"k_proj"}])
-def test_config_round_trip(tmp_path, targets):
+def test_the_configuration_survives_a_round_trip(tmp_path, targets):
     config = GradMemConfig(num_memory_tokens=5, lora_config={"r": 3, "target_modules": targets}, query_format="chat")
     config.save_pretrained(tmp_path)
     again = PeftConfig.from_pretrained(tmp_path)
@@ -22,10 +22,10 @@ def test_config_round_trip(tmp_path, targets):
     assert again.to_dict() == config.to_dict()
 
 
-def test_help_explains_every_field_with_its_default():
+def test_the_docstring_explains_every_field_with_its_default():
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     own = [field for field in dataclasses.fields(GradMemConfig) if field.name not in inherited]
-    assert len(own) <= 26  # write_lr_from_end goes with the retrieval weights that need it
+    assert len(own) <= 26  # write_lr_from_end can go once no shipped weights need it
     for field in own:
         default = "" if field.default is None else f", defaults to `{json.dumps(field.default).capitalize()}`"
         if isinstance(field.default, str):
@@ -37,7 +37,7 @@ def test_help_explains_every_field_with_its_default():
     assert documented == [field.name for field in own]
 
 
-def test_the_signature_says_the_fields():
+def test_the_signature_lists_the_fields():
     names = [field.name for field in dataclasses.fields(GradMemConfig)]
     assert list(inspect.signature(GradMemConfig).parameters) == names
 
@@ -94,7 +94,7 @@ VARIANTS = [field.name for field in dataclasses.fields(LoraConfig) if field.meta
 
 @pytest.mark.parametrize("name", sorted({*VARIANTS} - {"use_dora", "use_bdlora"}))
 def test_a_variant_of_lora_that_does_not_work_is_refused(name):
-    """KaSA rewrites the backbone's weights, aLoRA never acts behind embeddings, others come back otherwise."""
+    """KaSA rewrites the backbone's weights, aLoRA never acts after embeddings, others reload differently."""
     lora = LoraConfig(r=2)
     setattr(lora, name, True)
     with pytest.raises(ValueError, match=f"lora_config may not use {name}: of PEFT's variants"):
@@ -108,8 +108,8 @@ def test_an_unknown_field_is_refused():
 
 
 @pytest.mark.parametrize("cls", [PeftConfig, GradMemConfig])
-def test_a_field_of_a_newer_version_is_left_out_of_a_file(tmp_path, cls):
-    """As PEFT's own methods do it: it may be of `PeftConfig`, which knows nothing of GradMem."""
+def test_unknown_fields_of_a_saved_file_are_left_out_with_a_warning(tmp_path, cls):
+    """As PEFT's own methods do: a newer `PeftConfig`, which knows nothing of GradMem, may have added them."""
     config = GradMemConfig(num_memory_tokens=3, lora_config={"r": 3})
     config.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
@@ -124,8 +124,8 @@ def test_a_field_of_a_newer_version_is_left_out_of_a_file(tmp_path, cls):
 
 
 @pytest.mark.parametrize("cls", [PeftConfig, GradMemConfig])
-def test_only_a_file_marks_its_lora(tmp_path, cls):
-    """Regular expressions of foreign files are tried in a process of their own, those of the user's code are not."""
+def test_only_a_lora_from_a_file_is_marked(tmp_path, cls):
+    """A regular expression from a file is tried in a separate process; one from the user's own code is not."""
     config = GradMemConfig(lora_config=LoraConfig(target_modules="q_.*"))
     assert not is_from_file(dataclasses.replace(config, write_steps=3).lora_config)
     assert not is_from_file(config.lora_config)
@@ -135,7 +135,7 @@ def test_only_a_file_marks_its_lora(tmp_path, cls):
     assert is_from_file(dataclasses.replace(saved, write_steps=3).lora_config)
 
 
-def test_a_lora_that_a_newer_peft_saved():
+def test_unknown_fields_of_a_saved_lora_are_left_out_with_a_warning():
     saved = GradMemConfig(lora_config={"r": 3, "target_modules": "all-linear"}).to_dict()
     newer = saved["lora_config"] | {"field_of_next_year": None}
     with pytest.warns(UserWarning, match="field_of_next_year"):

@@ -44,8 +44,8 @@ def in_threads(work, count):
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
 @pytest.mark.parametrize("phase", ["both", "write", "read"])
-def test_meta_gradient_equals_the_cpu(meta_gradient, phase):
-    """Autograd runs backward passes on a GPU in threads of its own, where a phase kept per thread must not be lost."""
+def test_the_meta_gradient_equals_that_of_the_cpu(meta_gradient, phase):
+    """Autograd runs backward passes on a GPU in its own threads, where a phase kept per thread must not be lost."""
     results = []
     for device, checkpointing in (("cpu", False), ("cuda", False), ("cuda", True)):
         config = GradMemConfig(
@@ -93,7 +93,7 @@ def test_dropout_masks_are_replayed():
     assert (values[0] - values[1]) / (2 * e) == pytest.approx(slots.grad.norm().item(), rel=1e-4)
 
 
-def test_states_move_and_are_read_by_either_device():
+def test_states_can_be_moved_and_read_on_either_device():
     torch.manual_seed(0)
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3)).eval()
     here = model.write(tokens(2, 9))
@@ -111,7 +111,7 @@ def test_states_move_and_are_read_by_either_device():
 
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference", "first_order"])
-def test_memory_of_a_training_step_is_flat_in_the_write_steps(meta_gradient):
+def test_memory_of_a_training_step_does_not_grow_with_the_write_steps(meta_gradient):
     """SmolLM2-135M's shape, random weights, bfloat16, 2 x 512 tokens."""
     peaks = {}
     for steps in (1, 6):
@@ -136,7 +136,7 @@ def test_memory_of_a_training_step_is_flat_in_the_write_steps(meta_gradient):
 
 
 @pytest.mark.slow
-def test_one_write_step_alone_learns_and_does_not_diverge(tmp_path):
+def test_training_with_one_write_step_learns_and_does_not_diverge(tmp_path):
     """With a finite difference of 0.03 instead of 0.01 most runs end below 90 %."""
     config = RunConfig.load(Path(__file__).parents[1] / "evaluation" / "recipes" / "kv_16_pairs.yaml")
     checkpoint = train(config, tmp_path, torch.device("cuda"))
@@ -147,7 +147,7 @@ def test_one_write_step_alone_learns_and_does_not_diverge(tmp_path):
 
 @pytest.mark.parametrize("compile", [True, "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graphs_of_write_give_the_plain_states(compile, dtype):
+def test_cuda_graphs_of_write_give_the_plain_states(compile, dtype):
     config = GradMemConfig(num_memory_tokens=3, write_steps=3, write_lr=0.3, memory_init_std=0.5)
     model = get_peft_model(tiny().to(dtype), config).cuda().eval()
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
@@ -179,7 +179,7 @@ def test_a_bucket_is_captured_once(monkeypatch):
 
 
 @pytest.mark.parametrize("gpu", [0, pytest.param(1, marks=TWO_GPUS)])
-def test_threads_write_through_graphs_and_generate_at_once(gpu):
+def test_threads_can_write_through_graphs_and_generate_at_once(gpu):
     """Also on a GPU that is not the current one."""
     config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, memory_init_std=0.5)
     model = get_peft_model(tiny(), config).cuda(gpu).eval()
@@ -210,7 +210,7 @@ STATIC = {"cache_implementation": "static", "max_new_tokens": 24, "eos_token_id"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])])
-def test_captured_decoding_gives_the_tokens_of_one_step_after_the_other(dtype, lora, recwarn):
+def test_captured_decoding_gives_the_tokens_of_step_by_step_decoding(dtype, lora, recwarn):
     config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, memory_init_std=0.5, lora_config=lora)
     model = get_peft_model(tiny().to(dtype), config).cuda().eval()
     for batch, length in ((2, 5), (1, 9), (3, 5)):
@@ -225,7 +225,7 @@ def test_captured_decoding_gives_the_tokens_of_one_step_after_the_other(dtype, l
     assert not [warning for warning in recwarn if "captured" in str(warning.message)]
 
 
-def test_captured_decoding_holds_no_more_after_many_calls():
+def test_captured_decoding_does_not_accumulate_memory():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3)).cuda().eval()
     state, held = model.write(tokens(4, 12).cuda()), []
     for length in range(2, 22):
@@ -235,7 +235,7 @@ def test_captured_decoding_holds_no_more_after_many_calls():
     assert held[-1] <= held[1]
 
 
-def test_threads_decode_through_graphs_at_once():
+def test_threads_can_decode_through_graphs_at_once():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, memory_init_std=0.5)).cuda().eval()
     prompts = [tokens(1 + seed, 4 + seed, seed=seed).cuda() for seed in range(4)]
     states = [model.write(ids) for ids in prompts]
@@ -255,7 +255,7 @@ def test_threads_decode_through_graphs_at_once():
     assert not failures
 
 
-def test_new_weights_drop_the_graphs():
+def test_changed_weights_drop_the_graphs():
     model = get_peft_model(tiny(), GradMemConfig(num_memory_tokens=3, write_lr=0.3)).cuda().eval()
     ids = tokens(2, 30).cuda()
     for _ in range(3):
@@ -271,12 +271,12 @@ MIDDLE = {
     "scale": 1.0, "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8,
     "num_attention_heads": 8, "max_position_embeddings": 16384,
 }  # fmt: skip
-"""A shape whose activations count."""
+"""A shape whose activations take a noticeable part of the memory."""
 
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_write_stays_within_max_memory(compile):
-    """Whatever plan that takes; the last keeps the inputs of layers on the CPU."""
+    """With every plan; the last one keeps the inputs of layers on the CPU."""
     model = get_peft_model(tiny(**MIDDLE), GradMemConfig(num_memory_tokens=8, write_lr=0.3)).cuda().eval()
     backbone, ids = model.get_base_model(), tokens(2, 4096).cuda()
     expected = model.write(ids, compile=False)
@@ -293,7 +293,7 @@ def test_write_stays_within_max_memory(compile):
         assert (state.vectors - expected.vectors).norm() < 1e-3 * expected.vectors.norm()
 
 
-def test_what_does_not_fit_is_written_more_frugally():
+def test_a_write_that_does_not_fit_uses_a_more_frugal_plan():
     model = get_peft_model(tiny(**MIDDLE), GradMemConfig(num_memory_tokens=8, write_lr=0.3)).cuda().eval()
     backbone, ids = model.get_base_model(), tokens(2, 8192).cuda()
     expected = model.write(ids, compile=False)
@@ -302,14 +302,14 @@ def test_what_does_not_fit_is_written_more_frugally():
     room = Budget.of(backbone).bytes(Plan(1, 8), 8192)
     try:
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1.3 * room) / total)
-        for options in ({}, {"max_memory": 2**40}):  # foreseen, and found out
+        for options in ({}, {"max_memory": 2**40}):  # predicted, and found by running out of memory
             state = model.write(ids, compile=False, **options)
             assert (state.vectors - expected.vectors).norm() < 1e-3 * expected.vectors.norm()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_thirty_shapes_and_then_a_large_one():
+def test_a_large_write_fits_after_graphs_of_thirty_shapes():
     model = get_peft_model(tiny(**MIDDLE), GradMemConfig(num_memory_tokens=8, write_lr=0.3)).cuda().eval()
     device = torch.device("cuda", 0)
     model.write(tokens(1, 64).cuda())

@@ -1,4 +1,4 @@
-"""README and docs: their code runs and prints what they show, their commands and links exist, their lines end."""
+"""README and docs: their code runs and prints what they show, their commands and links exist, their lines are short."""
 
 import ast
 import importlib.util
@@ -19,7 +19,7 @@ from gradmem_adapter.cli import app
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", flags=re.DOTALL)
-"""A block of code, and what it prints where that is shown."""
+"""A block of code, and its output if that is shown."""
 
 
 def examples(page):
@@ -33,7 +33,7 @@ def commands(page):
 
 
 def of_all_pages(what):
-    # The lab log is of the past: what it shows need not run today.
+    # The lab log records the past: what it shows need not run today.
     return [
         pytest.param(item, id=f"{page.stem}: {item}") for page in PAGES if page.stem != "LOG" for item in what(page)
     ]
@@ -56,8 +56,8 @@ def test_examples_run_and_print_what_is_shown(page, tmp_path):
             assert printed == expected, block
 
 
-def test_the_command_line_page_is_of_the_command(tmp_path):
-    """`make docs` makes it anew."""
+def test_the_command_line_page_is_up_to_date(tmp_path):
+    """`make docs` generates it."""
     arguments = ["gradmem_adapter.cli.main", "utils", "docs", "--name", "gradmem", "--title", "Command line"]
     result = CliRunner().invoke(typer.cli.app, [*arguments, "--output", str(tmp_path / "cli.md")])
     assert result.exit_code == 0, result.output
@@ -65,7 +65,7 @@ def test_the_command_line_page_is_of_the_command(tmp_path):
 
 
 @pytest.mark.parametrize("command", of_all_pages(commands))
-def test_commands_exist(command, monkeypatch):
+def test_documented_commands_exist(command, monkeypatch):
     """`make` targets resolve, modules are there, and `gradmem` knows its commands and options."""
     program, *arguments = shlex.split(command.removeprefix(".venv/bin/"))
     if program == "make":
@@ -92,14 +92,14 @@ def links(page):
 
 
 @pytest.mark.parametrize("target", of_all_pages(links))
-def test_links_lead_somewhere(target):
+def test_links_have_targets(target):
     assert (ROOT / target).exists()
 
 
 CARDS = [ROOT / "evaluation" / "README.md", *sorted((ROOT / "checkpoints").glob("*/README.md"))]
 
 
-WRITTEN = [page for page in (*PAGES, *CARDS) if page.name != "cli.md"]  # that one is made
+WRITTEN = [page for page in (*PAGES, *CARDS) if page.name != "cli.md"]  # that one is generated
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: f"{page.parent.name}/{page.name}")
@@ -112,13 +112,13 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_the_change_log_knows_this_version():
+def test_the_changelog_has_this_version():
     from gradmem_adapter import __version__
 
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_quoted_messages_are_those_of_the_code():
+def test_quoted_messages_exist_in_the_code():
     """Troubleshooting quotes what the code says, and names every exception of the package."""
     said, exceptions = [], []
     for file in [*(ROOT / "gradmem_adapter").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
@@ -148,7 +148,7 @@ def test_quoted_messages_are_those_of_the_code():
 
 @pytest.mark.slow
 @pytest.mark.smollm
-def test_the_notebook_prints_what_is_shown(tmp_path):
+def test_the_notebook_prints_what_it_shows(tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
@@ -163,8 +163,8 @@ def test_the_notebook_prints_what_is_shown(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.smollm
-def test_the_quickstart_prints_what_is_shown(tmp_path):
-    """Its files are made, its commands run one after the other, as a newcomer would."""
+def test_the_quickstart_prints_what_it_shows(tmp_path):
+    """Its files are created and its commands run one after another, as by a newcomer."""
     page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     for name, text in re.findall(r"```\w+ title=\"(.*?)\"\n(.*?)```", page, flags=re.DOTALL):
         (tmp_path / name).write_text(text, encoding="utf-8")

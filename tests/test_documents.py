@@ -1,4 +1,4 @@
-"""Long texts in memory: each segment's state is the one that it gets by itself."""
+"""Long texts in memory: each segment gets the same state as by itself."""
 
 import pytest
 import torch
@@ -26,14 +26,14 @@ def test_parallel_equals_segment_by_segment(pipeline):
         torch.testing.assert_close(state.vectors, pipeline.write(segment.text).vectors)
 
 
-def test_a_segment_has_two_tokens_a_vector_and_no_more_than_were_trained():
+def test_segments_have_two_tokens_per_vector_up_to_the_trained_length():
     for m, trained, most in ((6, 50, 12), (26, 50, 50), (3, None, None)):
         assert GradMemConfig(num_memory_tokens=m, trained_length=trained).segment_tokens == most
     segments = list(tiny_pipeline(num_memory_tokens=6, trained_length=50).segments(TEXT))
     assert 10 <= max(segment.tokens for segment in segments) <= 12
 
 
-def test_a_text_in_pieces_and_options(pipeline):
+def test_texts_in_pieces_and_write_options_are_accepted(pipeline):
     options = {"segment_tokens": 20, "overlap": 0, "steps": 2}
     document = pipeline.write_document(TEXT, **options)
     assert document.states.write_losses.shape == (len(document), 3)
@@ -43,7 +43,7 @@ def test_a_text_in_pieces_and_options(pipeline):
     assert pipeline.write_document(TEXT, segment_tokens=20, overlap=0, options=WriteOptions(steps=2)) == document
 
 
-def test_segments_are_read_side_by_side(pipeline):
+def test_segments_can_be_read_side_by_side(pipeline):
     document = pipeline.write_document(TEXT)
     assert document.side_by_side().vectors.shape[:2] == (1, 3 * 25)
     some = document.side_by_side([2, 0])
@@ -53,18 +53,18 @@ def test_segments_are_read_side_by_side(pipeline):
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1])
-def test_fidelity_is_that_of_each_segment(pipeline, max_tokens):
+def test_fidelity_is_measured_for_each_segment(pipeline, max_tokens):
     document = pipeline.write_document(TEXT, steps=20, optimizer="adam", lr=0.05)
     found = document.fidelity(pipeline, max_tokens=max_tokens)
     for i, (segment, state) in enumerate(zip(document.segments, document.states, strict=True)):
         alone = pipeline.fidelity(segment.text, state)
         assert (found.greedy[i], found.teacher_forced[i]) == (alone.greedy[0], alone.teacher_forced[0])
-    assert found.teacher_forced.min() > 0  # or the comparison says nothing
+    assert found.teacher_forced.min() > 0  # otherwise the comparison shows nothing
 
 
 @pytest.mark.filterwarnings("ignore:One state now stands for")
 class TestSequential:
-    def test_one_state_of_all_segments(self, pipeline):
+    def test_one_state_holds_all_segments(self, pipeline):
         options = WriteOptions(steps=5, optimizer="adam", lr=0.05)
         document = pipeline.write_document(TEXT, "sequential", segment_tokens=20, options=options)
         assert len(document) > 3
@@ -74,7 +74,7 @@ class TestSequential:
         with pytest.raises(ValueError, match="one state for all segments"):
             document.side_by_side([0])
 
-    def test_fidelity_is_the_share_that_is_recited_anywhere(self, monkeypatch):
+    def test_fidelity_is_the_share_recited_anywhere(self, monkeypatch):
         pipeline = tiny_pipeline(trained_length=50, num_memory_tokens=25)
         document = pipeline.write_document(TEXT, "sequential", segment_tokens=20, steps=0)
         ids = pipeline.tokenizer(TEXT)["input_ids"]
@@ -89,12 +89,12 @@ class TestSequential:
         assert found.greedy[0] == 1
         assert found.greedy[-1] == 0
 
-    def test_segments_leave_room_for_what_is_known(self, pipeline):
+    def test_segments_leave_room_for_the_text_already_known(self, pipeline):
         document = pipeline.write_document(iter(TEXT.splitlines(keepends=True)), "sequential", steps=0)
         assert max(segment.tokens for segment in document.segments) <= 25
         assert document.segments == tuple(pipeline.segments(TEXT, 25, overlap=0))
 
-    def test_a_document_is_its_beginning_updated(self, pipeline):
+    def test_a_document_equals_its_beginning_updated_with_the_rest(self, pipeline):
         first, *rest = pipeline.segments(TEXT, 20, overlap=0)
         state = pipeline.write(first.text, steps=2)
         for segment in rest:
@@ -104,7 +104,7 @@ class TestSequential:
         again = pipeline.update(pipeline.write(first.text, steps=2), TEXT[first.end :], segment_tokens=20, steps=2)
         assert again == state
 
-    def test_bad_input(self, pipeline):
+    def test_invalid_updates_and_documents_are_refused(self, pipeline):
         state = pipeline.write(["w1 w2", "w3"])
         with pytest.raises(ValueError, match="A text can be added to one state, got 2 states"):
             pipeline.update(state, "w4")
@@ -115,7 +115,7 @@ class TestSequential:
         with pytest.raises(ValueError, match="written by model"):
             pipeline.update(tiny_pipeline(seed=1).write("w1"), "w4", segment_tokens=10)
 
-    def test_what_has_no_effect_is_refused_before_anything_is_written(self, pipeline, monkeypatch):
+    def test_options_without_effect_are_refused_before_anything_is_written(self, pipeline, monkeypatch):
         monkeypatch.setattr(pipeline.model.base_model, "write", None)
         with pytest.raises(ValueError, match="max_tokens limits a batch of segments"):
             pipeline.write_document(TEXT, "sequential", max_tokens=100)
@@ -134,7 +134,7 @@ class TestSequential:
         (None, {}, TypeError, "or its token ids, got NoneType"),
     ],
 )
-def test_bad_input(pipeline, text, options, error, message):
+def test_invalid_input_is_refused(pipeline, text, options, error, message):
     with pytest.raises(error, match=message):
         pipeline.write_document(text, **options)
 
@@ -149,7 +149,7 @@ def test_a_text_that_is_the_name_of_a_file_is_refused(pipeline, tmp_path, monkey
         assert pipeline.write_document(file).states == pipeline.write_document(TEXT).states
 
 
-def test_so_is_one_among_others(pipeline, tmp_path, monkeypatch):
+def test_a_file_name_among_several_texts_is_refused(pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text(TEXT)
     store = MemoryStore(tmp_path / "store")
@@ -162,14 +162,14 @@ def test_so_is_one_among_others(pipeline, tmp_path, monkeypatch):
 
 
 def test_a_segment_may_be_the_name_of_a_file(pipeline, tmp_path, monkeypatch):
-    """Who sends a text to a server is to find out nothing about the files there."""
+    """Otherwise a client could find out which files a server has."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text(TEXT)
     store = MemoryStore(tmp_path / "store")
     assert store.add(pipeline, "book.txt", offsets=[(0, 8)]) == store.add_document(pipeline, ["book.txt"])
 
 
-def test_an_adapter_of_unknown_length_needs_the_length_of_segments():
+def test_without_a_trained_length_segment_tokens_is_required():
     pipeline = tiny_pipeline()
     with pytest.raises(
         ValueError, match=r"not say its trained length, so the number of tokens .* unknown: pass segment_tokens"
@@ -179,8 +179,8 @@ def test_an_adapter_of_unknown_length_needs_the_length_of_segments():
 
 
 @pytest.mark.parametrize("text", ["", " ", " \n\t\n"])
-def test_white_space_is_no_text(text, tmp_path):
-    """A tokenizer of bytes makes tokens of it."""
+def test_white_space_is_refused(text, tmp_path):
+    """A byte tokenizer would turn it into tokens."""
     pipeline, store = byte_pipeline(), MemoryStore(tmp_path)
     state = pipeline.write("a")
     for write in (

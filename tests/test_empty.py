@@ -1,4 +1,4 @@
-"""Nothing asked is nothing answered; where one thing at least is needed, its lack is said, and not by PyTorch."""
+"""Empty inputs give empty results, or an error of our own if at least one item is needed."""
 
 import pytest
 import torch
@@ -24,14 +24,14 @@ def states(pipeline):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_no_prompts_have_no_answers(pipeline, states, count):
+def test_no_prompts_give_no_answers(pipeline, states, count):
     memory = states[:count]
     assert pipeline.generate([]) == pipeline.generate([], memory=memory, return_scores=True) == []
     if pipeline.model.active_peft_config.refusal:
         assert pipeline.support([], memory=memory) == []
 
 
-def test_no_prompts_are_no_batch(pipeline, states):
+def test_an_empty_batch_is_refused(pipeline, states):
     model, one = pipeline.model, states[0]
     for call in (
         lambda: pipeline.encode_prompts([]),
@@ -47,8 +47,8 @@ def test_no_prompts_are_no_batch(pipeline, states):
             call()
 
 
-def test_one_prompt_is_one(pipeline, states):
-    """And no list of them, of which the best state of any would be told."""
+def test_methods_for_one_prompt_refuse_lists(pipeline, states):
+    """They would otherwise return the best state of any prompt in the list."""
     asked = [(pipeline.surest_answer, {"max_new_tokens": 2})]
     if pipeline.refuses:
         asked.append((pipeline.select, {}))
@@ -70,12 +70,12 @@ def test_a_prompt_without_tokens_needs_a_memory(pipeline, states):
             pipeline.generate(prompts, **options)
 
 
-def test_a_query_that_reads_no_state(pipeline, states):
+def test_a_query_that_reads_no_state_is_refused(pipeline, states):
     with pytest.raises(ValueError, match="context_index must have one integer, or one row of integers, for each query"):
         pipeline.generate(["w1"], memory=states, context_index=torch.empty(1, 0, dtype=torch.long))
 
 
-def test_an_answer_of_one_token_behind_nothing(pipeline, states):
+def test_an_empty_query_has_a_likelihood(pipeline, states):
     model = pipeline.model
     for state in states:
         with torch.no_grad():
@@ -84,18 +84,18 @@ def test_an_answer_of_one_token_behind_nothing(pipeline, states):
         torch.testing.assert_close(model.log_likelihood([[], []], [[5], [6]], state)[:1], -logits[None])
 
 
-def test_a_store_that_is_not_there_is_an_empty_one_and_stays_away(pipeline, tmp_path):
+def test_a_missing_store_acts_as_empty_and_is_not_created(pipeline, tmp_path):
     store, key = MemoryStore(tmp_path / "store"), "0" * 32
     assert store.add(pipeline, []) == store.gc([key]) == store.gc() == store.choose(pipeline, "w1") == []
     store.delete(key)
     assert store.forget("a.txt") == 0
     assert not store.path.exists()
-    (store.path / f"{PREFIX}1-x").mkdir(parents=True)  # of a process that was killed before there was an index
+    (store.path / f"{PREFIX}1-x").mkdir(parents=True)  # left by a process that was killed before there was an index
     store.gc()
     assert not list(store.path.iterdir())
 
 
-def test_no_keys(pipeline, tmp_path):
+def test_empty_lists_of_keys(pipeline, tmp_path):
     store = MemoryStore(tmp_path / "store")
     keys = store.add(pipeline, CONTEXTS, sources="a.txt")
     store.delete([])

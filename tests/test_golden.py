@@ -27,7 +27,7 @@ def relative(actual, expected):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_equals_the_authors(path, attention):
+def test_results_equal_the_authors(path, attention):
     options, tensors = read(path)
     base_config = options["base_config"] | {"attn_implementation": attention}
     model = load_authors_checkpoint(part(tensors, "param."), base_config, options)

@@ -1,4 +1,4 @@
-"""Model cards, and checkpoints on the hub: everything below the hub's client is what ships."""
+"""Model cards, and checkpoints on the hub; only the transport of the hub's client is a fake."""
 
 import base64
 import hashlib
@@ -27,12 +27,12 @@ class Files(dict):
 
     def __init__(self):
         self.sent = {}
-        """Who asked for those that were downloaded."""
+        """The authorization with which each one was first downloaded."""
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What the hub was sent: the files by their names. It answers as the real one does."""
+    """The files that the hub was sent, by their names. It answers like the real one."""
     files = Files()
 
     def answer(request):
@@ -84,7 +84,7 @@ def adapter(name="owner/backbone", **fields):
     return get_peft_model(backbone, GradMemConfig(**config))
 
 
-def test_a_checkpoint_has_a_card_that_says_what_it_is(tmp_path):
+def test_a_checkpoint_has_a_card_that_describes_it(tmp_path):
     card = Card(data="Two fairy tales.", results={"eval_f1": 0.61234, "eval_runtime": 3.0}, license="cc-by-4.0")
     save_checkpoint(adapter(refusal="not there"), tiny_tokenizer(), tmp_path / "mine", card=card)
     card = ModelCard.load(tmp_path / "mine" / "README.md")
@@ -113,7 +113,7 @@ def test_a_checkpoint_has_a_card_that_says_what_it_is(tmp_path):
         ({"parent": 3}, "parent of a Card must be a text"),
     ],
 )
-def test_a_card_says_what_it_cannot_be_made_of(fields, said):
+def test_invalid_fields_of_a_card_are_refused(fields, said):
     with pytest.raises(TypeError, match=said):
         Card(**fields)
     assert Card(results={"one": 1, "tensor": torch.tensor(0.5), "numpy": torch.tensor(0.5).numpy()[()]})
@@ -121,7 +121,7 @@ def test_a_card_says_what_it_cannot_be_made_of(fields, said):
 
 @pytest.mark.parametrize("train_backbone", [False, True])
 def test_no_card_names_a_directory(tmp_path, train_backbone):
-    """The hub takes none, nor could anybody use it; where the adapter is opened here, its configuration has it."""
+    """The hub refuses it, and nobody else could use it; the configuration names it for opening it here."""
     tiny().save_pretrained(tmp_path / "base")
     model = adapter(tmp_path / "base", train_backbone=train_backbone)
     before = model.active_peft_config.to_dict()
@@ -146,7 +146,7 @@ def test_a_card_without_facts_invents_none(tmp_path):
     assert (tmp_path / "mine" / "README.md").read_text() == "My own words."
 
 
-def test_a_checkpoint_goes_to_the_hub(hub, tmp_path):
+def test_a_checkpoint_can_be_pushed_to_the_hub(hub, tmp_path):
     model = adapter()
     address = push_to_hub(model, tiny_tokenizer(), "owner/mine", card=Card(license="apache-2.0"), token="hf_x")
     assert address.endswith("0" * 40)
@@ -162,7 +162,7 @@ def pushed_by_a_trainer(model, tokenizer, repository, folder):
 
 
 @pytest.mark.parametrize("push", [lambda *args: push_to_hub(*args[:3], token="hf_x"), pushed_by_a_trainer])
-def test_nobody_is_sent_to_a_directory_of_this_machine(hub, tmp_path, push):
+def test_an_adapter_on_a_local_directory_cannot_be_pushed(hub, tmp_path, push):
     tiny().save_pretrained(tmp_path / "base")
     model = adapter(tmp_path / "base")
     given = model, tiny_tokenizer(), "owner/mine", tmp_path / "run"
@@ -179,7 +179,7 @@ def test_nobody_is_sent_to_a_directory_of_this_machine(hub, tmp_path, push):
     assert load_checkpoint(downloaded(hub, tmp_path / "mine"))
 
 
-def test_a_run_that_pushes_is_told_before_it_trains(tmp_path):
+def test_a_run_that_could_not_push_is_refused_before_it_trains(tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     args = GradMemTrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, push_to_hub=True)
     with pytest.raises(ValueError, match="others do not have"):
@@ -187,7 +187,7 @@ def test_a_run_that_pushes_is_told_before_it_trains(tmp_path):
 
 
 @pytest.mark.parametrize("train_backbone", [False, True])
-def test_a_revision_is_opened_without_what_else_is_there(hub, tmp_path, monkeypatch, train_backbone):
+def test_a_revision_is_opened_without_downloading_other_files(hub, tmp_path, monkeypatch, train_backbone):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model, tokenizer = adapter(train_backbone=train_backbone), tiny_tokenizer()
     save_pretrained = tokenizer.save_pretrained
@@ -212,7 +212,7 @@ def test_a_directory_has_no_revision(tmp_path):
         load_checkpoint(tmp_path / "mine", revision="v1", backbone=tiny())
 
 
-def test_the_next_one_replaces_what_is_there(hub, tmp_path):
+def test_a_push_replaces_the_earlier_checkpoint(hub, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     push_to_hub(adapter(train_backbone=True, lora_config=None), tokenizer, "owner/mine", token="hf_x")
@@ -233,7 +233,7 @@ def downloaded(hub, folder):
     return folder
 
 
-def test_the_trainer_pushes_with_what_it_measured(hub, tmp_path):
+def test_the_trainer_pushes_a_card_with_its_metrics(hub, tmp_path):
     args = GradMemTrainingArguments(
         str(tmp_path / "run"), max_steps=1, report_to="none", use_cpu=True, hub_token="hf_x", disable_tqdm=True
     )
@@ -257,7 +257,7 @@ def pushing(folder, model, tokenizer, **options):
     return GradMemTrainer(model, args, train_dataset=[ROW], processing_class=tokenizer)
 
 
-def test_what_the_trainer_pushes_replaces_what_is_there(hub, tmp_path):
+def test_a_push_of_the_trainer_replaces_the_earlier_checkpoint(hub, tmp_path):
     tokenizer = tiny_tokenizer()
     pushing(tmp_path / "a", adapter(train_backbone=True, lora_config=None), tokenizer).push_to_hub()
     assert {"chat_template.jinja", "backbone/config.json"} <= set(hub)
@@ -270,8 +270,8 @@ def test_what_the_trainer_pushes_replaces_what_is_there(hub, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_what_is_pushed_in_training_opens(hub, tmp_path, strategy):
-    """Its digests are its own, whatever run wrote the output directory before."""
+def test_checkpoints_pushed_during_training_open(hub, tmp_path, strategy):
+    """Their digests are their own, whichever run wrote the output directory before."""
     options = {"push_to_hub": True, "save_steps": 1, "hub_strategy": strategy, "hub_always_push": True}
     with_backbone = adapter(train_backbone=True, lora_config=None)
     pushing(tmp_path / "run", with_backbone, tiny_tokenizer()).save_model()

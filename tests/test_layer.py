@@ -1,4 +1,4 @@
-"""Memory slots: what an adapter's tensors start as."""
+"""Memory slots: how an adapter's tensors are initialised."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def slots(backbone, **config):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_slots_from_the_vocabulary_are_embeddings_as_the_model_looks_them_up(architecture):
+def test_slots_from_the_vocabulary_are_embeddings_of_the_model(architecture):
     backbone = tiny(architecture)
     known = backbone.get_input_embeddings()(torch.arange(61))
     memory = slots(backbone, memory_init="vocab").gradmem_memory["default"]
@@ -43,7 +43,7 @@ def test_parts_start_neutral():
     assert layer.prefix(torch.zeros(3, 5, 32), "read", "default").shape == (3, 9, 32)
 
 
-def test_control_vectors_of_write_and_read_stand_around_the_memory():
+def test_control_vectors_of_write_and_read_surround_the_memory():
     layer = slots(tiny(), num_control_tokens=2)
     memory = torch.randn(3, 5, 32)
     for phase in ("write", "read"):
@@ -54,7 +54,7 @@ def test_control_vectors_of_write_and_read_stand_around_the_memory():
         assert (prefix[:, 7:] == end).all()
 
 
-def test_tensors_that_serve_another_option_are_not_made():
+def test_tensors_of_unused_options_are_not_made():
     names = {name.split(".")[0] for name, _ in slots(tiny()).named_parameters()}
     assert names == {"gradmem_memory"}
 

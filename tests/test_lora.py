@@ -14,7 +14,7 @@ IDS = tokens(2, 9)
 
 
 @pytest.mark.parametrize("phase", ["both", "write", "read"])
-def test_lora_acts_in_its_phase_alone(phase):
+def test_the_lora_acts_only_in_its_phase(phase):
     model, plain = make(lora_config=lora(), lora_phase=phase), make()
     slots = plain.base_model.slots.gradmem_memory["default"]
     with torch.no_grad():
@@ -28,7 +28,7 @@ def test_lora_acts_in_its_phase_alone(phase):
 
 
 @pytest.mark.parametrize("phase", ["both", "write", "read"])
-def test_an_adapter_has_its_own_phase_and_not_that_of_a_deleted_one_of_its_name(phase):
+def test_an_adapter_does_not_take_the_phase_of_a_deleted_namesake(phase):
     """Its LoRA is on the layers of another adapter, which stay."""
     model, fresh = make(lora_config=lora()), make(lora_config=lora(), lora_phase=phase)
     for earlier in ("write", "read"):

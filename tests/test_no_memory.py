@@ -1,4 +1,4 @@
-"""Without memory the pipeline and what is built on it answer as the backbone does that no adapter was attached to."""
+"""Without memory, the pipeline and what is built on it answer as a backbone without an adapter."""
 
 import threading
 
@@ -33,7 +33,7 @@ def untouched(pipeline, prompts, architecture="llama"):
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_generate_and_stream(phase, architecture):
+def test_generate_and_stream_equal_the_untouched_backbone(phase, architecture):
     pipeline = make(phase, architecture)
     expected = untouched(pipeline, PROMPTS, architecture)
     assert pipeline.generate(PROMPTS, **OPTIONS) == expected
@@ -52,7 +52,7 @@ def test_the_model_keeps_pefts_rule():
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_chat_model_without_documents(phase):
+def test_a_chat_model_without_documents_equals_the_untouched_backbone(phase):
     pipeline = make(phase)
     chat = ChatGradMem(pipeline=pipeline, max_tokens=8)
     (expected,) = (text.split()[:8] for text in untouched(pipeline, [[{"role": "user", "content": "w3 w4"}]]))
@@ -96,8 +96,8 @@ def test_other_threads_see_no_change():
     assert not wrong
 
 
-def test_offloaded():
-    """Accelerate puts another forward on modules, bound to the module it was made for."""
+def test_offloaded_backbones_run_without_the_lora():
+    """Accelerate gives modules another forward, which is bound to the original module."""
     pipeline = make()
     ids, mask = pipeline.encode_prompts(PROMPTS)
     expected = tiny()(ids, attention_mask=mask).logits
@@ -110,7 +110,7 @@ def test_offloaded():
     assert pipeline.generate(PROMPTS, **OPTIONS) == untouched(pipeline, PROMPTS)
 
 
-def test_without_a_lora_it_is_the_model_itself():
+def test_without_a_lora_the_model_itself_is_used():
     backbone = tiny()
     assert without_lora(backbone) is backbone
     model = get_peft_model(backbone, GradMemConfig(num_memory_tokens=3))
@@ -118,7 +118,7 @@ def test_without_a_lora_it_is_the_model_itself():
 
 
 def test_a_batch_that_the_backbone_would_read_wrongly_is_refused():
-    """BART and its kin count padding on the left as text."""
+    """BART and similar models count left padding as text."""
     pipeline = GradMemPipeline(
         get_peft_model(tiny("bart"), GradMemConfig(num_memory_tokens=3)).eval(), tiny_tokenizer()
     )

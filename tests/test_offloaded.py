@@ -1,4 +1,4 @@
-"""A backbone whose weights accelerate keeps in CPU memory or on a disk is the same model as one that has them."""
+"""A backbone whose weights accelerate keeps in CPU memory or on a disk gives the same results."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def everything(model):
 
 @pytest.mark.parametrize("place", [in_cpu_memory, on_a_disk, one_layer_on_a_disk])
 @pytest.mark.parametrize("config", [{}, {"write_head": True, "memory_init": "vocab", "start": "context"}])
-def test_offloaded_weights_are_the_same_model(place, config, tmp_path):
+def test_a_model_with_offloaded_weights_gives_the_same_results(place, config, tmp_path):
     plain, offloaded = attached(tiny(), **config), attached(place(tiny(), tmp_path), **config)
     set_peft_model_state_dict(offloaded, get_peft_model_state_dict(plain))
     assert offloaded.fingerprint() == plain.fingerprint()
@@ -55,7 +55,7 @@ def test_offloaded_weights_are_the_same_model(place, config, tmp_path):
         torch.testing.assert_close(found, expected)
 
 
-def test_new_adapters_on_offloaded_layers_start_as_others_do(tmp_path):
+def test_new_adapters_on_offloaded_layers_are_initialised_as_usual(tmp_path):
     torch.manual_seed(1)
     model = attached(on_a_disk(tiny(), tmp_path), lora_config=lora(init_lora_weights=True))
     weights = {name: p for name, p in model.named_parameters() if "lora_" in name}

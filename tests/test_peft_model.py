@@ -24,7 +24,7 @@ def program(backbone: PreTrainedModel, ids: torch.Tensor) -> None:
         model.fidelity(state, ids).greedy.mean()
         model.save_pretrained("elsewhere")
 """
-# Libraries whose types decide nothing here would take most of a minute to read.
+# Libraries whose types do not matter here would take most of a minute to read.
 CONFIGURATION = """
 [mypy]
 ignore_missing_imports = true
@@ -37,7 +37,7 @@ follow_imports = skip
 @pytest.mark.parametrize(
     ("arguments", "error"), [("steps=3", None), ("stesp=3", 'Unexpected keyword argument "stesp"')]
 )
-def test_mypy_sees_a_typing_error(tmp_path, arguments, error, pytestconfig):
+def test_mypy_finds_a_misspelt_argument(tmp_path, arguments, error, pytestconfig):
     program, configuration = tmp_path / "program.py", tmp_path / "mypy.ini"
     program.write_text(PROGRAM.format(arguments=arguments))
     configuration.write_text(CONFIGURATION)
@@ -53,6 +53,6 @@ def test_mypy_sees_a_typing_error(tmp_path, arguments, error, pytestconfig):
         assert error in errors[0]
 
 
-def test_at_run_time_both_are_peft_s():
+def test_at_run_time_get_peft_model_is_pefts_own():
     assert get_peft_model is peft.get_peft_model
     assert isinstance(get_peft_model(tiny(), GradMemConfig()), GradMemPeftModel)

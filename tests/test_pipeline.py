@@ -49,7 +49,7 @@ def answer(pipeline, prompts, memory=None, **options):
 
 class TestWrite:
     @pytest.mark.parametrize("bos", [False, True])
-    def test_equals_the_model(self, bos):
+    def test_write_equals_that_of_the_model(self, bos):
         pipeline = make(bos=bos)
         state = pipeline.write(CONTEXTS, steps=3, lr=0.1)
         encoded = pipeline.tokenizer(CONTEXTS, return_tensors="pt", padding=True, padding_side="right")
@@ -64,12 +64,12 @@ class TestWrite:
         assert state.equal(pipeline.model.write(ids))
         assert state.equal(pipeline.write((CONTEXTS[0],)))
 
-    def test_goes_on_from_a_state(self, pipeline):
+    def test_write_continues_from_a_state(self, pipeline):
         first = pipeline.write(CONTEXTS, steps=2)
         second = pipeline.write(CONTEXTS, steps=1, initial=first)
         torch.testing.assert_close(second.vectors, pipeline.write(CONTEXTS, steps=3).vectors)
 
-    def test_takes_what_the_model_takes(self):
+    def test_write_takes_the_same_arguments_as_the_models(self):
         """Same names, same defaults, and every field of WriteOptions among them."""
 
         def keywords(method, *without):
@@ -81,19 +81,19 @@ class TestWrite:
         assert keywords(GradMemPipeline.write_many, "texts") == keywords(GradMemModel.write_many, "contexts")
         assert {field.name for field in fields(WriteOptions)} == WriteFields.__annotations__.keys()
 
-    def test_options_as_one_object(self, pipeline):
+    def test_options_can_be_one_object(self, pipeline):
         options = WriteOptions(steps=3, lr=0.1)
         state = pipeline.write(CONTEXTS, steps=3, lr=0.1)
         assert pipeline.write(CONTEXTS, options=options).equal(state)
         assert pipeline.write_many(CONTEXTS, options=options).write_losses.shape == (3, 4)
         assert pipeline.write(CONTEXTS, options=options, steps=1).write_losses.shape == (3, 2)
 
-    def test_the_longest_text(self, pipeline):
+    def test_the_longest_text_is_written(self, pipeline):
         assert pipeline.max_context_tokens == 91
         assert len(pipeline.write(tiny_text(91), steps=0)) == 1
 
     def test_half_a_character_is_named(self, pipeline):
-        """As broken PDFs give it."""
+        """As texts from broken PDFs may have."""
         state = pipeline.write("w1 w2")
         for call in (pipeline.write, pipeline.write_many, lambda texts: pipeline.fidelity(texts, state)):
             with pytest.raises(ValueError, match=r"Context 1 has half a character .*, '\\ud83d', at position 3"):
@@ -103,7 +103,7 @@ class TestWrite:
         with pytest.raises(ValueError, match="Prompt 0 has half a character"):
             pipeline.generate("w1 \ud83d", memory=state)
 
-    def test_nothing_to_write(self, pipeline):
+    def test_empty_and_invalid_inputs_are_refused(self, pipeline):
         with pytest.raises(ValueError, match="no text to write"):
             pipeline.write([])
         with pytest.raises(ValueError, match="Context 0 is empty"):
@@ -119,11 +119,11 @@ class TestWrite:
         with pytest.raises(TypeError, match="Expected memory states to stack, got int"):
             MemoryState.stack([1])
 
-    def test_too_long(self, pipeline):
+    def test_a_text_that_is_too_long_is_refused(self, pipeline):
         with pytest.raises(ValueError, match="Context 0 has 120 tokens, but at most 91 are allowed"):
             pipeline.write(tiny_text(120))
 
-    def test_fidelity_and_reconstruct(self):
+    def test_fidelity_and_reconstruct_equal_those_of_the_model(self):
         pipeline = make(memory_init="vocab", write_optimizer="adam", num_memory_tokens=6)
         contexts = ["w1 w1 w1 w1 w1 w1", "w2 w2 w2", CONTEXTS[0]]
         state = pipeline.write(contexts, steps=100, lr=0.1, stop_when_recovered=True)
@@ -136,12 +136,12 @@ class TestWrite:
         assert len(texts) == 3
         for share, text, context in zip(fidelity.greedy, texts, contexts, strict=True):
             assert (text == context) == (share == 1)
-        assert fidelity.greedy.max() == 1  # or the comparison above says nothing
+        assert fidelity.greedy.max() == 1  # otherwise the comparison above shows nothing
 
 
 class TestGenerate:
     @pytest.mark.parametrize("bos", [False, True])
-    def test_equals_the_model(self, bos):
+    def test_generate_equals_that_of_the_model(self, bos):
         pipeline = make(bos=bos)
         states = pipeline.write(CONTEXTS)
         expected = [by_hand(pipeline, prompt, state) for prompt, state in zip(PROMPTS, states, strict=True)]
@@ -151,7 +151,7 @@ class TestGenerate:
         assert not any(text.startswith(prompt) for text, prompt in zip(expected, PROMPTS, strict=True))
         assert expected != answer(pipeline, PROMPTS)
 
-    def test_one_prompt_and_none(self, pipeline):
+    def test_one_prompt_and_no_prompt_give_lists(self, pipeline):
         state = pipeline.write(CONTEXTS[0])
         single = answer(pipeline, PROMPTS[0], state)
         assert single == answer(pipeline, [PROMPTS[0]], state) == answer(pipeline, (PROMPTS[0],), state)
@@ -159,7 +159,7 @@ class TestGenerate:
         assert len(single) == 1
         assert answer(pipeline, [], state) == []
 
-    def test_without_memory_is_the_backbone(self, pipeline):
+    def test_without_memory_it_is_the_backbone(self, pipeline):
         backbone = tiny()
         for prompt in PROMPTS:
             ids = pipeline.tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -171,28 +171,28 @@ class TestGenerate:
         state = pipeline.write(CONTEXTS[0])
         assert answer(pipeline, PROMPTS, state) == [by_hand(pipeline, prompt, state) for prompt in PROMPTS]
 
-    def test_context_index(self, pipeline):
+    def test_context_index_chooses_states(self, pipeline):
         states = pipeline.write(CONTEXTS)
         index = [2, 0, 2]
         expected = [by_hand(pipeline, prompt, states[i]) for prompt, i in zip(PROMPTS, index, strict=True)]
         assert answer(pipeline, PROMPTS, states, context_index=torch.tensor(index)) == expected
         assert answer(pipeline, PROMPTS, states, context_index=index) == expected
 
-    def test_states_that_do_not_fit(self, pipeline):
+    def test_states_that_do_not_fit_are_refused(self, pipeline):
         with pytest.raises(ValueError, match="3 queries for 2 memory states"):
             answer(pipeline, PROMPTS, pipeline.write(CONTEXTS[:2]))
         state = make(num_memory_tokens=4).write(CONTEXTS[0])
         with pytest.raises(ValueError, match="was written by model"):
             answer(pipeline, PROMPTS[0], state)
 
-    def test_stop_strings(self, pipeline):
+    def test_stop_strings_end_an_answer(self, pipeline):
         state = pipeline.write(CONTEXTS[0])
         (whole,) = answer(pipeline, PROMPTS[0], state)
         stop = whole.split()[2]
         (text,) = answer(pipeline, PROMPTS[0], state, min_new_tokens=1, stop_strings=[stop])
         assert text == " ".join(whole.split()[: whole.split().index(stop) + 1])
 
-    def test_structured_output_and_several_sequences(self, pipeline):
+    def test_generate_outputs_and_several_sequences_become_texts(self, pipeline):
         state = pipeline.write(CONTEXTS[0])
         assert answer(pipeline, PROMPTS, state, return_dict_in_generate=True) == answer(pipeline, PROMPTS, state)
         texts = answer(pipeline, PROMPTS[:2], state, num_beams=2, num_return_sequences=2)
@@ -206,7 +206,7 @@ class TestGenerate:
         assert pipeline.generation_options({})["pad_token_id"] == 0
         assert pipeline.generation_options({"pad_token_id": 5})["pad_token_id"] == 5
 
-    def test_lora(self):
+    def test_generate_with_a_lora_equals_that_of_the_model(self):
         pipeline = make(lora_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         states = pipeline.write(CONTEXTS)
         expected = [by_hand(pipeline, prompt, state) for prompt, state in zip(PROMPTS, states, strict=True)]
@@ -222,17 +222,17 @@ class TestFormat:
             ("Question : {query} :", "Question : w1 w2 :", True),
         ],
     )
-    def test_query_format(self, query_format, formatted, special):
+    def test_queries_are_formatted(self, query_format, formatted, special):
         pipeline = make(bos=True, query_format=query_format)
         state = pipeline.write(CONTEXTS[0])
         assert pipeline.format_query("w1 w2") == (formatted, special)
         assert answer(pipeline, "w1 w2", state) == [by_hand(pipeline, formatted, state, special)]
 
-    def test_braces_in_a_query(self):
+    def test_braces_in_a_query_are_kept(self):
         assert make(query_format="{query} {x}").format_query("{query} {y}") == ("{query} {y} {x}", True)
 
     @pytest.mark.parametrize("query_format", ["text", "chat", "Question : {query}"])
-    def test_messages(self, query_format):
+    def test_messages_use_the_chat_template(self, query_format):
         pipeline = make(bos=True, query_format=query_format)
         state = pipeline.write(CONTEXTS[0])
         formatted = "<s> user : w1 w2 assistant : w3 user : w4 assistant :"
@@ -241,7 +241,7 @@ class TestFormat:
         assert answer(pipeline, CHAT, state) == answer(pipeline, [CHAT], state) == expected
         assert answer(pipeline, [CHAT, "w5"], state) == expected + answer(pipeline, "w5", state)
 
-    def test_without_a_chat_template(self):
+    def test_messages_without_a_chat_template_are_refused(self):
         tokenizer = tiny_tokenizer(chat_template=None)
         with pytest.raises(ValueError, match="no chat template"):
             answer(make(tokenizer=tokenizer), CHAT)
@@ -262,7 +262,7 @@ def stream_threads():
 class TestStream:
     @pytest.mark.parametrize("prompt", [PROMPTS[0], CHAT], ids=["text", "chat"])
     @pytest.mark.parametrize("memory", [True, False])
-    def test_pieces_make_up_the_text(self, pipeline, prompt, memory):
+    def test_pieces_add_up_to_the_text(self, pipeline, prompt, memory):
         state = pipeline.write(CONTEXTS[0]) if memory else None
         options = {"memory": state, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
         pieces = list(pipeline.stream(prompt, **options))
@@ -271,7 +271,7 @@ class TestStream:
         assert "".join(pieces) == pipeline.generate(prompt, **options)[0]
         assert not stream_threads()
 
-    def test_stop_strings_and_criteria(self, pipeline):
+    def test_stop_strings_and_criteria_end_a_stream(self, pipeline):
         state = pipeline.write(CONTEXTS[0])
         options = {"memory": state, "max_new_tokens": 12, "do_sample": False}
         stop = pipeline.generate(PROMPTS[0], min_new_tokens=12, **options)[0].split()[1]
@@ -287,7 +287,7 @@ class TestStream:
         assert "".join(pipeline.stream(PROMPTS[0], stopping_criteria=[AtOnce()], **options)) == first
         assert len(first.split()) == 1
 
-    def test_error_in_generate(self, pipeline):
+    def test_an_error_in_generate_is_raised(self, pipeline):
         state = pipeline.write(CONTEXTS)
         ways = "GradMemPipeline.surest_answer, .* side by side"
         with pytest.raises(ValueError, match=f"Got 1 query for 3 memory states: .* {ways}"):
@@ -296,7 +296,7 @@ class TestStream:
             in_time(lambda: list(pipeline.stream(PROMPTS[0], no_such_option=1)))
         assert not stream_threads()
 
-    def test_error_half_way(self, pipeline, monkeypatch):
+    def test_an_error_half_way_is_raised(self, pipeline, monkeypatch):
         calls = []
 
         def fail(*args):
@@ -318,7 +318,7 @@ class TestStream:
         hook.remove()
         assert answer(pipeline, PROMPTS[0])
 
-    def test_error_in_decoding(self, pipeline, monkeypatch):
+    def test_an_error_in_decoding_is_raised(self, pipeline, monkeypatch):
         def fail(*_, **__):
             raise RuntimeError("cannot decode")
 
@@ -353,7 +353,7 @@ class TestStream:
 
 
 class TestThreads:
-    def test_two_at_once(self, pipeline):
+    def test_two_threads_get_the_same_results_as_one(self, pipeline):
         def work(i):
             state = pipeline.write(CONTEXTS[i % 3], steps=3)
             text = answer(pipeline, PROMPTS[i % 3], state)
@@ -371,7 +371,7 @@ class TestThreads:
             assert list(pool.map(work, range(6))) == expected
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_tokenizer_is_left_as_it_is(self, side):
+    def test_the_tokenizer_is_not_changed(self, side):
         tokenizer = tiny_tokenizer()
         tokenizer.padding_side = side
         before = tokenizer.backend_tokenizer.to_str(), dict(vars(tokenizer))
@@ -386,20 +386,20 @@ class TestThreads:
 
 
 class TestRefused:
-    def test_tokenizer_without_pad_and_end(self):
+    def test_a_tokenizer_without_pad_and_end_token(self):
         tokenizer = tiny_tokenizer()
         tokenizer.pad_token = tokenizer.eos_token = None
         with pytest.raises(ValueError, match="neither a pad nor an eos token"):
             make(tokenizer=tokenizer)
 
     def test_a_pad_token_that_the_model_does_not_have(self):
-        """As whoever adds one and does not resize the model makes it: texts of one length would still work."""
+        """As when one is added without resizing the model; texts of equal length would still work."""
         tokenizer = tiny_tokenizer()
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         with pytest.raises(ValueError, match=r"pad token has id 61, but the model knows 0 to 60.*resize_token_emb"):
             make(tokenizer=tokenizer)
 
-    def test_end_stands_in_for_a_missing_pad(self):
+    def test_the_end_token_replaces_a_missing_pad_token(self):
         tokenizer = tiny_tokenizer()
         tokenizer.pad_token = None
         pipeline, usual = make(tokenizer=tokenizer), make()
@@ -408,7 +408,7 @@ class TestRefused:
         assert answer(pipeline, PROMPTS, states) == answer(usual, PROMPTS, states)
         assert tokenizer.pad_token is None
 
-    def test_wrong_model(self):
+    def test_a_model_without_a_gradmem_adapter(self):
         with pytest.raises(TypeError, match=r"needs a model with a GradMem adapter, got LlamaForCausalLM"):
             GradMemPipeline(tiny(), tiny_tokenizer())
         lora = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"]))
@@ -417,7 +417,7 @@ class TestRefused:
 
 
 class Recording:
-    """A reader that hands on to a model and keeps what it was asked."""
+    """A reader that passes calls on to a model and keeps what it was asked."""
 
     def __init__(self, model):
         self.model, self.asked = model, []
@@ -428,7 +428,7 @@ class Recording:
 
 
 class TestReader:
-    def test_answers_from_memory_alone_and_all_of_them(self, pipeline):
+    def test_a_reader_gives_every_answer_from_memory(self, pipeline):
         reader = Recording(pipeline.model)
         other = GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=reader)
         states = pipeline.write(CONTEXTS)
@@ -439,7 +439,7 @@ class TestReader:
         assert [len(asked["input_ids"]) for asked in reader.asked] == [3, 1]
         assert all(asked["memory"] is not None and "attention_mask" in asked for asked in reader.asked)
 
-    def test_is_not_asked_without_memory(self, pipeline):
+    def test_a_reader_is_not_asked_without_memory(self, pipeline):
         reader = Recording(pipeline.model)
         other = GradMemPipeline(pipeline.model, pipeline.tokenizer, reader=reader)
         assert answer(other, PROMPTS) == answer(pipeline, PROMPTS)

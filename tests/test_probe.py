@@ -1,4 +1,4 @@
-"""Backbones that an adapter is not attached to, because it would be wrong on them."""
+"""Backbones on which an adapter would give wrong results are refused."""
 
 import dataclasses
 import json
@@ -36,13 +36,13 @@ def bidirectional(kind):
 
 
 @pytest.mark.parametrize("kind", ["bert-generation", "xlnet", "cpmant"])
-def test_one_that_is_not_causal(kind):
+def test_a_backbone_that_is_not_causal_is_refused(kind):
     with pytest.raises(TypeError, match=r"logits change by .*% when later tokens do.*needs a causal"):
         get_peft_model(bidirectional(kind), GradMemConfig())
 
 
 class LooksAtTokens(LlamaForCausalLM):
-    """Has embeddings of a second kind, as Gemma 3n and Gemma 4 have them for each layer."""
+    """Has a second kind of embeddings, as Gemma 3n and Gemma 4 have for each layer."""
 
     def forward(self, input_ids=None, **kwargs):
         output = super().forward(input_ids, **kwargs)
@@ -92,7 +92,7 @@ class Overflowing(LlamaForCausalLM):
         (Overflowing, "not finite in torch.float32"),
     ],
 )
-def test_one_that_memory_cannot_go_through(kind, found):
+def test_a_backbone_that_memory_cannot_pass_through_is_refused(kind, found):
     backbone = kind(tiny().config)
     with pytest.raises(TypeError, match=rf"{kind.__name__}: .*{found}.*probe_backbone=False"):
         get_peft_model(backbone, GradMemConfig())
@@ -107,7 +107,7 @@ def needing_tokens(kind):
             kind, moe_intermediate_size=48, q_lora_rank=8, num_hash_layers=1, n_routed_experts=4,
             num_experts_per_tok=2, o_groups=2, o_lora_rank=8, **sizes,
         ),
-        "gemma4_text": lambda: AutoConfig.for_model(  # finds a vector's token, for embeddings of each layer
+        "gemma4_text": lambda: AutoConfig.for_model(  # looks up a vector's token, for embeddings of each layer
             kind, intermediate_size=48, num_key_value_heads=2, global_head_dim=16, num_kv_shared_layers=0,
             vocab_size_per_layer_input=61, hidden_size_per_layer_input=8, **sizes,
             layer_types=["sliding_attention", "full_attention"],
@@ -116,14 +116,14 @@ def needing_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v4", "gemma4_text"])
-def test_one_that_needs_token_ids_in_its_layers(kind):
+def test_a_backbone_whose_layers_need_token_ids_is_refused(kind):
     with pytest.raises(TypeError, match="failed on inputs_embeds alone"):
         get_peft_model(AutoModelForCausalLM.from_config(needing_tokens(kind)), GradMemConfig())
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "bert", "roberta", "bart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_right_ones_are_left_as_they_were(architecture, dtype):
+def test_the_probe_leaves_good_backbones_unchanged(architecture, dtype):
     backbone = tiny(architecture).to(dtype).train()
     backbone.get_output_embeddings().eval()
     modes = [module.training for module in backbone.modules()]
@@ -136,8 +136,8 @@ def test_the_right_ones_are_left_as_they_were(architecture, dtype):
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-def test_what_a_backbone_changes_in_itself_stays_out_of_it():
-    """BigBird exchanges its attention for short sequences, once and for all."""
+def test_what_a_backbone_changes_in_itself_during_the_probe_is_undone():
+    """BigBird replaces its attention for good when it sees a short sequence."""
     config = BigBirdConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=96, block_size=4, num_random_blocks=1, is_decoder=True,
@@ -167,7 +167,7 @@ def test_what_a_backbone_changes_in_itself_stays_out_of_it():
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_how_a_user_decodes_says_nothing_of_the_backbone(settings):
+def test_the_users_generation_settings_do_not_affect_the_probe(settings):
     backbone = tiny()
     for name, value in settings.items():
         setattr(backbone.generation_config, name, value)
@@ -177,7 +177,7 @@ def test_how_a_user_decodes_says_nothing_of_the_backbone(settings):
     assert config.to_dict() == before
 
 
-def test_it_runs_once_for_a_kind_and_not_when_an_adapter_is_opened(tmp_path, monkeypatch):
+def test_the_probe_runs_once_per_kind_and_not_when_an_adapter_is_opened(tmp_path, monkeypatch):
     tried = []
     monkeypatch.setattr(probe, "_check_causal", lambda backbone, *_: tried.append(type(backbone)))
     get_peft_model(tiny(), GradMemConfig()).save_pretrained(tmp_path)
@@ -193,7 +193,7 @@ def test_it_runs_once_for_a_kind_and_not_when_an_adapter_is_opened(tmp_path, mon
     assert len(tried) == 3
 
 
-def test_the_switch_is_no_part_of_the_adapter(tmp_path):
+def test_probe_backbone_is_not_saved_with_the_adapter(tmp_path):
     config = GradMemConfig(probe_backbone=False)
     assert not config.probe_backbone
     assert not dataclasses.replace(config, write_steps=1).probe_backbone
@@ -204,13 +204,13 @@ def test_the_switch_is_no_part_of_the_adapter(tmp_path):
         GradMemConfig(probe_backbone="no")
 
 
-def test_one_that_cannot_be_tried_is_attached_with_a_warning():
+def test_a_backbone_that_cannot_be_probed_is_attached_with_a_warning():
     with torch.device("meta"):
         backbone = LlamaForCausalLM(tiny().config)
     with pytest.warns(UserWarning, match=r"could not be tested.*meta device"):
         get_peft_model(backbone, GradMemConfig())
     backbone = tiny("gpt2")
-    backbone.transformer.h[0].mlp = nn.Linear(7, 7)  # as a kernel for a device on which the model is not yet
+    backbone.transformer.h[0].mlp = nn.Linear(7, 7)  # like a kernel for a device that the model is not on yet
     with pytest.warns(UserWarning, match=r"its own forward pass over token ids failed \(RuntimeError"):
         model = get_peft_model(backbone, GradMemConfig())
     with pytest.raises(RuntimeError):

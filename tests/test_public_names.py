@@ -17,7 +17,7 @@ METHODS = (
 )  # fmt: skip
 
 
-def test_names():
+def test_promised_names_exist():
     for name in TOP_LEVEL:
         assert name in gradmem_adapter.__all__
         assert hasattr(gradmem_adapter, name)
@@ -45,7 +45,7 @@ def test_public_methods_explain_their_arguments():
 
 
 def test_training_arguments_are_explained():
-    """Those of our own; Transformers explains its own."""
+    """Only our own; Transformers explains its own."""
     arguments = training.GradMemTrainingArguments
     for name in vars(arguments)["__annotations__"]:
         assert re.search(rf"^        {name} \(`", arguments.__doc__, re.MULTILINE), name

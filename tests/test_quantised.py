@@ -1,4 +1,4 @@
-"""Quantised backbones. The libraries are no dependency: without one of them its tests are skipped."""
+"""Quantised backbones. The libraries are not dependencies: without one of them its tests are skipped."""
 
 import sys
 
@@ -78,7 +78,7 @@ def by_definition(backbone, memory, ids):
     return memory.detach()
 
 
-def test_every_write_is_right_and_the_model_stays_the_same(load, kind):
+def test_every_write_is_right_and_leaves_the_model_unchanged(load, kind):
     """bitsandbytes' 4-bit layers had no gradients on a CPU after their first pass without."""
     contexts, queries = tokens(2, 9), tokens(2, 5, seed=1)
     model, plain = attached(load()), load().train(kind is nf4)  # in training mode it packs nothing
@@ -95,7 +95,7 @@ def test_every_write_is_right_and_the_model_stays_the_same(load, kind):
     assert model.generate(queries, memory=state, max_new_tokens=3).shape == (2, 8)
 
 
-def test_outer_gradients_are_the_textbooks(load):
+def test_outer_gradients_match_the_textbook(load):
     contexts, queries = tokens(2, 9), tokens(2, 5, seed=1)
     backbone = load()
     model = attached(backbone, lora_config=lora(target_modules=["q_proj", "down_proj"]), meta_gradient="first_order")
@@ -113,7 +113,7 @@ def test_outer_gradients_are_the_textbooks(load):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-def test_weights_that_a_cpu_was_given_packed_are_refused(load, kind):
+def test_weights_packed_for_a_cpu_are_refused(load, kind):
     if kind is not nf4 or not sys.modules["bitsandbytes"].functional.has_avx512bf16():
         pytest.skip("bitsandbytes packs 4-bit weights, and for CPUs that compute in bf16")
     backbone = load()
@@ -129,7 +129,7 @@ def test_layers_without_gradients_are_refused(load):
         attached(load())
 
 
-def test_the_fingerprint_follows_quantised_weights(load):
+def test_the_fingerprint_depends_on_quantised_weights(load):
     backbone = load()
     model = attached(backbone)
     before, weight = model.fingerprint(), backbone.model.layers[1].mlp.up_proj.weight

@@ -10,7 +10,7 @@ import gradmem_adapter
 from gradmem_adapter import registration
 
 
-def test_registration_may_be_repeated():
+def test_registration_can_be_repeated():
     members = list(PeftType)
     gradmem_adapter.register()
     importlib.reload(registration).register()
@@ -18,7 +18,7 @@ def test_registration_may_be_repeated():
     assert members.count("GRADMEM") == 1
 
 
-def test_the_member_is_like_pefts_own():
+def test_the_member_behaves_like_pefts_own():
     member = PeftType.GRADMEM
     assert member == "GRADMEM" == PeftType("GRADMEM") == PeftType["GRADMEM"]
     assert pickle.loads(pickle.dumps(member)) is member

@@ -40,7 +40,7 @@ def saved(request, tmp_path):
     return tmp_path, digest(model)
 
 
-def test_by_each_way(saved):
+def test_an_adapter_reloads_in_each_of_pefts_ways(saved):
     path, expected = saved
     for options in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True}):
         backbone = AutoModelForCausalLM.from_pretrained(path / "backbone")
@@ -53,7 +53,7 @@ def test_by_each_way(saved):
     assert digest(AutoPeftModelForCausalLM.from_pretrained(path / "adapter").eval()) == expected
 
 
-def test_in_a_new_process(saved):
+def test_an_adapter_reloads_in_a_new_process(saved):
     path, expected = saved
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import gradmem_adapter; from test_reload import *; "
@@ -66,7 +66,7 @@ def test_in_a_new_process(saved):
 
 
 @pytest.mark.parametrize("saved", ["llama"], indirect=True)  # no model is opened
-def test_without_the_package_peft_says_the_key(saved):
+def test_without_the_package_peft_raises_a_key_error(saved):
     path, _ = saved
     code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
     arguments = [str(path / "adapter")]
@@ -76,8 +76,8 @@ def test_without_the_package_peft_says_the_key(saved):
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_peft_takes_all_of_an_adapter_and_no_more(architecture, options, tmp_path):
-    """PEFT would leave a LoRA as it was made where its file lacks it."""
+def test_missing_and_unknown_tensors_are_refused_when_peft_loads(architecture, options, tmp_path):
+    """PEFT would leave a LoRA at its initial values if the file lacks it."""
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     adapter = get_peft_model(tiny(architecture), GradMemConfig(num_memory_tokens=3, lora_config=lora))
     adapter.save_pretrained(tmp_path)

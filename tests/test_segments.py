@@ -1,4 +1,4 @@
-"""Segments of a long text: where they end, what they overlap, and that no more is held than they need."""
+"""Segments of a long text: where they end, how they overlap, and how little is read ahead."""
 
 import itertools
 
@@ -30,12 +30,12 @@ def cut(text, limit, overlap=0, tokenizer=WORDS):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("w1 w2 w3\n\nw4. w5 w6 w7", ["w1 w2 w3", "w4. w5 w6 w7"]),  # a paragraph's end before a sentence's
+        ("w1 w2 w3\n\nw4. w5 w6 w7", ["w1 w2 w3", "w4. w5 w6 w7"]),  # a paragraph end is preferred to a sentence end
         ("w1 w2 w3. w4 w5 w6 w7", ["w1 w2 w3.", "w4 w5 w6 w7"]),
         ('w1 w2 w3.") w4 w5 w6 w7', ['w1 w2 w3.")', "w4 w5 w6 w7"]),
         ("w1 w2 w3\nw4 w5 w6 w7", ["w1 w2 w3", "w4 w5 w6 w7"]),
         ("w1 w2 w3 w4 w5 w6 w7", ["w1 w2 w3 w4", "w5 w6 w7"]),
-        ("w1. w2 w3 w4 w5 w6 w7", ["w1. w2 w3 w4", "w5 w6 w7"]),  # too short a segment ends no better than a word does
+        ("w1. w2 w3 w4 w5 w6 w7", ["w1. w2 w3 w4", "w5 w6 w7"]),  # else the segment would be too short
         ("  w1 \n", ["w1"]),
         (" \n\n ", []),
         ("", []),
@@ -45,7 +45,7 @@ def test_where_segments_end(text, expected):
     assert cut(text, 4) == expected
 
 
-def test_sentences_of_scripts_without_spaces():
+def test_sentences_end_segments_in_scripts_without_spaces():
     assert cut("東京は晴れ。明日は雨です。", 8 * 3, tokenizer=byte_tokenizer()) == ["東京は晴れ。", "明日は雨です。"]
 
 
@@ -73,30 +73,30 @@ def test_the_last_segments_are_of_equal_length():
     assert [len(text.split()) for text in cut(tiny_text(1000), 48)][:3] == [48, 48, 48]
 
 
-def test_segments_overlap_by_sentences_else_by_words_and_not_over_a_paragraph():
+def test_segments_overlap_by_sentences_or_words_but_not_across_paragraphs():
     assert cut("w1 w2 w3 w4 w5 w6. w7 w8 w9 w10 w11 w12", 9, 2) == ["w1 w2 w3 w4 w5 w6.", "w5 w6. w7 w8 w9 w10 w11 w12"]
     assert cut("w1 w2 w3 w4 w5. w6. w7 w8 w9 w10 w11 w12 w13", 9, 2)[1].startswith("w6. w7")
     assert cut("w1 w2 w3 w4 w5 w6.\n\nw7 w8 w9 w10 w11 w12", 9, 2) == ["w1 w2 w3 w4 w5 w6.", "w7 w8 w9 w10 w11 w12"]
 
 
 @pytest.mark.parametrize("end", ["\r\n\r\n", " \n\n", "\t\n \n"])
-def test_a_paragraph_that_ended_is_not_repeated_whatever_stands_before_its_end(end):
+def test_a_finished_paragraph_is_not_repeated_whatever_its_white_space(end):
     assert cut(f"w1 w2 w3 w4 w5 w6.{end}w7 w8 w9 w10 w11 w12", 9, 2) == ["w1 w2 w3 w4 w5 w6.", "w7 w8 w9 w10 w11 w12"]
 
 
-def test_no_segment_has_nothing_but_what_it_repeats():
+def test_no_segment_is_only_overlap():
     assert cut(". 。京 ", 6, 1, tokenizer=byte_tokenizer()) == [". 。", "京"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_the_pieces_that_a_text_comes_in_do_not_count(size):
+def test_the_pieces_that_a_text_comes_in_do_not_matter(size):
     text = " \n" + PROSE * 20
     expected = list(segments(text, WORDS, 7, 1))
     assert list(segments([text[i : i + size] for i in range(0, len(text), size)], WORDS, 7, 1)) == expected
     assert list(segments(iter(text.splitlines(keepends=True)), WORDS, 7, 1)) == expected
 
 
-def test_a_text_in_tokens():
+def test_a_text_can_be_given_as_token_ids():
     tokenizer, text = byte_tokenizer(), "Zoë paid 5 €. Then she left.\n\nIt rained all day, and 🙂 was all she wrote."
     expected = list(segments(text, tokenizer, 20, 4))
     ids = tokenizer(text)["input_ids"]
@@ -110,7 +110,7 @@ def test_a_text_in_tokens():
             list(segments([1, wrong], tokenizer, 20))
 
 
-def test_a_character_is_not_cut():
+def test_a_character_is_never_split():
     tokenizer = byte_tokenizer()
     assert cut("🙂🙂🙂", 6, tokenizer=tokenizer) == ["🙂", "🙂", "🙂"]
     with pytest.raises(ValueError, match="'🙂' alone has more than 3 tokens"):
@@ -139,8 +139,8 @@ def test_no_more_is_read_than_the_next_segment_needs():
     ("arguments", "error", "message"),
     [
         ((3, WORDS, 5), TypeError, "or its token ids, got int"),
-        ((b"w1", WORDS, 5), TypeError, "or its token ids, got bytes"),  # which is a series of numbers, too
-        ((WORDS("w1"), WORDS, 5), TypeError, "or its token ids, got BatchEncoding"),  # of which the names would be read
+        ((b"w1", WORDS, 5), TypeError, "or its token ids, got bytes"),  # which is also a series of numbers
+        ((WORDS("w1"), WORDS, 5), TypeError, "or its token ids, got BatchEncoding"),  # whose keys would be read
         (({"w1"}, WORDS, 5), TypeError, "or its token ids, got set"),
         ((["w1", 3], WORDS, 5), TypeError, "Piece 1 of the text is a int"),
         (("w1 \ud83d", WORDS, 5), ValueError, "The text has half a character.*at position 3"),
@@ -151,6 +151,6 @@ def test_no_more_is_read_than_the_next_segment_needs():
         (("w1", WORDS, 8, -1), ValueError, "non-negative"),
     ],
 )
-def test_bad_input(arguments, error, message):
+def test_invalid_input_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         list(segments(*arguments))

@@ -35,15 +35,15 @@ def test_each_segment_is_written_into_the_state_of_the_one_before(pipeline):
     assert expected.context_tokens == sum(part.tokens for part in parts)
 
 
-def test_a_saved_state_goes_on(pipeline):
+def test_a_saved_state_can_be_continued(pipeline):
     parts = list(pipeline.segments(TEXT, 20))
     first = MemoryState.from_bytes(write_sequential(pipeline, parts[:1], OPTIONS).to_bytes())
     assert write_sequential(pipeline, parts[1:], OPTIONS, first).equal(write_sequential(pipeline, parts, OPTIONS))
 
 
 @pytest.mark.parametrize("text", ["w1w2w3w4w5 w6", "\n\nw1 w2 w3 w4 w5 w6"])
-def test_white_space_is_between_segments_where_the_text_has_some(pipeline, monkeypatch, text):
-    """Of scripts without spaces, for example, there is none."""
+def test_segments_are_separated_by_white_space_only_where_the_text_is(pipeline, monkeypatch, text):
+    """Scripts without spaces, for example, have none."""
     given, tokenizer, state = [], byte_tokenizer(), pipeline.write("w1")
     monkeypatch.setattr(pipeline, "tokenizer", tokenizer)
     monkeypatch.setattr(pipeline.model, "write", lambda ids, *_, **__: given.extend(ids[0].tolist()) or state)
@@ -53,7 +53,7 @@ def test_white_space_is_between_segments_where_the_text_has_some(pipeline, monke
     assert tokenizer.decode(given) == text.strip()
 
 
-def test_what_is_no_text_or_several_states_is_refused(pipeline):
+def test_empty_texts_and_several_states_are_refused(pipeline):
     with pytest.raises(ValueError, match="the document is empty"):
         write_sequential(pipeline, [], OPTIONS)
     for wrong in ("a state", ["a state"]):
@@ -69,7 +69,7 @@ def test_what_is_no_text_or_several_states_is_refused(pipeline):
         write_sequential(pipeline, pipeline.segments(TEXT, 20), OPTIONS, pipeline.write([TEXT[:20], TEXT[:30]]))
 
 
-def test_more_than_the_trained_length_in_one_state_is_told_of_once(pipeline):
+def test_more_than_the_trained_length_in_one_state_gives_one_warning(pipeline):
     first = pipeline.write(TEXT[:60])
     for write in (lambda: pipeline.write_document(TEXT, "sequential"), lambda: pipeline.update(first, TEXT)):
         with pytest.warns(UserWarning, match="trained on at most 40") as told:
@@ -81,7 +81,7 @@ def test_more_than_the_trained_length_in_one_state_is_told_of_once(pipeline):
 
 
 @pytest.mark.parametrize(("start", "most"), [("slots", 89), ("context", 19), ("pooled_context", 19)])
-def test_segments_without_positions_are_refused_before_the_first_is_written(start, most, monkeypatch):
+def test_segments_that_do_not_fit_are_refused_before_the_first_is_written(start, most, monkeypatch):
     """A start that reads contexts reads the old memory, the text and the new memory together."""
     pipeline = tiny_pipeline(num_memory_tokens=70, start=start)
     state, text = pipeline.write("w1"), tiny_text(200, 1)
@@ -107,7 +107,7 @@ def test_states_side_by_side_leave_fewer_positions_for_segments():
 
 
 @pytest.mark.slow
-def test_a_million_tokens_take_the_memory_of_a_tenth():
+def test_a_million_tokens_take_the_memory_of_a_hundred_thousand():
     def run(tokens):
         script = Path(__file__).with_name("sequential_run.py")
         done = subprocess.run([sys.executable, str(script), str(tokens)], capture_output=True, text=True, check=True)

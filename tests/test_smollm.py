@@ -21,7 +21,7 @@ def pipeline():
     return GradMemPipeline(get_peft_model(backbone, config).eval(), tokenizer)
 
 
-def test_write_equals_the_equation_and_padding_changes_nothing(pipeline):
+def test_write_matches_the_equation_and_padding_changes_nothing(pipeline):
     model, tokenizer = pipeline.model, pipeline.tokenizer
     states = pipeline.write(TEXTS)
     for text, state in zip(TEXTS, states, strict=True):
@@ -31,7 +31,7 @@ def test_write_equals_the_equation_and_padding_changes_nothing(pipeline):
         torch.testing.assert_close(state.vectors, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_sentence_comes_back_from_a_saved_state(pipeline, tmp_path):
+def test_a_sentence_is_reconstructed_from_a_saved_state(pipeline, tmp_path):
     text = TEXTS[0]
     state = pipeline.write(text, steps=200, lr=0.03, optimizer="adam", stop_when_recovered=True)
     state.save(tmp_path / "state.safetensors")
@@ -40,7 +40,7 @@ def test_a_sentence_comes_back_from_a_saved_state(pipeline, tmp_path):
     assert pipeline.reconstruct(state) == [text]
 
 
-def test_answers_a_chat_question_with_and_without_memory(pipeline):
+def test_a_chat_question_is_answered_with_and_without_memory(pipeline):
     state = pipeline.write(TEXTS[0])
     options = {"max_new_tokens": 8, "do_sample": False}
     question = "What is the capital of France?"

@@ -58,7 +58,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def assert_same(one: MemoryState, other: MemoryState) -> None:
-    """Bit for bit, without the help of `equal`."""
+    """Compares bit for bit, without using `equal`."""
     for name in ("vectors", "context_tokens", "write_losses"):
         a, b = getattr(one, name), getattr(other, name)
         assert a.dtype == b.dtype, name
@@ -70,7 +70,7 @@ def assert_same(one: MemoryState, other: MemoryState) -> None:
 # ------------------------------------------------------------------ construction
 
 
-def test_properties():
+def test_properties_describe_the_vectors():
     state = make(batch=3, m=2, d=4, dtype=torch.bfloat16)
     assert (len(state), state.num_memory_tokens, state.width) == (3, 2, 4)
     assert state.nbytes == 3 * 2 * 4 * 2
@@ -133,7 +133,7 @@ def test_repr_is_short_and_names_shape_dtype_and_device():
         (torch.tensor([True, False, False, True]), [0, 3]),
     ],
 )
-def test_index(index: Any, rows: list[int]):
+def test_an_index_selects_states(index: Any, rows: list[int]):
     state = make(batch=4)
     picked = state[index]
     assert len(picked) == len(rows)
@@ -144,13 +144,13 @@ def test_index(index: Any, rows: list[int]):
 
 
 @pytest.mark.parametrize("index", [3, -4, [0, 3], torch.tensor([3])])
-def test_index_out_of_range(index: Any):
+def test_an_index_out_of_range_is_refused(index: Any):
     with pytest.raises(IndexError, match=r"[Ii]ndex -?[34]"):
         make(batch=3)[index]
 
 
 @pytest.mark.parametrize("index", [slice(2, 2), slice(9, None), [], torch.tensor([False] * 3)])
-def test_empty_selection_is_refused(index: Any):
+def test_an_empty_selection_is_refused(index: Any):
     with pytest.raises(IndexError, match="at least one state"):
         make(batch=3)[index]
 
@@ -219,12 +219,12 @@ def test_concat_weights_losses_by_tokens_after_padding():
         ({"mark": "another"}, r"same fingerprint, got \['f', 'another'\]"),
     ],
 )
-def test_joining_unlike_states(join: Any, other: dict[str, Any], message: str):
+def test_joining_unlike_states_is_refused(join: Any, other: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         join([make(), make(**other)])
 
 
-def test_joining_shapes_that_do_not_fit():
+def test_joining_shapes_that_do_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"same num_memory_tokens, got \[2, 3\]"):
         MemoryState.stack([make(m=2), make(m=3)])
     with pytest.raises(ValueError, match=r"same batch size, got \[3, 1\]"):
@@ -237,7 +237,7 @@ def test_joining_shapes_that_do_not_fit():
 # ------------------------------------------------------------------ place and dtype
 
 
-def test_to_casts_the_vectors_alone():
+def test_to_casts_only_the_vectors():
     state = make()
     for half in (state.to(torch.bfloat16), state.to(dtype=torch.bfloat16), state.to("cpu", torch.bfloat16)):
         assert half.dtype == torch.bfloat16
@@ -260,7 +260,7 @@ def test_detach_and_cpu():
     assert_same(detached.cpu(), state)
 
 
-def test_equal():
+def test_equal_compares_every_field():
     state = make()
     assert state.equal(make())
     assert not state.equal(make(seed=1))
@@ -271,7 +271,7 @@ def test_equal():
     assert not state.equal(changed)
 
 
-def test_usable_in_inference_mode(tmp_path: Path):
+def test_states_can_be_used_in_inference_mode(tmp_path: Path):
     with torch.inference_mode():
         state = make()
         state.save(tmp_path / "s.safetensors")
@@ -288,7 +288,7 @@ def test_usable_in_inference_mode(tmp_path: Path):
 
 @settings(max_examples=150, deadline=None)
 @given(states())
-def test_bytes_round_trip(state: MemoryState):
+def test_states_survive_a_round_trip_through_bytes(state: MemoryState):
     data = state.to_bytes()
     loaded = MemoryState.from_bytes(data)
     assert_same(loaded, state)
@@ -297,7 +297,7 @@ def test_bytes_round_trip(state: MemoryState):
 
 @pytest.mark.parametrize("length", range(0, 600, 7))
 def test_every_length_of_the_header_can_be_read(length: int):
-    """The first byte of the file is the low byte of the header's length, and is 0x80, as in a pickle, for some."""
+    """The file starts with the low byte of the header's length, which for some is 0x80, as in a pickle."""
     state = make(mark="x" * length)
     assert_same(MemoryState.from_bytes(state.to_bytes()), state)
 
@@ -306,7 +306,7 @@ def test_the_lengths_above_cover_the_byte_a_pickle_starts_with():
     assert any(make(mark="x" * length).to_bytes()[:1] == b"\x80" for length in range(0, 600, 7))
 
 
-def test_bytes_depend_on_contents_alone():
+def test_bytes_depend_only_on_contents():
     state = make(batch=2, m=3, d=4)
     strided = MemoryState(
         state.vectors.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
@@ -370,7 +370,7 @@ def test_two_processes_give_the_same_bytes():
 # ------------------------------------------------------------------ files
 
 
-def test_file_round_trip(tmp_path: Path):
+def test_states_survive_a_round_trip_through_files(tmp_path: Path):
     state = make(dtype=torch.bfloat16)
     for path in (tmp_path / "a.safetensors", str(tmp_path / "b.safetensors")):
         state.save(path)
@@ -396,7 +396,7 @@ def test_save_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("function", ["replace", "fsync"])
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_failed_save_leaves_the_earlier_file(
+def test_a_failed_save_leaves_the_earlier_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, failure: BaseException
 ):
     path = tmp_path / "s.safetensors"
@@ -414,7 +414,7 @@ def test_failed_save_leaves_the_earlier_file(
     assert_same(MemoryState.load(path), make(seed=1))
 
 
-def test_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -429,7 +429,7 @@ def test_save_makes_no_directories(tmp_path: Path):
     assert os.listdir(tmp_path) == []
 
 
-def test_load_of_no_file(tmp_path: Path):
+def test_loading_a_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         MemoryState.load(tmp_path / "none.safetensors")
 
@@ -460,7 +460,7 @@ _GOOD = {"format": "gradmem-memory-state", "version": 2, "fingerprint": "f", "di
 
 
 def _digested(**changes: Any) -> bytes:
-    """A file whose digest is right."""
+    """A file with the right digest."""
     return _file(_GOOD | {"digest": state_file._digest(_tensors(**changes), "f", None)}, **changes)
 
 
@@ -506,7 +506,7 @@ _BAD_FILES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", _BAD_FILES)
-def test_bad_file_is_named_and_explained(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_bad_file_is_named_and_explained(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data, message = _BAD_FILES[case]
     path = tmp_path / "suspect.safetensors"
     path.write_bytes(data)
@@ -519,7 +519,7 @@ def test_bad_file_is_named_and_explained(case: str, tmp_path: Path, monkeypatch:
 
 
 def test_the_good_description_is_good():
-    """Otherwise the cases above could fail for another reason than theirs."""
+    """Otherwise the cases above could fail for a reason other than their own."""
     assert_same(MemoryState.from_bytes(_digested()), make())
 
 
@@ -529,7 +529,7 @@ def test_bytes_of_any_type_are_read(kind: type):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_what_no_model_can_read_is_not_saved(tmp_path: Path, value: float):
+def test_non_finite_states_are_not_saved(tmp_path: Path, value: float):
     state = make()
     state.vectors[1, 0, 2] = value
     with pytest.raises(ValueError, match="not finite, because WRITE diverged"):

@@ -1,4 +1,4 @@
-"""Two threads on one model give what one gives."""
+"""Two threads on one model give the same as one."""
 
 import threading
 import time
@@ -12,8 +12,8 @@ from gradmem_adapter import GradMemConfig
 SECONDS = 8
 
 
-def test_two_threads_give_the_same_bytes_as_one_after_the_other():
-    """With a LoRA that is active in WRITE alone: a phase that leaked into the other thread would show."""
+def test_two_threads_give_the_same_bytes_as_one_thread():
+    """With a LoRA that is active in WRITE only: a phase that leaked into the other thread would show."""
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     config = GradMemConfig(num_memory_tokens=3, write_lr=0.3, write_head=True, lora_config=lora, lora_phase="write")
     model = get_peft_model(tiny(), config).eval()

@@ -15,7 +15,7 @@ IDS = tokens(2, 9)
 
 @pytest.mark.parametrize("first", [None, lora()])
 @pytest.mark.parametrize("second", [None, lora(r=3)])
-def test_switching_and_deleting(first, second):
+def test_adapters_can_be_switched_and_deleted(first, second):
     model = make(lora_config=copy.deepcopy(first))
     a = model.write(IDS)
     config = GradMemConfig(num_memory_tokens=4, write_lr=0.3, lora_config=copy.deepcopy(second), memory_init_std=0.5)
@@ -45,7 +45,7 @@ def test_switching_and_deleting(first, second):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("with_lora", [False, True])
-def test_disabled_or_unloaded_is_the_backbone(architecture, with_lora):
+def test_a_disabled_or_unloaded_model_is_the_backbone(architecture, with_lora):
     backbone = tiny(architecture)
     model = make(architecture, lora_config=lora() if with_lora else None)
     state = model.write(IDS)
@@ -99,7 +99,7 @@ def test_without_its_last_adapter_the_model_is_the_backbone(with_lora):
     ],
 )
 def test_an_adapter_of_another_method_is_refused_and_nothing_changes(add):
-    """PEFT entered its configuration in place of the adapter's own, which ended in a KeyError of the next write."""
+    """PEFT once replaced our configuration with that one's, and the next write ended in a KeyError."""
     model = make()
     state, names = model.write(IDS), [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=r"has a GradMem adapter, .* of a LoraConfig would .*lora_config=.*unload"):
@@ -111,7 +111,7 @@ def test_an_adapter_of_another_method_is_refused_and_nothing_changes(add):
 
 
 def test_an_adapter_that_cannot_be_made_leaves_nothing():
-    """Its LoRA stayed in the layers that came before the one that takes none."""
+    """Its LoRA once stayed in the layers before the one that cannot have one."""
     wrong = GradMemConfig(num_memory_tokens=2, lora_config=LoraConfig(r=2, target_modules=["q_proj", "norm"]))
     backbone = tiny()
     backbone.lm_head.requires_grad_(False)
@@ -141,7 +141,7 @@ def test_an_adapter_for_each_row_is_refused(call):
         getattr(model, call)(input_ids=IDS, memory=state, adapter_names=["default", "__base__"])
 
 
-def test_an_adapter_of_the_backbones_type():
+def test_an_adapter_can_have_the_backbones_dtype():
     config = GradMemConfig(
         num_memory_tokens=3, num_control_tokens=1, memory_projection="shared", write_head=True, start="pooled_context",
         learn_write_lr="scalar", lora_config=lora(),
@@ -163,7 +163,7 @@ def test_trainable_parameters_are_counted(capsys):
     assert "trainable params: 1,409" in capsys.readouterr().out
 
 
-def test_only_what_is_asked_for_is_trainable():
+def test_only_the_requested_parameters_are_trainable():
     frozen = make(lora_config=lora())
     for name, parameter in frozen.named_parameters():
         assert parameter.requires_grad == ("gradmem_" in name or "lora_" in name), name
@@ -178,7 +178,7 @@ def test_only_what_is_asked_for_is_trainable():
     assert all(p.requires_grad for name, p in full.named_parameters() if "other" not in name)
 
 
-def test_half_precision_backbone():
+def test_an_adapter_on_a_half_precision_backbone_is_float32():
     model = get_peft_model(tiny().bfloat16(), GradMemConfig(num_memory_tokens=3, write_head=True)).eval()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if "gradmem_" in name else torch.bfloat16), name

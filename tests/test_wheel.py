@@ -1,4 +1,4 @@
-"""The wheel, in an environment and a directory of its own: it carries adapters, and answers."""
+"""The wheel, in its own environment and directory: it carries adapters, and answers."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def inside(installed, tmp_path):
-    """Runs a program of that environment in an empty directory; what it prints."""
+    """Runs a program of that environment in an empty directory, and returns what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run_inside(program, *arguments):
@@ -52,19 +52,19 @@ def inside(installed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.smollm
-def test_asks(inside, tmp_path):
+def test_the_wheel_answers_questions(inside, tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
     (answer,) = json.loads(inside("gradmem", "ask", "Where did Hans live?", "--text", "story.txt", "--json"))["answers"]
     assert "dark forest" in answer["answer"]
 
 
 @pytest.mark.slow
-def test_finds_values(inside):
+def test_the_wheel_retrieves_values(inside):
     assert json.loads(inside("gradmem", "demo", "--task", "kv", "--json"))["kv"]["exact_match"] > 0.8
 
 
 @pytest.mark.slow
-def test_is_what_runs(inside, installed):
+def test_the_wheel_is_what_runs(inside, installed):
     from gradmem_adapter import __version__
 
     assert inside("gradmem", "--version") == f"gradmem-adapter {__version__}\n"

@@ -1,4 +1,4 @@
-"""What is of a wrong kind is named where it was passed, not by an error from deep inside."""
+"""Arguments of a wrong type are named where they are passed, not by an error from deep inside."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def refused(name, value=None):
 
 
 @pytest.mark.parametrize("wrong", NO_STATES, ids=repr)
-def test_no_memory_state(pipeline, state, store, wrong):
+def test_anything_but_a_memory_state_is_refused(pipeline, state, store, wrong):
     model, ids = pipeline.model, tokens(1, 3)
     for read in (
         lambda: pipeline.reconstruct(wrong),
@@ -60,7 +60,7 @@ def test_no_memory_state(pipeline, state, store, wrong):
                 read()
 
 
-def test_lists_are_told_how_they_become_one_memory(pipeline, state, store):
+def test_the_error_for_lists_says_how_they_become_one_memory(pipeline, state, store):
     chosen = store.choose(pipeline, "w1")
     for wrong in ([state], (state, state), chosen):
         with pytest.raises(
@@ -73,7 +73,7 @@ def test_lists_are_told_how_they_become_one_memory(pipeline, state, store):
 
 
 @pytest.mark.parametrize("wrong", [None, 5, 1.5, 1j], ids=repr)
-def test_no_prompt_and_no_text(pipeline, state, store, wrong):
+def test_anything_but_prompts_and_texts_is_refused(pipeline, state, store, wrong):
     for ask in (pipeline.generate, pipeline.support):
         with refused("prompts", wrong):
             ask(wrong, memory=state)
@@ -103,7 +103,7 @@ def test_one_prompt_is_not_read_letter_by_letter(pipeline):
 
 
 @pytest.mark.parametrize("wrong", [5, "abc", [1, 2], 1.5], ids=repr)
-def test_no_tensors(pipeline, state, wrong):
+def test_anything_but_tensors_is_refused(pipeline, state, wrong):
     model, ids = pipeline.model, tokens(1, 3)
     for call in (model.write, lambda ids, mask: model.update(state, ids, mask), lambda *o: model.fidelity(state, *o)):
         with refused("The attention mask of input_ids", wrong):
@@ -121,7 +121,7 @@ def test_no_tensors(pipeline, state, wrong):
 
 
 @pytest.mark.parametrize("wrong", ["abc", ["a"], {"a": 1}, b"ab"], ids=repr)
-def test_no_numbers(pipeline, state, wrong):
+def test_anything_but_numbers_is_refused(pipeline, state, wrong):
     model, ids = pipeline.model, tokens(1, 3)
     for name in ("max_new_tokens", "max_length"):
         with refused(name, wrong):
@@ -138,14 +138,14 @@ def test_no_numbers(pipeline, state, wrong):
 
 
 @pytest.mark.parametrize("wrong", [None, 5, [1], b"ab"], ids=repr)
-def test_no_paths(state, wrong):
+def test_anything_but_paths_is_refused(state, wrong):
     for call in (MemoryState.load, state.save, MemoryStore):
         with refused("path", wrong):
             call(wrong)
 
 
 @pytest.mark.parametrize("wrong", [None, "the question", 5], ids=repr)
-def test_no_pipeline(store, state, pipeline, wrong):
+def test_anything_but_a_pipeline_is_refused(store, state, pipeline, wrong):
     for call in (store.choose, store.key, store.add, store.add_document):
         with refused("pipeline", wrong):
             call(wrong, "w1")
@@ -157,7 +157,7 @@ def test_no_pipeline(store, state, pipeline, wrong):
         store.is_whole(wrong)
 
 
-def test_what_goes_into_a_store(store, state, pipeline):
+def test_wrong_types_for_a_store_are_refused(store, state, pipeline):
     for name, wrong in (("offsets", 5), ("metadata", 5), ("metadata", {"a": 1})):
         with refused(name, wrong):
             store.add(pipeline, ["w1"], **{name: wrong})

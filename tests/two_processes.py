@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 
 
 def start(script, *arguments, folder, cuda=False):
-    """Run `tests/SCRIPT ARGUMENTS`: what each process left in `folder` as results-RANK.pt, and what they printed."""
+    """Runs `tests/SCRIPT ARGUMENTS`; returns what each process left in `folder` as results-RANK.pt, and the output."""
     path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if not cuda:
