@@ -264,7 +264,8 @@ def load_checkpoint(
 
     Args:
         path (`str` or `Path`): a directory made by `save_checkpoint` (or by PEFT's `save_pretrained`), the name of a
-            checkpoint that ships, such as `"smollm2-135m-qa"`, or of one on the hub.
+            checkpoint that ships, such as `"smollm2-135m-qa"`, or of one on the hub: `owner/name`, or
+            `owner/name@revision`.
         backbone (`str`, `Path` or `PreTrainedModel`, *optional*): the backbone, or where to find it (see
             `load_backbone`). `None`: the one inside the checkpoint if it was trained, otherwise the one that the
             adapter was made for.
@@ -281,7 +282,7 @@ def load_checkpoint(
         ValueError: the adapter is not a GradMem adapter or does not say what its backbone is, its tensors are not
             exactly those that its configuration calls for, a file is damaged, or there is no such device; a backbone
             that was passed is then left unchanged. Or `dtype` or `device` is given with a model as backbone, or
-            `revision` with a directory.
+            `revision` with a directory or in addition to that of the name.
     """
     if isinstance(backbone, PreTrainedModel) and not (dtype is None and device is None):
         raise ValueError(
@@ -303,8 +304,11 @@ def _find(path: str | Path, revision: str | None = None, token: str | None = Non
         )
     if directory.is_dir():
         return directory
+    name, _, named = str(path).partition("@")
+    if named and revision is not None:
+        raise ValueError(f"{str(path)!r} names a revision, and so does revision={revision!r}. Leave one of them out.")
     try:
-        return snapshot(str(path), _READ_PATTERNS, revision=revision, token=token)
+        return snapshot(name, _READ_PATTERNS, revision=named or revision, token=token)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"There is no checkpoint {str(path)!r}: it is not a directory, not a shipped checkpoint "

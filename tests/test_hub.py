@@ -204,6 +204,16 @@ def test_a_revision_is_opened_without_downloading_other_files(hub, tmp_path, mon
     assert "rare.vocab" in ours
 
 
+def test_a_name_may_end_with_the_revision(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = adapter()
+    push_to_hub(model, tiny_tokenizer(), "owner/mine", token="hf_x")
+    options = {"backbone": tiny(), "token": "hf_x"}
+    assert load_checkpoint("owner/mine@of-may", **options)[0].fingerprint() == model.fingerprint()
+    with pytest.raises(ValueError, match="'owner/mine@of-may' names a revision, and so does revision='v1'"):
+        load_checkpoint("owner/mine@of-may", revision="v1", **options)
+
+
 def test_a_directory_has_no_revision(tmp_path):
     save_checkpoint(adapter(), tiny_tokenizer(), tmp_path / "mine")
     with pytest.raises(

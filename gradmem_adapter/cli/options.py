@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from gradmem_adapter import GradMemPipeline, MemoryStore
 
-CHECKPOINT = typer.Option(help="A trained adapter: one that ships with the package, a directory, or a name on the hub.")
+CHECKPOINT = typer.Option(
+    help="A trained adapter: one that ships with the package, a directory, or a name on the hub, owner/name or "
+    "owner/name@revision."
+)
 BACKBONE = typer.Option(
     help="A local directory, a hub id, or package:<package>/<file>.gguf; default: the one the adapter was made for.",
     show_default=False,
