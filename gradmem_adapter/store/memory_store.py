@@ -365,6 +365,9 @@ class MemoryStore:
     def forget(self, source: str, keys: Collection[str] | None = None) -> int:
         """Remove what comes from a source, from the disk as well.
 
+        The time grows with the store: to overwrite the words of these texts, those of all are written again. `delete`
+        leaves them.
+
         Args:
             source (`str`): its name. A state whose text also comes from another source stays for that one.
             keys (`Collection[str]`, *optional*): which of the source's states to remove. None: all of them.
