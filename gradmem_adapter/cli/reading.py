@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import sys
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
-from gradmem_adapter.utils.files import decoded, kind_of_no_text, open_regular, read_text
+from gradmem_adapter.utils.files import decoded, decompressed, kind_of_no_text, read_text
 
 STDIN = "-"
 MAX_BYTES = 2**27
@@ -68,14 +66,6 @@ def lines(path: str) -> Iterator[bytes]:
             yield line
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
+def _opened(path: str) -> AbstractContextManager[BinaryIO]:
     """A file, decompressed if it is gzipped, or standard input, opened for reading bytes."""
-    if path == STDIN:
-        yield sys.stdin.buffer
-        return
-    try:
-        with open_regular(Path(path)) as file:
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged, or not gzipped: {error}.") from error
+    return nullcontext(sys.stdin.buffer) if path == STDIN else decompressed(Path(path))

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from gradmem_adapter.utils.temporary import temporary_directory
 
@@ -142,6 +142,16 @@ def readable(name: str) -> str:
     return re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", name)
 
 
+@contextmanager
+def decompressed(path: Path) -> Iterator[BinaryIO]:
+    """A regular file opened for reading, decompressed if its name ends with `.gz`; `ValueError` if it is damaged."""
+    try:
+        with open_regular(path) as file:
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or not a gzip file: {error}.") from error
+
+
 def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
     """Read a text in UTF-8, gzipped (`.gz`) or not, without its byte-order mark.
 
@@ -153,15 +163,12 @@ def read_text(path: Path, *, max_bytes: int = 2**30) -> str:
         OSError: the file cannot be opened, or is not a regular file.
         ValueError: it is damaged, too long or not UTF-8; the message names the file.
     """
-    try:
-        with open_regular(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > max_bytes:
-                raise ValueError(f"{path} has {size:,} bytes; a text may have at most {max_bytes:,}.")
-            data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise ValueError(f"{path} decompresses to more than {max_bytes:,} bytes, the most that a text may have.")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or not a gzip file: {error}.") from error
+    with decompressed(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > max_bytes:
+            raise ValueError(f"{path} has {size:,} bytes; a text may have at most {max_bytes:,}.")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{path} decompresses to more than {max_bytes:,} bytes, the most that a text may have.")
     return decoded(str(path), data)
 
 
