@@ -15,7 +15,7 @@ TASK = """recite: a paragraph comes back word by word. ask: questions about a st
 kv: values are found by their keys."""
 
 _OPTIONS = {
-    ("recite", "tour"): ("text", "memory_tokens", "lr"),
+    ("recite", "tour"): ("text", "memory_tokens"),
     ("ask", "kv", "tour"): ("checkpoint",),
     ("recite", "kv", "tour"): ("steps", "seed"),
     ("kv",): ("pairs",),
@@ -38,7 +38,6 @@ def demo(
         typer.Option(help="recite: number of memory vectors, at most a quarter of the tokens; default: a fifth."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Write steps; default: at most 300 for recite, 5 for kv.")] = None,
-    lr: Annotated[float, typer.Option(help="recite: write learning rate of Adam.")] = 0.03,
     checkpoint: Annotated[
         str | None, typer.Option(help=f"ask, kv: a trained adapter; default: {QA}, {KEY_VALUES}.")
     ] = None,
@@ -76,7 +75,6 @@ def demo(
             backbone=SMOLLM2 if backbone is None else backbone,
             memory_tokens=memory_tokens,
             steps=300 if steps is None else steps,
-            lr=lr,
             seed=seed,
             console=console,
         )

@@ -28,6 +28,8 @@ from gradmem_adapter.utils.wording import counted
 
 MIN_TOKENS = 40
 """Texts with fewer tokens would show little."""
+LR = 0.03
+"""Write learning rate of Adam. The slots are not trained, so WRITE needs the steps that meta-training would save."""
 
 
 def demo_text(path: Path | None = None) -> str:
@@ -43,7 +45,6 @@ def run_recite_demo(
     backbone: str = SMOLLM2,
     memory_tokens: int | None = None,
     steps: int = 300,
-    lr: float = 0.03,
     seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -54,8 +55,6 @@ def run_recite_demo(
         backbone (`str`, *optional*, defaults to `SMOLLM2`): see `load_backbone`.
         memory_tokens (`int`, *optional*): m, at most a quarter of the text's tokens; None: a fifth.
         steps (`int`, *optional*, defaults to `300`): the most write steps; WRITE stops when every token is recovered.
-        lr (`float`, *optional*, defaults to `0.03`): write learning rate of Adam. The slots are not trained, so WRITE
-            needs the steps that meta-training would save.
         seed (`int`, *optional*, defaults to `0`): seed of the first memory.
         console (`Console`, *optional*): where to print.
 
@@ -85,7 +84,7 @@ def run_recite_demo(
     console.print(Panel(Text(visible(text)), title=f"The text: {counted(count, 'token')}"))
 
     started = time.perf_counter()
-    state = _write_with_progress(pipeline, text, steps, lr, console)
+    state = _write_with_progress(pipeline, text, steps, console)
     write_seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.safetensors"
@@ -113,7 +112,7 @@ def run_recite_demo(
     }
 
 
-def _write_with_progress(pipeline: GradMemPipeline, text: str, steps: int, lr: float, console: Console) -> MemoryState:
+def _write_with_progress(pipeline: GradMemPipeline, text: str, steps: int, console: Console) -> MemoryState:
     """WRITE with a bar that shows the write loss and the share of tokens recovered."""
     columns = (
         TextColumn("Writing"),
@@ -130,4 +129,4 @@ def _write_with_progress(pipeline: GradMemPipeline, text: str, steps: int, lr: f
                 task, completed=now.recovered.item(), step=now.step, loss=now.losses.item(), refresh=now.step % 10 == 0
             )
 
-        return pipeline.write(text, steps=steps, lr=lr, stop_when_recovered=True, callback=show)
+        return pipeline.write(text, steps=steps, lr=LR, stop_when_recovered=True, callback=show)
