@@ -48,4 +48,4 @@ def test_training_arguments_are_explained():
     """Only our own; Transformers explains its own."""
     arguments = training.GradMemTrainingArguments
     for name in vars(arguments)["__annotations__"]:
-        assert re.search(rf"^        {name} \(`", arguments.__doc__, re.MULTILINE), name
+        assert re.search(rf"^    {name} \(`", inspect.getdoc(arguments), re.MULTILINE), name
