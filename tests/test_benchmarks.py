@@ -155,8 +155,8 @@ def test_sizes(run, monkeypatch):
     assert bounded.metrics["foretold_gib"] <= 0.013 == bounded.settings["max_memory_gib"] < free.metrics["foretold_gib"]
 
 
-def test_sizes_that_do_not_fit(run, monkeypatch):
-    """Each is recorded, although a warning tells only of the first."""
+def test_every_size_that_runs_out_of_memory_is_recorded(run, monkeypatch):
+    """Although only the first gives a warning."""
 
     def full(writer, memory, *rest):
         if len(memory) > 1:

@@ -177,7 +177,7 @@ def test_the_users_generation_settings_do_not_affect_the_probe(settings):
     assert config.to_dict() == before
 
 
-def test_the_probe_runs_once_per_kind_and_not_when_an_adapter_is_opened(tmp_path, monkeypatch):
+def test_the_probe_runs_once_per_kind_and_not_on_loading(tmp_path, monkeypatch):
     tried = []
     monkeypatch.setattr(probe, "_check_causal", lambda backbone, *_: tried.append(type(backbone)))
     get_peft_model(tiny(), GradMemConfig()).save_pretrained(tmp_path)

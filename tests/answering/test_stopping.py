@@ -23,7 +23,7 @@ def test_a_text_is_cut_at_its_first_stop_string(text, stops, expected):
 
 @given(st.lists(st.text("ab.", max_size=3), max_size=8), st.lists(st.text("ab.", min_size=1, max_size=3), max_size=3))
 @example(pieces=[".", "b", "."], stops=["b", ".b."])
-def test_what_is_settled_of_a_growing_text_stays(pieces, stops):
+def test_the_settled_part_of_a_growing_text_never_changes(pieces, stops):
     whole, _ = cut_at_stop("".join(pieces), stops)
     for count in range(len(pieces)):
         assert whole.startswith(settled(cut_at_stop("".join(pieces[:count]), stops)[0], stops))

@@ -82,7 +82,7 @@ class TestPools:
         assert all(len(set(row)) == 3 for row in index.tolist())
         assert {(index == own[:, None]).int().argmax(1)[i].item() for i in range(20)} == {0, 1, 2}
 
-    def test_a_context_in_parts_is_read_in_order_among_the_parts_of_others(self, pools):
+    def test_the_parts_of_a_context_keep_their_order_among_others(self, pools):
         batch = pools[0].sample(5, 4, side_by_side=5, parts=3)
         assert batch["context_input_ids"].shape == (15, 4)  # 10 places in three parts
         assert batch["context_attention_mask"].sum(1).tolist() == [3] * 15  # of 9 tokens
@@ -173,7 +173,7 @@ class TestRowBatches:
         }  # two queries of each context, not three; one where two are read
         assert {batch["max_targets"] for batch in drawn} == {3}  # two words and the end token
 
-    def test_several_states_have_write_steps_of_their_own(self):
+    def test_write_steps_can_be_set_separately_for_several_states(self):
         made = self.make(side_by_side=[1, [2, 2]], write_steps_side_by_side=[5])
         drawn = [made.batch(n, CPU) for n in range(60)]
         assert {(batch["context_index"].dim(), batch["write_steps"]) for batch in drawn} == {

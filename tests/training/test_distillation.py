@@ -41,7 +41,7 @@ def own_context(batch):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt"])
-def test_queries_that_share_a_context_are_taught_the_same_as_alone(architecture):
+def test_sharing_a_context_does_not_change_what_a_query_is_taught(architecture):
     teacher, batch = tiny(architecture), collated()
     taught = Distillation(teacher, tiny(architecture, seed=1), 1.0).teach(batch)["taught"]
     head = teacher.get_output_embeddings()

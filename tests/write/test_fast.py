@@ -77,7 +77,7 @@ def test_the_twin_applies_the_lora_of_write(phase):
 
 
 def test_graphs_and_events_are_on_the_models_device(monkeypatch):
-    """Which need not be the current one, `None` here."""
+    """It need not be the current device, which is `None` here."""
     events = []
 
     class Stream:

@@ -97,7 +97,7 @@ class TestHistory:
         copy.copy(history).clear()
         assert list(memory.store.yield_keys()) == []
 
-    def test_a_foreign_history_needs_a_session_id_to_be_cleared(self, chat, memory, turn):
+    def test_clearing_a_wrapped_history_needs_a_session_id(self, chat, memory, turn):
         unnamed, named = (
             GradMemChatMessageHistory(memory, InMemoryChatMessageHistory(), session_id) for session_id in (None, "1")
         )
