@@ -20,6 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -30,7 +31,7 @@ from gradmem_adapter import GradMemPipeline, load_backbone
 from gradmem_adapter.cli.bulk import write_to_store
 from gradmem_adapter.cli.inputs import Inputs
 from gradmem_adapter.cli.options import chosen_device
-from gradmem_adapter.cli.processes import meet
+from gradmem_adapter.cli.processes import PATIENCE, meet
 from gradmem_adapter.store import MemoryStore
 from gradmem_adapter.write.options import WriteOptions
 
@@ -63,8 +64,7 @@ def measure(pipeline: GradMemPipeline, folder: Path, args: argparse.Namespace) -
         for part in ("warm-up", "measured"):
             rows = Path(own, f"{part}.jsonl")
             write_rows(rows, args, seed=len(part))
-            processes = meet(cpu=pipeline.model.device.type == "cpu")
-            processes.wait_for_everyone()
+            PartialState().wait_for_everyone()
             start = time.perf_counter()
             store, inputs = MemoryStore(folder / part), Inputs([str(rows)])
             counts = write_to_store(store, pipeline, inputs, args.segment_tokens, options=options)
@@ -85,22 +85,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.device = str(chosen_device(args.device))
     args.vocabulary = common.SMOLLM2_135M["vocab_size"] - 1
-    processes = meet(cpu=args.device == "cpu")
-    model, _ = common.adapter(args, write_lr=LR, write_steps=args.steps, start="pooled_context")
-    pipeline = GradMemPipeline(model, tokenizer(args))
-    with tempfile.TemporaryDirectory() as folder:
-        (shared,) = broadcast_object_list([folder])
-        run = partial(measure, pipeline, Path(shared), args)
-        if processes.is_main_process:
-            record = common.record(
-                args, "bulk_write", args.compile, run, memory_tokens=args.memory, write_steps=args.steps,
-                processes=processes.num_processes, texts=args.texts, words=args.words,
-            )  # fmt: skip
-            if "error" in record.facts:
-                raise SystemExit(1)  # lets torchrun stop processes that wait for this one
-        else:
-            run()
-        processes.wait_for_everyone()  # before the folder is deleted
+    with meet(cpu=args.device == "cpu", patience=PATIENCE) as processes:
+        model, _ = common.adapter(args, write_lr=LR, write_steps=args.steps, start="pooled_context")
+        pipeline = GradMemPipeline(model, tokenizer(args))
+        with tempfile.TemporaryDirectory() as folder:
+            (shared,) = broadcast_object_list([folder])
+            run = partial(measure, pipeline, Path(shared), args)
+            if processes.is_main_process:
+                record = common.record(
+                    args, "bulk_write", args.compile, run, memory_tokens=args.memory, write_steps=args.steps,
+                    processes=processes.num_processes, texts=args.texts, words=args.words,
+                )  # fmt: skip
+                if "error" in record.facts:
+                    raise SystemExit(1)  # lets torchrun stop processes that wait for this one
+            else:
+                run()
+            processes.wait_for_everyone()  # before the folder is deleted
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import typer
 
 from gradmem_adapter.cli.errors import DEBUG, Commands
 from gradmem_adapter.cli.options import DEVICE, chosen_device
-from gradmem_adapter.cli.processes import end_of_run
+from gradmem_adapter.cli.processes import end_of_run, meet
 from gradmem_adapter.training import RowBatches
 from gradmem_adapter.training.pools import save_pools
 from gradmem_adapter.utils.files import check_writable
@@ -52,7 +52,9 @@ def train(
     device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Train a model by a recipe."""
-    checkpoint = train_run(RunConfig.load(recipe, settings or ()), output, chosen_device(device))
+    config, place = RunConfig.load(recipe, settings or ()), chosen_device(device)
+    with meet(cpu=place.type == "cpu"):
+        checkpoint = train_run(config, output, place)
     end_of_run(checkpoint, output, "Measure it: python -m evaluation run")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gradmem_adapter.cli.options import DEVICE, chosen_device
-from gradmem_adapter.cli.processes import end_of_run, say_once
+from gradmem_adapter.cli.processes import end_of_run, meet, say_once
 
 from .train import WriterRun, train_writer
 from .write import Writing, write_questions
@@ -36,7 +36,9 @@ def train(
     run = WriterRun(
         [_kind_and_source(text) for text in sources], backbone, epochs, learning_rate, tokens, longest, seed
     )
-    writer = train_writer(run, output, chosen_device(device))
+    place = chosen_device(device)
+    with meet(cpu=place.type == "cpu"):
+        writer = train_writer(run, output, place)
     end_of_run(writer, output, "Let it write: python -m evaluation questions write")
 
 
@@ -57,7 +59,9 @@ def write(
 ) -> None:
     """Let a writer ask questions about texts, and keep those that it answers the same way twice."""
     writing = Writing(str(writer), source, kind, split, limit, longest, tokens, agreement, support, seed)
-    write_questions(writing, output, chosen_device(device), typer.echo)
+    place = chosen_device(device)
+    with meet(cpu=place.type == "cpu"):
+        write_questions(writing, output, place, typer.echo)
     say_once(f"Saved: {output}")
 
 

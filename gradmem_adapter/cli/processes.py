@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +22,32 @@ PATIENCE = timedelta(days=30)
 """How long a process that has finished its share waits for the others."""
 
 
-def meet(*, cpu: bool) -> PartialState:
-    """Connect to the other processes. Each process must call this.
+@contextmanager
+def meet(*, cpu: bool, patience: timedelta | None = None) -> Iterator[PartialState]:
+    """In the block, this process is connected to the others. Each process must call this.
+
+    If a process left without disconnecting, a thread of Gloo might free the tensors of the last exchange while Python
+    shuts down. That aborts the process, after all of its work was done. After an error nothing is disconnected: that
+    could wait forever for what the others never send. A connection that the caller made is kept.
+
+    What uses the connection, such as a Trainer, must be out of use by the end of the block.
 
     Args:
         cpu (`bool`): the processes compute on CPUs.
+        patience (`timedelta`, *optional*): how long to wait for the others in each exchange; None: torch's default.
     """
+    import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=cpu, timeout=PATIENCE)
+    def connected() -> bool:
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    before = connected()
+    state = PartialState(cpu=cpu, timeout=patience)
+    yield state
+    if connected() and not before:
+        gc.collect()  # Gloo's threads end when nothing refers to the connection, as a Trainer in a cycle does
+        state.destroy_process_group()
 
 
 def shared_out(documents: Iterable[Document]) -> Iterator[Document]:

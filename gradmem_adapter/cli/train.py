@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gradmem_adapter.cli.options import DEVICE, JSON, chosen_device, print_json
-from gradmem_adapter.cli.processes import end_of_run
+from gradmem_adapter.cli.processes import end_of_run, meet
 from gradmem_adapter.cli.train_config import LENGTH, TrainConfig
 from gradmem_adapter.utils.fields import claimed, read_fields
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
     from peft import PeftModel
 
 RUN, CHECKPOINT = "run.json", "checkpoint"
@@ -61,8 +62,10 @@ def train(
     if twice := sorted(fields.keys() & {one.partition("=")[0].strip() for one in setting or ()}):
         raise ValueError(f"--set {twice[0]}=... repeats an option of the command line: leave one of them out.")
     plan = TrainConfig.of(read | fields)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # the Trainer logs to stdout
-        metrics = _train(plan, output, chosen_device(device))
+    place = chosen_device(device)
+    logs = redirect_stdout(sys.stderr) if as_json else nullcontext()  # the Trainer logs to stdout
+    with logs, meet(cpu=place.type == "cpu") as processes:
+        metrics = _train(plan, output, place, processes)
     if metrics is None:
         return
     if as_json:
@@ -77,18 +80,15 @@ def train(
         Console().print(table)
 
 
-def _train(plan: TrainConfig, output: Path, place: torch.device) -> dict[str, float] | None:
+def _train(plan: TrainConfig, output: Path, place: torch.device, processes: PartialState) -> dict[str, float] | None:
     """Train, save and evaluate. Returns the metrics, or None in processes other than the first."""
-    from accelerate import PartialState
-
     from gradmem_adapter import Card
     from gradmem_adapter.card import write_card
     from gradmem_adapter.naming import saved_config
     from gradmem_adapter.training.callbacks import StopOnSignal
 
-    state = PartialState(cpu=place.type == "cpu")
     arguments = plan.check(output, place)  # checked before the directory is claimed
-    with claimed(output / RUN, dataclasses.asdict(plan), state, may_change={"training": LENGTH}):
+    with claimed(output / RUN, dataclasses.asdict(plan), processes, may_change={"training": LENGTH}):
         trainer = plan.trainer(arguments)
         with StopOnSignal() as stop:
             trainer.add_callback(stop)

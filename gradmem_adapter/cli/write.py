@@ -29,7 +29,7 @@ from gradmem_adapter.cli.options import (
     visible,
     writable_store,
 )
-from gradmem_adapter.cli.processes import meet
+from gradmem_adapter.cli.processes import PATIENCE, meet
 from gradmem_adapter.cli.reading import STDIN
 from gradmem_adapter.utils.shipped import QA, shipped
 
@@ -97,14 +97,15 @@ def write(
     inputs = Inputs(paths, text_field, source_field, json_lines, without=store)
     how: dict[str, Any] = {"options": WriteOptions(steps=steps, objective=objective), "max_tokens": max_tokens}
     place = chosen_device(device)
-    processes = meet(cpu=place.type == "cpu")
-    if processes.num_processes > 1 and (store is None or STDIN in paths):
-        raise ValueError(
-            "Several processes can only write files, directories and patterns into a store: use --store, and no -."
-        )
+    with meet(cpu=place.type == "cpu", patience=PATIENCE) as processes:
+        if processes.num_processes > 1 and (store is None or STDIN in paths):
+            raise ValueError(
+                "Several processes can only write files, directories and patterns into a store: use --store, and no -."
+            )
+        if store is not None:
+            there = writable_store(store, keep_text=keep_text)
+            counts = write_to_store(there, open_pipeline(checkpoint, backbone, device), inputs, segment_tokens, **how)
     if store is not None:
-        there = writable_store(store, keep_text=keep_text)
-        counts = write_to_store(there, open_pipeline(checkpoint, backbone, device), inputs, segment_tokens, **how)
         if processes.is_main_process:
             print_outcome(counts, inputs, as_json)
     elif output is not None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from gradmem_adapter import save_checkpoint
 from gradmem_adapter.backbones import load_backbone
 from gradmem_adapter.cli import app
+from gradmem_adapter.cli.processes import meet
 from gradmem_adapter.training import Batches, GradMemCollator, TrainingDiverged, callbacks
 from gradmem_adapter.training.callbacks import StopOnSignal
 from gradmem_adapter.training.sharding import whole_weights
@@ -225,6 +226,6 @@ def on_gpus(folder, meta_gradients):
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
     torch.set_num_threads(1)
-    results = (on_gpus if torch.cuda.is_available() else on_cpus)(folder, sys.argv[1].split(","))
-    torch.save(results, folder / f"results-{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    with meet(cpu=not torch.cuda.is_available()) as processes:
+        results = (on_gpus if torch.cuda.is_available() else on_cpus)(folder, sys.argv[1].split(","))
+    torch.save(results, folder / f"results-{processes.process_index}.pt")
