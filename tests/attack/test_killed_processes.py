@@ -16,7 +16,9 @@ from tiny import tiny_text, tiny_tokenizer
 from gradmem_adapter import save_checkpoint
 from gradmem_adapter.store import MemoryStore
 
-DOCUMENTS = 1000
+DOCUMENTS, KILLS = 1000, 5
+MOST = 100
+"""New states after which a run is killed at the latest, so that KILLS runs are far from storing all documents."""
 
 
 @pytest.mark.slow
@@ -24,23 +26,19 @@ def test_a_thousand_documents_are_each_written_once(tmp_path):
     texts = [tiny_text(15 + i % 12, seed=i) for i in range(DOCUMENTS)]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     save_checkpoint(make(train_backbone=True), tiny_tokenizer(), tmp_path / "checkpoint")
-    store, dice, kills = MemoryStore(tmp_path / "memory"), random.Random(0), 0
-    while True:
-        before = len(store)
-        launched = launch(tmp_path)
-        while len(store) == before and launched.poll() is None:
-            time.sleep(0.02)
-        try:
-            launched.wait(dice.uniform(0, 3))
-        except subprocess.TimeoutExpired:
-            kill_all(launched)
-            kills += 1
-            assert not store.verify().damaged
-            assert len(store) > before, "no run was in vain"
-        else:
-            break
-    assert launched.returncode == 0
-    assert kills > 2
+    store, dice = MemoryStore(tmp_path / "memory"), random.Random(0)
+    for kill in range(KILLS):
+        goal = len(store) + dice.randint(1, MOST)
+        launched, output = launch(tmp_path, f"run-{kill}.txt")
+        while len(store) < goal:
+            assert launched.poll() is None, f"the run ended before it was killed:\n{output.read_text()}"
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.05))  # at any moment of the next batches
+        kill_all(launched)
+        assert not store.verify().damaged
+    assert len(store) < DOCUMENTS, "the last run has nothing to write"
+    launched, output = launch(tmp_path, "last-run.txt")
+    assert launched.wait() == 0, output.read_text()
     found = {entry.source: entry.text for entry in store.entries()}
     assert found == {f"lines.jsonl:{i}": text for i, text in enumerate(texts, 1)}
     assert len(store) == DOCUMENTS
@@ -50,13 +48,16 @@ def test_a_thousand_documents_are_each_written_once(tmp_path):
     assert sum(file.is_file() for file in (store.path / "states").rglob("*")) == DOCUMENTS
 
 
-def launch(folder):
+def launch(folder, name):
+    """Two processes that write the documents, and the file in `folder` that gets what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "gradmem_adapter.cli", "write", "lines.jsonl", "--store", "memory", "--checkpoint", "checkpoint"]
     command += ["--device", "cpu", "--segment-tokens", "40", "--max-tokens", "60"]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (folder / name).open("w") as output:
+        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    return run, folder / name
 
 
 def kill_all(launched):
