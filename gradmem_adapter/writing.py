@@ -26,9 +26,9 @@ from gradmem_adapter.write.fast import FastWrites
 from gradmem_adapter.write.fidelity import fidelity, reconstruct
 from gradmem_adapter.write.loop import warn_diverged, write_contexts
 from gradmem_adapter.write.loss import Writer
-from gradmem_adapter.write.more import more_text
 from gradmem_adapter.write.options import WriteFields, WriteOptions
 from gradmem_adapter.write.self_study import study_contexts
+from gradmem_adapter.write.update import start_update
 
 WORSE = 2
 """A state of more tokens than this many segments answers questions much worse: a general adapter's F1 fell from 66 to
@@ -197,7 +197,7 @@ class WritingModel(GradMemTuner):
         strict: bool = True,
         **fields: Unpack[WriteFields],
     ) -> MemoryState:
-        """WRITE more text into states, which keep what they can of the earlier text (see `write/more.py`).
+        """WRITE more text into states, which keep what they can of the earlier text (see `write/update.py`).
 
         Args:
             memory (`MemoryState`): B states, left unchanged.
@@ -231,7 +231,7 @@ class WritingModel(GradMemTuner):
                 f"written into {config.num_memory_tokens}. Update single states, and put them side by side afterwards."
             )
         with torch.no_grad():
-            start, whole = more_text(self._writer, vectors, known, context, config.trained_length)
+            start, whole = start_update(self._writer, vectors, known, context, config.trained_length)
         self._check_conditions(whole.input_ids.shape[1])
         begun = MemoryState(start, known, memory.write_losses, memory.fingerprint)
         written = self._write(whole, options, begun, strict=strict, more=True)

@@ -15,7 +15,7 @@ RECITED = 0.9
 """The share of the requested tokens that a memory must recite for them to be rehearsed."""
 
 
-def more_text(
+def start_update(
     writer: Writer, memory: Tensor, known: Tensor, context: Context, limit: int | None
 ) -> tuple[Tensor, Context]:
     """The memory that WRITE of more text starts from, and the contexts that it writes.
