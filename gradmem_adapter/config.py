@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -300,6 +301,8 @@ class GradMemConfig(PeftConfig):
             raise TypeError(f"{name} must be an integer, got {value!r}.")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        if value > sys.maxsize:
+            raise ValueError(f"{name} must be at most {sys.maxsize}, got {value}.")
 
     def _check_float(self, name: str, positive: bool) -> None:
         value = getattr(self, name)

@@ -39,7 +39,8 @@ def opening(what: str) -> Iterator[None]:
         if isinstance(error, ImportError | MemoryError | OutOfMemoryError):  # not a fault of the file
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{what} cannot be opened: {error or type(error).__name__}") from error
+        bare = isinstance(error, LookupError) or not str(error)  # the text of a KeyError is the key alone
+        raise kind(f"{what} cannot be opened: {repr(error) if bare else error}") from error
 
 
 @contextmanager

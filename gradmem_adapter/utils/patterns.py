@@ -68,6 +68,9 @@ def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
 
 def _patterns(config: LoraConfig) -> list[tuple[str, str]]:
     """The expressions that PEFT builds from the fields, each with the function of `re` that it calls."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(value := getattr(config, name), dict | None):
+            raise ValueError(f"lora_config cannot be used: {name} must be a dict, got {value!r}.")
     whole = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
     keys = [*(config.rank_pattern or ()), *(config.alpha_pattern or ())]
     layers: Sequence[str] = config.layers_pattern or ()

@@ -264,7 +264,6 @@ def test_answers_are_kept_with_their_scores(checkpoint, tmp_path):
     assert [line["write_steps"] for line in lines] == [1] * 12 + [2] * 12
     assert [line["query"] for line in lines[:12]] == [line["query"] for line in lines[12:]]
     assert {"dataset", "split", "states", "answer", "accepted", "exact_match", "f1", "rouge_l"} < lines[0].keys()
-    run = invoke("compare", kept, kept)
     run = invoke("run", checkpoint, "--answers", tmp_path / "none" / "answers.jsonl")
     assert run.exit_code == 2
     assert "There is no directory" in " ".join(run.output.split())

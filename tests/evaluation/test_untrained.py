@@ -9,7 +9,6 @@ import yaml
 from small_runs import qa_fields, write_folder
 from tiny import tiny, tiny_tokenizer
 
-from evaluation.methods import METHODS
 from evaluation.methods.extractive import extract
 from evaluation.models import load_model
 from evaluation.run import evaluate
@@ -73,8 +72,3 @@ def test_the_sentences_most_like_the_question_are_extracted(folder, tmp_path):
     record, answers = measured(recipe(folder, tmp_path, {"name": "extractive"}), tmp_path)
     assert record.memory_tokens == 4
     assert len(answers) == 4
-
-
-def test_each_method_has_its_own_colour_and_marker():
-    assert len({method.color for method in METHODS.values()}) == len(METHODS)
-    assert len({method.marker for method in METHODS.values()}) == len(METHODS)

@@ -114,12 +114,6 @@ def test_one_pass_of_write_and_read_equals_two_calls():
     torch.testing.assert_close(zero.memory[0], model.base_model.slots.gradmem_memory["default"])
 
 
-def test_without_memory_the_model_equals_the_backbone():
-    model = make()
-    query = tokens(2, 5, seed=1)
-    torch.testing.assert_close(model(input_ids=query).logits, model.get_base_model()(input_ids=query).logits)
-
-
 def test_return_dict_false_and_logits_to_keep():
     model = make()
     state, query = model.write(tokens(1, 9)), tokens(1, 5, seed=1)

@@ -1,4 +1,4 @@
-"""Files that replace others: permissions, owners, links, and what is not a regular file."""
+"""Files that replace others: permissions, owners, links, what is not a regular file; and files that cannot be opened."""
 
 import gzip
 import os
@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from gradmem_adapter.utils.files import check_writable, read_text, replacing
+from gradmem_adapter.utils.files import check_writable, opening, read_text, replacing
 
 
 def replace(path, content=b"new"):
@@ -124,3 +124,12 @@ def test_pipes_and_devices_are_refused_as_texts(tmp_path):
     for path in (tmp_path / "pipe", tmp_path / "link"):
         with pytest.raises(OSError, match="expected a regular file"):
             read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyError("NONE"), r"KeyError\('NONE'\)"), (EOFError(), r"EOFError\(\)"), (ValueError("no"), "no")],
+)
+def test_what_cannot_be_opened_is_told_with_the_error(error, said):
+    with pytest.raises(ValueError, match=f"^the file cannot be opened: {said}$"), opening("the file"):
+        raise error
