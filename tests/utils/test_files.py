@@ -1,4 +1,4 @@
-"""Files that replace others: permissions, owners, links, what is not a regular file; and files that cannot be opened."""
+"""Files that replace others: permissions, owners, links, what is not a regular file; files that cannot be opened."""
 
 import gzip
 import os
