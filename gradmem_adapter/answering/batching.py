@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -66,6 +67,8 @@ class Call:
                 )
             options = options._replace(max_tokens=min(options.max_tokens, room))
         self.pipeline, self.prompt, self.memory, self.options, self.seed = pipeline, prompt, memory, options, seed
+        self.draw = secrets.randbits(63) if seed is None else seed
+        """The seed of its samples, drawn once: if its batch fails, a stream has already shown a part of the answer."""
         self.progress = progress
         self.tokens: Future[list[int]] = Future()
         """The new tokens."""
@@ -81,15 +84,16 @@ class Call:
         """Whether an engine answers the call: engines batch and sample by themselves."""
         return self.memory is not None and self.pipeline.reader is not self.pipeline.model
 
-    def generation_options(self, seeds: Sequence[int | None], criterion: StoppingCriteria) -> dict[str, Any]:
+    def generation_options(self, batch: Sequence[Call], criterion: StoppingCriteria) -> dict[str, Any]:
         """The arguments of `generate_ids` for a batch of calls of this kind."""
-        own, engine = self.options, self.by_engine and self.options.grammar is None and set(seeds) <= {None}
+        unseeded = all(call.seed is None for call in batch)
+        own, engine = self.options, self.by_engine and self.options.grammar is None and unseeded
         options = {"max_new_tokens": own.max_tokens, "do_sample": False, "stopping_criteria": [criterion]}
         if engine:
             return self.pipeline.generation_options(options | own.sampling.options())
-        processors = own.sampling.processors(seeds, self.pipeline.model.device)
+        processors = own.sampling.processors([call.draw for call in batch], self.pipeline.model.device)
         if own.grammar is not None:
-            processors.insert(0, Constraint(self.pipeline, own.grammar, len(seeds)))
+            processors.insert(0, Constraint(self.pipeline, own.grammar, len(batch)))
         return self.pipeline.generation_options(options | {"logits_processor": processors})
 
     def cancel(self) -> None:
@@ -193,7 +197,7 @@ def _generate(batch: Sequence[Call]) -> list[list[int]]:
         ids,
         mask,
         memory=MemoryState.stack(states) if states else None,
-        **first.generation_options([call.seed for call in batch], new_tokens),
+        **first.generation_options(batch, new_tokens),
     )
     return [new_tokens.rows[i] for i in range(len(batch))]
 

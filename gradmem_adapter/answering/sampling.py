@@ -35,7 +35,7 @@ class Sampling(NamedTuple):
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p or 1.0}
 
-    def processors(self, seeds: Sequence[int | None], device: torch.device) -> LogitsProcessorList:
+    def processors(self, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
         """Logits processors with which greedy decoding samples; none for greedy answers."""
         processors = LogitsProcessorList()
         if self.greedy:
@@ -53,13 +53,8 @@ class _Draw(LogitsProcessor):
     Transformers samples with the process's global generator, which all threads share.
     """
 
-    def __init__(self, seeds: Sequence[int | None], device: torch.device) -> None:
-        self.generators = [torch.Generator(device) for _ in seeds]
-        for generator, seed in zip(self.generators, seeds, strict=True):
-            if seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(seed)
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         waits = torch.empty_like(scores, dtype=torch.float32)

@@ -123,6 +123,22 @@ class TestSeeds:
         assert max(sizes) > 1
         assert answers == [chat.invoke(f"w{i}").content for i in range(4)]
 
+    def test_a_stream_goes_on_with_the_same_draws_after_its_batch_failed(self, chat, pipeline, monkeypatch):
+        """Each call of the batch is then answered alone, from the beginning."""
+        generate, alone = pipeline.generate_ids, []
+
+        def fail_late(ids, mask, **options):
+            if len(ids) > 1:
+                generate(ids, mask, **(options | {"max_new_tokens": 3}))
+                raise RuntimeError("out of memory")
+            alone.append(generate(ids, mask, **options)[0, ids.shape[1] :])
+            return alone[-1]
+
+        monkeypatch.setattr(pipeline, "generate_ids", fail_late)
+        with ThreadPoolExecutor(3) as threads:
+            shown = threads.map(lambda i: "".join(c.content for c in chat.stream(f"w{i}", **SAMPLING)), range(3))
+        assert sorted(shown) == sorted(pipeline.tokenizer.batch_decode(alone, skip_special_tokens=True))
+
     async def test_many_streams_can_run_at_once(self, chat):
         seeded = chat.model_copy(update={"seed": 0})
 
