@@ -296,19 +296,24 @@ def load_checkpoint(
 
 def _find(path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
     """The directory of a checkpoint: local, shipped or downloaded."""
-    directory = shipped(path) or Path(path)
+    name = str(path)
+    directory = shipped(name) or Path(name)
+    if "@" in name and not directory.is_dir():
+        name, _, named = name.partition("@")
+        if not (name and named):
+            raise ValueError(f"{str(path)!r} is neither a directory nor of the form owner/name@revision.")
+        if revision is not None:
+            raise ValueError(f"{str(path)!r} names a revision, and so does revision={revision!r}. Leave one out.")
+        directory, revision = shipped(name) or Path(name), named
     if directory.is_dir() and revision is not None:
         raise ValueError(
-            f"revision applies only to a repository on the hub, but {str(path)!r} is the directory {str(directory)!r}. "
-            "Leave revision out, or run from a directory without that name."
+            f"A revision applies only to a repository on the hub, but {name!r} is the directory {str(directory)!r}. "
+            "Leave the revision out, or run from a directory without that name."
         )
     if directory.is_dir():
         return directory
-    name, _, named = str(path).partition("@")
-    if named and revision is not None:
-        raise ValueError(f"{str(path)!r} names a revision, and so does revision={revision!r}. Leave one of them out.")
     try:
-        return snapshot(name, _READ_PATTERNS, revision=named or revision, token=token)
+        return snapshot(name, _READ_PATTERNS, revision=revision, token=token)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"There is no checkpoint {str(path)!r}: it is not a directory, not a shipped checkpoint "

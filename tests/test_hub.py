@@ -214,6 +214,20 @@ def test_a_name_may_end_with_the_revision(hub, tmp_path, monkeypatch):
         load_checkpoint("owner/mine@of-may", revision="v1", **options)
 
 
+@pytest.mark.parametrize("name", ["owner/mine@", "@of-may"])
+def test_a_revision_without_a_name_or_a_name_without_its_revision_is_refused(name):
+    with pytest.raises(ValueError, match=r"neither a directory nor of the form owner/name@revision"):
+        load_checkpoint(name, backbone=tiny())
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-qa@main", "mine@v1"])
+def test_the_name_of_a_directory_ends_with_no_revision(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match=r"revision applies only to a repository on the hub, but .* is the directory"):
+        load_checkpoint(name, backbone=tiny())
+
+
 def test_a_directory_has_no_revision(tmp_path):
     save_checkpoint(adapter(), tiny_tokenizer(), tmp_path / "mine")
     with pytest.raises(
