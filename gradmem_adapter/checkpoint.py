@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from accelerate.utils import has_offloaded_params
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.utils import (
     CONFIG_NAME,
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradmem_adapter.backbones import HUB_IDS, PACKAGED, check_weights, embeddings_of, load_backbone, reference_in
-from gradmem_adapter.card import Card, write_card
+from gradmem_adapter.card import CARD, Card, license_of, write_card
 from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.model import GradMemModel
 from gradmem_adapter.naming import saved_config
@@ -32,8 +31,7 @@ from gradmem_adapter.utils.directory import reading_together, replacing_together
 from gradmem_adapter.utils.files import opening
 from gradmem_adapter.utils.parameters import adapter_parameters, trainable_as_before
 from gradmem_adapter.utils.pretrained import save_here
-from gradmem_adapter.utils.shipped import names_shipped, shipped
-from gradmem_adapter.utils.snapshot import snapshot
+from gradmem_adapter.utils.snapshot import found
 
 BACKBONE = "backbone"
 """The folder of a trained backbone inside a checkpoint."""
@@ -46,7 +44,7 @@ OWN = {
 """The files and folders that a checkpoint may have. Saving replaces them and keeps all others in the directory."""
 OWN_PATTERNS = [pattern for name in OWN for pattern in (name, f"{name}/*")]
 """The same as patterns for the hub, including the files in folders."""
-_READ_PATTERNS = [pattern for pattern in OWN_PATTERNS if not pattern.startswith("adapter_model.bin")]
+_READ_PATTERNS = [CARD, *(pattern for pattern in OWN_PATTERNS if not pattern.startswith("adapter_model.bin"))]
 _UNREAD = {BACKBONE, "adapter_model.bin", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"}
 """Names that others may use unless `SHA256SUMS` lists them: a trained backbone is read only if the adapter says that it
 has one, and these vocabularies only without a tokenizer.json."""
@@ -296,29 +294,7 @@ def load_checkpoint(
 
 def _find(path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
     """The directory of a checkpoint: local, shipped or downloaded."""
-    name = str(path)
-    directory = shipped(name) or Path(name)
-    if "@" in name and not directory.is_dir():
-        name, _, named = name.partition("@")
-        if not (name and named):
-            raise ValueError(f"{str(path)!r} is neither a directory nor of the form owner/name@revision.")
-        if revision is not None:
-            raise ValueError(f"{str(path)!r} names a revision, and so does revision={revision!r}. Leave one out.")
-        directory, revision = shipped(name) or Path(name), named
-    if directory.is_dir() and revision is not None:
-        raise ValueError(
-            f"A revision applies only to a repository on the hub, but {name!r} is the directory {str(directory)!r}. "
-            "Leave the revision out, or run from a directory without that name."
-        )
-    if directory.is_dir():
-        return directory
-    try:
-        return snapshot(name, _READ_PATTERNS, revision=revision, token=token)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"There is no checkpoint {str(path)!r}: it is not a directory, not a shipped checkpoint "
-            f"({', '.join(names_shipped())}), and not a repository on the hub ({error})."
-        ) from error
+    return found(path, _READ_PATTERNS, revision=revision, token=token)
 
 
 def config_of(path: str | Path) -> GradMemConfig:
@@ -332,6 +308,15 @@ def config_of(path: str | Path) -> GradMemConfig:
         ValueError: it is of another kind of adapter, or damaged.
     """
     return _config(_find(path))
+
+
+def license_in(path: str | Path) -> str | None:
+    """The licence that a checkpoint's model card states, found as by `load_checkpoint`; None: none.
+
+    Args:
+        path (`str` or `Path`): as for `config_of`.
+    """
+    return license_of(_find(path))
 
 
 def _load(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from gradmem_adapter import GradMemConfig, checkpoint
 from gradmem_adapter.checkpoint import load_checkpoint, save_checkpoint
 from gradmem_adapter.pipeline import GradMemPipeline
+from gradmem_adapter.utils import snapshot
 from gradmem_adapter.utils.parameters import backbone_parameters
 
 LORA = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
@@ -297,7 +298,7 @@ class TestErrors:
         def unreachable(*_, **__):
             raise OSError("cannot connect")
 
-        monkeypatch.setattr(checkpoint, "snapshot", unreachable)
+        monkeypatch.setattr(snapshot, "_downloaded", unreachable)
         with pytest.raises(FileNotFoundError, match=r"There is no checkpoint 'someone/adapter'.*cannot connect"):
             load_checkpoint("someone/adapter")
 

@@ -16,6 +16,7 @@ from peft import get_peft_model
 from tiny import tiny, tiny_tokenizer
 
 from gradmem_adapter import Card, GradMemConfig, load_checkpoint, push_to_hub, save_checkpoint
+from gradmem_adapter.cli.train_config import TrainConfig
 from gradmem_adapter.training import GradMemTrainer, GradMemTrainingArguments
 
 COMMIT = "0" * 40
@@ -195,7 +196,7 @@ def test_a_revision_is_opened_without_downloading_other_files(hub, tmp_path, mon
         tokenizer, "save_pretrained", lambda path: save_pretrained(path) and (Path(path) / "rare.vocab").write_text("x")
     )
     push_to_hub(model, tokenizer, "owner/mine", token="hf_x")
-    ours = hub.keys() - {"README.md"}
+    ours = set(hub)
     hub |= {"optimizer.pt": b"x", "last-checkpoint/adapter_model.safetensors": b"x", "adapter_model.bin": b"x"}
     options = {} if train_backbone else {"backbone": tiny()}
     loaded, _ = load_checkpoint("owner/mine", revision="of-may", token="hf_y", **options)
@@ -212,6 +213,15 @@ def test_a_name_may_end_with_the_revision(hub, tmp_path, monkeypatch):
     assert load_checkpoint("owner/mine@of-may", **options)[0].fingerprint() == model.fingerprint()
     with pytest.raises(ValueError, match="'owner/mine@of-may' names a revision, and so does revision='v1'"):
         load_checkpoint("owner/mine@of-may", revision="v1", **options)
+
+
+def test_training_from_the_hub_names_the_licence_there(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    push_to_hub(adapter(), tiny_tokenizer(), "owner/mine", token="hf_x", card=Card(license="cc-by-4.0"))
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    name = "owner/mine@of-may"
+    found = TrainConfig.of({"rows": "rows.jsonl", "checkpoint": name}).parent()
+    assert found == {"parent": name, "parent_license": "cc-by-4.0"}
 
 
 @pytest.mark.parametrize("name", ["owner/mine@", "@of-may"])

@@ -87,7 +87,7 @@ def _train(plan: TrainConfig, output: Path, place: torch.device, processes: Part
     from gradmem_adapter.naming import saved_config
     from gradmem_adapter.training.callbacks import StopOnSignal
 
-    arguments = plan.check(output, place)  # checked before the directory is claimed
+    arguments, parent = plan.check(output, place), plan.parent()  # checked before the directory is claimed
     with claimed(output / RUN, dataclasses.asdict(plan), processes, may_change={"training": LENGTH}):
         trainer = plan.trainer(arguments)
         with StopOnSignal() as stop:
@@ -100,6 +100,6 @@ def _train(plan: TrainConfig, output: Path, place: torch.device, processes: Part
         if not trainer.is_world_process_zero():
             return None
         config = saved_config(cast("PeftModel", trainer.model))
-        about = Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics, **plan.parent())
+        about = Card(data=f"The rows of `{Path(plan.rows).name}`.", results=metrics, **parent)
         write_card(output / CHECKPOINT, config, about)
         return metrics

@@ -126,14 +126,13 @@ class TrainConfig:
 
     def parent(self) -> dict[str, str | None]:
         """The model card's fields about the adapter that training continues from, without local paths."""
-        from gradmem_adapter.card import license_of
-        from gradmem_adapter.utils.shipped import shipped
+        from gradmem_adapter.checkpoint import license_in
 
         if self.checkpoint is None:
             return {}
         here = Path(self.checkpoint)
         name = here.resolve().name if here.is_dir() else self.checkpoint
-        return {"parent": name, "parent_license": license_of(shipped(self.checkpoint) or here)}
+        return {"parent": name, "parent_license": license_in(self.checkpoint)}
 
     def _adapter_config(self) -> GradMemConfig:
         from gradmem_adapter import GradMemConfig
