@@ -143,7 +143,7 @@ def scaling(model: nn.Module, adapter: str) -> tuple[float, ...]:
 def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
     """Changes whenever a parameter of `module` is replaced, moved or modified in place; cheap enough to ask often.
 
-    It does not notice changes through `.data`; see `_Samples`.
+    It does not notice changes through `.data` or by a fused optimizer; see `_Samples`.
     """
     return tuple(
         (id(p), p.data_ptr(), 0 if p.is_inference() else p._version)
@@ -154,7 +154,7 @@ def versions(module: nn.Module) -> tuple[tuple[int, int, int], ...]:
 
 
 class _Samples:
-    """Some values of every parameter, to notice changes through `.data`, which `_version` does not count.
+    """Some values of every parameter, to notice what `_version` does not count: `.data` and fused optimizers.
 
     They are read through views. Creating a view takes as long as reading it, so views are kept until `release`.
     """
@@ -276,7 +276,8 @@ class _Snapshot:
 class FingerprintCache:
     """The fingerprints of a model with each of its adapters, computed again when a weight has changed.
 
-    A change through `.data` is noticed if it affects a whole matrix, but not if it affects single values.
+    A change through `.data` or by a fused optimizer is noticed if it affects a whole matrix, but not if it affects
+    single values.
     """
 
     def __init__(self) -> None:
