@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from gradmem_adapter.utils.backbone import layers_of
 
 RECOMPILE_LIMIT = 64
 """The most batch shapes that a layer is compiled for, with and without gradients."""
+SHORTCUTS = ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards")
+"""Options of Dynamo with which, in torch 2.11, a compiled layer does not notice that its weights, which are constants
+during a write step, need gradients afterwards: part of their gradient is lost without a word."""
 
 
 @contextmanager
@@ -34,7 +38,9 @@ def compiled_layers(
             "GradientCheckpointingLayer. Leave torch_compile out, or compile the model yourself."
         )
     options = {"backend": backend or "inductor", "mode": mode}
-    with torch._dynamo.config.patch(recompile_limit=max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)):
+    settings: dict[str, Any] = {"recompile_limit": max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)}
+    settings |= {name: False for name in SHORTCUTS if hasattr(torch._dynamo.config, name)}
+    with torch._dynamo.config.patch(settings):
         try:
             for layer in layers:
                 layer.compile(dynamic=False if static else None, **options)

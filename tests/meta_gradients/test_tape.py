@@ -13,7 +13,7 @@ from tiny import tiny, tokens
 from torch.nn import functional as F
 
 from gradmem_adapter import GradMemConfig
-from gradmem_adapter.training.compiled import compiled_layers
+from gradmem_adapter.training.compiled import SHORTCUTS, compiled_layers
 
 
 @pytest.mark.parametrize("meta_gradient", ["exact", "finite_difference"])
@@ -74,6 +74,15 @@ def test_weights_are_constants_during_a_write_step(meta_gradient, checkpointing)
         train_step(model)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, eager[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_shortcuts_that_lose_gradients_are_off_where_layers_are_compiled(monkeypatch, name):
+    """They are on by default in torch 2.11, where the test above fails with them."""
+    monkeypatch.setattr(torch._dynamo.config, name, True)
+    with compiled_layers(get_peft_model(tiny(), GradMemConfig()), static=True):
+        assert not getattr(torch._dynamo.config, name)
+    assert getattr(torch._dynamo.config, name)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
