@@ -200,7 +200,6 @@ def cases() -> Iterator[list[str]]:
         yield from ([*write, "--max-tokens", number], [*ask, "--max-new-tokens", number], [*pairs, "--pairs", number])
         yield [*demo, "--memory-tokens", number]
         yield from ([*store, "--segment-tokens", number], [*stored, "--k", number])
-    yield from ([*demo, "--lr", number] for number in ("0", "-1", "x", "nan", "inf", "-inf", ""))
     yield from ([*demo, "--seed", number] for number in ("x", "1.5", "", str(2**70), str(-(2**70))))
     yield from ([*pairs, "--pairs", number] for number in ("0", "1000", "100000"))
     yield from ([*write, "--max-tokens", "0"], [*ask, "--max-new-tokens", "0"], [*demo, "--memory-tokens", "0"])

@@ -77,12 +77,12 @@ def test_weights_are_constants_during_a_write_step(meta_gradient, checkpointing)
 
 
 @pytest.mark.parametrize("name", SHORTCUTS)
-def test_shortcuts_that_lose_gradients_are_off_where_layers_are_compiled(monkeypatch, name):
+def test_shortcuts_that_lose_gradients_are_off_where_layers_are_compiled(name):
     """They are on by default in torch 2.11, where the test above fails with them."""
-    monkeypatch.setattr(torch._dynamo.config, name, True)
-    with compiled_layers(get_peft_model(tiny(), GradMemConfig()), static=True):
-        assert not getattr(torch._dynamo.config, name)
-    assert getattr(torch._dynamo.config, name)
+    with torch._dynamo.config.patch({name: True}):
+        with compiled_layers(get_peft_model(tiny(), GradMemConfig()), static=True):
+            assert not getattr(torch._dynamo.config, name)
+        assert getattr(torch._dynamo.config, name)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
