@@ -78,9 +78,9 @@ class EndByClock(_Together, ExportableState):
 
     def share_of_rate(self, args: Any) -> float:
         """The factor on the learning rate at the last reading of the clock."""
-        limit = 60 * args.max_minutes
-        over = self.seconds - (1 - args.decay_share) * limit
-        return max(LEAST_RATE, 1 - (1 - LEAST_RATE) * over / (args.decay_share * limit)) if over > 0 else 1.0
+        decay = 60 * args.max_minutes * args.decay_share
+        over = self.seconds - (60 * args.max_minutes - decay)
+        return max(LEAST_RATE, 1 - (1 - LEAST_RATE) * over / decay) if over > 0 and decay else 1.0
 
 
 class StopOnSignal(_Together):

@@ -93,6 +93,12 @@ class TestEndByClock:
         assert run.state.global_step == 8 + 48
         assert logs(run, "learning_rate")[-1] == pytest.approx(1 - 0.95 * 9.75 / 10)
 
+    def test_without_a_decay_the_rate_is_the_same_to_the_end(self, tmp_path, clock):
+        run = self.run(tmp_path, clock, decay_share=0)
+        run.train()
+        assert run.state.global_step == 20
+        assert set(logs(run, "learning_rate")[4:]) == {1.0}
+
     def test_max_steps_can_end_a_run_earlier(self, tmp_path, clock):
         run = self.run(tmp_path, clock, max_steps=15)
         run.train()
