@@ -33,6 +33,11 @@ def pairs_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token=PAD, eos_token=END)
 
 
+def context_length(pairs: int) -> int:
+    """The length in tokens of a context of this many pairs."""
+    return _PAIR * pairs + 1
+
+
 def sample_pairs(
     contexts: int,
     queries: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
@@ -187,13 +186,12 @@ def backbone_state_dict(model: PeftModel) -> dict[str, Tensor]:
     }
 
 
-def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str] = ()) -> None:
+def load_weights(model: PeftModel, path: str | Path) -> None:
     """Load a checkpoint's weights into the active adapter of a model, and into its backbone if that is trained.
 
     Args:
         model (`PeftModel`): a model with an active GradMem adapter.
         path (`str` or `Path`): the checkpoint's directory.
-        may_lack (`Collection[str]`, *optional*): tensors of the slots that stay unchanged if the checkpoint lacks them.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or it has no trained backbone and the model needs one.
@@ -203,13 +201,13 @@ def load_weights(model: PeftModel, path: str | Path, *, may_lack: Collection[str
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"There is no adapter checkpoint in {str(path)!r}: it has no {CONFIG_NAME}.")
     with reading_together(path, OWN, _UNREAD):
-        _load_weights(model, path, may_lack)
+        _load_weights(model, path)
 
 
 @torch.no_grad()
-def _load_weights(model: PeftModel, path: Path, may_lack: Collection[str]) -> None:
+def _load_weights(model: PeftModel, path: Path) -> None:
     tuner, resized = cast(GradMemModel, model.base_model), _is_resized(model)
-    saved = _adapter_tensors(model, path, embeddings=resized, may_lack=may_lack)
+    saved = _adapter_tensors(model, path, embeddings=resized)
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=resized)
     if model.active_peft_config.train_backbone:
         if not _has_backbone(path, _config(path)):
@@ -228,12 +226,7 @@ def _load_weights(model: PeftModel, path: Path, may_lack: Collection[str]) -> No
 
 
 def _adapter_tensors(
-    model: PeftModel,
-    path: Path,
-    *,
-    embeddings: bool,
-    may_lack: Collection[str] = (),
-    resize: tuple[int, int] | None = None,
+    model: PeftModel, path: Path, *, embeddings: bool, resize: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
     """The tensors of the adapter in a checkpoint; raises unless they match the active adapter exactly.
 
@@ -242,7 +235,6 @@ def _adapter_tensors(
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=embeddings)
     with opened_weights(path / SAFETENSORS_WEIGHTS_NAME) as file:
         loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    loaded = {name: tensor for name, tensor in own.items() if name.rpartition(".")[2] in may_lack} | loaded
     check_tensors(path, loaded, own, resize=resize)
     return loaded
 

@@ -100,8 +100,6 @@ class GradMemConfig(PeftConfig):
         num_write_lrs (`int`, *optional*, defaults to `1`): with `learn_write_lr`, one rate (or one for each element)
             for each of the first n write steps; later steps use the n-th. A large rate helps in the first steps and
             overshoots in later ones.
-        write_lr_from_end (`bool`, *optional*, defaults to `False`): with `learn_write_lr`, factors for the first
-            `num_write_lrs` steps, counted from the end, so that WRITE ends as suits its number of steps.
         write_optimizer (`str`, *optional*, defaults to `"sgd"`): the rule of a write step: `"sgd"` (the paper's) or
             `"adam"`.
         start (`str`, *optional*, defaults to `"slots"`): what WRITE starts from. `"slots"`: the memory slots M_0, as in
@@ -162,7 +160,6 @@ class GradMemConfig(PeftConfig):
     write_lr: float = 1.0
     learn_write_lr: LearnWriteLR = "no"
     num_write_lrs: int = 1
-    write_lr_from_end: bool = False
     write_optimizer: str = "sgd"
     start: Start = "slots"
     meta_gradient: str = "exact"
@@ -200,10 +197,10 @@ class GradMemConfig(PeftConfig):
             self._check_calibration()
         if self.refusal is not None and not (isinstance(self.refusal, str) and self.refusal.strip()):
             raise ValueError(f"refusal must be a non-empty text or None, got {self.refusal!r}.")
-        if (self.num_write_lrs > 1 or self.write_lr_from_end) and self.learn_write_lr == "no":
+        if self.num_write_lrs > 1 and self.learn_write_lr == "no":
             raise ValueError(
-                "num_write_lrs and write_lr_from_end have no effect with learn_write_lr='no': a rate that is not "
-                "learned is the same in every step. Use learn_write_lr='scalar' or 'per_element'."
+                "num_write_lrs has no effect with learn_write_lr='no': a rate that is not learned is the same in every "
+                "step. Use learn_write_lr='scalar' or 'per_element'."
             )
         if self.meta_gradient == "none" and self.reconstruction_weight:
             raise ValueError(
@@ -236,7 +233,7 @@ class GradMemConfig(PeftConfig):
                 self._check_float(name, positive=True)
 
     def _check_choices(self) -> None:
-        for name in ("write_lr_from_end", "write_head", "train_backbone", "probe_backbone"):
+        for name in ("write_head", "train_backbone", "probe_backbone"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("write_optimizer", REGISTRIES["write_optimizer"])

@@ -33,8 +33,6 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         gradmem_memory (`Parameter`): `[m, d]`, the memory slots M_0.
         gradmem_log_write_lr (`Parameter`): `[n]` or `[n, m, d]`, natural logarithm of the learned write learning rates
             of the first n write steps, one for all elements of the memory or one for each.
-        gradmem_log_write_lr_end (`Parameter`): the same for the factors of those n steps, counted from the last step;
-            see `write/rates.py`.
         gradmem_start_gain (`Parameter`): `[d]`, the gain of the forward pass that WRITE starts from.
         gradmem_pool_gain (`Parameter`): `[d]`, the gain of the means of the context's parts.
         gradmem_write_start, gradmem_write_end, gradmem_read_start, gradmem_read_end (`Parameter`): `[c, d]`, control
@@ -46,7 +44,6 @@ class MemorySlots(nn.Module, BaseTunerLayer):
     adapter_layer_names = (
         "gradmem_memory",
         "gradmem_log_write_lr",
-        "gradmem_log_write_lr_end",
         "gradmem_start_gain",
         "gradmem_pool_gain",
         "gradmem_write_start",
@@ -62,7 +59,6 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         super().__init__()
         self.gradmem_memory = nn.ParameterDict()
         self.gradmem_log_write_lr = nn.ParameterDict()
-        self.gradmem_log_write_lr_end = nn.ParameterDict()
         self.gradmem_start_gain = nn.ParameterDict()
         self.gradmem_pool_gain = nn.ParameterDict()
         self.gradmem_write_start = nn.ParameterDict()
@@ -110,8 +106,6 @@ class MemorySlots(nn.Module, BaseTunerLayer):
         if config.learn_write_lr != "no":
             shape = (config.num_write_lrs, *([m, d] if config.learn_write_lr == "per_element" else []))
             self.gradmem_log_write_lr[adapter] = nn.Parameter(torch.full(shape, math.log(config.write_lr), **factory))
-            if config.write_lr_from_end:
-                self.gradmem_log_write_lr_end[adapter] = nn.Parameter(torch.zeros(shape, **factory))
         if config.start != "slots":
             self.gradmem_start_gain[adapter] = nn.Parameter(torch.full((d,), START_GAIN, **factory))
         if config.start == "pooled_context":

@@ -25,7 +25,7 @@ def test_the_configuration_survives_a_round_trip(tmp_path, targets):
 def test_the_docstring_explains_every_field_with_its_default():
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     own = [field for field in dataclasses.fields(GradMemConfig) if field.name not in inherited]
-    assert len(own) <= 26  # write_lr_from_end can go once no shipped weights need it
+    assert len(own) <= 25
     explained = inspect.getdoc(GradMemConfig)  # Python 3.13 strips the indentation by itself
     for field in own:
         default = "" if field.default is None else f", defaults to `{json.dumps(field.default).capitalize()}`"
@@ -67,7 +67,6 @@ def test_the_signature_lists_the_fields():
         ({"learn_write_lr": True}, ValueError),
         ({"num_write_lrs": 0, "learn_write_lr": "scalar"}, ValueError),
         ({"num_write_lrs": 2}, ValueError),
-        ({"write_lr_from_end": True}, ValueError),
         ({"write_head": "yes"}, TypeError),
         ({"train_backbone": None}, TypeError),
         ({"write_head": 0}, TypeError),

@@ -18,7 +18,6 @@ from gradmem_adapter.config import GradMemConfig
 from gradmem_adapter.prompts import study_tokens
 from gradmem_adapter.state import MemoryState
 from gradmem_adapter.write.options import Objective, Study, WriteOptions
-from gradmem_adapter.write.rates import NEUTRAL, keep_write_lrs
 
 from .base import OPTIONS, Method
 
@@ -29,12 +28,10 @@ class GradMem(Method):
 
     Args:
         dtype (`str`, *optional*): dtype of the adapter's weights when the model is saved.
-        keep_write_lrs (`int`, *optional*): how many of the `num_write_lrs` to keep when the model is saved; None: all.
         objective (`str`, *optional*, defaults to `"reconstruction"`): as in `WriteOptions`; used when measuring.
     """
 
     dtype: Literal["bfloat16", "float16"] | None = None
-    keep_write_lrs: pydantic.PositiveInt | None = None
     objective: Objective = "reconstruction"
 
     name = "gradmem"
@@ -52,15 +49,13 @@ class GradMem(Method):
         return get_peft_model(backbone, GradMemConfig(**memory))
 
     def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-        """Save a checkpoint for `load_checkpoint`; `keep_write_lrs` removes other write learning rates from `model`."""
-        if self.keep_write_lrs is not None:
-            keep_write_lrs(cast(PeftModel, model), self.keep_write_lrs)
+        """Save a checkpoint for `load_checkpoint`."""
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         save_checkpoint(cast(PeftModel, model), tokenizer, path, dtype=dtype)
 
     def load_weights(self, model: nn.Module, path: Path) -> None:
-        """See `Method.load_weights`; tensors that change nothing before they are trained may be missing."""
-        load_weights(cast(PeftModel, model), path, may_lack=NEUTRAL)
+        """See `Method.load_weights`."""
+        load_weights(cast(PeftModel, model), path)
 
     def load(
         self, path: Path, device: torch.device | str, build: Callable[[], tuple[nn.Module, PreTrainedTokenizerBase]]

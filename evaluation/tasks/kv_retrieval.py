@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from evaluation.data import Rows
-from evaluation.key_values import EDGE, MOST_PAIRS, as_rows, pairs_tokenizer, sample_pairs
+from evaluation.key_values import EDGE, MOST_PAIRS, as_rows, context_length, pairs_tokenizer, sample_pairs
 from gradmem_adapter.training import Batches
 
 from .base import OPTIONS, Task
@@ -136,6 +136,11 @@ class PairBatches(Batches):
     def __init__(self, stages: Sequence[Stage], write_steps: Sequence[int] = (), seed: int = 0) -> None:
         super().__init__(seed=seed, steps=sum(stage.steps for stage in stages))
         self.stages, self.write_steps = stages, write_steps
+
+    @property
+    def trained_length(self) -> int:
+        """See `Batches.trained_length`."""
+        return context_length(max(mix.max_pairs for stage in self.stages for mix in stage.mix))
 
     def stage_at(self, step: int) -> Stage:
         """The stage of a step; after the end, the last stage."""

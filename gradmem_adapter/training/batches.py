@@ -62,6 +62,11 @@ class Batches(Dataset[Any]):
         raise NotImplementedError
 
     @property
+    def trained_length(self) -> int | None:
+        """Length in tokens of the longest context, for the adapter's configuration; None: not known."""
+        return None
+
+    @property
     def process(self) -> int:
         """The number of this process among those that train together."""
         return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
@@ -182,7 +187,7 @@ class RowBatches(Batches):
 
     @cached_property
     def trained_length(self) -> int:
-        """Length in tokens of the longest context."""
+        """See `Batches.trained_length`."""
         return max(int(pool.lengths.max()) for pool in self.pools)
 
     def batch_size(self, pool: Pool, side_by_side: int) -> int:

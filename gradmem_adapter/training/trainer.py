@@ -232,9 +232,9 @@ class GradMemTrainer(EvaluatingTrainer):
         if self.config is None or not batches:
             return
         self.config.score_calibration = None
-        if isinstance(self.train_dataset, RowBatches):
-            self._trained_on(self.train_dataset.trained_length)
-        elif not isinstance(self.train_dataset, Batches):
+        if isinstance(self.train_dataset, Batches):
+            self._trained_on(self.train_dataset.trained_length or 0)
+        else:
             longest = torch.tensor([max(map(context_length, batches))], device=device)
             self._trained_on(int(self.accelerator.gather(longest).max()))
 

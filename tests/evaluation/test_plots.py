@@ -58,7 +58,7 @@ def test_the_papers_curves_are_dashed_in_our_colours(tmp_path, figures):
                         ("forward-only memory, 1 pass", "forward-only writer (RMT)")):  # fmt: skip
         assert lines[ours].get_color() == lines[f"paper: {paper}"].get_color()
     rows = [label.get_text() for label in figures[1].axes[0].get_yticklabels()]
-    assert rows[2:6] == ["16 pairs, K=1", "16 pairs, K=2", "16 pairs, K=5", "16 pairs, K=1-20"]
+    assert rows[2:6] == ["16 pairs, K=1", "16 pairs, K=2", "16 pairs, K=5", "16 pairs, K=1-5"]
 
 
 def test_each_method_has_its_own_style():

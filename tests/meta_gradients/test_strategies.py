@@ -50,7 +50,7 @@ def test_gradients_of_every_part_match_central_differences(optimizer, clip, meta
     """Slots, LoRA, write head, control vectors, projection and learned rate, each against a central difference."""
     config = GradMemConfig(
         num_memory_tokens=2, write_steps=2, write_lr=0.1, write_optimizer=optimizer, learn_write_lr="per_element",
-        num_write_lrs=2, write_lr_from_end=True, memory_projection="shared", write_head=True,
+        num_write_lrs=2, memory_projection="shared", write_head=True,
         num_control_tokens=1, reconstruction_weight=0.3, start="pooled_context",
         lora_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False),
         meta_gradient=meta_gradient, **clip,
@@ -60,7 +60,7 @@ def test_gradients_of_every_part_match_central_differences(optimizer, clip, meta
         model.base_model.slots.gradmem_start_gain["default"].normal_(std=0.1)
     loss64(model).backward()
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(names) == 1 + 2 + 2 + 1 + 4 + 2 + 2 * 2  # slots, gains, rates, head, control vectors, projection, LoRA
+    assert len(names) == 1 + 2 + 1 + 1 + 4 + 2 + 2 * 2  # slots, gains, rates, head, control vectors, projection, LoRA
     for name in names:
         parameter = model.get_parameter(name)
         assert difference_along_gradient(model, parameter) == pytest.approx(parameter.grad.norm().item(), rel=1e-4), (
