@@ -86,6 +86,7 @@ def test_the_command_records_each_setting_once(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--contexts", "1"], "--contexts is the number of contexts for each of --pairs"),
         (["--pairs", "4,x"], "--pairs must be integers"),
         (["--pairs", "0"], "pairs"),
         (["--steps", "-1"], "must not be negative"),
@@ -96,7 +97,7 @@ def test_the_command_records_each_setting_once(tmp_path):
     ],
 )
 def test_invalid_arguments_are_refused(arguments, message):
-    result = CliRunner().invoke(app, ["run", str(CHECKPOINT), "--contexts", "1", "--device", "cpu", *arguments])
+    result = CliRunner().invoke(app, ["run", str(CHECKPOINT), "--device", "cpu", *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
 
