@@ -110,7 +110,7 @@ def run(
     """Measure a trained model, and print a table."""
     config = load_config(checkpoint)
     if contexts is not None and pairs is None:
-        raise ValueError("--contexts is the number of contexts for each of --pairs. Pass --pairs, too, or leave it out.")
+        raise ValueError("--contexts is the number of contexts for each of --pairs. Pass --pairs, too.")
     tasks: list[Task] = [task_of(fields) for fields in task or ()]
     tasks += [KVRetrieval(pairs=n, contexts=contexts or 128) for n in _numbers("--pairs", pairs) or ()]
     tasks += [] if text is None else [Reconstruction(text=str(text))]
