@@ -88,7 +88,8 @@ def differentiable_write(
     start_recites = not steps and config.reconstruction_weight > 0 and config.start != "slots"
     if config.meta_gradient == "none" or not torch.is_grad_enabled():
         options = WriteOptions(steps=steps, last_loss=start_recites)
-        written, history, diverged = write_memory(writer, memory, context, rates, options)
+        constants = [rate.detach() for rate in rates]
+        written, history, diverged = write_memory(writer, memory, context, constants, options)
         warn_diverged(diverged)
         return written, history if start_recites else history[:, :-1]
     chosen = STRATEGIES[config.meta_gradient]
