@@ -150,13 +150,21 @@ def parse_tool_calls(text: str) -> tuple[str, list[ToolCall], list[InvalidToolCa
     for said in _TOOL_CALL.finditer(text):
         identity = f"call_{uuid.uuid4().hex}"
         try:
-            content = json.loads(said[1])
-            calls.append(tool_call(name=content["name"], args=dict(content.get("arguments") or {}), id=identity))
-        except (ValueError, TypeError, KeyError) as error:
+            calls.append(_tool_call(json.loads(said[1]), identity))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"
             # With its tags: LangChain repairs the JSON of streamed calls, and `{"name"` would become a valid call.
             invalid.append(invalid_tool_call(name=None, args=said[0], id=identity, error=problem))
     return _TOOL_CALL.sub("", text).strip() if calls or invalid else text, calls, invalid
+
+
+def _tool_call(said: Any, identity: str) -> ToolCall:
+    name, arguments = said["name"], said.get("arguments")
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"the name must be a text that is not empty, got {name!r}.")
+    if not isinstance(arguments, dict | None):
+        raise TypeError(f"the arguments must be an object, got {arguments!r}.")
+    return tool_call(name=name, args=arguments or {}, id=identity)
 
 
 def usage_metadata(prompt_tokens: int, new_tokens: int, memory_vectors: int, context_tokens: int) -> UsageMetadata:

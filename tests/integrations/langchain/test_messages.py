@@ -3,6 +3,7 @@
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_gradmem import ChatGradMem, TurnMemory
+from langchain_gradmem.messages import parse_tool_calls
 from langchain_gradmem.requests import request_of
 from tiny_pipeline import tiny_pipeline
 
@@ -171,7 +172,14 @@ class TestTools:
         assert message.tool_calls == []
         assert message.invalid_tool_calls[0]["args"] == said[0]
 
-    @pytest.mark.parametrize("body", ['{"name": w5}', '{"name"', '{"arguments": {}}'])
+    @pytest.mark.parametrize(
+        "body",
+        [
+            *('{"name": w5}', '{"name"', '{"arguments": {}}', '["name"]'),
+            *(f'{{"name": {name}}}' for name in ("5", "null", '["w5"]', '""')),
+            *(f'{{"name": "w5", "arguments": {said}}}' for said in ('["w6"]', '[["w6", 1]]', "0", '""', "false")),
+        ],
+    )
     def test_streams_report_broken_tool_calls_as_invoke_does(self, caller, body):
         chat, said = caller
         broken = f"<tool_call>{body}</tool_call>"
@@ -182,6 +190,11 @@ class TestTools:
             assert message.content == "w1"
             assert [call["name"] for call in message.tool_calls] == ["w5"]
             assert [call["args"] for call in message.invalid_tool_calls] == [broken]
+
+    def test_a_tool_call_nested_without_end_is_invalid(self):
+        text, calls, (invalid,) = parse_tool_calls(f"w1 <tool_call>{'[' * 100_000}</tool_call>")
+        assert (text, calls) == ("w1", [])
+        assert "RecursionError" in invalid["error"]
 
     def test_a_tool_choice_is_refused(self, caller):
         with pytest.raises(NotImplementedError, match="tool_choice='any'"):
