@@ -21,6 +21,11 @@ AVAILABLE = importlib.util.find_spec("llguidance") is not None
 """Whether the library for constrained decoding is installed."""
 _STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON's usual white space. If any white space were allowed, small models could generate it without end."""
+_AS_IS = frozenset({"allOf", "const", "default", "enum", "examples"})
+"""Keywords of JSON Schema whose values stay open: values rather than schemas, and allOf, whose parts share their
+properties."""
+_BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+"""Keywords that hold schemas by names, which may be those of keywords."""
 _tokenizers: WeakKeyDictionary[GradMemPipeline, LLTokenizer] = WeakKeyDictionary()
 _making = threading.Lock()
 
@@ -67,8 +72,12 @@ def _closed(schema: Any) -> Any:
         return [_closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    as_is = {"allOf", "const", "default", "enum", "examples"}  # parts of allOf share their properties
-    parts = {name: part if name in as_is else _closed(part) for name, part in schema.items()}
+    parts = {}
+    for keyword, part in schema.items():
+        if keyword in _BY_NAME and isinstance(part, dict):
+            parts[keyword] = {name: _closed(own) for name, own in part.items()}
+        else:
+            parts[keyword] = part if keyword in _AS_IS else _closed(part)
     return {"additionalProperties": False, **parts} if isinstance(schema.get("properties"), dict) else parts
 
 

@@ -9,6 +9,7 @@ from langchain.agents import create_agent
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import HumanMessage
 from langchain_gradmem import ChatGradMem, attach, structured
+from llguidance import LLMatcher
 from pydantic import BaseModel, Field
 from tiny_pipeline import byte_pipeline, tiny_pipeline
 
@@ -110,6 +111,17 @@ class TestAnswers:
 
         answer = json.loads(chat.with_structured_output(Home, include_raw=True).invoke("Who?")["raw"].text)
         assert [pet.keys() for pet in answer["pets"]] == [{"name", "kind", "legs"}] * 2
+
+    @pytest.mark.parametrize("field", ["const", "examples"])
+    @pytest.mark.parametrize("keyword", ["$defs", "properties"])
+    def test_names_of_fields_may_be_keywords_of_json_schema(self, pipeline, field, keyword):
+        pet = {"type": "object", "properties": {"name": {"enum": ["Rex"]}}}
+        schema = {"$ref": f"#/$defs/{field}"} if keyword == "$defs" else {"type": "object"}
+        said = '{"name": "Rex", "' if keyword == "$defs" else f'{{"{field}": {{"name": "Rex", "'
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema | {keyword: {field: pet}}}}
+        tokens = pipeline.tokenizer(said, add_special_tokens=False)["input_ids"]
+        matcher = LLMatcher(grammar._tokenizer(pipeline), grammar.grammar_of(pipeline, wanted))
+        assert matcher.validate_tokens(tokens) == said.index(",")
 
     def test_strict_requires_all_properties(self, chat):
         class Maybe(BaseModel):
