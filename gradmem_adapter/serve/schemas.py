@@ -34,7 +34,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _as_parts(content: Any) -> list[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else _as_list(content)
+    if not isinstance(content, str | list):
+        raise ValueError("Send a string or a list of parts, such as {'type': 'text', 'text': ...}")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _ids_or_auto(value: Any, ids: ValidatorFunctionWrapHandler) -> Any:

@@ -419,7 +419,7 @@ class TestLooking:
 @pytest.mark.parametrize(
     ("more", "param", "said"),
     [
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "Send a string or a list"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "Send a string or a list of parts"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "image_url"}]}]},
             "messages[0].content[1].type",
