@@ -1,10 +1,12 @@
 """A backbone whose weights accelerate keeps in CPU memory or on a disk gives the same results."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from adapters import lora
-from peft import get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from tiny import tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -84,3 +86,13 @@ def test_checkpoints_open_on_offloaded_backbones(tmp_path, llama_directory):
 def test_loras_that_need_the_weights_are_refused_on_offloaded_layers(options, tmp_path):
     with pytest.raises(NotImplementedError, match="Only linear layers can have a LoRA if they are offloaded"):
         attached(on_a_disk(tiny(), tmp_path), lora_config=lora(**options))
+
+
+def test_peft_does_not_write_into_the_files_of_a_backbone_on_a_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT takes the first slash off a path, so it finds only files at relative ones
+    attached(tiny()).save_pretrained("adapter")
+    backbone = one_layer_on_a_disk(tiny(), Path())
+    before = Path("saved/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="hooks that load them were removed"):
+        PeftModel.from_pretrained(backbone, "adapter")
+    assert Path("saved/model.safetensors").read_bytes() == before

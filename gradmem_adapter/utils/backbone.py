@@ -28,7 +28,7 @@ def check_backbone(model: object) -> None:
 
     Raises:
         TypeError: it is not a causal language model.
-        ValueError: it has an adapter.
+        ValueError: it has an adapter, or layers on a disk that nothing loads any more.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -42,6 +42,13 @@ def check_backbone(model: object) -> None:
             "model.unload() returns. To keep it, merge it into the weights: PeftModel.from_pretrained(backbone, "
             "adapter).merge_and_unload(). To train a LoRA with the memory, use GradMemConfig(lora_config=...); to add "
             "another GradMem adapter, use model.add_adapter(name, config)."
+        )
+    places = (getattr(model, "hf_device_map", None) or {}).values()
+    if "disk" in places and not any(has_offloaded_params(module) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has layers on the disk, but the hooks that load them were removed. "
+            "PeftModel.from_pretrained removes them, and may then write the adapter into the backbone's own files. "
+            "Load the backbone again, and open the adapter with load_checkpoint(path, backbone=backbone)."
         )
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
