@@ -226,7 +226,12 @@ def _load_weights(model: PeftModel, path: Path) -> None:
 
 
 def _adapter_tensors(
-    model: PeftModel, path: Path, *, embeddings: bool, resize: tuple[int, int] | None = None
+    model: PeftModel,
+    path: Path,
+    *,
+    embeddings: bool,
+    resize: tuple[int, int] | None = None,
+    made_for: str | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of the adapter in a checkpoint; raises unless they match the active adapter exactly.
 
@@ -235,7 +240,7 @@ def _adapter_tensors(
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=embeddings)
     with opened_weights(path / SAFETENSORS_WEIGHTS_NAME) as file:
         loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    check_tensors(path, loaded, own, resize=resize)
+    check_tensors(path, loaded, own, resize=resize, made_for=made_for)
     return loaded
 
 
@@ -380,7 +385,8 @@ def _attached(
     with torch.device("meta") if empty else nullcontext():
         model = PeftModelForCausalLM(backbone, config, low_cpu_mem_usage=empty)
     try:  # checked here, because PEFT's errors name neither the file nor all differences
-        return model, _adapter_tensors(model, directory, embeddings=resized or _is_resized(model), resize=resize)
+        embeddings, made_for = resized or _is_resized(model), config.base_model_name_or_path
+        return model, _adapter_tensors(model, directory, embeddings=embeddings, resize=resize, made_for=made_for)
     except BaseException:
         cast(GradMemModel, model.base_model).unload()
         raise

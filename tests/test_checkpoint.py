@@ -192,6 +192,11 @@ class TestBackbone:
         loaded, words = load_checkpoint(tmp_path / "saved", backbone=tiny())
         assert outcome(loaded, words) == outcome(model, tiny_tokenizer())
 
+    def test_another_model_is_told_which_backbone_the_adapter_was_made_for(self, backbone, tmp_path):
+        save_checkpoint(make(backbone), tiny_tokenizer(), tmp_path / "saved")
+        with pytest.raises(ValueError, match=f"made for '{backbone}'; for another model, train one"):
+            load_checkpoint(tmp_path / "saved", backbone=tiny(hidden_size=16))
+
     def test_the_tokenizer_may_be_in_the_checkpoint_only(self, tmp_path):
         model = make(save_backbone(tmp_path / "base", tokenizer=False))
         save_checkpoint(model, tiny_tokenizer(), tmp_path / "saved")

@@ -56,7 +56,12 @@ def round_weights(file: Path, dtype: torch.dtype) -> None:
 
 
 def check_tensors(
-    path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor], *, resize: tuple[int, int] | None = None
+    path: Path,
+    saved: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    *,
+    resize: tuple[int, int] | None = None,
+    made_for: str | None = None,
 ) -> None:
     """Raise `ValueError` with the differences unless both have the same tensors, with the same shapes and kinds of
     dtype.
@@ -68,6 +73,7 @@ def check_tensors(
         saved (`Mapping[str, Tensor]`): its tensors.
         own (`Mapping[str, Tensor]`): the model's.
         resize (`tuple[int, int]`, *optional*): how many embeddings the model has now, and how many it will have.
+        made_for (`str`, *optional*): the backbone that the adapter was made for, for messages.
     """
     differences = wrong_names(saved.keys(), own.keys(), own.keys())
     for name in sorted(saved.keys() & own.keys()):
@@ -82,8 +88,9 @@ def check_tensors(
         elif there.dtype != here.dtype and not (there.is_floating_point() and here.is_floating_point()):
             differences.append(f"{name!r} is {there.dtype} in the checkpoint and {here.dtype} in the model")
     if differences:
+        other = f" The adapter was made for {made_for!r}; for another model, train one (gradmem train --backbone)."
         raise ValueError(
             f"The checkpoint in {str(path)!r} does not match the model: tensor "
-            f"{first_of(differences, _SHOWN, '; tensor ')}. Create the model from the checkpoint's configuration, or "
-            "get the checkpoint again."
+            f"{first_of(differences, _SHOWN, '; tensor ')}.{other if made_for else ''} Create the model from the "
+            "checkpoint's configuration, or get the checkpoint again."
         )
