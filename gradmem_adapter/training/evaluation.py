@@ -87,6 +87,11 @@ class EvaluatingTrainer(SavingTrainer):
         if not self._eval_sums:
             raise ValueError("The evaluation dataset has no rows. Pass at least one.")
         found = means(self._eval_sums)
+        if "target_loss" not in found:
+            raise ValueError(
+                "The evaluation dataset has no target token: all its labels are -100. Check the rows' targets, and the "
+                "collator if it is your own."
+            )
         loss = found["target_loss"] + self.reconstruction_weight * found.get("last_write_loss", 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in ({"loss": loss} | found).items()}
         return output._replace(metrics=metrics | (output.metrics or {}))

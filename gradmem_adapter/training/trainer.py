@@ -277,9 +277,11 @@ class GradMemTrainer(EvaluatingTrainer):
         if self.distillation is not None:
             with self.accelerator.autocast():
                 inputs = self.distillation.teach(inputs)
-        output: GradMemOutput = model(**model_inputs(inputs), write_steps=steps)
         here = count(inputs, self.args.device)
         whole = here if whole is None else whole
+        # The mean over no label is not a number, which would spoil the other micro-batches of the step.
+        divisor = {} if self.slots is None else {"num_items_in_batch": here.tokens.clamp(min=1)}
+        output: GradMemOutput = model(**model_inputs(inputs), write_steps=steps, **divisor)
         target_loss, losses = cast(Tensor, output.target_loss), output.write_losses
         loss = target_loss * (here.tokens / whole.tokens)
         if losses is None:  # a model without memory may add other terms
@@ -304,6 +306,8 @@ class GradMemTrainer(EvaluatingTrainer):
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite[0] &= loss.isfinite()
+        if self._window is not None:
+            self._labelled &= self._window.tokens > 0
         if self.accelerator.sync_gradients and self.slots is not None:
             gradient = self.slots.gradmem_memory[cast(PeftModel, self.model).active_adapter].grad
             if gradient is not None:

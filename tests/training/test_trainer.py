@@ -65,6 +65,20 @@ def arguments(path, **options):
     return GradMemTrainingArguments(str(path), **defaults | options)
 
 
+class Unlabelled(GradMemCollator):
+    """Leaves out the labels of batches whose first context is one of these."""
+
+    def __init__(self, tokenizer, *, contexts):
+        super().__init__(tokenizer)
+        self.contexts = contexts
+
+    def __call__(self, rows):
+        batch = super().__call__(rows)
+        if rows[0]["context"] in self.contexts:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+
 class Gradients(TrainerCallback):
     """Keeps the gradients of each optimizer step."""
 
@@ -185,6 +199,25 @@ class TestLoss:
         for name in ("loss", "target_loss", "first_write_loss", "last_write_loss", "memory_norm", "grad_norm"):
             assert logs(two, name) == pytest.approx(logs(one, name), rel=1e-4)
             assert logs(four, name) == pytest.approx(logs(one, name), rel=1e-4)
+
+    def test_a_micro_batch_without_labels_adds_nothing(self, tmp_path):
+        config = {"lora_config": LORA, "reconstruction_weight": 0.0}
+        alone, _ = gradients(make(**config), tmp_path, rows(2)[:1], per_device_train_batch_size=1)
+        seen = Gradients()
+        run = trainer(
+            make(**config), tmp_path, rows(2), callbacks=[seen], per_device_train_batch_size=1, max_steps=1,
+            gradient_accumulation_steps=2, max_grad_norm=0, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        run.data_collator = Unlabelled(run.processing_class, contexts={rows(2)[1]["context"]})
+        run.train()
+        close(seen.steps[0], alone)
+
+    def test_a_step_without_any_label_says_so(self, tmp_path):
+        run = trainer(make(), tmp_path, rows(2), rows(2), max_steps=1)
+        run.data_collator = Unlabelled(run.processing_class, contexts={row["context"] for row in rows(2)})
+        for work in (run.train, run.evaluate):
+            with pytest.raises(ValueError, match="no target token: all its labels are -100"):
+                work()
 
     def test_several_queries_equal_the_context_repeated(self, tmp_path):
         several = rows(3, queries=3)
