@@ -90,5 +90,6 @@ def study_tokens(query_format: str, tokenizer: PreTrainedTokenizerBase) -> dict[
 
 def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not {"content", "tool_calls"} & message.keys() or "role" not in message:
-        raise ValueError(f"A chat message must be a mapping with a role and a content, got {message!r}.")
+        several = " For one prompt, pass the text itself, not a list." if isinstance(message, str) else ""
+        raise ValueError(f"A chat message must be a mapping with a role and a content, got {message!r}.{several}")
     return dict(message)

@@ -55,7 +55,7 @@ def test_methods_for_one_prompt_refuse_lists(pipeline, states):
     for ask, options in asked:
         with pytest.raises(ValueError, match="empty conversation"):
             ask([], memory=states)
-        with pytest.raises(ValueError, match="A chat message must be a mapping"):
+        with pytest.raises(ValueError, match=r"A chat message must be a mapping .* pass the text itself, not a list"):
             ask(["w1", "w2"], memory=states)
         with pytest.raises(ValueError, match="2 states and 0 search scores"):
             ask("w1", memory=states, search_scores=[], **options)
