@@ -84,13 +84,14 @@ class MemoryStateStore(BaseStore[str, MemoryState]):
         """Store states, without further rounding.
 
         Args:
-            key_value_pairs (`Sequence[tuple[str, MemoryState]]`): references and their states.
+            key_value_pairs (`Sequence[tuple[str, MemoryState]]`): references and their states; any iterable will do.
 
         Raises:
             ValueError: a key is not a reference; nothing is stored then.
         """
-        check_references([reference for reference, _ in key_value_pairs])
-        for reference, state in key_value_pairs:
+        pairs = list(key_value_pairs)  # a zip can be read only once
+        check_references([reference for reference, _ in pairs])
+        for reference, state in pairs:
             self.store.put(state, [Entry(reference)])
 
     def mdelete(self, keys: Sequence[str]) -> None:

@@ -47,6 +47,13 @@ def test_states_put_back_are_found_and_forgotten_as_before(pipeline, tmp_path):
     assert store.store.forget("a") == 1
 
 
+def test_states_are_stored_from_any_iterable(state):
+    """As by LangChain's other stores: the pairs of a zip can be read only once."""
+    store = MemoryStateStore()
+    store.mset(zip([REFERENCE], [state], strict=True))
+    assert store.mget([REFERENCE]) == [state]
+
+
 @pytest.mark.parametrize("namespace", ["", "a/b", "../x", "a b"])
 def test_namespaces_that_could_reach_another_are_refused(namespace):
     with pytest.raises(ValueError, match="namespace"):
