@@ -48,14 +48,19 @@ class GradMemRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        child = run_manager.get_child()
+        child, most = run_manager.get_child(), self._most(k)
         documents = self.base_retriever.invoke(query, config={"callbacks": child}, **kwargs)
-        return self.base_compressor.compress_documents(documents[: k or self.k], query, callbacks=child)
+        return self.base_compressor.compress_documents(documents[:most], query, callbacks=child)
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        child = run_manager.get_child()
+        child, most = run_manager.get_child(), self._most(k)
         documents = await self.base_retriever.ainvoke(query, config={"callbacks": child}, **kwargs)
-        compressed = await self.base_compressor.acompress_documents(documents[: k or self.k], query, callbacks=child)
-        return list(compressed)
+        return list(await self.base_compressor.acompress_documents(documents[:most], query, callbacks=child))
+
+    def _most(self, k: int | None) -> int | None:
+        """The most documents to return: a call's `k`, or the retriever's."""
+        if k is not None and (not isinstance(k, int) or k < 1):
+            raise ValueError(f"k must be an integer of at least 1, got {k!r}. Leave it out for the retriever's own k.")
+        return self.k if k is None else k

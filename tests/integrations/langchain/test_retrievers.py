@@ -1,5 +1,6 @@
 """Documents of any retriever, written into memory."""
 
+import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
@@ -54,3 +55,14 @@ async def test_an_async_retriever_is_awaited(chat):
     retriever = GradMemRetriever.from_retriever(RunnableLambda(never, search), chat)
     (document,) = await retriever.ainvoke("w1")
     assert references_of(document) == chat.store.write(chat.pipeline, "w1 w2")
+
+
+async def test_k_of_a_call_is_checked_before_the_search(chat):
+    asked = []
+    retriever = GradMemRetriever.from_retriever(RunnableLambda(asked.append), chat)
+    for wrong in (0, -1, "2"):
+        with pytest.raises(ValueError, match=f"k must be an integer of at least 1, got {wrong!r}"):
+            retriever.invoke("w1", k=wrong)
+        with pytest.raises(ValueError, match="k must be an integer"):
+            await retriever.ainvoke("w1", k=wrong)
+    assert asked == []
