@@ -81,7 +81,7 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
         before = self.store.writes
         named = [document.metadata.get("source") for document in documents]
         sources = [
-            readable(source) if isinstance(source, str) else None
+            None if source is None else readable(str(source))  # loaders also set paths, URLs and numbers
             for source, pieces in zip(named, parts, strict=True)
             for _ in pieces
         ]

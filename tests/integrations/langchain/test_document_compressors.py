@@ -1,6 +1,8 @@
 """Documents become references to memory states, each written once."""
 
 import itertools
+import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,13 @@ class TestCompressor:
         (document,) = compressor.compress_documents([Document(TEXTS[0], metadata={"source": "caf\udce9.txt"})], "")
         assert document.metadata["source"] == "caf\udce9.txt"
         assert [entry.source for entry in compressor.store.store.entries()] == ["caf\N{REPLACEMENT CHARACTER}.txt"]
+
+    @pytest.mark.parametrize("source", [Path("a/b.txt"), uuid.UUID(int=7), 7])
+    def test_sources_that_are_no_texts_are_stored_as_texts(self, pipeline, source):
+        compressor = GradMemCompressor(pipeline=pipeline)
+        (document,) = compressor.compress_documents([Document(TEXTS[0], metadata={"source": source})], "")
+        assert document.metadata["source"] == source
+        assert compressor.store.store.forget(str(source)) == 1
 
     def test_states_of_an_edited_or_deleted_document_can_be_forgotten_by_source(self, pipeline):
         compressor = GradMemCompressor(pipeline=pipeline)
