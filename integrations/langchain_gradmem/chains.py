@@ -36,7 +36,7 @@ def create_gradmem_stuff_chain(
     (`fallback="text"`) appear as text.
 
     Args:
-        llm (`ChatGradMem`): the model that answers; it may be bound.
+        llm (`ChatGradMem`): the model that answers; it may be bound, have retries or fallbacks, ...
         prompt (`BasePromptTemplate`): a prompt of messages or of one string, with a human message and the documents'
             variable.
         compressor (`GradMemCompressor`, *optional*): writes the documents; None: the chat model's pipeline, into its
@@ -58,11 +58,6 @@ def create_gradmem_stuff_chain(
         raise ValueError(
             f"The prompt needs the variable {document_variable_name!r} for the documents, but has "
             f"{', '.join(prompt.input_variables) or 'none'}. Add it, or pass another name as document_variable_name."
-        )
-    if compressor is None and not hasattr(llm, "pipeline"):
-        raise TypeError(
-            f"create_gradmem_stuff_chain needs a ChatGradMem, bound or not, got {type(llm).__name__}. For answers that "
-            "follow a schema, pass attach_documents(question, documents) to chat.with_structured_output(schema)."
         )
     writer = GradMemCompressor.from_chat(llm) if compressor is None else compressor
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 from gradmem_adapter import GradMemPipeline, WriteOptions
 from gradmem_adapter.utils.tokens import check_text
 
+from .binding import chat_of
 from .stores import MemoryStateStore
 
 if TYPE_CHECKING:
@@ -46,9 +47,13 @@ class MemoryWriter(BaseModel):
         """A writer that uses a chat model's pipeline and store.
 
         Args:
-            chat (`ChatGradMem`): the model that is to read.
+            chat (`ChatGradMem`): the model that is to read; it may be bound, have retries, ...
             options: the other fields.
+
+        Raises:
+            TypeError: `chat` does not hold a `ChatGradMem`.
         """
+        chat = chat_of(chat)
         return cls(pipeline=chat.pipeline, store=chat.store, **options)
 
     def write_texts(self, texts: str | Sequence[str], sources: Sequence[str | None] | None = None) -> list[str]:

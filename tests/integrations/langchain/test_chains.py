@@ -35,11 +35,17 @@ def asked(chat, monkeypatch):
 
 def test_other_models_and_joined_documents_are_refused(chat):
     prompt = PROMPTS["human"]
-    with pytest.raises(TypeError, match="needs a ChatGradMem, bound or not, got RunnableSequence"):
+    with pytest.raises(TypeError, match="Expected a ChatGradMem, bound or not, got RunnableSequence"):
         create_gradmem_stuff_chain(chat | RunnableLambda(str), prompt)
     chain = create_gradmem_stuff_chain(chat, prompt)
     with pytest.raises(TypeError, match="'context' must be a list of Documents, got a string"):
         chain.invoke({"context": "w1 w2", "input": "w3"})
+
+
+def test_a_model_with_retries_and_fallbacks_reads_memory(chat, asked):
+    for llm in (chat.with_retry(), chat.bind(stop=["w0"]).with_retry().with_fallbacks([chat])):
+        create_gradmem_stuff_chain(llm, PROMPTS["human"]).invoke({"context": DOCUMENTS, "input": "w3"})
+    assert [vectors for _, vectors in asked] == [3 * 3] * 2
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)

@@ -90,6 +90,13 @@ def test_texts_are_split_at_sentences(pipeline):
     assert writer.split("w1 w2 w3 w4 w5. w6 w7 w8 w9 w10.") == ["w1 w2 w3 w4 w5.", "w6 w7 w8 w9 w10."]
 
 
+def test_from_chat_finds_the_model_within_retries_and_fallbacks(chat):
+    for given in (chat.with_retry(), chat.bind(stop=["w0"]).with_retry().with_fallbacks([chat])):
+        assert MemoryWriter.from_chat(given).store is chat.store
+    with pytest.raises(TypeError, match="Expected a ChatGradMem, bound or not, got str"):
+        MemoryWriter.from_chat("smollm2-135m-qa")
+
+
 def test_from_chat_takes_pipeline_and_store_from_the_chat_model(chat):
     for kind in (MemoryWriter, TurnMemory, GradMemCompressor):
         writer = kind.from_chat(chat, part_tokens=7)
