@@ -80,14 +80,15 @@ def with_references(document: Document, references: Sequence[str]) -> Document:
     return document.model_copy(update={"metadata": metadata | ({KEY: " ".join(references)} if references else {})})
 
 
-def attach(message: Message, references: Sequence[str]) -> Message:
+def attach(message: Message, references: str | Sequence[str]) -> Message:
     """A copy of a message that carries references in addition to those it has.
 
     Args:
         message (`BaseMessage`): a message of any kind.
-        references (`Sequence[str]`): as returned by `MemoryStateStore.write`.
+        references (`str` or `Sequence[str]`): one reference, or several as returned by `MemoryStateStore.write`.
     """
-    both = list(dict.fromkeys([*references_of(message), *check_references(list(references))]))
+    given = [references] if isinstance(references, str) else list(references)
+    both = list(dict.fromkeys([*references_of(message), *check_references(given)]))
     return message.model_copy(update={"additional_kwargs": message.additional_kwargs | {KEY: both}})
 
 

@@ -19,6 +19,12 @@ def test_references_are_attached_once_to_a_copy():
     assert references_of(message) == []
 
 
+def test_one_reference_can_be_attached_by_itself():
+    assert references_of(attach(HumanMessage("w1"), A)) == [A]
+    with pytest.raises(ValueError, match=r"32 hexadecimal digits.*got \['xyz'\]"):
+        attach(HumanMessage("w1"), "xyz")
+
+
 def test_documents_are_attached_to_the_last_human_message():
     messages = [SystemMessage("w0"), HumanMessage("w1"), AIMessage("w2"), HumanMessage("w3"), AIMessage("w4")]
     documents = [Document("w5", metadata={"gradmem": f"{A} {B}"}), Document("w7", metadata={"gradmem": B})]
