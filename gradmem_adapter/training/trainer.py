@@ -107,6 +107,11 @@ class GradMemTrainer(EvaluatingTrainer):
             )
         args = with_defaults(args)
         check_arguments(args, model, config)
+        if args.cuda_graphs and type(self).compute_loss is not GradMemTrainer.compute_loss:
+            raise ValueError(
+                f"cuda_graphs=True does not call compute_loss, so the one of {type(self).__name__} would have no "
+                "effect. Leave cuda_graphs out."
+            )
         check_own_optimizer(args, optimizers[0])
         check_datasets(train_dataset, eval_dataset)
         collator = limited_collator(data_collator, processing_class, model, config)

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from test_trainer import LORA, Poison, close, gradients, logs, make, rows, trainer, weights
+from test_trainer import LORA, Poison, arguments, close, gradients, logs, make, rows, trainer, weights
 from tiny import tiny, tiny_tokenizer
 from torch import nn
 
 from gradmem_adapter.ops.attention import CAUSAL
-from gradmem_adapter.training import Batches, GradMemCollator, RowBatches, TrainingDiverged
+from gradmem_adapter.training import Batches, GradMemCollator, GradMemTrainer, RowBatches, TrainingDiverged
 from gradmem_adapter.training.cuda_graph import GraphedBackward, check_no_dropout, maskless_attention
 from gradmem_adapter.utils.backbone import layers_of
 
@@ -146,6 +146,16 @@ class TestRefused:
     def test_incompatible_options(self, tmp_path, options, message):
         with pytest.raises(ValueError, match=message):
             trainer(make(), tmp_path, rows(2), cuda_graphs=True, **options)
+
+    def test_a_loss_of_ones_own(self, tmp_path):
+        """The captured step is the trainer's own; another loss was left out without a word."""
+
+        class Own(GradMemTrainer):
+            def compute_loss(self, *args, **kwargs):
+                return 2 * super().compute_loss(*args, **kwargs)
+
+        with pytest.raises(ValueError, match="does not call compute_loss, so the one of Own would have no effect"):
+            Own(make(), arguments(tmp_path, cuda_graphs=True), train_dataset=rows(2), processing_class=tiny_tokenizer())
 
     def test_rows_from_an_iterator(self, tmp_path):
         with pytest.raises(ValueError, match="needs batches of few shapes"):
