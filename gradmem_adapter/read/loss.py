@@ -17,9 +17,10 @@ from gradmem_adapter.utils.capture import capturing
 
 
 def outer_loss(target_loss: Tensor, write_losses: Tensor | None, reconstruction_weight: float) -> Tensor:
-    """The loss that meta-training minimises, with the mean of the last write loss over the C contexts:
+    """The loss that meta-training minimises, the mean over all target tokens y_t and that of the last write loss over
+    the C contexts:
 
-        L_out = -log p(target | [M_K; query]) + reconstruction_weight * mean L_w(M_{K-1}; C)
+        L_out = -mean log p(y_t | [M_K; query; y_<t]) + reconstruction_weight * mean L_w(M_{K-1}; C)
 
     Args:
         target_loss (`Tensor`): a scalar, the first term.
