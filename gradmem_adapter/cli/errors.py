@@ -101,8 +101,8 @@ def _outcome(error: Exception) -> tuple[int, str]:
         return 1, line
     if isinstance(error, MemoryError | OutOfMemoryError) or any(words in line for words in NO_MEMORY):
         return 2, (
-            "Out of memory. Use shorter texts, gradmem write --store, which cuts long ones into segments, fewer tokens "
-            f"per batch (write: --max-tokens; train: training.tokens_per_batch), or another --device. {line}"
+            "Out of memory. Use shorter texts, gradmem write --store, which cuts long ones into segments, smaller "
+            f"batches (write: --max-tokens; train: training.per_device_train_batch_size), or another --device. {line}"
         )
     if isinstance(error, pydantic.ValidationError):
         return 2, "; ".join(map(_wrong_field, error.errors())) + "."
