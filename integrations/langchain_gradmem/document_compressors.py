@@ -63,8 +63,19 @@ class GradMemCompressor(MemoryWriter, BaseDocumentCompressor, BaseDocumentTransf
 
         Returns:
             `list[Document]`: new documents, in order; the given ones are left unchanged.
+
+        Raises:
+            TypeError: the documents are not `Document`s, or one was given without a list around it.
         """
+        if isinstance(documents, str | Document):
+            raise TypeError(f"Expected a list of Documents, got a {type(documents).__name__} without a list around it.")
         documents = list(documents)  # a loader may yield them one by one
+        for i, document in enumerate(documents):
+            if not isinstance(document, Document):
+                raise TypeError(
+                    f"Expected a list of Documents, but number {i} is a {type(document).__name__}. Wrap a text as "
+                    "Document(text)."
+                )
         config = ensure_config({"callbacks": callbacks} if callbacks else None)
         if callbacks and get_callback_manager_for_config(config).parent_run_id is None:
             return RunnableLambda(self._compress, name=type(self).__name__).invoke(documents, config)

@@ -94,6 +94,18 @@ class TestCompressor:
         assert document.metadata["source"] == "caf\udce9.txt"
         assert [entry.source for entry in compressor.store.store.entries()] == ["caf\N{REPLACEMENT CHARACTER}.txt"]
 
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (Document("w1"), "got a Document without a list around it"),
+            ("w1", "got a str without a list around it"),
+            ([Document("w1"), "w2"], r"number 1 is a str\. Wrap a text as Document"),
+        ],
+    )
+    def test_what_is_no_list_of_documents_is_refused(self, pipeline, wrong, message):
+        with pytest.raises(TypeError, match=message):
+            GradMemCompressor(pipeline=pipeline).transform_documents(wrong)
+
     @pytest.mark.parametrize("source", [Path("a/b.txt"), uuid.UUID(int=7), 7])
     def test_sources_that_are_no_texts_are_stored_as_texts(self, pipeline, source):
         compressor = GradMemCompressor(pipeline=pipeline)
