@@ -92,7 +92,8 @@ def run(
         str | None, typer.Option(help="Measure key-value retrieval with these numbers of pairs, such as 16,32.")
     ] = None,
     contexts: Annotated[
-        int | None, typer.Option(min=1, help="--pairs: contexts for each number of pairs; default: 128.")
+        int | None,
+        typer.Option(min=1, help=f"--pairs: contexts for each number of pairs; default: {KVRetrieval.contexts}."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(exists=True, help="Measure how much of this text comes back from memory.")
@@ -112,7 +113,8 @@ def run(
     if contexts is not None and pairs is None:
         raise ValueError("--contexts is the number of contexts for each of --pairs. Pass --pairs, too.")
     tasks: list[Task] = [task_of(fields) for fields in task or ()]
-    tasks += [KVRetrieval(pairs=n, contexts=contexts or 128) for n in _numbers("--pairs", pairs) or ()]
+    contexts = contexts or KVRetrieval.contexts
+    tasks += [KVRetrieval(pairs=n, contexts=contexts) for n in _numbers("--pairs", pairs) or ()]
     tasks += [] if text is None else [Reconstruction(text=str(text))]
     tasks = tasks or [t for t in config.evaluation.tasks or config.tasks if t.measured]
     if unknown := sorted(set(only or ()) - {t.dataset for t in tasks}):

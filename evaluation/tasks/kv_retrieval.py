@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any
 
 import pydantic
@@ -137,7 +138,7 @@ class PairBatches(Batches):
         super().__init__(seed=seed, steps=sum(stage.steps for stage in stages))
         self.stages, self.write_steps = stages, write_steps
 
-    @property
+    @cached_property
     def trained_length(self) -> int:
         """See `Batches.trained_length`."""
         return context_length(max(mix.max_pairs for stage in self.stages for mix in stage.mix))

@@ -149,7 +149,7 @@ def existing_store(path: Path) -> MemoryStore:
 def check_source(store: MemoryStore, source: str) -> None:
     """Raise `ValueError` for a source that a memory store does not have."""
     if next(store.entries(source), None) is None:
-        raise ValueError(f"{store.path} has no source {source!r}. `gradmem store list {store.path}` lists them.")
+        raise ValueError(f"{store.path} has no source {source!r}. `gradmem store list {store.path}` lists its sources.")
 
 
 def writable_store(path: Path, *, keep_text: bool, beside: Collection[str] = ()) -> MemoryStore:

@@ -51,7 +51,9 @@ def show(
     store = existing_store(folder)
     entries = list(store.entries(name)) or [entry for entry in store.entries() if entry.key == name]
     if not entries:
-        raise ValueError(f"{folder} has no source or state {name!r}. `gradmem store list {folder}` lists them.")
+        raise ValueError(
+            f"{folder} has neither a source nor a state {name!r}. `gradmem store list {folder}` shows its sources."
+        )
     rows = [
         {
             "key": entry.key,

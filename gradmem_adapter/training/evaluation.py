@@ -21,7 +21,7 @@ from .collator import GradMemCollator
 from .compiled import uncompiled_layers
 from .metrics import Score
 from .saving import SavingTrainer
-from .sums import context_index, context_sums, means, model_inputs, per_context
+from .sums import NO_TARGETS, context_index, context_sums, means, model_inputs, per_context
 
 SPARE_TOKENS = 8
 """How many tokens more than the longest target an answer may have in evaluation."""
@@ -88,10 +88,7 @@ class EvaluatingTrainer(SavingTrainer):
             raise ValueError("The evaluation dataset has no rows. Pass at least one.")
         found = means(self._eval_sums)
         if "target_loss" not in found:
-            raise ValueError(
-                "The evaluation dataset has no target token: all its labels are -100. Check the rows' targets, and the "
-                "collator if it is your own."
-            )
+            raise ValueError(f"The evaluation dataset {NO_TARGETS}")
         loss = found["target_loss"] + self.reconstruction_weight * found.get("last_write_loss", 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in ({"loss": loss} | found).items()}
         return output._replace(metrics=metrics | (output.metrics or {}))

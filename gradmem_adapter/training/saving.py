@@ -23,6 +23,7 @@ from gradmem_adapter.utils.temporary import temporary_directory
 
 from .pushing import PushingTrainer
 from .sharding import whole_weights
+from .sums import NO_TARGETS
 from .weights import load_trained_weights, save_trained_weights, trained_weights
 
 
@@ -44,21 +45,15 @@ class SavingTrainer(PushingTrainer):
         """Reset for a new run, or one that resumes from a checkpoint."""
         self._good = checkpoint
         """The checkpoint that this run last saved or resumes from; the directory may also hold those of another run."""
-        self._finite = torch.tensor([True, True], device=self.args.device)
-        """Whether all losses and all gradients so far are finite."""
-        self._labelled = torch.tensor(True, device=self.args.device)
-        """Whether every optimizer step so far had a target token."""
+        self._sound = torch.tensor([True, True, True], device=self.args.device)
+        """Whether so far all losses and all gradients are finite, and every optimizer step had a target token."""
 
     def check_finite(self) -> None:
         """Raise `TrainingDiverged` in all processes if a loss or a gradient of one of them was not finite, or
         `ValueError` if that is because a step had no target token."""
-        known = torch.stack([*self._finite, self._labelled])
-        losses, gradients, labelled = self.accelerator.gather(known[None]).all(0).tolist()
-        if not labelled:
-            raise ValueError(
-                "An optimizer step has no target token: all its labels are -100. Check the rows' targets, and the "
-                "collator if it is your own."
-            )
+        losses, gradients, labels = self.accelerator.gather(self._sound[None]).all(0).tolist()
+        if not labels:
+            raise ValueError(f"An optimizer step {NO_TARGETS}")
         if not (losses and gradients):
             what = f"The {'gradient' if losses else 'loss'} is not finite "
             # With CUDA graphs, steps are not checked one by one, because that would wait for the GPU.

@@ -36,6 +36,12 @@ COUNTS = {*MEANS.values(), "queries"}
 NAMES = sorted({*MEANS, *COUNTS})
 
 
+NO_TARGETS = (
+    "has no target token: all its labels are -100. Check the rows' targets, and the collator if it is your own."
+)
+"""What is said of a step or a dataset whose losses are means over nothing."""
+
+
 class Count(NamedTuple):
     """The counts of a batch, as scalars on the device."""
 

@@ -310,9 +310,8 @@ class GradMemTrainer(EvaluatingTrainer):
             loss = self._graphed_step(inputs)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite[0] &= loss.isfinite()
-        if self._window is not None:
-            self._labelled &= self._window.tokens > 0
+        self._sound[0] &= loss.isfinite()
+        self._sound[2] &= cast(Count, self._window).tokens > 0
         if self.accelerator.sync_gradients and self.slots is not None:
             gradient = self.slots.gradmem_memory[cast(PeftModel, self.model).active_adapter].grad
             if gradient is not None:
@@ -374,7 +373,7 @@ class GradMemTrainer(EvaluatingTrainer):
         grad_norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm)))
         # A gradient scaler (fp16) finds its scale from overflowing gradients, and skips those steps itself.
         if self.accelerator.scaler is None:
-            self._finite[1] &= grad_norm.isfinite()
+            self._sound[1] &= grad_norm.isfinite()
         if not self.args.cuda_graphs:
             self.check_finite()
         return grad_norm

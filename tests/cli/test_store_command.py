@@ -119,7 +119,7 @@ def test_rebuild_replaces_a_damaged_index(memory):
         (["list", "nowhere"], "There is no memory store in nowhere"),
         (["list", "a.txt"], "is a file"),
         (["gc", "backbone"], "There is no memory store in backbone"),
-        (["show", "memory", "c.txt"], "has no source or state 'c.txt'"),
+        (["show", "memory", "c.txt"], "neither a source nor a state 'c.txt'"),
         (["forget", "memory", "c.txt"], "has no source 'c.txt'"),
         (["mend", "memory"], "No such command 'mend'"),
     ],
